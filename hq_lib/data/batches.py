@@ -1,0 +1,76 @@
+"""Batches of normalised, augmented images, computed on whole tensors (no per-image work).
+
+All randomness comes from a ``torch.Generator`` on the CPU, so that an epoch is the same on every device and can be
+replayed from its seed alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hq_lib.data.sets import DataSpec, ImageSet
+
+
+def normalize(images: Tensor, spec: DataSpec) -> Tensor:
+    """(x / 255 - mean) / std per channel; (B, C, H, W) uint8 -> the same shape, float32, channels-last."""
+    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1) * 255
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: Tensor, generator: torch.Generator, *, pad: int = 4, flip: bool = True) -> Tensor:
+    """A random crop after zero padding by ``pad`` pixels, and a random left-right flip, drawn per image.
+
+    Args:
+        images:    (B, C, H, W) uint8; padded pixels are black (0) before normalisation.
+        generator: CPU generator; consumes 2 B integers and, with ``flip``, B bits more.
+        pad:       pixels added on each side, >= 0.
+        flip:      whether half of the images are mirrored.
+
+    Returns:
+        (B, C, H, W) uint8, on the device of ``images``.
+    """
+    n, _, height, width = images.shape
+    rows = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator) + torch.arange(height)
+    cols = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator) + torch.arange(width)
+    if flip:
+        mirrored = torch.randint(0, 2, (n, 1), generator=generator).bool()
+        cols = torch.where(mirrored, cols.flip(1), cols)
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # (B, H, W, C)
+    each = torch.arange(n, device=images.device).view(n, 1, 1)
+    rows, cols = rows.to(images.device), cols.to(images.device)
+    return padded[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def batches(
+    images: ImageSet,
+    batch_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    pad: int = 0,
+    flip: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (normalised images (B, C, H, W) float32, labels (B,) int64).
+
+    Args:
+        images:     the set; walked in order without a generator (evaluation), in a fresh permutation with one
+                    (training).
+        batch_size: images per batch. The last, smaller batch is kept in evaluation and dropped in training (unless
+                    it is the only one), as batch norm wants batches of one size.
+        generator:  CPU generator that draws permutation and augmentation; its state alone decides the epoch.
+        pad, flip:  augmentation, see ``augment``; need a generator.
+        device:     where the batch is wanted.
+    """
+    if generator is None and (pad or flip):
+        raise ValueError("augmentation needs a generator: pass generator=torch.Generator().manual_seed(seed)")
+    n = len(images)
+    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+    stop = n if generator is None or n < batch_size else n - n % batch_size
+    for start in range(0, stop, batch_size):
+        chosen = order[start : min(start + batch_size, stop)]
+        x = images.images[chosen]
+        if generator is not None and (pad or flip):
+            x = augment(x, generator, pad=pad, flip=flip)
+        yield normalize(x.to(device), images.spec), images.labels[chosen].to(device)

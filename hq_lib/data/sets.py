@@ -1,0 +1,181 @@
+"""Which data sets there are, and how they split into train, val and test.
+
+The validation split is cut from *train*: the same number of images of every class, by a fixed permutation. Only final
+evaluations load ``test``.
+"""
+
+import difflib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hq_lib.data import fetch, folder, sources
+
+SPLITS = ("train", "val", "trainval", "test")
+SPLIT_SEED = 20260101  # fixes the validation split for good; changing it invalidates every result
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a network needs to know of a data set."""
+
+    name: str
+    """Identifier, as in ``load(name, split)`` and in the column ``dataset`` of every result."""
+    n_classes: int
+    """Number of labels; labels are 0 .. n_classes - 1."""
+    in_shape: tuple[int, int, int]
+    """(channels, height, width) of an image, pixels."""
+    mean: tuple[float, ...]
+    """Per-channel mean of the training images, in units of full scale (255 = 1)."""
+    std: tuple[float, ...]
+    """Per-channel standard deviation of the training images, same units."""
+    n_val: int = 0
+    """Images cut from train for validation; a multiple of n_classes."""
+    flip: bool = False
+    """Whether a mirrored image is still the same class (digits are not)."""
+    note: str = ""
+    """What a caption must say of this data set."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and labels in memory."""
+
+    images: Tensor
+    """(N, C, H, W) uint8; channels-last in memory."""
+    labels: Tensor
+    """(N,) int64."""
+    spec: DataSpec
+    """The data set they come from."""
+    split: str = ""
+    """train, val, trainval or test, with what was cut from it."""
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(N,) int64: position of every image in the raw training (or test) file."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, chosen: Tensor | list[int]) -> "ImageSet":
+        """The images at these positions of this set, in that order; positions outside raise ``IndexError``."""
+        chosen = torch.as_tensor(chosen, dtype=torch.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"{self.spec.name} {self.split} has {len(self)} images; asked for {int(chosen.max())}")
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], indices=self.indices[chosen])
+
+    def balanced(self, n: int, seed: int) -> "ImageSet":
+        """A seeded subset of n images, as equal per class as n allows (a remainder goes to the first classes).
+
+        Raises ``ValueError`` where a class has too few images: a short set is never returned silently.
+        """
+        return self.subset(balanced_positions(self.labels, n, self.spec.n_classes, seed))
+
+
+def balanced_positions(labels: Tensor, n: int, n_classes: int, seed: int) -> Tensor:
+    """(n,) int64 positions, sorted, with n // n_classes of each class (one more for the first n % n_classes)."""
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in range(n_classes):
+        want = n // n_classes + (label < n % n_classes)
+        pool = np.flatnonzero(labels.numpy() == label)
+        if len(pool) < want:
+            raise ValueError(f"class {label} has {len(pool)} images, {want} wanted: ask for fewer images")
+        chosen.append(rng.permutation(pool)[:want])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        DataSpec("cifar10", 10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 5000, True),
+        DataSpec("mnist", 10, (1, 28, 28), (0.1307,), (0.3081,), 5000),
+        DataSpec(
+            "mnist_10k", 10, (1, 28, 28), (0.1311,), (0.3087,), 500,
+            note="10,000 MNIST training digits, 2,000 of them held out as test: not the official test set",
+        ),
+        DataSpec("fashion_mnist", 10, (1, 28, 28), (0.2860,), (0.3530,), 5000, True),
+        DataSpec(
+            "digits", 10, (3, 32, 32), (0.3053,) * 3, (0.3760,) * 3, 150,
+            note="the embedded 1,797 scanned digits (8x8 scaled to 32x32), not the data set of the paper",
+        ),
+        DataSpec("imagenet", 1000, (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    )
+}  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """The data sets that ``load`` knows."""
+    return tuple(SPECS)
+
+
+def check_name(name: str) -> DataSpec:
+    """The spec of a data set; an unknown name raises ``ValueError`` with the nearest valid one."""
+    if name not in SPECS:
+        near = difflib.get_close_matches(str(name), SPECS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(SPECS)}{hint}")
+    return SPECS[name]
+
+
+def load(name: str, split: str, *, root: Path | str | None = None, n: int | None = None) -> ImageSet:
+    """The images of one split.
+
+    Args:
+        name:  one of ``names()``.
+        split: "train" (without the validation images), "val", "trainval" or "test".
+        root:  for "imagenet": the folder of class folders (see ``hq_lib.data.folder``); else unused.
+        n:     keep the first n images of a seeded, class-balanced choice (for smoke runs); default all.
+
+    Raises:
+        ValueError: unknown data set or split.
+        DataUnavailableError: no source could deliver it; lists what was tried.
+    """
+    spec = check_name(name)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if name == "imagenet":
+        images, labels, indices, spec = _load_imagenet(spec, split, root, n)
+        return ImageSet(images, labels, spec, split, indices)
+    part = "test" if split == "test" else "train"
+    images, labels = _raw(name, part)
+    whole = ImageSet(images, labels, spec, split, torch.arange(len(labels)))
+    if split in ("train", "val") and spec.n_val:
+        held_out = balanced_positions(labels, spec.n_val, spec.n_classes, SPLIT_SEED)
+        keep = torch.ones(len(labels), dtype=torch.bool)
+        keep[held_out] = False
+        whole = whole.subset(held_out if split == "val" else keep.nonzero().flatten())
+    return whole if n is None else whole.balanced(n, SPLIT_SEED)
+
+
+def load_or_embedded(name: str, split: str, *, n: int | None = None) -> ImageSet:
+    """``load``, or the embedded digits where no source can deliver the data set; says so on the way.
+
+    The returned spec's name and note tell which it was: every caption and result row carries them.
+    """
+    try:
+        return load(name, split, n=n)
+    except fetch.DataUnavailableError as error:
+        print(f"{error}\n-> going on with the embedded data set 'digits'", flush=True)
+        return load("digits", split, n=n)
+
+
+def _raw(name: str, part: str) -> tuple[Tensor, Tensor]:
+    if name == "digits":
+        images, labels = sources.embedded_digits(part)
+    else:
+        arrays = fetch.obtain(sources.DATA_SETS[name])
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    pixels = torch.from_numpy(images)  # (N, H, W, C) as the raw files hold them
+    return pixels.permute(0, 3, 1, 2), torch.from_numpy(labels).long()
+
+
+def _load_imagenet(
+    spec: DataSpec, split: str, root: Path | str | None, n: int | None
+) -> tuple[Tensor, Tensor, Tensor, DataSpec]:
+    if root is None:
+        raise ValueError("imagenet needs root=<folder of class folders>: it is never downloaded")
+    size = spec.in_shape[1]
+    images, labels, indices, n_classes = folder.load_folder(Path(root), split, size=size, n=n)
+    return images, labels, indices, replace(spec, n_classes=n_classes)

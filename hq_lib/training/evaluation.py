@@ -1,0 +1,64 @@
+"""Accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hq_lib.data import ImageSet, batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a set of images gave."""
+
+    acc_pct: float
+    """Top-1 accuracy, percent of images."""
+    loss: float
+    """Mean cross entropy per image, nats."""
+    n: int
+    """Images evaluated."""
+
+
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode inside, and every sub-module's own mode restored afterwards."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield net
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(net: nn.Module | Callable[..., Tensor]) -> torch.device:
+    """Where the network's parameters (else its buffers) live; the CPU where it has none."""
+    if not isinstance(net, nn.Module):
+        return torch.device("cpu")
+    tensors = [*net.parameters(), *net.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def predict(net: nn.Module, images: ImageSet, *, batch_size: int = 500) -> Tensor:
+    """(N, n_classes) float32 logits on the CPU, in the order of ``images``; eval mode, no gradients."""
+    device = device_of(net)
+    with eval_mode(net), torch.inference_mode():
+        logits = [net(x).float().cpu() for x, _ in batches(images, batch_size, device=device)]
+    return torch.cat(logits)
+
+
+def evaluate(net: nn.Module, images: ImageSet, *, batch_size: int = 500) -> Evaluation:
+    """Top-1 accuracy (percent) and mean cross entropy (nats) over all images, float32.
+
+    Raises ``ValueError`` for an empty set.
+    """
+    if len(images) == 0:
+        raise ValueError(f"nothing to evaluate: {images.spec.name} {images.split} is empty")
+    logits = predict(net, images, batch_size=batch_size)
+    right = (logits.argmax(1) == images.labels).sum().item()
+    loss = F.cross_entropy(logits.double(), images.labels).item()
+    return Evaluation(100.0 * right / len(images), loss, len(images))

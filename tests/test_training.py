@@ -1,0 +1,203 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hq_lib import data
+from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
+from hq_lib.training.config import lr_factor, parameter_groups, sgd
+
+CONFIG = TrainConfig(epochs=3, lr=0.05, batch_size=50, pad=2, flip=False)
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return data.load("digits", "train", n=400), data.load("digits", "val")
+
+
+def test_it_learns_real_digits(splits):
+    net = small_net()
+    before = evaluate(net, splits[1]).acc_pct
+    result = fit(net, *splits, dataclasses.replace(CONFIG, epochs=12), say=None)
+    assert result.val_acc_pct > max(80, before)
+    assert result.val_acc_pct == evaluate(net, splits[1]).acc_pct
+
+
+def test_evaluate_equals_a_loop(splits):
+    net, images = small_net().eval(), splits[1]
+    x = data.normalize(images.images, images.spec)
+    with torch.no_grad():
+        logits = torch.stack([net(one[None])[0] for one in x])
+    got = evaluate(net, images, batch_size=64)
+    assert got.n == len(images)
+    assert got.acc_pct == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item(), abs=1e-9)
+    assert got.loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
+    torch.testing.assert_close(predict(net, images), logits, atol=1e-5, rtol=1e-4)
+
+
+def test_evaluate_restores_each_mode(splits):
+    net = small_net().train()
+    net[1].eval()
+    evaluate(net, splits[1])
+    assert net.training
+    assert not net[1].training
+
+
+def test_evaluate_refuses_nothing(splits):
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate(small_net(), splits[1].subset([]))
+
+
+def test_one_step_is_sgd_with_nesterov(splits):
+    """Against the update written out: v = g + wd w; w -= lr (v + m v) for the first step."""
+    config = TrainConfig(epochs=1, lr=0.1, batch_size=400, pad=0, flip=False, weight_decay=0.01, schedule="step")
+    net, by_hand = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), nn.Linear(3072, 10)
+    by_hand.load_state_dict(net[1].state_dict())
+    x = data.normalize(splits[0].images, splits[0].spec).flatten(1)
+    F.cross_entropy(by_hand(x), splits[0].labels).backward()
+    fit(net, *splits, config, say=None)
+    w, g = by_hand.weight, by_hand.weight.grad + 0.01 * by_hand.weight
+    torch.testing.assert_close(net[1].weight, w - 0.1 * 1.9 * g, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(net[1].bias, by_hand.bias - 0.1 * 1.9 * by_hand.bias.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_same_seed_same_digits(splits):
+    first, second, other = small_net(), small_net(), small_net()
+    fit(first, *splits, CONFIG, say=None)
+    fit(second, *splits, CONFIG, say=None)
+    fit(other, *splits, dataclasses.replace(CONFIG, seed=1), say=None)
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+
+
+CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_training import CONFIG, small_net, dataclasses, data, fit
+net = small_net()
+config = dataclasses.replace(CONFIG, epochs=5, ema_decay=0.9, keep="best_val")
+fit(net, data.load("digits", "train", n=400), data.load("digits", "val"), config, Path(sys.argv[1]),
+    say=lambda line: print(line, flush=True))
+torch.save(net.state_dict(), sys.argv[2])
+"""
+
+
+def child(tmp_path, name):
+    tests = os.path.dirname(__file__)
+    command = [sys.executable, "-c", CHILD.format(tests=tests), str(tmp_path / name), str(tmp_path / f"{name}.pt")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_and_restarted_ends_bit_identical(tmp_path):
+    whole = child(tmp_path, "whole")
+    assert whole.communicate(timeout=120)[0].count("validation") == 5
+    broken = child(tmp_path, "broken")
+    for line in broken.stdout:
+        if line.startswith("epoch 2/"):
+            time.sleep(0.05)  # somewhere inside epoch 3
+            broken.send_signal(signal.SIGKILL)
+            break
+    broken.wait()
+    broken.stdout.close()
+    assert not (tmp_path / "broken.pt").exists()
+    resumed = child(tmp_path, "broken")
+    assert "resumed after epoch" in resumed.communicate(timeout=120)[0]
+    a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "broken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    log = [json.loads(line) for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2, 3, 4, 5]
+
+
+def test_a_folder_of_another_run_is_refused(splits, tmp_path):
+    fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1), tmp_path, say=None)
+    with pytest.raises(ValueError, match=r"lr: 0\.05 then, 0\.07 now"):
+        fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1, lr=0.07), tmp_path, say=None)
+
+
+def test_a_damaged_state_says_what_to_delete(splits, tmp_path):
+    fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1), tmp_path, say=None)
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="delete"):
+        fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1), tmp_path, say=None)
+
+
+def test_divergence_names_epoch_and_rate(splits):
+    with pytest.raises(FloatingPointError, match=r"epoch 1 at learning rate .*lower config\.lr"):
+        fit(small_net(), *splits, dataclasses.replace(CONFIG, lr=1e20), say=None)
+
+
+def test_best_epoch_is_chosen_on_validation(splits):
+    net = small_net()
+    config = dataclasses.replace(CONFIG, epochs=4, lr=0.4, schedule="step", milestones=(), keep="best_val")
+    result = fit(net, *splits, config, say=None)
+    best = max(row["val_acc_pct"] for row in result.history)
+    assert result.val_acc_pct == best == evaluate(net, splits[1]).acc_pct
+
+
+def test_schedules_against_closed_forms():
+    cosine = TrainConfig(epochs=10, lr=1.0, warmup_epochs=1)
+    assert lr_factor(9, 10, cosine) == pytest.approx(10 / 11)
+    assert lr_factor(10, 10, cosine) == 1.0
+    assert lr_factor(55, 10, cosine) == pytest.approx(0.5)
+    assert lr_factor(99, 10, cosine) == pytest.approx(0.5 * (1 - math.cos(math.pi / 90)), rel=1e-6)
+    step = TrainConfig(epochs=10, lr=1.0, schedule="step")
+    assert [lr_factor(i, 10, step) for i in (49, 50, 75)] == pytest.approx([1, 0.1, 0.01])
+    one = TrainConfig(epochs=10, lr=1.0, schedule="one_cycle")
+    assert lr_factor(0, 10, one) < 0.05 < lr_factor(29, 10, one) <= lr_factor(30, 10, one) == 1.0
+
+
+def test_no_weight_decay_on_norms_and_biases():
+    groups = parameter_groups(small_net(), CONFIG)
+    decayed = [p.ndim for g in groups for p in g["params"] if g["weight_decay"] > 0]
+    assert decayed == [4, 2]
+    assert sum(len(g["params"]) for g in groups) == 6
+
+
+def test_a_module_states_its_own_settings():
+    class Clip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.alpha = nn.Parameter(torch.tensor(6.0))
+
+        def parameter_settings(self):
+            return {"alpha": {"lr_factor": 0.1, "weight_decay": 0.03}}
+
+    groups = sgd(nn.Sequential(nn.Linear(2, 2), Clip()), CONFIG).param_groups
+    assert [(g["lr_factor"], g["weight_decay"]) for g in groups if g["params"][0].ndim == 0] == [(0.1, 0.03)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("schedule", "cosin"), ("precision", "fp8"), ("epochs", 0), ("keep", "test")]
+)
+def test_bad_configuration_names_the_key(key, value):
+    with pytest.raises(ValueError, match=f"TrainConfig.{key}="):
+        dataclasses.replace(CONFIG, **{key: value})
+
+
+def test_recipes_know_their_names():
+    assert recipe("resnet20", "full", seed=2)[1].seed == 2
+    assert recipe("resnet20", "smoke")[2] == 500
+    with pytest.raises(ValueError, match="did you mean 'resnet20'"):
+        recipe("resnet", "full")
+    with pytest.raises(ValueError, match="unknown profile"):
+        recipe("resnet20", "fast")
