@@ -1,0 +1,33 @@
+"""Quantizers: pure functions on the affine grid (``affine``), and one small module per published method.
+
+``weight_quantizer(method, bits)`` and ``act_quantizer(method, bits, signed=...)`` build them by name. Each module
+trains on a grid that it can name exactly: ``q(x) == grid.scale * (q.to_int(x) - grid.zero_point)``, bit for bit.
+"""
+from hq_lib.quantizers.affine import (
+    Grid,
+    affine_from_range,
+    dequantize,
+    fake_quantize,
+    integer_range,
+    quantize_to_int,
+    round_ste,
+    symmetric_from_range,
+)
+from hq_lib.quantizers.base import Quantizer, Tag
+from hq_lib.quantizers.build import ACT_METHODS, FLOAT_BITS, WEIGHT_METHODS, act_quantizer, weight_quantizer
+from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
+from hq_lib.quantizers.dsq import DSQ, dsq_alpha_from_slope, dsq_quantize, dsq_slope, dsq_soft
+from hq_lib.quantizers.fusion import enable_fusion_, fusion_status
+from hq_lib.quantizers.groups import parameter_groups, parameter_tags
+from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
+from hq_lib.quantizers.minmax import MinMaxAct, MinMaxWeight
+from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
+from hq_lib.quantizers.staircase import Slope, staircase
+
+__all__ = [
+    "ACT_METHODS", "DSQ", "FLOAT_BITS", "LSQ", "MPACT", "PACT", "WEIGHT_METHODS", "DoReFaAct", "DoReFaHardwareWeight",
+    "DoReFaWeight", "FixedMPACT", "Grid", "LSQPlusAct", "LSQPlusWeight", "MinMaxAct", "MinMaxWeight", "Quantizer",
+    "Slope", "Tag", "act_quantizer", "affine_from_range", "dequantize", "dsq_alpha_from_slope", "dsq_quantize",
+    "dsq_slope", "dsq_soft", "enable_fusion_", "fake_quantize", "fusion_status", "integer_range", "parameter_groups",
+    "parameter_tags", "quantize_to_int", "round_ste", "staircase", "symmetric_from_range", "weight_quantizer",
+]

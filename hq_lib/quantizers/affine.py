@@ -1,0 +1,182 @@
+"""Pure functions between real tensors, integers, and the affine grid that joins them.
+
+Symbols (Nagel et al. 2021, arXiv:2106.08295, section 2.2.1): ``scale`` s, real units per integer; ``zero_point`` z, the
+integer of real 0; ``x_int`` integers in ``[qmin, qmax]``; ``x_hat = s * (x_int - z)``. Signed 1 bit means ``{-s, +s}``.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MIN_SCALE = 1e-8
+"""Smallest scale in real units: an all-zero tensor gets this one, and stays all zero on every grid that has a zero."""
+MIN_BITS, MAX_BITS = 1, 16
+
+
+class Grid(NamedTuple):
+    """The exact levels of one quantized tensor: ``scale * (x_int - zero_point)``, x_int = qmin, qmin + step, ..., qmax.
+
+    ``scale`` is positive and broadcasts against the tensor: ``()`` per tensor, ``(C, 1, ...)`` per channel.
+    ``zero_point`` is integer-valued float32, of ``scale``'s shape or ``()``. ``step`` is 2 on grids whose real 0 lies
+    half-way between levels (DoReFa's, any signed 1 bit): there every second integer is unused, otherwise 1.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qmin: int
+    qmax: int
+    step: int = 1
+
+
+def check_bits(method: str, bits: int) -> int:
+    """Return ``bits`` if ``method`` can do them (1 to 16, an int), else raise ValueError naming both."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"{method} cannot do {bits!r} bits: give an int from {MIN_BITS} to {MAX_BITS} (32: float)")
+    return bits
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise ValueError if ``x`` is empty or holds NaN or Inf; ``what`` names its owner. Waits for the device."""
+    if x.numel() == 0:
+        raise ValueError(f"{what}: cannot fit a grid to an empty tensor of shape {tuple(x.shape)}")
+    n_bad = int((~torch.isfinite(x)).sum())
+    if n_bad:
+        raise ValueError(f"{what}: {n_bad} of {x.numel()} values are NaN or Inf; a grid needs finite data, "
+                         "so look at the layer before this one (learning rate, overflow) and fit again")
+
+
+def refuse_nan(x: Tensor) -> None:
+    """Raise ValueError if ``x`` holds NaN, which has no integer. Waits for the device."""
+    if torch.isnan(x).any():
+        raise ValueError("cannot turn NaN into an integer; check the tensor before it is quantized")
+
+
+def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int, int, int]:
+    """Return ``(qmin, qmax, step)`` of a ``bits``-bit integer grid with zero point 0.
+
+    Unsigned: (0, 2^b - 1, 1). Signed: (-2^(b-1), 2^(b-1) - 1, 1), or with ``narrow`` the symmetric
+    (-(2^(b-1) - 1), 2^(b-1) - 1, 1). Signed 1 bit is always (-1, 1, 2): the two levels -scale and +scale.
+    """
+    if not signed:
+        return 0, 2**bits - 1, 1
+    if bits == 1:
+        return -1, 1, 2
+    qmax = 2 ** (bits - 1) - 1
+    return -qmax - (not narrow), qmax, 1
+
+
+def affine_from_range(low: Tensor, high: Tensor, *, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """Return ``(scale, zero_point)`` of the grid that covers ``[low, high]`` and holds real 0 exactly.
+
+        s = (max(high, 0) - min(low, 0)) / (qmax - qmin),   z = clip(qmin - round(min(low, 0) / s), qmin, qmax)
+
+    (ALGORITHMS: asymmetric row; Jacob et al. 2018, eq. 1.) ``low``, ``high``: real units, any equal shape; results
+    have that shape. The range is widened to hold 0, and s >= MIN_SCALE.
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = ((high - low) / (qmax - qmin)).clamp(min=MIN_SCALE)
+    return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+
+
+def levels_from_range(
+    low: Tensor, high: Tensor, *, n_steps: int, half_steps: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return ``(delta, zero)``: step in real units and position of real 0 in steps, for levels delta * (k - zero).
+
+        delta = (high - low) / n_steps,   zero = clip(round(-low / delta), 0, n_steps),   k = 0 ... n_steps
+
+    ``low`` <= 0 <= ``high``, real units, equal shapes. ``half_steps`` rounds zero to multiples of 1/2, so that real 0
+    may lie half-way between two levels. The range moves by at most half a step (a quarter with ``half_steps``).
+    """
+    delta = ((high - low) / n_steps).clamp(min=MIN_SCALE)
+    per_step = 2.0 if half_steps else 1.0
+    zero = torch.round(-low / delta * per_step) / per_step
+    return delta, zero.clamp(min=0.0, max=float(n_steps))
+
+
+def symmetric_from_range(max_abs: Tensor, *, qmax: int) -> Tensor:
+    """Return the scale ``max_abs / qmax`` (real units, shape of ``max_abs``), at least MIN_SCALE; zero point is 0."""
+    return (max_abs / qmax).clamp(min=MIN_SCALE)
+
+
+def channel_dims(x: Tensor, axis: int | None) -> tuple[int, ...]:
+    """Return the dimensions of ``x`` that share one scale: all of them, or all but ``axis``."""
+    return tuple(d for d in range(x.ndim) if axis is None or d != axis % x.ndim)
+
+
+def min_max(x: Tensor, *, axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest value of ``x``: ``()`` each, or per channel of ``axis`` (broadcastable)."""
+    keep = axis is not None
+    dims = channel_dims(x, axis)
+    return x.amin(dims, keepdim=keep), x.amax(dims, keepdim=keep)
+
+
+def max_abs(x: Tensor, *, axis: int | None = None) -> Tensor:
+    """Return the largest magnitude in ``x``: ``()``, or per channel of ``axis`` in a shape that broadcasts to ``x``."""
+    return x.abs().amax(channel_dims(x, axis), keepdim=axis is not None)
+
+
+def mean_abs(x: Tensor, *, axis: int | None = None) -> Tensor:
+    """Return the mean magnitude of ``x``: ``()``, or per channel of ``axis`` in a shape that broadcasts to ``x``."""
+    return x.abs().mean(channel_dims(x, axis), keepdim=axis is not None)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the backward pass is the identity (straight-through). The sum is exact in floating point."""
+    return x + (torch.round(x) - x).detach()
+
+
+def snap(v: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+    """Round ``v`` (in steps) to the nearest of ``{..., offset - 1, offset, offset + 1, ...}``, ties to even indices."""
+    return torch.round(v - offset) + offset
+
+
+def snap_to_levels(x: Tensor, delta: Tensor, zero: Tensor, *, n_steps: int) -> Tensor:
+    """Return ``x`` (*shape) at the nearest of the levels delta * (k - zero), k = 0 ... n_steps; for fits."""
+    low = -zero
+    return delta * snap(torch.clamp(x / delta, low, n_steps - zero), low - torch.floor(low))
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | float, *, qmin: int, qmax: int
+) -> Tensor:
+    """Snap ``x`` to an integer grid and return it in its own real units.
+
+        x_int = clip(round(x / s) + z, qmin, qmax)      Nagel et al. 2021, eq. 4, any [qmin, qmax]
+        x_hat = s * (x_int - z)                         eq. 6
+
+    This is the composed form, the reference of ``staircase``, which computes the same values and gradients faster.
+
+    Args:
+        x: (*shape), real units.
+        scale: real units per integer, > 0; broadcasts against ``x``: ``()`` per tensor, ``(C, 1, 1, 1)`` per channel.
+        zero_point: integer of real 0, integer-valued; a number or of ``scale``'s shape.
+        qmin, qmax: grid ends, inclusive; (-8, 7) is signed 4 bit.
+
+    Returns:
+        (*shape), real units; at most qmax - qmin + 1 distinct values per channel. NaN stays NaN.
+
+    Gradient:
+        d x_hat / d x is 1 where round(x / s) + z lies in [qmin, qmax] and 0 where it was clipped. ``scale`` gets
+        round(x / s) - x / s inside and x_int - z outside (LSQ's gradient without its factor g).
+    """
+    x_int = torch.clamp(round_ste(x / scale) + zero_point, qmin, qmax)
+    return scale * (x_int - zero_point)
+
+
+def quantize_to_int(x: Tensor, grid: Grid) -> Tensor:
+    """Return the int32 integers of ``x`` on ``grid``: clip(round_half_even(x / s) + z, qmin, qmax), for any step.
+
+    ``x``: (*shape), real units. NaN has no integer: it raises ValueError.
+    """
+    refuse_nan(x)
+    low, high = (grid.qmin - grid.zero_point) / grid.step, (grid.qmax - grid.zero_point) / grid.step
+    steps = snap(torch.clamp(x.detach() / (grid.scale * grid.step), low, high), low - torch.floor(low))
+    return (steps * grid.step + grid.zero_point).to(torch.int32)
+
+
+def dequantize(x_int: Tensor, grid: Grid) -> Tensor:
+    """Return the real values ``scale * (x_int - zero_point)``, float32, of integers ``x_int`` (*shape) on ``grid``."""
+    return grid.scale * (x_int.to(grid.scale.dtype) - grid.zero_point)

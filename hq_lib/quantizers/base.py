@@ -1,0 +1,157 @@
+"""What every quantizer module owes: a forward pass on a grid it can name, integers on that grid, and a first fit.
+
+The promise, tested for each method in float32: after ``x_hat = q(x)``, with ``grid = q.grid()``,
+``x_hat == grid.scale * (q.to_int(x) - grid.zero_point)`` to the last bit.
+"""
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hq_lib.quantizers.affine import Grid, check_bits, check_finite, quantize_to_int
+
+Role = Literal["weight", "act"]
+
+
+class Tag(NamedTuple):
+    """How an optimiser should treat one learned quantizer parameter (see ``parameter_groups``)."""
+
+    lr_factor: float
+    """Learning rate relative to the weights'."""
+    decay: bool
+    """Whether the weights' decay applies too."""
+
+
+class Quantizer(nn.Module):
+    """Abstract: a differentiable map of real tensors onto a grid. Subclasses name the method.
+
+    A weight quantizer fits itself on its first use. An activation quantizer fits itself on its first *training* batch
+    and raises RuntimeError when it is evaluated before that. NaN and Inf raise ValueError in every fit; later, forward
+    propagates NaN and clips Inf (a grid that follows its tensor becomes NaN or Inf with it). The state dict remembers
+    the fit and refuses other bits.
+    """
+
+    method: ClassVar[str] = ""
+    """Name of the method, as in ``weight_quantizer`` and ``act_quantizer``."""
+    tags: ClassVar[dict[str, Tag]] = {}
+    """Parameter name to optimiser treatment; every learned parameter has one."""
+    initialised: Tensor
+    spec: Tensor
+
+    def __init__(self, bits: int, *, signed: bool, axis: int | None, role: Role) -> None:
+        """Remember ``bits`` (1 to 16), ``signed`` (the data has negative values), ``axis`` (None per tensor, else the
+        channel axis) and ``role``. Raises ValueError for other bits, naming the method."""
+        super().__init__()
+        if role not in ("weight", "act"):
+            raise ValueError(f"role is {role!r}: a quantizer is for 'weight' or 'act'")
+        self.bits, self.signed, self.axis, self.role = check_bits(self.method, bits), signed, axis, role
+        self.enabled = True
+        """False makes forward the identity (for calibration); to_int and grid still answer."""
+        self._ready = False
+        self.register_buffer("initialised", torch.tensor(False))
+        self.register_buffer("spec", torch.tensor([bits, int(signed)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the grid: (*shape), real units, ``x``'s dtype; the gradient is the method's own."""
+        if not self.enabled:
+            return x
+        self.make_ready(x)
+        return self._quantize(x)
+
+    def to_int(self, x: Tensor) -> Tensor:
+        """Return the int32 integers of ``x`` (*shape), the *real* tensor that forward takes (a weight before tanh).
+
+        Raises ValueError for NaN. Where the grid follows the data (a weight's maximum), ``grid()`` is the grid of the
+        tensor that came last, here or in forward.
+        """
+        self.make_ready(x)
+        return self._to_int(x.detach())
+
+    def integers(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Return ``(to_int(x), grid())``, certain to belong together."""
+        x_int = self.to_int(x)
+        return x_int, self.grid()
+
+    def grid(self) -> Grid:
+        """Return the exact grid, detached. Raises RuntimeError before the first fit."""
+        if not self._ready:
+            raise RuntimeError(f"{self}: no grid yet; call init_from(tensor) or run one training batch first")
+        with torch.no_grad():
+            grid = self._grid()
+        return grid._replace(scale=grid.scale.detach().clone(), zero_point=grid.zero_point.detach().clone())
+
+    def init_from(self, x: Tensor) -> None:
+        """Fit the grid to ``x`` (*shape, real units), forgetting any earlier fit.
+
+        Raises ValueError if ``x`` is empty or holds NaN or Inf.
+        """
+        check_finite(x, str(self))
+        with torch.no_grad():
+            self._fit(x.detach().float())
+        self.initialised.fill_(True)
+        self._ready = True
+
+    def make_ready(self, x: Tensor) -> None:
+        """Fit to ``x`` on the first use only; RuntimeError for an activation in eval mode."""
+        if self._ready:
+            return
+        if self.role == "act" and not self.training:
+            raise RuntimeError(f"{self} was never fitted: run one batch in training mode, or call init_from(batch), "
+                               "before evaluating")
+        _first_fit(self, x)
+
+    def extra_repr(self) -> str:
+        """Return bits, sign, axis and role for ``print``."""
+        return f"{self.bits} bit, signed={self.signed}, axis={self.axis}, role={self.role}"
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _to_int(self, x: Tensor) -> Tensor:
+        return quantize_to_int(x, self._grid())
+
+    def _grid(self) -> Grid:
+        raise NotImplementedError
+
+    def _fit(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        theirs = state_dict.get(prefix + "spec")
+        if theirs is not None and theirs.tolist() != self.spec.tolist():
+            raise ValueError(f"{prefix}: the state holds a quantizer of {theirs[0]} bits, signed={bool(theirs[1])}, "
+                             f"this one is {self}; build the net with the policy it was trained with")
+        for name, own in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != own.shape and own.ndim == 0:
+                own.data = own.data.new_empty(saved.shape)  # a per-channel grid that was not fitted here yet
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._ready = bool(self.initialised)
+
+
+@torch.compiler.disable
+def _first_fit(quantizer: Quantizer, x: Tensor) -> None:
+    quantizer.init_from(x)
+
+
+def positive(value: Tensor, *, floor: float) -> Tensor:
+    """Return ``max(|value|, floor)``: a learned size that crosses 0 is reflected, gradient included."""
+    return value.abs().clamp(min=floor)
+
+
+class _GradientFactor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(value: Tensor, factor: float) -> Tensor:
+    """Return ``value`` unchanged to the last bit; its gradient is multiplied by ``factor``."""
+    return _GradientFactor.apply(value, factor)

@@ -1,0 +1,96 @@
+"""Quantizers by method name and bits: the two functions that a bit policy calls."""
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from hq_lib.quantizers.base import Quantizer
+from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
+from hq_lib.quantizers.dsq import DSQ
+from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
+from hq_lib.quantizers.minmax import MinMaxAct, MinMaxWeight
+from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
+
+FLOAT_BITS = 32
+"""Bits that mean "leave it float"."""
+
+WEIGHT_METHODS: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]] = {
+    "minmax": (MinMaxWeight, {}),
+    "dorefa": (DoReFaWeight, {}),
+    "dorefa_hw": (DoReFaHardwareWeight, {}),
+    "pact": (DoReFaWeight, {}),
+    "mpact": (DoReFaHardwareWeight, {}),
+    "lsq": (LSQ, {"role": "weight"}),
+    "lsq_plus": (LSQPlusWeight, {}),
+    "dsq": (DSQ, {"role": "weight"}),
+}
+"""Weight quantizer of each method. PACT is about activations and takes DoReFa's weights, mPACT the hardware form."""
+
+ACT_METHODS: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]] = {
+    "minmax": (MinMaxAct, {}),
+    "dorefa": (DoReFaAct, {}),
+    "dorefa_hw": (DoReFaAct, {}),
+    "pact": (PACT, {}),
+    "mpact": (MPACT, {}),
+    "lsq": (LSQ, {"role": "act"}),
+    "lsq_plus": (LSQPlusAct, {}),
+    "dsq": (DSQ, {"role": "act"}),
+}
+"""Activation quantizer of each method."""
+
+
+def weight_quantizer(
+    method: str, bits: int, *, axis: int | None = 0, signed: bool = True, **options: Any
+) -> Quantizer | None:
+    """Return a weight quantizer, or None for 32 bits (float).
+
+    Args:
+        method: a key of WEIGHT_METHODS; "ste" is "minmax".
+        bits: 1 to 16, or 32.
+        axis: 0 for a scale per output channel, None for one per tensor (what the papers of DoReFa, PACT, LSQ, DSQ do).
+        signed: False for an asymmetric grid (min-max) or weights that are never negative.
+        options: keyword options of the method's class.
+
+    Raises ValueError, naming the method and the nearest valid name, for an unknown method or option and for other bits.
+    """
+    return _build(WEIGHT_METHODS, "weight", method, bits, {"axis": axis, "signed": signed, **options})
+
+
+def act_quantizer(method: str, bits: int, *, signed: bool, **options: Any) -> Quantizer | None:
+    """Return an activation quantizer (one grid per tensor), or None for 32 bits (float).
+
+    Args:
+        method: a key of ACT_METHODS; "ste" is "minmax". "mpact" with ``clip=S`` is its fixed form.
+        bits: 1 to 16, or 32.
+        signed: whether the tensor has negative values. An unsigned quantizer clips them to 0, as a ReLU does.
+        options: keyword options of the method's class.
+
+    Raises ValueError, naming the method and the nearest valid name, for an unknown method or option and for other bits.
+    """
+    if method == "mpact" and "clip" in options:
+        return _build({"mpact": (FixedMPACT, {})}, "activation", method, bits, {"signed": signed, **options})
+    return _build(ACT_METHODS, "activation", method, bits, {"signed": signed, **options})
+
+
+def _build(
+    methods: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]], what: str, method: str, bits: int,
+    options: dict[str, Any],
+) -> Quantizer | None:
+    key = "minmax" if method == "ste" else method
+    if key not in methods:
+        raise ValueError(f"unknown {what} method {method!r}{_nearest(method, methods)}; there are {', '.join(methods)}")
+    if bits == FLOAT_BITS:
+        return None
+    make, fixed = methods[key]
+    known = set(inspect.signature(make).parameters) - {"bits", "role"}
+    for name in set(options) - known:
+        raise ValueError(f"{what} method {method!r} has no option {name!r}{_nearest(name, known)}; "
+                         f"it takes {', '.join(sorted(known))}")
+    return make(bits, **fixed, **options)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

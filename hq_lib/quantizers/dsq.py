@@ -1,0 +1,182 @@
+"""DSQ (Gong et al. 2019, arXiv:1908.05033): a hard staircase forward, the slope of a soft one backward.
+
+With Delta = (u - l) / N, N = 2^b - 1, t = (x - l) / Delta, i = floor(t), f = t - i - 1/2 (all in steps):
+
+    phi = tanh(c f) / tanh(c / 2)                          eq. 4 and 5, with c = k Delta
+    soft = l + Delta (i + (phi + 1) / 2),   hard = l + Delta (i + (sgn(phi) + 1) / 2)          eq. 6 and 7
+    dsq_alpha = 1 - tanh(c / 2),  so  c = ln(2 / dsq_alpha - 1)          eq. 8 and 9; 0 is hard, 0.5 nearly linear
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hq_lib.quantizers.affine import Grid, levels_from_range, snap_to_levels
+from hq_lib.quantizers.base import Quantizer, Role, Tag, scale_gradient
+from hq_lib.quantizers.fusion import Fused, flat, unflat, worth_fusing
+from hq_lib.quantizers.ranges import best_shrink, widest_range
+from hq_lib.quantizers.staircase import forward_kernel
+
+ALPHA_MIN, ALPHA_MAX = 1e-3, 0.5
+"""Open ends of the learned dsq_alpha; the paper has 0 and 0.5, and 0 would make the slope infinite."""
+HALF_STEP_BITS = 4
+"""Up to these bits weights may put real 0 half-way between levels (their storage still fits int8)."""
+
+
+def dsq_slope(dsq_alpha: Tensor) -> Tensor:
+    """Return c = ln(2 / alpha - 1), the slope parameter in steps, for ``dsq_alpha`` in (0, 1) (eq. 9, c = k Delta)."""
+    return torch.log(2.0 / dsq_alpha - 1.0)
+
+
+def dsq_alpha_from_slope(slope: Tensor) -> Tensor:
+    """Return alpha = 1 - tanh(c / 2) of the slope ``c`` > 0: the inverse of ``dsq_slope`` (eq. 8)."""
+    return 1.0 - torch.tanh(slope / 2.0)
+
+
+def dsq_soft(x: Tensor, low: Tensor, high: Tensor, dsq_alpha: Tensor, *, bits: int) -> Tensor:
+    """Return the soft staircase: (*shape), real units, differentiable by autograd in all four tensors (eq. 6).
+
+    ``low`` < ``high`` in real units and ``dsq_alpha`` in (0, 1) broadcast against ``x``. Outside, x is clipped.
+    The reference of ``dsq_quantize``'s gradient and the curve of fig_dsq_curve; training does not call it.
+    """
+    n = 2**bits - 1
+    delta, c = (high - low) / n, dsq_slope(dsq_alpha)
+    cell = torch.floor((x - low) / delta).detach().clamp(0, n - 1)
+    phi = torch.tanh(c * ((x - low) / delta - cell - 0.5)) / torch.tanh(c / 2.0)
+    soft = low + delta * (cell + (phi + 1.0) / 2.0)
+    return torch.where(x < low, low, torch.where(x > high, high, soft))
+
+
+def _backward(
+    grad: Tensor, x: Tensor, delta: Tensor, zero: Tensor, c: Tensor, n: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x and, summed, of low, high and c (ALGORITHMS section 4, in closed form)."""
+    position = x / delta + zero
+    t = torch.minimum(torch.clamp(position, min=0.0), n)
+    cell = torch.minimum(torch.floor(t), n - 1.0)
+    f = t - cell - 0.5
+    tanh_f, tanh_half = torch.tanh(c * f), torch.tanh(c / 2.0)
+    sech2_f = 1.0 - tanh_f * tanh_f
+    slope = torch.where(position == t, c * sech2_f / (2.0 * tanh_half), 0.0)
+    d_high = (cell + 0.5 + tanh_f / (2.0 * tanh_half) - slope * t) / n
+    d_low = 1.0 - slope - d_high
+    d_c = f * sech2_f / tanh_half - 0.5 * tanh_f * (1.0 - tanh_half * tanh_half) / (tanh_half * tanh_half)
+    d_c = 0.5 * delta * d_c
+    return grad * slope, _sum_to(grad * d_low, delta), _sum_to(grad * d_high, delta), (grad * d_c).sum()
+
+
+def _sum_to(values: Tensor, like: Tensor) -> Tensor:
+    return values.sum() if like.ndim == 0 else values.sum_to_size(like.shape)
+
+
+backward_kernel = Fused(_backward)
+
+
+class _HardForwardSoftBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: Tensor, high: Tensor, c: Tensor, delta: Tensor, zero: Tensor, n: Tensor, odd: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, delta, zero, c, n)
+        if delta.ndim == 0 and worth_fusing(x):
+            return unflat(forward_kernel.compiled(flat(x), delta, -zero, n - zero, odd), x)
+        return forward_kernel(x, delta, -zero, n - zero, odd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        if rest[0].ndim == 0 and worth_fusing(x):
+            grad_x, *sums = backward_kernel.compiled(flat(grad, x), flat(x), *rest)
+            return unflat(grad_x, x), *sums, None, None, None, None
+        return *backward_kernel(grad, x, *rest), None, None, None, None
+
+
+def dsq_quantize(x: Tensor, low: Tensor, high: Tensor, dsq_alpha: Tensor, *, bits: int) -> Tensor:
+    """Return ``x`` on the hard grid ``low + i (high - low) / N``, i = 0 ... N (eq. 7): (*shape), real units.
+
+    Gradient: that of ``dsq_soft`` in x, low, high and dsq_alpha, in closed form; the sign is straight-through.
+    ``low`` < ``high`` (same shape, ``()`` or per channel) in real units; ``dsq_alpha`` (), in (0, 1).
+    """
+    n = x.new_tensor(float(2**bits - 1))
+    delta = ((high - low) / n).detach()
+    zero = (-low / delta).detach()
+    return _HardForwardSoftBackward.apply(x, low, high, dsq_slope(dsq_alpha), delta, zero, n, True)
+
+
+class DSQ(Quantizer):
+    """Weights or activations through DSQ, with learned bounds and a learned dsq_alpha per layer.
+
+    Gradient: as ``dsq_quantize``; the bounds' and dsq_alpha's times 1 / sqrt(n N) as LSQ's step (n: elements that
+    share a bound, without the batch), so that one learning rate serves all layers (``grad_scale=False``: bare sums).
+
+    Departures: (1) the bounds are kept at low <= 0 <= high by reflection and moved, straight-through, by at most half
+    a step (quarter with half steps) so that real 0 is a level: zero padding stays exact and the grid runs on integers.
+    Weights up to HALF_STEP_BITS bits may instead have 0 half-way between levels, as the paper's symmetric grids do
+    (then Grid.step = 2). (2) unsigned data have low = 0, fixed. (3) the bounds start where the squared error is least.
+    (4) dsq_alpha = 0.001 + 0.499 sigmoid(raw), from 0.2. 1 bit has two levels, N = 1.
+    """
+
+    method = "dsq"
+    tags: ClassVar[dict[str, Tag]] = {
+        "low": Tag(lr_factor=1.0, decay=False), "high": Tag(lr_factor=1.0, decay=False),
+        "dsq_alpha_raw": Tag(lr_factor=1.0, decay=False),
+    }
+    n: Tensor
+
+    def __init__(
+        self, bits: int, *, signed: bool, axis: int | None = None, role: Role, dsq_alpha: float = 0.2,
+        grad_scale: bool = True,
+    ) -> None:
+        """``dsq_alpha``: first value, in (0.001, 0.5). ``axis``: 0 for bounds per channel (dsq_alpha stays one)."""
+        super().__init__(bits, signed=signed, axis=axis, role=role)
+        if not ALPHA_MIN < dsq_alpha < ALPHA_MAX:
+            raise ValueError(f"dsq: dsq_alpha is {dsq_alpha}; it lies strictly between {ALPHA_MIN} and {ALPHA_MAX}")
+        share = (dsq_alpha - ALPHA_MIN) / (ALPHA_MAX - ALPHA_MIN)
+        self.grad_scale = grad_scale
+        self.half_steps = signed and (bits == 1 or (role == "weight" and bits <= HALF_STEP_BITS))
+        self.low = nn.Parameter(torch.tensor(-1.0 if signed else 0.0), requires_grad=signed)
+        self.high = nn.Parameter(torch.tensor(1.0))
+        self.dsq_alpha_raw = nn.Parameter(torch.tensor(math.log(share / (1.0 - share))))
+        self.register_buffer("n", torch.tensor(float(2**bits - 1)), persistent=False)
+
+    def dsq_alpha(self) -> Tensor:
+        """Return the characteristic dsq_alpha: (), in (0.001, 0.5), differentiable; 0 is a hard staircase."""
+        return ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * torch.sigmoid(self.dsq_alpha_raw)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Return the learned (low, high), low <= 0 <= high, real units, before real 0 is put on the grid."""
+        return -self.low.abs(), self.high.abs()
+
+    def _delta_and_zero(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return levels_from_range(low, high, n_steps=2**self.bits - 1, half_steps=self.half_steps)
+
+    def _grid(self) -> Grid:
+        delta, zero = self._delta_and_zero(*self.bounds())
+        step = 2 if self.half_steps else 1
+        return Grid(delta / step, zero * step, 0, step * (2**self.bits - 1), step)
+
+    def _factor(self, x: Tensor) -> float:
+        n = x.numel() if self.axis is None else x.numel() // x.shape[self.axis]
+        n = max(1, n // x.shape[0]) if self.role == "act" and x.ndim > 1 and self.axis != 0 else n
+        return 1.0 / math.sqrt(n * (2**self.bits - 1)) if self.grad_scale else 1.0
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        low, high = (scale_gradient(bound, self._factor(x)) for bound in self.bounds())
+        c = dsq_slope(scale_gradient(self.dsq_alpha(), self._factor(x)))
+        delta, zero = self._delta_and_zero(low.detach(), high.detach())
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        args = (values, low, high, c, delta, zero, self.n, self.half_steps)
+        return _HardForwardSoftBackward.apply(*args).to(x.dtype)
+
+    def _fit(self, x: Tensor) -> None:
+        low, high = widest_range(x, signed=self.signed, axis=self.axis)
+        if self.bits == 1 and self.signed:
+            low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+        self.low.data, self.high.data = best_shrink(x, low, high, self._on_range, axis=self.axis)
+
+    def _on_range(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        delta, zero = self._delta_and_zero(low, high)
+        return snap_to_levels(x, delta, zero, n_steps=2**self.bits - 1)

@@ -1,0 +1,136 @@
+"""LSQ (Esser et al. 2020, arXiv:1902.08153) and LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576): the step is learned."""
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hq_lib.quantizers.affine import MIN_SCALE, Grid, integer_range, levels_from_range, mean_abs, snap_to_levels
+from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
+from hq_lib.quantizers.ranges import IDLE_CLIP, best_shrink, three_sigma, widest_range
+from hq_lib.quantizers.staircase import Slope, staircase
+
+
+class LSQ(Quantizer):
+    """Weights or activations on a zero-centred grid with a learned step s.
+
+        x_hat = s round(clip(x / s, qmin, qmax))                                    eq. 1 and 2
+        signed: qmin = -2^(b-1), qmax = 2^(b-1) - 1;  unsigned: 0, 2^b - 1;  signed 1 bit: {-s, +s}
+
+    Gradient: dx = 1 where qmin <= x/s < qmax, else 0 (eq. 5); ds = round(x/s) - x/s inside, qmin below, qmax above
+    (eq. 3), times g = 1 / sqrt(n qmax), n the weights per step or the features of one sample (section 2.2).
+
+    s starts at 2 E|x| / sqrt(qmax) (section 2.1), from the weight or the first training batch; 1 signed bit at E|x|.
+    All zero: s as for |x| = IDLE_CLIP, the outputs stay 0. A step that crosses 0 counts as |s|.
+    Departure: per-channel steps (``axis=0``), the paper has one per layer.
+    """
+
+    method = "lsq"
+    slope = Slope.LSQ
+    tags: ClassVar[dict[str, Tag]] = {"step_size": Tag(lr_factor=1.0, decay=False)}
+    ends: Tensor
+    zero: Tensor
+
+    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, role: Role) -> None:
+        """``axis``: None for one step per tensor, 0 for one per channel."""
+        super().__init__(bits, signed=signed, axis=axis, role=role)
+        self.qmin, self.qmax, self.step = integer_range(bits, signed=signed)
+        self.step_size = nn.Parameter(torch.tensor(1.0))
+        ends = (self.qmin / self.step, self.qmax / self.step)
+        self.register_buffer("ends", torch.tensor(ends), persistent=False)
+        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+
+    def gradient_factor(self, x: Tensor) -> float:
+        """Return g = 1 / sqrt(n qmax), n the elements that share a step, without the batch for activations."""
+        n = x.numel() if self.axis is None else x.numel() // x.shape[self.axis]
+        if self.role == "act":
+            n = max(1, n // x.shape[0]) if x.ndim > 1 and self.axis != 0 else n
+        return 1.0 / math.sqrt(n * self.qmax)
+
+    def _scale(self) -> Tensor:
+        return positive(self.step_size, floor=MIN_SCALE)
+
+    def _zero(self) -> Tensor:
+        return self.zero
+
+    def _grid(self) -> Grid:
+        return Grid(self._scale(), self._zero(), self.qmin, self.qmax, self.step)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        g = self.gradient_factor(x)
+        delta = scale_gradient(self._scale(), g) * self.step
+        zero = scale_gradient(self._zero(), g) / self.step
+        return staircase(x, delta, zero, self.ends, odd=self.step == 2, slope=self.slope)
+
+    def _fit(self, x: Tensor) -> None:
+        size = mean_abs(x if self.signed else x.clamp(min=0.0), axis=self.axis)
+        size = torch.where(size > 0, size, torch.full_like(size, IDLE_CLIP))
+        factor = 1.0 if self.step == 2 else 2.0 / math.sqrt(self.qmax)
+        self.step_size.data = size * factor
+
+
+class LSQPlusWeight(LSQ):
+    """LSQ weights that start at s = max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1) (LSQ+, eq. 9); no offset.
+
+    Signed 1 bit starts at E|w|. Otherwise as LSQ.
+    """
+
+    method = "lsq_plus"
+
+    def __init__(self, bits: int, *, signed: bool = True, axis: int | None = None) -> None:
+        """``axis``: None for one step per tensor, 0 for one per channel."""
+        super().__init__(bits, signed=signed, axis=axis, role="weight")
+
+    def _fit(self, x: Tensor) -> None:
+        super()._fit(x)
+        if self.step == 1:
+            self.step_size.data = three_sigma(x, axis=self.axis) / (self.qmax + int(self.signed))
+
+
+class LSQPlusAct(LSQ):
+    """Activations with a learned step and, where signed, a learned offset beta in real units.
+
+        x_hat = s round(clip((x - beta) / s, 0, 2^b - 1)) + beta                     LSQ+ eq. 1, unsigned integers
+
+    with beta = -s z and z = round(-beta / s) an integer, so that real 0 is exact and the grid runs on integers
+    (departure: the paper leaves beta real). Gradient: ds as LSQ, d beta = 1 where clipped and 0 inside (eq. 5 and 6),
+    both times LSQ's g.
+    Signed 1 bit may have 0 half-way between its two levels. Unsigned data have beta = 0. Both start where the squared
+    error of the first batch is least.
+    """
+
+    method = "lsq_plus"
+    slope = Slope.LSQ_PLUS
+    tags: ClassVar[dict[str, Tag]] = {**LSQ.tags, "beta": Tag(lr_factor=1.0, decay=False)}
+
+    def __init__(self, bits: int, *, signed: bool, axis: int | None = None) -> None:
+        """``axis``: None; one grid per tensor."""
+        super().__init__(bits, signed=signed, axis=axis, role="act")
+        if axis is not None:
+            raise ValueError(f"lsq_plus activations have one grid per tensor: axis must be None, not {axis}")
+        self.half_steps = signed and bits == 1
+        self.step = 2 if self.half_steps else 1
+        self.n_steps = 2**bits - 1
+        self.qmin, self.qmax = 0, self.n_steps * self.step
+        self.ends = torch.tensor((0.0, float(self.n_steps)))
+        self.beta = nn.Parameter(torch.tensor(0.0), requires_grad=signed)
+
+    def _zero(self) -> Tensor:
+        position = -self.beta / self._scale()  # not detached: eq. 5 needs the path through z
+        return torch.round(position).clamp(0, self.qmax).detach() + (position - position.detach())
+
+    def _fit(self, x: Tensor) -> None:
+        low, high = widest_range(x, signed=self.signed)
+        if self.half_steps:
+            low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+        delta, zero = self._levels(*best_shrink(x, low, high, self._on_range))
+        self.step_size.copy_(delta / self.step)
+        self.beta.copy_(-delta * zero)
+
+    def _levels(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return levels_from_range(low, high, n_steps=self.n_steps, half_steps=self.half_steps)
+
+    def _on_range(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return snap_to_levels(x, *self._levels(low, high), n_steps=self.n_steps)

@@ -1,0 +1,91 @@
+"""PACT (Choi et al. 2018, arXiv:1805.06085) and seed 001's modified PACT: activations with a clip of their own."""
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hq_lib.quantizers.base import Tag
+from hq_lib.quantizers.clip import ClipQuantizer, FixedClip
+from hq_lib.quantizers.ranges import least_error_clip, percentile_clip
+from hq_lib.quantizers.staircase import Slope
+
+
+class PACT(ClipQuantizer):
+    """Activations with a learned clip alpha.
+
+        y = clip(x, 0, alpha),   y_hat = round(y (2^k - 1) / alpha) alpha / (2^k - 1)          eq. 1 and 2
+
+    Gradient (eq. 3): dx = 1 for 0 <= x < alpha, else 0; d alpha = sum of the gradients where x >= alpha. Inside the
+    clip alpha gets nothing: the rounding is ignored.
+
+    Departures: alpha is fitted to the first batch (the paper starts at 10; see ``init``); a negative
+    alpha counts as |alpha|; signed data are clipped to [-alpha, alpha] with d alpha = sum above - sum below, as the
+    paper's clip at 0 would act as a ReLU. The paper decays alpha like a weight: that is its tag, with a learning rate
+    of a tenth, since its gradient is a sum over all features.
+    """
+
+    method = "pact"
+    slope = Slope.PACT
+    tags: ClassVar[dict[str, Tag]] = {"alpha": Tag(lr_factor=0.1, decay=True)}
+
+    def __init__(
+        self, bits: int, *, signed: bool, axis: int | None = None, init: float | None = None,
+        percent: float | None = None,
+    ) -> None:
+        """``init``: first alpha in real units (the paper's 10, for training from scratch), no data needed.
+
+        None fits alpha to the first batch: at the smallest squared error, or at the ``percent`` (0 to 100) percentile.
+        """
+        super().__init__(bits, signed=signed, axis=axis)
+        if percent is not None and not 0.0 < percent <= 100.0:
+            raise ValueError(f"{self.method}: percent is {percent}; it lies in (0, 100]")
+        self.percent, self.init = percent, init
+        self.alpha = nn.Parameter(torch.tensor(1.0 if init is None else float(init)))
+        if init is not None:
+            self.initialised.fill_(True)
+            self._ready = True
+
+    def clip(self) -> Tensor:
+        """Return |alpha|: (), real units."""
+        return self.alpha.abs()
+
+    def _fit(self, x: Tensor) -> None:
+        if self.percent is not None:
+            self.alpha.copy_(percentile_clip(x, signed=self.signed, percent=self.percent))
+        else:
+            self.alpha.copy_(least_error_clip(x, self._grid()))
+
+
+class MPACT(PACT):
+    """Modified PACT of seed 001, its learned form: a signed symmetric clip [-alpha, alpha], wherever it stands.
+
+    2^(b-1) - 1 levels on each side, so linear outputs keep their negative part. After a ReLU half of the range is
+    idle, as in the seed; ``symmetric=False`` uses [0, alpha] there. Gradient: dx = 1 inside, d alpha = sum where
+    x >= alpha minus sum where x < -alpha. Decayed like PACT's (the seed adds 0.0002 alpha^2 to the loss besides).
+    """
+
+    method = "mpact"
+
+    def __init__(
+        self, bits: int, *, signed: bool = True, axis: int | None = None, init: float | None = None,
+        percent: float | None = None, symmetric: bool = True,
+    ) -> None:
+        """``init``, ``percent``: as PACT (the seed starts at 10). ``symmetric``: signed grid even for unsigned data."""
+        super().__init__(bits, signed=signed or symmetric, axis=axis, init=init, percent=percent)
+
+
+class FixedMPACT(FixedClip):
+    """Modified PACT of seed 001, its fixed form: scale by S, truncate, round, scale back, S fixed.
+
+        x_hat = S quantize_k(clip(x, 0, S) / S);   signed: [-S, S], 2^(k-1) - 1 levels on each side
+
+    The seed's values of S: 2, 4, 6 (MobileNetV2) and 10 (ToyNet), in real units. Gradient: 1 in the clip, 0 outside.
+    """
+
+    method = "mpact"
+
+    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, clip: float = 6.0) -> None:
+        """``clip``: S, real units, > 0."""
+        super().__init__(bits, signed=signed, axis=axis, clip=clip)
