@@ -240,6 +240,16 @@ def test_per_channel_search_is_a_loop_over_channels(axis):
         assert got.error[c].item() == pytest.approx(one.error.item())
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_broadcast_grid_meets_its_tensor(axis):
+    w = heavy_tailed(6, 5, 3, 3)
+    grid = observers.lp_search(w, bits=4, axis=axis).qparams
+    x_hat = _apply(w, grid.broadcast(4, axis))
+    for c in range(w.shape[axis]):
+        one = observers.QParams(grid.scale[c], grid.zero_point[c], grid.qmin, grid.qmax)
+        assert torch.equal(x_hat.select(axis, c), _apply(w.select(axis, c), one))
+
+
 def test_many_channels_are_searched_in_pieces(monkeypatch):
     w = heavy_tailed(40, 30)
     whole = observers.lp_search(w, bits=4, axis=0)

@@ -37,6 +37,12 @@ class QParams(NamedTuple):
     qmax: int
     """Highest grid index."""
 
+    def broadcast(self, n_dims: int, axis: int) -> "QParams":
+        """The same grid with scale and zero_point as (1, ..., C, ..., 1), C on ``axis``, to meet a tensor of ``n_dims``."""
+        shape = [1] * n_dims
+        shape[axis] = -1
+        return self._replace(scale=self.scale.reshape(shape), zero_point=self.zero_point.reshape(shape))
+
 
 def check_scheme(scheme: str) -> None:
     """Nothing, where the scheme exists; else ``ValueError`` that names the nearest one."""
