@@ -1,0 +1,68 @@
+"""Quantized graphs: ``quantize(net, policy, example)`` for any traceable CNN, and what PTQ and lowering stand on.
+
+    policy = BitPolicy(weight="lsq:4", act="lsq:4", first_last_bits=8)
+    qnet = quantize(net, policy, images[:1])     # a torch.fx graph: QuantConv2d, QuantLinear, <node>_act_quantizer
+    calibrate(qnet, images)                      # fit all grids; or train, which fits them on its first batch
+    policy.report(qnet)                          # layer, method, bits, scale, MACs, parameters, average bits
+"""
+
+from hq_lib.graph.blocks import Block, blocks, extract_block
+from hq_lib.graph.layers import (
+    FoldedNorm,
+    QuantConv2d,
+    QuantConvBn2d,
+    QuantConvTranspose2d,
+    QuantizedWeight,
+    QuantLinear,
+    QuantLinearBn,
+)
+from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, lower_bound, op_name
+from hq_lib.graph.placement import Site, find_sites
+from hq_lib.graph.policy import BitPolicy, HybridRule
+from hq_lib.graph.report import layer_macs, report
+from hq_lib.graph.rewrite import QuantizedNet, quantize
+from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
+from hq_lib.graph.state import (
+    act_quantizers,
+    bake_norms,
+    calibrate,
+    freeze_statistics,
+    load_state,
+    set_quantization,
+    weight_layers,
+)
+
+__all__ = [
+    "QUANTIZER_SUFFIX",
+    "BitPolicy",
+    "Block",
+    "FoldedNorm",
+    "HybridRule",
+    "PolicyError",
+    "QuantConv2d",
+    "QuantConvBn2d",
+    "QuantConvTranspose2d",
+    "QuantLinear",
+    "QuantLinearBn",
+    "QuantizeError",
+    "QuantizedNet",
+    "QuantizedWeight",
+    "Site",
+    "Spec",
+    "act_quantizers",
+    "bake_norms",
+    "blocks",
+    "calibrate",
+    "extract_block",
+    "find_sites",
+    "freeze_statistics",
+    "kinds",
+    "layer_macs",
+    "load_state",
+    "lower_bound",
+    "op_name",
+    "quantize",
+    "report",
+    "set_quantization",
+    "weight_layers",
+]

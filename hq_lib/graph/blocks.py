@@ -1,0 +1,169 @@
+"""Blocks of a network, found from its graph: regions between single-tensor cut points.
+
+A cut point is a node whose output is the only tensor alive: all that follows depends on what came before through this
+one tensor alone. Between two neighbouring cut points lies the least region that can be computed, and reconstructed
+(BRECQ, arXiv:2102.05426, section 3.2), by itself. Regions are joined into blocks by three rules: batch norms,
+activation functions and their quantizers belong to what they follow; pools, reshapes and dropout to what they precede;
+regions inside one module of a class that adds or concatenates (a BasicBlock, an inverted residual, with stride or
+without) are one block. No class is known by name.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from hq_lib.graph.ops import kinds
+from hq_lib.graph.spec import QuantizeError
+from hq_lib.tracing import trace
+
+
+@dataclass(frozen=True)
+class Block:
+    """A region of a graph with one tensor in and one out; names only, so that it also fits a copy of the graph."""
+
+    name: str
+    """dotted path of the block's module, or of its first layer"""
+
+    input: str
+    """name of the node whose value enters (it belongs to the block before, or is the image)"""
+
+    output: str
+    """name of the node whose value leaves"""
+
+    nodes: tuple[str, ...]
+    """names of all nodes, in execution order"""
+
+    layers: tuple[str, ...]
+    """dotted paths of the conv, transposed conv and linear layers, in execution order"""
+
+    residual: bool
+    """whether branches meet inside (an add, a product of two tensors, or a concatenation)"""
+
+
+def blocks(net: nn.Module) -> list[Block]:
+    """Return the blocks of ``net`` in execution order: together they are the whole network, each feeding the next.
+
+    Args:
+        net: float or quantized; a module that is no graph yet is traced. A quantized net has the blocks of its float
+            net, by name and layers, with the activation quantizers inside.
+
+    Raises:
+        QuantizeError: a net with several inputs or without any layer.
+    """
+    gm = net if isinstance(net, fx.GraphModule) else trace(net)
+    kind_of = kinds(gm)
+    image = [node for node, kind in kind_of.items() if kind == "input"]
+    if len(image) != 1 or "layer" not in kind_of.values():
+        raise QuantizeError(f"blocks need one input tensor and at least one layer; this net has {len(image)} inputs")
+    scopes = scopes_with_joins(gm)
+    joined = _join(_regions(kind_of), kind_of, scopes)
+    inputs = [image[0], *(region[-1] for region in joined[:-1])]
+    return [_block(region, before, kind_of, scopes) for region, before in zip(joined, inputs, strict=True)]
+
+
+def extract_block(gm: fx.GraphModule, block: Block) -> fx.GraphModule:
+    """Return ``block`` as a graph of one input and one output; its layers and quantizers are ``gm``'s own, not copies.
+
+    Training the extracted block therefore trains ``gm``.
+
+    Raises:
+        QuantizeError: names the node of ``gm`` that the block lacks or that enters it from elsewhere.
+    """
+    by_name = {node.name: node for node in gm.graph.nodes}
+    if missing := [name for name in (block.input, *block.nodes) if name not in by_name]:
+        raise QuantizeError(f"block {block.name!r} is not of this graph: it has no node {missing[0]!r}")
+    graph = fx.Graph()
+    copies = {by_name[block.input]: graph.placeholder("x")}
+    for node in _with_constants([by_name[name] for name in block.nodes]):
+        if strange := [n.name for n in node.all_input_nodes if n not in copies]:
+            raise QuantizeError(
+                f"block {block.name!r} cannot be cut out: node {node.name!r} reads {strange[0]!r} from before it "
+                f"(a shape taken from another tensor? use flatten, or -1 for the batch)"
+            )
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[by_name[block.output]])
+    return fx.GraphModule(gm, graph, class_name="Block")
+
+
+def _with_constants(nodes: list[fx.Node]) -> list[fx.Node]:
+    constants = [n for node in nodes for n in node.all_input_nodes if n.op == "get_attr" and n not in nodes]
+    return [*dict.fromkeys(constants), *nodes]
+
+
+def _regions(kind_of: dict[fx.Node, str]) -> list[list[fx.Node]]:
+    """Return the nodes after the image, split behind every node whose output is the only live tensor."""
+    tensors = [node for node, kind in kind_of.items() if kind not in ("shape", "param", "output")]
+    position = {node: i for i, node in enumerate(kind_of)}
+    last_read = {node: max((position[user] for user in node.users), default=-1) for node in tensors}
+    regions: list[list[fx.Node]] = [[]]
+    live: set[fx.Node] = set()
+    for i, (node, kind) in enumerate(kind_of.items()):
+        if kind == "output":
+            break
+        if kind != "input":
+            regions[-1].append(node)
+        live = {n for n in live if last_read[n] > i} | ({node} if last_read.get(node, -1) > i else set())
+        if live == {node} and regions[-1]:
+            regions.append([])
+    return regions[:-1] if not regions[-1] else regions
+
+
+def _join(
+    regions: list[list[fx.Node]], kind_of: dict[fx.Node, str], scopes: Collection[str]
+) -> list[list[fx.Node]]:
+    joined: list[list[fx.Node]] = []
+    ahead: list[fx.Node] = []  # pools and reshapes that wait for the layer they precede
+    last_owner: str | None = None
+    for region in regions:
+        compute = [node for node in region if kind_of[node] not in ("shape", "param")]
+        owners = {owner_of(node, scopes) for node in compute}
+        owner = owners.pop() if len(owners) == 1 else None
+        region_kinds = {kind_of[node] for node in compute}
+        follows = not ahead and region_kinds <= {"norm", "relu", "clip", "act", "quantizer", "other", "mul"}
+        if joined and (follows or (owner is not None and owner == last_owner)):
+            joined[-1] += ahead + region
+            ahead = []
+        elif "layer" in region_kinds:
+            joined.append(ahead + region)
+            ahead, last_owner = [], owner
+        else:
+            ahead += region
+    joined[-1] += ahead
+    return joined
+
+
+def _block(region: list[fx.Node], before: fx.Node, kind_of: dict[fx.Node, str], scopes: Collection[str]) -> Block:
+    layers = tuple(str(node.target) for node in region if kind_of[node] == "layer")
+    owner = next((owner for node in region if kind_of[node] == "layer" and (owner := owner_of(node, scopes))), None)
+    return Block(
+        name=owner or layers[0],
+        input=before.name,
+        output=region[-1].name,
+        nodes=tuple(node.name for node in region),
+        layers=layers,
+        residual=any(kind_of[node] in ("add", "mul", "concat") for node in region),
+    )
+
+
+def module_path(node: fx.Node) -> list[tuple[str, type]]:
+    """Return (dotted path, class) of the modules whose ``forward`` made ``node``, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(path, kind) for path, kind in stack.values() if path]
+
+
+def scopes_with_joins(gm: fx.GraphModule) -> frozenset[str]:
+    """Return the paths of all modules of every class that somewhere adds or concatenates (a residual block's class)."""
+    kind_of = kinds(gm)
+    joining = {
+        path[-1][1]
+        for node, kind in kind_of.items()
+        if kind in ("add", "concat") and (path := module_path(node)) and path[-1][1] is not nn.Sequential
+    }
+    everywhere: Iterable[tuple[str, type]] = (entry for node in kind_of for entry in module_path(node))
+    return frozenset(path for path, kind in everywhere if kind in joining)
+
+
+def owner_of(node: fx.Node, scopes: Collection[str]) -> str | None:
+    """Return the outermost of ``scopes`` whose ``forward`` made ``node``, or None."""
+    return next((path for path, _ in module_path(node) if path in scopes), None)

@@ -1,0 +1,198 @@
+"""Where activation quantizers sit, and what the graph alone says about each tensor they quantize.
+
+    deploy    after the image, after each layer with its batch norm and activation function, after each add or product
+              with its activation function, after average pools: every tensor that feeds an add is on a grid.
+              ONNX and accelerators execute this form.
+    academic  as deploy, but an add is float: a layer whose output only feeds adds (the last convolution of a block,
+              the downsampling convolution) has no quantizer of its own; one sits after the add with its activation
+              function (BRECQ, QDrop). Lowered as one fused conv-add with a single rounding.
+
+Max-pools, reshapes, ReLUs of quantized tensors and concatenations add no quantizer: the grid passes through. The
+tensors that a concatenation joins share one quantizer. The network's output stays in float.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from hq_lib.graph.blocks import module_path
+from hq_lib.graph.ops import kinds, nonnegative
+from hq_lib.graph.spec import QuantizeError, Spec
+
+_SOURCES = {"input", "layer", "norm", "clip", "act", "add", "mul", "avgpool", "other"}
+_FOLLOWERS = {"layer": {"norm", "relu", "clip", "act"}, "avgpool": {"relu", "clip"}}
+_DEFAULT_FOLLOWERS = {"relu", "clip", "act"}
+_THROUGH = {"pass", "concat", "relu"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation to be quantized: a tensor of the graph, its name for the policy, and its part in the network."""
+
+    name: str
+    """dotted name: of the layer or pool that makes it, of the block and operation ("layer1.0.add"), or "input" """
+
+    node: str
+    """fx node whose output is quantized: the last of layer -> batch norm -> activation function"""
+
+    role: str
+    """"image", "stem" (first layer's output), "last" (last layer's input), "pool", "pool_last" (both), or "" """
+
+    signed: bool
+    """False where the graph proves the tensor >= 0 (after ReLU, ReLU6, sigmoid, or sums and means of such)"""
+
+    group: str
+    """node of the first member of a concatenation's shared grid; the site's own node where nothing is shared"""
+
+    shape: tuple[int, ...] = ()
+    """of one image's tensor, without the batch; () before the graph has seen an example"""
+
+
+def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:
+    """Return the activations of the float graph ``gm`` that get a quantizer, in execution order.
+
+    Args:
+        gm:        a traced float network; shapes are filled in if ``tracing.propagate`` has run.
+        placement: "deploy" or "academic", see the module docstring.
+    """
+    kind_of = kinds(gm)
+    tails = _tails(kind_of)
+    if placement == "academic":
+        tails = {source: tail for source, tail in tails.items() if not _only_feeds_adds(source, tail, kind_of)}
+    names, signs = _names(tails, kind_of), nonnegative(gm, kind_of)
+    roles = _roles(tails, kind_of, through_pools=placement == "academic")
+    groups = _groups(tails.values(), kind_of)
+    signed = {tail: not signs[tail] for tail in tails.values()}
+    shared = {groups[tail] for tail, is_signed in signed.items() if is_signed}
+    return [
+        Site(
+            name=names[source],
+            node=tail.name,
+            role=roles.get(tail, ""),
+            signed=groups[tail] in shared,
+            group=groups[tail].name,
+            shape=tuple(tail.meta["shape"][1:]) if "shape" in tail.meta else (),
+        )
+        for source, tail in tails.items()
+    ]
+
+
+def share_bits(sites: Iterable[Site], acts: dict[str, Spec]) -> None:
+    """Give the tensors that share a grid one spec, in place: the one with the most bits among them."""
+    by_group: dict[str, list[str]] = {}
+    for site in sites:
+        by_group.setdefault(site.group, []).append(site.name)
+    for names in by_group.values():
+        widest = max((acts[name] for name in names), key=lambda spec: spec.bits)
+        acts.update(dict.fromkeys(names, widest))
+
+
+def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
+    """Return for each operation that makes new values the last node of its chain (batch norm, activation function)."""
+    tails: dict[fx.Node, fx.Node] = {}
+    absorbed: set[fx.Node] = set()
+    for node, kind in kind_of.items():
+        if kind not in _SOURCES or node in absorbed:
+            continue
+        chain = [node]
+        followers = _FOLLOWERS.get(kind, _DEFAULT_FOLLOWERS) if kind != "input" else set()
+        while (user := _only_user(chain[-1])) is not None and kind_of[user] in followers:
+            chain.append(user)
+        absorbed.update(chain)
+        if _is_read(chain[-1], kind_of):
+            tails[node] = chain[-1]
+    return tails
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_read(node: fx.Node, kind_of: dict[fx.Node, str]) -> bool:
+    """Whether any operation computes with ``node``: it is more than the network's reshaped output."""
+    return any(
+        _is_read(user, kind_of) if kind_of[user] in _THROUGH else kind_of[user] not in ("output", "shape")
+        for user in node.users
+    )
+
+
+def _readers(node: fx.Node, kind_of: dict[fx.Node, str]) -> set[str]:
+    """Return the kinds of the operations that read ``node``, seen through reshapes."""
+    found: set[str] = set()
+    for user in node.users:
+        found |= _readers(user, kind_of) if kind_of[user] == "pass" else {kind_of[user]}
+    return found
+
+
+def _only_feeds_adds(source: fx.Node, tail: fx.Node, kind_of: dict[fx.Node, str]) -> bool:
+    return kind_of[source] == "layer" and _readers(tail, kind_of) - {"shape"} == {"add"}
+
+
+def _names(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> dict[fx.Node, str]:
+    names: dict[fx.Node, str] = {}
+    taken: set[str] = set()
+    for node in tails:
+        base = "input" if kind_of[node] == "input" else _base_name(node, kind_of[node])
+        name, n = base, 0
+        while name in taken:
+            n += 1
+            name = f"{base}_{n}"
+        taken.add(name)
+        names[node] = name
+    return names
+
+
+def _base_name(node: fx.Node, kind: str) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    spelled = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+    operation = kind if kind in ("add", "mul") else spelled.strip("_")
+    path = module_path(node)
+    return f"{path[-1][0]}.{operation}" if path else operation
+
+
+def _roles(tails: dict[fx.Node, fx.Node], kind_of: dict[fx.Node, str], *, through_pools: bool) -> dict[fx.Node, str]:
+    layers = [node for node, kind in kind_of.items() if kind == "layer"]
+    if not layers:
+        raise QuantizeError("the network has no conv2d, linear or convtranspose2d layer: nothing to quantize")
+    roles = {tail: "pool" for source, tail in tails.items() if kind_of[source] == "avgpool"}
+    if layers[0] in tails:
+        roles[tails[layers[0]]] = "stem"
+    sites = set(tails.values())
+    node: fx.Node | None = layers[-1].all_input_nodes[0]
+    while node is not None:
+        if node in sites:
+            roles[node] = "pool_last" if roles.get(node) == "pool" else "last"
+            if not (through_pools and roles[node] == "pool_last"):
+                break
+        node = node.all_input_nodes[0] if kind_of[node] in (*_THROUGH, "avgpool") and node.all_input_nodes else None
+    return roles | {tail: "image" for tail in sites if kind_of[tail] == "input"}
+
+
+def _groups(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
+    """Return for each quantized tensor the first of those that a concatenation puts on one grid with it."""
+    leader = {tail: tail for tail in tails}
+
+    def find(node: fx.Node) -> fx.Node:
+        while leader[node] is not node:
+            node = leader[node]
+        return node
+
+    for concat in (node for node, kind in kind_of.items() if kind == "concat"):
+        members = sorted({find(tail) for tail in _grid_sources(concat, leader, kind_of)}, key=list(leader).index)
+        for member in members:
+            leader[member] = members[0]
+    return {tail: find(tail) for tail in leader}
+
+
+def _grid_sources(node: fx.Node, sites: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> set[fx.Node]:
+    """Return the quantized tensors whose grids reach ``node`` unchanged."""
+    found: set[fx.Node] = set()
+    for source in node.all_input_nodes:
+        if source in sites:
+            found.add(source)
+        elif kind_of[source] in _THROUGH:
+            found |= _grid_sources(source, sites, kind_of)
+    return found
+

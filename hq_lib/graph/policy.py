@@ -1,0 +1,220 @@
+"""``BitPolicy``: the one knob. Which method and how many bits, for every weight and every activation of a network."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from torch import fx, nn
+
+from hq_lib.graph.overrides import apply_overrides, check_overrides
+from hq_lib.graph.spec import HYBRID, PolicyError, Spec, check_bits, make_quantizer, parse_spec, unknown_key
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from hq_lib.graph.placement import Site
+
+PLACEMENTS = ("deploy", "academic")
+BN_MODES = ("keep", "fold", "fold_train")
+
+
+@dataclass(frozen=True)
+class HybridRule:
+    """Which method a "hybrid" tensor gets: one below ``boundary`` bits, another from there up (seed 000)."""
+
+    qat: tuple[str, str] = ("dsq", "dsq")
+    """methods (weight, activation) below ``boundary`` bits, trained through"""
+
+    ptq: tuple[str, str] = ("minmax", "minmax")
+    """methods (weight, activation) from ``boundary`` bits up, calibrated after training"""
+
+    boundary: int = 4
+    """bits; the first width that is left to post-training quantization"""
+
+    def settle(self, spec: Spec, kind: str) -> Spec:
+        """Return ``spec`` with its method chosen by its bits, if it is a hybrid one."""
+        if spec.method != HYBRID:
+            return spec
+        methods = self.qat if spec.bits < self.boundary else self.ptq
+        return Spec(methods[kind == "act"], spec.bits, spec.options)
+
+
+@dataclass(frozen=True)
+class BitPolicy:
+    """Method and bits per tensor, by layer-name pattern.
+
+    A tensor's bits come from the first of these that speaks of it, its method from its default unless an override
+    names one: ``overrides`` (a later pattern wins over an earlier) > the role (image, stem output, pool output, first
+    or last layer) > ``weight`` / ``act``. Activations bear the name of the layer that makes them (with its batch norm
+    and activation function), an addition that of its block: "layer1.0.conv1", "layer1.0.add"; the image is "input".
+    """
+
+    weight: Any = "minmax:8"
+    """default of weights: a Spec, "method:bits", bits, or a mapping with options"""
+
+    act: Any = "minmax:8"
+    """default of activations, likewise"""
+
+    first_last_bits: int | None = 8
+    """bits of the first and the last layer's weights and of the last layer's input (in ``academic`` placement also of
+    the tensor that is pooled into it, QDrop's a[-1]); 32 = float; None = no exception"""
+
+    stem_out_bits: int | None = None
+    """bits of the first layer's output (CaPTQ and BRECQ's dagger rows: 8; QDrop's own: None = as other activations)"""
+
+    input_bits: int | None = None
+    """bits of the image, always by min-max; None = 8 in ``deploy``, 32 (float) in ``academic``"""
+
+    pool_bits: int | None = None
+    """bits of average-pool outputs; None = by role or as other activations (official QDrop has none there: 32)"""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """name or pattern with * -> ``{"weight": spec, "act": spec}``, or one spec for both; partial specs keep the rest"""
+
+    placement: str = "deploy"
+    """"deploy": every tensor that feeds an add is quantized; "academic": adds are float, one quantizer after each"""
+
+    bn: str = "keep"
+    """"keep" batch norms, "fold" them beforehand, or "fold_train": fold running statistics in every training step"""
+
+    hybrid_rule: HybridRule | None = None
+    """how the method "hybrid" becomes one by its bits; set by ``BitPolicy.hybrid``"""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for kind in ("weight", "act"):
+            spec = parse_spec(getattr(self, kind), f"policy.{kind}")
+            object.__setattr__(self, kind, spec)
+            self._try_out(spec, kind, f"policy.{kind}")
+        for name in ("first_last_bits", "stem_out_bits", "input_bits", "pool_bits"):
+            if getattr(self, name) is not None:
+                check_bits(getattr(self, name), f"policy.{name}")
+        object.__setattr__(self, "overrides", check_overrides(self.overrides))
+        if self.input_bits is None:
+            object.__setattr__(self, "input_bits", 8 if self.placement == "deploy" else 32)
+
+    def _check_choices(self) -> None:
+        for key, value, choices in (("placement", self.placement, PLACEMENTS), ("bn", self.bn, BN_MODES)):
+            unknown_key(value, choices, f"policy.{key}", what="choice")
+
+    def _try_out(self, spec: Spec, kind: str, key: str) -> None:
+        """Build one quantizer of ``spec`` to have a method's own refusals here, where the key is known."""
+        if spec.method == HYBRID and self.hybrid_rule is None:
+            raise PolicyError(f"{key}: method 'hybrid' needs a rule; make the policy with BitPolicy.hybrid(...)")
+        rule = self.hybrid_rule or HybridRule()
+        make_quantizer(rule.settle(spec, kind), kind, key)
+
+    def resolve(self, layers: Sequence[str], sites: "Iterable[Site]") -> tuple[dict[str, Spec], dict[str, Spec]]:
+        """Return the Spec of each layer's weight and of each activation by name.
+
+        Raises:
+            PolicyError: names the override that matches nothing, or the tensor whose bits its method cannot do.
+        """
+        sites = list(sites)
+        weights = dict.fromkeys(layers, self.weight)
+        if self.first_last_bits is not None:
+            weights |= {name: self._with_bits(self.weight, self.first_last_bits) for name in (layers[0], layers[-1])}
+        acts = {site.name: self._by_role(site.role) for site in sites}
+        origins = apply_overrides(self.overrides, weights, acts)
+        rule = self.hybrid_rule or HybridRule()
+        for kind, specs in (("weight", weights), ("act", acts)):
+            for name, spec in specs.items():
+                self._try_out(spec, kind, f"{origins.get((kind, name), f'policy.{kind}')} (tensor {name!r})")
+                specs[name] = rule.settle(spec, kind)
+        return weights, acts
+
+    def _by_role(self, role: str) -> Spec:
+        if role == "image":
+            return Spec("minmax", self.input_bits or 8)
+        order = {
+            "pool_last": (self.pool_bits, self.first_last_bits),
+            "last": (self.first_last_bits,),
+            "stem": (self.stem_out_bits,),
+            "pool": (self.pool_bits,),
+        }
+        bits = next((b for b in order.get(role, ()) if b is not None), None)
+        return self.act if bits is None else self._with_bits(self.act, bits)
+
+    @staticmethod
+    def _with_bits(spec: Spec, bits: int) -> Spec:
+        return Spec(spec.method, bits, spec.options)
+
+    def describe(self) -> str:
+        """Return the policy in one line, to be printed under every table made with it."""
+        shown = [f"W {self.weight}", f"A {self.act}"]
+        shown += [f"first/last {_bits(self.first_last_bits)}", f"stem output {_bits(self.stem_out_bits)}"]
+        shown += [f"image {_bits(self.input_bits)}", f"pool {_bits(self.pool_bits)}", self.placement, f"BN {self.bn}"]
+        if self.hybrid_rule:
+            rule = self.hybrid_rule
+            shown.append(f"hybrid {'/'.join(rule.qat)} below {rule.boundary} bits, {'/'.join(rule.ptq)} from there")
+        return " · ".join([*shown, f"{len(self.overrides)} overrides"] if self.overrides else shown)
+
+    def report(self, qnet: fx.GraphModule) -> "DataFrame":
+        """Return one row per weight and activation of ``qnet``; see ``hq_lib.graph.report``."""
+        from hq_lib.graph.report import report
+
+        return report(qnet, policy=self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as plain data (what YAML and records hold); ``from_dict`` reads it back."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {"weight": self.weight.to_plain(), "act": self.act.to_plain()}
+        plain["overrides"] = {
+            pattern: {kind: like.to_plain() if isinstance(like, Spec) else like for kind, like in entry.items()}
+            for pattern, entry in self.overrides.items()
+        }
+        rule = self.hybrid_rule
+        plain["hybrid_rule"] = rule and {"qat": [*rule.qat], "ptq": [*rule.ptq], "boundary": rule.boundary}
+        return plain
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> "BitPolicy":
+        """Return the policy that ``entries`` describe; an unknown key is an error that offers the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for name in entries:
+            unknown_key(name, known, "policy")
+        entries = dict(entries)
+        if isinstance(rule := entries.get("hybrid_rule"), Mapping):
+            for name in rule:
+                unknown_key(name, [f.name for f in fields(HybridRule)], "policy.hybrid_rule")
+            pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in rule.items()}
+            entries["hybrid_rule"] = HybridRule(**pairs)
+        return cls(**entries)
+
+    def to_yaml(self, path: Path | str | None = None) -> str:
+        """Return the policy as YAML text, and write it to ``path`` if one is given."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, source: Path | str) -> "BitPolicy":
+        """Return the policy in a YAML file (a Path, or a name ending in .yaml or .yml) or in YAML text."""
+        is_file = isinstance(source, Path) or source.endswith((".yaml", ".yml"))
+        entries = yaml.safe_load(Path(source).read_text(encoding="utf-8") if is_file else str(source))
+        if not isinstance(entries, Mapping):
+            raise PolicyError(f"policy: YAML must be a mapping of keys, got {type(entries).__name__}")
+        return cls.from_dict(entries)
+
+    @classmethod
+    def hybrid(cls, w_bits: Any, a_bits: Any, **settings: Any) -> "BitPolicy":
+        """Return seed 000's rule: QAT below ``boundary`` bits, PTQ from there up; see ``presets.hybrid``."""
+        from hq_lib.graph import presets
+
+        return presets.hybrid(w_bits, a_bits, **settings)
+
+    @classmethod
+    def from_lists(
+        cls, net: nn.Module, layer_abit: Sequence[int], layer_wbit: Sequence[int], **settings: Any
+    ) -> "BitPolicy":
+        """Return seed 001's bit lists as a policy for ``net``; see ``presets.from_lists``."""
+        from hq_lib.graph import presets
+
+        return presets.from_lists(net, layer_abit, layer_wbit, **settings)
+
+
+def _bits(bits: int | None) -> str:
+    return {None: "as the rest", 32: "float"}.get(bits, str(bits))

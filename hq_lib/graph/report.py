@@ -1,0 +1,101 @@
+"""The report of a quantized network: one row per tensor, and the averages that a table prints."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import fx, nn
+
+from hq_lib.graph.layers import QuantizedWeight
+from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds
+from hq_lib.graph.policy import BitPolicy
+from hq_lib.graph.spec import PolicyError, Spec
+
+COLUMNS = (
+    *("layer", "tensor", "method", "bits", "signed", "scale", "scale_min", "scale_max", "n_scales"),
+    *("macs", "n_params", "n_elements", "size_KiB"),
+)
+
+
+def report(qnet: fx.GraphModule, *, policy: BitPolicy | None = None) -> pd.DataFrame:
+    """Return one row per layer weight and per activation of ``qnet``, float ones included.
+
+    Columns: ``layer``; ``tensor`` ("weight" or "activation"); ``method`` and ``bits`` ("float", 32 where none);
+    ``signed``; ``scale`` (mean), ``scale_min``, ``scale_max`` in real units per step and ``n_scales`` (NaN and 0
+    before calibration or in float); ``macs`` of the layer for one image; ``n_params`` (weight elements; biases stay in
+    float); ``n_elements`` of the activation for one image; ``size_KiB`` of the weight at its bits. In ``attrs``:
+    ``avg_w_bits`` (weighted by parameters), ``avg_a_bits`` (by elements), ``n_macs``, ``policy`` (one line).
+
+    Raises:
+        PolicyError: ``qnet`` is not from ``quantize``, or was made by another policy than ``policy``.
+    """
+    meta = qnet.meta
+    if "sites" not in meta:
+        raise PolicyError("report: the network has no policy; pass what quantize(net, policy, example) returned")
+    if policy is not None and policy != meta["policy"]:
+        raise PolicyError("report: this network was made by another policy; use qnet.policy.report(qnet)")
+    rows = _weight_rows(qnet) + _act_rows(qnet)
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    weights, acts = table[table.tensor == "weight"], table[table.tensor == "activation"]
+    table.attrs = {
+        "avg_w_bits": _average(weights.bits, weights.n_params),
+        "avg_a_bits": _average(acts.bits, acts.n_elements),
+        "n_macs": int(weights.macs.sum()),
+        "policy": meta["policy"].describe(),
+    }
+    return table
+
+
+def _average(bits: pd.Series, amounts: pd.Series) -> float:
+    return float((bits * amounts).sum() / amounts.sum()) if amounts.sum() else float("nan")
+
+
+def _weight_rows(qnet: fx.GraphModule) -> list[dict[str, Any]]:
+    macs = layer_macs(qnet)
+    rows = []
+    for name, spec in qnet.meta["weights"].items():
+        layer = qnet.get_submodule(name)
+        assert isinstance(layer, QuantizedWeight)
+        n_params = layer.weight.numel()
+        sizes = {"macs": macs[name], "n_params": n_params, "n_elements": 0, "size_KiB": n_params * spec.bits / 8192}
+        rows.append({"layer": name, "tensor": "weight", **_quantizer_row(spec, layer.weight_quantizer), **sizes})
+    return rows
+
+
+def _act_rows(qnet: fx.GraphModule) -> list[dict[str, Any]]:
+    rows = []
+    for site in qnet.meta["sites"]:
+        spec = qnet.meta["acts"][site.name]
+        quantizer = getattr(qnet, f"{site.group}{QUANTIZER_SUFFIX}", None)
+        sizes = {"macs": 0, "n_params": 0, "n_elements": torch.Size(site.shape).numel(), "size_KiB": 0.0}
+        row = {"layer": site.name, "tensor": "activation", **_quantizer_row(spec, quantizer), **sizes}
+        rows.append(row | {"signed": site.signed})
+    return rows
+
+
+def _quantizer_row(spec: Spec, quantizer: nn.Module | None) -> dict[str, Any]:
+    scale = _scale(quantizer)
+    stated = {"method": "float" if spec.is_float else spec.method, "bits": spec.bits, "signed": True}
+    if scale is None:
+        return stated | dict.fromkeys(("scale", "scale_min", "scale_max"), float("nan")) | {"n_scales": 0}
+    ends = {"scale": scale.mean().item(), "scale_min": scale.min().item(), "scale_max": scale.max().item()}
+    return stated | ends | {"n_scales": scale.numel()}
+
+
+def _scale(quantizer: nn.Module | None) -> torch.Tensor | None:
+    if quantizer is None or not bool(getattr(quantizer, "initialised", True)):
+        return None
+    return quantizer.grid().scale  # type: ignore[operator]
+
+
+def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
+    """Return multiply-accumulates per image of each layer (all its calls together); the graph needs known shapes."""
+    macs: dict[str, int] = {}
+    for node, kind in kinds(gm).items():
+        if kind == "layer":
+            layer = gm.get_submodule(str(node.target))
+            counted = node.all_input_nodes[0] if isinstance(layer, nn.ConvTranspose2d) else node
+            shape = counted.meta["shape"]
+            per_element = layer.weight.numel() // layer.weight.shape[0]  # type: ignore[union-attr, operator]
+            macs[str(node.target)] = macs.get(str(node.target), 0) + torch.Size(shape[1:]).numel() * per_element
+    return macs

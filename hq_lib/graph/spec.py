@@ -1,0 +1,133 @@
+"""How one tensor is quantized: a method, a number of bits, and the method's own options.
+
+Written short, a spec is ``"lsq:4"`` (method and bits), ``4`` (bits) or ``"float"``; written long, a mapping
+``{method: lsq, bits: 4, axis: null}`` whose other keys go to the method's constructor.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hq_lib import quantizers
+
+FLOAT_BITS = 32
+MAX_BITS = 16
+HYBRID = "hybrid"
+
+
+class PolicyError(ValueError):
+    """A bit policy that cannot be carried out; the message begins with the key at fault."""
+
+
+class QuantizeError(ValueError):
+    """A network that cannot be quantized, or is quantized already; the message names the layer and the way out."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Method, bits and options of one tensor."""
+
+    method: str = "minmax"
+    """a name that ``quantizers.weight_quantizer`` / ``act_quantizer`` know, or "hybrid" (see ``BitPolicy.hybrid``)"""
+
+    bits: int = FLOAT_BITS
+    """1..16, or 32 = the tensor stays in float and gets no quantizer"""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """keyword arguments of the quantizer, e.g. ``{"axis": None}`` for one scale per weight tensor"""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor stays in float."""
+        return self.bits == FLOAT_BITS
+
+    def __str__(self) -> str:
+        if self.is_float:
+            return "float"
+        options = "".join(f",{key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.method}:{self.bits}{options}"
+
+    def to_plain(self) -> "str | dict[str, Any]":
+        """Return the spec as plain data: ``"lsq:4"``, or a dict where it has options."""
+        if not self.options:
+            return "float" if self.is_float else f"{self.method}:{self.bits}"
+        return {"method": self.method, "bits": self.bits, **self.options}
+
+
+def parse_spec(like: Any, key: str, *, base: Spec | None = None) -> Spec:
+    """Return ``like`` (a Spec, "method:bits", "method", bits, or a mapping) as a Spec; ``base`` fills what it omits.
+
+    Raises:
+        PolicyError: begins with ``key``; malformed text, bits outside 1..16 and 32, or a method without bits.
+    """
+    if isinstance(like, Spec):
+        spec = like
+    elif isinstance(like, Mapping):
+        spec = _from_mapping(dict(like), key, base)
+    elif isinstance(like, str):
+        spec = _from_text(like.strip(), key, base)
+    elif isinstance(like, int) and not isinstance(like, bool):
+        spec = Spec(base.method, like, base.options) if base else Spec(bits=like)
+    else:
+        raise PolicyError(f"{key}: {like!r} is no spec; write 4, 'lsq:4', 'float', or {{method: lsq, bits: 4}}")
+    check_bits(spec.bits, key)
+    return spec
+
+
+def _from_text(text: str, key: str, base: Spec | None) -> Spec:
+    if text == "float":
+        return Spec(base.method if base else "minmax", FLOAT_BITS)
+    method, colon, bits = text.partition(":")
+    if colon and bits.isdigit():
+        return _from_mapping({"method": method, "bits": int(bits)}, key, base)
+    if colon or text.isdigit() or not text:
+        raise PolicyError(f"{key}: {text!r} is no spec; write 'lsq:4' (method:bits), 'float', or a number")
+    return _from_mapping({"method": method}, key, base)
+
+
+def _from_mapping(entries: dict[str, Any], key: str, base: Spec | None) -> Spec:
+    method = entries.pop("method", base.method if base else "minmax")
+    if "bits" not in entries and base is None:
+        raise PolicyError(f"{key}: no bits given for method {method!r}; write '{method}:4'")
+    bits = entries.pop("bits", base.bits if base else FLOAT_BITS)
+    inherited = base.options if base and base.method == method else {}
+    return Spec(method, bits, {**inherited, **entries})
+
+
+def check_bits(bits: Any, key: str) -> int:
+    """Return ``bits`` if it is 1..16 or 32 (float); else raise ``PolicyError`` that begins with ``key``."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not (1 <= bits <= MAX_BITS or bits == FLOAT_BITS):
+        raise PolicyError(f"{key}: bits must be 1..{MAX_BITS}, or {FLOAT_BITS} for float; got {bits!r}")
+    return bits
+
+
+def make_quantizer(
+    spec: Spec, kind: str, key: str, *, signed: bool = True, **defaults: Any
+) -> quantizers.Quantizer | None:
+    """Return a new quantizer for ``spec``, or None for a float tensor.
+
+    Args:
+        spec:     method, bits and options.
+        kind:     "weight" or "act".
+        key:      what the error names.
+        signed:   whether the activation can be negative (weights always can).
+        defaults: options that the spec's own may override, e.g. ``axis``.
+
+    Raises:
+        PolicyError: the method is unknown, cannot do these bits, or does not take these options.
+    """
+    build = getattr(quantizers, f"{kind}_quantizer")
+    sign = {"signed": signed} if kind == "act" else {}
+    try:
+        return build(spec.method, spec.bits, **{**defaults, **sign, **spec.options})
+    except (ValueError, TypeError) as error:
+        raise PolicyError(f"{key}: {error}") from error
+
+
+def unknown_key(name: str, known: Iterable[str], key: str, *, what: str = "key") -> None:
+    """Raise ``PolicyError`` that begins with ``key`` and offers the nearest of ``known``, unless ``name`` is one."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or known[:8]
+        raise PolicyError(f"{key}: there is no {what} {name!r}; nearest: {', '.join(map(repr, near))}")
