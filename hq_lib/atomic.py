@@ -1,0 +1,46 @@
+"""Whole files or none: bytes reach a path by way of a temporary neighbour and one rename."""
+
+import os
+from pathlib import Path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Makes ``path`` hold exactly ``content``; killed at any moment it holds the old bytes or the new, never a mixture.
+
+    The temporary neighbour is ``.<name>.<process id>.tmp``; ``sweep`` removes those that killed processes left.
+
+    Raises:
+        OSError: the folder cannot be written (read-only, full); the old file is untouched and no temporary one stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(fresh, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """``write_bytes`` of UTF-8 text with line feeds on every platform."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def sweep(path: Path) -> None:
+    """Removes the temporary neighbours of ``path``; only under a lock that keeps other writers out."""
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows cannot open a folder; its rename is durable enough
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
