@@ -58,7 +58,7 @@ def _profile_folder(profile: str, *parts: str) -> Path:
 
 
 def results_dir(profile: str) -> Path:
-    """Folder of result CSVs: ``data/results`` (reference rows), ``data/results/quick`` (git ignores it) or temporary."""
+    """Folder of result CSVs: ``data/results`` (reference), ``data/results/quick`` (git ignores it) or temporary."""
     return _profile_folder(profile, "data", "results")
 
 
@@ -76,3 +76,8 @@ def shared_data() -> Path | None:
     """The optional development data beside the checkout (``../shared/data``), or None where it is absent."""
     folder = ROOT.parent / "shared" / "data"
     return folder if folder.is_dir() else None
+
+
+def build_dir(profile: str) -> Path:
+    """Folder of build products (executed notebooks, pages to share): ``build/<profile>``; git ignores it."""
+    return out_dir(profile) / "build" / profile

@@ -152,13 +152,15 @@ def load(name: str, split: str, *, root: Path | str | None = None, n: int | None
 def load_or_embedded(name: str, split: str, *, n: int | None = None) -> ImageSet:
     """``load``, or the embedded digits where no source can deliver the data set; says so on the way.
 
-    The returned spec's name and note tell which it was: every caption and result row carries them.
+    The returned spec's name and note tell which it was: every caption and result row carries them. Of the digits there
+    may be fewer than n.
     """
     try:
         return load(name, split, n=n)
     except fetch.DataUnavailableError as error:
         print(f"{error}\n-> going on with the embedded data set 'digits'", flush=True)
-        return load("digits", split, n=n)
+    embedded = load("digits", split)
+    return embedded if n is None or n >= len(embedded) else embedded.balanced(n, SPLIT_SEED)
 
 
 def _raw(name: str, part: str) -> tuple[Tensor, Tensor]:

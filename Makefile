@@ -1,0 +1,49 @@
+# make paper   sets everything up and regenerates the paper (PROFILE=quick, the default, or full)
+# make test    sets everything up and runs all tests
+PROFILE ?= quick
+PYTHON  ?= python3
+JOBS    ?= 1
+
+VENV    := .venv
+ifeq ($(OS),Windows_NT)
+BIN     := $(VENV)/Scripts
+else
+BIN     := $(VENV)/bin
+endif
+READY   := $(VENV)/.ready
+EXTRAS  := notebooks,batch,export,traces,dev
+export PATH := $(abspath $(BIN)):$(PATH)
+export MPLBACKEND := Agg
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup paper test smoke lab share lint
+.DEFAULT_GOAL := help
+
+help: ## what each word does
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 9
+
+setup: $(READY) ## the environment in .venv (done by every other word when needed)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+paper: $(READY) ## regenerate every table, figure and rendered notebook (PROFILE=quick or full)
+	$(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --config profile=$(PROFILE)
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest
+
+smoke: $(READY) ## every notebook on tiny slices, written to a temporary folder
+	out=$$(mktemp -d) && HQ_OUT=$$out $(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --forceall --config profile=smoke && rm -rf $$out
+
+lab: $(READY) ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+share: $(READY) ## one folder of self-contained HTML pages with an index, ready to send (PROFILE=quick or full)
+	$(BIN)/python -m hq_lib.share --profile $(PROFILE)
+
+lint: $(READY) ## ruff on library, tests and notebooks; pyright on the library
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

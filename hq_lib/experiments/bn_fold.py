@@ -1,0 +1,137 @@
+"""BN folding measured: how exact is it, and what does it do to the weight ranges (notebook 02).
+
+Networks with a shipped checkpoint are folded with their trained statistics and judged on test images; all others get
+random, non-trivial statistics (ALGORITHMS: mean ~ N(0, 1), variance ~ U(0.5, 2), gamma ~ U(0.5, 1.5)) and are judged
+on the error alone.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from hq_lib import data, models, paths, results
+from hq_lib.experiments import float_training
+from hq_lib.folding import fold_bn, per_channel_ranges
+from hq_lib.training import predict
+
+STUDY, RANGES = "bn_fold", "bn_ranges"
+TRAINED = ("resnet20", "toynet", "lenet")
+UNTRAINED = (
+    "vgg11", "mobilenetv2", "mobilenetv2_seed", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenet_v2",
+    "imagenet_regnet_x_600mf", "imagenet_mnasnet2_0",
+)  # fmt: skip
+SMOKE = ("resnet20", "toynet")
+BN = nn.modules.batchnorm._BatchNorm
+
+
+def run(profile: str, *, trained: Sequence[str] = TRAINED, untrained: Sequence[str] = UNTRAINED) -> pd.DataFrame:
+    """Folds every network and appends the errors (and accuracies) to ``bn_fold.csv``; returns its rows."""
+    smoke = paths.check_profile(profile) == "smoke"
+    for name in (n for n in trained if not smoke or n in SMOKE):
+        _trained(name, profile)
+    for name in () if smoke else untrained:
+        net = models.build(name)
+        randomize_statistics(net, torch.Generator().manual_seed(0))
+        size = 64 if name.startswith("imagenet") else 32
+        example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+        _append(name, "-", errors(net, example), profile, {"statistics": "random", "input_px": size})
+        print(f"{name}: folded", flush=True)
+    return results.read(STUDY, profile=profile)
+
+
+def _trained(name: str, profile: str) -> None:
+    path = float_training.shipped(name)
+    if path is None:
+        print(f"{name}: no checkpoint is shipped, so there are no trained statistics to fold")
+        return
+    net, record = models.load_checkpoint(path)
+    test = data.load_or_embedded(record["dataset"], "test", n=float_training.N_TEST[profile])
+    if test.spec.in_shape != data.SPECS[record["dataset"]].in_shape:
+        print(f"{name}: skipped, the embedded digits do not fit it")
+        return
+    values = errors(net, data.normalize(test.images[:32], test.spec)) | accuracies(net, test)
+    _append(name, test.spec.name, values, profile, {"statistics": "trained"}, n_test=len(test))
+    ranges = ranges_before_after(net)
+    _append_ranges(name, record["dataset"], ranges, profile)
+    print(f"{name}: folded, {values['n_flips']:.0f} of {len(test)} predictions changed", flush=True)
+
+
+def randomize_statistics(net: nn.Module, generator: torch.Generator) -> None:
+    """Gives every BN random statistics and affine parameters, so that an error in any term of the fold shows."""
+    for module in net.modules():
+        if isinstance(module, BN):
+            draw = torch.rand(3, module.num_features, generator=generator)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
+            module.running_var.copy_(0.5 + 1.5 * draw[0])
+            with torch.no_grad():
+                module.weight.copy_(0.5 + draw[1])
+                module.bias.copy_(2 * draw[2] - 1)
+
+
+def errors(net: nn.Module, example: Tensor) -> dict[str, float]:
+    """Largest error of the folded network's logits on an example, relative to the largest logit.
+
+    Returns ``rel_error_float64`` and ``rel_error_float32``, pure numbers.
+    """
+    out = {}
+    for name, dtype in (("rel_error_float64", torch.float64), ("rel_error_float32", torch.float32)):
+        original, x = copy.deepcopy(net).to(dtype).eval(), example.to(dtype)
+        folded = fold_bn(original, x)
+        with torch.no_grad():
+            want, got = original(x), folded(x)
+        out[name] = ((got - want).abs().max() / want.abs().max()).item()
+    return out
+
+
+def accuracies(net: nn.Module, test: data.ImageSet) -> dict[str, float]:
+    """Accuracy before and after the fold (percent), and how many predictions changed."""
+    net.eval()
+    before = predict(net, test).argmax(1)
+    after = predict(fold_bn(net, data.normalize(test.images[:4], test.spec)), test).argmax(1)
+    return {
+        "acc_pct": 100 * (before == test.labels).double().mean().item(),
+        "folded_acc_pct": 100 * (after == test.labels).double().mean().item(),
+        "n_flips": float((before != after).sum()),
+    }
+
+
+def ranges_before_after(net: nn.Module) -> pd.DataFrame:
+    """Largest |w| of every output channel: columns layer, channel, stage ("before" or "after"), max_abs."""
+    return pd.concat(
+        [
+            per_channel_ranges(net).assign(stage="before"),
+            per_channel_ranges(fold_bn(net.eval(), check=False)).assign(stage="after"),
+        ],
+        ignore_index=True,
+    )
+
+
+UNITS = {"acc_pct": "%", "folded_acc_pct": "%", "n_flips": "count", "rel_error_float64": "1", "rel_error_float32": "1"}
+
+
+def _append(
+    name: str, dataset: str, values: dict[str, float], profile: str, switches: dict[str, object], n_test: int = 0
+) -> None:
+    common = {"experiment": STUDY, "model": name, "dataset": dataset, "method": "float", "switches": switches}
+    rows = [
+        {**common, "metric": metric, "value": value, "unit": UNITS[metric], "n_test": n_test}
+        for metric, value in values.items()
+    ]
+    results.append(STUDY, rows, profile=profile)
+
+
+def _append_ranges(name: str, dataset: str, ranges: pd.DataFrame, profile: str) -> None:
+    rows = [
+        {
+            "experiment": RANGES, "model": name, "dataset": dataset, "method": "float", "metric": "max_abs_w",
+            "value": row.max_abs, "unit": "1",
+            "switches": {"layer": row.layer, "channel": int(row.channel), "stage": row.stage},
+        }
+        for row in ranges.itertuples()
+    ]  # fmt: skip
+    results.append(RANGES, rows, profile=profile)

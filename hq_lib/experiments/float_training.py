@@ -1,0 +1,173 @@
+"""Float training: the networks that everything else starts from (notebook 01).
+
+    python -m hq_lib.experiments.float_training --profile full --models resnet20 --seeds 0
+
+trains (or resumes) the recipe of a profile, appends rows to ``float_training.csv`` and the learning curve to
+``float_history.csv``; ``--ship`` also writes the checkpoint with its run record into ``data/checkpoints``.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from hq_lib import data, models, paths, provenance, results
+from hq_lib.training import FitResult, evaluate, fit, recipe
+
+STUDY, HISTORY, REFERENCE = "float_training", "float_history", "float_reference"
+MODELS = ("resnet20", "lenet", "toynet")
+SEEDS = {"smoke": (0,), "quick": (0,), "full": (0, 1, 2)}
+N_TEST = {"smoke": 200, "quick": None, "full": None}
+CURVES = {"train_loss": "nat", "val_acc_pct": "%", "lr": "1"}
+
+
+def run(
+    profile: str, *, names: Sequence[str] = MODELS, seeds: Sequence[int] | None = None, device: str = "cpu"
+) -> pd.DataFrame:
+    """Trains each network with each seed from scratch; the study's rows.
+
+    Args:
+        profile: chooses recipe, images and output folders; a run that was killed resumes from its last epoch.
+        names:   networks, as in ``recipes.RECIPES``.
+        seeds:   default: one in smoke and quick, three in full.
+        device:  "cpu" or "cuda".
+    """
+    for name in names:
+        for seed in SEEDS[paths.check_profile(profile)] if seeds is None else seeds:
+            train_one(name, profile, seed, device=device)
+    return results.read(STUDY, profile=profile)
+
+
+def train_one(name: str, profile: str, seed: int, *, device: str = "cpu") -> nn.Module | None:
+    """One network trained (or resumed) and its rows appended; None where the embedded data do not fit the network."""
+    dataset, config, n_train = recipe(name, profile, seed=seed)
+    train = data.load_or_embedded(dataset, "train", n=n_train)
+    if train.spec.name != dataset and train.spec.in_shape != data.SPECS[dataset].in_shape:
+        print(f"{name}: skipped, {dataset} is not available and the embedded digits do not fit it")
+        return None
+    val = data.load(train.spec.name, "val")
+    test = data.load(train.spec.name, "test", n=N_TEST[profile])
+    torch.manual_seed(seed)
+    net = models.build(name, n_classes=train.spec.n_classes, in_channels=train.spec.in_shape[0]).to(device)
+    print(f"{name}, seed {seed}: {config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
+    done = fit(net, train, val, config, run_dir(name, profile, seed))
+    score = evaluate(net, test)
+    print(f"{name}, seed {seed}: test {score.acc_pct:.2f} % of {score.n} images", flush=True)
+    common = {
+        "experiment": STUDY, "model": name, "dataset": train.spec.name, "method": "float", "seed": seed,
+        "epochs": config.epochs, "n_train": len(train), "switches": {"precision": config.precision},
+        "seconds": round(done.seconds, 1), **provenance.stamp(device),
+    }  # fmt: skip
+    results.append(STUDY, _score_rows(common, done, score.acc_pct, score.n, len(val)), profile=profile)
+    results.append(HISTORY, _history_rows(common, done), profile=profile)
+    return net
+
+
+def run_dir(name: str, profile: str, seed: int) -> Path:
+    """The folder of a run: its state, configuration and log."""
+    return paths.runs_dir(profile) / STUDY / f"{name}_s{seed}"
+
+
+def _score_rows(common: dict, done: FitResult, test_acc_pct: float, n_test: int, n_val: int) -> list[dict]:
+    val = {**common, "switches": {**common["switches"], "split": "val"}}
+    return [
+        {**common, "metric": "acc_pct", "value": test_acc_pct, "unit": "%", "n_test": n_test},
+        {**val, "metric": "acc_pct", "value": done.val_acc_pct, "unit": "%", "n_test": n_val},
+    ]
+
+
+def _history_rows(common: dict, done: FitResult) -> list[dict]:
+    return [
+        {
+            **common, "experiment": HISTORY, "metric": metric, "value": row[metric], "unit": unit,
+            "switches": {"epoch": int(row["epoch"]), "precision": common["switches"]["precision"]},
+            "seconds": round(row["seconds"], 1),
+        }
+        for row in done.history
+        for metric, unit in CURVES.items()
+    ]  # fmt: skip
+
+
+def history(profile: str) -> pd.DataFrame:
+    """The learning curves of a profile: columns model, dataset, seed, epoch, train_loss, val_acc_pct, lr."""
+    rows = results.read(HISTORY, profile=profile)
+    rows = rows[rows["profile"] == profile]
+    rows = rows.assign(epoch=[json.loads(switches)["epoch"] for switches in rows["switches"]])
+    wide = rows.pivot_table(index=["model", "dataset", "seed", "epoch"], columns="metric", values="value")
+    return wide.reset_index().rename_axis(columns=None)
+
+
+def reference(profile: str, *, names: Sequence[str] = MODELS, device: str = "cpu") -> pd.DataFrame:
+    """The shipped checkpoints evaluated on test; rows of ``float_reference.csv``.
+
+    Skips, with a line, a network that ships no checkpoint or whose data set is not available.
+    """
+    for name in names:
+        path = shipped(name)
+        if path is None:
+            print(f"{name}: no checkpoint is shipped")
+            continue
+        net, record = models.load_checkpoint(path)
+        try:
+            test = data.load(record["dataset"], "test", n=N_TEST[profile])
+        except data.DataUnavailableError:
+            print(f"{name}: {record['dataset']} is not available, its checkpoint is not evaluated")
+            continue
+        with provenance.stopwatch(device) as watch:
+            score = evaluate(net.to(device), test)
+        row = {
+            "experiment": REFERENCE, "model": name, "dataset": record["dataset"], "method": "float",
+            "seed": record["seed"], "epochs": record["config"]["epochs"], "n_train": record["n_train"],
+            "n_test": score.n, "metric": "acc_pct", "value": score.acc_pct, "unit": "%", "seconds": watch.seconds,
+            "switches": {"checkpoint": path.name}, **provenance.stamp(device),
+        }  # fmt: skip
+        results.append(REFERENCE, [row], profile=profile)
+    return results.read(REFERENCE, profile=profile)
+
+
+def shipped(name: str, *, seed: int = 0) -> Path | None:
+    """The committed float checkpoint of a network, or None."""
+    path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
+    return path if path.exists() else None
+
+
+def ship(name: str, net: nn.Module, profile: str, seed: int) -> Path:
+    """Writes the trained network and its run record into ``data/checkpoints``; returns the path."""
+    dataset, config, _ = recipe(name, profile, seed=seed)
+    rows = results.read(STUDY, profile=profile)
+    rows = rows[(rows["model"] == name) & (rows["seed"] == seed) & (rows["epochs"] == config.epochs)]
+    split = ["val" if "split" in json.loads(s) else "test" for s in rows["switches"]]
+    record = {
+        "model": name, "options": {}, "dataset": dataset, "seed": seed, "profile": profile,
+        "config": config.as_dict(), "n_train": int(rows["n_train"].iloc[0]),
+        "acc_pct": dict(zip(split, rows["value"].tolist(), strict=True)),
+        "kept": f"{config.keep} epoch; test was seen once, after training", "seconds": rows["seconds"].iloc[0],
+        **{key: rows[key].iloc[0] for key in ("git_sha", "versions", "device")},
+    }  # fmt: skip
+    path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
+    models.save_checkpoint(path, net, record)
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: see the module docstring."""
+    parser = argparse.ArgumentParser(prog="python -m hq_lib.experiments.float_training", description=run.__doc__)
+    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="N")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ship", action="store_true", help="write data/checkpoints/<model>_float_s<seed>.safetensors")
+    options = parser.parse_args(arguments)
+    for name in options.models:
+        for seed in options.seeds or SEEDS[options.profile]:
+            net = train_one(name, options.profile, seed, device=options.device)
+            if options.ship and net is not None:
+                print(f"shipped {ship(name, net, options.profile, seed).name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Every notebook: its shape (STYLE.md's limits), no outputs in git, and a run of it in the smoke profile."""
+
+import ast
+import json
+import os
+import re
+import statistics
+from collections import defaultdict
+
+import nbformat
+import papermill
+import pytest
+
+from hq_lib import dependencies, notebook, paths
+
+NOTEBOOKS = sorted((paths.ROOT / "notebooks").glob("*.ipynb"))
+names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def cells(path, kind):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def code_lines(source):
+    return sum(1 for line in source.splitlines() if line.strip() and not line.strip().startswith("#"))
+
+
+@names
+def test_no_outputs_in_git(path):
+    content = json.loads(path.read_text())
+    assert all(not c["outputs"] and c["execution_count"] is None for c in cells(path, "code"))
+    assert "papermill" not in content["metadata"]
+    assert all("papermill" not in c["metadata"] for c in content["cells"])
+
+
+@names
+def test_format_and_kernel(path):
+    content = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(content)
+    assert content.metadata.kernelspec.name == "python3"
+    assert content.metadata.language_info.name == "python"
+    ids = [c.id for c in content.cells]
+    assert len(set(ids)) == len(ids)
+
+
+@names
+def test_parameters_come_first_one_assignment_a_line(path):
+    first = cells(path, "code")[0]
+    assert "parameters" in first["metadata"].get("tags", [])
+    tree = ast.parse("".join(first["source"]))
+    assert all(isinstance(node, ast.Assign) for node in tree.body)
+    assert len({node.lineno for node in tree.body}) == len(tree.body)
+    assert "profile" in notebook.assigned_names("".join(first["source"]))
+
+
+@names
+def test_cells_are_small(path):
+    sizes = [code_lines("".join(c["source"])) for c in cells(path, "code")]
+    assert statistics.median(sizes) <= 7
+    assert sorted(sizes)[int(0.9 * (len(sizes) - 1))] <= 15
+    assert max(sizes) <= 25
+    assert sum(sizes) <= 250
+
+
+@names
+def test_one_question_and_its_findings(path):
+    prose = ["".join(c["source"]) for c in cells(path, "markdown")]
+    question = re.search(r"\*\*Question\.\*\*(.*?)(?:\n\n|\Z)", prose[0], re.S)
+    assert question, "the first cell asks no question"
+    assert question.group(1).count("?") == 1
+    assert any(re.search(r"^#+ .*Findings", p, re.M) for p in prose)
+
+
+def test_nothing_is_defined_twice():
+    defined = defaultdict(set)
+    for path in NOTEBOOKS:
+        for cell in cells(path, "code"):
+            for name in re.findall(r"^(?:def|class) (\w+)", "".join(cell["source"]), re.M):
+                defined[name].add(path.name)
+    for path in (paths.ROOT / "hq_lib").rglob("*.py"):
+        for name in re.findall(r"^(?:def|class) ([a-z]\w+|[A-Z]\w+)", path.read_text(), re.M):
+            if name in defined:
+                defined[name].add(path.name)
+    assert {name: where for name, where in defined.items() if len(where) > 1} == {}
+
+
+@pytest.fixture(scope="module")
+def smoke_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    before = os.environ.get("HQ_OUT")
+    os.environ["HQ_OUT"] = str(folder)
+    yield folder
+    os.environ.pop("HQ_OUT") if before is None else os.environ.update(HQ_OUT=before)
+
+
+@names
+@pytest.mark.filterwarnings("default")  # the kernel's own process and client libraries, not ours
+def test_it_runs(path, smoke_out):
+    executed = smoke_out / path.name
+    papermill.execute_notebook(path, executed, parameters={"profile": "smoke"}, progress_bar=False, cwd=path.parent)
+    errors = [o for c in cells(executed, "code") for o in c["outputs"] if o["output_type"] == "error"]
+    assert errors == []
+    warned = [o["text"] for c in cells(executed, "code") for o in c["outputs"] if o.get("name") == "stderr"]
+    assert not [text for text in warned if "Warning" in "".join(text)]
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_unknown_parameter_is_named(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'seed'.*did you mean 'seeds'"):
+        papermill.execute_notebook(
+            NOTEBOOKS[1], tmp_path / "x.ipynb", parameters={"profile": "smoke", "seed": 1}, progress_bar=False
+        )
+
+
+def test_unknown_parameters_are_found_in_the_injected_cell():
+    first, injected = "profile = 'quick'\nseeds = [0]", "# Parameters\nprofile = 'smoke'\nseds = [1]\n"
+    with pytest.raises(ValueError, match=r"'seds'.*profile, seeds.*did you mean 'seeds'"):
+        notebook.check_parameters([first, injected])
+    notebook.check_parameters([first, "# Parameters\nseeds = [1]\n"])
+    notebook.check_parameters([first, "import torch"])
+
+
+def test_dependencies_follow_imports():
+    found = dependencies.of_source("from hq_lib.training import fit\nimport numpy")
+    assert "hq_lib/training/loop.py" in found
+    assert "hq_lib/data/sources.py" in found  # through hq_lib.data
+    assert "hq_lib/share.py" not in found
+    assert dependencies.of_source("%magic") == []
