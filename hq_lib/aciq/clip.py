@@ -8,7 +8,7 @@ The model ignores where the grid's levels lie; below 3 bits that matters: see ``
 import math
 from typing import Literal
 
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.special import lambertw
 from scipy.stats import norm
 
@@ -55,7 +55,7 @@ def clip_ratio(bits: float, prior: Prior, *, relu: bool = False) -> float:
     def slope(x: float) -> float:
         return float(norm.pdf(x) - x * norm.sf(x)) - x / (6.0 * 4.0**m)
 
-    return float(brentq(slope, 0.0, 12.0, xtol=1e-13, rtol=1e-14))
+    return float(root_scalar(slope, bracket=(0.0, 12.0), method="brentq", xtol=1e-13).root)
 
 
 def noise_mse(ratio: float, bits: float, prior: Prior, *, relu: bool = False) -> float:

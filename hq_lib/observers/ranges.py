@@ -38,7 +38,7 @@ class QParams(NamedTuple):
     """Highest grid index."""
 
     def broadcast(self, n_dims: int, axis: int) -> "QParams":
-        """The same grid with scale and zero_point as (1, ..., C, ..., 1), C on ``axis``, to meet a tensor of ``n_dims``."""
+        """The same grid with scale and zero_point as (1, ..., C, ..., 1), to meet a tensor of ``n_dims``."""
         shape = [1] * n_dims
         shape[axis] = -1
         return self._replace(scale=self.scale.reshape(shape), zero_point=self.zero_point.reshape(shape))
