@@ -1,0 +1,222 @@
+"""Traced networks: any CNN as a torch.fx graph, or an error that names the line in the way.
+
+A traced network is a ``torch.fx.GraphModule``: it computes what the network computes, and holds the same layers under
+the same names, but its order of execution is a list that folding and quantization can read and rewrite.
+"""
+
+import difflib
+import inspect
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+Example = Tensor | tuple[Tensor, ...]
+LeafModules = Sequence[str | type[nn.Module]]
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_ATOMS = (_ConvNd, nn.Linear, _BatchNorm)
+_HIDDEN = (os.path.dirname(torch.__file__) + os.sep, __file__, "<")  # frames that are not the user's
+
+
+class UntraceableError(ValueError):
+    """The network cannot become a graph; the message names the file, the line and the way out."""
+
+
+def trace(
+    net: nn.Module, *, leaf_modules: LeafModules = (), concrete_args: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
+    """Return ``net`` as a graph that shares its layers, their names and each one's train/eval mode.
+
+    ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers are looked through, at the top and
+    inside. A net that is a graph already is checked, and comes back with a graph of its own (both options then have
+    no effect). What ``forward`` asks of ``self.training`` is answered by the mode at the time of the call.
+
+    Args:
+        net:           any module whose ``forward`` has no data-dependent control flow.
+        leaf_modules:  names ("layer1.0") or classes of modules to keep as one opaque call.
+        concrete_args: values for those arguments of ``forward`` that are flags, not tensors; the returned graph no
+                       longer takes them.
+
+    Raises:
+        UntraceableError: names the module, file and line that cannot be traced, or says what ``net`` is instead.
+        ValueError:       a leaf name or an argument that ``net`` does not have, with the nearest that it has.
+        TypeError:        ``net`` is no module.
+    """
+    net = unwrap(net)
+    if isinstance(net, fx.GraphModule):
+        return _checked(net)
+    fixed = dict(concrete_args or {})
+    _check_known(fixed, inspect.signature(net.forward).parameters, f"argument of {type(net).__name__}.forward")
+    tracer = _Tracer(leaf_modules, dict(net.named_modules()), fixed)
+    try:
+        graph = tracer.trace(net)
+    except Exception as error:
+        raise UntraceableError(_explain(net, tracer.failed_in, error)) from error
+    return _with_modes_of(net, fx.GraphModule(net, graph, class_name=type(net).__name__))
+
+
+def unwrap(net: nn.Module) -> nn.Module:
+    """Return the network inside ``DataParallel`` and ``torch.compile`` wrappers; refuse what is no Python module."""
+    if not isinstance(net, nn.Module):
+        what = "the class itself: call it first" if inspect.isclass(net) else "not a torch.nn.Module"
+        raise TypeError(f"a network is needed, and {net!r:.80} is {what}")
+    while (inner := _inner(net)) is not None:
+        net = inner
+    if isinstance(net, torch.jit.ScriptModule):
+        raise UntraceableError("TorchScript modules hold no Python code to trace: pass the module it was made from")
+    return net
+
+
+def propagate(gm: fx.GraphModule, example: Example) -> None:
+    """Write ``meta["shape"]`` (torch.Size) and ``meta["dtype"]`` on every node of ``gm`` whose value is a tensor.
+
+    One forward pass of ``example`` without gradients, in eval mode (no running statistic moves); modes are restored.
+
+    Raises:
+        ValueError: names the layer that does not accept its input, and that input's shape.
+    """
+    with eval_mode(gm), torch.no_grad():
+        NodeWatcher(gm, _write_shape).run(*as_inputs(example))
+
+
+def as_inputs(example: Example) -> tuple[Tensor, ...]:
+    """Return ``example`` as the tuple of arguments of ``forward``."""
+    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+
+
+@contextmanager
+def eval_mode(net: nn.Module):
+    """Put every module of ``net`` in eval mode inside the ``with`` block and restore each one's own mode after it."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        yield net.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class NodeWatcher(fx.Interpreter):
+    """Runs a graph and shows each node with its value to ``see``; errors name the layer and its input shapes."""
+
+    def __init__(self, gm: fx.GraphModule, see: Callable[[fx.Node, Any], None]):
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.see = see
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the value of node ``n`` after showing it."""
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            shapes = [tuple(v.shape) for v in map(self.env.get, n.all_input_nodes) if isinstance(v, Tensor)]
+            raise ValueError(f"layer {str(n.target)!r} does not accept its input of shape {shapes}: {error}") from error
+        self.see(n, value)
+        return value
+
+
+def _write_shape(node: fx.Node, value: Any) -> None:
+    for key in ("shape", "dtype"):
+        node.meta.pop(key, None)
+        if isinstance(value, Tensor):
+            node.meta[key] = getattr(value, key)
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer that looks through wrappers, keeps named leaves, and remembers in which module it failed."""
+
+    def __init__(self, leaf_modules: LeafModules, modules: Mapping[str, nn.Module], fixed: Mapping[str, Any]):
+        super().__init__()
+        self.fixed = fixed
+        names = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
+        _check_known(names, modules, "module")
+        self.leaves = [modules[name] for name in names]
+        self.leaf_types = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
+        self.failed_in: str | None = None
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Return ``forward`` and its arguments: the fixed values, and an input node for each of the others."""
+        forward, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args):
+            if isinstance(arg, fx.Proxy) and arg.node.target in self.fixed:
+                args[i] = self.fixed[str(arg.node.target)]
+                self.graph.erase_node(arg.node)
+        return forward, args
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Say whether ``m`` stays one call: torch.nn's own, asked for, or a plain subclass of conv, linear or BN."""
+        plain = isinstance(m, _ATOMS) and type(m).forward.__module__.startswith("torch.nn")
+        asked = isinstance(m, self.leaf_types) or any(m is leaf for leaf in self.leaves)
+        return plain or asked or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any:
+        """Record the call of ``m``, or of what it wraps."""
+        while (inner := _inner(m)) is not None:
+            m, forward = inner, inner.forward
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = self.path_of_module(m) if any(m is x for x in self.root.modules()) else ""
+            raise
+
+
+def _inner(net: nn.Module) -> nn.Module | None:
+    if isinstance(net, _PARALLEL):
+        return net.module
+    return net.__dict__.get("_modules", {}).get("_orig_mod")  # torch.compile
+
+
+def _checked(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return ``gm``'s layers under a copy of its graph, if that graph is whole and still has layers."""
+    if any(isinstance(node.target, torch._ops.OpOverload) for node in gm.graph.nodes):
+        raise UntraceableError(
+            f"{type(gm).__name__} is a graph of ATen operators (torch.export makes those): its layers are gone. "
+            "Pass the module it was made from"
+        )
+    copied = fx.Graph()
+    try:
+        gm.graph.lint()
+        copied.output(copied.graph_copy(gm.graph, {}))
+        checked = fx.GraphModule(gm, copied, class_name=type(gm).__name__)
+    except Exception as error:
+        raise UntraceableError(f"{type(gm).__name__} is a broken graph ({error}): pass the original module") from error
+    return _with_modes_of(gm, checked)
+
+
+def _with_modes_of(net: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:
+    modes = {name: module.training for name, module in net.named_modules()}
+    for name, module in gm.named_modules():  # fx makes the folders between layers anew, in train mode
+        module.training = modes.get(name, net.training)
+    return gm
+
+
+def _check_known(asked: Iterable[str], known: Iterable[str], what: str) -> None:
+    known = list(known)
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known[:8]
+            raise ValueError(f"there is no {what} named {name!r}; nearest: {', '.join(map(repr, near))}")
+
+
+def _explain(net: nn.Module, failed_in: str | None, error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_HIDDEN)]
+    where = f"\n  at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}:  {frames[-1].line}" if frames else ""
+    flags = [p.name for p in inspect.signature(net.forward).parameters.values() if p.default is not p.empty]
+    fix = ", ".join(f"{flag!r}: value" for flag in flags) or "'argument': value"
+    leaf = repr(failed_in) if failed_in else "'name of a submodule that holds that line'"
+    return (
+        f"{type(net).__name__} cannot be traced: {error}{where}\n"
+        f"  in module {failed_in or '(the network itself)'}. If that line depends on the data, choose:\n"
+        f"  - leaf_modules=({leaf},) keeps that module as one opaque call;\n"
+        f"  - concrete_args={{{fix}}} fixes arguments of forward that are flags, not tensors;\n"
+        "  - or rewrite the line so that it does not depend on a tensor's values."
+    )
