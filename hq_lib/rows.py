@@ -24,14 +24,14 @@ UNITS = {
     "%": "percent", "pp": "percentage points", "1": "a pure number", "nat": "natural-log entropy or loss",
     "bit": "bits", "LSB": "integer steps", "count": "how many", "epoch": "epochs", "iteration": "optimizer steps",
     "s": "seconds", "ms": "milliseconds", "us": "microseconds", "1/s": "per second",
-    "B": "bytes", "KiB": "1024 bytes", "MiB": "1024 KiB",
+    "B": "bytes", "kB": "1000 bytes", "KiB": "1024 bytes", "MiB": "1024 KiB",
     "MAC": "multiply-accumulates", "BOP": "bit operations", "uS": "microsiemens", "uA": "microamperes",
     "V": "volts", "pJ": "picojoules", "nJ": "nanojoules", "uJ": "microjoules",
     "x": "ratio to a reference in the same run",
 }  # fmt: skip
 SUFFIX_UNITS = {
-    "_pct": "%", "_pp": "pp", "_per_s": "1/s", "_s": "s", "_ms": "ms", "_us": "us", "_KiB": "KiB", "_MiB": "MiB",
-    "_LSB": "LSB", "_uS": "uS", "_pJ": "pJ", "_nJ": "nJ", "_uJ": "uJ",
+    "_pct": "%", "_pp": "pp", "_per_s": "1/s", "_s": "s", "_ms": "ms", "_us": "us", "_kB": "kB", "_KiB": "KiB",
+    "_MiB": "MiB", "_LSB": "LSB", "_uS": "uS", "_pJ": "pJ", "_nJ": "nJ", "_uJ": "uJ",
 }  # fmt: skip
 
 
