@@ -5,13 +5,16 @@
 ``QuantConvBn2d`` and ``QuantLinearBn`` also hold the batch norm that followed and fold it in every step, in one pass:
 
     g = gamma / sqrt(running_var + eps)
-    y = conv(x, Q(g w)) + g (b - running_mean) + beta
+    training:       y = BN(conv(x, Q(g w)) / g + b)                       normalised by the batch, as without folding
+    frozen or eval: y = conv(x, Q(g w)) + g (b - running_mean) + beta     what is deployed
 
-The gradient reaches w, gamma and beta through the fold; the running statistics are constants to it. In train mode they
-are updated from the convolution just computed, conv(x, Q(g w)) / g, so there is no second convolution (Jacob et al.
-2018, arXiv:1712.05877, section 3.2, fold batch statistics and run two). Departures: a batch is normalised by statistics
-that lag one step, so start from trained ones; the variance includes the weights' rounding error; a channel with |g|
-below 1e-6 keeps its statistics. ``freeze_statistics`` ends the updates: the last phase of a training.
+The weight that is quantized is the deployed one from the first step; the output of its one convolution, taken back by
+g, is both what the batch norm normalises and what moves its running statistics. ``freeze_statistics`` begins the last
+phase of a training: statistics stop, and train mode computes what eval mode does. This is "correction and freeze" of
+Krishnamoorthi (2018, arXiv:1806.08342). Folding batch statistics into the weight instead (Jacob et al. 2018,
+arXiv:1712.05877, section 3.2) takes two convolutions a step; folding running ones without taking the output back leaves
+the batch without a norm, and training slows down. Departure: while the batch is normalised, |g| is kept above 1e-6, so
+that a channel switched off by gamma = 0 can come back.
 """
 
 from typing import Self
@@ -19,7 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-_G_MIN = 1e-6
+_MIN_GAIN = 1e-6
 
 
 class QuantizedWeight(nn.Module):
@@ -105,9 +108,10 @@ class FoldedNorm(QuantizedWeight):
         return folded
 
     def gain(self) -> Tensor:
-        """Return g = gamma / sqrt(running_var + eps), (C_out,)."""
+        """Return g = gamma / sqrt(running_var + eps), (C_out,); away from 0 while the batch norm normalises."""
         deviation = torch.sqrt(_statistic(self.bn.running_var) + self.bn.eps)
-        return 1 / deviation if self.bn.weight is None else self.bn.weight / deviation
+        g = 1 / deviation if self.bn.weight is None else self.bn.weight / deviation
+        return torch.where(g < 0, g.clamp(max=-_MIN_GAIN), g.clamp(min=_MIN_GAIN)) if self._normalises() else g
 
     def effective_weight(self) -> Tensor:
         """Return g w, the shape of ``weight``."""
@@ -115,24 +119,18 @@ class FoldedNorm(QuantizedWeight):
 
     def effective_bias(self) -> Tensor:
         """Return g (b - running_mean) + beta, (C_out,)."""
-        centre = -_statistic(self.bn.running_mean) if self.bias is None else self.bias - self.bn.running_mean
-        shift = self.gain() * centre
+        mean = _statistic(self.bn.running_mean)
+        shift = self.gain() * (-mean if self.bias is None else self.bias - mean)
         return shift if self.bn.bias is None else shift + self.bn.bias
 
-    def _update_statistics(self, y: Tensor) -> None:
-        """Move the running statistics toward those of the layer's output before the norm, y / g (+ b)."""
-        if not self.training or self.statistics_frozen:
-            return
-        with torch.no_grad():
-            g = self.gain()
-            usable = g.abs() > _G_MIN
-            safe = torch.where(usable, g, 1.0)
-            others = [d for d in range(y.dim()) if d != 1]
-            variance, mean = torch.var_mean(y.detach(), dim=others, unbiased=True)
-            mean = mean / safe if self.bias is None else mean / safe + self.bias
-            rate = torch.where(usable, 0.1 if self.bn.momentum is None else self.bn.momentum, 0.0).to(g.dtype)
-            _statistic(self.bn.running_mean).lerp_(mean.to(g.dtype), rate)
-            _statistic(self.bn.running_var).lerp_((variance / safe**2).to(g.dtype), rate)
+    def _normalises(self) -> bool:
+        return self.training and not self.statistics_frozen
+
+    def _taken_back(self, y: Tensor) -> Tensor:
+        """Return the layer's output before the norm, y / g + b."""
+        shape = (1, -1, *[1] * (y.dim() - 2))
+        raw = y / self.gain().reshape(shape)
+        return raw if self.bias is None else raw + self.bias.reshape(shape)
 
 
 class QuantConvBn2d(FoldedNorm, QuantConv2d):
@@ -140,10 +138,9 @@ class QuantConvBn2d(FoldedNorm, QuantConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        bias = self.effective_bias()  # of the statistics before this batch's update
-        y = self._conv_forward(input, self.quantized_weight(), None)
-        self._update_statistics(y)
-        return y + bias.reshape(1, -1, 1, 1)
+        if self._normalises():
+            return self.bn(self._taken_back(self._conv_forward(input, self.quantized_weight(), None)))
+        return self._conv_forward(input, self.quantized_weight(), self.effective_bias())
 
 
 class QuantLinearBn(FoldedNorm, QuantLinear):
@@ -151,10 +148,9 @@ class QuantLinearBn(FoldedNorm, QuantLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in) -> (B, C_out)."""
-        bias = self.effective_bias()
-        y = nn.functional.linear(input, self.quantized_weight())
-        self._update_statistics(y)
-        return y + bias
+        if self._normalises():
+            return self.bn(self._taken_back(nn.functional.linear(input, self.quantized_weight())))
+        return nn.functional.linear(input, self.quantized_weight(), self.effective_bias())
 
 
 def _statistic(buffer: Tensor | None) -> Tensor:

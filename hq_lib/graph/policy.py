@@ -9,7 +9,7 @@ import yaml
 from torch import fx, nn
 
 from hq_lib.graph.overrides import apply_overrides, check_overrides
-from hq_lib.graph.spec import HYBRID, PolicyError, Spec, check_bits, make_quantizer, parse_spec, unknown_key
+from hq_lib.graph.spec import FLOAT_BITS, HYBRID, PolicyError, Spec, check_bits, make_quantizer, parse_spec, unknown_key
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,13 +59,14 @@ class BitPolicy:
 
     first_last_bits: int | None = 8
     """bits of the first and the last layer's weights and of the last layer's input (in ``academic`` placement also of
-    the tensor that is pooled into it, QDrop's a[-1]); 32 = float; None = no exception"""
+    the tensor that is pooled into it, QDrop's a[-1]); 32 = float; None = no exception; says nothing of weights, or
+    activations, that are float by default"""
 
     stem_out_bits: int | None = None
     """bits of the first layer's output (CaPTQ and BRECQ's dagger rows: 8; QDrop's own: None = as other activations)"""
 
     input_bits: int | None = None
-    """bits of the image, always by min-max; None = 8 in ``deploy``, 32 (float) in ``academic``"""
+    """bits of the image, always by min-max; None = 8 in ``deploy``, 32 (float) in ``academic`` or with float ``act``"""
 
     pool_bits: int | None = None
     """bits of average-pool outputs; None = by role or as other activations (official QDrop has none there: 32)"""
@@ -93,7 +94,8 @@ class BitPolicy:
                 check_bits(getattr(self, name), f"policy.{name}")
         object.__setattr__(self, "overrides", check_overrides(self.overrides))
         if self.input_bits is None:
-            object.__setattr__(self, "input_bits", 8 if self.placement == "deploy" else 32)
+            quantized = self.placement == "deploy" and not self.act.is_float
+            object.__setattr__(self, "input_bits", 8 if quantized else FLOAT_BITS)
 
     def _check_choices(self) -> None:
         for key, value, choices in (("placement", self.placement, PLACEMENTS), ("bn", self.bn, BN_MODES)):
@@ -113,8 +115,8 @@ class BitPolicy:
             PolicyError: names the override that matches nothing, or the tensor whose bits its method cannot do.
         """
         sites = list(sites)
-        weights = dict.fromkeys(layers, self.weight)
-        if self.first_last_bits is not None:
+        weights: dict[str, Spec] = {name: self.weight for name in layers}  # noqa: C420 (pyright)
+        if self.first_last_bits is not None and not self.weight.is_float:
             weights |= {name: self._with_bits(self.weight, self.first_last_bits) for name in (layers[0], layers[-1])}
         acts = {site.name: self._by_role(site.role) for site in sites}
         origins = apply_overrides(self.overrides, weights, acts)
@@ -127,10 +129,11 @@ class BitPolicy:
 
     def _by_role(self, role: str) -> Spec:
         if role == "image":
-            return Spec("minmax", self.input_bits or 8)
+            return Spec("minmax", self.input_bits or FLOAT_BITS)
+        last_bits = None if self.act.is_float else self.first_last_bits
         order = {
-            "pool_last": (self.pool_bits, self.first_last_bits),
-            "last": (self.first_last_bits,),
+            "pool_last": (self.pool_bits, last_bits),
+            "last": (last_bits,),
             "stem": (self.stem_out_bits,),
             "pool": (self.pool_bits,),
         }
@@ -179,8 +182,8 @@ class BitPolicy:
         if isinstance(rule := entries.get("hybrid_rule"), Mapping):
             for name in rule:
                 unknown_key(name, [f.name for f in fields(HybridRule)], "policy.hybrid_rule")
-            pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in rule.items()}
-            entries["hybrid_rule"] = HybridRule(**pairs)
+            pairs = {name: tuple(value) for name, value in rule.items() if name != "boundary"}
+            entries["hybrid_rule"] = HybridRule(**pairs, boundary=rule.get("boundary", 4))
         return cls(**entries)
 
     def to_yaml(self, path: Path | str | None = None) -> str:

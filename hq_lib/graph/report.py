@@ -93,9 +93,9 @@ def layer_macs(gm: fx.GraphModule) -> dict[str, int]:
     macs: dict[str, int] = {}
     for node, kind in kinds(gm).items():
         if kind == "layer":
-            layer = gm.get_submodule(str(node.target))
+            layer: Any = gm.get_submodule(str(node.target))
             counted = node.all_input_nodes[0] if isinstance(layer, nn.ConvTranspose2d) else node
             shape = counted.meta["shape"]
-            per_element = layer.weight.numel() // layer.weight.shape[0]  # type: ignore[union-attr, operator]
+            per_element = layer.weight.numel() // layer.weight.shape[0]
             macs[str(node.target)] = macs.get(str(node.target), 0) + torch.Size(shape[1:]).numel() * per_element
     return macs

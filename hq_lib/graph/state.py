@@ -1,7 +1,8 @@
 """What is done to a quantized network as a whole: fitting its grids, bypassing them, ending batch-norm updates."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, fx, nn
 from hq_lib.graph.layers import FoldedNorm, QuantConv2d, QuantizedWeight, QuantLinear
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.spec import QuantizeError
-from hq_lib.quantizers import Quantizer
 from hq_lib.tracing import NodeWatcher, eval_mode
 
 BUDGET_MIB = 1024
+Choice = Callable[[nn.Module], bool]
 
 
 def weight_layers(net: nn.Module) -> dict[str, QuantizedWeight]:
@@ -26,95 +27,100 @@ def act_quantizers(gm: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in gm.named_children() if name.endswith(QUANTIZER_SUFFIX)}
 
 
-def set_quantization(net: nn.Module, *, weights: bool, acts: bool) -> None:
-    """Switch all weight and all activation quantizers of ``net`` on (True) or off (False: float values pass).
+def set_quantization(net: nn.Module, *, weights: bool, acts: bool, only: Choice | None = None) -> None:
+    """Switch the weight and the activation quantizers of ``net`` on (True) or off (False: float values pass).
 
     Works on a quantized graph and on a block cut from one (which shares them). With both off, the network computes what
-    its float net computes. Grids and their parameters stay as they are.
+    its float net computes. Grids and their parameters stay as they are. ``only`` leaves those alone for which it is
+    False: ``only=lambda quantizer: quantizer.bits >= 4`` switches what the hybrid rule leaves to PTQ.
     """
     for layer in weight_layers(net).values():
-        if layer.weight_quantizer is not None:
+        if layer.weight_quantizer is not None and (only is None or only(layer.weight_quantizer)):
             layer.weight_quantizer.enabled = weights  # type: ignore[assignment]
     for quantizer in act_quantizers(net).values():
-        quantizer.enabled = acts  # type: ignore[assignment]
+        if only is None or only(quantizer):
+            quantizer.enabled = acts  # type: ignore[assignment]
 
 
 def calibrate(
     qnet: fx.GraphModule,
     batches: Tensor | Iterable[Tensor],
     *,
+    only: Choice | None = None,
     quantized_weights: bool = True,
     budget_MiB: int = BUDGET_MIB,
 ) -> None:
-    """Fit each activation quantizer to the float activations of ``batches``, and each weight's to its weight.
+    """Fit each activation quantizer of ``qnet`` to the float activations of ``batches``.
 
-    One-shot calibration: all activation quantizers are bypassed while their inputs are collected (QDrop's way), so no
+    One-shot calibration: the activation quantizers are bypassed while their inputs are collected (QDrop's way), so no
     grid depends on another's. A quantizer sees its input over all batches, and over all its places in the graph, at
-    once. Eval mode and no gradients throughout; no random numbers; modes and switches are restored.
+    once. Eval mode and no gradients throughout; no random numbers; modes and switches are restored. Weight quantizers
+    were fitted by ``quantize`` and are not touched.
 
     Args:
         qnet:              from ``quantize``.
         batches:           (B, C, H, W) or several of those, normalised as in training; kept in memory.
+        only:              which activation quantizers to fit (given the module); the others keep their grid and work as
+                           they are switched. ``only=lambda quantizer: not quantizer.initialised`` spares trained ones.
         quantized_weights: True: activations as the quantized weights make them; False: as the float weights do.
         budget_MiB:        memory for collected activations; beyond it the batches are run again for the next tensors.
 
     Raises:
         QuantizeError: no batch; ValueError: NaN or Inf in an activation, naming the quantizer.
     """
-    images = [batches] if isinstance(batches, Tensor) else list(batches)
+    images: list[Tensor] = [batches] if isinstance(batches, Tensor) else list(batches)
     if not images or not all(len(batch) for batch in images):
         raise QuantizeError("calibrate needs at least one image")
-    for name, layer in weight_layers(qnet).items():
-        if isinstance(layer.weight_quantizer, Quantizer):
-            _fit(layer.weight_quantizer, layer.effective_weight().detach(), f"weight of {name!r}")
-    with eval_mode(qnet), torch.no_grad(), _switched(qnet, weights=quantized_weights, acts=False):
-        for targets in _portions(qnet, n_images=sum(map(len, images)), budget=budget_MiB * 2**20):
+    wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
+    with eval_mode(qnet), torch.no_grad(), _bypassed(qnet, wanted, weights=not quantized_weights):
+        for targets in _portions(qnet, wanted, n_images=sum(map(len, images)), budget=budget_MiB * 2**20):
             for target, seen in _collect(qnet, images, targets).items():
-                _fit(qnet.get_submodule(target), torch.cat(seen), f"activation quantizer {target!r}")  # type: ignore[arg-type]
+                _fit(qnet.get_submodule(target), torch.cat(seen), f"activation quantizer {target!r}")
 
 
-def _fit(quantizer: Quantizer, values: Tensor, what: str) -> None:
+def _fit(quantizer: nn.Module, values: Tensor, what: str) -> None:
     try:
-        quantizer.init_from(values)
+        quantizer.init_from(values)  # type: ignore[operator]
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
 
 
-class _switched:
-    """A context in which quantizers are on or off as told, and after which each is as it was."""
-
-    def __init__(self, net: nn.Module, *, weights: bool, acts: bool) -> None:
-        self.net, self.weights, self.acts = net, weights, acts
-        self.before = [(module, module.enabled) for module in net.modules() if hasattr(module, "enabled")]
-
-    def __enter__(self) -> None:
-        set_quantization(self.net, weights=self.weights, acts=self.acts)
-
-    def __exit__(self, *_: Any) -> None:
-        for module, enabled in self.before:
+@contextmanager
+def _bypassed(net: nn.Module, acts: set[str], *, weights: bool) -> Iterator[None]:
+    """Bypass the activation quantizers named, and all weight quantizers if told; every switch is restored after it."""
+    modules = [net.get_submodule(name) for name in acts]
+    if weights:
+        modules += [q for layer in weight_layers(net).values() if (q := layer.weight_quantizer) is not None]
+    before = [(module, module.enabled) for module in modules]
+    try:
+        for module in modules:
+            module.enabled = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, enabled in before:
             module.enabled = enabled
 
 
-def _portions(qnet: fx.GraphModule, *, n_images: int, budget: int) -> list[set[str]]:
-    """Return the activation quantizers in groups whose inputs fit ``budget`` bytes (one alone always does)."""
+def _portions(qnet: fx.GraphModule, wanted: set[str], *, n_images: int, budget: int) -> list[list[str]]:
+    """Return ``wanted`` in execution order, in groups whose inputs fit ``budget`` bytes (one alone always does)."""
     sizes: dict[str, int] = {}
     for node in qnet.graph.nodes:
-        if node.op == "call_module" and str(node.target).endswith(QUANTIZER_SUFFIX):
+        if node.op == "call_module" and str(node.target) in wanted:
             size = 4 * n_images * int(torch.Size(node.meta["shape"][1:]).numel())
             sizes[str(node.target)] = sizes.get(str(node.target), 0) + size
-    portions: list[set[str]] = []
+    portions: list[list[str]] = []
     room = 0
     for target, size in sizes.items():
         if size > room or not portions:
-            portions.append(set())
+            portions.append([])
             room = budget
-        portions[-1].add(target)
+        portions[-1].append(target)
         room -= size
     return portions
 
 
-def _collect(qnet: fx.GraphModule, images: list[Tensor], targets: set[str]) -> dict[str, list[Tensor]]:
-    seen: dict[str, list[Tensor]] = {target: [] for target in sorted(targets)}
+def _collect(qnet: fx.GraphModule, images: list[Tensor], targets: list[str]) -> dict[str, list[Tensor]]:
+    seen: dict[str, list[Tensor]] = {target: [] for target in targets}
 
     def look(node: fx.Node, value: Any) -> None:
         if node.op == "call_module" and str(node.target) in seen:

@@ -1,0 +1,164 @@
+"""Calibration, switches and the report: determinism, what is fitted to what, and numbers counted by hand."""
+
+import math
+
+import pytest
+import torch
+from graph_nets import Branches, Tiny, images, trained_like
+from torch import nn
+
+from hq_lib import models
+from hq_lib.graph import (
+    BitPolicy,
+    PolicyError,
+    QuantizeError,
+    act_quantizers,
+    calibrate,
+    quantize,
+    report,
+    set_quantization,
+    weight_layers,
+)
+
+POLICY = BitPolicy("lsq:4", "lsq:4")
+
+
+def grids(qnet) -> dict[str, float]:
+    return {name: quantizer.grid().scale.item() for name, quantizer in act_quantizers(qnet).items()}
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return trained_like(Tiny())
+
+
+def test_calibration_is_the_same_in_one_batch_in_many_and_in_little_memory(net):
+    x, found = images(8), []
+    for batches, budget in ((x, 1024), (x.split(3), 1024), (iter(x.split(2)), 1024), (x, 0)):
+        qnet = quantize(net, POLICY, x[:1])
+        calibrate(qnet, batches, budget_MiB=budget)
+        found.append(grids(qnet))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
+    assert found[0] == found[3]
+
+
+def test_calibration_sees_float_activations_and_leaves_modes_switches_and_statistics(net):
+    x = images(8)
+    qnet = quantize(net, BitPolicy("minmax:8", "minmax:2", input_bits=2), x).train()
+    before = qnet.bn.running_mean.clone()
+    calibrate(qnet, x, quantized_weights=False)
+    assert torch.equal(qnet.bn.running_mean, before)
+    assert all(module.training for module in qnet.modules())
+    assert all(quantizer.enabled for quantizer in act_quantizers(qnet).values())
+    assert all(layer.weight_quantizer.enabled for layer in weight_layers(qnet).values())
+    stem = torch.relu(net.bn(net.stem(x)))  # not of a 2-bit image
+    assert qnet.relu_act_quantizer.grid().scale.item() == pytest.approx(stem.max().item() / 3, rel=1e-6)
+
+
+def test_quantized_weights_make_other_activations(net):
+    x, scales = images(8), []
+    for quantized_weights in (True, False):
+        qnet = quantize(net, BitPolicy("minmax:2", "minmax:8"), x)
+        calibrate(qnet, x, quantized_weights=quantized_weights)
+        scales.append(grids(qnet))
+    assert scales[0] != scales[1]
+    assert scales[0]["x_act_quantizer"] == scales[1]["x_act_quantizer"]
+
+
+def test_a_shared_grid_is_fitted_to_all_its_tensors():
+    net, x = Branches().eval(), images(8)
+    nn.init.constant_(net.b.bias, 7.0)
+    qnet = quantize(net, BitPolicy("minmax:8", "minmax:8"), x)
+    calibrate(qnet, x, quantized_weights=False)
+    a = torch.relu(net.a(x))
+    both = torch.cat([a.flatten(), net.b(a).flatten(), torch.zeros(1)])
+    want = (both.max() - both.min()) / 255
+    assert qnet.relu_act_quantizer.grid().scale.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_only_some_quantizers_can_be_fitted(net):
+    qnet = quantize(net, BitPolicy.hybrid(2, {"*": 8, "blocks.1.*": 2}), images())
+    calibrate(qnet, images(8))
+    before = grids(qnet)
+    calibrate(qnet, 2 * images(8), only=lambda quantizer: quantizer.bits >= 4)
+    after = grids(qnet)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name, q in act_quantizers(qnet).items() if q.bits == 8}
+
+
+def test_bad_calibration_data_is_refused(net):
+    qnet = quantize(net, POLICY, images())
+    with pytest.raises(QuantizeError, match="at least one image"):
+        calibrate(qnet, [])
+    with pytest.raises(QuantizeError, match="at least one image"):
+        calibrate(qnet, images()[:0])
+    with pytest.raises(ValueError, match=r"activation quantizer 'x_act_quantizer'.*NaN"):
+        calibrate(qnet, images() * math.nan)
+
+
+def test_switches_give_float_weights_only_and_activations_only(net):
+    x = images(8)
+    qnet = quantize(net, BitPolicy("minmax:2", "minmax:2"), x)
+    calibrate(qnet, x)
+    outputs = {}
+    for switches in ((False, False), (True, False), (False, True), (True, True)):
+        set_quantization(qnet, weights=switches[0], acts=switches[1])
+        outputs[switches] = qnet(x)
+    assert torch.equal(outputs[False, False], net(x))
+    weights_only = quantize(net, BitPolicy("minmax:2", 32), x)
+    assert torch.equal(outputs[True, False], weights_only(x))
+    assert len({o.sum().item() for o in outputs.values()}) == 4
+
+
+def test_switches_can_be_limited(net):
+    qnet = quantize(net, BitPolicy.hybrid({"*": 2, "fc": 8}, 8), images())
+    set_quantization(qnet, weights=False, acts=False, only=lambda quantizer: quantizer.bits >= 4)
+    on = [name for name, layer in weight_layers(qnet).items() if layer.weight_quantizer.enabled]
+    assert "fc" not in on
+    assert len(on) == 10
+    assert not any(q.enabled for q in act_quantizers(qnet).values())
+
+
+def test_the_report_counts_what_can_be_counted_by_hand():
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 100, 5)), images(2)
+    policy = BitPolicy("minmax:4", "minmax:2", first_last_bits=None, overrides={"3": {"weight": 8}})
+    qnet = quantize(net.eval(), policy, x)
+    table = policy.report(qnet).set_index(["layer", "tensor"])
+    assert table.loc[("0", "weight"), "macs"] == 4 * 100 * 27
+    assert table.loc[("3", "weight"), "macs"] == 400 * 5
+    assert table.loc[("0", "weight"), "n_params"] == 108
+    assert table.loc[("3", "weight"), "size_KiB"] == 2000 * 8 / 8192
+    assert list(table.loc[("input", "activation"), ["bits", "n_elements", "signed"]]) == [8, 432, True]
+    assert list(table.loc[("0", "activation"), ["bits", "n_elements", "signed"]]) == [2, 400, False]
+    assert table.attrs["avg_w_bits"] == pytest.approx((108 * 4 + 2000 * 8) / 2108)
+    assert table.attrs["avg_a_bits"] == pytest.approx((432 * 8 + 400 * 2) / 832)
+    assert table.attrs["n_macs"] == 12800
+    assert "W minmax:4" in table.attrs["policy"]
+
+
+def test_the_report_shows_scales_once_they_exist(net):
+    qnet = quantize(net, BitPolicy("minmax:4", "minmax:8", overrides={"stem": {"weight": 32}}), images())
+    before = report(qnet).set_index(["layer", "tensor"])
+    assert before.loc[("blocks.0.expand", "weight"), "n_scales"] == 16
+    assert before.loc[("stem", "weight"), "method"] == "float"
+    assert math.isnan(before.loc[("stem", "weight"), "scale"])
+    assert math.isnan(before.loc[("stem", "activation"), "scale"])
+    calibrate(qnet, images())
+    after = report(qnet).set_index(["layer", "tensor"])
+    assert after.loc[("stem", "activation"), "scale"] == qnet.relu_act_quantizer.grid().scale.item()
+
+
+def test_macs_and_parameters_of_resnet20_are_the_published_ones():
+    qnet = quantize(models.build("resnet20"), BitPolicy(), torch.zeros(1, 3, 32, 32))
+    table = report(qnet)
+    assert table.attrs["n_macs"] == 40_813_184
+    assert len(table[table.tensor == "weight"]) == 22
+
+
+def test_reports_want_a_quantized_net_and_its_own_policy(net):
+    with pytest.raises(PolicyError, match="another policy"):
+        BitPolicy().report(quantize(net, POLICY, images()))
+    with pytest.raises(PolicyError, match="no policy"):
+        report(torch.fx.symbolic_trace(net))
