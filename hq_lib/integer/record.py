@@ -256,7 +256,7 @@ class IntegerModel:
     input: str
     """name of the float32 image tensor, normalised as in training"""
     output: str
-    """name of the logits: real value f32(q) * scale, one float32 product"""
+    """name of the logits: real value f32(f32(q - z) * scale_c), int32 as a rule (z = 0)"""
     meta: dict[str, Any] = field(default_factory=dict)
     """plain JSON data: "image" {"mean": [...], "std": [...]} in [0, 1] units if known, provenance, the policy's line"""
 

@@ -1,0 +1,259 @@
+"""``check``: everything a record promises, verified; made records and loaded files pass through it alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hq_lib.integer import record as r
+from hq_lib.integer.proof import prove_accumulator, prove_add
+from hq_lib.integer.requant import MAX_SHIFT, RecordError
+
+RANGES = {"uint8": (0, 2**8 - 1), "uint16": (0, 2**16 - 1), "int32": (-(2**31), 2**31 - 1), "float32": (0, 0)}
+"""dtype of a tensor -> the integers it holds (float32: none)"""
+MAX_ELEMENTS = 2**28
+MAX_NAME = 300
+
+
+def check(model: r.IntegerModel) -> r.IntegerModel:
+    """Return ``model`` if it is consistent: shapes, dtypes, ranges, order of execution, multipliers, overflow proofs.
+
+    Raises:
+        RecordError: names the tensor or operation, and what is wrong with it.
+    """
+    _need(model.requantizer in r.REQUANTIZERS, f"requantizer {model.requantizer!r}: one of {r.REQUANTIZERS}")
+    for name, spec in model.tensors.items():
+        _check_spec(name, spec)
+    _need(model.input in model.tensors, f"the input tensor {model.input!r} is not among the tensors")
+    _need(model.tensors[model.input].dtype == "float32", f"the input {model.input!r} must be float32")
+    written, names = {model.input}, set()
+    for op in model.ops:
+        _check_name(op.name, "an operation")
+        _need(op.name not in names, f"two operations are called {op.name!r}")
+        names.add(op.name)
+        for tensor in op.inputs:
+            _need(tensor in written, f"{op.name!r} reads {tensor!r} before anything writes it")
+        _need(op.output in model.tensors, f"{op.name!r} writes {op.output!r}, which is not among the tensors")
+        _need(op.output not in written, f"{op.name!r} writes {op.output!r} a second time")
+        _check_op(op, [model.tensors[t] for t in op.inputs], model.tensors[op.output])
+        written.add(op.output)
+    _need(written == set(model.tensors), f"nothing writes {sorted(set(model.tensors) - written)[:3]}")
+    _need(model.output in written - {model.input}, f"the output tensor {model.output!r} is never written")
+    return model
+
+
+def _need(truth: bool | np.bool_, message: str) -> None:
+    if not truth:
+        raise RecordError(message)
+
+
+def _check_name(name: str, what: str) -> None:
+    ok = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
+    _need(ok, f"bad name of {what}: {name!r:.80}")
+
+
+def _check_spec(name: str, spec: r.TensorSpec) -> None:
+    _check_name(name, "a tensor")
+    _need(spec.name == name, f"tensor {name!r} calls itself {spec.name!r:.80}")
+    _need(spec.dtype in RANGES, f"tensor {name!r}: dtype {spec.dtype!r}; one of {', '.join(RANGES)}")
+    _need(0 < len(spec.shape) <= 8 and all(n >= 1 for n in spec.shape), f"tensor {name!r}: shape {spec.shape}")
+    _need(math.prod(spec.shape) <= MAX_ELEMENTS, f"tensor {name!r}: {spec.shape} has over {MAX_ELEMENTS:,} elements")
+    low, high = RANGES[spec.dtype]
+    _need(low <= spec.qmin <= spec.qmax <= high, f"tensor {name!r}: [{spec.qmin}, {spec.qmax}] is not in {spec.dtype}")
+    _need(low <= spec.zero_point <= high, f"tensor {name!r}: zero point {spec.zero_point} is not in {spec.dtype}")
+    wide = spec.dtype in ("int32", "float32")
+    _need(spec.bits == 32 if wide else 1 <= spec.bits <= 16, f"tensor {name!r}: {spec.bits} bits as {spec.dtype}")
+    _need(wide or spec.qmax - spec.qmin < 2**spec.bits, f"tensor {name!r}: range wider than {spec.bits} bits")
+    _need(spec.zero_point == 0 or not wide, f"tensor {name!r}: {spec.dtype} has zero point 0")
+    shapes = [(), (_channels(spec),)] if spec.dtype == "int32" else [()]
+    _check_array(spec.scale, "float32", shapes, f"tensor {name!r}, scale")
+    _need(np.all(np.isfinite(spec.scale)) and np.all(spec.scale > 0), f"tensor {name!r}: scale must be finite and > 0")
+
+
+def _channels(spec: r.TensorSpec) -> int:
+    return spec.shape[0] if len(spec.shape) == 3 else spec.shape[-1]
+
+
+def _check_array(value: Any, dtypes: str, shapes: list[tuple[int, ...]], what: str) -> None:
+    _need(isinstance(value, np.ndarray | np.generic), f"{what}: no array")
+    _need(value.dtype.name in dtypes.split("|"), f"{what}: dtype {value.dtype}, not {dtypes}")
+    _need(value.shape in shapes, f"{what}: shape {value.shape}, not {' or '.join(map(str, shapes))}")
+
+
+def _check_requant(requant: r.Requant, n: int, what: str, *, top: int = 31) -> None:
+    for value, dtype in ((requant.multiplier, "float32"), (requant.fixed, "int32"), (requant.shift, "uint8")):
+        _check_array(value, dtype, [(n,)], f"{what}, {dtype} multiplier or shift")
+    m = requant.multiplier.astype(np.float64)
+    _need(np.all(np.isfinite(m)) and np.all(m >= 0), f"{what}: multipliers must be finite and >= 0")
+    _need(np.all((requant.shift >= 1) & (requant.shift <= MAX_SHIFT)), f"{what}: shifts lie in 1..{MAX_SHIFT}")
+    _need(np.all((requant.fixed >= 0) & (requant.fixed.astype(np.int64) <= 2**top - (top == 31))), f"{what}: fixed")
+    step = np.ldexp(1.0, -requant.shift.astype(np.int64))
+    off = np.abs(requant.fixed * step - m)
+    _need(np.all(off <= step + 1e-5 * m), f"{what}: the fixed multipliers are not those of the float32 form")
+
+
+def _check_op(op: r.Op, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
+    _need(type(op) in _CHECKS, f"{op.name!r}: unknown operation {type(op).__name__}")
+    arity = {r.Add: (2, 2), r.Concat: (1, 64), r.Conv: (1, 2), r.Linear: (1, 2)}.get(type(op), (1, 1))
+    _need(arity[0] <= len(inputs) <= arity[1], f"{op.name!r}: {len(inputs)} inputs")
+    image = type(op) is r.Quantize
+    for i, spec in enumerate(inputs):
+        allowed = ("float32",) if image else ("uint8", "uint16", "int32") if i and isinstance(op, r.Layer) else (
+            "uint8", "uint16")  # fmt: skip
+        _need(spec.dtype in allowed, f"{op.name!r} cannot read {spec.name!r}, which is {spec.dtype}")
+    shape = _CHECKS[type(op)](op, inputs, out)
+    _need(out.shape == shape, f"{op.name!r}: its output has shape {shape}, tensor {out.name!r} says {out.shape}")
+
+
+def _kept(op: r.Op, x: r.TensorSpec, out: r.TensorSpec) -> None:
+    same = out.scale == x.scale and out.zero_point == x.zero_point and out.dtype == x.dtype
+    _need(same, f"{op.name!r} must keep dtype, scale and zero point of {x.name!r}")
+    clips = isinstance(op, r.Clip)
+    _need(clips or (out.qmin <= x.qmin and x.qmax <= out.qmax), f"{op.name!r} cannot narrow the range of {x.name!r}")
+
+
+def _quantize(op: r.Quantize, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _need(out.dtype in ("uint8", "uint16"), f"{op.name!r}: writes {out.dtype}")
+    return inputs[0].shape
+
+
+def _layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
+    n = op.weight.shape[0]
+    _check_array(op.bias, "int32", [(n,)], f"{op.name!r}, bias")
+    _check_array(op.acc_scale, "float32", [(n,)], f"{op.name!r}, acc_scale")
+    _need(np.all(np.isfinite(op.acc_scale)) and np.all(op.acc_scale > 0), f"{op.name!r}: acc_scale")
+    _need(1 <= op.weight_bits <= 16, f"{op.name!r}: {op.weight_bits} weight bits")
+    prove_accumulator(op, inputs[0])
+    _need(len(inputs) == 1 + (op.residual is not None), f"{op.name!r}: residual and inputs disagree")
+    if op.requant is None:
+        _need(out.dtype == "int32" and op.residual is None, f"{op.name!r}: without requant it writes int32, alone")
+        return
+    _check_requant(op.requant, n, repr(op.name), top=31 if op.residual is None else 30)
+    if op.residual is not None:
+        _need(op.residual.tensor == inputs[1].name, f"{op.name!r}: its residual is its second input")
+        _need(inputs[1].shape == out.shape, f"{op.name!r}: residual {inputs[1].shape}, output {out.shape}")
+        _check_requant(op.residual.requant, n, f"{op.name!r}, residual", top=30)
+        _need(np.all(op.residual.requant.shift == op.requant.shift), f"{op.name!r}: the residual has another shift")
+
+
+def _conv(op: r.Conv, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _need(isinstance(op.weight, np.ndarray) and op.weight.ndim == 4, f"{op.name!r}: weight must have 4 axes")
+    n, per_group = op.weight.shape[:2]
+    _need(op.groups >= 1 and n % op.groups == 0, f"{op.name!r}: {n} channels in {op.groups} groups")
+    x = inputs[0].shape
+    _need(len(x) == 3 and x[0] == per_group * op.groups, f"{op.name!r}: input {x}, weight {op.weight.shape}")
+    _check_array(op.weight, "int8|int16", [op.weight.shape], f"{op.name!r}, weight")
+    shape = (n, *_window(op, x, op.weight.shape[2:], op.dilation))
+    _layer(op, inputs, out)
+    return shape
+
+
+def _linear(op: r.Linear, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _need(isinstance(op.weight, np.ndarray) and op.weight.ndim == 2, f"{op.name!r}: weight must have 2 axes")
+    x = inputs[0].shape
+    _need(x[-1] == op.weight.shape[1], f"{op.name!r}: input {x}, weight {op.weight.shape}")
+    _check_array(op.weight, "int8|int16", [op.weight.shape], f"{op.name!r}, weight")
+    _layer(op, inputs, out)
+    return (*x[:-1], op.weight.shape[0])
+
+
+def _window(op: Any, x: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, int]) -> tuple[int, int]:
+    top, left, bottom, right = _sizes(op, op.padding, 4, 0)
+    stride, dilation, kernel = _sizes(op, op.stride, 2, 1), _sizes(op, dilation, 2, 1), _sizes(op, kernel, 2, 1)
+    spans = (x[1] + top + bottom - dilation[0] * (kernel[0] - 1), x[2] + left + right - dilation[1] * (kernel[1] - 1))
+    _need(min(spans) >= 1, f"{op.name!r}: the window is larger than its padded input {x}")
+    return (spans[0] - 1) // stride[0] + 1, (spans[1] - 1) // stride[1] + 1
+
+
+def _sizes(op: r.Op, values: tuple[int, ...], n: int, least: int) -> tuple[int, ...]:
+    ok = len(values) == n and all(least <= v <= 2**16 for v in values)
+    _need(ok, f"{op.name!r}: {values} must be {n} numbers from {least} to 65536")
+    return values
+
+
+def _add(op: r.Add, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    a, b = inputs
+    _need(a.shape == b.shape, f"{op.name!r}: inputs {a.shape} and {b.shape}")
+    for requant in op.requants:
+        _check_requant(requant, 1, repr(op.name), top=30)
+    _need(op.requants[0].shift[0] == op.requants[1].shift[0], f"{op.name!r}: its inputs have one shift")
+    _need(isinstance(op.offset, np.float32) and bool(np.isfinite(op.offset)), f"{op.name!r}: offset")
+    prove_add(op, a, b)
+    return a.shape
+
+
+def _max_pool(op: r.MaxPool, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _kept(op, inputs[0], out)
+    shape = (inputs[0].shape[0], *_pooled(op, inputs[0], op.dilation))
+    reach = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]
+    pads = (max(op.padding[0], op.padding[2]), max(op.padding[1], op.padding[3]))
+    _need(pads[0] < reach[0] and pads[1] < reach[1], f"{op.name!r}: padding {op.padding} leaves windows empty")
+    return shape
+
+
+def _avg_pool(op: r.AvgPool, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    prove_accumulator(op, inputs[0])
+    if op.requant is not None:
+        _check_requant(op.requant, 1, repr(op.name))
+    return (inputs[0].shape[0], *_pooled(op, inputs[0], (1, 1)))
+
+
+def _pooled(op: Any, x: r.TensorSpec, dilation: tuple[int, int]) -> tuple[int, int]:
+    _need(len(x.shape) == 3, f"{op.name!r}: pools (C, H, W), not {x.shape}")
+    return _window(op, x.shape, op.kernel, dilation)
+
+
+def _concat(op: r.Concat, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    rank = len(inputs[0].shape)
+    _need(0 <= op.axis < rank and all(len(x.shape) == rank for x in inputs), f"{op.name!r}: axis {op.axis}")
+    rests = {x.shape[: op.axis] + x.shape[op.axis + 1 :] for x in inputs}
+    _need(len(rests) == 1, f"{op.name!r}: shapes {[x.shape for x in inputs]} do not join on axis {op.axis}")
+    for x in inputs:
+        _kept(op, x, out)
+    joined = sum(x.shape[op.axis] for x in inputs)
+    return (*inputs[0].shape[: op.axis], joined, *inputs[0].shape[op.axis + 1 :])
+
+
+def _reshape(op: r.Reshape, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _kept(op, inputs[0], out)
+    same = math.prod(inputs[0].shape) == math.prod(out.shape)
+    return out.shape if same else inputs[0].shape
+
+
+def _transpose(op: r.Transpose, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _kept(op, inputs[0], out)
+    _need(sorted(op.axes) == list(range(len(inputs[0].shape))), f"{op.name!r}: axes {op.axes}")
+    return tuple(inputs[0].shape[a] for a in op.axes)
+
+
+def _slice(op: r.Slice, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    x = inputs[0].shape
+    _kept(op, inputs[0], out)
+    _need(len(op.start) == len(op.stop) == len(op.step) == len(x), f"{op.name!r}: one range per axis of {x}")
+    ok = all(0 <= a < b <= n and s >= 1 for a, b, s, n in zip(op.start, op.stop, op.step, x, strict=True))
+    _need(ok, f"{op.name!r}: {op.start}, {op.stop}, {op.step} is no slice of {x}")
+    return tuple(-(-(b - a) // s) for a, b, s in zip(op.start, op.stop, op.step, strict=True))
+
+
+def _pad(op: r.Pad, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    x = inputs[0]
+    _kept(op, x, out)
+    _sizes(op, op.before, len(x.shape), 0)
+    _sizes(op, op.after, len(x.shape), 0)
+    _need(out.qmin <= x.zero_point <= out.qmax, f"{op.name!r}: its range must hold the zero point")
+    return tuple(a + n + b for a, n, b in zip(op.before, x.shape, op.after, strict=True))
+
+
+def _clip(op: r.Clip, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _kept(op, inputs[0], out)
+    return inputs[0].shape
+
+
+_CHECKS: dict[type[r.Op], Callable[..., tuple[int, ...]]] = {
+    r.Quantize: _quantize, r.Conv: _conv, r.Linear: _linear, r.Add: _add, r.MaxPool: _max_pool,
+    r.AvgPool: _avg_pool, r.Concat: _concat, r.Reshape: _reshape, r.Transpose: _transpose, r.Slice: _slice,
+    r.Pad: _pad, r.Clip: _clip,
+}  # fmt: skip

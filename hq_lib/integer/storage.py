@@ -1,0 +1,209 @@
+"""``save`` and ``load``: a record as one ``.npz`` of plain arrays with its JSON manifest inside; NumPy alone reads it.
+
+The file is an uncompressed zip: ``manifest.json`` (schema, tensors, operations, and each array's dtype, shape and
+SHA-256) and one ``<key>.npy`` per array. The same record gives the same bytes. ``load`` trusts nothing: no pickles,
+sizes checked before anything is read, hashes and the whole record checked after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hq_lib.atomic import write_bytes
+from hq_lib.integer import record
+from hq_lib.integer.check import MAX_ELEMENTS, check
+from hq_lib.integer.record import IntegerModel, Op, Requant, Residual, TensorSpec
+from hq_lib.integer.requant import RecordError
+
+MANIFEST = "manifest.json"
+FORMAT = "hq_lib integer model"
+MAX_MANIFEST = 64 << 20
+_DTYPES = ("int8", "int16", "int32", "uint8", "float32")
+_OPS = {kind.__name__: kind for kind in record.OPS}
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError,
+    NotImplementedError, RuntimeError, RecursionError, OverflowError, MemoryError,
+)  # fmt: skip
+
+
+def save(model: IntegerModel, path: Path | str) -> Path:
+    """Write ``model`` to ``path`` (named ``*.npz``), whole or not at all, and return the path.
+
+    Raises:
+        RecordError: the record is inconsistent (see ``check``), or the name does not end in .npz.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise RecordError(f"{path}: an integer model is saved as .npz")
+    write_bytes(path, to_bytes(model))
+    return path
+
+
+def to_bytes(model: IntegerModel) -> bytes:
+    """Return the content of the file that ``save`` writes."""
+    check(model)
+    arrays: dict[str, np.ndarray] = {}
+    entries: dict[str, Any] = {"format": FORMAT, "schema": record.SCHEMA}
+    entries |= {name: getattr(model, name) for name in ("requantizer", "input", "output", "meta")}
+    entries["tensors"] = [_plain(spec, f"tensor.{i}", arrays) for i, spec in enumerate(model.tensors.values())]
+    entries["ops"] = [
+        {"op": type(op).__name__, **_plain(op, f"op{i}", arrays)} for i, op in enumerate(model.ops)
+    ]
+    entries["arrays"] = {key: _describe(value) for key, value in arrays.items()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo(MANIFEST, _EPOCH), json.dumps(entries, indent=1, allow_nan=False))
+        for key, value in arrays.items():
+            archive.writestr(zipfile.ZipInfo(f"{key}.npy", _EPOCH), _npy(value))
+    return buffer.getvalue()
+
+
+def load(path: Path | str) -> IntegerModel:
+    """Return the record in the file ``path``, checked.
+
+    Raises:
+        RecordError: no such file, not such a file, truncated, altered, another schema, or an inconsistent record.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+    return from_bytes(content, name=str(path))
+
+
+def from_bytes(content: bytes, *, name: str = "integer model") -> IntegerModel:
+    """Return the record in ``content``, checked; ``name`` is what errors call it. Raises RecordError, see ``load``."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return check(_decode(archive))
+    except RecordError as error:
+        raise RecordError(f"{name}: {error}") from error
+    except _UNREADABLE as error:
+        raise RecordError(f"{name}: not a readable integer model ({type(error).__name__}: {error})") from error
+
+
+def _describe(value: np.ndarray) -> dict[str, Any]:
+    return {"dtype": value.dtype.name, "shape": [*value.shape], "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
+
+
+def _npy(value: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, value, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _plain(value: Any, key: str, arrays: dict[str, np.ndarray]) -> Any:
+    """Return ``value`` as JSON data; arrays go to ``arrays`` under ``key`` and their fields' names."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name), f"{key}.{f.name}", arrays) for f in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        arrays[key] = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("<"))).reshape(value.shape)
+        return key
+    if isinstance(value, tuple):
+        return [_plain(v, f"{key}.{i}", arrays) for i, v in enumerate(value)]
+    return float(value) if isinstance(value, np.floating) else value
+
+
+def _decode(archive: zipfile.ZipFile) -> IntegerModel:
+    infos = {info.filename: info for info in archive.infolist()}
+    if MANIFEST not in infos:
+        raise RecordError(f"it holds no {MANIFEST}")
+    if infos[MANIFEST].file_size > MAX_MANIFEST:
+        raise RecordError(f"its manifest is larger than {MAX_MANIFEST:,} bytes")
+    entries = json.loads(archive.read(MANIFEST), parse_constant=_refuse_constant)
+    if entries.get("format") != FORMAT or entries.get("schema") != record.SCHEMA:
+        found = f"{entries.get('format')!r:.60} schema {entries.get('schema')!r:.20}"
+        raise RecordError(f"it is {found}; this reader knows {FORMAT!r} schema {record.SCHEMA}")
+    reader = _Reader({key: _read(archive, infos, key, like) for key, like in entries["arrays"].items()})
+    specs = [reader.build(TensorSpec, entry) for entry in entries["tensors"]]
+    if len({spec.name for spec in specs}) != len(specs):
+        raise RecordError("two tensors have one name")
+    ops = tuple(reader.build(_OPS[_text(entry.pop("op"))], entry) for entry in entries["ops"])
+    texts = {name: _text(entries[name]) for name in ("requantizer", "input", "output")}
+    if not isinstance(entries["meta"], dict):
+        raise RecordError("meta is no mapping")
+    return IntegerModel(tensors={s.name: s for s in specs}, ops=ops, meta=entries["meta"], **texts)  # type: ignore[arg-type]
+
+
+def _refuse_constant(text: str) -> Any:
+    raise RecordError(f"its manifest holds {text}")
+
+
+def _read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], key: str, like: dict[str, Any]) -> np.ndarray:
+    """Return array ``key``; its member must have the size, dtype, shape and hash that the manifest says."""
+    shape = tuple(_integer(n) for n in like["shape"])
+    if like["dtype"] not in _DTYPES or len(shape) > 8 or min(shape, default=1) < 0 or math.prod(shape) > MAX_ELEMENTS:
+        raise RecordError(f"array {key!r}: {like['dtype']!r:.40} of shape {shape!r:.80} is not allowed")
+    dtype = np.dtype(like["dtype"]).newbyteorder("<")
+    size = math.prod(shape) * dtype.itemsize
+    info = infos.get(f"{key}.npy")
+    if info is None or not size < info.file_size <= size + 4096:
+        raise RecordError(f"array {key!r}: its member is absent or not of {size:,} bytes and a header")
+    data = archive.read(info)[-size:] if size else b""
+    if hashlib.sha256(data).hexdigest() != like["sha256"]:
+        raise RecordError(f"array {key!r}: its bytes are not those that were saved (SHA-256 differs)")
+    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+class _Reader:
+    """Builds the record's dataclasses from JSON data, each field by its annotation, and nothing else."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        self.fields: dict[str, Callable[[Any], Any]] = {
+            "str": _text,
+            "int": _integer,
+            "np.ndarray": lambda key: arrays[_text(key)],
+            "np.float32": lambda v: np.float32(_real(v)),
+            "Requant | None": lambda v: None if v is None else self.build(Requant, v),
+            "Residual | None": lambda v: None if v is None else self.build(Residual, v),
+            "Requant": lambda v: self.build(Requant, v),
+            "tuple[Requant, Requant]": lambda v: tuple(self.build(Requant, entry) for entry in _listed(v, 2)),
+            "tuple[str, ...]": lambda v: tuple(_text(entry) for entry in _listed(v)),
+            "tuple[int, ...]": lambda v: tuple(_integer(entry) for entry in _listed(v)),
+            "tuple[int, int]": lambda v: tuple(_integer(entry) for entry in _listed(v, 2)),
+            "tuple[int, int, int, int]": lambda v: tuple(_integer(entry) for entry in _listed(v, 4)),
+        }
+
+    def build(self, kind: type[Op] | type[Any], entry: dict[str, Any]) -> Any:
+        """Return a ``kind`` from ``entry``, which must have exactly its fields."""
+        known = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+        if set(entry) != set(known):
+            raise RecordError(f"{kind.__name__} has fields {sorted(known)}, the file says {sorted(entry)!r:.200}")
+        return kind(**{name: self.fields[known[name]](value) for name, value in entry.items()})
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"text was expected, not {value!r:.60}")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**40:
+        raise RecordError(f"an integer was expected, not {value!r:.60}")
+    return value
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecordError(f"a number was expected, not {value!r:.60}")
+    return float(value)
+
+
+def _listed(value: Any, n: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (n is not None and len(value) != n):
+        raise RecordError(f"a list of {n or 'some'} entries was expected, not {value!r:.60}")
+    return value
