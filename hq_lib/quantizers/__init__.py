@@ -22,7 +22,7 @@ from hq_lib.quantizers.groups import parameter_groups, parameter_tags
 from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
 from hq_lib.quantizers.minmax import MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
-from hq_lib.quantizers.staircase import Slope, staircase
+from hq_lib.quantizers.straight_through import Slope, staircase
 
 __all__ = [
     "ACT_METHODS", "DSQ", "FLOAT_BITS", "LSQ", "MPACT", "PACT", "WEIGHT_METHODS", "DoReFaAct", "DoReFaHardwareWeight",

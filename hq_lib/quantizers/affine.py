@@ -162,7 +162,9 @@ def fake_quantize(
         d x_hat / d x is 1 where round(x / s) + z lies in [qmin, qmax] and 0 where it was clipped. ``scale`` gets
         round(x / s) - x / s inside and x_int - z outside (LSQ's gradient without its factor g).
     """
-    x_int = torch.clamp(round_ste(x / scale) + zero_point, qmin, qmax)
+    x_int = round_ste(x / scale) + zero_point
+    inside = (x_int >= qmin) & (x_int <= qmax)  # torch.clamp alone has slope 0 *at* its bounds since torch 2.14
+    x_int = torch.where(inside, x_int, x_int.detach().clamp(qmin, qmax))
     return scale * (x_int - zero_point)
 
 

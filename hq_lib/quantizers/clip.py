@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hq_lib.quantizers.affine import MIN_SCALE, Grid, integer_range
 from hq_lib.quantizers.base import Quantizer, positive
-from hq_lib.quantizers.staircase import Slope, staircase
+from hq_lib.quantizers.straight_through import Slope, staircase
 
 
 class ClipQuantizer(Quantizer):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from hq_lib.quantizers.affine import Grid, levels_from_range, snap_to_levels
 from hq_lib.quantizers.base import Quantizer, Role, Tag, scale_gradient
-from hq_lib.quantizers.fusion import Fused, flat, unflat, worth_fusing
+from hq_lib.quantizers.fusion import Fused
 from hq_lib.quantizers.ranges import best_shrink, widest_range
-from hq_lib.quantizers.staircase import forward_kernel
+from hq_lib.quantizers.straight_through import forward_kernel
 
 ALPHA_MIN, ALPHA_MAX = 1e-3, 0.5
 """Open ends of the learned dsq_alpha; the paper has 0 and 0.5, and 0 would make the slope infinite."""
@@ -72,7 +72,7 @@ def _sum_to(values: Tensor, like: Tensor) -> Tensor:
     return values.sum() if like.ndim == 0 else values.sum_to_size(like.shape)
 
 
-backward_kernel = Fused(_backward)
+backward_kernel = Fused(_backward, n_elementwise=2)
 
 
 class _HardForwardSoftBackward(torch.autograd.Function):
@@ -81,17 +81,11 @@ class _HardForwardSoftBackward(torch.autograd.Function):
         ctx: Any, x: Tensor, low: Tensor, high: Tensor, c: Tensor, delta: Tensor, zero: Tensor, n: Tensor, odd: bool
     ) -> Tensor:
         ctx.save_for_backward(x, delta, zero, c, n)
-        if delta.ndim == 0 and worth_fusing(x):
-            return unflat(forward_kernel.compiled(flat(x), delta, -zero, n - zero, odd), x)
         return forward_kernel(x, delta, -zero, n - zero, odd)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        if rest[0].ndim == 0 and worth_fusing(x):
-            grad_x, *sums = backward_kernel.compiled(flat(grad, x), flat(x), *rest)
-            return unflat(grad_x, x), *sums, None, None, None, None
-        return *backward_kernel(grad, x, *rest), None, None, None, None
+        return *backward_kernel(grad, *ctx.saved_tensors), None, None, None, None
 
 
 def dsq_quantize(x: Tensor, low: Tensor, high: Tensor, dsq_alpha: Tensor, *, bits: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hq_lib.quantizers.affine import MIN_SCALE, Grid, integer_range, levels_from_range, mean_abs, snap_to_levels
 from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
 from hq_lib.quantizers.ranges import IDLE_CLIP, best_shrink, three_sigma, widest_range
-from hq_lib.quantizers.staircase import Slope, staircase
+from hq_lib.quantizers.straight_through import Slope, staircase
 
 
 class LSQ(Quantizer):

@@ -22,7 +22,7 @@ from hq_lib.quantizers.affine import (
 )
 from hq_lib.quantizers.base import Quantizer
 from hq_lib.quantizers.ranges import widest_range
-from hq_lib.quantizers.staircase import Slope, staircase
+from hq_lib.quantizers.straight_through import Slope, staircase
 
 
 class FollowingQuantizer(Quantizer):
@@ -153,12 +153,6 @@ class MinMaxAct(Quantizer):
         self.low.lerp_(low.to(self.low.dtype), self.momentum)
         self.high.lerp_(high.to(self.high.dtype), self.momentum)
 
-    def make_ready(self, x: Tensor) -> None:
-        """Fit on the first training batch, count every later one (see the class); no device wait after the first."""
-        if self._ready and self.training and self.observing and torch.is_grad_enabled():
-            self._observe(x)
-        super().make_ready(x)
-
     def _grid(self) -> Grid:
         if self.binary:
             return Grid(self.high.clamp(min=MIN_SCALE), torch.zeros_like(self.high), -1, 1, 2)
@@ -166,5 +160,7 @@ class MinMaxAct(Quantizer):
         return Grid(scale, zero_point, 0, self.qmax)
 
     def _quantize(self, x: Tensor) -> Tensor:
+        if self.training and self.observing:
+            self._observe(x)
         grid = self._grid()
         return staircase(x, grid.scale * grid.step, grid.zero_point, self.ends, odd=self.binary, slope=Slope.ROUND)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hq_lib.quantizers.base import Tag
 from hq_lib.quantizers.clip import ClipQuantizer, FixedClip
 from hq_lib.quantizers.ranges import least_error_clip, percentile_clip
-from hq_lib.quantizers.staircase import Slope
+from hq_lib.quantizers.straight_through import Slope
 
 
 class PACT(ClipQuantizer):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hq_lib.quantizers.affine import snap
-from hq_lib.quantizers.fusion import Fused, flat, unflat, worth_fusing
+from hq_lib.quantizers.fusion import Fused
 
 
 class Slope(Enum):
@@ -68,8 +68,10 @@ def _step_backward(
     return grad_x, grad_delta, -delta * _sum_to(grad - grad_x, delta)
 
 
-forward_kernel, mask_kernel = Fused(_forward), Fused(_mask_backward)
-clip_kernel, step_kernel = Fused(_clip_backward), Fused(_step_backward)
+forward_kernel = Fused(_forward, n_elementwise=1)
+mask_kernel = Fused(_mask_backward, n_elementwise=2)
+clip_kernel = Fused(_clip_backward, n_elementwise=2)
+step_kernel = Fused(_step_backward, n_elementwise=2)
 
 
 class _Staircase(torch.autograd.Function):
@@ -78,29 +80,18 @@ class _Staircase(torch.autograd.Function):
         low, high = ends[0] - zero, ends[1] - zero
         ctx.save_for_backward(x, delta, low, high)
         ctx.odd, ctx.slope = odd, slope
-        if delta.ndim == 0 and worth_fusing(x):
-            return unflat(forward_kernel.compiled(flat(x), delta, low, high, odd), x)
         return forward_kernel(x, delta, low, high, odd)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, low, high = ctx.saved_tensors
-        if delta.ndim == 0 and worth_fusing(x):
-            grad_x, *rest = _backward(flat(grad, x), flat(x), delta, low, high, ctx.odd, ctx.slope, "compiled")
-            return unflat(grad_x, x), *rest, None, None, None
-        return *_backward(grad, x, delta, low, high, ctx.odd, ctx.slope, "kernel"), None, None, None
-
-
-def _backward(
-    grad: Tensor, x: Tensor, delta: Tensor, low: Tensor, high: Tensor, odd: bool, slope: Slope, how: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of x, delta and zero under ``slope``; ``how`` is "compiled" or "kernel"."""
-    if slope in (Slope.ROUND, Slope.CLIP):
-        return getattr(mask_kernel, how)(grad, x, delta, low, high, odd, slope is Slope.ROUND), None, None
-    if slope is Slope.PACT:
-        return *getattr(clip_kernel, how)(grad, x, delta, low, high), None
-    grad_x, grad_delta, grad_zero = getattr(step_kernel, how)(grad, x, delta, low, high, odd)
-    return grad_x, grad_delta, grad_zero if slope is Slope.LSQ_PLUS else None
+        if ctx.slope in (Slope.ROUND, Slope.CLIP):
+            grad_x = mask_kernel(grad, x, delta, low, high, ctx.odd, ctx.slope is Slope.ROUND)
+            return grad_x, None, None, None, None, None
+        if ctx.slope is Slope.PACT:
+            return *clip_kernel(grad, x, delta, low, high), None, None, None, None
+        grad_x, grad_delta, grad_zero = step_kernel(grad, x, delta, low, high, ctx.odd)
+        return grad_x, grad_delta, grad_zero if ctx.slope is Slope.LSQ_PLUS else None, None, None, None
 
 
 def staircase(x: Tensor, delta: Tensor, zero: Tensor, ends: Tensor, *, odd: bool = False, slope: Slope) -> Tensor:
