@@ -78,6 +78,28 @@ def test_a_shared_grid_is_fitted_to_all_its_tensors():
     assert qnet.relu_act_quantizer.grid().scale.item() == pytest.approx(want.item(), rel=1e-5)
 
 
+def test_operations_in_place_do_not_reach_what_was_collected():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            y = torch.relu_(self.a(x))
+            out = self.b(y)
+            out += y
+            return self.fc(torch.relu_(out))
+
+    net, x = InPlace().eval(), images(8)
+    qnet = quantize(net, BitPolicy("minmax:8", "minmax:8"), x)
+    calibrate(qnet, x, quantized_weights=False)
+    out = net.b(torch.relu(net.a(x)))
+    want = (out.max().clamp(min=0) - out.min().clamp(max=0)) / 255
+    assert qnet.b_act_quantizer.grid().scale.item() == pytest.approx(want.item(), rel=1e-5)
+    qnet.train()(x).square().sum().backward()
+    assert torch.isfinite(qnet.a.weight.grad).all()
+
+
 def test_only_some_quantizers_can_be_fitted(net):
     qnet = quantize(net, BitPolicy.hybrid(2, {"*": 8, "blocks.1.*": 2}), images())
     calibrate(qnet, images(8))

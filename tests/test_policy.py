@@ -218,7 +218,6 @@ def test_seed_lists_of_toynet():
 def test_seed_lists_of_mobilenetv2_count_every_block():
     weights, acts = resolved("mobilenetv2", [8, *[4] * 17, 6, 5], [8, *[3] * 17, 6, 5])
     assert sorted(set(weights.values())) == [3, 5, 6, 8]
-    assert list(weights.values()).count(3) == sum(name.startswith("blocks") for name in weights) or True
     assert next(iter(acts.values())) == 8
     assert [*acts.values()][-1] == 5
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hq_lib.folding import fold_bn
 from hq_lib.graph.layers import (
     FoldedNorm,
     QuantConv2d,
@@ -88,8 +89,6 @@ def quantize(net: nn.Module, policy: BitPolicy, example: Example) -> QuantizedNe
     _refuse_quantized(net)
     gm = trace(copy.deepcopy(net))
     if policy.bn == "fold":
-        from hq_lib.folding import fold_bn
-
         gm = fold_bn(gm, example).train(net.training)
     elif policy.bn == "fold_train":
         _fold_norms(gm)

@@ -125,7 +125,7 @@ def _collect(qnet: fx.GraphModule, images: list[Tensor], targets: list[str]) -> 
     def look(node: fx.Node, value: Any) -> None:
         if node.op == "call_module" and str(node.target) in seen:
             per_tensor = getattr(qnet.get_submodule(str(node.target)), "axis", None) is None
-            seen[str(node.target)].append(value.flatten() if per_tensor else value)
+            seen[str(node.target)].append((value.flatten() if per_tensor else value).clone())  # an add may be in place
 
     device = next(qnet.parameters()).device
     for batch in images:
