@@ -39,6 +39,8 @@ def check(model: r.IntegerModel) -> r.IntegerModel:
         _need(op.output in model.tensors, f"{op.name!r} writes {op.output!r}, which is not among the tensors")
         _need(op.output not in written, f"{op.name!r} writes {op.output!r} a second time")
         _check_op(op, [model.tensors[t] for t in op.inputs], model.tensors[op.output])
+        integer_logits = isinstance(op, r.Layer) and op.requant and model.tensors[op.output].dtype == "int32"
+        _need(not integer_logits or model.requantizer == "fixed", f"{op.name!r}: requantized int32 is for 'fixed'")
         written.add(op.output)
     _need(written == set(model.tensors), f"nothing writes {sorted(set(model.tensors) - written)[:3]}")
     _need(model.output in written - {model.input}, f"the output tensor {model.output!r} is never written")
@@ -99,17 +101,17 @@ def _check_op(op: r.Op, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
     _need(type(op) in _CHECKS, f"{op.name!r}: unknown operation {type(op).__name__}")
     arity = {r.Add: (2, 2), r.Concat: (1, 64), r.Conv: (1, 2), r.Linear: (1, 2)}.get(type(op), (1, 1))
     _need(arity[0] <= len(inputs) <= arity[1], f"{op.name!r}: {len(inputs)} inputs")
-    image = type(op) is r.Quantize
     for i, spec in enumerate(inputs):
-        allowed = ("float32",) if image else ("uint8", "uint16", "int32") if i and isinstance(op, r.Layer) else (
-            "uint8", "uint16")  # fmt: skip
+        allowed = {"float32"} if isinstance(op, r.Quantize) else {"uint8", "uint16"}
+        if isinstance(op, r.Reshape | r.Clip) or (i and isinstance(op, r.Layer)):
+            allowed.add("int32")
         _need(spec.dtype in allowed, f"{op.name!r} cannot read {spec.name!r}, which is {spec.dtype}")
     shape = _CHECKS[type(op)](op, inputs, out)
     _need(out.shape == shape, f"{op.name!r}: its output has shape {shape}, tensor {out.name!r} says {out.shape}")
 
 
 def _kept(op: r.Op, x: r.TensorSpec, out: r.TensorSpec) -> None:
-    same = out.scale == x.scale and out.zero_point == x.zero_point and out.dtype == x.dtype
+    same = np.array_equal(out.scale, x.scale) and out.zero_point == x.zero_point and out.dtype == x.dtype
     _need(same, f"{op.name!r} must keep dtype, scale and zero point of {x.name!r}")
     clips = isinstance(op, r.Clip)
     _need(clips or (out.qmin <= x.qmin and x.qmax <= out.qmax), f"{op.name!r} cannot narrow the range of {x.name!r}")
@@ -123,8 +125,11 @@ def _quantize(op: r.Quantize, inputs: list[r.TensorSpec], out: r.TensorSpec) -> 
 def _layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
     n = op.weight.shape[0]
     _check_array(op.bias, "int32", [(n,)], f"{op.name!r}, bias")
-    _check_array(op.acc_scale, "float32", [(n,)], f"{op.name!r}, acc_scale")
-    _need(np.all(np.isfinite(op.acc_scale)) and np.all(op.acc_scale > 0), f"{op.name!r}: acc_scale")
+    for scale in (op.weight_scale, op.acc_scale):
+        _check_array(scale, "float32", [(n,)], f"{op.name!r}, scales")
+        _need(np.all(np.isfinite(scale)) and np.all(scale > 0), f"{op.name!r}: scales must be finite and > 0")
+    product = np.float32(inputs[0].scale) * op.weight_scale
+    _need(np.array_equal(op.acc_scale, product), f"{op.name!r}: acc_scale is not input scale times weight scale")
     _need(1 <= op.weight_bits <= 16, f"{op.name!r}: {op.weight_bits} weight bits")
     prove_accumulator(op, inputs[0])
     _need(len(inputs) == 1 + (op.residual is not None), f"{op.name!r}: residual and inputs disagree")
@@ -154,7 +159,7 @@ def _conv(op: r.Conv, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[in
 def _linear(op: r.Linear, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
     _need(isinstance(op.weight, np.ndarray) and op.weight.ndim == 2, f"{op.name!r}: weight must have 2 axes")
     x = inputs[0].shape
-    _need(x[-1] == op.weight.shape[1], f"{op.name!r}: input {x}, weight {op.weight.shape}")
+    _need(len(x) <= 2 and x[-1] == op.weight.shape[1], f"{op.name!r}: input {x}, weight {op.weight.shape}")
     _check_array(op.weight, "int8|int16", [op.weight.shape], f"{op.name!r}, weight")
     _layer(op, inputs, out)
     return (*x[:-1], op.weight.shape[0])
@@ -220,6 +225,8 @@ def _concat(op: r.Concat, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tupl
 def _reshape(op: r.Reshape, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
     _kept(op, inputs[0], out)
     same = math.prod(inputs[0].shape) == math.prod(out.shape)
+    flat = out.dtype != "int32" or {math.prod(inputs[0].shape)} == {_channels(inputs[0]), *out.shape}
+    _need(flat, f"{op.name!r}: int32 is reshaped from (C, 1, 1) to (C,) only")
     return out.shape if same else inputs[0].shape
 
 

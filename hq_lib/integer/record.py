@@ -105,17 +105,26 @@ class Layer(Op):
     """What convolution and linear layers share; ``requant`` None writes the accumulators (logits, or a residual)."""
 
     weight: np.ndarray
-    """int8, or int16 where the method's grid needs it; zero point 0"""
+    """int8, or int16 where the method's grid needs it; zero point 0. A grid of fewer bits fills int8: its integers are
+    stored times ``weight_step``, a power of two, so that the bias, which is rounded to accumulator steps, is finer"""
+    weight_scale: np.ndarray
+    """float32 (C_out,): real units per step of ``weight``, batch norm included"""
     bias: np.ndarray
     """int32 (C_out,), steps of ``acc_scale``"""
     acc_scale: np.ndarray
-    """float32 (C_out,): real units per accumulator step, f32(s_x s_w)"""
+    """float32 (C_out,): real units per accumulator step, f32(s_x weight_scale)"""
     weight_bits: int
     """bits of the weight's trained grid, 1..16 (storage may be wider: DoReFa's zero-less grid has bits + 1)"""
     requant: Requant | None
     """(C_out,), or None"""
     residual: Residual | None
     """second operand of a fused conv-add (academic placement), or None; needs ``requant``"""
+
+    @property
+    def weight_step(self) -> int:
+        """The largest power of two that divides every weight: ``weight // weight_step`` are the trained integers."""
+        common = int(np.bitwise_or.reduce(self.weight, axis=None))
+        return common & -common if common else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +147,7 @@ class Conv(Layer):
 
 @dataclass(frozen=True, eq=False)
 class Linear(Layer):
-    """(..., C_in) -> (..., C_out); ``weight`` is (C_out, C_in); channels are the last axis."""
+    """(C_in,) -> (C_out,), or (T, C_in) -> (T, C_out): channels are the last axis; ``weight`` is (C_out, C_in)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +185,7 @@ class MaxPool(Op):
 class AvgPool(Op):
     """acc = sum of (q - z) over each window, then requantized with n = 1; padding counts as real 0.
 
-    A kernel of the whole image is the global average pool. ``requant`` None is the exact pool without a quantizer: it
-    writes acc + z_y, that is the sums of q (z_y = n_window z), on the scale s_x / n_window.
+    ``requant`` None is the exact pool without a quantizer: it writes acc + z_y (z_y = n_window z), scale s_x / n_window.
     """
 
     kernel: tuple[int, int]
@@ -235,7 +243,7 @@ class Pad(Op):
 
 @dataclass(frozen=True, eq=False)
 class Clip(Op):
-    """q_y = clamp(q): a ReLU or clip of a tensor that is quantized already; scale and zero point stay."""
+    """q_y = clamp(q): a ReLU or clip of integers that exist already, int32 residuals included; the grid stays."""
 
 
 OPS: tuple[type[Op], ...] = (
@@ -262,10 +270,7 @@ class IntegerModel:
 
     def op(self, name: str) -> Op:
         """Return the operation called ``name``; KeyError if there is none."""
-        for op in self.ops:
-            if op.name == name:
-                return op
-        raise KeyError(f"there is no operation {name!r}; there are {', '.join(op.name for op in self.ops)}")
+        return {op.name: op for op in self.ops}[name]
 
     def layers(self) -> list[Layer]:
         """Return the convolution and linear operations, in execution order."""
@@ -273,5 +278,4 @@ class IntegerModel:
 
     def size_KiB(self) -> float:
         """Return the size of all weights as their bits ask, biases at 32 bits and multipliers at 32: KiB."""
-        n_bits = sum(op.weight.size * op.weight_bits + 64 * op.bias.size for op in self.layers())
-        return n_bits / 8 / 1024
+        return sum(op.weight.size * op.weight_bits + 64 * op.bias.size for op in self.layers()) / 8 / 1024

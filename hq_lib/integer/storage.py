@@ -134,7 +134,8 @@ def _decode(archive: zipfile.ZipFile) -> IntegerModel:
     texts = {name: _text(entries[name]) for name in ("requantizer", "input", "output")}
     if not isinstance(entries["meta"], dict):
         raise RecordError("meta is no mapping")
-    return IntegerModel(tensors={s.name: s for s in specs}, ops=ops, meta=entries["meta"], **texts)  # type: ignore[arg-type]
+    tensors = {spec.name: spec for spec in specs}
+    return IntegerModel(tensors=tensors, ops=ops, meta=entries["meta"], **texts)  # type: ignore[arg-type]
 
 
 def _refuse_constant(text: str) -> Any:

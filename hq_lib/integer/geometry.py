@@ -1,0 +1,212 @@
+"""What the arguments of pools, pads, slices and reshapes say, whether a module or a function spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from hq_lib.graph import op_name
+
+
+class LowerError(ValueError):
+    """A quantized network without an integer form; the message names the layer or tensor, and the way out."""
+
+
+_POOL = ("kernel_size", "stride", "padding")
+_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "maxpool2d": (*_POOL, "dilation", "ceil_mode", "return_indices"),
+    "avgpool2d": (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"),
+    "adaptiveavgpool2d": ("output_size",),
+    "adaptivemaxpool2d": ("output_size", "return_indices"),
+    "mean": ("dim", "keepdim"),
+    "amax": ("dim", "keepdim"),
+    "pad": ("pad", "mode", "value"),
+    "zeropad2d": ("padding",),
+    "chunk": ("chunks", "dim"),
+    "split": ("split_size_or_sections", "dim"),
+    "clamp": ("min", "max"),
+    "clip": ("min", "max"),
+    "clampmin": ("min",),
+    "clampmax": ("max",),
+    "hardtanh": ("min_val", "max_val"),
+    "cat": ("dim",),
+    "concat": ("dim",),
+    "concatenate": ("dim",),
+    "transpose": ("dim0", "dim1"),
+}
+_DEFAULTS = {"dilation": 1, "padding": 0, "ceil_mode": False, "count_include_pad": True, "dim": None, "keepdim": False}
+
+
+def arguments(node: fx.Node, gm: fx.GraphModule) -> dict[str, Any]:
+    """Return the options of ``node`` by PyTorch's name, defaults filled in; the tensors it reads are left out."""
+    name = op_name(node, gm)
+    names = _PARAMETERS.get(name, ())
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return _DEFAULTS | {key: getattr(module, key) for key in names if hasattr(module, key)}
+    return _DEFAULTS | dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+
+
+def two(value: Any) -> tuple[int, int]:
+    """Return a size that may be one number or a pair as (rows, columns)."""
+    if isinstance(value, Sequence):
+        return (int(value[0]), int(value[-1]))
+    return (int(value), int(value))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a pool looks."""
+
+    kernel: tuple[int, int]
+    """(rows, columns)"""
+    stride: tuple[int, int]
+    """(rows, columns)"""
+    padding: tuple[int, int, int, int]
+    """(top, left, bottom, right)"""
+    dilation: tuple[int, int]
+    """(rows, columns)"""
+    n: int
+    """what an average divides by"""
+    squeeze: bool
+    """whether rows and columns disappear: (C, 1, 1) becomes (C,)"""
+
+
+def window(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> Window:
+    """Return the window of a pool (average, max, adaptive, ``mean``, ``amax``) over a tensor of ``shape`` (C, H, W).
+
+    Raises:
+        LowerError: windows that are no rectangle of equal weights (see the message).
+    """
+    name, options = op_name(node, gm), arguments(node, gm)
+    if len(shape) != 3:
+        raise LowerError(f"{node.name!r}: {name} of a tensor of shape {shape}; only (C, H, W) is pooled")
+    if options.get("return_indices"):
+        raise LowerError(f"{node.name!r}: {name} with return_indices has no integer form")
+    if name in ("mean", "amax"):
+        return _reduction(node, options, shape)
+    if name.startswith("adaptive"):
+        return _adaptive(node, options, shape)
+    return _fixed(node, options, shape, average=name.startswith("avg"))
+
+
+def _reduction(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...]) -> Window:
+    dims = options["dim"]
+    dims = {d % 4 for d in (dims if isinstance(dims, Sequence) else [dims])} if dims is not None else None
+    if dims != {2, 3}:
+        raise LowerError(f"{node.name!r}: reduces over {options['dim']}; only rows and columns, (2, 3), can be")
+    return Window(two(shape[1:]), (1, 1), (0, 0, 0, 0), (1, 1), shape[1] * shape[2], not options["keepdim"])
+
+
+def _adaptive(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...]) -> Window:
+    size = [s if s is not None else n for s, n in zip(two_or_none(options["output_size"]), shape[1:], strict=True)]
+    if any(n % s for n, s in zip(shape[1:], size, strict=True)):
+        raise LowerError(f"{node.name!r}: an adaptive pool from {shape[1:]} to {tuple(size)} has unequal windows")
+    kernel = (shape[1] // size[0], shape[2] // size[1])
+    return Window(kernel, kernel, (0, 0, 0, 0), (1, 1), kernel[0] * kernel[1], False)
+
+
+def two_or_none(value: Any) -> tuple[int | None, int | None]:
+    """Return an adaptive pool's output size, one entry or a pair of which each may be None, as a pair."""
+    return (value[0], value[-1]) if isinstance(value, Sequence) else (value, value)
+
+
+def _fixed(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...], *, average: bool) -> Window:
+    kernel, dilation = two(options["kernel_size"]), two(options["dilation"])
+    stride = kernel if options.get("stride") in (None, (), []) else two(options["stride"])
+    rows, columns = two(options["padding"])
+    spans = [(d * (k - 1) + 1) for k, d in zip(kernel, dilation, strict=True)]
+    extra = [
+        max(0, (size - 1) * s + span - (n + 2 * p))
+        for size, s, span, n, p in zip(node.meta["shape"][2:], stride, spans, shape[1:], (rows, columns), strict=True)
+    ]
+    if average:
+        _check_average(node, options, extra, (rows, columns))
+    n = options.get("divisor_override") or kernel[0] * kernel[1]
+    padding = (rows, columns, rows + extra[0], columns + extra[1])
+    return Window(kernel, stride, padding, dilation, n, False)
+
+
+def _check_average(node: fx.Node, options: dict[str, Any], extra: list[int], padding: tuple[int, int]) -> None:
+    if any(extra):
+        raise LowerError(f"{node.name!r}: an average pool whose ceil_mode cuts windows has no integer form")
+    if any(padding) and not options["count_include_pad"]:
+        raise LowerError(f"{node.name!r}: an average pool with padding needs count_include_pad=True")
+
+
+def pads(node: fx.Node, gm: fx.GraphModule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what a zero padding adds (before, after) each axis of a tensor of ``rank`` (without the batch)."""
+    options = arguments(node, gm)
+    flat = options.get("pad", options["padding"])
+    flat = [flat] * 4 if isinstance(flat, int) else list(flat)
+    if options.get("mode", "constant") != "constant" or options.get("value") or min(flat) < 0:
+        raise LowerError(f"{node.name!r}: only padding by zeros has an integer form")
+    flat += [0] * (2 * (rank + 1) - len(flat))
+    if any(flat[2 * rank :]):
+        raise LowerError(f"{node.name!r}: pads the batch")
+    return tuple(flat[2 * i] for i in reversed(range(rank))), tuple(flat[2 * i + 1] for i in reversed(range(rank)))
+
+
+def pieces(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> tuple[int, list[tuple[int, int]]]:
+    """Return the axis (without the batch) and the (start, stop) ranges of a ``chunk`` or ``split``."""
+    options = arguments(node, gm)
+    axis = axis_of(options["dim"] or 0, len(shape), node)
+    n = shape[axis]
+    if op_name(node, gm) == "chunk":
+        sizes: Any = -(-n // options["chunks"])
+    else:
+        sizes = options["split_size_or_sections"]
+    bounds = list(range(0, n, sizes)) if isinstance(sizes, int) else [sum(sizes[:i]) for i in range(len(sizes))]
+    return axis, list(zip(bounds, [*bounds[1:], n], strict=True))
+
+
+def slices(node: fx.Node, shape: tuple[int, ...]) -> list[slice]:
+    """Return the slices, with their ends filled in, that an indexing such as ``x[:, :, ::2, ::2]`` takes per axis."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    simple = all(isinstance(i, slice) for i in index) and index[:1] == (slice(None),) and len(index) <= len(shape) + 1
+    if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
+        raise LowerError(f"{node.name!r}: only slices such as x[:, :, ::2, ::2] have an integer form, not {index}")
+    rest = [*index[1:], *[slice(None)] * (len(shape) + 1 - len(index))]
+    return [slice(*s.indices(n)) for s, n in zip(rest, shape, strict=True)]
+
+
+def axis_of(dim: int, rank: int, node: fx.Node) -> int:
+    """Return axis ``dim`` of a batch, which may be negative, as an axis without the batch; refuse the batch itself."""
+    axis = dim % (rank + 1) - 1
+    if axis < 0:
+        raise LowerError(f"{node.name!r}: works across the batch, which no executor knows")
+    return axis
+
+
+def permutation(node: fx.Node, gm: fx.GraphModule, rank: int) -> tuple[int, ...]:
+    """Return which input axis each output axis of a ``transpose`` or ``permute`` is (axes without the batch)."""
+    if op_name(node, gm) == "transpose":
+        options = arguments(node, gm)
+        first, second = (axis_of(options[key], rank, node) for key in ("dim0", "dim1"))
+        axes = list(range(rank))
+        axes[first], axes[second] = second, first
+        return tuple(axes)
+    dims = node.kwargs.get("dims", node.args[1:])
+    dims = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else list(dims)
+    if dims[0] % (rank + 1) != 0:
+        raise LowerError(f"{node.name!r}: moves the batch axis")
+    return tuple(axis_of(d, rank, node) for d in dims[1:])
+
+
+def clip_bounds(node: fx.Node, gm: fx.GraphModule) -> tuple[float, float]:
+    """Return the real (low, high) that a relu, relu6, hardtanh or clamp keeps its values in; infinite where open."""
+    name, options = op_name(node, gm), arguments(node, gm)
+    if name == "relu":
+        return 0.0, float("inf")
+    if name == "relu6":
+        return 0.0, 6.0
+    if name == "threshold":
+        raise LowerError(f"{node.name!r}: threshold has no integer form; use a ReLU or clamp")
+    low, high = (options.get("min_val", -1.0), options.get("max_val", 1.0)) if name == "hardtanh" else (
+        options.get("min"), options.get("max"))  # fmt: skip
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
+        raise LowerError(f"{node.name!r}: its bounds are tensors; only numbers have an integer form")
+    return (-float("inf") if low is None else float(low)), (float("inf") if high is None else float(high))

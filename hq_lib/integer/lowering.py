@@ -1,0 +1,241 @@
+"""``lower``: a quantized graph becomes one record of integer operations.
+
+The graph is walked once. Between a layer and the quantizer behind it, values are pending (``terms``): batch norms,
+ReLUs, clips and additions are absorbed, and the quantizer's grid turns the lot into one operation with one rounding.
+A signed grid is moved to unsigned integers; real values stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from hq_lib import provenance
+from hq_lib.data import DataSpec
+from hq_lib.graph import QUANTIZER_SUFFIX, bake_norms, kinds, op_name
+from hq_lib.integer import geometry, moves
+from hq_lib.integer import record as r
+from hq_lib.integer.check import check
+from hq_lib.integer.emit import Writer
+from hq_lib.integer.geometry import LowerError
+from hq_lib.integer.record import IntegerModel, TensorSpec
+from hq_lib.integer.terms import Average, Image, Pending, Sum, norm_product, product, with_norm
+from hq_lib.tracing import eval_mode
+
+Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
+_SAME = {
+    "identity", "clone", "detach", "contiguous", "dropout", "dropout1d", "dropout2d", "featuredropout",
+    "stochasticdepth", "alphadropout",
+}  # fmt: skip
+
+
+def lower(
+    qnet: fx.GraphModule, *, requantizer: r.Requantizer = "float32", images: DataSpec | None = None
+) -> IntegerModel:
+    """Return ``qnet`` as integers: the same weights and grids, one rounding where the graph has a quantizer.
+
+    Args:
+        qnet:        from ``graph.quantize``, calibrated or trained; it is not changed. Any batch-norm mode.
+        requantizer: "float32" (onnxruntime's arithmetic) or "fixed" (integers only); see ``record``.
+        images:      the data set it was trained on; its mean and std go into the record, so that executors can take
+                     raw pixels (see ``pixels.pixel_table``).
+
+    Raises:
+        LowerError:  names the tensor without a quantizer, the layer in float, or the operation without an integer form.
+        RecordError: names the layer whose accumulator could overflow int32, and its bound.
+    """
+    if requantizer not in r.REQUANTIZERS:
+        raise LowerError(f"requantizer {requantizer!r}: choose one of {', '.join(r.REQUANTIZERS)}")
+    baked = bake_norms(qnet)
+    with eval_mode(baked):
+        walk = _Walk(baked, requantizer, tensor_names(qnet))
+        image, output = walk.run()
+    meta: dict[str, Any] = {"policy": _policy_line(qnet), "git_sha": provenance.git_sha()}
+    if images is not None:
+        meta["image"] = {"name": images.name, "mean": [*images.mean], "std": [*images.std]}
+    return check(IntegerModel(requantizer, walk.writer.tensors, tuple(walk.writer.ops), image, output, meta))
+
+
+def tensor_names(qnet: fx.GraphModule) -> dict[str, str]:
+    """Return activation-quantizer node -> the name of the record's tensor on its grid (the policy's name of it)."""
+    names = {f"{site.node}{QUANTIZER_SUFFIX}": site.name for site in qnet.meta.get("sites", ())}
+    nodes = (node.name for node in qnet.graph.nodes if str(node.target).endswith(QUANTIZER_SUFFIX))
+    return {name: names.get(name, name.removesuffix(QUANTIZER_SUFFIX)) for name in nodes}
+
+
+def _policy_line(qnet: fx.GraphModule) -> str:
+    policy = qnet.meta.get("policy")
+    return "" if policy is None else policy.describe()
+
+
+class _Walk:
+    """One pass over the graph; ``values`` holds what each node has become."""
+
+    def __init__(self, gm: fx.GraphModule, requantizer: r.Requantizer, names: dict[str, str]) -> None:
+        self.gm, self.names, self.kinds = gm, names, kinds(gm)
+        self.writer = Writer(requantizer)
+        self.values: dict[fx.Node, Value] = {}
+        self.handlers: dict[str, Callable[[fx.Node], Value]] = {
+            "input": self.image, "layer": self.layer, "norm": self.norm, "relu": self.clip, "clip": self.clip,
+            "add": self.add, "concat": self.concat, "avgpool": self.average, "pass": self.move,
+            "quantizer": self.quantizer, "shape": lambda node: None, "param": lambda node: None,
+        }  # fmt: skip
+
+    def run(self) -> tuple[str, str]:
+        """Walk the graph; returns the names of the input and the output tensor."""
+        output = ""
+        for node, kind in self.kinds.items():
+            if kind == "output":
+                output = self.output(node)
+            elif kind in self.handlers:
+                self.values[node] = self.handlers[kind](node)
+            else:
+                what = "multiplies tensors, which" if kind == "mul" else f"is {op_name(node, self.gm)}, which"
+                raise LowerError(f"{node.name!r} {what} has no integer form")
+        images = [node for node, kind in self.kinds.items() if kind == "input"]
+        if len(images) != 1:
+            raise LowerError(f"the network has {len(images)} inputs; one image is what executors take")
+        pending = self.values[images[0]]
+        assert isinstance(pending, Pending)
+        assert isinstance(pending.term, Image)
+        return pending.term.x.name, output
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Return the shape that ``node`` had when the graph was made, without the batch."""
+        if "shape" not in node.meta:
+            raise LowerError(f"{node.name!r}: its shape is not known; make the graph with graph.quantize")
+        return tuple(node.meta["shape"][1:])
+
+    def known(self, node: fx.Node, reader: fx.Node) -> TensorSpec:
+        """Return the tensor on a grid that ``node`` is; a pool without a quantizer becomes its exact sums."""
+        value = self.values[node]
+        if isinstance(value, TensorSpec):
+            return value
+        if isinstance(value, Pending) and isinstance(value.term, Average) and not value.clipped:
+            self.values[node] = found = self.writer.exact_average(value.term, node.name)
+            return found
+        bits = "policy.input_bits" if self.kinds.get(node) == "input" else "the policy"
+        raise LowerError(
+            f"tensor {node.name!r} has no quantizer (or it is switched off), and {reader.name!r} reads it: "
+            f"give it 16 bits or fewer in {bits}"
+        )
+
+    def image(self, node: fx.Node) -> Value:
+        spec = TensorSpec("image", self.shape(node), "float32", 32, 0, 0, np.asarray(1.0, np.float32), 0)
+        return Pending(Image(self.writer.add(spec)))
+
+    def layer(self, node: fx.Node) -> Value:
+        x = self.known(node.all_input_nodes[0], node)
+        return Pending(product(str(node.target), self.gm.get_submodule(str(node.target)), x))
+
+    def norm(self, node: fx.Node) -> Value:
+        module, value = self.gm.get_submodule(str(node.target)), self.values[node.all_input_nodes[0]]
+        if isinstance(value, Pending) and not value.clipped and not isinstance(value.term, Average | Sum | Image):
+            return Pending(with_norm(value.term, module))
+        return Pending(norm_product(str(node.target), module, self.known(node.all_input_nodes[0], node)))
+
+    def clip(self, node: fx.Node) -> Value:
+        low, high = geometry.clip_bounds(node, self.gm)
+        value = self.values[node.all_input_nodes[0]]
+        if isinstance(value, Pending):
+            return value.clip(low, high)
+        x = self.known(node.all_input_nodes[0], node)
+        qmin, qmax = clipped_range(x, low, high)
+        if (qmin, qmax) == (x.qmin, x.qmax):
+            return x
+        return self.writer.write(r.Clip, node.name, [x], replace(x, name=node.name, qmin=qmin, qmax=qmax))
+
+    def add(self, node: fx.Node) -> Value:
+        if node.kwargs.get("alpha", 1) != 1:
+            raise LowerError(f"{node.name!r}: an addition with alpha has no integer form")
+        operands = []
+        for arg in node.args[:2]:
+            assert isinstance(arg, fx.Node)  # ``kinds`` calls it an add because two tensors meet
+            value = self.values[arg]
+            is_layer = isinstance(value, Pending) and not isinstance(value.term, Average | Sum | Image)
+            operands.append(value if is_layer else self.known(arg, node))
+        return Pending(Sum(node.name, (operands[0], operands[1])))
+
+    def concat(self, node: fx.Node) -> Value:
+        parts = [self.known(n, node) for n in node.all_input_nodes]
+        first, dim = parts[0], geometry.arguments(node, self.gm)["dim"]
+        axis = geometry.axis_of(dim or 0, len(first.shape), node)
+        if len({(float(p.scale), p.zero_point, p.dtype) for p in parts}) > 1:
+            raise LowerError(f"{node.name!r} joins tensors on different grids: {', '.join(p.name for p in parts)}")
+        shape = [*first.shape[:axis], sum(p.shape[axis] for p in parts), *first.shape[axis + 1 :]]
+        ends = min(p.qmin for p in parts), max(p.qmax for p in parts)
+        out = replace(first, name=node.name, shape=tuple(shape), qmin=ends[0], qmax=ends[1])
+        return self.writer.write(r.Concat, node.name, parts, out, axis=axis)
+
+    def average(self, node: fx.Node) -> Value:
+        x = self.known(node.all_input_nodes[0], node)
+        return Pending(Average(node.name, x, geometry.window(node, self.gm, x.shape)))
+
+    def quantizer(self, node: fx.Node) -> Value:
+        module = self.gm.get_submodule(str(node.target))
+        value = self.values[node.all_input_nodes[0]]
+        if not module.enabled:
+            return value
+        spec = on_grid(self.names[node.name], module, self.shape(node))
+        if isinstance(value, Pending):
+            qmin, qmax = clipped_range(spec, value.low, value.high)
+            return self.writer.finish(value, replace(spec, qmin=qmin, qmax=qmax))
+        x = self.known(node.all_input_nodes[0], node)
+        if (x.scale, x.zero_point, x.dtype) == (spec.scale, spec.zero_point, spec.dtype) and x.qmax <= spec.qmax:
+            return x
+        raise LowerError(f"tensor {x.name!r} is quantized a second time, on another grid, by {node.name!r}")
+
+    def move(self, node: fx.Node) -> Value:
+        """Handle what keeps the grid: max-pools, reshapes, transposes, slices, padding."""
+        name, source = op_name(node, self.gm), node.all_input_nodes[0]
+        if name in _SAME:
+            return self.values[source]
+        if name == "getitem" and isinstance(self.values[source], tuple):
+            return self.values[source][node.args[1]]  # type: ignore[index]
+        value = self.values[source]
+        if name in moves.RESHAPES and isinstance(value, Pending) and not isinstance(value.term, Average | Sum | Image):
+            return self._flat_logits(node, value)
+        x = self.known(source, node)
+        return moves.move(self.writer, self.gm, node, x, self.shape(node) if name not in moves.SPLITS else ())
+
+    def _flat_logits(self, node: fx.Node, value: Pending) -> Value:
+        """A 1x1 output map flattened to logits: the accumulators are reshaped, since nothing quantizes them."""
+        return moves.reshape(self.writer, node, self.writer.logits(value, f"{node.name}.map"), self.shape(node))
+
+    def output(self, node: fx.Node) -> str:
+        """Write the network's output and return its name."""
+        if not isinstance(node.args[0], fx.Node):
+            raise LowerError("the network has more than one output; one tensor of logits is what executors give")
+        value = self.values[node.args[0]]
+        if isinstance(value, Pending):
+            value = self.writer.logits(value, "logits")
+        assert isinstance(value, TensorSpec)
+        return value.name
+
+
+def on_grid(name: str, quantizer: Any, shape: tuple[int, ...]) -> TensorSpec:
+    """Return the tensor that ``quantizer`` makes: its grid, moved to begin at integer 0.
+
+    Raises:
+        LowerError: a grid per channel, without a level at real 0, or of more than 16 bits.
+    """
+    grid = quantizer.grid()
+    if grid.scale.numel() != 1:
+        raise LowerError(f"tensor {name!r}: its grid has a scale per channel; executors know one per tensor")
+    if grid.step != 1:
+        raise LowerError(f"tensor {name!r}: a signed 1-bit grid has no level at 0, so no integer form: use 2 bits")
+    z = int(grid.zero_point) - grid.qmin
+    top = grid.qmax - grid.qmin
+    scale = np.asarray(grid.scale.cpu().numpy(), np.float32).reshape(())
+    return TensorSpec(name, shape, "uint8" if top < 2**8 else "uint16", quantizer.bits, 0, top, scale, z)
+
+
+def clipped_range(spec: TensorSpec, low: float, high: float) -> tuple[int, int]:
+    """Return (qmin, qmax) of ``spec`` after its real values were clipped to [low, high]: clip and round commute."""
+    scale, z = np.float32(spec.scale), spec.zero_point
+    bounds = [np.clip(np.rint(np.float32(bound) / scale), spec.qmin - z, spec.qmax - z) for bound in (low, high)]
+    return int(bounds[0]) + z, int(bounds[1]) + z

@@ -1,0 +1,208 @@
+"""Real values that no quantizer has rounded yet: what ``lower`` holds between a layer and the grid that ends it.
+
+A ``Product`` is a layer's result ``s_x w_scale_c sum w (q - z) + bias_c``: batch norms behind it only change w_scale
+and bias. ``Sum`` adds two of those or of known tensors; ``Average`` is a pool; ``Image`` the input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hq_lib.graph import QuantizedWeight
+from hq_lib.integer.geometry import LowerError, Window
+from hq_lib.integer.proof import largest
+from hq_lib.integer.record import TensorSpec
+
+BIAS_MAX = 2**30
+"""Largest bias, and largest sum of products, that ``in_storage`` aims at: together they fit int32."""
+MIN_SCALE = 1e-25
+"""Smallest real weight step that a batch norm leaves: products with float32 input scales stay normal numbers."""
+NORM_STEPS = 127
+"""The weight with which a batch norm becomes a depthwise layer; its bias then has 127 steps per input step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A convolution or linear layer that waits for the grid of its output."""
+
+    name: str
+    """dotted name of the layer"""
+    x: TensorSpec
+    """its input, on a grid"""
+    w: np.ndarray
+    """int64 (C_out, ...): integers minus zero point"""
+    w_scale: np.ndarray
+    """float32 (C_out,): real units per step of w, batch norm included"""
+    bias: np.ndarray
+    """float64 (C_out,), real units"""
+    w_bits: int
+    """of the trained grid"""
+    geometry: dict[str, Any] | None
+    """stride, padding, dilation and groups of a convolution; None: linear"""
+
+
+@dataclass(frozen=True, eq=False)
+class Average:
+    """An average pool that waits for the grid of its output."""
+
+    name: str
+    """node"""
+    x: TensorSpec
+    """its input"""
+    window: Window
+    """where it looks"""
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """An addition that waits for the grid of its output."""
+
+    name: str
+    """node"""
+    operands: tuple[TensorSpec | Pending, TensorSpec | Pending]
+    """known tensors, or layers without a quantizer of their own"""
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """The float input."""
+
+    x: TensorSpec
+    """float32"""
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A term and the clips (ReLU, ReLU6, ...) that its real value passes before it is rounded."""
+
+    term: Product | Average | Sum | Image
+    """what is computed"""
+    low: float = -float("inf")
+    """least real value after the clips"""
+    high: float = float("inf")
+    """largest real value after the clips"""
+
+    @property
+    def clipped(self) -> bool:
+        """Whether any clip is at work."""
+        return self.low > -float("inf") or self.high < float("inf")
+
+    def clip(self, low: float, high: float) -> Pending:
+        """Return the value clipped once more."""
+        return replace(self, low=min(max(self.low, low), high), high=min(max(self.high, low), high))
+
+
+def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
+    """Return the term of quantized ``layer`` (conv2d or linear) on tensor ``x``.
+
+    Raises:
+        LowerError: its weight is in float, its quantizer is switched off, or it is a transposed convolution.
+    """
+    if not isinstance(layer, QuantizedWeight) or isinstance(layer, nn.ConvTranspose2d):
+        raise LowerError(f"layer {name!r}: {type(layer).__name__} has no integer form (conv2d and linear have)")
+    quantizer = layer.weight_quantizer
+    if quantizer is None or not getattr(quantizer, "enabled", True):
+        raise LowerError(
+            f"layer {name!r}: its weight is in float; give it 16 bits or fewer in the policy "
+            f"(overrides={{{name!r}: {{'weight': 8}}}}), or switch its quantizer on"
+        )
+    weight = layer.effective_weight().detach()
+    w_int, grid = quantizer.integers(weight)  # type: ignore[operator]
+    w = _numpy(w_int, np.int64) - _numpy(grid.zero_point, np.int64)
+    scale = np.broadcast_to(_per_channel(grid.scale, name), len(w)).astype(np.float32)
+    bias = layer.effective_bias()
+    real_bias = np.zeros(len(w)) if bias is None else _numpy(bias, np.float64)
+    return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(layer))  # type: ignore[arg-type]
+
+
+def _numpy(values: torch.Tensor, dtype: type) -> np.ndarray:
+    return values.detach().cpu().numpy().astype(dtype)
+
+
+def _per_channel(scale: torch.Tensor, name: str) -> np.ndarray:
+    values = _numpy(scale, np.float32)
+    if values.size > 1 and values.shape[0] != values.size:
+        raise LowerError(f"layer {name!r}: weight scales of shape {values.shape} are not one per output channel")
+    return values.reshape(-1)
+
+
+def _geometry(layer: nn.Module) -> dict[str, Any] | None:
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    if layer.padding_mode != "zeros":
+        raise LowerError(f"layer padded by {layer.padding_mode!r}: only padding by zeros has an integer form")
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        before = [total // 2 for total in totals]
+        after = [total - b for total, b in zip(totals, before, strict=True)]
+    else:
+        before = after = [0, 0] if layer.padding == "valid" else [int(p) for p in layer.padding]
+    return {
+        "stride": tuple(layer.stride),
+        "padding": (before[0], before[1], after[0], after[1]),
+        "dilation": tuple(layer.dilation),
+        "groups": layer.groups,
+    }
+
+
+def norm_gain(norm: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Return (g, h), float64 (C,), of a batch norm in eval mode: y = g x + h."""
+    if norm.running_var is None or norm.running_mean is None:
+        raise LowerError(f"{norm}: a batch norm without running statistics has no integer form")
+    mean = _numpy(norm.running_mean, np.float64)  # type: ignore[arg-type]
+    variance = _numpy(norm.running_var, np.float64)  # type: ignore[arg-type]
+    g = 1 / np.sqrt(variance + norm.eps)  # type: ignore[operator]
+    g = g if norm.weight is None else g * _numpy(norm.weight, np.float64)  # type: ignore[arg-type]
+    h = -g * mean
+    return g, h if norm.bias is None else h + _numpy(norm.bias, np.float64)  # type: ignore[arg-type]
+
+
+def with_norm(term: Product, norm: nn.Module) -> Product:
+    """Return ``term`` followed by ``norm``: exact in w (signs only), w_scale and bias absorb the rest."""
+    g, h = norm_gain(norm)
+    sign = np.sign(g).astype(np.int64).reshape(-1, *[1] * (term.w.ndim - 1))
+    gain = np.where(g == 0, 1.0, np.abs(g))  # a dead channel has w = 0: its scale is free
+    w_scale = np.maximum(term.w_scale * gain, MIN_SCALE).astype(np.float32)
+    return replace(term, w=term.w * sign, w_scale=w_scale, bias=g * term.bias + h)
+
+
+def norm_product(name: str, norm: nn.Module, x: TensorSpec) -> Product:
+    """Return a batch norm that reads a known tensor, as a 1x1 depthwise convolution with weight 127."""
+    if len(x.shape) != 3:
+        raise LowerError(f"batch norm {name!r} reads a tensor of shape {x.shape}; put it behind a layer, or fold it")
+    n = x.shape[0]
+    geometry = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": n}
+    w = np.full((n, 1, 1, 1), NORM_STEPS, np.int64)
+    plain = Product(name, x, w, np.full(n, 1 / NORM_STEPS, np.float32), np.zeros(n), 8, geometry)
+    return with_norm(plain, norm)
+
+
+def in_storage(term: Product) -> Product:
+    """Return ``term`` as it is stored: weights that fill int8, and scales coarse enough for every bias.
+
+    Weights of few bits are multiplied, and their scale divided, by a power of two: exact, and the bias is rounded to
+    finer steps. A channel with (nearly) no weights has a tiny scale, in which its bias would exceed int32: its weights
+    are rounded to a grid of bias / 2^30 instead, which moves outputs by at most n_w max|q - z| |bias| 2^-30 / 2.
+    """
+    step = 2 ** _spare_bits(term)
+    least = np.abs(term.bias) * (step / BIAS_MAX) / float(term.x.scale)
+    coarse = least > term.w_scale
+    w_scale = np.where(coarse, least.astype(np.float32), term.w_scale)
+    ratio = (term.w_scale / w_scale).astype(np.float64).reshape(-1, *[1] * (term.w.ndim - 1))
+    w = np.where(coarse.reshape(ratio.shape), np.rint(term.w * ratio).astype(np.int64), term.w)
+    return replace(term, w=w * step, w_scale=w_scale / np.float32(step))
+
+
+def _spare_bits(term: Product) -> int:
+    """How many bits the weights may grow: inside int8, with every sum of products below 2^30."""
+    largest_w = int(np.abs(term.w).max())
+    if largest_w == 0:
+        return 0
+    sums = int(np.abs(term.w).reshape(len(term.w), -1).sum(1).max()) * max(1, largest(term.x))
+    return max(0, int(math.log2(min(127 / largest_w, BIAS_MAX / sums))))
