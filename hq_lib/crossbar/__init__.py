@@ -1,0 +1,54 @@
+"""Analog crossbars: engines that multiply integer inputs by integer weights, exactly, simulated, recorded or measured.
+
+    engine = SimEngine(Circuit(device("rram"), adc=Adc(8)))
+    handle = engine.load(w_int, w_scale, "layer1.conv1")          (K, N) integers
+    y = engine.mvm(handle, x_int)                                 (B, K) -> (B, N) whole numbers in float64
+
+`ConvEngine` runs convolutions and linear layers of any geometry on any engine. Symbols: K inputs, N outputs, R rows of
+a tile, G conductance (microsiemens), t seconds after programming. Codes, weights and outputs are integers; one step of
+an output is one accumulator step of the integer network.
+"""
+
+from hq_lib.crossbar.adc import Adc
+from hq_lib.crossbar.calibration import calibrate_layers, load_calibration, residuals, save_calibration
+from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
+from hq_lib.crossbar.circuit import Circuit
+from hq_lib.crossbar.compensation import Reference, compensate_drift, take_reference
+from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
+from hq_lib.crossbar.correction import Correction
+from hq_lib.crossbar.cost import Cost, count
+from hq_lib.crossbar.curves import Constant, Curve, Polynomial, Proportional, Table, read_table
+from hq_lib.crossbar.devices import (
+    ConstantRead,
+    Device,
+    Drift,
+    FlickerRead,
+    LogClamp,
+    ReadNoise,
+    proportional,
+    state_independent,
+)
+from hq_lib.crossbar.drive import Drive
+from hq_lib.crossbar.driver import Driver, FakeDriver, Limits
+from hq_lib.crossbar.engine import Engine, Handle, IdealEngine
+from hq_lib.crossbar.faults import Faults, load_maps, save_maps
+from hq_lib.crossbar.hardware import HardwareEngine, Patience
+from hq_lib.crossbar.mapping import Mapping, Plan
+from hq_lib.crossbar.operands import Operand, Patches, Rows, Window
+from hq_lib.crossbar.profiles import DEVICES, device, measured_device
+from hq_lib.crossbar.recording import RecordEngine, ReplayEngine
+from hq_lib.crossbar.simulator import SimEngine
+from hq_lib.crossbar.tcp import BenchServer, TcpDriver
+from hq_lib.crossbar.trace import Trace
+from hq_lib.crossbar.wires import Wires, effective_conductance
+
+__all__ = [
+    "DEVICES", "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "ConvEngine", "ConvHandle",
+    "Correction", "Cost", "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "FakeDriver",
+    "Faults", "FlickerRead", "Handle", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping", "Operand",
+    "Patches", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine", "Reference",
+    "ReplayEngine", "Rows", "SimEngine", "Table", "TcpDriver", "Trace", "TraceError", "Window", "Wires",
+    "calibrate_layers", "compensate_drift", "count", "device", "effective_conductance", "load_calibration", "load_maps",
+    "measured_device", "proportional", "read_table", "residuals", "save_calibration", "save_maps",
+    "state_independent", "take_reference",
+]

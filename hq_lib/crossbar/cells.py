@@ -1,0 +1,94 @@
+"""Cells of one layer: targets, what programming made of them, and what they are at a later time.
+
+Arrays are float64 (K, C, P) in *physical* row order until `fractions` puts the rows back into logical order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.devices import Device
+from hq_lib.crossbar.faults import OK, STUCK_HIGH, Faults
+from hq_lib.crossbar.mapping import Plan
+from hq_lib.crossbar.remapping import partner_levels, row_order
+from hq_lib.crossbar.streams import stream
+from hq_lib.crossbar.wires import WireCache
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The programmed cells of one layer."""
+
+    plan: Plan
+    """Wanted levels and their recombination."""
+    device: Device
+    """The kind of cell."""
+    target_uS: Tensor
+    """Targets, uS."""
+    g0_uS: Tensor
+    """Programmed conductances at the device's reference time, uS."""
+    nu: Tensor | None
+    """Drift exponents, dimensionless, or None."""
+    codes: Tensor
+    """uint8 fault codes."""
+    order: Tensor
+    """int64 (K,): logical row held by each physical row."""
+
+    @classmethod
+    def program(cls, plan: Plan, device: Device, faults: Faults, *, name: str, seed: int, remap: str = "none") -> Cells:
+        """Cells programmed with the random streams of (``seed``, ``name``); remapped around their faults if asked."""
+        shape = (int(plan.levels.shape[0]), int(plan.levels.shape[1]), int(plan.levels.shape[2]))
+        codes = faults.codes(name, shape, stream(seed, name, "faults"))
+        order = torch.arange(shape[0])
+        if remap in ("rows", "both"):
+            order = row_order(plan, codes, partner=remap == "both")
+        placed = _reordered(plan, order)
+        levels = partner_levels(placed, codes) if remap in ("partner", "both") else placed.levels
+        target = device.g_min_uS + levels / plan.span[None, :, None] * device.window_uS
+        g0 = device.program(target, stream(seed, name, "program"))
+        nu = device.exponents(target, stream(seed, name, "drift"))
+        return cls(plan, device, target, g0, nu, codes, order)
+
+    def conductance(self, t_s: float) -> Tensor:
+        """float64 (K, C, P), uS, physical order, at ``t_s`` seconds: drifted, stuck cells where they are stuck."""
+        g = self.device.at(self.g0_uS, self.nu, t_s)
+        if not bool((self.codes != OK).any()):
+            return g
+        stuck = torch.where(self.codes == STUCK_HIGH, self.device.g_max_uS, self.device.g_min_uS).to(g.dtype)
+        return torch.where(self.codes == OK, g, stuck)
+
+    def fractions(self, t_s: float, wires: WireCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """(fractions, variance) in logical order, (K, C, P): position in the window and read variance at ``t_s``.
+
+        With ``wires`` both are seen through them: variances scale with (G_eff / G)^2, first order in the noise.
+        """
+        g = self.conductance(t_s)
+        variance = self.device.read_variance(g, t_s)
+        if wires is not None:
+            seen = self._through(g, wires)
+            if variance is not None:
+                variance = variance * torch.where(g > 0, seen / g.clamp_min(1e-30), 0.0).square()
+            g = seen
+        window, inverse = self.device.window_uS, torch.argsort(self.order)
+        fractions = ((g - self.device.g_min_uS) / window)[inverse]
+        return fractions, None if variance is None else (variance / window**2)[inverse]
+
+    def _through(self, g: Tensor, wires: WireCache) -> Tensor:
+        """Effective conductances, tile by tile; the planes of one output are neighbours in a tile."""
+        if bool((g < 0).any()):
+            raise CrossbarError("wires need conductances >= 0: use a device with clip_at_zero=True")
+        flat, mapping = g.flatten(1).numpy(), self.plan.mapping
+        seen = torch.empty(flat.shape, dtype=torch.float64)
+        for r in range(0, flat.shape[0], mapping.tile_rows):
+            for c in range(0, flat.shape[1], mapping.tile_cols):
+                tile = slice(r, r + mapping.tile_rows), slice(c, c + mapping.tile_cols)
+                seen[tile] = torch.from_numpy(wires.effective(flat[tile]))
+        return seen.view(g.shape)
+
+
+def _reordered(plan: Plan, order: Tensor) -> Plan:
+    return Plan(plan.mapping, plan.levels[order], plan.span, plan.gain, plan.offset, plan.weight)

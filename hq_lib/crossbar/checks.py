@@ -1,0 +1,78 @@
+"""Refusals: the errors of the crossbar and the checks that raise them, each naming the value and its mend."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class CrossbarError(ValueError):
+    """A setting, weight, input or calibration that the crossbar cannot honour."""
+
+
+class BenchError(RuntimeError):
+    """The bench (or its connection) failed after every permitted attempt; recorded data is kept."""
+
+
+class TraceError(CrossbarError):
+    """A recorded trace is damaged, of another network, or lacks the multiplication that was asked for."""
+
+
+def check_bits(bits: int, what: str, *, low: int = 1, high: int = 16) -> int:
+    """``bits`` itself, an integer in [low, high]. Zero is refused: it never means "ideal"."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
+        raise CrossbarError(f"{what} must be a whole number of bits, not {bits!r}")
+    if bits == 0:
+        raise CrossbarError(f"{what} = 0 does not mean 'ideal'; leave the part out (None) for an ideal one")
+    if not low <= bits <= high:
+        raise CrossbarError(f"{what} = {bits} is outside {low}..{high} bits")
+    return int(bits)
+
+
+def check_fraction(value: float, what: str) -> float:
+    """``value`` itself, a fraction in [0, 1); 5 % is 0.05, and 5 is refused with that hint."""
+    if not math.isfinite(value) or value < 0:
+        raise CrossbarError(f"{what} = {value} must be a fraction of 0 or more")
+    if value >= 1:
+        raise CrossbarError(f"{what} = {value} is a fraction, not a percentage: for {value:g} % write {value / 100:g}")
+    return float(value)
+
+
+def check_positive(value: float, what: str, *, zero: bool = False) -> float:
+    """``value`` itself, finite and > 0 (or >= 0 with ``zero``)."""
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise CrossbarError(f"{what} = {value} must be finite and {'>= 0' if zero else '> 0'}")
+    return float(value)
+
+
+def check_choice(value: str, choices: Iterable[str], what: str) -> str:
+    """``value`` itself if it is one of ``choices``; otherwise an error with the nearest valid names."""
+    names = list(choices)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.4) or names
+    raise CrossbarError(f"{what} {value!r} is unknown; nearest: {', '.join(near)}")
+
+
+def as_integers(values: np.ndarray | Tensor, what: str) -> Tensor:
+    """(rows, columns) integer tensor of the same integers; float, complex or ragged arrays are refused."""
+    tensor = torch.as_tensor(values)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        raise CrossbarError(f"{what} must hold integers, not {tensor.dtype}; round and cast it first")
+    if tensor.ndim != 2:
+        raise CrossbarError(f"{what} must have two axes, not shape {tuple(tensor.shape)}")
+    return tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor
+
+
+def check_range(values: Tensor, low: int, high: int, what: str) -> None:
+    """Nothing, or an error that names the first offending range: all ``values`` must lie in [low, high]."""
+    if values.numel() == 0:
+        return
+    least, most = (int(v) for v in torch.aminmax(values))
+    if least < low or most > high:
+        raise CrossbarError(f"{what} spans {least}..{most}, outside the declared {low}..{high}; declare more bits")

@@ -1,0 +1,177 @@
+"""Memory cells: programming error, drift and read noise of one conductance, in microsiemens and seconds.
+
+Order of effects on a cell: target -> programming error -> stuck cell -> drift to time t -> read noise at every use.
+Symbols: G conductance (uS), g = G / G_max, nu drift exponent, t seconds since programming.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from hq_lib.crossbar.checks import CrossbarError, check_fraction, check_positive
+from hq_lib.crossbar.curves import Constant, Curve, Proportional
+
+_TINY_G = 1e-6  # g below this is taken as this: logarithms and negative powers stay finite, the clamps decide anyway
+
+
+@dataclass(frozen=True)
+class LogClamp:
+    """clamp(slope * ln g + level; low, high): the published form of drift statistics against g = G / G_max."""
+
+    slope: float
+    """Change per natural-log unit of g, dimensionless."""
+    level: float
+    """Value at g = 1, dimensionless."""
+    low: float
+    """Smallest value, dimensionless, >= 0."""
+    high: float
+    """Largest value, dimensionless, >= low."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high:
+            raise CrossbarError(f"drift statistics need 0 <= low <= high, not {self.low}, {self.high}")
+
+    def at(self, g: Tensor) -> Tensor:
+        """Value at relative conductance ``g`` in [0, 1]."""
+        return (self.slope * torch.log(g.clamp_min(_TINY_G)) + self.level).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Power-law drift G(t) = G(t0) (t / t0)^(-nu), nu = |N(mu(g), s(g))| drawn once per cell."""
+
+    mu: LogClamp
+    """Mean exponent against g."""
+    spread: LogClamp
+    """Standard deviation of the exponent between cells, against g."""
+    t0_s: float
+    """Time at which G(t0) is what was programmed, seconds, > 0."""
+
+    def __post_init__(self) -> None:
+        check_positive(self.t0_s, "t0_s")
+
+
+class ReadNoise(ABC):
+    """Fresh Gaussian noise of a cell's conductance at every use."""
+
+    @abstractmethod
+    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float) -> Tensor:
+        """Standard deviation in uS, shape of ``g_uS``, at ``t_s`` seconds after programming."""
+
+
+@dataclass(frozen=True)
+class ConstantRead(ReadNoise):
+    """The same read noise for every cell."""
+
+    fraction: float
+    """Standard deviation as a fraction of G_max, in [0, 1); 0.01 is what aihwkit suggests for RRAM."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction, "read noise fraction")
+
+    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float) -> Tensor:
+        return torch.full_like(g_uS, self.fraction * g_max_uS)
+
+
+@dataclass(frozen=True)
+class FlickerRead(ReadNoise):
+    """1/f noise: sigma = G q(g) sqrt(ln((t + t_r) / (2 t_r))), q(g) = min(q_scale g^q_power, q_max)."""
+
+    q_scale: float
+    """q at g = 1, dimensionless, >= 0."""
+    q_power: float
+    """Exponent of g, dimensionless, usually negative."""
+    q_max: float
+    """Upper end of q, dimensionless."""
+    t_read_s: float
+    """Duration t_r of a read, seconds, > 0."""
+
+    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float) -> Tensor:
+        q = (self.q_scale * (g_uS / g_max_uS).clamp_min(_TINY_G) ** self.q_power).clamp_max(self.q_max)
+        decades = max(math.log((t_s + self.t_read_s) / (2 * self.t_read_s)), 0.0)
+        return g_uS * q * math.sqrt(decades)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of memory cell: its window, and how far a cell strays from its target."""
+
+    name: str
+    """Short name that result rows carry."""
+    source: str
+    """Where the numbers come from: paper or tool, and time after programming."""
+    g_min_uS: float
+    """Lowest target, microsiemens, >= 0; an idle cell sits here."""
+    g_max_uS: float
+    """Highest target, microsiemens, > g_min_uS."""
+    error: Curve | None = None
+    """Programming error sigma(G), uS; None: programmed exactly."""
+    drift: Drift | None = None
+    """Power-law drift; None: time changes nothing but flicker noise."""
+    read: ReadNoise | None = None
+    """Read noise per use; None: reads are noiseless."""
+    clip_at_zero: bool = True
+    """True: a negative draw becomes 0 uS (physical; shifts the mean of cells near 0). False: the bare Gaussian."""
+
+    def __post_init__(self) -> None:
+        check_positive(self.g_min_uS, "g_min_uS", zero=True)
+        if not (math.isfinite(self.g_max_uS) and self.g_max_uS > self.g_min_uS):
+            raise CrossbarError(f"g_max_uS = {self.g_max_uS} must exceed g_min_uS = {self.g_min_uS}")
+
+    @property
+    def window_uS(self) -> float:
+        """G_max - G_min, uS."""
+        return self.g_max_uS - self.g_min_uS
+
+    @property
+    def t0_s(self) -> float:
+        """Reference time of the programmed state, seconds (1 for devices without drift)."""
+        return self.drift.t0_s if self.drift else 1.0
+
+    def program(self, target_uS: Tensor, generator: Generator) -> Tensor:
+        """Programmed conductance G_T + N(0, sigma(G_T)), uS, shape of ``target_uS``."""
+        if self.error is None:
+            return target_uS.clone()
+        xi = torch.randn(target_uS.shape, generator=generator, dtype=target_uS.dtype)
+        g_uS = target_uS + self.error.sigma(target_uS) * xi
+        return g_uS.clamp_min_(0.0) if self.clip_at_zero else g_uS
+
+    def exponents(self, target_uS: Tensor, generator: Generator) -> Tensor | None:
+        """Drift exponents |N(mu(g), s(g))| per cell, dimensionless, or None for a device without drift."""
+        if self.drift is None:
+            return None
+        g = target_uS / self.g_max_uS
+        xi = torch.randn(target_uS.shape, generator=generator, dtype=target_uS.dtype)
+        return (self.drift.mu.at(g) + self.drift.spread.at(g) * xi).abs_()
+
+    def at(self, g0_uS: Tensor, nu: Tensor | None, t_s: float) -> Tensor:
+        """Conductance at ``t_s`` >= t0 seconds, uS: G0 (t / t0)^(-nu); ``g0_uS`` itself without drift."""
+        if nu is None or self.drift is None:
+            return g0_uS
+        if not t_s >= self.drift.t0_s:
+            raise CrossbarError(f"t_s = {t_s} is before {self.name}'s reference time {self.drift.t0_s} s")
+        return g0_uS * torch.exp(-nu * math.log(t_s / self.drift.t0_s))
+
+    def read_variance(self, g_uS: Tensor, t_s: float) -> Tensor | None:
+        """Variance of one read, uS^2, shape of ``g_uS``; None for noiseless reads."""
+        if self.read is None:
+            return None
+        return self.read.std(g_uS, g_max_uS=self.g_max_uS, t_s=t_s) ** 2
+
+
+def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
+    """A generic cell whose error is ``fraction`` (2 % is 0.02) of the window at every target."""
+    error = Constant(check_fraction(fraction, "fraction") * (g_max_uS - g_min_uS))
+    name = f"state_independent_{fraction:g}"
+    return Device(name, "generic, no device", g_min_uS, g_max_uS, error, clip_at_zero=clip)
+
+
+def proportional(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
+    """A generic cell whose error is ``fraction`` (10 % is 0.1) of its own target."""
+    name = f"proportional_{fraction:g}"
+    return Device(name, "generic, no device", g_min_uS, g_max_uS, Proportional(fraction), clip_at_zero=clip)

@@ -1,0 +1,248 @@
+"""Engines: whatever multiplies integer inputs by loaded integer weights, in accumulator units.
+
+Every engine takes integers and returns integer-valued float64, so any two are comparable number by number. What an
+engine measures passes one digital correction per column before it is rounded:  y = round(gain drift raw + offset).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hq_lib.crossbar.checks import CrossbarError, as_integers, check_bits, check_choice, check_range
+from hq_lib.crossbar.correction import Correction
+from hq_lib.crossbar.operands import Operand, as_operand
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """A loaded weight matrix."""
+
+    name: str
+    """Layer name, unique in its engine; random streams and records are keyed by it."""
+    w_int: Tensor
+    """int32 (K, N) weights."""
+    w_scale: Tensor
+    """float64 () or (N,): real units per weight step; carried along for reports, never used in the arithmetic."""
+    w_bits: int
+    """Declared weight bits: -2^(b-1)..2^(b-1)-1, and -1..1 for one bit."""
+    x_bits: int
+    """Declared input bits."""
+    x_signed: bool
+    """Inputs lie in -2^(b-1)..2^(b-1)-1 (True) or 0..2^b-1 (False)."""
+
+    @property
+    def x_range(self) -> tuple[int, int]:
+        """(smallest, largest) input."""
+        half = 2 ** (self.x_bits - 1)
+        return (-half, half - 1) if self.x_signed else (0, 2 * half - 1)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of weights and declared bits: equal for equal layers, whatever their name."""
+        text = f"{tuple(self.w_int.shape)} {self.w_bits} {self.x_bits} {self.x_signed} "
+        return hashlib.sha256(text.encode() + self.w_int.contiguous().numpy().tobytes()).hexdigest()
+
+
+class Engine(ABC):
+    """Loads integer weights and multiplies integer inputs by them. Abstract: see the engines beside it."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Handle] = {}
+        self._corrections: dict[str, Correction] = {}
+
+    def load(
+        self, w_int: np.ndarray | Tensor, w_scale: object, name: str,
+        *, w_bits: int = 8, x_bits: int = 8, x_signed: bool = False,
+    ) -> Handle:
+        """The handle of weights ``w_int`` (K, N), programmed under ``name``.
+
+        Args:
+            w_int: (K, N) integers within ``w_bits``.
+            w_scale: real units per weight step, one number or (N,); for reports only.
+            name: layer name; a second load under one name is refused.
+            w_bits, x_bits: declared bits, 1..16; ``x_signed``: whether inputs are two's complement.
+        """
+        handle = make_handle(w_int, w_scale, name, w_bits=w_bits, x_bits=x_bits, x_signed=x_signed)
+        if name in self._handles:
+            raise CrossbarError(f"layer {name!r} is already loaded; give every layer of an engine its own name")
+        self._program(handle)
+        self._handles[name] = handle
+        return handle
+
+    def mvm(self, handle: Handle, x: Array) -> Array:
+        """float64 (B, N), integer-valued: the engine's answer to ``x @ w_int``, corrected and rounded.
+
+        Args:
+            handle: from this engine's `load`.
+            x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out. An `Operand`
+                (the patches of images) gives a torch tensor with one row per patch.
+        """
+        y = self._in_parts(handle, self._checked(handle, x), lambda raw: self.finish(handle, raw))
+        return y.numpy() if isinstance(x, np.ndarray) else y
+
+    def measure(self, handle: Handle, x: np.ndarray | Tensor | Operand) -> Tensor:
+        """float64 (rows, N): what the engine reads for ``x``, before correction and rounding."""
+        return self._in_parts(handle, self._checked(handle, x), lambda raw: raw)
+
+    def _in_parts(self, handle: Handle, x: Operand, after: Callable[[Tensor], Tensor]) -> Tensor:
+        """float64 (rows, N): ``after`` of what is measured, a bounded number of rows at a time."""
+        y, done = torch.empty(x.n_rows, handle.w_int.shape[1], dtype=torch.float64), 0
+        for part in x.split(max(1, self._rows_at_once(handle))):
+            raw = self._measure(handle, part)
+            if raw.shape != (part.n_rows, y.shape[1]):
+                raise CrossbarError(f"{handle.name}: the engine answered {tuple(raw.shape)} to {part.n_rows} rows")
+            y[done : done + part.n_rows] = after(raw)
+            done += part.n_rows
+        return y
+
+    def _rows_at_once(self, handle: Handle) -> int:
+        """Rows of inputs per call of `_measure`: 64 MiB if they are written out as int64."""
+        return (64 << 20) // (8 * sum(handle.w_int.shape))
+
+    def finish(self, handle: Handle, raw: Tensor) -> Tensor:
+        """Whole numbers, shape and dtype of ``raw`` (..., N): its correction and rounding, in place where possible."""
+        y = self.correction(handle).apply(raw)
+        if not bool(torch.isfinite(y.sum())):
+            raise CrossbarError(f"{handle.name}: the engine returned NaN or infinity")
+        return y.round_()
+
+    def calibrate(
+        self, handle: Handle, x: np.ndarray | Tensor, y_ideal: np.ndarray | Tensor | None = None,
+        *, kind: str = "column", repeats: int = 1,
+    ) -> Correction:
+        """The correction fitted on inputs ``x`` (m, K), now in force for ``handle``.
+
+        Args:
+            y_ideal: (m, N) wanted outputs; None: ``x @ w_int`` exactly. In a closed loop these are the ideal network's
+                accumulators while ``x`` are the inputs that the calibrated upstream layers really deliver.
+            kind: "zero" (offset at zero input), "gain" (one factor), "column_gain", or "column" (gain and offset).
+            repeats: measurements of each row, averaged; two or more also remove read noise from the slope.
+        """
+        check_choice(kind, Correction.KINDS, "correction kind")
+        if kind == "zero":
+            x = torch.zeros(max(len(x), 1), handle.w_int.shape[0], dtype=torch.int64)
+            y_ideal = None
+        wanted = exact_mvm(handle, torch.as_tensor(x)) if y_ideal is None else torch.as_tensor(y_ideal)
+        runs = torch.stack([self.measure(handle, x).to(torch.float64) for _ in range(max(repeats, 1))])
+        self._corrections[handle.name] = Correction.fit(runs, wanted.to(torch.float64), kind=kind)
+        return self._corrections[handle.name]
+
+    def correction(self, handle: Handle) -> Correction:
+        """The correction in force for ``handle``; the identity unless calibrated."""
+        found = self._corrections.get(handle.name)
+        return Correction.identity(handle.w_int.shape[1]) if found is None else found
+
+    def set_correction(self, handle: Handle, correction: Correction | None) -> None:
+        """Nothing; puts ``correction`` in force for ``handle`` (None: the identity)."""
+        self._corrections.pop(handle.name, None)
+        if correction is not None:
+            if correction.gain.numel() != handle.w_int.shape[1]:
+                raise CrossbarError(f"{handle.name}: a correction of {correction.gain.numel()} columns does not fit")
+            self._corrections[handle.name] = correction
+
+    @property
+    def handles(self) -> dict[str, Handle]:
+        """Loaded layers by name, in the order of loading."""
+        return dict(self._handles)
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since programming at which the engine answers; 0 where time has no meaning."""
+        return 0.0
+
+    def effective_weight(self, handle: Handle) -> Tensor | None:
+        """(K, N) weights if the engine is one linear map ``x @ w``, read noise apart, else None."""
+        return None
+
+    def add_noise_(self, handle: Handle, x: Operand, raw: Tensor) -> Tensor:
+        """``raw`` (rows, N) of a linear engine with the read noise of inputs ``x`` added in place."""
+        return raw
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Flat dictionary of everything that defines the answers, for result rows."""
+
+    def close(self) -> None:  # noqa: B027  (only engines that hold a connection or a file have something to close)
+        """Nothing; gives back connections and files."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _program(self, handle: Handle) -> None:
+        """Load the checked weights of ``handle``."""
+
+    @abstractmethod
+    def _measure(self, handle: Handle, x: Operand) -> Tensor:
+        """(rows, N) raw answers to checked integer inputs."""
+
+    def _checked(self, handle: Handle, x: np.ndarray | Tensor | Operand) -> Operand:
+        if self._handles.get(handle.name) is not handle:
+            raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._handles)}")
+        what = f"inputs of {handle.name}"
+        operand = as_operand(torch.as_tensor(x) if isinstance(x, np.ndarray) else x, what)
+        if operand.n_columns != handle.w_int.shape[0]:
+            raise CrossbarError(f"{what} have {operand.n_columns} columns, weights {handle.w_int.shape[0]} rows")
+        check_range(operand.values, *handle.x_range, what)
+        return operand
+
+
+class IdealEngine(Engine):
+    """The exact integer product, the oracle of all others: float64 sums of integers below 2^53 are exact."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "ideal"}
+
+    def effective_weight(self, handle: Handle) -> Tensor:
+        return handle.w_int.to(exact_dtype(handle.w_int, handle))
+
+    def _program(self, handle: Handle) -> None:
+        pass
+
+    def _rows_at_once(self, handle: Handle) -> int:
+        return (1 << 20) // (4 * handle.w_int.shape[1])
+
+    def _measure(self, handle: Handle, x: Operand) -> Tensor:
+        return x.product(self.effective_weight(handle))
+
+
+def make_handle(
+    w_int: np.ndarray | Tensor, w_scale: object, name: str, *, w_bits: int, x_bits: int, x_signed: bool
+) -> Handle:
+    """The checked, not yet programmed handle of a layer; see `Engine.load`."""
+    w = as_integers(w_int, f"weights of {name}")
+    if w.numel() == 0:
+        raise CrossbarError(f"weights of {name} are empty: {tuple(w.shape)}")
+    half = 2 ** (check_bits(w_bits, f"w_bits of {name}") - 1)
+    check_bits(x_bits, f"x_bits of {name}", low=2 if x_signed else 1)
+    check_range(w, -half, max(half - 1, 1), f"weights of {name}")
+    scale = torch.tensor(np.array(w_scale, dtype=np.float64))
+    if scale.numel() not in (1, w.shape[1]) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CrossbarError(f"w_scale of {name} must be one positive number or {w.shape[1]} of them")
+    return Handle(name, w.to(torch.int32).contiguous(), scale, w_bits, x_bits, bool(x_signed))
+
+
+def exact_mvm(handle: Handle, x: Tensor) -> Tensor:
+    """float64 (B, N): ``x @ w_int`` exactly, in float32 where that is provably exact and in float64 elsewhere."""
+    dtype = exact_dtype(handle.w_int, handle)
+    return (x.to(dtype) @ handle.w_int.to(dtype)).to(torch.float64)
+
+
+def exact_dtype(weights: Tensor, handle: Handle) -> torch.dtype:
+    """float32 if no partial sum of whole-number ``weights`` (K, N) can reach 2^24 for legal inputs, else float64."""
+    largest = max(abs(limit) for limit in handle.x_range)
+    bound = float(weights.to(torch.float64).abs().sum(0).max()) * largest
+    return torch.float32 if bound < 2**24 else torch.float64

@@ -1,0 +1,144 @@
+"""Execution: one loop for converted reading, over input steps and tiles; without a converter it collapses to a matmul.
+
+    collapsed   y = x @ W_eff                                              no converter, or a provably lossless one
+    analog      y = sum_t  ADC(x_t @ D_t)                                  all input bits in one step
+    serial      y = sum_b factor_b sum_t sum_q factor_q ADC(x_bt @ D_tq)   one step per input digit b
+
+Converter steps are divided into the matrices beforehand, so a product is already in codes. Currents are float32; codes
+are integers and sum exactly while below 2^24, otherwise (and for whole-number matrices that need it) float64 is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hq_lib.crossbar.adc import Adc
+from hq_lib.crossbar.drive import Step
+from hq_lib.crossbar.operands import Operand
+from hq_lib.crossbar.streams import Normals
+
+_GRID_BITS = 24  # significant bits kept per entry where sums must not depend on their order
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """The part of a layer that sits in one row of arrays."""
+
+    start: int
+    """First logical row it holds."""
+    matrix: Tensor
+    """(R, Q N), converter codes per input step; plane-major columns."""
+    shift: Tensor | None
+    """(Q N,), converter offsets in codes, or None."""
+    variance: Tensor | None
+    """(R, Q N [+ Q]), squared codes per squared input step; the last Q columns are the reference column's."""
+    _ready: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+
+    def currents(self, driven: Operand) -> Tensor:
+        """(rows, Q N) noiseless currents of driven inputs, in codes."""
+        product = self._times(driven, "matrix", self.matrix)
+        return product if self.shift is None else product.add_(self.shift)
+
+    def spread(self, driven: Operand) -> Tensor | None:
+        """(rows, Q N [+ Q]) standard deviation of read noise in codes, or None for noiseless reads."""
+        if self.variance is None:
+            return None
+        return self._times(driven.map(torch.square), "variance", self.variance).clamp_min_(0).sqrt_()
+
+    def _times(self, driven: Operand, name: str, matrix: Tensor) -> Tensor:
+        key = (name, *driven.layout)
+        if key not in self._ready:
+            self._ready[key] = driven.prepare(matrix, self.start)
+        return driven.times(self._ready[key], self.start, len(matrix))
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Everything needed to read a layer through converters."""
+
+    tiles: list[Tile]
+    """Row tiles, top to bottom."""
+    steps: list[Step]
+    """Input steps."""
+    coefficient: Tensor
+    """float64 (Q, N), accumulator units per code."""
+    reference: Tensor | None
+    """(Q, N), codes per fraction of the reference column's noise, or None."""
+    offset: Tensor
+    """float64 (N,), taken off once per unit of sum(x)."""
+    adc: Adc | None
+    """The converter; None reads the currents as they are."""
+    signed: bool
+    """Whether currents have both signs."""
+
+    @property
+    def n_conversions(self) -> int:
+        """Conversions per row of inputs."""
+        return len(self.tiles) * len(self.steps) * self.coefficient.numel() if self.adc else 0
+
+    def read(self, x: Operand, noise: Callable[[int, int], Normals]) -> tuple[Tensor, int]:
+        """((rows, N) outputs, number of saturated conversions) for integer inputs ``x``.
+
+        Args:
+            noise: gives the normals of (step, tile); each is consumed in row order only.
+        """
+        dtype, n_saturated = self.tiles[0].matrix.dtype, 0
+        total = torch.zeros(x.n_rows, self.coefficient.numel(), dtype=self._sum_dtype(dtype))
+        for b, step in enumerate(self.steps):
+            driven = x.map(lambda v, step=step: step.digits(v).to(dtype))
+            for t, tile in enumerate(self.tiles):
+                codes = tile.currents(driven)
+                self._add_noise_(codes, tile.spread(driven), lambda b=b, t=t: noise(b, t))
+                if self.adc is not None:
+                    n_saturated += self.adc.convert_(codes, self.signed)
+                total.add_(codes, alpha=step.factor)
+        return self._combine(x, total), n_saturated
+
+    def _add_noise_(self, codes: Tensor, spread: Tensor | None, normals: Callable[[], Normals]) -> None:
+        """Nothing; adds one draw of read noise to ``codes`` (rows, Q N)."""
+        if spread is None:
+            return
+        spread *= normals().draw(*spread.shape, spread.dtype)
+        codes += spread[:, : codes.shape[1]]
+        if self.reference is not None:
+            codes -= (spread[:, codes.shape[1] :, None] * self.reference).flatten(1)
+
+    def _combine(self, x: Operand, total: Tensor) -> Tensor:
+        """(rows, N) outputs from summed codes (rows, Q N): slices, signs and the digital offset."""
+        y = (total.view(-1, *self.coefficient.shape) * self.coefficient).sum(1)
+        if bool((self.offset != 0).any()):
+            ones = torch.ones(x.n_columns, 1, dtype=torch.float64)
+            y -= x.product(ones) * self.offset
+        return y
+
+    def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.adc is None:
+            return torch.float64
+        largest = max(abs(code) for code in self.adc.codes(self.signed))
+        bound = largest * len(self.tiles) * sum(abs(step.factor) for step in self.steps)
+        return dtype if bound < 2**24 else torch.float64
+
+
+def on_grid(matrix: Tensor) -> Tensor:
+    """``matrix`` rounded to 24 bits below its largest entry: float64 sums with integer inputs are then exact,
+    hence the same for any order of summation, batch size and thread count."""
+    top = float(matrix.abs().max()) if matrix.numel() else 0.0
+    if top == 0.0:
+        return matrix
+    unit = 2.0 ** (torch.frexp(torch.tensor(top, dtype=torch.float64)).exponent.item() - _GRID_BITS)
+    return (matrix / unit).round_() * unit
+
+
+def snap(planes: Tensor) -> Tensor:
+    """``planes`` with entries within 1e-9 of a whole number made whole: undoes the round trip through siemens."""
+    whole = planes.round()
+    return torch.where((planes - whole).abs() < 1e-9, whole, planes)
+
+
+def is_whole(values: Tensor) -> bool:
+    """Whether every entry is a whole number."""
+    return bool((values == values.round()).all())

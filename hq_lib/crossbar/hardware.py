@@ -1,0 +1,164 @@
+"""Hardware: an engine on a real bench, through any `Driver`.
+
+Weights become whole cell levels of the bench's tiles, inputs become codes, and counts become accumulator units again;
+subtraction, shifts and offsets are digital. Nothing beyond the bench's limits is ever sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hq_lib.crossbar.checks import BenchError, CrossbarError, check_positive
+from hq_lib.crossbar.description import flatten
+from hq_lib.crossbar.drive import Drive
+from hq_lib.crossbar.driver import Driver, refuse_codes, refuse_levels
+from hq_lib.crossbar.engine import Engine, Handle
+from hq_lib.crossbar.mapping import Mapping, Plan
+from hq_lib.crossbar.operands import Operand
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How failures of the bench are met."""
+
+    attempts: int = 3
+    """Times that a call is made before giving up, >= 1."""
+    pause_s: float = 0.1
+    """Seconds between attempts, doubled each time, >= 0."""
+
+    def __post_init__(self) -> None:
+        check_positive(self.pause_s, "pause_s", zero=True)
+        if self.attempts < 1:
+            raise CrossbarError(f"attempts = {self.attempts} must be 1 or more")
+
+    def insist(self, call: Callable[[], Answer], what: str) -> Answer:
+        """The answer of ``call``, asked again after time-outs, lost connections and bad answers; then `BenchError`."""
+        for attempt in range(self.attempts):
+            try:
+                return call()
+            except (TimeoutError, ConnectionError, _BadAnswer) as error:
+                last = error
+                if attempt + 1 < self.attempts:
+                    time.sleep(self.pause_s * 2**attempt)
+        raise BenchError(f"{what} failed {self.attempts} times; last: {type(last).__name__}: {last}") from last
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """Where one layer sits on the bench."""
+
+    plan: Plan
+    tiles: list[tuple[int, slice, slice]]
+    """(tile, rows of the weight matrix, flattened columns)."""
+
+
+class HardwareEngine(Engine):
+    """Multiplication on a bench.
+
+    Args:
+        driver: the bench.
+        mapping: pair or offset with ``subtract="digital"``; its tiles must fit on the bench.
+        drive: its largest digit must not exceed the bench's largest code.
+        patience: what to do when the bench fails.
+    """
+
+    def __init__(
+        self, driver: Driver, *, mapping: Mapping | None = None, drive: Drive | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        super().__init__()
+        self.driver, self.patience = driver, patience or Patience()
+        self.limits = self.patience.insist(driver.limits, "asking the bench for its limits")
+        self.mapping = mapping or Mapping(
+            subtract="digital", tile_rows=self.limits.rows, tile_cols=max(self.limits.columns, 2))
+        self.drive = drive or Drive("serial")
+        if self.mapping.subtract != "digital":
+            raise CrossbarError("a bench is read column by column: use Mapping(subtract='digital')")
+        if self.mapping.tile_rows > self.limits.rows or self.mapping.tile_cols > self.limits.columns:
+            raise CrossbarError(
+                f"a tile of {self.mapping.tile_rows} x {self.mapping.tile_cols} is larger than the bench's "
+                f"{self.limits.rows} x {self.limits.columns}; lower Mapping.tile_rows or tile_cols")
+        self._placed: dict[str, _Placed] = {}
+        self._n_used = 0
+
+    @property
+    def time_s(self) -> float:
+        return float(self.patience.insist(self.driver.environment, "asking the bench for the time").get("time_s", 0.0))
+
+    def describe(self) -> dict[str, Any]:
+        environment = self.patience.insist(self.driver.environment, "asking the bench for its conditions")
+        return {"engine": "hardware", "driver": type(self.driver).__name__} | flatten("bench", self.limits) | flatten(
+            "mapping", self.mapping) | flatten("drive", self.drive) | {f"env.{k}": v for k, v in environment.items()}
+
+    def close(self) -> None:
+        self.driver.close()
+
+    def _program(self, handle: Handle) -> None:
+        if handle.x_signed and self.drive.mode == "analog":
+            raise CrossbarError(f"{handle.name}: the bench takes codes >= 0; drive signed inputs with Drive('serial')")
+        peak = self.drive.peak(handle.x_bits, handle.x_signed)
+        if peak > self.limits.code_max:
+            raise CrossbarError(f"{handle.name}: inputs need codes up to {peak}, the bench takes "
+                                f"{self.limits.code_max}; use Drive('serial', step_bits=...)")
+        plan = self.mapping.encode(handle.w_int, handle.w_bits)
+        levels = (plan.fractions * self.limits.level_max).round().to(torch.int64).flatten(1).numpy()
+        tiles = [(slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))
+                 for r in range(0, levels.shape[0], self.mapping.tile_rows)
+                 for c in range(0, levels.shape[1], self.mapping.tile_cols)]
+        if self._n_used + len(tiles) > self.limits.n_tiles:
+            raise CrossbarError(f"{handle.name} needs {len(tiles)} tiles, {self.limits.n_tiles - self._n_used} of the "
+                                f"bench's {self.limits.n_tiles} are free")
+        placed = [(self._n_used + i, rows, columns) for i, (rows, columns) in enumerate(tiles)]
+        for tile, rows, columns in placed:
+            refuse_levels(self.limits, tile, levels[rows, columns])
+            self._write(tile, levels[rows, columns])
+        self._n_used += len(tiles)
+        self._placed[handle.name] = _Placed(plan, placed)
+
+    def _rows_at_once(self, handle: Handle) -> int:
+        return self.limits.rows_per_read
+
+    def _measure(self, handle: Handle, x: Operand) -> Tensor:
+        rows, placed = x.rows(), self._placed[handle.name]
+        plan, shape = placed.plan, placed.plan.levels.shape
+        total = torch.zeros(len(rows), shape[1] * shape[2], dtype=torch.float64)
+        for step in self.drive.steps(handle.x_bits, handle.x_signed):
+            codes = step.digits(rows).to(torch.int64).numpy()
+            for tile, part, columns in placed.tiles:
+                width = len(range(*columns.indices(total.shape[1])))
+                total[:, columns] += step.factor * torch.from_numpy(self._read(tile, codes[:, part], width))
+        units = total.view(-1, shape[1], shape[2]) / (self.limits.counts_per_unit * self.limits.level_max)
+        outputs = plan.combine(units * plan.span[:, None])
+        return outputs - rows.sum(1, dtype=torch.int64)[:, None] * plan.offset / plan.gain
+
+    def _write(self, tile: int, levels: np.ndarray) -> None:
+        self.patience.insist(lambda: self.driver.write(tile, levels), f"writing tile {tile}")
+
+    def _read(self, tile: int, codes: np.ndarray, width: int) -> np.ndarray:
+        """float64 (B, width) counts, checked; unusable answers are asked for again."""
+        refuse_codes(self.limits, tile, codes)
+
+        def once() -> np.ndarray:
+            counts = np.asarray(self.driver.read(tile, codes), np.float64)
+            if counts.shape != (len(codes), width):
+                raise _BadAnswer(f"tile {tile} answered shape {counts.shape}, expected {(len(codes), width)}")
+            if not np.isfinite(counts).all():
+                raise _BadAnswer(f"tile {tile} answered NaN or infinity")
+            if np.abs(counts).max(initial=0) > self.limits.count_max:
+                raise _BadAnswer(f"tile {tile} answered a count beyond {self.limits.count_max}")
+            return counts
+
+        return self.patience.insist(once, f"reading tile {tile}")
+
+
+class _BadAnswer(Exception):
+    """The bench answered, but not with usable counts."""

@@ -1,0 +1,182 @@
+"""Layer: one weight matrix on simulated cells, and the matrices from which it is read.
+
+Shapes: K inputs, N outputs, Q read planes (slices, and signs where they are read apart), R rows of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hq_lib.crossbar.cells import Cells
+from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.circuit import Circuit
+from hq_lib.crossbar.engine import Handle, exact_dtype
+from hq_lib.crossbar.execution import Reader, Tile, is_whole, on_grid, snap
+from hq_lib.crossbar.streams import stream
+from hq_lib.crossbar.wires import WireCache
+
+
+class Layer:
+    """The programmed cells of one layer and everything built from them for one time point.
+
+    Args:
+        handle: the loaded weights.
+        circuit: settings.
+        t_s: seconds since programming.
+        wires: solver, or None.
+    """
+
+    def __init__(self, handle: Handle, circuit: Circuit, t_s: float, wires: WireCache | None) -> None:
+        plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
+        self.handle, self.circuit, self.plan = handle, circuit, plan
+        self.cells = Cells.program(
+            plan, circuit.device, circuit.faults, name=handle.name, seed=circuit.seed, remap=circuit.remap)
+        self.adc_step = self._ruled_step()
+        self.n_conversions = self.n_saturated = 0
+        self.build(t_s, wires)
+
+    def build(self, t_s: float, wires: WireCache | None) -> None:
+        """Nothing; sets planes, variances, effective weight and path for cells as they are at ``t_s`` seconds."""
+        plan = self.plan
+        fractions, variance = self.cells.fractions(t_s, wires)
+        self.planes = snap(plan.planes(fractions))
+        self.variance = None if variance is None else plan.plane_variance(variance)
+        self.shared = None if variance is None else plan.reference_variance(variance)
+        self.weight = self._effective_weight()
+        self.noise = self._output_variance()
+        self._reader: Reader | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether converters see currents of both signs."""
+        return self.circuit.signed(self.handle.x_signed)
+
+    @property
+    def path(self) -> str:
+        """"collapsed", "analog" or "serial": how this layer is computed."""
+        if self.circuit.path != "converted" and self._lossless():
+            return "collapsed"
+        if self.circuit.path == "collapsed":
+            raise CrossbarError(f"{self.handle.name}: converters may lose something; use path='auto' or adc=None")
+        return self.circuit.drive.mode
+
+    @property
+    def reader(self) -> Reader:
+        """The converted reading of this layer, built on first use."""
+        if self._reader is None:
+            self._reader = self._build_reader()
+        return self._reader
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """float64 (N,): output per fraction of the reference column's read noise."""
+        return self.plan.span[: self.plan.n_outputs] / self.plan.gain
+
+    def set_adc_step(self, step: Tensor) -> None:
+        """Nothing; converters read with ``step`` (Q, N) unit currents per code from now on."""
+        if step.shape != (self.plan.weight.numel(), self.plan.n_outputs) or not bool((step > 0).all()):
+            raise CrossbarError(f"{self.handle.name}: converter steps {tuple(step.shape)} do not fit this layer")
+        self.adc_step, self._reader = step.to(torch.float64), None
+
+    def calibrate_adc(self, x: Tensor) -> None:
+        """Nothing; fits the converters' range to the currents of ``x`` (m, K). One range for the layer; the ranges of
+        slices are powers of two of each other, so that shift-and-add stays whole."""
+        adc, planes = self.circuit.adc, self._currents(x)
+        if adc is None:
+            raise CrossbarError(f"{self.handle.name}: there is no converter to calibrate (adc=None)")
+        fitted = torch.tensor([adc.fitted_step(plane, self.signed) for plane in planes], dtype=torch.float64)
+        base = fitted.min()
+        fitted = base * torch.exp2(torch.ceil(torch.log2(fitted / base) - 1e-9))
+        self.set_adc_step(fitted[:, None] * self.plan.span[: self.plan.n_outputs])
+
+    def _currents(self, x: Tensor) -> list[Tensor]:
+        """Per plane, all tile currents of sample rows ``x`` as float32, in full cells times input steps."""
+        span = self.plan.span[: self.plan.n_outputs]
+        steps = self.circuit.drive.steps(self.handle.x_bits, self.handle.x_signed)
+        wide = x if x.dtype is torch.uint8 else x.to(torch.int32)
+        found: list[list[Tensor]] = [[] for _ in range(self.plan.weight.numel())]
+        for rows in self._tile_rows():
+            cells = (self.planes[rows] / span[None, :, None]).to(torch.float32)
+            for step in steps:
+                driven = step.digits(wide[:, rows]).to(torch.float32)
+                for q, plane in enumerate(found):
+                    plane.append((driven @ cells[..., q]).flatten())
+        return [torch.cat(plane) for plane in found]
+
+    # -- what the cells amount to --------------------------------------------------------------------------------------
+
+    def _effective_weight(self) -> Tensor:
+        """(K, N): W_eff in the dtype in which x @ W_eff is exact if it is whole, else as the precision says."""
+        plan = self.plan
+        weight = snap(plan.combine(self.planes) - plan.offset / plan.gain)
+        if is_whole(weight):
+            return weight.to(exact_dtype(weight, self.handle))
+        return self._final(weight)
+
+    def _output_variance(self) -> Tensor | None:
+        """(K, N [+ 1]): output variance per squared input; the last column is the reference column's, in fractions."""
+        if self.variance is None:
+            return None
+        own = self.variance @ self.plan.weight.square() / self.plan.gain.square()
+        if self.shared is not None:
+            own = torch.cat([own, (self.shared @ self.plan.weight.square())[:, None]], 1)
+        return self._final(own)
+
+    def _final(self, matrix: Tensor) -> Tensor:
+        return on_grid(matrix) if self.circuit.precision == "float64" else matrix.to(torch.float32)
+
+    # -- converters ----------------------------------------------------------------------------------------------------
+
+    def _ruled_step(self) -> Tensor | None:
+        """float64 (Q, N) unit currents per code by the "exact" and "max" rules; None if it has to be calibrated."""
+        adc, handle = self.circuit.adc, self.handle
+        if adc is None:
+            return torch.ones(self.plan.weight.numel(), self.plan.n_outputs, dtype=torch.float64)
+        adc.codes(self.signed)  # refuses too few bits at once
+        if adc.range == "calibrated":
+            return None
+        n_rows = min(self.circuit.mapping.tile_rows, handle.w_int.shape[0])
+        peak = self.plan.span[: self.plan.n_outputs] * n_rows * self.circuit.drive.peak(handle.x_bits, handle.x_signed)
+        return adc.ruled_step(peak, self.signed).expand(self.plan.weight.numel(), -1)
+
+    def _lossless(self) -> bool:
+        """Whether converted reading provably equals the matmul: no converter, or whole codes that cannot saturate."""
+        adc = self.circuit.adc
+        if adc is None:
+            return True
+        if adc.range != "exact" or not adc.perfect or self.variance is not None or self.adc_step is None:
+            return False
+        return bool((self.adc_step == 1).all()) and is_whole(self.planes)
+
+    def _tile_rows(self) -> list[slice]:
+        n_rows = self.circuit.mapping.tile_rows
+        return [slice(k, k + n_rows) for k in range(0, len(self.planes), n_rows)]
+
+    def _build_reader(self) -> Reader:
+        plan, handle = self.plan, self.handle
+        if self.adc_step is None:
+            raise CrossbarError(f"{handle.name}: a 'calibrated' ADC range needs calibrate_adc(handle, x) first")
+        tiles = [self._build_tile(rows, self.adc_step) for rows in self._tile_rows()]
+        reference = None
+        if self.shared is not None:
+            reference = (plan.span[: plan.n_outputs] / self.adc_step).to(tiles[0].matrix.dtype)
+        return Reader(
+            tiles, self.circuit.drive.steps(handle.x_bits, handle.x_signed), plan.weight[:, None] * self.adc_step
+            / plan.gain, reference, plan.offset / plan.gain, self.circuit.adc, self.signed)
+
+    def _build_tile(self, rows: slice, lsb: Tensor) -> Tile:
+        adc, matrix = self.circuit.adc, (self.planes[rows].permute(0, 2, 1) / lsb).flatten(1)
+        variance = shift = None
+        if self.variance is not None:
+            variance = (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
+            if self.shared is not None:
+                variance = torch.cat([variance, self.shared[rows]], 1)
+        if adc is not None and not adc.perfect:
+            generator = stream(self.circuit.seed, self.handle.name, "adc", rows.start)
+            gain, offset = torch.randn(2, matrix.shape[1], generator=generator, dtype=torch.float64)
+            matrix = matrix * (1 + adc.gain_sigma * gain)
+            shift = adc.offset_sigma_lsb * offset if adc.offset_sigma_lsb else None
+        exact = is_whole(matrix) and exact_dtype(matrix, self.handle) is torch.float64
+        cast = (lambda m: m) if exact else self._final
+        return Tile(rows.start, cast(matrix), *(None if m is None else cast(m) for m in (shift, variance)))

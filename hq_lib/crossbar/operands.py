@@ -1,0 +1,202 @@
+"""Operands: integer inputs of an engine, given as rows or as images whose patches are the rows.
+
+A convolution on a tile of R rows is a convolution of the few channels those rows belong to, so patches are multiplied
+without ever being unfolded; whoever needs the rows themselves (a bench, a recorder) asks for them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hq_lib.crossbar.checks import CrossbarError
+
+
+class Operand(ABC):
+    """Inputs (n_rows, K) of a multiplication, in one of two layouts."""
+
+    values: Tensor
+    """The numbers themselves, in the operand's own layout."""
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """Rows of the multiplication."""
+
+    @property
+    @abstractmethod
+    def n_columns(self) -> int:
+        """Length K of a row."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> tuple[int, ...]:
+        """Equal for operands that use the same `prepare`d matrices."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """(n_rows, K), the rows written out."""
+
+    @abstractmethod
+    def split(self, n_rows: int) -> list[Operand]:
+        """Consecutive parts of about ``n_rows`` rows."""
+
+    @abstractmethod
+    def map(self, function: Callable[[Tensor], Tensor]) -> Operand:
+        """The operand of ``function`` of every number; ``function`` must map the padding's zero to zero."""
+
+    @abstractmethod
+    def prepare(self, matrix: Tensor, start: int) -> Tensor:
+        """``matrix`` (R, M), meant for columns start..start+R of the rows, as `times` wants it."""
+
+    @abstractmethod
+    def times(self, prepared: Tensor, start: int, n_tile: int) -> Tensor:
+        """(n_rows, M): columns start..start+n_tile of the rows times a `prepare`d matrix; a new contiguous tensor."""
+
+    def product(self, matrix: Tensor) -> Tensor:
+        """(n_rows, M): the whole rows times ``matrix`` (K, M), in the matrix's dtype."""
+        driven = self.map(lambda values: values.to(matrix.dtype))
+        return driven.times(driven.prepare(matrix, 0), 0, self.n_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Operand):
+    """Plain rows."""
+
+    values: Tensor
+    """(n_rows, K)."""
+
+    @property
+    def n_rows(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        return ()
+
+    def rows(self) -> Tensor:
+        return self.values
+
+    def split(self, n_rows: int) -> list[Operand]:
+        return [Rows(part) for part in self.values.split(n_rows)] if self.n_rows else []
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(function(self.values))
+
+    def prepare(self, matrix: Tensor, start: int) -> Tensor:
+        return matrix
+
+    def times(self, prepared: Tensor, start: int, n_tile: int) -> Tensor:
+        return self.values[:, start : start + n_tile] @ prepared
+
+
+@dataclass(frozen=True)
+class Window:
+    """Geometry of a convolution."""
+
+    kernel: tuple[int, int]
+    """Taps, rows and columns."""
+    stride: tuple[int, int] = (1, 1)
+    """Step of the window, rows and columns."""
+    padding: tuple[int, int] = (0, 0)
+    """Zeros on both sides, rows and columns."""
+    dilation: tuple[int, int] = (1, 1)
+    """Spacing of taps, rows and columns."""
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Windows that fit in an image of ``height`` x ``width`` places."""
+        reach = [size + 2 * p - d * (k - 1) - 1 for size, p, d, k in
+                 zip((height, width), self.padding, self.dilation, self.kernel, strict=True)]
+        return reach[0] // self.stride[0] + 1, reach[1] // self.stride[1] + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Patches(Operand):
+    """Images whose windows are the rows, ordered (image, row, column); a row is ordered (channel, row, column)."""
+
+    values: Tensor
+    """(B, C, H, W)."""
+    window: Window
+    """Geometry; its padding stands for zeros."""
+
+    @property
+    def n_rows(self) -> int:
+        return self.values.shape[0] * self._n_windows
+
+    @property
+    def n_columns(self) -> int:
+        return self.values.shape[1] * math.prod(self.window.kernel)
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        return (self.values.shape[1], *self.window.kernel)
+
+    @property
+    def _n_windows(self) -> int:
+        return math.prod(self.window.out_size(*self.values.shape[2:]))
+
+    def rows(self) -> Tensor:
+        (py, px), (kh, kw) = self.window.padding, self.window.kernel
+        x = functional.pad(self.values, (px, px, py, py)).contiguous()
+        (sy, sx), (dy, dx) = self.window.stride, self.window.dilation
+        height, width = self.window.out_size(*self.values.shape[2:])
+        b, c, y, z = x.stride()
+        size = (x.shape[0], height, width, x.shape[1], kh, kw)
+        return x.as_strided(size, (b, sy * y, sx * z, c, dy * y, dx * z)).reshape(self.n_rows, self.n_columns)
+
+    def split(self, n_rows: int) -> list[Operand]:
+        if not self.n_rows:
+            return []
+        return [Patches(part, self.window) for part in self.values.split(max(1, n_rows // self._n_windows))]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Patches:
+        mapped = function(self.values)
+        if mapped.dtype.is_floating_point:
+            mapped = mapped.contiguous(memory_format=torch.channels_last)
+        return replace(self, values=mapped)
+
+    def prepare(self, matrix: Tensor, start: int) -> Tensor:
+        if matrix.dtype is torch.float64:  # no fast convolution in float64
+            return matrix
+        first, last = self._channels(start, len(matrix))
+        taps = math.prod(self.window.kernel)
+        kernel = matrix.new_zeros(matrix.shape[1], (last - first) * taps)
+        kernel[:, start - first * taps : start - first * taps + len(matrix)] = matrix.T
+        shaped = kernel.view(matrix.shape[1], last - first, *self.window.kernel)
+        return shaped.contiguous(memory_format=torch.channels_last)
+
+    def times(self, prepared: Tensor, start: int, n_tile: int) -> Tensor:
+        if prepared.dtype is torch.float64:
+            return self.rows()[:, start : start + n_tile] @ prepared
+        first, last = self._channels(start, n_tile)
+        with torch.backends.nnpack.flags(enabled=False):  # its Winograd transform would round whole numbers
+            y = functional.conv2d(
+                self.values[:, first:last], prepared, stride=self.window.stride, padding=self.window.padding,
+                dilation=self.window.dilation)
+        return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+
+    def _channels(self, start: int, n_tile: int) -> tuple[int, int]:
+        """Channels (first, one past the last) to which columns start..start+n_tile of a row belong."""
+        taps = math.prod(self.window.kernel)
+        return start // taps, -(-(start + n_tile) // taps)
+
+
+def as_operand(x: Tensor | Operand, what: str) -> Operand:
+    """``x`` itself, or the rows of a (B, K) integer tensor; anything else is refused."""
+    operand = x if isinstance(x, Operand) else Rows(x)
+    values = operand.values
+    if values.dtype.is_floating_point or values.dtype.is_complex:
+        raise CrossbarError(f"{what} must hold integers, not {values.dtype}; round and cast it first")
+    if isinstance(operand, Rows) and values.ndim != 2:
+        raise CrossbarError(f"{what} must be (B, K) rows, not shape {tuple(values.shape)}")
+    return operand.map(lambda v: v.to(torch.uint8)) if values.dtype is torch.bool else operand

@@ -1,0 +1,120 @@
+"""The simulated crossbar as an engine: device, mapping, drive, converter and wires put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.circuit import Circuit
+from hq_lib.crossbar.description import flatten
+from hq_lib.crossbar.engine import Engine, Handle
+from hq_lib.crossbar.layer import Layer
+from hq_lib.crossbar.operands import Operand
+from hq_lib.crossbar.streams import Normals, stream
+from hq_lib.crossbar.wires import WireCache
+
+
+class SimEngine(Engine):
+    """Analog arrays in simulation. Same circuit, same layers: same answers, for any batch size.
+
+    Three ways of computing, chosen by itself (`chosen_path`): one matmul with the effective weights where no converter
+    stands between, converted reading with all input bits at once, and converted reading bit by bit.
+
+    Args:
+        circuit: all settings; the default is PCM (Joshi), pairs, column scale, 128 rows, ideal reading.
+    """
+
+    def __init__(self, circuit: Circuit | None = None) -> None:
+        super().__init__()
+        self.circuit = circuit or Circuit()
+        wires = self.circuit.wires
+        self._wires = None if wires is None or wires.ideal else WireCache(wires)
+        self._layers: dict[str, Layer] = {}
+        self._streams: dict[tuple[object, ...], Normals] = {}
+        self._t_s = self.circuit.device.t0_s
+
+    @property
+    def time_s(self) -> float:
+        return self._t_s
+
+    def set_time(self, t_s: float) -> None:
+        """Nothing; from now on cells are read as they are ``t_s`` seconds after programming (>= the device's t0)."""
+        t0_s = self.circuit.device.t0_s
+        if not t0_s <= t_s < float("inf"):
+            raise CrossbarError(f"t_s = {t_s} is not a time from {self.circuit.device.name}'s reference {t0_s} s on")
+        self._t_s = float(t_s)
+        for layer in self._layers.values():
+            layer.build(self._t_s, self._wires)
+
+    def reset_noise(self) -> None:
+        """Nothing; read noise starts again from its first draw."""
+        self._streams.clear()
+
+    def layer(self, handle: Handle) -> Layer:
+        """The simulated cells behind ``handle``, for maps of conductances and effective weights."""
+        if handle.name not in self._layers or self._layers[handle.name].handle is not handle:
+            raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._layers)}")
+        return self._layers[handle.name]
+
+    def chosen_path(self, handle: Handle) -> str:
+        """"collapsed", "analog" or "serial": how this layer is computed."""
+        return self.layer(handle).path
+
+    def calibrate_adc(self, handle: Handle, x: np.ndarray | Tensor) -> Tensor:
+        """float64 (Q, N): the converter steps, in unit currents, now fitted to the currents of rows ``x`` (m, K)."""
+        layer = self.layer(handle)
+        layer.calibrate_adc(self._checked(handle, x).rows())
+        assert layer.adc_step is not None
+        return layer.adc_step
+
+    def saturation(self) -> dict[str, tuple[int, int]]:
+        """{layer: (saturated conversions, all conversions)} since loading."""
+        return {name: (layer.n_saturated, layer.n_conversions) for name, layer in self._layers.items()}
+
+    def describe(self) -> dict[str, Any]:
+        settings = flatten("", self.circuit)
+        settings.pop("")
+        return {"engine": "sim", "t_s": self._t_s} | {key.removeprefix("."): v for key, v in settings.items()}
+
+    def effective_weight(self, handle: Handle) -> Tensor | None:
+        layer = self.layer(handle)
+        return layer.weight if layer.path == "collapsed" else None
+
+    def add_noise_(self, handle: Handle, x: Operand, raw: Tensor) -> Tensor:
+        layer = self.layer(handle)
+        if layer.noise is None:
+            return raw
+        n, drive = layer.plan.n_outputs, self.circuit.drive
+        spread = x.map(lambda v: drive.power(v, handle.x_bits, handle.x_signed)).product(layer.noise)
+        spread.clamp_min_(0).sqrt_()
+        spread *= self._normals(handle.name, "read").draw(*spread.shape, spread.dtype)
+        raw += spread[:, :n]
+        if spread.shape[1] > n:
+            raw -= spread[:, n:] * layer.noise_scale.to(raw.dtype)
+        return raw
+
+    def _program(self, handle: Handle) -> None:
+        self._layers[handle.name] = Layer(handle, self.circuit, self._t_s, self._wires)
+
+    def _measure(self, handle: Handle, x: Operand) -> Tensor:
+        layer = self.layer(handle)
+        if layer.path == "collapsed":
+            return self.add_noise_(handle, x, x.product(layer.weight))
+        y, n_saturated = layer.reader.read(x, lambda b, t: self._normals(handle.name, "read", b, t))
+        layer.n_conversions += layer.reader.n_conversions * x.n_rows
+        layer.n_saturated += n_saturated
+        return y
+
+    def _rows_at_once(self, handle: Handle) -> int:
+        """1 MiB of products: they stay in cache between the passes over them."""
+        layer = self.layer(handle)
+        width = layer.plan.n_outputs * (1 if layer.path == "collapsed" else layer.plan.weight.numel())
+        return max(16, (1 << 20) // (4 * width))
+
+    def _normals(self, *key: object) -> Normals:
+        if key not in self._streams:
+            self._streams[key] = Normals(stream(self.circuit.seed, *key))
+        return self._streams[key]

@@ -1,0 +1,190 @@
+"""A bench behind a TCP connection: an example driver, and a server that puts any driver on the loopback interface.
+
+A message is a 4-byte big-endian length, that many bytes of JSON, and the bytes of at most one array that the JSON's
+"dtype" and "shape" describe. Requests carry a number that the answer repeats; lengths, types and times are bounded on
+both sides. There is no authentication: use it on loopback or a bench's private network only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import socketserver
+import struct
+import threading
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from hq_lib.crossbar.checks import CrossbarError, check_positive
+from hq_lib.crossbar.driver import Driver, Limits
+
+_MAX_BYTES = 64 << 20
+_DTYPES = ("<i8", "<f8")
+
+
+class TcpDriver:
+    """A bench at ``host``:``port``; follows `Driver`. After a failed call the next one opens a new connection.
+
+    Args:
+        host, port: where the bench server listens.
+        timeout_s: bound on every call, connecting included, seconds.
+    """
+
+    def __init__(self, host: str, port: int, *, timeout_s: float = 5.0) -> None:
+        self._address, self._timeout_s = (host, port), check_positive(timeout_s, "timeout_s")
+        self._socket: socket.socket | None = None
+        self._number = 0
+
+    def limits(self) -> Limits:
+        return Limits(**self._call("limits")[0]["limits"])
+
+    def write(self, tile: int, levels: np.ndarray) -> None:
+        self._call("write", levels, tile=int(tile))
+
+    def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
+        counts = self._call("read", codes, tile=int(tile))[1]
+        if counts is None:
+            raise ConnectionError("the bench answered a read without counts")
+        return counts
+
+    def environment(self) -> dict[str, float]:
+        return {str(key): float(value) for key, value in self._call("environment")[0]["environment"].items()}
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _call(
+        self, operation: str, array: np.ndarray | None = None, **more: Any
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        self._number += 1
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            if self._socket is None:
+                self._socket = socket.create_connection(self._address, timeout=self._timeout_s)
+            _send(self._socket, {"op": operation, "number": self._number} | more, array, deadline)
+            answer, found = _receive(self._socket, deadline)
+            if answer.get("number") != self._number:
+                raise ConnectionError(f"the bench answered request {answer.get('number')}, not {self._number}")
+        except (OSError, ValueError, KeyError) as error:
+            self.close()
+            if isinstance(error, (TimeoutError, ConnectionError)):
+                raise
+            raise ConnectionError(f"bench at {self._address[0]}:{self._address[1]}: {error}") from error
+        if "refused" in answer:
+            raise CrossbarError(f"the bench refused: {answer['refused']}")
+        if "failed" in answer:
+            raise ConnectionError(f"the bench failed: {answer['failed']}")
+        return answer, found
+
+
+class BenchServer:
+    """A driver served on 127.0.0.1 at a free port, in a thread; use it as a context manager.
+
+    Args:
+        driver: the bench; calls reach it one at a time.
+        idle_s: seconds after which a silent connection is closed.
+    """
+
+    def __init__(self, driver: Driver, *, idle_s: float = 60.0) -> None:
+        lock = threading.Lock()
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                try:
+                    while True:
+                        request, array = _receive(self.request, time.monotonic() + idle_s)
+                        with lock:
+                            answer, found = _answer(driver, request, array)
+                        head = answer | {"number": request.get("number")}
+                        _send(self.request, head, found, time.monotonic() + idle_s)
+                except (OSError, ValueError, KeyError):
+                    return  # a lost, silent or unreadable client; the next one gets a connection of its own
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler, bind_and_activate=True)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """(host, port) to connect to."""
+        host, port = self._server.server_address[:2]
+        return str(host), int(port)
+
+    def __enter__(self) -> BenchServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _answer(
+    driver: Driver, request: dict[str, Any], array: np.ndarray | None
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """What the server sends back; the driver's own errors become words, never a broken connection."""
+    try:
+        match request.get("op"), array:
+            case "limits", None:
+                return {"limits": asdict(driver.limits())}, None
+            case "environment", None:
+                return {"environment": driver.environment()}, None
+            case "write", np.ndarray():
+                driver.write(int(request["tile"]), array)
+                return {}, None
+            case "read", np.ndarray():
+                return {}, np.asarray(driver.read(int(request["tile"]), array), np.float64)
+        return {"refused": f"unknown request {request.get('op')!r}"}, None
+    except CrossbarError as error:
+        return {"refused": str(error)}, None
+    except (TimeoutError, ConnectionError) as error:
+        return {"failed": str(error)}, None
+
+
+def _send(link: socket.socket, head: dict[str, Any], array: np.ndarray | None, deadline: float) -> None:
+    body = b""
+    if array is not None:
+        array = np.ascontiguousarray(array, "<i8" if np.issubdtype(array.dtype, np.integer) else "<f8")
+        head, body = head | {"dtype": array.dtype.str, "shape": array.shape}, array.tobytes()
+    text = json.dumps(head).encode()
+    _limit(link, deadline)
+    link.sendall(struct.pack(">I", len(text)) + text + body)
+
+
+def _receive(link: socket.socket, deadline: float) -> tuple[dict[str, Any], np.ndarray | None]:
+    head = json.loads(_bytes(link, struct.unpack(">I", _bytes(link, 4, deadline))[0], deadline))
+    if "shape" not in head:
+        return head, None
+    shape = tuple(int(size) for size in head["shape"])
+    if head.get("dtype") not in _DTYPES or len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"an array of {head.get('dtype')!r} {shape} is not accepted")
+    data = _bytes(link, 8 * math.prod(shape), deadline)
+    return head, np.frombuffer(data, head["dtype"]).reshape(shape)
+
+
+def _bytes(link: socket.socket, n_bytes: int, deadline: float) -> bytes:
+    """Exactly ``n_bytes`` before ``deadline``; longer messages than 64 MiB are refused."""
+    if n_bytes > _MAX_BYTES:
+        raise ValueError(f"a message of {n_bytes} bytes is longer than {_MAX_BYTES}")
+    data = bytearray()
+    while len(data) < n_bytes:
+        _limit(link, deadline)
+        piece = link.recv(min(n_bytes - len(data), 1 << 20))
+        if not piece:
+            raise ConnectionError("the other side closed the connection")
+        data += piece
+    return bytes(data)
+
+
+def _limit(link: socket.socket, deadline: float) -> None:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the bench did not answer in time")
+    link.settimeout(left)

@@ -1,0 +1,195 @@
+"""Traces: recorded multiplications of a network, one file that says what it holds and whether it is undamaged.
+
+`.npz` with a `.json` neighbour, or `.h5` (needs h5py: ``pip install hq_lib[traces]``). Schema 1:
+
+    layers/<i>/w        (K, N) int32 weights              layers/<i>/w_scale   () or (N,) float64, real units per step
+    calls/<i>/x         (B, K) integer inputs             calls/<i>/y          (B, N) float64, measured
+    calls/<i>/y_ideal   (B, N) int64, exact products      (accumulator units; y after the inner engine's correction)
+
+The JSON text lists layers, calls (layer, seconds after programming), engine, units and the SHA-256 of every array, and
+ends with its own: a changed number anywhere is refused. That guards against damage, not against a forger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hq_lib import atomic
+from hq_lib.crossbar.checks import CrossbarError, TraceError
+from hq_lib.crossbar.engine import Handle, make_handle
+
+SCHEMA = 1
+UNITS = {"x": "input steps", "y": "accumulator steps", "t_s": "seconds after programming"}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One recorded multiplication of one layer."""
+
+    layer: str
+    """Layer name."""
+    x: np.ndarray
+    """(B, K) integers."""
+    y: np.ndarray
+    """(B, N) float64, measured."""
+    y_ideal: np.ndarray
+    """(B, N) int64, exact."""
+    t_s: float
+    """Seconds after programming."""
+
+
+@dataclass(eq=False)
+class Trace:
+    """Layers, and the calls made to them in order."""
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Description of the engine that was recorded."""
+    layers: dict[str, Handle] = field(default_factory=dict)
+    """Recorded layers by name."""
+    calls: list[Call] = field(default_factory=list)
+    """Recorded calls, oldest first."""
+
+    @property
+    def n_rows(self) -> int:
+        """Recorded rows."""
+        return sum(len(call.x) for call in self.calls)
+
+    def save(self, path: str | Path) -> None:
+        """Nothing; writes ``path`` (.npz with .json beside it, or .h5), whole or not at all."""
+        arrays, text = self._packed()
+        if _format(path) == "npz":
+            buffer = BytesIO()
+            np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+            atomic.write_bytes(Path(path), buffer.getvalue())
+            atomic.write_text(Path(path).with_suffix(".json"), text)
+        else:
+            atomic.write_bytes(Path(path), _hdf5_bytes(arrays, text))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """The trace stored at ``path``. Errors (`TraceError`): another schema, changed or missing arrays."""
+        try:
+            arrays, text = (_read_npz if _format(path) == "npz" else _read_hdf5)(Path(path))
+            record = json.loads(text)
+        except (OSError, ValueError, KeyError) as error:
+            raise error if isinstance(error, (FileNotFoundError, CrossbarError)) else TraceError(
+                f"{path}: unreadable trace ({error})") from error
+        _verify(path, record, arrays)
+        return cls._unpacked(record, arrays)
+
+    @classmethod
+    def join(cls, parts: Iterable[Trace]) -> Trace:
+        """One trace of all ``parts`` in their order; parts whose layers contradict each other are refused."""
+        whole = cls()
+        for part in parts:
+            whole.engine = whole.engine or part.engine
+            for name, handle in part.layers.items():
+                if whole.layers.setdefault(name, handle).digest != handle.digest:
+                    raise TraceError(f"layer {name!r} has different weights in two parts of one trace")
+            whole.calls += part.calls
+        return whole
+
+    def _packed(self) -> tuple[dict[str, np.ndarray], str]:
+        arrays: dict[str, np.ndarray] = {}
+        for i, handle in enumerate(self.layers.values()):
+            arrays[f"layers/{i}/w"], arrays[f"layers/{i}/w_scale"] = handle.w_int.numpy(), handle.w_scale.numpy()
+        for i, call in enumerate(self.calls):
+            arrays |= {f"calls/{i}/x": call.x, f"calls/{i}/y": call.y, f"calls/{i}/y_ideal": call.y_ideal}
+        record: dict[str, Any] = {
+            "schema": SCHEMA, "units": UNITS, "engine": self.engine,
+            "layers": [{"name": h.name, "w_bits": h.w_bits, "x_bits": h.x_bits, "x_signed": h.x_signed,
+                        "weights": h.digest} for h in self.layers.values()],
+            "calls": [{"layer": call.layer, "t_s": call.t_s} for call in self.calls],
+            "sha256": {name: _digest(array) for name, array in arrays.items()}}
+        record["record_sha256"] = _record_digest(record)
+        return arrays, json.dumps(record, indent=1) + "\n"
+
+    @classmethod
+    def _unpacked(cls, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trace:
+        layers: dict[str, Handle] = {}
+        for i, layer in enumerate(record["layers"]):
+            layers[layer["name"]] = make_handle(
+                arrays[f"layers/{i}/w"], arrays[f"layers/{i}/w_scale"], layer["name"], w_bits=layer["w_bits"],
+                x_bits=layer["x_bits"], x_signed=layer["x_signed"])
+        calls = [Call(call["layer"], *(arrays[f"calls/{i}/{part}"] for part in ("x", "y", "y_ideal")), call["t_s"])
+                 for i, call in enumerate(record["calls"])]
+        return cls(record["engine"], layers, calls)
+
+
+def _verify(path: str | Path, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Nothing, or an error that names what is wrong with a stored trace."""
+    if record.get("schema") != SCHEMA:
+        raise TraceError(f"{path}: trace schema {record.get('schema')!r}, this version reads {SCHEMA}")
+    if record.get("record_sha256") != _record_digest(record):
+        raise TraceError(f"{path}: the description was changed after recording; record again")
+    if set(record["sha256"]) != set(arrays):
+        odd = sorted(set(record["sha256"]) ^ set(arrays))
+        raise TraceError(f"{path}: arrays are missing or foreign: {', '.join(odd[:5])}")
+    for name, array in arrays.items():
+        if _digest(array) != record["sha256"][name]:
+            raise TraceError(f"{path}: array {name} was changed after recording; record again")
+
+
+def _digest(array: np.ndarray) -> str:
+    head = f"{array.dtype.str} {array.shape} ".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    rest = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _format(path: str | Path) -> str:
+    suffix = Path(path).suffix
+    if suffix not in (".npz", ".h5"):
+        raise TraceError(f"{path}: a trace is stored as .npz or .h5, not {suffix or 'without a suffix'}")
+    return suffix[1:]
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy, each in its own way
+        raise TraceError(f"{path}: damaged archive ({error})") from error
+    return arrays, path.with_suffix(".json").read_text()
+
+
+def _h5py() -> Any:
+    try:
+        return importlib.import_module("h5py")
+    except ImportError:
+        raise TraceError("HDF5 traces need h5py: pip install 'hq_lib[traces]', or store the trace as .npz") from None
+
+
+def _hdf5_bytes(arrays: dict[str, np.ndarray], text: str) -> bytes:
+    buffer = BytesIO()
+    with _h5py().File(buffer, "w") as file:
+        file.attrs["record"] = text
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, **({"compression": "gzip"} if array.ndim else {}))
+    return buffer.getvalue()
+
+
+def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    h5py = _h5py()
+    if not path.exists():
+        raise FileNotFoundError(path)
+    with h5py.File(path, "r") as file:
+        names: list[str] = []
+        file.visit(names.append)
+        found = {name: file[name] for name in names}
+        arrays = {name: np.asarray(item[()]) for name, item in found.items() if isinstance(item, h5py.Dataset)}
+        return arrays, str(file.attrs["record"])
