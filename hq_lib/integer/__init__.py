@@ -8,40 +8,46 @@
 ``record`` is the text that every executor follows. Only ``lower`` and ``agreement`` need torch, and load it when asked.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from hq_lib.integer.check import check
 from hq_lib.integer.execute import ImageError, quantize, run
+from hq_lib.integer.pixels import pixel_table, quantize_pixels
 from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.requant import RecordError
 from hq_lib.integer.storage import from_bytes, load, save, to_bytes
 
 if TYPE_CHECKING:
+    from hq_lib.integer.comparison import Agreement, agreement
     from hq_lib.integer.geometry import LowerError
     from hq_lib.integer.lowering import lower
 
 __all__ = [
+    "Agreement",
     "ImageError",
     "IntegerModel",
     "LowerError",
     "RecordError",
     "TensorSpec",
+    "agreement",
     "check",
     "from_bytes",
     "load",
     "lower",
+    "pixel_table",
     "quantize",
+    "quantize_pixels",
     "run",
     "save",
     "to_bytes",
 ]
 
 
+_NEED_TORCH = {"lower": "lowering", "LowerError": "geometry", "agreement": "comparison", "Agreement": "comparison"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "lower":
-        from hq_lib.integer.lowering import lower as found
-    elif name == "LowerError":
-        from hq_lib.integer.geometry import LowerError as found
-    else:
+    if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return found
+    return getattr(importlib.import_module(f"hq_lib.integer.{_NEED_TORCH[name]}"), name)

@@ -185,7 +185,7 @@ class MaxPool(Op):
 class AvgPool(Op):
     """acc = sum of (q - z) over each window, then requantized with n = 1; padding counts as real 0.
 
-    ``requant`` None is the exact pool without a quantizer: it writes acc + z_y (z_y = n_window z), scale s_x / n_window.
+    ``requant`` None is the exact pool without a quantizer: it writes acc + z_y, z_y = n_window z, scale s_x / n_window.
     """
 
     kernel: tuple[int, int]

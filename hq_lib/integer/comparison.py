@@ -1,0 +1,151 @@
+"""``agreement``: how far the integers are from the fake-quantized network they were made of, tensor by tensor.
+
+Both networks round the same real values, but the fake-quantized one computes those in float32 and does not round its
+biases: where a value lies almost half-way between two steps, the two may part by one step (1 LSB).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from hq_lib.data import ImageSet, normalize
+from hq_lib.integer.execute import run
+from hq_lib.integer.lowering import tensor_names
+from hq_lib.integer.record import IntegerModel, Op
+from hq_lib.tracing import NodeWatcher, eval_mode
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class TensorAgreement:
+    """How one tensor of the record compares with the graph's."""
+
+    name: str
+    """tensor of the record"""
+    bits: int
+    """of its grid"""
+    n: int
+    """integers compared"""
+    histogram: dict[int, int]
+    """integer minus fake-quantized, in steps (LSB) -> how many; 0 included"""
+
+    @property
+    def mismatch_pct(self) -> float:
+        """Share of integers that differ, percent."""
+        return 100 * (1 - self.histogram.get(0, 0) / self.n)
+
+    @property
+    def largest(self) -> int:
+        """Largest difference, steps."""
+        return max(abs(steps) for steps in self.histogram)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What ``agreement`` found."""
+
+    tensors: tuple[TensorAgreement, ...]
+    """in execution order"""
+    n_images: int
+    """images compared"""
+    same_top1_pct: float
+    """images to which both networks give the same class, percent"""
+    largest_logit_error: float
+    """largest difference of a logit, its own units"""
+    fake_quant_acc_pct: float | None
+    """top-1 of the fake-quantized network, percent; None without labels"""
+    integer_acc_pct: float | None
+    """top-1 of the integer network, percent; None without labels"""
+
+    def table(self) -> DataFrame:
+        """Return one row per tensor: name, bits, n, mismatch_pct, largest (LSB), and the histogram from -2 to +2."""
+        import pandas as pd
+
+        rows = [
+            {"tensor": t.name, "bits": t.bits, "n": t.n, "mismatch_pct": t.mismatch_pct, "largest_lsb": t.largest}
+            | {f"{steps:+d}": t.histogram.get(steps, 0) for steps in range(-2, 3)}
+            for t in self.tensors
+        ]
+        return pd.DataFrame(rows)
+
+
+def agreement(
+    qnet: fx.GraphModule,
+    imodel: IntegerModel,
+    images: ImageSet | Tensor,
+    *,
+    forced: bool = False,
+    batch_size: int = 50,
+) -> Agreement:
+    """Return how the integer network ``imodel`` compares with the quantized graph ``qnet`` it was lowered from.
+
+    Args:
+        images: an ``ImageSet`` (normalised here; gives accuracies too), or (N, C, H, W) float32, normalised.
+        forced: False: each network goes its own way, so a difference is carried on. True: every operation of the
+                integer network reads the graph's own integers, so each tensor shows the differences born in it.
+
+    Raises:
+        ImageError: the images do not fit. ValueError: no tensor of ``imodel`` is a quantizer of ``qnet``.
+    """
+    x, labels = (images, None) if isinstance(images, Tensor) else (normalize(images.images, images.spec), images.labels)
+    counts: dict[str, Counter[int]] = {}
+    ours, theirs = [], []
+    for part in x.split(batch_size):
+        wanted, logits = _graph_integers(qnet, imodel, part)
+        if not wanted:
+            raise ValueError("no tensor of the integer model is a quantizer of this graph: lower this graph itself")
+
+        def compare(op: Op, got: np.ndarray, wanted: dict[str, np.ndarray] = wanted) -> np.ndarray | None:
+            if op.output not in wanted:
+                return None
+            steps, n = np.unique(got.astype(np.int32) - wanted[op.output], return_counts=True)
+            counts.setdefault(op.output, Counter()).update(dict(zip(steps.tolist(), n.tolist(), strict=True)))
+            return wanted[op.output].astype(got.dtype) if forced else None
+
+        ours.append(run(imodel, part.contiguous(), batch_size=batch_size, watch=compare))
+        theirs.append(logits)
+    return _summary(imodel, counts, np.concatenate(ours), np.concatenate(theirs), labels)
+
+
+def _graph_integers(
+    qnet: fx.GraphModule, imodel: IntegerModel, images: Tensor
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the integers of each quantized tensor of ``qnet``, by the record's name, and its logits."""
+    names, found = tensor_names(qnet), {}
+    logits = np.empty(0)
+
+    def look(node: fx.Node, value: Any) -> None:
+        nonlocal logits
+        spec = imodel.tensors.get(names.get(node.name, ""))
+        if spec is not None:
+            x_int = np.rint(value.double().cpu().numpy() / np.float64(spec.scale)) + spec.zero_point
+            found[spec.name] = x_int.astype(np.int32)
+        if node.op == "output":
+            logits = value.cpu().numpy()
+
+    device = next(qnet.parameters()).device
+    with eval_mode(qnet), torch.no_grad():
+        NodeWatcher(qnet, look).run(images.to(device))
+    return found, logits
+
+
+def _summary(
+    imodel: IntegerModel, counts: dict[str, Counter[int]], ours: np.ndarray, theirs: np.ndarray, labels: Tensor | None
+) -> Agreement:
+    tensors = tuple(
+        TensorAgreement(name, imodel.tensors[name].bits, sum(counts[name].values()), dict(sorted(counts[name].items())))
+        for name in imodel.tensors
+        if name in counts
+    )
+    classes = [logits.argmax(1) for logits in (theirs, ours)]
+    acc = [None if labels is None else 100 * float((c == labels.numpy()).mean()) for c in classes]
+    same = 100 * float((classes[0] == classes[1]).mean())
+    return Agreement(tensors, len(ours), same, float(np.abs(ours - theirs).max()), acc[0], acc[1])
