@@ -22,7 +22,7 @@ LeafModules = Sequence[str | type[nn.Module]]
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ATOMS = (_ConvNd, nn.Linear, _BatchNorm)
-_HIDDEN = (os.path.dirname(torch.__file__) + os.sep, __file__, "<")  # frames that are not the user's
+_HIDDEN = (os.path.dirname(inspect.getfile(torch)) + os.sep, __file__, "<")  # frames that are not the user's
 
 
 class UntraceableError(ValueError):
@@ -209,7 +209,7 @@ def _check_known(asked: Iterable[str], known: Iterable[str], what: str) -> None:
 
 def _explain(net: nn.Module, failed_in: str | None, error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_HIDDEN)]
-    where = f"\n  at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}:  {frames[-1].line}" if frames else ""
+    where = "".join(f"\n  at {f.filename}:{f.lineno}, in {f.name}:  {f.line}" for f in frames[-1:])
     flags = [p.name for p in inspect.signature(net.forward).parameters.values() if p.default is not p.empty]
     fix = ", ".join(f"{flag!r}: value" for flag in flags) or "'argument': value"
     leaf = repr(failed_in) if failed_in else "'name of a submodule that holds that line'"
