@@ -262,9 +262,9 @@ def test_zeros_and_constants_have_a_grid(sides):
     w = torch.stack([torch.zeros(9), torch.full((9,), 0.3), torch.linspace(0.1, 1.0, 9)])
     got = observers.lp_search(w, bits=4, axis=0, sides=sides)
     assert (got.qparams.scale > 0).all()
-    assert got.error[0].item() == 0.0
+    assert got.error[0].item() < 1e-90
     assert got.error[1].item() < 1e-12
-    assert observers.lp_search(torch.zeros(4), bits=8).error.item() == 0.0
+    assert observers.lp_search(torch.zeros(4), bits=8).error.item() < 1e-90
 
 
 def test_data_already_on_a_grid_is_found_with_no_error():
@@ -335,3 +335,13 @@ def test_record_names_what_is_wrong():
     with pytest.raises(ValueError, match="ran 0 times"):
         observers.record(net, ["unused"], torch.ones(2, 4))
     assert net.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_are_searched_like_their_values(dtype):
+    x = heavy_tailed(70_000).to(dtype)
+    before = x.clone()
+    got, want = observers.lp_search(x, bits=4), observers.lp_search(x.double(), bits=4)
+    assert torch.equal(x, before)
+    assert got.qparams.scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert got.error.item() == pytest.approx(want.error.item(), rel=1e-9)

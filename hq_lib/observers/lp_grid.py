@@ -11,14 +11,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hq_lib.observers.lp_error import Bins, grid_error, make_bins, window_bounds
+from hq_lib.observers.lp_error import Bins, grid_error, make_bins, merge_bins, value_error, window_bounds
 from hq_lib.observers.ranges import MIN_SCALE, QParams, Scheme, grid_ends, rows
 
 P_DEFAULT = 2.4  # BRECQ and QDrop, official code
 N_STEPS = 100  # QDrop, MSEObserver
 N_STEPS_BRECQ = 80  # BRECQ, UniformAffineQuantizer
 N_BINS_EXACT, N_BINS_FAST = 2**16, 2**14
-_BATCH = 32  # candidates refined per round
+_BATCH_CELLS = 2**18  # candidates x bins refined per round and channel
 _MAX_CELLS = 2**22  # bounds (channels x candidates) held at once
 _SLACK = 1e-9  # relative; covers float64 summation order
 
@@ -80,7 +80,7 @@ def lp_search(
     found = [_search(values[part], candidates.chunk(part), exact) for part in parts]
     step, k_min, error = (torch.cat(column) for column in zip(*found, strict=True))
     qmin, qmax = grid_ends(bits, scheme)
-    columns = (step.to(x.dtype), (qmin - k_min).to(x.dtype), error / values.shape[1])
+    columns = (step.to(values.dtype), (qmin - k_min).to(values.dtype), error / values.shape[1])
     scale, zero_point, error = (t.squeeze(0) if axis is None else t for t in columns)
     return LpResult(QParams(scale, zero_point, qmin, qmax), error)
 
@@ -130,15 +130,15 @@ def _check_sides(sides: Sides, has_negative: bool, has_positive: bool) -> Sides:
 def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(step, k_min, summed error) of the optimum, each (C,)."""
     n_channels = len(values)
-    if n_channels == 1 and bool((values != 0).any()):
-        values = values[values != 0].unsqueeze(0)  # real 0 is a level of every candidate: it costs nothing
     bins = make_bins(values, N_BINS_EXACT if exact else N_BINS_FAST)
     binned = bool((bins.spread > 0).any())
     if not exact:
         bins = bins._replace(spread=torch.zeros_like(bins.spread))
-    bound = window_bounds(bins, candidates.steps, candidates.k_min, n_codes=candidates.n_codes, p=candidates.p)
+    coarse = merge_bins(bins, N_BINS_EXACT // N_BINS_FAST) if exact and binned else bins
+    bound = window_bounds(coarse, candidates.steps, candidates.k_min, n_codes=candidates.n_codes, p=candidates.p)
     refine = _refiner(bins, candidates)
-    error = _best_first(bound.flatten(1), refine)
+    n_batch = max(4, min(32, _BATCH_CELLS // bins.mean.shape[1]))
+    error = _best_first(bound.flatten(1), refine, n_batch)
     if exact and binned:
         error = torch.stack([_on_values(values[c], bound[c].flatten(), error[c], candidates.chunk(slice(c, c + 1)),
                                         lambda i, _, c=c: refine(i, torch.tensor([c], device=i.device)))
@@ -170,13 +170,15 @@ def _refiner(bins: Bins, candidates: _Candidates) -> Callable[[Tensor, Tensor], 
     return refine
 
 
-def _best_first(bound: Tensor, refine: Callable[[Tensor, Tensor], Tensor], limit: float | None = None) -> Tensor:
+def _best_first(
+    bound: Tensor, refine: Callable[[Tensor, Tensor], Tensor], n_batch: int, limit: float | None = None
+) -> Tensor:
     """(C, M) errors of every candidate that can still win, infinity elsewhere; stops when no bound beats the best.
 
     With ``limit`` the candidates whose bound is at most ``limit`` are refined instead.
     """
     open_bound, error = bound.clone(), torch.full_like(bound, torch.inf)
-    n_batch = min(_BATCH, bound.shape[1])
+    n_batch = min(n_batch, bound.shape[1])
     while True:
         best = error.amin(1) if limit is None else torch.full_like(error[:, 0], limit)
         nearest, index = open_bound.topk(n_batch, dim=1, largest=False)
@@ -196,12 +198,12 @@ def _on_values(
 
     def measure(index: int) -> None:
         at = torch.tensor([[index]], device=bound.device)
-        step, k_min = _gather(candidates, at, at.new_zeros(1))
-        error[index] = _value_error(values, step, k_min, candidates)
+        step, k_min = (float(t) for t in _gather(candidates, at, at.new_zeros(1)))
+        error[index] = value_error(values, step, k_min, n_codes=candidates.n_codes, p=candidates.p)
 
     measure(int(binned.argmin()))
     rest = torch.where(torch.isfinite(binned), torch.inf, bound)
-    more = _best_first(rest.unsqueeze(0), refine, limit=float(error.min()))[0]
+    more = _best_first(rest.unsqueeze(0), refine, 4, limit=float(error.min()))[0]
     lower = torch.minimum(binned, more)
     for index in lower.argsort().tolist():
         if float(lower[index]) * (1 - _SLACK) > float(error.min()):
@@ -209,14 +211,3 @@ def _on_values(
         if torch.isinf(error[index]):
             measure(index)
     return error
-
-
-def _value_error(values: Tensor, step: Tensor, k_min: Tensor, candidates: _Candidates) -> Tensor:
-    """() summed error of one candidate on the values themselves, in float64, a slice at a time."""
-    one, zero = step.new_ones(1, 1, 1), step.new_zeros(1, 1, 1)
-    parts = [
-        grid_error(part.double().view(1, 1, -1), one, step.unsqueeze(-1), k_min.unsqueeze(-1),
-                   n_codes=candidates.n_codes, p=candidates.p, spread=zero)
-        for part in values.split(2**18)
-    ]  # fmt: skip
-    return torch.stack(parts).sum()

@@ -73,6 +73,8 @@ def grid_ends(bits: int, scheme: Scheme) -> tuple[int, int]:
 def rows(x: Tensor, axis: int | None = None) -> Tensor:
     """``x`` as detached (C, n): one row per channel along ``axis``, one row in all where ``axis`` is None.
 
+    Half precision becomes float32; float32 and float64 stay.
+
     Raises:
         ValueError: empty or integer tensor, NaN or infinity in it (named with its count).
     """
@@ -84,6 +86,8 @@ def rows(x: Tensor, axis: int | None = None) -> Tensor:
     if not torch.isfinite(torch.stack(torch.aminmax(x))).all():
         n_bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{n_bad} of {x.numel()} values are NaN or infinite: no range covers them; find their layer")
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
 

@@ -7,9 +7,7 @@ calibration set is an error, never a silent 500 images of 1,024.
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hq_lib import atomic
 from hq_lib.data import ImageSet
 
 VERSION = 1
@@ -103,15 +102,7 @@ def from_files(root: Path, files: Sequence[str], *, dataset: str, split: str = "
 
 def write(manifest: Manifest, path: Path) -> None:
     """Write the JSON to ``path``, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(manifest.to_json())
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    atomic.write_text(path, manifest.to_json())
 
 
 def read(path: Path) -> Manifest:
