@@ -29,6 +29,8 @@ def check(model: r.IntegerModel) -> r.IntegerModel:
         _check_spec(name, spec)
     _need(model.input in model.tensors, f"the input tensor {model.input!r} is not among the tensors")
     _need(model.tensors[model.input].dtype == "float32", f"the input {model.input!r} must be float32")
+    first = bool(model.ops) and isinstance(model.ops[0], r.Quantize) and model.ops[0].inputs == (model.input,)
+    _need(first, "its first operation must quantize its input")
     written, names = {model.input}, set()
     for op in model.ops:
         _check_name(op.name, "an operation")

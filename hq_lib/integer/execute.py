@@ -52,14 +52,19 @@ def run(
 
 def quantize(model: IntegerModel, images: Any) -> np.ndarray:
     """Return the integers of ``images`` (as ``run`` takes them) on the input grid: (N, C, H, W), uint8 or uint16."""
-    op = model.ops[0]
-    return _quantize(op, [_as_images(model, images)], [model.tensors[op.inputs[0]]], model.tensors[op.output])
+    return to_grid(_as_images(model, images), model.tensors[model.ops[0].output])
 
 
 def real_values(spec: TensorSpec, x: np.ndarray) -> np.ndarray:
     """Return the real values of integers ``x`` (B, *spec.shape): f32(f32(q - z) * scale), float32."""
     values = (x.astype(np.int64) - spec.zero_point).astype(np.float32)
     return values * (per_channel(spec.scale, values) if spec.scale.ndim else spec.scale)
+
+
+def to_grid(x: np.ndarray, out: TensorSpec) -> np.ndarray:
+    """Return clamp(rint(f32(x / s)) + z) of float32 ``x`` (any shape), on the grid of ``out``."""
+    low, high = out.qmin - out.zero_point, out.qmax - out.zero_point
+    return _from_float(x / np.float32(out.scale), low, high, out.zero_point, out.dtype)
 
 
 def per_channel(values: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -91,7 +96,7 @@ def _run_batch(model: IntegerModel, images: np.ndarray, products: Products, watc
             values[op.output] = _MOVES[type(op)](op, inputs, specs, out)
         if watch is not None and (instead := watch(op, values[op.output])) is not None:
             values[op.output] = instead
-        for tensor in op.inputs:
+        for tensor in set(op.inputs):
             if last_use[tensor] == i and tensor != model.output:
                 del values[tensor]
     return real_values(model.tensors[model.output], values[model.output])
@@ -181,8 +186,7 @@ def _avg_pool(
 
 
 def _quantize(op: r.Op, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    y = inputs[0] / np.float32(out.scale)
-    return _from_float(y, out.qmin - out.zero_point, out.qmax - out.zero_point, out.zero_point, out.dtype)
+    return to_grid(inputs[0], out)
 
 
 def _max_pool(op: r.MaxPool, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hq_lib.integer.execute import ImageError, quantize
+from hq_lib.integer.execute import ImageError, to_grid
 from hq_lib.integer.record import IntegerModel
 from hq_lib.integer.requant import RecordError
 
@@ -12,9 +12,9 @@ from hq_lib.integer.requant import RecordError
 def pixel_table(model: IntegerModel) -> np.ndarray:
     """Return (C, 256), uint8 or uint16: the input integer of each pixel value 0..255 of each channel.
 
-        q = Q(f32(f32(pixel - f32(f32(mean) * 255)) / f32(f32(std) * 255)))            Q: the record's ``Quantize``
+        q = Q(f32(f32(pixel - f32(f32(mean) * 255)) / f32(f32(std) * 255))),   Q: the first operation, ``Quantize``
 
-    is exactly what ``hq_lib.data.normalize`` and ``quantize`` make of the pixel.
+    exactly what ``hq_lib.data.normalize`` and ``quantize`` make of the pixel.
 
     Raises:
         RecordError: the record does not know its data set's mean and std (``lower(..., images=spec)`` stores them).
@@ -22,11 +22,9 @@ def pixel_table(model: IntegerModel) -> np.ndarray:
     image = model.meta.get("image")
     if not isinstance(image, dict) or not {"mean", "std"} <= set(image):
         raise RecordError("the record holds no mean and std of its images: lower the network with images=spec")
-    n_channels, *size = model.tensors[model.input].shape
+    n_channels = model.tensors[model.input].shape[0]
     mean, std = (_column(image[key], n_channels, key) for key in ("mean", "std"))
-    values = (np.arange(256, dtype=np.float32) - mean) / std  # (C, 256)
-    everywhere = np.broadcast_to(values.T[:, :, None, None], (256, n_channels, *size)).astype(np.float32)
-    return np.ascontiguousarray(quantize(model, everywhere)[:, :, 0, 0].T)
+    return to_grid((np.arange(256, dtype=np.float32) - mean) / std, model.tensors[model.ops[0].output])
 
 
 def _column(values: object, n: int, key: str) -> np.ndarray:

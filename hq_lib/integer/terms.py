@@ -184,7 +184,7 @@ def norm_product(name: str, norm: nn.Module, x: TensorSpec) -> Product:
 
 
 def in_storage(term: Product) -> Product:
-    """Return ``term`` as it is stored: weights that fill int8, and scales coarse enough for every bias.
+    """Return ``term`` as it is stored: weights that fill int8 or int16, and scales coarse enough for every bias.
 
     Weights of few bits are multiplied, and their scale divided, by a power of two: exact, and the bias is rounded to
     finer steps. A channel with (nearly) no weights has a tiny scale, in which its bias would exceed int32: its weights
@@ -200,9 +200,10 @@ def in_storage(term: Product) -> Product:
 
 
 def _spare_bits(term: Product) -> int:
-    """How many bits the weights may grow: inside int8, with every sum of products below 2^30."""
+    """How many bits the weights may grow: inside their int8 or int16, with every sum of products below 2^30."""
     largest_w = int(np.abs(term.w).max())
+    room = 2**7 - 1 if largest_w < 2**7 else 2**15 - 1
     if largest_w == 0:
         return 0
     sums = int(np.abs(term.w).reshape(len(term.w), -1).sum(1).max()) * max(1, largest(term.x))
-    return max(0, int(math.log2(min(127 / largest_w, BIAS_MAX / sums))))
+    return max(0, int(math.log2(min(room / largest_w, BIAS_MAX / sums))))

@@ -1,0 +1,59 @@
+"""A growing ONNX graph: nodes, initializers shared by value, fresh names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+ONNX_TYPE = {
+    "uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "uint16": TensorProto.UINT16, "int32": TensorProto.INT32,
+    "float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE,
+}  # fmt: skip
+
+
+class Graph:
+    """Collects nodes and initializers; every method returns the name of the value it makes."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: list[TensorProto] = []
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._n_values = 0
+
+    def node(
+        self, kind: str, inputs: list[str], *, output: str | None = None, name: str = "", **attributes: Any
+    ) -> str:
+        """Append a node of type ``kind`` and return its output (a fresh name if none is given)."""
+        output = self.fresh(kind) if output is None else output
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=name or f"{kind}:{output}", **attributes))
+        return output
+
+    def constant(self, value: Any, dtype: str, *, name: str | None = None) -> str:
+        """Return an initializer with ``value`` as ``dtype``; unnamed ones are shared where they are equal."""
+        array = np.asarray(value, dtype)
+        key = (array.tobytes(), array.shape, dtype)
+        if name is None and key in self._constants:
+            return self._constants[key]
+        name = name or self.fresh("constant")
+        self._constants.setdefault(key, name)
+        self.initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def cast(self, value: str, dtype: str, *, output: str | None = None) -> str:
+        """Return ``value`` cast to ``dtype``."""
+        return self.node("Cast", [value], output=output, to=ONNX_TYPE[dtype])
+
+    def fresh(self, stem: str) -> str:
+        """Return a name no value has yet."""
+        self._n_values += 1
+        return f"{stem}:{self._n_values}"
+
+    def int4(self, value: np.ndarray, *, name: str) -> str:
+        """Return a 4-bit initializer (two values a byte) with integers ``value`` in [-8, 7]."""
+        flat = value.astype(np.int8).reshape(-1)
+        nibbles = np.append(flat, np.zeros(flat.size % 2, np.int8)) & 0xF
+        packed = (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
+        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, value.shape, packed.tobytes(), raw=True))
+        return name
