@@ -33,7 +33,9 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def weights() -> torch.Tensor:
-    return 0.1 * randn(6, 4, 3, 3) * torch.linspace(0.2, 2.0, 6).view(-1, 1, 1, 1)
+    w = 0.1 * randn(6, 4, 3, 3) * torch.linspace(0.2, 2.0, 6).view(-1, 1, 1, 1)
+    w[:, 0, 0, 0] = 0.0  # pruned weights: sign(0) and every grid must agree on them
+    return w
 
 
 def acts(signed: bool, seed: int = 0) -> torch.Tensor:
