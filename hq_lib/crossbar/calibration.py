@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hq_lib import atomic
-from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.checks import CrossbarError, as_tensor
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
 from hq_lib.crossbar.simulator import SimEngine
@@ -64,7 +64,7 @@ def residuals(engine: Engine, samples: Mapping[Handle, Sample]) -> pd.DataFrame:
 def _residual(
     engine: Engine, handle: Handle, x: np.ndarray | Tensor, wanted: np.ndarray | Tensor | None
 ) -> dict[str, Any]:
-    z = exact_mvm(handle, torch.as_tensor(x)) if wanted is None else torch.as_tensor(wanted).to(torch.float64)
+    z = exact_mvm(handle, as_tensor(x)) if wanted is None else as_tensor(wanted).to(torch.float64)
     raw = engine.measure(handle, x)
     y = engine.correction(handle).apply(raw)
     error, centred = y - z, z - z.mean()

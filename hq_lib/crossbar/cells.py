@@ -46,7 +46,7 @@ class Cells:
         order = torch.arange(shape[0])
         if remap in ("rows", "both"):
             order = row_order(plan, codes, partner=remap == "both")
-        placed = _reordered(plan, order)
+        placed = plan.rows(order)
         levels = partner_levels(placed, codes) if remap in ("partner", "both") else placed.levels
         target = device.g_min_uS + levels / plan.span[None, :, None] * device.window_uS
         g0 = device.program(target, stream(seed, name, "program"))
@@ -88,7 +88,3 @@ class Cells:
                 tile = slice(r, r + mapping.tile_rows), slice(c, c + mapping.tile_cols)
                 seen[tile] = torch.from_numpy(wires.effective(flat[tile]))
         return seen.view(g.shape)
-
-
-def _reordered(plan: Plan, order: Tensor) -> Plan:
-    return Plan(plan.mapping, plan.levels[order], plan.span, plan.gain, plan.offset, plan.weight)

@@ -59,9 +59,17 @@ def check_choice(value: str, choices: Iterable[str], what: str) -> str:
     raise CrossbarError(f"{what} {value!r} is unknown; nearest: {', '.join(near)}")
 
 
+def as_tensor(values: np.ndarray | Tensor) -> Tensor:
+    """A tensor of the same numbers, sharing memory where that is allowed; uint16 becomes int32, for lack of support."""
+    if isinstance(values, np.ndarray):
+        usable = values.flags.writeable and min(values.strides, default=1) >= 0
+        values = torch.from_numpy(values if usable else values.copy())
+    return values.to(torch.int32) if values.dtype is torch.uint16 else values
+
+
 def as_integers(values: np.ndarray | Tensor, what: str) -> Tensor:
     """(rows, columns) integer tensor of the same integers; float, complex or ragged arrays are refused."""
-    tensor = torch.as_tensor(values)
+    tensor = as_tensor(values)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         raise CrossbarError(f"{what} must hold integers, not {tensor.dtype}; round and cast it first")
     if tensor.ndim != 2:

@@ -41,8 +41,9 @@ class Circuit:
     path: str = "auto"
     """"auto": one matmul where converters are absent or lose nothing; "converted": never; "collapsed": nothing else."""
     precision: str = "float32"
-    """Of currents. "float64" keeps matrices on a 24-bit grid: answers are bit-identical for any batch size and thread
-    count. With "float32" the last bit of a sum may depend on them, and rarely moves a rounding."""
+    """Of currents. "float64" keeps matrices on a grid on which sums are exact (inputs up to 12 bits): answers are
+    bit-identical for any batch size and thread count. With "float32" the last bit of a sum may depend on them, and
+    rarely moves a rounding."""
 
     def __post_init__(self) -> None:
         check_choice(self.remap, REMAPS, "remap")

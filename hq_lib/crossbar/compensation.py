@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_choice
+from hq_lib.crossbar.checks import CrossbarError, as_tensor, check_choice
 from hq_lib.crossbar.engine import Engine, Handle
 
 _RANGE = (0.1, 100.0)  # a factor outside it means a dead column, not drift
@@ -33,7 +33,7 @@ class Reference:
 
 def take_reference(engine: Engine, handle: Handle, probes: np.ndarray | Tensor) -> Reference:
     """The reference of ``handle`` for ``probes`` (m, K) at the engine's present time."""
-    rows = torch.as_tensor(probes)
+    rows = as_tensor(probes)
     if len(rows) < 1 or not bool((rows != 0).any()):
         raise CrossbarError(f"{handle.name}: probe rows must exist and not all be zero")
     return Reference(rows, engine.measure(handle, rows).abs().mean(0), engine.time_s)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hq_lib.crossbar.checks import CrossbarError, check_range
+from hq_lib.crossbar.checks import CrossbarError, as_tensor, check_range
 from hq_lib.crossbar.engine import Engine, Handle
 from hq_lib.crossbar.operands import Patches, Window
 
@@ -65,7 +65,7 @@ class ConvEngine:
         ``name[g]`` (each its own small array). Errors: padding with a zero point outside the declared input range, a
         geometry that does not fit; and whatever the engine refuses.
         """
-        weight = torch.as_tensor(w_int)
+        weight = as_tensor(w_int)
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
         if weight.ndim != 4 or groups < 1 or weight.shape[0] % groups:
             raise CrossbarError(f"{name}: weights {tuple(weight.shape)} cannot be a convolution of {groups} groups")
@@ -137,9 +137,8 @@ class ConvEngine:
 
 
 def _images(x: np.ndarray | Tensor) -> Tensor:
-    """(B, C, H, W) tensor of images, or of rows (B, C) as 1 x 1 images; uint16 becomes int32, which torch can add."""
-    images = torch.as_tensor(x)
-    images = images.to(torch.int32) if images.dtype is torch.uint16 else images
+    """(B, C, H, W) tensor of images, or of rows (B, C) as 1 x 1 images."""
+    images = as_tensor(x)
     return images[:, :, None, None] if images.ndim == 2 else images
 
 

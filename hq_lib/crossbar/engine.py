@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, as_integers, check_bits, check_choice, check_range
+from hq_lib.crossbar.checks import CrossbarError, as_integers, as_tensor, check_bits, check_choice, check_range
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.operands import Operand, as_operand
 
@@ -132,7 +132,7 @@ class Engine(ABC):
         if kind == "zero":
             x = torch.zeros(max(len(x), 1), handle.w_int.shape[0], dtype=torch.int64)
             y_ideal = None
-        wanted = exact_mvm(handle, torch.as_tensor(x)) if y_ideal is None else torch.as_tensor(y_ideal)
+        wanted = exact_mvm(handle, as_tensor(x)) if y_ideal is None else as_tensor(y_ideal)
         runs = torch.stack([self.measure(handle, x).to(torch.float64) for _ in range(max(repeats, 1))])
         self._corrections[handle.name] = Correction.fit(runs, wanted.to(torch.float64), kind=kind)
         return self._corrections[handle.name]
@@ -193,7 +193,7 @@ class Engine(ABC):
         if self._handles.get(handle.name) is not handle:
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._handles)}")
         what = f"inputs of {handle.name}"
-        operand = as_operand(torch.as_tensor(x) if isinstance(x, np.ndarray) else x, what)
+        operand = as_operand(as_tensor(x) if isinstance(x, np.ndarray) else x, what)
         if operand.n_columns != handle.w_int.shape[0]:
             raise CrossbarError(f"{what} have {operand.n_columns} columns, weights {handle.w_int.shape[0]} rows")
         check_range(operand.values, *handle.x_range, what)
@@ -229,7 +229,8 @@ def make_handle(
     half = 2 ** (check_bits(w_bits, f"w_bits of {name}") - 1)
     check_bits(x_bits, f"x_bits of {name}", low=2 if x_signed else 1)
     check_range(w, -half, max(half - 1, 1), f"weights of {name}")
-    scale = torch.tensor(np.array(w_scale, dtype=np.float64))
+    scale = w_scale.detach().to(torch.float64) if isinstance(w_scale, Tensor) else torch.tensor(
+        np.array(w_scale, dtype=np.float64))
     if scale.numel() not in (1, w.shape[1]) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CrossbarError(f"w_scale of {name} must be one positive number or {w.shape[1]} of them")
     return Handle(name, w.to(torch.int32).contiguous(), scale, w_bits, x_bits, bool(x_signed))

@@ -10,6 +10,7 @@ are integers and sum exactly while below 2^24, otherwise (and for whole-number m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +22,8 @@ from hq_lib.crossbar.drive import Step
 from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.streams import Normals
 
-_GRID_BITS = 24  # significant bits kept per entry where sums must not depend on their order
+_FLOAT64_BITS = 52  # of a sum; what inputs and their number leave is kept per entry
+_LEAST_GRID_BITS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +125,14 @@ class Reader:
         return dtype if bound < 2**24 else torch.float64
 
 
-def on_grid(matrix: Tensor) -> Tensor:
-    """``matrix`` rounded to 24 bits below its largest entry: float64 sums with integer inputs are then exact,
-    hence the same for any order of summation, batch size and thread count."""
+def on_grid(matrix: Tensor, largest: float) -> Tensor:
+    """``matrix`` (K, M) on the finest grid on which float64 sums with whole-number inputs up to ``largest`` are exact,
+    hence the same for any order of summation, batch size and thread count; never coarser than 2^-20 of its top."""
     top = float(matrix.abs().max()) if matrix.numel() else 0.0
     if top == 0.0:
         return matrix
-    unit = 2.0 ** (torch.frexp(torch.tensor(top, dtype=torch.float64)).exponent.item() - _GRID_BITS)
+    bits = max(_FLOAT64_BITS - math.ceil(math.log2(max(largest, 1.0) * len(matrix))), _LEAST_GRID_BITS)
+    unit = 2.0 ** (math.frexp(top)[1] - bits)
     return (matrix / unit).round_() * unit
 
 

@@ -148,7 +148,7 @@ class HardwareEngine(Engine):
         refuse_codes(self.limits, tile, codes)
 
         def once() -> np.ndarray:
-            counts = np.asarray(self.driver.read(tile, codes), np.float64)
+            counts = np.array(self.driver.read(tile, codes), np.float64)
             if counts.shape != (len(codes), width):
                 raise _BadAnswer(f"tile {tile} answered shape {counts.shape}, expected {(len(codes), width)}")
             if not np.isfinite(counts).all():

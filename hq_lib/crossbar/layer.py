@@ -107,7 +107,7 @@ class Layer:
     # -- what the cells amount to --------------------------------------------------------------------------------------
 
     def _effective_weight(self) -> Tensor:
-        """(K, N): W_eff in the dtype in which x @ W_eff is exact if it is whole, else as the precision says."""
+        """(K, N): the effective weight, in a dtype in which x @ W is exact if it is whole, else as the circuit says."""
         plan = self.plan
         weight = snap(plan.combine(self.planes) - plan.offset / plan.gain)
         if is_whole(weight):
@@ -121,10 +121,14 @@ class Layer:
         own = self.variance @ self.plan.weight.square() / self.plan.gain.square()
         if self.shared is not None:
             own = torch.cat([own, (self.shared @ self.plan.weight.square())[:, None]], 1)
-        return self._final(own)
+        return self._final(own, squared=True)
 
-    def _final(self, matrix: Tensor) -> Tensor:
-        return on_grid(matrix) if self.circuit.precision == "float64" else matrix.to(torch.float32)
+    def _final(self, matrix: Tensor, *, squared: bool = False) -> Tensor:
+        """``matrix`` in the precision of the circuit; ``squared`` if it multiplies squares of inputs."""
+        if self.circuit.precision == "float32":
+            return matrix.to(torch.float32)
+        largest = float(max(abs(limit) for limit in self.handle.x_range))
+        return on_grid(matrix, largest**2 if squared else largest)
 
     # -- converters ----------------------------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ class Layer:
         plan, handle = self.plan, self.handle
         if self.adc_step is None:
             raise CrossbarError(f"{handle.name}: a 'calibrated' ADC range needs calibrate_adc(handle, x) first")
-        tiles = [self._build_tile(rows, self.adc_step) for rows in self._tile_rows()]
+        tiles = self._cast([self._build_tile(rows, self.adc_step) for rows in self._tile_rows()])
         reference = None
         if self.shared is not None:
             reference = (plan.span[: plan.n_outputs] / self.adc_step).to(tiles[0].matrix.dtype)
@@ -177,6 +181,12 @@ class Layer:
             gain, offset = torch.randn(2, matrix.shape[1], generator=generator, dtype=torch.float64)
             matrix = matrix * (1 + adc.gain_sigma * gain)
             shift = adc.offset_sigma_lsb * offset if adc.offset_sigma_lsb else None
-        exact = is_whole(matrix) and exact_dtype(matrix, self.handle) is torch.float64
-        cast = (lambda m: m) if exact else self._final
-        return Tile(rows.start, cast(matrix), *(None if m is None else cast(m) for m in (shift, variance)))
+        return Tile(rows.start, matrix, shift, variance)
+
+    def _cast(self, tiles: list[Tile]) -> list[Tile]:
+        """float64 ``tiles`` in the precision of the circuit; as they are if a whole-number one would lose digits."""
+        if any(is_whole(t.matrix) and exact_dtype(t.matrix, self.handle) is torch.float64 for t in tiles):
+            return tiles
+        dtype = getattr(torch, self.circuit.precision)
+        return [Tile(t.start, self._final(t.matrix), None if t.shift is None else t.shift.to(dtype),
+                     None if t.variance is None else self._final(t.variance, squared=True)) for t in tiles]

@@ -9,7 +9,7 @@ G_max ("span"), c cell bits, s slice, O offset. Conductance of a cell: G = G_min
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class Plan:
     def signed(self) -> bool:
         """Whether a converter sees currents of both signs (analog subtraction)."""
         return self.mapping.subtract == "analog"
+
+    def rows(self, rows: slice | Tensor) -> Plan:
+        """The plan of some of its rows, or of its rows in another order."""
+        return replace(self, levels=self.levels[rows])
 
     def planes(self, fractions: Tensor) -> Tensor:
         """(K, N, Q) levels in weight steps as the converters see them, from cell ``fractions`` (K, C, P)."""

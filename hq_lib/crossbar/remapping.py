@@ -1,8 +1,9 @@
 """Remapping around known stuck cells, without any cost at run time.
 
-Partner: where one cell of a pair is stuck, its partner is programmed to the best remaining difference.
+Partner: every weight is encoded again around its stuck cells, from the highest slice down. In a pair with one stuck
+cell the other is set to the best remaining difference; what a slice cannot give, the slices below it try to.
 Rows: within a tile any logical row may use any physical row; the assignment of least squared weight error is found by
-the Hungarian method. Both need the fault map before programming.
+the Hungarian method. Both need the fault map before programming, and pairs.
 """
 
 from __future__ import annotations
@@ -19,19 +20,31 @@ CHOICES = ("none", "partner", "rows", "both")
 
 
 def partner_levels(plan: Plan, codes: Tensor) -> Tensor:
-    """float64 (K, C, P) levels: those of ``plan``, with healthy partners of stuck cells moved to compensate.
+    """float64 (K, C, P) levels: those of ``plan`` where cells work, re-encoded around stuck ones elsewhere.
 
-    For a stuck level v of G+ the partner gets clip(v - w, 0, span); for one of G-, clip(v + w, 0, span).
+    With G+ stuck at level v and a wanted difference w, the partner gets clip(v - w, 0, span); likewise for G-.
     """
     _require_pair(plan)
-    levels, span = plan.levels.clone(), plan.span[None, :, None]
-    weight = levels[..., 0::2] - levels[..., 1::2]
-    for own, other, sign in ((0, 1, -1.0), (1, 0, 1.0)):
-        stuck = (codes[..., own::2] != OK) & (codes[..., other::2] == OK)
-        value = span * (codes[..., own::2] == STUCK_HIGH)
-        wanted = torch.minimum((value + sign * weight).clamp_min(0.0), span)
-        levels[..., other::2] = torch.where(stuck, wanted, levels[..., other::2])
+    factors = _slice_factors(plan)
+    rest = (plan.levels[..., 0::2] - plan.levels[..., 1::2]) @ factors  # (K, N), what is still to be given
+    levels, span = plan.levels.clone(), plan.span
+    for s in range(len(factors) - 1, -1, -1):
+        wanted = rest / factors[s]
+        wanted = wanted.trunc() if plan.mapping.cell_bits is not None else wanted
+        plus, minus = _pair_around(wanted, span, codes[..., 2 * s], codes[..., 2 * s + 1])
+        levels[..., 2 * s], levels[..., 2 * s + 1] = plus, minus
+        rest = rest - (plus - minus) * factors[s]
     return levels
+
+
+def _pair_around(wanted: Tensor, span: Tensor, code_plus: Tensor, code_minus: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels (plus, minus) whose difference is nearest to ``wanted`` (K, N) given the fault codes of both cells."""
+    wanted = torch.minimum(torch.maximum(wanted, -span), span)
+    plus, minus = wanted.clamp_min(0.0), (-wanted).clamp_min(0.0)
+    v_plus, v_minus = span * (code_plus == STUCK_HIGH), span * (code_minus == STUCK_HIGH)
+    free_plus = torch.where(code_minus == OK, plus, torch.minimum((v_minus + wanted).clamp_min(0.0), span))
+    free_minus = torch.where(code_plus == OK, minus, torch.minimum((v_plus - wanted).clamp_min(0.0), span))
+    return torch.where(code_plus == OK, free_plus, v_plus), torch.where(code_minus == OK, free_minus, v_minus)
 
 
 def row_order(plan: Plan, codes: Tensor, *, partner: bool) -> Tensor:
@@ -40,44 +53,36 @@ def row_order(plan: Plan, codes: Tensor, *, partner: bool) -> Tensor:
     Args:
         plan: levels in logical order.
         codes: (K, C, P) fault codes in physical order.
-        partner: whether partner cells will compensate (then the remaining error counts).
+        partner: whether weights will be re-encoded around faults (then the remaining error counts).
     """
     _require_pair(plan)
     order = torch.arange(plan.levels.shape[0])
     for start in range(0, len(order), plan.mapping.tile_rows):
         rows = slice(start, start + plan.mapping.tile_rows)
         if bool((codes[rows] != OK).any()):
-            _, logical = linear_sum_assignment(_row_costs(plan, rows, codes[rows], partner).numpy())
+            _, logical = linear_sum_assignment(_row_costs(plan.rows(rows), codes[rows], partner).numpy())
             order[rows] = start + torch.from_numpy(logical)
     return order
 
 
-def _row_costs(plan: Plan, rows: slice, codes: Tensor, partner: bool) -> Tensor:
+def _row_costs(plan: Plan, codes: Tensor, partner: bool) -> Tensor:
     """float64 (physical, logical): squared weight error if that logical row sits on that physical row."""
-    levels, span = plan.levels[rows], plan.span[None, :, None]
-    plus, minus = levels[..., 0::2], levels[..., 1::2]
-    slice_factor = plan.weight.abs()[:: 1 if plan.signed else 2]
-    cost = torch.zeros(len(levels), len(levels), dtype=torch.float64)
-    for a in range(3):
-        for b in range(3):
-            here = (codes[..., 0::2] == a) & (codes[..., 1::2] == b)
-            if (a, b) == (OK, OK) or not bool(here.any()):
-                continue
-            error = _weight_error(plus, minus, span, a, b, partner) * slice_factor / plan.gain[:, None]
-            cost += here.flatten(1).to(torch.float64) @ error.square().flatten(1).T
+    cost = torch.zeros(len(codes), len(codes), dtype=torch.float64)
+    factors = _slice_factors(plan)
+    wanted = (plan.levels[..., 0::2] - plan.levels[..., 1::2]) @ factors
+    for p in torch.nonzero((codes != OK).flatten(1).any(1)).flatten().tolist():
+        here = codes[p].expand_as(plan.levels)
+        levels = partner_levels(plan, here) if partner else plan.levels
+        stuck = plan.span[:, None] * (here == STUCK_HIGH)
+        got = torch.where(here == OK, levels, stuck)
+        error = (got[..., 0::2] - got[..., 1::2]) @ factors - wanted
+        cost[p] = (error / plan.gain).square().sum(1)
     return cost
 
 
-def _weight_error(plus: Tensor, minus: Tensor, span: Tensor, a: int, b: int, partner: bool) -> Tensor:
-    """Error of each pair's difference, in weight steps, if its cells had fault codes ``a`` and ``b``."""
-    weight = plus - minus
-    got_plus = plus if a == OK else span * float(a == STUCK_HIGH)
-    got_minus = minus if b == OK else span * float(b == STUCK_HIGH)
-    if partner and a != OK and b == OK:
-        got_minus = torch.minimum((got_plus - weight).clamp_min(0.0), span)
-    if partner and a == OK and b != OK:
-        got_plus = torch.minimum((got_minus + weight).clamp_min(0.0), span)
-    return got_plus - got_minus - weight
+def _slice_factors(plan: Plan) -> Tensor:
+    """float64 (S,): the factor of each slice, without signs."""
+    return plan.weight.abs()[:: 1 if plan.signed else 2]
 
 
 def _require_pair(plan: Plan) -> None:

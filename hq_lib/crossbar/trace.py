@@ -157,11 +157,10 @@ def _format(path: str | Path) -> str:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    content = path.read_bytes()
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(BytesIO(content), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy, each in its own way
         raise TraceError(f"{path}: damaged archive ({error})") from error
     return arrays, path.with_suffix(".json").read_text()

@@ -108,7 +108,7 @@ def _column(g: np.ndarray, wires: Wires) -> tuple[np.ndarray, np.ndarray]:
     load = (wires.load_ohm + wires.col_ohm) * _OHM_uS
     if load == 0:
         return np.diag(g), g.copy()
-    if r == 0:  # the column is one node behind the load: v = sum(g u) / (sum(g) + 1/load)
+    if r == 0 or n == 1:  # the column is one node behind the load: v = sum(g u) / (sum(g) + 1/load)
         sensed = g / (1.0 + load * g.sum())
         return np.diag(g) - np.outer(g, sensed) * load, sensed
     banded = np.zeros((2, n))  # upper form of r T, T = L + G

@@ -1,0 +1,238 @@
+"""Benches: exact through an ideal bench, patient with a flaky one, and never sent what they cannot take."""
+
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from hq_lib.crossbar import (
+    BenchError,
+    BenchServer,
+    CrossbarError,
+    Drive,
+    FakeDriver,
+    HardwareEngine,
+    Limits,
+    Mapping,
+    Patience,
+    TcpDriver,
+)
+
+RNG = np.random.default_rng(0)
+W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (10, 20))
+LIMITS = {
+    "n_tiles": 64,
+    "rows": 16,
+    "columns": 8,
+    "level_max": 15,
+    "code_max": 3,
+    "count_max": 10**6,
+    "rows_per_read": 4,
+    "counts_per_unit": 2.0,
+}
+SLICED = Mapping(cell_bits=2, subtract="digital", scale="none", tile_rows=16, tile_cols=8)
+QUICK = Patience(3, 0.0)
+
+
+def fake(failures=(), **change) -> FakeDriver:
+    return FakeDriver(Limits(**(LIMITS | change)), failures=failures)
+
+
+def engine_on(driver, **more) -> HardwareEngine:
+    return HardwareEngine(driver, **({"mapping": SLICED, "drive": Drive("serial", 2), "patience": QUICK} | more))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("scheme", ["pair", "offset"])
+def test_an_ideal_bench_multiplies_exactly(scheme, signed):
+    mapping = Mapping(scheme, "none", 2, "digital", 16, 8)
+    engine = engine_on(fake(), mapping=mapping)
+    handle = engine.load(W, 1.0, "a", x_signed=signed)
+    x = X - 128 if signed else X
+    np.testing.assert_array_equal(engine.mvm(handle, x), x @ W)
+
+
+def test_gain_and_offset_of_a_bench_are_calibrated_away():
+    driver = fake()
+    driver.gain, driver.offset = 0.9, 4.0
+    engine = engine_on(driver)
+    handle = engine.load(W, 1.0, "a")
+    before = np.abs(engine.mvm(handle, X) - X @ W).max()
+    engine.calibrate(handle, RNG.integers(0, 256, (100, 20)))
+    assert np.abs(engine.mvm(handle, X) - X @ W).max() < 0.2 * before
+
+
+@pytest.mark.parametrize("failure", ["timeout", "drop", "nan", "shape"])
+def test_flaky_reads_are_repeated(failure):
+    engine = engine_on(fake([failure, "ok", failure, failure]))
+    np.testing.assert_array_equal(engine.mvm(engine.load(W, 1.0, "a"), X), X @ W)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("timeout", "TimeoutError"),
+        ("drop", "ConnectionError"),
+        ("nan", "NaN"),
+        ("shape", r"shape \(4, 7\), expected \(4, 8\)"),
+    ],
+)
+def test_a_bench_that_keeps_failing_is_an_error_that_names_the_tile(failure, message):
+    driver = fake([failure] * 99)
+    engine = engine_on(driver)
+    handle = engine.load(W, 1.0, "a")
+    with pytest.raises(BenchError, match=f"reading tile 0 failed 3 times.*{message}"):
+        engine.mvm(handle, X)
+    assert driver.n_reads == 3
+
+
+def test_counts_beyond_the_declared_range_are_refused():
+    class Loud(FakeDriver):
+        def read(self, tile, codes):
+            return super().read(tile, codes) + 1e9
+
+    engine = engine_on(Loud(Limits(**LIMITS)))
+    handle = engine.load(W, 1.0, "a")
+    with pytest.raises(BenchError, match="count beyond"):
+        engine.mvm(handle, X)
+
+
+@pytest.mark.parametrize(
+    ("limits", "more", "message"),
+    [
+        ({"rows": 8}, {}, "16 x 8 is larger than the bench's 8 x 8"),
+        ({"columns": 4}, {}, "larger than the bench"),
+        ({"n_tiles": 3}, {}, "needs 6 tiles, 3 of the bench's 3 are free"),
+        ({"code_max": 2}, {}, "inputs need codes up to 3, the bench takes 2"),
+        ({}, {"mapping": Mapping(tile_rows=16, tile_cols=8)}, "subtract='digital'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_sent(limits, more, message):
+    driver = fake(**limits)
+    with pytest.raises(CrossbarError, match=message):
+        engine_on(driver, **more).load(W, 1.0, "a")
+    assert not driver._levels
+
+
+def test_signed_inputs_need_steps():
+    with pytest.raises(CrossbarError, match="codes >= 0"):
+        engine_on(fake(code_max=255), drive=Drive()).load(W, 1.0, "a", x_signed=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: d.write(0, np.full((16, 8), 16)), r"levels span 16..16, the bench takes 0..15"),
+        (lambda d: d.write(0, np.full((16, 8), -1)), "levels span"),
+        (lambda d: d.write(0, np.ones((17, 8), int)), "larger than"),
+        (lambda d: d.write(64, np.ones((2, 2), int)), "tile 64 does not exist"),
+        (lambda d: d.write(0, np.ones((2, 2))), "integers"),
+        (lambda d: d.read(0, np.full((1, 16), 4)), "codes span"),
+        (lambda d: d.read(0, np.ones((5, 16), int)), "exceed"),
+    ],
+)
+def test_the_bench_itself_refuses_what_is_out_of_range(call, message):
+    driver = fake()
+    driver.write(0, np.ones((16, 8), int))
+    with pytest.raises(CrossbarError, match=message):
+        call(driver)
+    with BenchServer(driver) as server:
+        remote = TcpDriver(*server.address)
+        with pytest.raises(CrossbarError, match=message):
+            call(remote)
+        remote.close()
+
+
+def test_over_tcp_as_in_memory():
+    with BenchServer(fake()) as server:
+        driver = TcpDriver(*server.address)
+        assert driver.limits() == Limits(**LIMITS)
+        with engine_on(driver) as engine:
+            handle = engine.load(W, 1.0, "a")
+            np.testing.assert_array_equal(engine.mvm(handle, X), X @ W)
+            assert engine.time_s >= 0
+            assert engine.describe()["env.temperature_C"] == 25.0
+
+
+def test_a_bench_failure_crosses_tcp_and_is_retried():
+    with BenchServer(fake(["timeout", "drop"])) as server, engine_on(TcpDriver(*server.address)) as engine:
+        np.testing.assert_array_equal(engine.mvm(engine.load(W, 1.0, "a"), X), X @ W)
+
+
+class Deaf:
+    """A loopback server that accepts and then says ``words``, or nothing."""
+
+    def __init__(self, words: bytes = b"") -> None:
+        self._listener, self._links, self._words = socket.create_server(("127.0.0.1", 0)), [], words
+        self.address = self._listener.getsockname()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                link, _ = self._listener.accept()
+            except OSError:
+                return
+            self._links.append(link)
+            link.sendall(self._words)
+
+    def close(self) -> None:
+        for link in (*self._links, self._listener):
+            link.close()
+
+
+def test_a_silent_bench_times_out_within_its_limit():
+    server = Deaf()
+    driver, start = TcpDriver(*server.address, timeout_s=0.2), time.monotonic()
+    with pytest.raises(TimeoutError):
+        driver.limits()
+    assert time.monotonic() - start < 5
+    with pytest.raises(BenchError, match="limits failed 2 times"):
+        HardwareEngine(driver, patience=Patience(2, 0.0))
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"\xff\xff\xff\xff",
+        struct.pack(">I", 3) + b"{{{",
+        struct.pack(">I", 13) + b'{"number": 9}',
+        struct.pack(">I", 55) + b'{"number": 1, "dtype": "|O", "shape": [100000, 100000]}',
+    ],
+    ids=["endless", "no json", "wrong number", "bad type"],
+)
+def test_nonsense_from_the_network_is_a_lost_connection(words):
+    server = Deaf(words)
+    driver = TcpDriver(*server.address, timeout_s=1.0)
+    with pytest.raises(ConnectionError):
+        driver.limits()
+    driver.close()
+    server.close()
+
+
+def test_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    with pytest.raises(ConnectionError):
+        TcpDriver(*address, timeout_s=0.5).limits()
+
+
+def test_the_server_survives_rubbish_and_serves_the_next_client():
+    with BenchServer(fake()) as server:
+        with socket.create_connection(server.address) as link:
+            link.sendall(b"\xff\xff\xff\xffGET / HTTP/1.0\r\n\r\n")
+        driver = TcpDriver(*server.address)
+        assert driver.limits().rows == 16
+        driver.close()
+
+
+@pytest.mark.parametrize("change", [{"n_tiles": 0}, {"level_max": 0}, {"counts_per_unit": 0.0}, {"rows_per_read": 0}])
+def test_an_impossible_bench_is_refused(change):
+    with pytest.raises(CrossbarError):
+        Limits(**(LIMITS | change))
+    with pytest.raises(CrossbarError):
+        Patience(0)
