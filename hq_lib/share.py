@@ -1,6 +1,6 @@
 """Rendered notebooks to send to a collaborator: one folder of self-contained HTML pages with an index.
 
-    python -m hq_lib.share --profile quick
+python -m hq_lib.share --profile quick
 """
 
 import argparse

@@ -58,6 +58,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def normalized_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "ImageSet":
+        """The same images for a network that was trained with another mean and standard deviation (full scale = 1)."""
+        return replace(self, spec=replace(self.spec, mean=mean, std=std))
+
     def subset(self, chosen: Tensor | list[int]) -> "ImageSet":
         """The images at these positions of this set, in that order; positions outside raise ``IndexError``."""
         chosen = torch.as_tensor(chosen, dtype=torch.int64)

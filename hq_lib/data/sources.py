@@ -123,7 +123,7 @@ def read_idx(path: Path) -> np.ndarray:
     shape = tuple(int(v) for v in np.frombuffer(raw[4:header], ">u4")) if len(raw) >= header else ()
     if len(shape) != n_axes or len(raw) - header != int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"{path.name}: header says shape {shape}, file holds {len(raw) - header} bytes")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()  # writable
 
 
 def _idx_arrays(files: dict[str, Path]) -> Arrays:

@@ -6,13 +6,14 @@ on the error alone.
 """
 
 import copy
+import json
 from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from hq_lib import data, models, paths, results
+from hq_lib import data, labels, models, paths, plotting, results, tables
 from hq_lib.experiments import float_training
 from hq_lib.folding import fold_bn, per_channel_ranges
 from hq_lib.training import predict
@@ -20,8 +21,8 @@ from hq_lib.training import predict
 STUDY, RANGES = "bn_fold", "bn_ranges"
 TRAINED = ("resnet20", "toynet", "lenet")
 UNTRAINED = (
-    "vgg11", "mobilenetv2", "mobilenetv2_seed", "imagenet_resnet18", "imagenet_resnet50", "imagenet_mobilenet_v2",
-    "imagenet_regnet_x_600mf", "imagenet_mnasnet2_0",
+    "vgg11", "mobilenetv2", "mobilenetv2_seed", "resnet18", "resnet50", "mobilenetv2_imagenet", "regnetx_600m",
+    "mnasnet2_0",
 )  # fmt: skip
 SMOKE = ("resnet20", "toynet")
 BN = nn.modules.batchnorm._BatchNorm
@@ -35,7 +36,7 @@ def run(profile: str, *, trained: Sequence[str] = TRAINED, untrained: Sequence[s
     for name in () if smoke else untrained:
         net = models.build(name)
         randomize_statistics(net, torch.Generator().manual_seed(0))
-        size = 64 if name.startswith("imagenet") else 32
+        size = 64 if name in models.imagenet_names() else 32
         example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
         _append(name, "-", errors(net, example), profile, {"statistics": "random", "input_px": size})
         print(f"{name}: folded", flush=True)
@@ -135,3 +136,67 @@ def _append_ranges(name: str, dataset: str, ranges: pd.DataFrame, profile: str) 
         for row in ranges.itertuples()
     ]  # fmt: skip
     results.append(RANGES, rows, profile=profile)
+
+
+def table(profile: str) -> pd.DataFrame:
+    """tab_bn_fold: per network the relative error in both number formats, and what happened to its predictions."""
+    rows = results.read(STUDY, profile=profile)
+    wide = rows.pivot_table(index=["model", "dataset", "n_test"], columns="metric", values="value").reset_index()
+    out = pd.DataFrame({"model": [labels.printed("model", m) for m in wide["model"]]})
+    out["statistics"] = ["trained" if n else "random" for n in wide["n_test"]]
+    for metric in ("rel_error_float64", "rel_error_float32"):
+        out[metric.replace("rel_", "relative ").replace("_", ", ")] = [f"{v:.1e}" for v in wide[metric]]
+    for metric, title in (("acc_pct", "accuracy, %"), ("folded_acc_pct", "folded, %"), ("n_flips", "changed")):
+        values = wide[metric] if metric in wide else pd.Series(float("nan"), index=wide.index)
+        digits = 0 if metric == "n_flips" else 2
+        out[title] = [tables.NOT_RUN if pd.isna(v) else f"{v:.{digits}f}" for v in values]
+    out["test images"] = [f"{n:,}" if n else tables.NOT_RUN for n in wide["n_test"]]
+    return out
+
+
+def caption(profile: str) -> str:
+    """What tab_bn_fold shows, with profile and images."""
+    rows = results.read(STUDY, profile=profile)
+    counted = f"up to {rows['n_test'].max():,} test images"
+    data_sets = ", ".join(sorted(set(rows["dataset"]) - {"-"}))
+    claim = "Folding batch norm changes logits by rounding only: largest error relative to the largest logit"
+    return plotting.caption(claim, profile=profile, n=counted, dataset=data_sets)
+
+
+def ranges(profile: str, model: str) -> pd.DataFrame:
+    """The channel ranges of one network, from its rows: columns layer, channel, stage, max_abs; layers in net order."""
+    rows = results.read(RANGES, profile=profile)
+    rows = rows[rows["model"] == model]
+    if rows.empty:
+        raise ValueError(f"no channel ranges of {model!r}: choose one of {', '.join(TRAINED)} that ships a checkpoint")
+    keys = pd.DataFrame([json.loads(switches) for switches in rows["switches"]], index=rows.index)
+    found = keys.assign(max_abs=rows["value"])
+    order = list(dict.fromkeys(per_channel_ranges(models.build(model))["layer"]))
+    place = found["layer"].map(order.index)
+    return found.assign(place=place).sort_values(["place", "stage", "channel"]).drop(columns="place")
+
+
+def spread(found: pd.DataFrame) -> pd.DataFrame:
+    """Largest over smallest (non-zero) channel range of each layer, before and after, and the ratio of the two."""
+    alive = found[found["max_abs"] > 0].groupby(["layer", "stage"], sort=False)["max_abs"]
+    both = (alive.max() / alive.min()).unstack("stage")[["before", "after"]]
+    return both.assign(ratio=both["after"] / both["before"])
+
+
+def findings(profile: str, model: str) -> list[str]:
+    """The sentences that the rows of a profile support."""
+    rows = results.read(STUDY, profile=profile)
+    worst = rows[rows["metric"].str.startswith("rel_error")].groupby("metric")["value"].agg(["max", "idxmax"])
+    lines = [
+        f"{metric.removeprefix('rel_error_')}: the largest relative error of {rows['model'].nunique()} networks is "
+        f"{row['max']:.1e} ({rows.loc[row['idxmax'], 'model']})"
+        for metric, row in worst.iterrows()
+    ]
+    flips = rows[rows["metric"] == "n_flips"]
+    lines += [f"{r.model}: {r.value:.0f} of {r.n_test:,} test predictions changed" for r in flips.itertuples()]
+    ratio = spread(ranges(profile, model))["ratio"].dropna()
+    lines.append(
+        f"{model}: the spread of channel ranges grew in {(ratio > 1).sum()} of {len(ratio)} layers, "
+        f"by a factor of {ratio.median():.1f} in the median and {ratio.max():.1f} at most ({ratio.idxmax()})"
+    )
+    return lines

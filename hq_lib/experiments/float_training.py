@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from hq_lib import data, models, paths, provenance, results
+from hq_lib import data, labels, models, paths, plotting, provenance, published, results, tables
 from hq_lib.training import FitResult, evaluate, fit, recipe
 
 STUDY, HISTORY, REFERENCE = "float_training", "float_history", "float_reference"
@@ -138,11 +138,13 @@ def shipped(name: str, *, seed: int = 0) -> Path | None:
 def ship(name: str, net: nn.Module, profile: str, seed: int) -> Path:
     """Writes the trained network and its run record into ``data/checkpoints``; returns the path."""
     dataset, config, _ = recipe(name, profile, seed=seed)
+    spec = data.SPECS[dataset]
     rows = results.read(STUDY, profile=profile)
     rows = rows[(rows["model"] == name) & (rows["seed"] == seed) & (rows["epochs"] == config.epochs)]
     split = ["val" if "split" in json.loads(s) else "test" for s in rows["switches"]]
     record = {
-        "model": name, "options": {}, "dataset": dataset, "seed": seed, "profile": profile,
+        "model": name, "options": {}, "n_classes": spec.n_classes, "in_channels": spec.in_shape[0],
+        "dataset": dataset, "seed": seed, "profile": profile,
         "config": config.as_dict(), "n_train": int(rows["n_train"].iloc[0]),
         "acc_pct": dict(zip(split, rows["value"].tolist(), strict=True)),
         "kept": f"{config.keep} epoch; test was seen once, after training", "seconds": rows["seconds"].iloc[0],
@@ -151,6 +153,49 @@ def ship(name: str, net: nn.Module, profile: str, seed: int) -> Path:
     path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
     models.save_checkpoint(path, net, record)
     return path
+
+
+def table(profile: str) -> pd.DataFrame:
+    """tab_float_training: the shipped networks, their size and test accuracy beside the group's published one."""
+    rows = results.read(REFERENCE, profile=profile)
+    if rows.empty:
+        return pd.DataFrame({"model": list(MODELS), "ours": tables.NOT_RUN})
+    compared = published.load().query("table == 'seed001' and method == 'float' and model in @rows.model.unique()")
+    out = tables.build(rows, compared, index=["model", "dataset"])
+    sizes = {labels.printed("model", name): _parameters(name) for name in set(rows["model"])}
+    out.insert(2, "parameters", [sizes.get(name, tables.NOT_RUN) for name in out["model"]])
+    return out
+
+
+def _parameters(name: str) -> str:
+    path = shipped(name)
+    return tables.NOT_RUN if path is None else f"{models.count_parameters(models.load_checkpoint(path)[0]):,}"
+
+
+def caption(profile: str) -> str:
+    """What tab_float_training shows, with profile, images and seeds."""
+    rows = results.read(REFERENCE, profile=profile)
+    counted = " and ".join(sorted({f"{n:,} test images" for n in rows["n_test"]})) or tables.NOT_RUN
+    claim = "Float test accuracy in percent of the shipped checkpoints, beside the group's published one"
+    return plotting.caption(claim, profile=profile, n=counted, seeds=sorted(set(rows["seed"])))
+
+
+def findings(profile: str) -> list[str]:
+    """The sentences that the rows of a profile support."""
+    lines = []
+    for row in results.read(REFERENCE, profile=profile).itertuples():
+        error = 100 * (row.value / 100 * (1 - row.value / 100) / row.n_test) ** 0.5
+        lines.append(
+            f"{row.model}: {row.value:.2f} % of {row.n_test:,} {row.dataset} test images (standard error {error:.2f}), "
+            f"one seed, {row.epochs} epochs on {row.n_train:,} images"
+        )
+    for (model, dataset), curve in history(profile).groupby(["model", "dataset"]):
+        first, last = curve.iloc[0], curve.iloc[-1]
+        lines.append(
+            f"{model}, trained here for {int(last.epoch)} epochs on {dataset}: loss {first.train_loss:.3f} -> "
+            f"{last.train_loss:.3f}, validation {first.val_acc_pct:.2f} -> {last.val_acc_pct:.2f} %"
+        )
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:

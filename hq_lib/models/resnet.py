@@ -1,6 +1,6 @@
 """ResNet-20/32/44/56 for CIFAR (He et al. 2016, arXiv:1512.03385, section 4.2).
 
-Three stages of n = (depth - 2) / 6 basic blocks with 16, 32 and 64 channels; strides 1, 2, 2; global average pooling;
+Three stages of n = (depth - 2) / 6 basic blocks with 16, 32 and 64 channels; strides 1, 2, 2; 8x8 average pooling;
 one linear layer. Where the shape changes, the shortcut is either
 
     option "A": every second pixel, new channels filled with zeros; no parameters
@@ -78,7 +78,7 @@ class ResNet(nn.Module):
         self.layer1 = self._stage(WIDTHS[0], WIDTHS[0], n_blocks, stride=1, option=option)
         self.layer2 = self._stage(WIDTHS[0], WIDTHS[1], n_blocks, stride=2, option=option)
         self.layer3 = self._stage(WIDTHS[1], WIDTHS[2], n_blocks, stride=2, option=option)
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = nn.AvgPool2d(8)
         self.linear = nn.Linear(WIDTHS[2], n_classes)
         self.apply(_init_he)
 
