@@ -15,7 +15,6 @@ from hq_lib.export_onnx.graph import Graph
 from hq_lib.integer import record as r
 from hq_lib.integer.record import TensorSpec
 
-
 _ZEROS = (("weight", "int8"), ("bias", "int32"))  # not shared: onnxruntime rewrites each layer's own
 
 

@@ -118,7 +118,9 @@ class _Walk:
         if isinstance(value, Pending) and isinstance(value.term, Average) and not value.clipped:
             self.values[node] = found = self.writer.exact_average(value.term, node.name)
             return found
-        bits = "policy.input_bits" if self.kinds.get(node) == "input" else "the policy"
+        if self.kinds[node] == "quantizer":  # switched off
+            node = node.all_input_nodes[0]
+        bits = "policy.input_bits" if self.kinds[node] == "input" else "the policy"
         raise LowerError(
             f"tensor {node.name!r} has no quantizer (or it is switched off), and {reader.name!r} reads it: "
             f"give it 16 bits or fewer in {bits}"

@@ -122,7 +122,7 @@ class Layer(Op):
 
     @property
     def weight_step(self) -> int:
-        """The largest power of two that divides every weight: ``weight // weight_step`` are the trained integers."""
+        """The largest power of two that divides every weight: ``weight // weight_step`` fits the trained bits."""
         common = int(np.bitwise_or.reduce(self.weight, axis=None))
         return common & -common if common else 1
 

@@ -23,8 +23,8 @@ BIAS_MAX = 2**30
 """Largest bias, and largest sum of products, that ``in_storage`` aims at: together they fit int32."""
 MIN_SCALE = 1e-25
 """Smallest real weight step that a batch norm leaves: products with float32 input scales stay normal numbers."""
-NORM_STEPS = 127
-"""The weight with which a batch norm becomes a depthwise layer; its bias then has 127 steps per input step."""
+NORM_STEPS = 2**14
+"""The weight (int16) with which a batch norm becomes a depthwise layer: its bias has so many steps per input step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ def with_norm(term: Product, norm: nn.Module) -> Product:
 
 
 def norm_product(name: str, norm: nn.Module, x: TensorSpec) -> Product:
-    """Return a batch norm that reads a known tensor, as a 1x1 depthwise convolution with weight 127."""
+    """Return a batch norm that reads a known tensor, as a 1x1 depthwise convolution with weights +-NORM_STEPS."""
     if len(x.shape) != 3:
         raise LowerError(f"batch norm {name!r} reads a tensor of shape {x.shape}; put it behind a layer, or fold it")
     n = x.shape[0]

@@ -1,0 +1,200 @@
+"""Lowering: agreement with the fake-quantized graph, what is fused into what, proofs, errors that name the place."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from integer_nets import NETS, POLICIES, images, quantized
+from torch import nn
+
+from hq_lib import data
+from hq_lib.graph import BitPolicy, calibrate, quantize, set_quantization
+from hq_lib.integer import LowerError, RecordError, agreement, lower, pixel_table, quantize_pixels, run
+from hq_lib.integer import record as r
+from hq_lib.integer.proof import accumulator_bound
+
+
+def small(net: nn.Module, policy: BitPolicy, size: int = 8, requantizer="float32"):
+    """``net`` quantized, calibrated on noise and lowered."""
+    x = images(16, size)
+    qnet = quantize(net.eval(), policy, x[:1])
+    calibrate(qnet, x)
+    return qnet, lower(qnet, requantizer=requantizer)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("net", NETS)
+def test_integers_are_at_most_one_step_from_the_fake_quantized_graph(net, policy):
+    qnet = quantized(net, policy)
+    found = agreement(qnet, lower(qnet), images(40, seed=99), forced=True)
+    assert {t.name for t in found.tensors} == {site.name for site in qnet.meta["sites"] if site.name in TENSORS(qnet)}
+    if policy != "a16":  # at 16 bits a step is near float32's own error in the graph
+        assert max(t.largest for t in found.tensors) <= 1
+        assert max(t.mismatch_pct for t in found.tensors) <= 4.0
+    assert found.same_top1_pct >= 95.0
+
+
+def TENSORS(qnet) -> set[str]:
+    acts = qnet.meta["acts"]
+    return {name for name, spec in acts.items() if not spec.is_float}
+
+
+def test_batch_norms_kept_or_folded_give_the_same_real_function():
+    logits = []
+    for bn in ("keep", "fold", "fold_train"):
+        policy = BitPolicy(weight="minmax:16", act="minmax:8", first_last_bits=None, bn=bn)
+        logits.append(run(lower(quantized("residual", policy)), images(20)))
+    assert np.allclose(logits[0], logits[1], atol=0.02 * np.abs(logits[0]).max())
+    assert np.allclose(logits[0], logits[2], atol=0.02 * np.abs(logits[0]).max())
+
+
+def test_a_norm_with_negative_gain_is_absorbed_by_the_weights_sign():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Linear(2, 2)
+            self.bn.weight.data = torch.tensor([-0.7, 0.0])
+            self.bn.bias.data = torch.tensor([0.1, 0.4])
+
+        def forward(self, x):
+            return self.fc(F.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+    qnet, model = small(Net(), BitPolicy())
+    conv = model.op("conv")
+    assert (conv.requant.multiplier >= 0).all()
+    assert (conv.weight[1] == 0).all()  # gain 0: a constant channel
+    assert agreement(qnet, model, images(8, 8), forced=True).tensors[1].largest <= 1
+
+
+def test_ops_of_the_two_placements():
+    deploy, academic = lower(quantized("residual", "w8a8")), lower(quantized("residual", "academic"))
+    assert sum(isinstance(op, r.Add) for op in deploy.ops) == 2
+    assert not any(isinstance(op, r.Add) for op in academic.ops)
+    fused = [op for op in academic.layers() if op.residual is not None]
+    assert [op.name for op in fused] == ["conv2", "conv3"]
+    assert academic.tensors[fused[0].residual.tensor].dtype == "int32"
+    assert academic.tensors[fused[1].residual.tensor].dtype == "uint8"
+
+
+def test_low_bit_weights_fill_int8_and_remember_their_step():
+    qnet = quantized("residual", "w4a4")
+    layer, quantizer = lower(qnet).op("conv1"), qnet.get_submodule("conv1").weight_quantizer
+    assert layer.weight.dtype == np.int8
+    assert np.abs(layer.weight).max() >= 64
+    trained = quantizer.to_int(qnet.get_submodule("conv1").effective_weight()).numpy()
+    stored = layer.weight // layer.weight_step
+    signs = np.sign(stored * trained).reshape(len(trained), -1)
+    assert np.array_equal(np.abs(stored), np.abs(trained))
+    assert all(len(set(row[row != 0])) <= 1 for row in signs)  # a norm may flip a whole channel, no single weight
+
+
+def test_a_grid_without_zero_is_stored_in_int16():
+    model = lower(quantized("residual", "dorefa"))
+    assert model.op("conv1").weight.dtype == np.int16
+    assert model.op("conv1").weight_bits == 8
+
+
+def test_relu6_and_clips_are_the_ends_of_the_output_range():
+    model = lower(quantized("mobile", "w8a8"))
+    grouped = model.tensors["grouped"]
+    ends = [float(grouped.scale) * (q - grouped.zero_point) for q in (grouped.qmin, grouped.qmax)]
+    assert ends == pytest.approx([-0.5, 0.75], abs=float(grouped.scale))
+    assert model.tensors["depth"].qmin == 0
+
+
+def test_a_dead_channel_keeps_its_bias():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 2))
+    with torch.no_grad():
+        net[0].weight[0] = 0.0
+        net[0].weight[1] *= 1e-9
+        net[0].bias.copy_(torch.tensor([0.5, 0.25, 0.0]))
+    qnet, model = small(net, BitPolicy(), size=4)
+    out, values = model.tensors["0"], {}
+    run(model, images(2, 4), watch=lambda op, v: values.update({op.output: v}))
+    for channel, bias in ((0, 0.5), (1, 0.25)):
+        assert np.unique(values["0"][:, channel]).tolist() == [round(bias / float(out.scale))]
+    assert agreement(qnet, model, images(8, 4)).same_top1_pct == 100.0
+
+
+def test_fixed_logits_have_one_scale_so_that_integers_alone_decide():
+    model = lower(quantized("residual", "w8a8"), requantizer="fixed")
+    out, values = model.tensors[model.output], {}
+    logits = run(model, images(20), watch=lambda op, v: values.update({op.output: v}))
+    assert out.scale.shape == ()
+    assert np.array_equal(values[model.output].argmax(1), logits.argmax(1))
+
+
+def test_accumulators_never_exceed_their_proved_bound():
+    model, worst = lower(quantized("mobile", "w8a8")), {}
+    from hq_lib.integer.sums import products
+
+    def engine(op, x, spec):
+        acc = products(op, x, spec)
+        worst[op.name] = (np.abs(acc).max(), accumulator_bound(op, spec).max())
+        return acc
+
+    run(model, images(50) * 100, products=engine)
+    assert all(seen <= bound < 2**31 for seen, bound in worst.values())
+
+
+def test_an_accumulator_that_could_overflow_is_refused_with_layer_and_bound():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.constant_(net[1].weight, 1.0)
+    policy = BitPolicy(weight="minmax:16", act="minmax:16", first_last_bits=16, input_bits=16)
+    with pytest.raises(RecordError, match=r"'1'.*channel \d can reach [\d,]+.*int32"):
+        small(net, policy)
+
+
+class Product(nn.Module):
+    """A squeeze-and-excitation in miniature."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc((self.conv(x) * torch.sigmoid(self.gate(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (BitPolicy(placement="academic"), "'x'.*no quantizer.*policy.input_bits"),
+        (BitPolicy(overrides={"conv1": {"weight": "float"}}), "layer 'conv1'.*weight is in float"),
+        (BitPolicy(overrides={"conv1": {"act": "float"}}), "no quantizer.*conv2"),
+        (BitPolicy(act="lsq:1", first_last_bits=8), "1-bit grid"),
+    ],
+)
+def test_what_stands_in_the_way_is_named(policy, message):
+    with pytest.raises(LowerError, match=message):
+        lower(quantized("residual", policy))
+
+
+def test_a_quantizer_that_is_switched_off_is_named():
+    qnet = quantized("residual", "w8a8")
+    set_quantization(qnet, weights=True, acts=False)
+    with pytest.raises(LowerError, match=r"'x'.*switched off"):
+        lower(qnet)
+
+
+def test_products_of_tensors_and_unknown_requantizers_are_refused():
+    with pytest.raises(LowerError, match="sigmoid"):
+        small(Product(), BitPolicy())
+    with pytest.raises(LowerError, match="'float64'"):
+        lower(quantized("residual", "w8a8"), requantizer="float64")  # type: ignore[arg-type]
+
+
+def test_raw_pixels_by_table_equal_normalised_images(digits):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10))
+    x = data.normalize(digits.images[:64], digits.spec)
+    qnet = quantize(net.eval(), BitPolicy(), x[:1])
+    calibrate(qnet, x)
+    model = lower(qnet, images=digits.spec)
+    from hq_lib.integer import quantize as to_integers
+
+    assert pixel_table(model).shape == (3, 256)
+    assert np.array_equal(quantize_pixels(model, digits.images[:64].numpy()), to_integers(model, x))
+    found = agreement(qnet, model, digits.subset(list(range(64))))
+    assert abs(found.fake_quant_acc_pct - found.integer_acc_pct) <= 100 / 64
+    with pytest.raises(RecordError, match="images=spec"):
+        pixel_table(lower(qnet))
