@@ -68,15 +68,6 @@ def find_layer(norm: fx.Node) -> tuple[fx.Node, Kind] | str:
     return f"{before}, and {after}" if isinstance(after, str) else after
 
 
-def chain_between(layer: fx.Node, norm: fx.Node) -> list[fx.Node]:
-    """Return ``layer`` and the identities between it and the batch norm ``norm`` that it feeds."""
-    node, chain = norm, []
-    while node is not layer:
-        node = node.all_input_nodes[0]
-        chain.append(node)
-    return chain
-
-
 def _layer_before(norm: fx.Node, bn: _BatchNorm) -> tuple[fx.Node, Kind] | str:
     node = norm.all_input_nodes[0]
     shared = node if len(node.users) > 1 else None

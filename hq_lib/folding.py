@@ -234,8 +234,8 @@ def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> 
         return _kept(_norm_name(norm), found)
     node, kind = found
     name, bn = str(node.target), str(norm.target)
-    layer = copy.deepcopy(gm.get_submodule(name))
-    if not _absorb(layer, gm.get_submodule(bn), kind):
+    layer = _absorbed(gm.get_submodule(name), gm.get_submodule(bn), kind)
+    if layer is None:
         return _kept(bn, "the folded weights are not finite: look at its statistics and at the weights' dtype")
     if kind.endswith("_bn"):
         same_value[name] = norm.name
@@ -248,15 +248,12 @@ def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> 
     return FoldRow(name, bn, kind, "folded", "")
 
 
-def _absorb(layer: nn.Module, bn: nn.Module, kind: Kind) -> bool:
-    """Give ``layer`` the weight and bias that make up for ``bn``; False, and no change, where they are not finite."""
+def _absorbed(layer: nn.Module, bn: nn.Module, kind: Kind) -> nn.Module | None:
+    """Return a copy of ``layer`` with the weight and bias that make up for ``bn``; None where they are not finite."""
     assert isinstance(layer, Layer)
     assert isinstance(bn, _BatchNorm)
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    for name in ("weight", "bias"):
-        if parametrize.is_parametrized(layer, name):
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     folded = folded_weight_bias(
         _wide(layer.weight),
         None if layer.bias is None else _wide(layer.bias),
@@ -270,10 +267,20 @@ def _absorb(layer: nn.Module, bn: nn.Module, kind: Kind) -> bool:
     )
     weight, bias = (value.to(layer.weight) for value in folded)
     if not (weight.isfinite().all() and bias.isfinite().all()):
-        return False
+        return None
     grad = layer.weight.requires_grad
-    layer.weight, layer.bias = nn.Parameter(weight, grad), nn.Parameter(bias, grad)
-    return True
+    plain = _plain_copy(layer)
+    plain.weight, plain.bias = nn.Parameter(weight, grad), nn.Parameter(bias, grad)
+    return plain
+
+
+def _plain_copy(layer: nn.Module) -> nn.Module:
+    """Return a copy without parametrizations (weight norm), whose removal would strip the original's class too."""
+    copied = copy.deepcopy(layer)
+    if parametrize.is_parametrized(copied):
+        copied.__class__ = parametrize.type_before_parametrizations(copied)
+        del copied.parametrizations
+    return copied
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -77,12 +77,13 @@ def unwrap(net: nn.Module) -> nn.Module:
 def propagate(gm: fx.GraphModule, example: Example) -> None:
     """Write ``meta["shape"]`` (torch.Size) and ``meta["dtype"]`` on every node of ``gm`` whose value is a tensor.
 
-    One forward pass of ``example`` without gradients, in eval mode (no running statistic moves); modes are restored.
+    One forward pass of ``example`` without gradients, in eval mode: no running statistic moves, nor the CPU's random
+    state; modes are restored.
 
     Raises:
         ValueError: names the layer that does not accept its input, and that input's shape.
     """
-    with eval_mode(gm), torch.no_grad():
+    with eval_mode(gm), torch.no_grad(), torch.random.fork_rng(devices=[]):
         NodeWatcher(gm, _write_shape).run(*as_inputs(example))
 
 
@@ -200,7 +201,7 @@ def _with_modes_of(net: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _check_known(asked: Iterable[str], known: Iterable[str], what: str) -> None:
-    known = list(known)
+    known = [name for name in known if name]
     for name in asked:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or known[:8]
