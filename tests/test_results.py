@@ -360,6 +360,13 @@ def test_promotion_prefers_full_to_quick_and_long_to_short():
     assert the_file("full").read_bytes() == once
 
 
+def test_a_quick_row_measured_again_replaces_its_reference():
+    for value in (70.0, 80.0):
+        results.append("qat", [a_row(value=value)], profile="quick")
+        results.promote("qat")
+    assert results.read("qat", profile="full")["value"].tolist() == [80.0]
+
+
 def test_promoting_full_drops_what_is_superseded():
     results.append("qat", [a_row(epochs=e, value=float(e)) for e in (1, 5, 3)], profile="full")
     assert results.promote("qat", from_profile="full") == 1
