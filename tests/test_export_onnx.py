@@ -3,13 +3,14 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from integer_nets import NETS, POLICIES, images, quantized
 from onnx import TensorProto, numpy_helper
 
 from hq_lib import data, models
 from hq_lib.export_onnx import ExportError, export, run, save, session
 from hq_lib.graph import BitPolicy, calibrate, quantize
-from hq_lib.integer import lower
+from hq_lib.integer import agreement, lower
 from hq_lib.integer import run as run_numpy
 
 
@@ -18,6 +19,21 @@ from hq_lib.integer import run as run_numpy
 def test_onnxruntime_gives_numpy_s_bits(net, policy):
     imodel, x = lower(quantized(net, policy)), images(60, seed=5)
     assert np.array_equal(run(session(export(imodel)), x), run_numpy(imodel, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet20", "toynet", "mobilenetv2"])
+def test_every_network_of_the_workbook_lowers_and_agrees(name, bits):
+    torch.manual_seed(0)
+    net, x = models.build(name), torch.randn(6, *((1, 28, 28) if name == "lenet" else (3, 32, 32)))
+    with torch.no_grad():
+        net.train()(x)  # statistics for its batch norms
+    qnet = quantize(net.eval(), BitPolicy(weight=f"minmax:{bits}", act=f"minmax:{bits}"), x[:1])
+    calibrate(qnet, x)
+    imodel = lower(qnet)
+    assert np.array_equal(run(session(export(imodel)), x), run_numpy(imodel, x))
+    assert max(t.largest for t in agreement(qnet, imodel, x, forced=True).tensors) <= 1
 
 
 def kinds(path) -> list[str]:

@@ -161,7 +161,7 @@ def _conv(op: r.Conv, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[in
 def _linear(op: r.Linear, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
     _need(isinstance(op.weight, np.ndarray) and op.weight.ndim == 2, f"{op.name!r}: weight must have 2 axes")
     x = inputs[0].shape
-    _need(len(x) <= 2 and x[-1] == op.weight.shape[1], f"{op.name!r}: input {x}, weight {op.weight.shape}")
+    _need(len(x) <= 2 and x[-1:] == op.weight.shape[1:], f"{op.name!r}: input {x}, weight {op.weight.shape}")
     _check_array(op.weight, "int8|int16", [op.weight.shape], f"{op.name!r}, weight")
     _layer(op, inputs, out)
     return (*x[:-1], op.weight.shape[0])
@@ -169,8 +169,8 @@ def _linear(op: r.Linear, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tupl
 
 def _window(op: Any, x: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, int]) -> tuple[int, int]:
     top, left, bottom, right = _sizes(op, op.padding, 4, 0)
-    stride, dilation, kernel = _sizes(op, op.stride, 2, 1), _sizes(op, dilation, 2, 1), _sizes(op, kernel, 2, 1)
-    spans = (x[1] + top + bottom - dilation[0] * (kernel[0] - 1), x[2] + left + right - dilation[1] * (kernel[1] - 1))
+    stride, (d_h, d_w), (k_h, k_w) = (_sizes(op, sizes, 2, 1) for sizes in (op.stride, dilation, kernel))
+    spans = (x[1] + top + bottom - d_h * (k_h - 1), x[2] + left + right - d_w * (k_w - 1))
     _need(min(spans) >= 1, f"{op.name!r}: the window is larger than its padded input {x}")
     return (spans[0] - 1) // stride[0] + 1, (spans[1] - 1) // stride[1] + 1
 
@@ -187,7 +187,7 @@ def _add(op: r.Add, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int,
     for requant in op.requants:
         _check_requant(requant, 1, repr(op.name), top=30)
     _need(op.requants[0].shift[0] == op.requants[1].shift[0], f"{op.name!r}: its inputs have one shift")
-    _need(isinstance(op.offset, np.float32) and bool(np.isfinite(op.offset)), f"{op.name!r}: offset")
+    _need(type(op.offset) is np.float32 and bool(np.isfinite(op.offset)), f"{op.name!r}: offset")
     prove_add(op, a, b)
     return a.shape
 

@@ -179,7 +179,8 @@ def _avg_pool(
     if op.kernel == x.shape[2:] and not any(op.padding):
         acc = x.sum((2, 3), keepdims=True, dtype=np.int32)
     else:
-        acc = sum(taps(padded(x, op.padding), op.kernel, op.stride, (1, 1)))
+        first, *rest = taps(padded(x, op.padding), op.kernel, op.stride, (1, 1))
+        acc = sum(rest, start=first)
     if op.requant is None:
         return (acc + np.int32(out.zero_point)).astype(out.dtype)
     return requantize([(acc, op.requant)], out, requantizer)

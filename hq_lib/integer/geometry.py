@@ -165,7 +165,7 @@ def pieces(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> tuple[i
 
 def slices(node: fx.Node, shape: tuple[int, ...]) -> list[slice]:
     """Return the slices, with their ends filled in, that an indexing such as ``x[:, :, ::2, ::2]`` takes per axis."""
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     simple = all(isinstance(i, slice) for i in index) and index[:1] == (slice(None),) and len(index) <= len(shape) + 1
     if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
         raise LowerError(f"{node.name!r}: only slices such as x[:, :, ::2, ::2] have an integer form, not {index}")
@@ -189,7 +189,7 @@ def permutation(node: fx.Node, gm: fx.GraphModule, rank: int) -> tuple[int, ...]
         axes = list(range(rank))
         axes[first], axes[second] = second, first
         return tuple(axes)
-    dims = node.kwargs.get("dims", node.args[1:])
+    dims: Any = node.kwargs.get("dims", node.args[1:])
     dims = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else list(dims)
     if dims[0] % (rank + 1) != 0:
         raise LowerError(f"{node.name!r}: moves the batch axis")
