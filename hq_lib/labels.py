@@ -17,8 +17,9 @@ METHOD_LABELS = {
 MODEL_LABELS = {
     "lenet": "LeNet", "vgg_small": "VGG-Small", "vgg11": "VGG-11", "resnet20": "ResNet-20", "resnet32": "ResNet-32",
     "resnet44": "ResNet-44", "resnet56": "ResNet-56", "toynet": "ToyNet", "mobilenetv2": "MobileNetV2",
+    "mobilenetv2_seed": "MobileNetV2 (seed form)", "mobilenetv2_imagenet": "MobileNetV2 (ImageNet)",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnet101": "ResNet-101", "regnetx_600m": "RegNetX-600M",
-    "mnasnet2_0": "MNASNet-2.0",
+    "mnasnet2_0": "MNASNet-2.0", "efficientnet_lite0": "EfficientNet-Lite0",
 }  # fmt: skip
 _PRINTED = {"method": METHOD_LABELS, "model": MODEL_LABELS}
 

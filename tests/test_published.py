@@ -36,8 +36,8 @@ def values(**wanted):
         ("imagenet_ptq", "resnet18", "float", 32, 32, [71.01, 71.06, 71.06, 71.08]),
         ("imagenet_ptq", "resnet50", "aciq", 4, 4, [73.33, 73.8, 74.2]),
         ("imagenet_ptq", "resnet50", "aciq", 8, 4, [71.40]),
-        ("imagenet_ptq", "mobilenetv2", "lapq", 4, 4, [49.7]),
-        ("imagenet_ptq", "mobilenetv2", "adaround", 3, 3, [33.61]),
+        ("imagenet_ptq", "mobilenetv2_imagenet", "lapq", 4, 4, [49.7]),
+        ("imagenet_ptq", "mobilenetv2_imagenet", "adaround", 3, 3, [33.61]),
         ("imagenet_ptq", "mnasnet2_0", "brecq", 2, 4, [63.01]),
         ("imagenet_ptq", "resnet18", "qdrop", 2, 2, [50.73, 51.14, 51.42, 51.69]),
         ("imagenet_ptq", "resnet101", "qdrop", 4, 4, [72.98]),
@@ -50,11 +50,11 @@ def values(**wanted):
         ("imagenet_qat", "resnet18", "lsq", 2, 2, [66.31]),
         ("imagenet_qat", "resnet50", "dorefa", 4, 4, [75.42]),
         ("imagenet_qat", "resnet18", "dsq", 4, 4, [69.54, 69.56]),
-        ("imagenet_qat", "mobilenetv2", "dsq", 4, 4, [64.80]),
+        ("imagenet_qat", "mobilenetv2_imagenet", "dsq", 4, 4, [64.80]),
         # the repositories behind the workbook
         ("seed001", "resnet20", "dorefa_hw", 8, 8, [90.05, 90.477, 92.021, 92.344]),
         ("seed001", "resnet20", "pact", 4, 4, [91.05]),
-        ("seed001", "mobilenetv2", "mpact", 8, 8, [93.084, 93.86]),
+        ("seed001", "mobilenetv2_seed", "mpact", 8, 8, [93.084, 93.86]),
         ("seed001", "toynet", "mpact", 8, 8, [68.93, 71.97, 91.05, 91.366, 91.41, 91.416]),
         ("captq", "resnet101", "captq_qdrop", 2, 4, [71.18, 73.276, 74.264]),
         # measured by the project on official code
@@ -68,9 +68,16 @@ def test_spot_values(table, model, method, w_bits, a_bits, expected):
 
 
 def test_a_whole_line_of_the_imagenet_table():
-    models = ["resnet18", "resnet50", "resnet101", "mobilenetv2", "regnetx_600m", "mnasnet2_0"]
+    models = ["resnet18", "resnet50", "resnet101", "mobilenetv2_imagenet", "regnetx_600m", "mnasnet2_0"]
     line = published.lookup(table="imagenet_ptq", method="captq_qdrop", w_bits=2, a_bits=2).set_index("model")["value"]
     assert line[models].tolist() == [55.26, 59.84, 64.32, 14.47, 42.55, 29.74]
+
+
+def test_models_are_those_that_the_library_builds():
+    from hq_lib import models
+
+    other_widths = {"mobilenetv2_x0_5", "mobilenetv2_x1_4"}
+    assert set(published.load()["model"]) <= {*models.names(), *other_widths}
 
 
 def test_ambiguous_cells_are_two_rows_that_say_so():
