@@ -24,9 +24,8 @@ def needs(notebook):
     return [f"notebooks/{notebook}.ipynb", *dependencies.of_notebook(f"notebooks/{notebook}.ipynb")]
 
 
-def execute(notebook):
-    """The papermill call of a notebook; the executed copy is kept when it fails."""
-    return f"papermill --log-output --no-progress-bar notebooks/{notebook}.ipynb {{log}} -p profile {PROFILE}"
+# `log` is the executed copy, kept when the notebook fails
+EXECUTE = "papermill --log-output --no-progress-bar notebooks/{params.notebook}.ipynb {log} -p profile {params.profile}"
 
 
 rule all:
@@ -41,8 +40,9 @@ for notebook in MAKERS:
         input: needs(notebook)
         output: made_by(notebook)
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
-        message: f"running notebook {notebook} ({PROFILE})"
-        shell: execute(notebook)
+        params: notebook=notebook, profile=PROFILE
+        message: "running notebook {params.notebook} ({params.profile})"
+        shell: EXECUTE
 
 
 for notebook in READERS:
@@ -52,8 +52,9 @@ for notebook in READERS:
         input: needs(notebook), *[made_by(other) for other in MAKERS]
         output: touch(f"{BUILD}/notebooks/{notebook}.done")
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
-        message: f"running notebook {notebook} ({PROFILE})"
-        shell: execute(notebook)
+        params: notebook=notebook, profile=PROFILE
+        message: "running notebook {params.notebook} ({params.profile})"
+        shell: EXECUTE
 
 
 rule share:

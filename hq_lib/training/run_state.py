@@ -3,27 +3,17 @@
 Everything is written to a temporary file and renamed, so that a kill at any moment leaves the last complete epoch.
 """
 
+import io
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hq_lib import atomic
+
 STATE, LOG, CONFIG = "state.pt", "log.jsonl", "config.json"
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls ``write(temporary path)``, flushes it to disk and renames it to ``path``."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(fresh)
-        with open(fresh, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
@@ -38,7 +28,7 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
     if known.exists():
         _check_identity(json.loads(known.read_text()), json.loads(json.dumps(identity)), folder)
     else:
-        write_atomically(known, lambda p: p.write_text(json.dumps(identity, indent=1)))
+        atomic.write_text(known, json.dumps(identity, indent=1))
     state = folder / STATE
     if not state.exists():
         return None
@@ -56,6 +46,7 @@ def _check_identity(old: dict[str, object], new: dict[str, object], folder: Path
 
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Writes the state, then the log that belongs to it."""
-    write_atomically(folder / STATE, lambda p: torch.save(state, p))
-    lines = "".join(json.dumps(row) + "\n" for row in state["history"])
-    write_atomically(folder / LOG, lambda p: p.write_text(lines))
+    content = io.BytesIO()
+    torch.save(state, content)
+    atomic.write_bytes(folder / STATE, content.getvalue())
+    atomic.write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in state["history"]))
