@@ -170,6 +170,22 @@ def test_read_noise_of_the_output_is_exact_and_uncorrelated(circuit):
     assert np.abs(correlation).max() < SIGMAS / math.sqrt(n)
 
 
+@pytest.mark.parametrize("path", ["auto", "converted"])
+@pytest.mark.parametrize("drive", [Drive(), Drive("serial")], ids=["analog", "serial"])
+def test_state_dependent_read_noise_has_its_own_variance_per_cell(path, drive):
+    """Flicker noise of two cells by hand: one at the top of the window, one idle, in a column of one weight."""
+    circuit = Circuit(Device("f", "t", 0.0, 25.0, read=PCM_NANDAKUMAR.read), drive=drive, path=path)
+    engine = SimEngine(circuit)
+    handle = engine.load(np.array([[7], [3]]), 1.0, "a", w_bits=4, x_bits=4)
+    engine.set_time(1000.0)
+    sigma = PCM_NANDAKUMAR.read_variance(torch.tensor([25.0, 25 * 3 / 7], dtype=torch.float64), 1000.0).sqrt() / 25 * 7
+    power = [5**2, 9**2] if drive.mode == "analog" else [1 + 4**2, 1 + 8**2]
+    n = 20_000
+    y = engine.measure(handle, np.tile([5, 9], (n, 1)))
+    want = float(sum(p * s**2 for p, s in zip(power, sigma, strict=True)))
+    assert float(y.var()) == pytest.approx(want, rel=SIGMAS * math.sqrt(2 / n))
+
+
 def test_a_shared_reference_column_correlates_all_outputs():
     w, x = np.array([[3, -2]]), np.full((20_000, 1), 7)
     for path in ("auto", "converted"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,37 @@ _FLOAT64_BITS = 52  # of a sum; what inputs and their number leave is kept per e
 _LEAST_GRID_BITS = 20
 
 
+class Variance:
+    """Read variance of a matrix of cells, and what it makes of driven inputs.
+
+    Where all cells of a column have the same variance (state-independent noise), the output's spread is
+    sqrt(sum x^2) times a row of numbers, and the second product is one column instead of a matrix.
+
+    Args:
+        matrix: (K, M), squared output units per squared input step.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        equal = len(matrix) > 0 and bool((matrix == matrix[:1]).all())
+        self._row = matrix[0].sqrt() if equal else None
+
+    @property
+    def n_columns(self) -> int:
+        """Columns M."""
+        return self.matrix.shape[1]
+
+    def scale_(self, normals: Tensor, times: Callable[[Tensor], Tensor]) -> Tensor:
+        """``normals`` (rows, M), multiplied in place by the standard deviations of the outputs.
+
+        Args:
+            times: multiplies the squares of the driven inputs by a (K, .) matrix.
+        """
+        if self._row is None:
+            return normals.mul_(times(self.matrix).sqrt_())
+        return normals.mul_(times(self.matrix.new_ones(len(self.matrix), 1)).sqrt_()).mul_(self._row)
+
+
 @dataclass(frozen=True, eq=False)
 class Tile:
     """The part of a layer that sits in one row of arrays."""
@@ -36,7 +68,7 @@ class Tile:
     """(R, Q N), converter codes per input step; plane-major columns."""
     shift: Tensor | None
     """(Q N,), converter offsets in codes, or None."""
-    variance: Tensor | None
+    variance: Variance | None
     """(R, Q N [+ Q]), squared codes per squared input step; the last Q columns are the reference column's."""
     _ready: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
@@ -45,11 +77,16 @@ class Tile:
         product = self._times(driven, "matrix", self.matrix)
         return product if self.shift is None else product.add_(self.shift)
 
-    def spread(self, driven: Operand) -> Tensor | None:
-        """(rows, Q N [+ Q]) standard deviation of read noise in codes, or None for noiseless reads."""
+    def noise(self, power: Callable[[], Operand], normals: Callable[[], Normals]) -> Tensor | None:
+        """(rows, Q N [+ Q]) one draw of read noise in codes, or None for noiseless reads.
+
+        Args:
+            power: gives the squares of the driven inputs; ``normals`` the sequence to draw from.
+        """
         if self.variance is None:
             return None
-        return self._times(driven.map(torch.square), "variance", self.variance).clamp_min_(0).sqrt_()
+        drawn = normals().draw(power().n_rows, self.variance.n_columns, self.matrix.dtype)
+        return self.variance.scale_(drawn, lambda matrix: self._times(power(), "variance", matrix))
 
     def _times(self, driven: Operand, name: str, matrix: Tensor) -> Tensor:
         key = (name, *driven.layout)
@@ -92,22 +129,22 @@ class Reader:
         total = torch.zeros(x.n_rows, self.coefficient.numel(), dtype=self._sum_dtype(dtype))
         for b, step in enumerate(self.steps):
             driven = x.map(lambda v, step=step: step.digits(v).to(dtype))
+            power = cache(lambda d=driven, step=step: d if step.mask == 1 else d.map(torch.square))
             for t, tile in enumerate(self.tiles):
                 codes = tile.currents(driven)
-                self._add_noise_(codes, tile.spread(driven), lambda b=b, t=t: noise(b, t))
+                self._add_noise_(codes, tile.noise(power, lambda b=b, t=t: noise(b, t)))
                 if self.adc is not None:
                     n_saturated += self.adc.convert_(codes, self.signed)
                 total.add_(codes, alpha=step.factor)
         return self._combine(x, total), n_saturated
 
-    def _add_noise_(self, codes: Tensor, spread: Tensor | None, normals: Callable[[], Normals]) -> None:
-        """Nothing; adds one draw of read noise to ``codes`` (rows, Q N)."""
-        if spread is None:
+    def _add_noise_(self, codes: Tensor, noise: Tensor | None) -> None:
+        """Nothing; adds ``noise`` (rows, Q N [+ Q]) to ``codes`` (rows, Q N)."""
+        if noise is None:
             return
-        spread *= normals().draw(*spread.shape, spread.dtype)
-        codes += spread[:, : codes.shape[1]]
+        codes += noise[:, : codes.shape[1]]
         if self.reference is not None:
-            codes -= (spread[:, codes.shape[1] :, None] * self.reference).flatten(1)
+            codes -= (noise[:, codes.shape[1] :, None] * self.reference).flatten(1)
 
     def _combine(self, x: Operand, total: Tensor) -> Tensor:
         """(rows, N) outputs from summed codes (rows, Q N): slices, signs and the digital offset."""

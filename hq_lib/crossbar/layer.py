@@ -12,7 +12,7 @@ from hq_lib.crossbar.cells import Cells
 from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.circuit import Circuit
 from hq_lib.crossbar.engine import Handle, exact_dtype
-from hq_lib.crossbar.execution import Reader, Tile, is_whole, on_grid, snap
+from hq_lib.crossbar.execution import Reader, Tile, Variance, is_whole, on_grid, snap
 from hq_lib.crossbar.streams import stream
 from hq_lib.crossbar.wires import WireCache
 
@@ -114,14 +114,14 @@ class Layer:
             return weight.to(exact_dtype(weight, self.handle))
         return self._final(weight)
 
-    def _output_variance(self) -> Tensor | None:
+    def _output_variance(self) -> Variance | None:
         """(K, N [+ 1]): output variance per squared input; the last column is the reference column's, in fractions."""
         if self.variance is None:
             return None
         own = self.variance @ self.plan.weight.square() / self.plan.gain.square()
         if self.shared is not None:
             own = torch.cat([own, (self.shared @ self.plan.weight.square())[:, None]], 1)
-        return self._final(own, squared=True)
+        return Variance(self._final(own, squared=True))
 
     def _final(self, matrix: Tensor, *, squared: bool = False) -> Tensor:
         """``matrix`` in the precision of the circuit; ``squared`` if it multiplies squares of inputs."""
@@ -181,7 +181,7 @@ class Layer:
             gain, offset = torch.randn(2, matrix.shape[1], generator=generator, dtype=torch.float64)
             matrix = matrix * (1 + adc.gain_sigma * gain)
             shift = adc.offset_sigma_lsb * offset if adc.offset_sigma_lsb else None
-        return Tile(rows.start, matrix, shift, variance)
+        return Tile(rows.start, matrix, shift, None if variance is None else Variance(variance))
 
     def _cast(self, tiles: list[Tile]) -> list[Tile]:
         """float64 ``tiles`` in the precision of the circuit; as they are if a whole-number one would lose digits."""
@@ -189,4 +189,7 @@ class Layer:
             return tiles
         dtype = getattr(torch, self.circuit.precision)
         return [Tile(t.start, self._final(t.matrix), None if t.shift is None else t.shift.to(dtype),
-                     None if t.variance is None else self._final(t.variance, squared=True)) for t in tiles]
+                     self._cast_variance(t.variance)) for t in tiles]
+
+    def _cast_variance(self, variance: Variance | None) -> Variance | None:
+        return None if variance is None else Variance(self._final(variance.matrix, squared=True))

@@ -88,12 +88,12 @@ class SimEngine(Engine):
         if layer.noise is None:
             return raw
         n, drive = layer.plan.n_outputs, self.circuit.drive
-        spread = x.map(lambda v: drive.power(v, handle.x_bits, handle.x_signed)).product(layer.noise)
-        spread.clamp_min_(0).sqrt_()
-        spread *= self._normals(handle.name, "read").draw(*spread.shape, spread.dtype)
-        raw += spread[:, :n]
-        if spread.shape[1] > n:
-            raw -= spread[:, n:] * layer.noise_scale.to(raw.dtype)
+        power = x.map(lambda v: drive.power(v, handle.x_bits, handle.x_signed))
+        drawn = self._normals(handle.name, "read").draw(x.n_rows, layer.noise.n_columns, layer.noise.matrix.dtype)
+        noise = layer.noise.scale_(drawn, power.product)
+        raw += noise[:, :n]
+        if noise.shape[1] > n:
+            raw -= noise[:, n:] * layer.noise_scale.to(raw.dtype)
         return raw
 
     def _program(self, handle: Handle) -> None:
@@ -102,7 +102,9 @@ class SimEngine(Engine):
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         layer = self.layer(handle)
         if layer.path == "collapsed":
-            return self.add_noise_(handle, x, x.product(layer.weight))
+            analog = self.circuit.drive.mode == "analog"  # then powers are squares of the numbers just converted
+            driven = x.map(lambda v: v.to(layer.weight.dtype)) if analog else x
+            return self.add_noise_(handle, driven, driven.product(layer.weight))
         y, n_saturated = layer.reader.read(x, lambda b, t: self._normals(handle.name, "read", b, t))
         layer.n_conversions += layer.reader.n_conversions * x.n_rows
         layer.n_saturated += n_saturated
