@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data
+from hq_lib.quantizers import act_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
 from hq_lib.training.config import lr_factor, parameter_groups, sgd
 
@@ -173,17 +174,14 @@ def test_no_weight_decay_on_norms_and_biases():
     assert sum(len(g["params"]) for g in groups) == 6
 
 
-def test_a_module_states_its_own_settings():
-    class Clip(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.alpha = nn.Parameter(torch.tensor(6.0))
-
-        def parameter_settings(self):
-            return {"alpha": {"lr_factor": 0.1, "weight_decay": 0.03}}
-
-    groups = sgd(nn.Sequential(nn.Linear(2, 2), Clip()), CONFIG).param_groups
-    assert [(g["lr_factor"], g["weight_decay"]) for g in groups if g["params"][0].ndim == 0] == [(0.1, 0.03)]
+def test_a_quantizers_parameters_follow_their_tags():
+    clip = act_quantizer("pact", 4, signed=False)
+    tag = clip.tags["alpha"]
+    groups = sgd(nn.Sequential(nn.Linear(2, 2), clip), CONFIG).param_groups
+    [group] = [g for g in groups if any(p is clip.alpha for p in g["params"])]
+    assert group["lr_factor"] == tag.lr_factor
+    assert group["weight_decay"] == (CONFIG.weight_decay if tag.decay else 0)
+    assert sum(len(g["params"]) for g in groups) == 3
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from hq_lib.training import predict
 STUDY, RANGES = "bn_fold", "bn_ranges"
 TRAINED = ("resnet20", "toynet", "lenet")
 UNTRAINED = (
-    "vgg11", "mobilenetv2", "mobilenetv2_seed", "resnet18", "resnet50", "mobilenetv2_imagenet", "regnetx_600m",
-    "mnasnet2_0",
+    "resnet56", "vgg11", "vgg_small", "mobilenetv2", "mobilenetv2_seed", "resnet18", "resnet50", "resnet101",
+    "mobilenetv2_imagenet", "regnetx_600m", "mnasnet2_0",
 )  # fmt: skip
 SMOKE = ("resnet20", "toynet")
 BN = nn.modules.batchnorm._BatchNorm
@@ -31,23 +31,27 @@ BN = nn.modules.batchnorm._BatchNorm
 def run(profile: str, *, trained: Sequence[str] = TRAINED, untrained: Sequence[str] = UNTRAINED) -> pd.DataFrame:
     """Folds every network and appends the errors (and accuracies) to ``bn_fold.csv``; returns its rows."""
     smoke = paths.check_profile(profile) == "smoke"
-    for name in (n for n in trained if not smoke or n in SMOKE):
-        _trained(name, profile)
-    for name in () if smoke else untrained:
-        net = models.build(name)
-        randomize_statistics(net, torch.Generator().manual_seed(0))
-        size = 64 if name in models.imagenet_names() else 32
-        example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-        _append(name, "-", errors(net, example), profile, {"statistics": "random", "input_px": size})
-        print(f"{name}: folded", flush=True)
+    for name in SMOKE if smoke else (*trained, *untrained):
+        if float_training.shipped(name) is not None:
+            _trained(name, profile)
+        else:
+            _untrained(name, profile)
     return results.read(STUDY, profile=profile)
+
+
+def _untrained(name: str, profile: str) -> None:
+    torch.manual_seed(0)
+    net = models.build(name)
+    randomize_statistics(net, torch.Generator().manual_seed(0))
+    size = 64 if name in models.imagenet_names() else 32
+    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    _append(name, "-", errors(net, example), profile, {"statistics": "random", "input_px": size})
+    print(f"{name}: folded", flush=True)
 
 
 def _trained(name: str, profile: str) -> None:
     path = float_training.shipped(name)
-    if path is None:
-        print(f"{name}: no checkpoint is shipped, so there are no trained statistics to fold")
-        return
+    assert path is not None
     net, record = models.load_checkpoint(path)
     test = data.load_or_embedded(record["dataset"], "test", n=float_training.N_TEST[profile])
     if test.spec.in_shape != data.SPECS[record["dataset"]].in_shape:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hq_lib.quantizers.base import Tag
+from hq_lib.quantizers.groups import parameter_tags
+
 SCHEDULES = ("cosine", "one_cycle", "step")
 PRECISIONS = ("float32", "bfloat16")
 KEEPS = ("last", "best_val")
@@ -83,21 +86,17 @@ def lr_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(net: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """SGD's groups: weights with decay; biases and norms without; a quantizer's own wishes where it states them.
+    """SGD's groups: weights with decay; biases and norms without; a quantizer's parameters as their tags say.
 
-    A module may have ``parameter_settings() -> {parameter name: {"lr_factor": f, "weight_decay": d}}`` for its direct
-    parameters (learned clips and steps do); what it leaves out follows the rule above.
+    Learned clips, steps and bounds carry a ``Tag`` (own learning-rate factor, decay or not); see ``hq_lib.quantizers``.
     """
-    settings: dict[str, dict[str, float]] = {}
-    for prefix, module in net.named_modules():
-        wishes = getattr(module, "parameter_settings", dict)()
-        settings.update({f"{prefix}.{name}" if prefix else name: wish for name, wish in wishes.items()})
+    tags = parameter_tags(net)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            wish = settings.get(name, {})
-            decay = wish.get("weight_decay", config.weight_decay if parameter.ndim > 1 else 0.0)
-            groups.setdefault((wish.get("lr_factor", 1.0), decay), []).append(parameter)
+            tag = tags.get(name) or Tag(lr_factor=1.0, decay=parameter.ndim > 1)
+            decay = config.weight_decay if tag.decay else 0.0
+            groups.setdefault((tag.lr_factor, decay), []).append(parameter)
     return [
         {"params": members, "lr_factor": factor, "weight_decay": decay}
         for (factor, decay), members in sorted(groups.items(), key=lambda item: item[0])

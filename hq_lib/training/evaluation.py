@@ -1,7 +1,6 @@
 """Accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
+from hq_lib.tracing import eval_mode
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,6 @@ class Evaluation:
     """Mean cross entropy per image, nats."""
     n: int
     """Images evaluated."""
-
-
-@contextmanager
-def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode inside, and every sub-module's own mode restored afterwards."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield net
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def device_of(net: nn.Module | Callable[..., Tensor]) -> torch.device:
