@@ -11,15 +11,19 @@ import pytest
 from hq_lib.crossbar import (
     BenchError,
     BenchServer,
+    ConvEngine,
     CrossbarError,
     Drive,
     FakeDriver,
     HardwareEngine,
+    IdealEngine,
     Limits,
     Mapping,
     Patience,
+    RecordEngine,
     TcpDriver,
 )
+from hq_lib.crossbar.recording import load_folder
 
 RNG = np.random.default_rng(0)
 W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (10, 20))
@@ -53,6 +57,22 @@ def test_an_ideal_bench_multiplies_exactly(scheme, signed):
     handle = engine.load(W, 1.0, "a", x_signed=signed)
     x = X - 128 if signed else X
     np.testing.assert_array_equal(engine.mvm(handle, x), x @ W)
+
+
+def test_convolutions_on_a_bench_are_read_a_few_rows_at_a_time_and_resumed(tmp_path):
+    w, x = RNG.integers(-127, 128, (3, 2, 3, 3)), RNG.integers(0, 256, (2, 2, 5, 5))
+    want = ConvEngine(IdealEngine())
+    want = want.conv(want.load(w, 1.0, "c", padding=1), x)
+    broken = fake(["ok"] * 200 + ["timeout"] * 99)
+    conv = ConvEngine(RecordEngine(engine_on(broken), tmp_path))
+    handle = conv.load(w, 1.0, "c", padding=1)
+    with pytest.raises(BenchError):
+        conv.conv(handle, x)
+    kept = load_folder(tmp_path).n_rows
+    assert kept == 4 * (200 // (4 * 6)), "4 rows take 4 input steps on 2 x 3 tiles: what was whole is kept"
+    fresh = fake()
+    conv = ConvEngine(RecordEngine(engine_on(fresh), tmp_path))
+    np.testing.assert_array_equal(conv.conv(conv.load(w, 1.0, "c", padding=1), x), want)
 
 
 def test_gain_and_offset_of_a_bench_are_calibrated_away():

@@ -9,7 +9,7 @@ matrix are ordered (channel, kernel row, kernel column), as ``weight.flatten(1)`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import overload
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from torch.nn import functional
 from hq_lib.crossbar.checks import CrossbarError, as_tensor, check_range
 from hq_lib.crossbar.engine import Engine, Handle
 from hq_lib.crossbar.operands import Patches, Window
-
-Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +84,13 @@ class ConvEngine:
         weight_sum = weight.flatten(1).sum(1, dtype=torch.int64).to(torch.float64)
         return ConvHandle(name, handles, (n_out, c_in, kh, kw), window, sides, int(x_zero_point), weight_sum)
 
-    def conv(self, handle: ConvHandle, x: Array) -> Array:
+    @overload
+    def conv(self, handle: ConvHandle, x: np.ndarray) -> np.ndarray: ...
+
+    @overload
+    def conv(self, handle: ConvHandle, x: Tensor) -> Tensor: ...
+
+    def conv(self, handle: ConvHandle, x: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """float64 (B, N, H', W') accumulators of integer images ``x`` (B, C, H, W); (B, N) of rows ``x`` (B, C)."""
         images, flat = _images(x), x.ndim == 2
         parts = self._patches(handle, images)

@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from torch import Tensor
 from hq_lib.crossbar.checks import CrossbarError, as_integers, as_tensor, check_bits, check_choice, check_range
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.operands import Operand, as_operand
-
-Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +77,13 @@ class Engine(ABC):
         self._handles[name] = handle
         return handle
 
-    def mvm(self, handle: Handle, x: Array) -> Array:
+    @overload
+    def mvm(self, handle: Handle, x: np.ndarray) -> np.ndarray: ...
+
+    @overload
+    def mvm(self, handle: Handle, x: Tensor | Operand) -> Tensor: ...
+
+    def mvm(self, handle: Handle, x: np.ndarray | Tensor | Operand) -> np.ndarray | Tensor:
         """float64 (B, N), integer-valued: the engine's answer to ``x @ w_int``, corrected and rounded.
 
         Args:
@@ -206,11 +210,15 @@ class IdealEngine(Engine):
     def describe(self) -> dict[str, Any]:
         return {"engine": "ideal"}
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._weights: dict[str, Tensor] = {}
+
     def effective_weight(self, handle: Handle) -> Tensor:
-        return handle.w_int.to(exact_dtype(handle.w_int, handle))
+        return self._weights[handle.name]
 
     def _program(self, handle: Handle) -> None:
-        pass
+        self._weights[handle.name] = handle.w_int.to(exact_dtype(handle.w_int, handle))
 
     def _rows_at_once(self, handle: Handle) -> int:
         return (1 << 20) // (4 * handle.w_int.shape[1])

@@ -51,7 +51,7 @@ class Faults:
 def save_maps(path: str | Path, maps: Maps[str, np.ndarray]) -> None:
     """Nothing; writes the fault maps of named layers to one ``.npz`` file."""
     with Path(path).open("wb") as handle:
-        np.savez_compressed(handle, **{name: np.asarray(m, np.uint8) for name, m in maps.items()})
+        np.savez_compressed(handle, **{name: np.asarray(m, np.uint8) for name, m in maps.items()})  # type: ignore[arg-type]
 
 
 def load_maps(path: str | Path) -> Faults:

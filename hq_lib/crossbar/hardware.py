@@ -42,6 +42,7 @@ class Patience:
 
     def insist(self, call: Callable[[], Answer], what: str) -> Answer:
         """The answer of ``call``, asked again after time-outs, lost connections and bad answers; then `BenchError`."""
+        last: Exception | None = None
         for attempt in range(self.attempts):
             try:
                 return call()
@@ -128,7 +129,11 @@ class HardwareEngine(Engine):
         return self.limits.rows_per_read
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
-        rows, placed = x.rows(), self._placed[handle.name]
+        return torch.cat([self._measure_rows(handle, part) for part in x.rows().split(self.limits.rows_per_read)])
+
+    def _measure_rows(self, handle: Handle, rows: Tensor) -> Tensor:
+        """float64 (B, N) for no more integer ``rows`` than the bench takes at once."""
+        placed = self._placed[handle.name]
         plan, shape = placed.plan, placed.plan.levels.shape
         total = torch.zeros(len(rows), shape[1] * shape[2], dtype=torch.float64)
         for step in self.drive.steps(handle.x_bits, handle.x_signed):

@@ -128,9 +128,8 @@ class RecordEngine(Engine):
         for i, known in enumerate(found):
             if known is not None:
                 y[i] = torch.from_numpy(known)
-        if missing:
-            asked = rows[missing]
-            y[missing] = self._ask(handle, asked)
+        for part in torch.tensor(missing, dtype=torch.int64).split(max(1, self._rows_at_once(handle))):
+            y[part] = self._ask(handle, rows[part])
         return y
 
     def _ask(self, handle: Handle, rows: Tensor) -> Tensor:

@@ -120,8 +120,10 @@ class Trace:
             layers[layer["name"]] = make_handle(
                 arrays[f"layers/{i}/w"], arrays[f"layers/{i}/w_scale"], layer["name"], w_bits=layer["w_bits"],
                 x_bits=layer["x_bits"], x_signed=layer["x_signed"])
-        calls = [Call(call["layer"], *(arrays[f"calls/{i}/{part}"] for part in ("x", "y", "y_ideal")), call["t_s"])
-                 for i, call in enumerate(record["calls"])]
+        calls = []
+        for i, call in enumerate(record["calls"]):
+            x, y, y_ideal = (arrays[f"calls/{i}/{part}"] for part in ("x", "y", "y_ideal"))
+            calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"]))
         return cls(record["engine"], layers, calls)
 
 
