@@ -13,7 +13,7 @@ from hq_lib.graph import BitPolicy, QuantizeError, blocks, calibrate, extract_bl
 from hq_lib.tracing import trace
 
 NETS = {"Tiny": Tiny, "Branches": Branches}
-SIZES = {"Tiny": 12, "Branches": 12}
+SIZES = {"Tiny": 12, "Branches": 12, "lenet": 28}
 NAMES = ["Tiny", "Branches", "lenet", "resnet20", "toynet", "mobilenetv2", "vgg11"]
 
 

@@ -45,7 +45,7 @@ def net_and_images(request) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     own = {"Tiny": Tiny, "Branches": Branches}
     net = own[request.param]() if request.param in own else models.build(request.param)
-    x = images(2, size=12 if request.param in own else 32)
+    x = images(2, size={**dict.fromkeys(own, 12), "lenet": 28}.get(request.param, 32))
     channels = next(p for p in net.parameters() if p.dim() == 4).shape[1]
     return trained_like(net), x[:, :channels]
 
