@@ -181,7 +181,7 @@ def test_training_with_folded_norms_lowers_the_loss_and_leaves_eval_consistent()
     qnet = quantize(net, BitPolicy("lsq:4", "lsq:4", bn="fold_train"), x).train()
     optimiser = torch.optim.SGD(qnet.parameters(), lr=0.05, momentum=0.9)
     losses = []
-    for step in range(90):  # the statistics settle at the small rate before they are frozen, as a real schedule lets them
+    for step in range(90):  # the statistics settle at the small rate before they are frozen
         freeze_statistics(qnet, frozen=step >= 75)
         optimiser.param_groups[0]["lr"] = 0.05 if step < 50 else 0.002
         loss = nn.functional.cross_entropy(qnet(x), labels)

@@ -106,7 +106,7 @@ def test_it_runs(path, smoke_out):
 
 @pytest.mark.filterwarnings("default")
 def test_an_unknown_parameter_is_named(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'seed'.*did you mean 'seeds'"):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"unknown parameter 'seed'.*did you mean 'seeds'"):
         papermill.execute_notebook(
             NOTEBOOKS[1], tmp_path / "x.ipynb", parameters={"profile": "smoke", "seed": 1}, progress_bar=False
         )
