@@ -100,7 +100,7 @@ class Quantizer(nn.Module):
         if self.role == "act" and not self.training:
             raise RuntimeError(f"{self} was never fitted: run one batch in training mode, or call init_from(batch), "
                                "before evaluating")
-        _first_fit(self, x)
+        _first_fit(self, x)  # pyright: ignore[reportCallIssue]  # the decorator hides the signature
 
     def extra_repr(self) -> str:
         """Return bits, sign, axis and role for ``print``."""
