@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def download(url: str, known_hash: str, scratch: Path) -> Path:
     """The downloaded file; taken from the scratch folder if it is there with the right checksum."""
     import pooch  # only needed when something is downloaded
 
-    agent = pooch.HTTPDownloader(progressbar=True, timeout=20)
+    agent: Any = pooch.HTTPDownloader(progressbar=True, timeout=20)
     return Path(pooch.retrieve(url, known_hash, fname=Path(url).name, path=scratch, downloader=agent))
 
 
@@ -185,7 +186,7 @@ def embedded_digits(part: str) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 scanned digits, 8x8 grey levels 0..16 scaled to (N, 32, 32, 3) bytes; no network needed."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     large = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
     arrays = _split_arrays(large, digits.target.astype(np.uint8), np.arange(len(large)) % 5 == 4)

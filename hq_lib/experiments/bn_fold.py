@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hq_lib import data, labels, models, paths, plotting, results, tables
 from hq_lib.experiments import float_training
 from hq_lib.folding import fold_bn, per_channel_ranges
+from hq_lib.plotting.bn_fold import summary
 from hq_lib.training import predict
 
 STUDY, RANGES = "bn_fold", "bn_ranges"
@@ -134,10 +135,10 @@ def _append_ranges(name: str, dataset: str, ranges: pd.DataFrame, profile: str) 
     rows = [
         {
             "experiment": RANGES, "model": name, "dataset": dataset, "method": "float", "metric": "max_abs_w",
-            "value": row.max_abs, "unit": "1",
-            "switches": {"layer": row.layer, "channel": int(row.channel), "stage": row.stage},
+            "value": row["max_abs"], "unit": "1",
+            "switches": {key: row[key] for key in ("layer", "channel", "stage")},
         }
-        for row in ranges.itertuples()
+        for row in ranges.to_dict("records")
     ]  # fmt: skip
     results.append(RANGES, rows, profile=profile)
 
@@ -170,7 +171,7 @@ def caption(profile: str) -> str:
 def ranges(profile: str, model: str) -> pd.DataFrame:
     """The channel ranges of one network, from its rows: columns layer, channel, stage, max_abs; layers in net order."""
     rows = results.read(RANGES, profile=profile)
-    rows = rows[rows["model"] == model]
+    rows = rows.loc[rows["model"] == model]
     if rows.empty:
         raise ValueError(f"no channel ranges of {model!r}: choose one of {', '.join(TRAINED)} that ships a checkpoint")
     keys = pd.DataFrame([json.loads(switches) for switches in rows["switches"]], index=rows.index)
@@ -182,22 +183,21 @@ def ranges(profile: str, model: str) -> pd.DataFrame:
 
 def spread(found: pd.DataFrame) -> pd.DataFrame:
     """Largest over smallest (non-zero) channel range of each layer, before and after, and the ratio of the two."""
-    alive = found[found["max_abs"] > 0].groupby(["layer", "stage"], sort=False)["max_abs"]
-    both = (alive.max() / alive.min()).unstack("stage")[["before", "after"]]
-    return both.assign(ratio=both["after"] / both["before"])
+    table = summary(found)
+    both = table["max"].div(table["min"]).unstack("stage").reindex(dict.fromkeys(found["layer"]))
+    return both[["before", "after"]].assign(ratio=both["after"] / both["before"])
 
 
 def findings(profile: str, model: str) -> list[str]:
     """The sentences that the rows of a profile support."""
     rows = results.read(STUDY, profile=profile)
-    worst = rows[rows["metric"].str.startswith("rel_error")].groupby("metric")["value"].agg(["max", "idxmax"])
-    lines = [
-        f"{metric.removeprefix('rel_error_')}: the largest relative error of {rows['model'].nunique()} networks is "
-        f"{row['max']:.1e} ({rows.loc[row['idxmax'], 'model']})"
-        for metric, row in worst.iterrows()
-    ]
-    flips = rows[rows["metric"] == "n_flips"]
-    lines += [f"{r.model}: {r.value:.0f} of {r.n_test:,} test predictions changed" for r in flips.itertuples()]
+    lines = []
+    for number in ("float64", "float32"):
+        worst = rows.loc[rows["metric"] == f"rel_error_{number}"].sort_values(by="value").to_dict("records")[-1]
+        among = f"of {rows['model'].nunique()} networks"
+        lines.append(f"{number}: the largest relative error {among} is {worst['value']:.1e} ({worst['model']})")
+    for row in rows.loc[rows["metric"] == "n_flips"].to_dict("records"):
+        lines.append(f"{row['model']}: {row['value']:.0f} of {row['n_test']:,} test predictions changed")
     ratio = spread(ranges(profile, model))["ratio"].dropna()
     lines.append(
         f"{model}: the spread of channel ranges grew in {(ratio > 1).sum()} of {len(ratio)} layers, "

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hq_lib import data, labels, models, paths, plotting, provenance, published, results, tables
+from hq_lib import rows as rows_schema
 from hq_lib.training import FitResult, evaluate, fit, recipe
 
 STUDY, HISTORY, REFERENCE = "float_training", "float_history", "float_reference"
@@ -95,7 +96,7 @@ def _history_rows(common: dict, done: FitResult) -> list[dict]:
 def history(profile: str) -> pd.DataFrame:
     """The learning curves of a profile: columns model, dataset, seed, epoch, train_loss, val_acc_pct, lr."""
     rows = results.read(HISTORY, profile=profile)
-    rows = rows[rows["profile"] == profile]
+    rows = rows.loc[rows["profile"] == profile]
     rows = rows.assign(epoch=[json.loads(switches)["epoch"] for switches in rows["switches"]])
     wide = rows.pivot_table(index=["model", "dataset", "seed", "epoch"], columns="metric", values="value")
     return wide.reset_index().rename_axis(columns=None)
@@ -140,15 +141,16 @@ def ship(name: str, net: nn.Module, profile: str, seed: int) -> Path:
     dataset, config, _ = recipe(name, profile, seed=seed)
     spec = data.SPECS[dataset]
     rows = results.read(STUDY, profile=profile)
-    rows = rows[(rows["model"] == name) & (rows["seed"] == seed) & (rows["epochs"] == config.epochs)]
-    split = ["val" if "split" in json.loads(s) else "test" for s in rows["switches"]]
+    rows = rows.loc[(rows["model"] == name) & (rows["seed"] == seed) & (rows["epochs"] == config.epochs)]
+    scores = rows.to_dict("records")
+    run = scores[0]
     record = {
         "model": name, "options": {}, "n_classes": spec.n_classes, "in_channels": spec.in_shape[0],
         "dataset": dataset, "seed": seed, "profile": profile,
-        "config": config.as_dict(), "n_train": int(rows["n_train"].iloc[0]),
-        "acc_pct": dict(zip(split, rows["value"].tolist(), strict=True)),
-        "kept": f"{config.keep} epoch; test was seen once, after training", "seconds": rows["seconds"].iloc[0],
-        **{key: rows[key].iloc[0] for key in ("git_sha", "versions", "device")},
+        "config": config.as_dict(), "n_train": run["n_train"],
+        "acc_pct": {"val" if "split" in row["switches"] else "test": row["value"] for row in scores},
+        "kept": f"{config.keep} epoch; test was seen once, after training",
+        **{key: run[key] for key in rows_schema.PROVENANCE},
     }  # fmt: skip
     path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
     models.save_checkpoint(path, net, record)
@@ -183,17 +185,19 @@ def caption(profile: str) -> str:
 def findings(profile: str) -> list[str]:
     """The sentences that the rows of a profile support."""
     lines = []
-    for row in results.read(REFERENCE, profile=profile).itertuples():
-        error = 100 * (row.value / 100 * (1 - row.value / 100) / row.n_test) ** 0.5
+    for row in results.read(REFERENCE, profile=profile).to_dict("records"):
+        share = row["value"] / 100
+        error = 100 * (share * (1 - share) / row["n_test"]) ** 0.5
         lines.append(
-            f"{row.model}: {row.value:.2f} % of {row.n_test:,} {row.dataset} test images (standard error {error:.2f}), "
-            f"one seed, {row.epochs} epochs on {row.n_train:,} images"
+            f"{row['model']}: {row['value']:.2f} % of {row['n_test']:,} {row['dataset']} test images "
+            f"(standard error {error:.2f}), one seed, {row['epochs']} epochs on {row['n_train']:,} images"
         )
-    for (model, dataset), curve in history(profile).groupby(["model", "dataset"]):
-        first, last = curve.iloc[0], curve.iloc[-1]
+    for _, curve in history(profile).groupby(["model", "dataset", "seed"]):
+        first, last = curve.to_dict("records")[0], curve.to_dict("records")[-1]
         lines.append(
-            f"{model}, trained here for {int(last.epoch)} epochs on {dataset}: loss {first.train_loss:.3f} -> "
-            f"{last.train_loss:.3f}, validation {first.val_acc_pct:.2f} -> {last.val_acc_pct:.2f} %"
+            f"{last['model']}, seed {last['seed']}, trained here for {last['epoch']} epochs on {last['dataset']}: "
+            f"loss {first['train_loss']:.3f} -> {last['train_loss']:.3f}, "
+            f"validation {first['val_acc_pct']:.2f} -> {last['val_acc_pct']:.2f} %"
         )
     return lines
 
