@@ -58,11 +58,12 @@ def _trained(name: str, profile: str) -> None:
     if test.spec.in_shape != data.SPECS[record["dataset"]].in_shape:
         print(f"{name}: skipped, the embedded digits do not fit it")
         return
-    values = errors(net, data.normalize(test.images[:32], test.spec)) | accuracies(net, test)
-    _append(name, test.spec.name, values, profile, {"statistics": "trained"}, n_test=len(test))
-    ranges = ranges_before_after(net)
-    _append_ranges(name, record["dataset"], ranges, profile)
-    print(f"{name}: folded, {values['n_flips']:.0f} of {len(test)} predictions changed", flush=True)
+    values = errors(net, data.normalize(test.images[:32], test.spec))
+    known = test.spec.name == record["dataset"]  # the embedded digits would give a meaningless accuracy
+    values |= accuracies(net, test) if known else {}
+    _append(name, test.spec.name, values, profile, {"statistics": "trained"}, n_test=len(test) if known else 0)
+    _append_ranges(name, record["dataset"], ranges_before_after(net), profile)
+    print(f"{name}: folded on {test.spec.name}", flush=True)
 
 
 def randomize_statistics(net: nn.Module, generator: torch.Generator) -> None:
@@ -146,9 +147,11 @@ def _append_ranges(name: str, dataset: str, ranges: pd.DataFrame, profile: str) 
 def table(profile: str) -> pd.DataFrame:
     """tab_bn_fold: per network the relative error in both number formats, and what happened to its predictions."""
     rows = results.read(STUDY, profile=profile)
-    wide = rows.pivot_table(index=["model", "dataset", "n_test"], columns="metric", values="value").reset_index()
+    keys = ["model", "dataset", "n_test", "switches"]
+    wide = rows.pivot_table(index=keys, columns="metric", values="value").reset_index()
     out = pd.DataFrame({"model": [labels.printed("model", m) for m in wide["model"]]})
-    out["statistics"] = ["trained" if n else "random" for n in wide["n_test"]]
+    out["statistics"] = [json.loads(switches)["statistics"] for switches in wide["switches"]]
+    out["images"] = wide["dataset"].replace("-", "noise")
     for metric in ("rel_error_float64", "rel_error_float32"):
         out[metric.replace("rel_", "relative ").replace("_", ", ")] = [f"{v:.1e}" for v in wide[metric]]
     for metric, title in (("acc_pct", "accuracy, %"), ("folded_acc_pct", "folded, %"), ("n_flips", "changed")):
@@ -185,7 +188,8 @@ def spread(found: pd.DataFrame) -> pd.DataFrame:
     """Largest over smallest (non-zero) channel range of each layer, before and after, and the ratio of the two."""
     table = summary(found)
     both = table["max"].div(table["min"]).unstack("stage").reindex(dict.fromkeys(found["layer"]))
-    return both[["before", "after"]].assign(ratio=both["after"] / both["before"])
+    before, after = both["before"], both["after"]
+    return pd.DataFrame({"before": before, "after": after, "ratio": after / before})
 
 
 def findings(profile: str, model: str) -> list[str]:
