@@ -1,0 +1,23 @@
+"""Post-training quantization: ranges from calibration images, then rounding learned block by block.
+
+    qnet = quantize(net, BitPolicy("minmax:4", "lsq_plus:4", placement="academic", bn="fold"), images[:1])
+    ptq.fit_weights(qnet, "mse")                              # a grid per output channel
+    ptq.fit_acts(qnet, images[:256], "mse")                   # one-shot, from float activations
+    ptq.reconstruct(qnet, images, ptq.qdrop(iterations=500), folder=run_folder, progress=print)
+    integer.lower(qnet)
+
+``ranges`` method name -> grids; ``rounding`` AdaRound's quantizer; ``config`` every switch, and AdaRound, BRECQ and
+QDrop as settings of it; ``reconstruction`` the loop; ``units`` its regions; ``cache`` its activations inside a memory
+budget; ``dropping`` QDrop's masks; ``progress`` reports and the files of a run.
+"""
+
+from hq_lib.ptq.config import ReconstructionConfig, adaround, brecq, qdrop
+from hq_lib.ptq.progress import ReconstructionError, UnitReport
+from hq_lib.ptq.ranges import find_grid, fit_acts, fit_weights
+from hq_lib.ptq.reconstruction import reconstruct
+from hq_lib.ptq.rounding import AdaRound, GridWeight
+
+__all__ = [
+    "AdaRound", "GridWeight", "ReconstructionConfig", "ReconstructionError", "UnitReport", "adaround", "brecq",
+    "find_grid", "fit_acts", "fit_weights", "qdrop", "reconstruct",
+]  # fmt: skip

@@ -1,0 +1,132 @@
+"""Activations that a reconstruction reads again and again, inside a memory budget.
+
+Three tensors per unit: its input from the quantized prefix (``x_q``), its input in the float net (``x_fp``), and the
+float net's output (``target``). They follow the network block by block: only one block's are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from hq_lib.graph import Block
+from hq_lib.ptq.units import Unit, as_float, n_values
+
+Form = Literal["float32", "float16", "recomputed"]
+CHUNK = 128
+"""images per pass that fills a cache or measures a loss"""
+
+
+def bytes_needed(qnet: fx.GraphModule, block: Block, inside: list[Unit], n_images: int) -> int:
+    """Return the bytes of one block's caches in float32: two inputs, two outputs, and a layer's three inside."""
+    inner = [
+        2 * n_values(qnet, unit.region.input) + n_values(qnet, unit.region.output) for unit in inside if unit.lead
+    ]
+    per_image = 2 * n_values(qnet, block.input) + 2 * n_values(qnet, block.output) + max(inner, default=0)
+    return 4 * n_images * per_image
+
+
+def form_for(needed: int, budget: int) -> Form:
+    """Return how caches of ``needed`` float32 bytes are kept in ``budget`` bytes."""
+    if needed <= budget:
+        return "float32"
+    return "float16" if needed <= 2 * budget else "recomputed"
+
+
+def chunks(n: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the positions 0 ... n - 1 in int64 tensors of up to ``CHUNK``."""
+    yield from torch.arange(n, device=device).split(CHUNK)
+
+
+def _empty(n: int, like: Tensor, form: Form) -> Tensor:
+    return torch.empty((n, *like.shape[1:]), dtype=getattr(torch, form), device=like.device)
+
+
+class Stream:
+    """The two inputs of the block that is next: kept, or recomputed from the images through the finished blocks."""
+
+    def __init__(self, images: Tensor, form: Form) -> None:
+        """``images``: (N, C, H, W), the input of the first block, quantized net and float net alike."""
+        self.images, self.form = images, form
+        self.passed: list[fx.GraphModule] = []
+        self.kept: tuple[Tensor, Tensor] | None = (images, images)  # the images are in memory in any case
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @torch.no_grad()
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return fresh float32 (x_q, x_fp) of the images at ``index``; whatever follows may change them in place."""
+        if self.kept is not None:
+            return self.kept[0][index].float(), self.kept[1][index].float()
+        x_q, x_fp = self.images[index], self.images[index]
+        for graph in self.passed:
+            x_q = graph(x_q)
+            with as_float(graph):
+                x_fp = graph(x_fp)
+        return x_q, x_fp
+
+    @torch.no_grad()
+    def advance(self, graph: fx.GraphModule, form: Form) -> None:
+        """Move on behind the block ``graph``, keeping what leaves it as ``form`` says."""
+        fresh: tuple[Tensor, Tensor] | None = None
+        for index in chunks(len(self), self.images.device) if form != "recomputed" else ():
+            x_q, x_fp = self.rows(index)
+            y_q = graph(x_q)
+            with as_float(graph):
+                y_fp = graph(x_fp)
+            fresh = fresh or (_empty(len(self), y_q, form), _empty(len(self), y_fp, form))
+            fresh[0][index], fresh[1][index] = y_q.to(fresh[0].dtype), y_fp.to(fresh[1].dtype)
+        self.kept, self.form = fresh, form
+        self.passed.append(graph)
+
+
+class UnitCache:
+    """What one unit is trained on: batches of (x_q, x_fp, target)."""
+
+    def __init__(self, stream: Stream, lead: fx.GraphModule | None, body: fx.GraphModule, form: Form) -> None:
+        """``lead``: from the block's input to the unit's, or None; ``body``: the unit."""
+        self.stream, self.lead, self.body = stream, lead, body
+        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.target: Tensor | None = None
+        if form != "recomputed":
+            self._fill(form)
+
+    @torch.no_grad()
+    def _made(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x_q, x_fp = self.stream.rows(index)
+        if self.lead is None:
+            return x_q, x_fp
+        x_q = self.lead(x_q)
+        with as_float(self.lead):
+            return x_q, self.lead(x_fp)
+
+    @torch.no_grad()
+    def _target(self, x_fp: Tensor) -> Tensor:
+        with as_float(self.body):
+            return self.body(x_fp)
+
+    def _fill(self, form: Form) -> None:
+        n, inputs, target = len(self.stream), None, None
+        for index in chunks(n, self.stream.images.device):
+            x_q, x_fp = self._made(index)
+            if self.lead is not None:
+                inputs = inputs or (_empty(n, x_q, form), _empty(n, x_fp, form))
+                inputs[0][index], inputs[1][index] = x_q.to(inputs[0].dtype), x_fp.to(inputs[1].dtype)
+            y = self._target(x_fp)
+            target = _empty(n, y, form) if target is None else target
+            target[index] = y.to(target.dtype)
+        self.inputs, self.target = inputs, target
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return float32 (x_q, x_fp, target) of the images at ``index``, without gradients."""
+        if self.inputs is not None:
+            x_q, x_fp = self.inputs[0][index].float(), self.inputs[1][index].float()
+        else:
+            x_q, x_fp = self._made(index)
+        if self.target is not None:
+            return x_q, x_fp, self.target[index].float()
+        return x_q, x_fp, self._target(x_fp.clone())

@@ -1,0 +1,129 @@
+"""What a reconstruction does, every switch in the open, and the three published methods as settings of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+SAMPLINGS = ("without_replacement", "with_replacement")
+UNITS = ("block", "layer")
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """One pass over the network; the defaults are QDrop (arXiv:2203.05740) with a budget for minutes on a CPU."""
+
+    unit: Literal["block", "layer"] = "block"
+    """what is reconstructed at a time: a block of ``graph.blocks``, or each layer with its activation function"""
+
+    iterations: int = 500
+    """optimiser steps per unit; 0 leaves the rounding to nearest and the steps as calibrated (published: 20,000)"""
+
+    batch_size: int = 32
+    """images per step"""
+
+    n_images: int | None = 1024
+    """calibration images expected, fewer or more are an error; None takes what comes"""
+
+    batch_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    """"without_replacement": each image once per epoch (a remainder below a batch waits for the next permutation);
+    "with_replacement": independent draws, as QDrop's code"""
+
+    learn_rounding: bool = True
+    """whether the rounding of the weights is learned"""
+
+    learn_steps: bool = True
+    """whether the steps of the unit's activation quantizers are learned (those of lsq and lsq_plus have some)"""
+
+    quantize_acts: bool = True
+    """False: activation quantizers are bypassed in this pass, in the prefix too (AdaRound, BRECQ's first stage)"""
+
+    keep_probability: float = 0.5
+    """probability of KEEPING the quantized value, element by element, of the unit's input and behind each activation
+    quantizer inside: 1 = always quantized, 0 = activations always float (the code of QDrop calls it drop_prob)"""
+
+    rounding_lr: float = 1e-2
+    """Adam's rate of the rounding logits. Adam moves a logit by at most about rate x iterations, and deciding a
+    rounding takes 2.4: 1e-3, the official default, fits 20,000 iterations, 1e-2 a few hundred"""
+
+    step_lr: float = 4e-5
+    """Adam's rate of the activation steps in real units, falls to 0 along a cosine"""
+
+    rounding_weight: float = 0.01
+    """lambda of the regulariser, relative to a loss summed over channels (0.1 MobileNetV2, 0.2 MNASNet)"""
+
+    warm_up: float = 0.2
+    """share of the iterations without the regulariser"""
+
+    beta_start: float = 20.0
+    """the regulariser's exponent after the warm-up"""
+
+    beta_end: float = 2.0
+    """its exponent at the end, reached linearly"""
+
+    loss_power: float = 2.0
+    """p of the loss sum_channels |y - target|^p, averaged over images and positions"""
+
+    seed: int = 0
+    """of the batches and the dropping; each unit has its own stream, so that resuming changes nothing"""
+
+    budget_MiB: int = 1024
+    """memory for cached activations (quantized and float input, target) of one unit: in float32 where they fit, then
+    float16, beyond that recomputed from the images for every batch"""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("unit", self.unit, UNITS),
+            ("batch_sampling", self.batch_sampling, SAMPLINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"reconstruction.{name} is {value!r}: choose {' or '.join(map(repr, known))}")
+        for name in ("iterations", "budget_MiB"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("batch_size", "rounding_lr", "step_lr", "beta_start", "beta_end", "loss_power"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+        for name in ("keep_probability", "warm_up"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        _check("rounding_weight", self.rounding_weight, self.rounding_weight >= 0, "0 or more")
+        _check("n_images", self.n_images, self.n_images is None or self.n_images > 0, "more than 0, or None")
+
+    def beta(self, i: int) -> float | None:
+        """Return the regulariser's exponent at iteration ``i``; None during the warm-up, where it is off."""
+        start = self.warm_up * self.iterations
+        if i < start:
+            return None
+        return self.beta_end + (self.beta_start - self.beta_end) * (1 - (i - start) / (self.iterations - start))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data, for records."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _check(name: str, value: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"reconstruction.{name} is {value!r}: it has to be {wanted}")
+
+
+def adaround(**changes: Any) -> tuple[ReconstructionConfig, ...]:
+    """Return AdaRound's one pass (arXiv:2004.10568): layer by layer, weights only, quantized prefix as input."""
+    base = ReconstructionConfig(unit="layer", quantize_acts=False, learn_steps=False, keep_probability=1.0)
+    return (replace(base, **changes),)
+
+
+def brecq(**changes: Any) -> tuple[ReconstructionConfig, ...]:
+    """Return BRECQ's two passes (arXiv:2102.05426): rounding with float activations, then the activation steps.
+
+    Block by block, squared error in place of its Fisher weighting (the official default too); the second pass has a
+    quarter of the iterations, p = 2.4 and a step rate of 4e-4. ``changes`` go to both passes, iterations in this ratio.
+    """
+    base = replace(ReconstructionConfig(keep_probability=1.0), **changes)
+    weights = replace(base, quantize_acts=False, learn_steps=False)
+    rate = changes.get("step_lr", 4e-4)
+    return weights, replace(
+        base, learn_rounding=False, iterations=base.iterations // 4, loss_power=2.4, step_lr=rate
+    )
+
+
+def qdrop(**changes: Any) -> tuple[ReconstructionConfig, ...]:
+    """Return QDrop's one pass (arXiv:2203.05740): block by block, rounding and steps together, dropping 0.5."""
+    return (ReconstructionConfig(**changes),)

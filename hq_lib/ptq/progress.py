@@ -1,0 +1,127 @@
+"""What a reconstruction leaves behind: a report per unit, and files from which a killed run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+
+from hq_lib import atomic
+from hq_lib.graph import act_quantizers, weight_layers
+
+_REPORT = "__report__"
+
+
+class ReconstructionError(ValueError):
+    """A reconstruction that cannot run or go on; the message names the unit, the images or the file, and the mend."""
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """How one block or layer came out."""
+
+    name: str
+    """dotted name of the block or layer"""
+    position: int
+    """0 for the first unit of the pass"""
+    n_units: int
+    """units of the pass"""
+    loss_before: float
+    """sum over channels of |y - target|^p, mean over images and positions, rounded to nearest and calibrated"""
+    loss_after: float
+    """the same with the learned (hard) rounding and steps, nothing dropped"""
+    undecided_pct: float
+    """share of h(V) in (0.01, 0.99) when the rounding was made hard, percent; below 0.1 is what a schedule aims at"""
+    n_weights: int
+    """weights whose rounding was learned"""
+    cache: str
+    """"float32", "float16" or "recomputed" """
+    cache_MiB: float
+    """memory that the cached activations took"""
+    seconds: float
+    """wall time of the unit, caches included"""
+    resumed: bool = False
+    """True: read from the files of an earlier run"""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.position + 1}/{self.n_units} {self.name}: loss {self.loss_before:.4g} -> {self.loss_after:.4g}, "
+            f"undecided {self.undecided_pct:.2f} %, {self.seconds:.1f} s{' (resumed)' if self.resumed else ''}"
+        )
+
+
+def fingerprint(qnet: fx.GraphModule, images: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a resumed run must agree with: settings, images, and the network with its grids at the start."""
+    return {"config": dict(config), "images": _sha([images]), "network": _sha(_state(qnet))}
+
+
+def _state(net: nn.Module) -> list[Tensor]:
+    return [value for value in net.state_dict().values() if isinstance(value, Tensor)]
+
+
+def _sha(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for value in tensors:
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class RunFolder:
+    """The files of one pass: ``run.json`` and one ``unit_000.safetensors`` per finished unit."""
+
+    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
+        """Begin at ``path``, or go on there; ``ReconstructionError`` if another run's files are there."""
+        self.path = path
+        file = path / "run.json"
+        if not file.exists():
+            atomic.write_text(file, json.dumps(dict(record), indent=1, sort_keys=True) + "\n")
+            return
+        found = json.loads(file.read_text(encoding="utf-8"))
+        plain = json.loads(json.dumps(dict(record)))
+        if differing := [key for key in plain if found.get(key) != plain[key]]:
+            raise ReconstructionError(
+                f"{file} belongs to a run with another {', '.join(differing)}: resume with the same, or give a "
+                f"fresh folder"
+            )
+
+    def save(self, report: UnitReport, body: nn.Module) -> None:
+        """Write the quantizers of a finished unit, whole or not at all."""
+        text = json.dumps(dataclasses.asdict(report)).encode()
+        state = {_REPORT: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        for name, quantizer in quantizers_of(body).items():
+            state |= {f"{name}:{key}": value.detach().cpu().clone() for key, value in quantizer.state_dict().items()}
+        atomic.write_bytes(self._file(report.position), safetensors.torch.save(state))
+
+    def load(self, position: int, body: nn.Module) -> UnitReport | None:
+        """Put a finished unit's quantizers back and return its report; None where the unit is not finished."""
+        file = self._file(position)
+        if not file.exists():
+            return None
+        try:
+            state = safetensors.torch.load(file.read_bytes())
+        except safetensors.SafetensorError as error:
+            raise ReconstructionError(f"{file} is damaged ({error}): delete it, the unit is then done again") from error
+        entries = json.loads(bytes(state.pop(_REPORT).tolist()).decode())
+        for name, quantizer in quantizers_of(body).items():
+            own = {key.split(":", 1)[1]: value for key, value in state.items() if key.split(":", 1)[0] == name}
+            quantizer.load_state_dict(own)
+        return UnitReport(**{**entries, "resumed": True})
+
+    def _file(self, position: int) -> Path:
+        return self.path / f"unit_{position:03d}.safetensors"
+
+
+def quantizers_of(body: nn.Module) -> dict[str, nn.Module]:
+    """Return the weight quantizers (by layer) and activation quantizers of a unit by name."""
+    found = {f"weight {name}": q for name, layer in weight_layers(body).items() if (q := layer.weight_quantizer)}
+    return found | {f"act {name}": q for name, q in act_quantizers(body).items()}

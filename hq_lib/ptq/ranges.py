@@ -1,0 +1,176 @@
+"""Ranges by method name, put onto the quantizers of a quantized graph.
+
+    minmax       the smallest range that holds every value
+    percentile   99.99 % of the values (``percent``)
+    mse          the L_p-optimal grid, p = 2.4 (BRECQ, QDrop)
+    aciq         the analytic clip (arXiv:1810.05723); "theory" after a ReLU
+
+Weights get a grid of their own per output channel (``GridWeight``), activations keep their quantizer and get its scale.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from hq_lib import aciq
+from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
+from hq_lib.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
+from hq_lib.observers.ranges import QParams, Scheme
+from hq_lib.ptq.rounding import ON_GRID, GridWeight
+from hq_lib.quantizers import LSQ, Grid, LSQPlusAct, MinMaxAct, Quantizer
+
+Method = Literal["minmax", "percentile", "mse", "aciq"]
+WIDE_BITS = 8
+"""From these bits up a weight grid is symmetric and restricted, so that its integers fit int8 with zero point 0."""
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError that names the nearest method, unless ``method`` is one."""
+    known = get_args(Method)
+    if method not in known:
+        near = difflib.get_close_matches(str(method), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown range method {method!r}: did you mean {near!r}? Methods: {', '.join(known)}")
+
+
+def find_grid(
+    x: Tensor, *, bits: int, method: Method, scheme: Scheme = "affine", axis: int | None = None,
+    signed: bool = True, percent: float = 99.99,
+) -> QParams:  # fmt: skip
+    """Return the grid of ``x`` that ``method`` chooses, () or (C,).
+
+    Args:
+        x:       (*shape), real units, finite.
+        bits:    1..16.
+        scheme:  of the grid; see ``observers.range_qparams``.
+        axis:    channel axis; None = one grid.
+        signed:  False: values below 0 count as 0, and the zero point is 0.
+        percent: of "percentile".
+    """
+    check_method(method)
+    x = x if signed else x.clamp(min=0.0)
+    if method == "mse":
+        return lp_search(x, bits=bits, scheme=scheme, axis=axis, sides="auto" if signed else "positive").qparams
+    return range_qparams(_range(x, bits, method, axis, signed, percent), bits=bits, scheme=scheme)
+
+
+def _range(x: Tensor, bits: int, method: Method, axis: int | None, signed: bool, percent: float) -> Range:
+    if method == "minmax":
+        return minmax_range(x, axis=axis)
+    if method == "percentile":
+        return percentile_range(x, percent, axis=axis)
+    if signed:
+        return aciq.clip_range(x, bits=bits, axis=axis)
+    return aciq.clip_range(x, bits=bits, axis=axis, relu="theory", grid="relu_endpoint" if bits < 3 else None)
+
+
+def fit_weights(qnet: fx.GraphModule, method: Method = "mse", *, scheme: Scheme = "affine") -> None:
+    """Give each quantized weight of ``qnet`` the grid that ``method`` chooses; its quantizer becomes a ``GridWeight``.
+
+    Args:
+        qnet:   from ``graph.quantize``; changed in place. Axes and bits are those of its policy.
+        scheme: of grids below 8 bits: "affine" is BRECQ's and QDrop's (a zero point per channel), "symmetric" has zero
+                point 0. From 8 bits up the grid is "symmetric_restricted", so that its integers fit int8.
+
+    Raises:
+        QuantizeError: names the layer whose method transforms its weight (DoReFa), has 1 bit, or fails to be fitted.
+    """
+    check_method(method)
+    for name, layer in weight_layers(qnet).items():
+        old = layer.weight_quantizer
+        if old is None:
+            continue
+        assert isinstance(old, Quantizer)
+        if old.method not in ON_GRID or old.bits == 1:
+            raise QuantizeError(
+                f"layer {name!r}: {old.method}:{old.bits} has no grid to choose; use weight='minmax' and 2 bits or more"
+            )
+        w = layer.effective_weight().detach()
+        try:
+            chosen = "symmetric_restricted" if old.bits >= WIDE_BITS else scheme
+            found = find_grid(w, bits=old.bits, method=method, scheme=chosen, axis=old.axis)
+        except ValueError as error:
+            raise QuantizeError(f"weight of layer {name!r}: {error}") from error
+        found = found if old.axis is None else found.broadcast(w.dim(), old.axis)
+        new = GridWeight(Grid(*found), bits=old.bits, axis=old.axis)
+        new.enabled = old.enabled
+        layer.weight_quantizer = new.train(old.training)
+
+
+def fit_acts(
+    qnet: fx.GraphModule,
+    batches: Tensor | Iterable[Tensor],
+    method: Method = "mse",
+    *,
+    quantized_weights: bool = False,
+    percent: float = 99.99,
+    only: Callable[[torch.nn.Module], bool] | None = None,
+) -> None:
+    """Fit each activation quantizer of ``qnet`` to its input on ``batches`` by ``method``, in place.
+
+    One-shot, as ``graph.calibrate`` collects (activation quantizers bypassed, eval mode, no gradients, no randomness).
+
+    Args:
+        qnet:              its policy's activations are "lsq_plus" (advised), "lsq" or "minmax".
+        batches:           (B, C, H, W) or several, normalised; QDrop takes one batch of 256 images.
+        quantized_weights: False: activations of the float net (QDrop); True: as the quantized weights make them.
+        percent:           of "percentile".
+        only:              which quantizers; the others keep their grid.
+
+    Raises:
+        QuantizeError: names the quantizer whose method takes no range, or no image; ValueError: NaN or Inf.
+    """
+    check_method(method)
+    chosen = {name: q for name, q in act_quantizers(qnet).items() if only is None or only(q)}
+    for name, quantizer in chosen.items():
+        if type(quantizer) not in (LSQ, LSQPlusAct, MinMaxAct) or quantizer.bits == 1:
+            raise QuantizeError(
+                f"activation quantizer {name!r} ({type(quantizer).__name__}) takes no range from outside; make the "
+                f"policy with act='lsq_plus' and 2 bits or more"
+            )
+    with _fitted_by(chosen.values(), method, percent):
+        calibrate(qnet, batches, only=only, quantized_weights=quantized_weights)
+
+
+@contextmanager
+def _fitted_by(quantizers: Iterable[torch.nn.Module], method: Method, percent: float) -> Iterator[None]:
+    """Let the quantizers' ``init_from`` choose its grid by ``method`` inside."""
+    quantizers = list(quantizers)
+    try:
+        for quantizer in quantizers:
+            quantizer._fit = _fitter(quantizer, method, percent)  # type: ignore[assignment]
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.__dict__.pop("_fit", None)
+
+
+def _fitter(quantizer: torch.nn.Module, method: Method, percent: float) -> Callable[[Tensor], None]:
+    assert isinstance(quantizer, Quantizer)
+    symmetric = isinstance(quantizer, LSQ) and not isinstance(quantizer, LSQPlusAct)
+
+    def fit(x: Tensor) -> None:
+        signed = bool(quantizer.signed)
+        scheme: Scheme = "symmetric" if signed and symmetric else "affine"
+        found = find_grid(x, bits=quantizer.bits, method=method, scheme=scheme, signed=signed, percent=percent)
+        set_grid(quantizer, found)
+
+    return fit
+
+
+@torch.no_grad()
+def set_grid(quantizer: Quantizer, found: QParams) -> None:
+    """Put an activation quantizer (lsq, lsq_plus, minmax) on the grid ``found``, () scale and zero point."""
+    scale, zero_point = found.scale.float(), found.zero_point.float()
+    if isinstance(quantizer, MinMaxAct):
+        quantizer.low, quantizer.high = -scale * zero_point, scale * (found.qmax - zero_point)
+        return
+    assert isinstance(quantizer, LSQ)
+    quantizer.step_size.data = scale
+    if isinstance(quantizer, LSQPlusAct):
+        quantizer.beta.data = -scale * zero_point

@@ -1,0 +1,264 @@
+"""Reconstruction: learn how to round the weights of one block (or layer) at a time, from a few unlabelled images.
+
+    min over V, s   mean |f_q(x~; V, s) - f(x)|^p  +  lambda sum(1 - |2 h(V) - 1|^beta)
+
+f the float unit on the float net's activations, f_q the quantized one behind the quantized prefix. AdaRound
+(arXiv:2004.10568) does this by layer, BRECQ (arXiv:2102.05426) by block, QDrop (arXiv:2203.05740) by block with the
+activations' quantization dropped at random, ``x~ = where(U < p, x_q, x_fp)``. See ``config`` for the three settings.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from hq_lib.graph import act_quantizers, weight_layers
+from hq_lib.ptq.cache import Form, Stream, UnitCache, bytes_needed, chunks, form_for
+from hq_lib.ptq.config import ReconstructionConfig
+from hq_lib.ptq.dropping import drop, dropping
+from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
+from hq_lib.ptq.rounding import AdaRound, install
+from hq_lib.ptq.units import Unit, chain, cut, switched, units
+from hq_lib.tracing import eval_mode
+
+Progress = Callable[[UnitReport], None]
+_CHECK_EVERY = 100
+
+
+def reconstruct(
+    qnet: fx.GraphModule,
+    images: Tensor,
+    passes: ReconstructionConfig | Sequence[ReconstructionConfig],
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> list[UnitReport]:
+    """Learn the rounding (and steps) of ``qnet`` in place, unit after unit; returns one report per unit and pass.
+
+    Afterwards each weight quantizer is a hard ``AdaRound``: ``integer.lower`` takes the network as it is. Eval mode
+    throughout; modes, switches and ``requires_grad`` are restored. No labels; global random state untouched.
+
+    Args:
+        qnet:     from ``graph.quantize`` with batch norms folded ("fold") or kept, grids fitted (``ptq.fit_weights``,
+                  ``ptq.fit_acts``). Tensors that its policy leaves in float stay so.
+        images:   (N, C, H, W) float, normalised as in training; kept in memory on ``qnet``'s device.
+        passes:   what to do; ``adaround()``, ``brecq()``, ``qdrop()``, or configs of one's own, one after another.
+                  0 iterations: rounding to nearest and calibrated steps stay (as ``AdaRound``, ties up).
+        folder:   where finished units are written. A second call with the same network, images and passes goes on
+                  behind the last finished unit and ends with the same bits; None = nothing is written.
+        progress: is shown each report as its unit is finished.
+
+    Raises:
+        ReconstructionError: images of a wrong size, number or with NaN; an activation quantizer without a grid; a loss
+                             that is not finite (names the unit); a folder of another run.
+        QuantizeError:       a weight's grid that cannot be rounded up and down; a block that cannot be cut out.
+    """
+    several = [passes] if isinstance(passes, ReconstructionConfig) else list(passes)
+    device = next(qnet.parameters()).device
+    reports: list[UnitReport] = []
+    for config in several:
+        _check(qnet, images, config)
+    for i, config in enumerate(several):
+        files = None
+        if folder is not None:
+            files = RunFolder(Path(folder) / f"pass_{i}", fingerprint(qnet, images, config.to_dict()))
+        with eval_mode(qnet), switched(qnet, weights=True, acts=config.quantize_acts):
+            for report in _pass(qnet, images.to(device), config, files):
+                reports.append(report)
+                if progress is not None:
+                    progress(report)
+    return reports
+
+
+def _check(qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig) -> None:
+    image = next(node for node in qnet.graph.nodes if node.op == "placeholder")
+    shape = tuple(image.meta["shape"][1:])
+    if tuple(images.shape[1:]) != shape or not images.is_floating_point():
+        raise ReconstructionError(
+            f"images are {tuple(images.shape)} {images.dtype}; the network takes float (N, *{shape})"
+        )
+    wanted = len(images) if config.n_images is None else config.n_images
+    if len(images) != wanted:
+        raise ReconstructionError(f"{len(images)} images given, {wanted} asked for: set n_images to what there is")
+    if config.iterations and len(images) < config.batch_size:
+        raise ReconstructionError(f"{len(images)} images do not fill a batch of {config.batch_size}: lower batch_size")
+    if bad := int((~torch.isfinite(images)).flatten(1).any(1).sum()):
+        raise ReconstructionError(f"{bad} of {len(images)} images hold NaN or Inf: look at their normalisation")
+    for name, quantizer in act_quantizers(qnet).items():
+        if config.quantize_acts and not quantizer.initialised:
+            raise ReconstructionError(f"activation quantizer {name!r} has no grid yet: call ptq.fit_acts first")
+
+
+def _pass(
+    qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig, files: RunFolder | None
+) -> Iterator[UnitReport]:
+    found = [(block, units(qnet, block, unit=config.unit)) for block in chain(qnet)]
+    needs = [bytes_needed(qnet, block, inside, len(images)) for block, inside in found]
+    forms = [form_for(needed, config.budget_MiB * 2**20) for needed in needs]
+    n_units = sum(len(inside) for _, inside in found)
+    stream, position = Stream(images, forms[0]), 0
+    for i, (block, inside) in enumerate(found):
+        for unit in inside:
+            body = cut(qnet, unit.region)
+            _install(body, config)
+            report = files.load(position, body) if files is not None else None
+            if report is None:
+                size = needs[i] / 2**20 * {"float32": 1.0, "float16": 0.5, "recomputed": 0.0}[forms[i]]
+                report = _one(qnet, unit, body, stream, config, (position, n_units, forms[i], size))
+                if files is not None:
+                    files.save(report, body)
+            yield report
+            position += 1
+        if i + 1 < len(found):
+            stream.advance(cut(qnet, block), forms[i + 1])
+
+
+def _install(body: fx.GraphModule, config: ReconstructionConfig) -> None:
+    for name, layer in weight_layers(body).items():
+        if config.learn_rounding and layer.weight_quantizer is not None:
+            install(layer, name)
+
+
+def _one(
+    qnet: fx.GraphModule, unit: Unit, body: fx.GraphModule, stream: Stream, config: ReconstructionConfig,
+    place: tuple[int, int, Form, float],
+) -> UnitReport:  # fmt: skip
+    start, (position, n_units, form, size) = time.perf_counter(), place
+    cache = UnitCache(stream, cut(qnet, unit.lead) if unit.lead else None, body, form)
+    before = after = unit_loss(cache, config.loss_power)
+    rounders = rounders_of(body) if config.learn_rounding else []
+    undecided = 0
+    if config.iterations:
+        generator = torch.Generator(stream.images.device).manual_seed(config.seed * 10_007 + position)
+        undecided = _train(cache, rounders, config, generator, unit.name)
+        after = unit_loss(cache, config.loss_power)
+    n_weights = sum(q.v.numel() for q in rounders)
+    percent = 100 * undecided / n_weights if n_weights else 0.0
+    seconds = time.perf_counter() - start
+    return UnitReport(unit.name, position, n_units, before, after, percent, n_weights, form, size, seconds)
+
+
+def rounders_of(body: nn.Module) -> list[AdaRound]:
+    """Return the ``AdaRound`` quantizers at work in ``body``, in execution order."""
+    found = [layer.weight_quantizer for layer in weight_layers(body).values()]
+    return [quantizer for quantizer in found if isinstance(quantizer, AdaRound)]
+
+
+def distance(y: Tensor, target: Tensor, power: float) -> Tensor:
+    """Return sum over channels (axis 1) of |y - target|^power, averaged over images and positions: ()."""
+    d = y - target
+    return (d.square() if power == 2 else d.abs().pow(power)).sum(1).mean()
+
+
+@torch.no_grad()
+def unit_loss(cache: UnitCache, power: float) -> float:
+    """Return ``distance`` of the quantized unit behind the quantized prefix, nothing dropped, over all images."""
+    total, n = 0.0, len(cache.stream)
+    for index in chunks(n, cache.stream.images.device):
+        x_q, _, target = cache.batch(index)
+        total += float(distance(cache.body(x_q), target, power)) * len(index)
+    return total / n
+
+
+def batch_indices(n: int, config: ReconstructionConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield ``config.iterations`` batches of positions below ``n``, (batch_size,) int64, without end conditions."""
+    device, size = generator.device, config.batch_size
+    waiting: list[Tensor] = []
+    for _ in range(config.iterations):
+        if config.batch_sampling == "with_replacement":
+            yield torch.randint(n, (size,), generator=generator, device=device)
+            continue
+        if not waiting:
+            waiting = [*torch.randperm(n, generator=generator, device=device)[: n - n % size].split(size)]
+        yield waiting.pop()
+
+
+def _train(
+    cache: UnitCache, rounders: list[AdaRound], config: ReconstructionConfig, generator: torch.Generator, name: str
+) -> int:
+    """Train one unit and make its rounding hard; returns how many roundings were undecided just before."""
+    steps = [p for q in act_quantizers(cache.body).values() for p in q.parameters() if p.requires_grad]
+    learned = {"logits": ([q.v for q in rounders], config.rounding_lr), "steps": (steps, config.step_lr)}
+    if not config.learn_steps:
+        del learned["steps"]
+    groups = [{"name": key, "params": params, "lr": lr} for key, (params, lr) in learned.items() if params]
+    if not groups:
+        return 0
+    optimizer = torch.optim.Adam(groups, fused=True)
+    with (
+        _only_these_learn(cache.body, [p for group in groups for p in group["params"]]),
+        _soft(rounders),
+        dropping(cache.body, config.keep_probability, generator),
+    ):
+        for i, index in enumerate(batch_indices(len(cache.stream), config, generator)):
+            _anneal(optimizer, config, i)
+            loss = _loss(cache, rounders, config, generator, index, i)
+            if not loss.requires_grad:  # all that could learn is float or dropped
+                break
+            _step(optimizer, loss)
+            if i % _CHECK_EVERY == 0 or i + 1 == config.iterations:
+                _refuse_infinite(float(loss.detach()), name, i)
+        return sum(q.undecided() for q in rounders)
+
+
+def _loss(
+    cache: UnitCache, rounders: list[AdaRound], config: ReconstructionConfig, generator: torch.Generator,
+    index: Tensor, i: int,
+) -> Tensor:  # fmt: skip
+    x_q, x_fp, target = cache.batch(index)
+    x = drop(x_q, x_fp, config.keep_probability, generator)
+    loss = distance(cache.body(x), target, config.loss_power)
+    beta = config.beta(i)
+    if beta is None or config.rounding_weight == 0:
+        return loss
+    return loss + config.rounding_weight * sum((q.regulariser(beta) for q in rounders), loss.new_zeros(()))
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _refuse_infinite(loss: float, name: str, i: int) -> None:
+    if not math.isfinite(loss):
+        raise ReconstructionError(f"unit {name!r}: the loss is {loss} at iteration {i}; lower rounding_lr or step_lr")
+
+
+@contextmanager
+def _only_these_learn(body: nn.Module, learned: list[nn.Parameter]) -> Iterator[None]:
+    """Let only ``learned`` get gradients inside; afterwards all is as it was, and no gradient is left."""
+    before = [(p, p.requires_grad) for p in body.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        for p in learned:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, wanted in before:
+            p.requires_grad_(wanted)
+            p.grad = None
+
+
+def _anneal(optimizer: torch.optim.Optimizer, config: ReconstructionConfig, i: int) -> None:
+    for group in optimizer.param_groups:
+        if group["name"] == "steps":
+            group["lr"] = config.step_lr * 0.5 * (1 + math.cos(math.pi * i / config.iterations))
+
+
+@contextmanager
+def _soft(rounders: list[AdaRound]) -> Iterator[None]:
+    try:
+        for quantizer in rounders:
+            quantizer.soft = True
+        yield
+    finally:
+        for quantizer in rounders:
+            quantizer.soft = False

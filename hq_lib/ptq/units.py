@@ -1,0 +1,90 @@
+"""The regions of a quantized graph that are reconstructed one at a time, and the switch between its two nets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from hq_lib.graph import Block, act_quantizers, blocks, extract_block, kinds, weight_layers
+
+_TAIL = ("norm", "relu", "clip", "act", "quantizer")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A region with one tensor in and one out, inside a block."""
+
+    name: str
+    """of the block, or of the layer"""
+
+    region: Block
+    """what is reconstructed"""
+
+    lead: Block | None
+    """from the block's input to the region's; None where they are the same tensor"""
+
+
+def units(qnet: fx.GraphModule, block: Block, *, unit: str) -> list[Unit]:
+    """Return what is reconstructed inside ``block``: the block itself, or each layer with its activation function.
+
+    A layer's region ends with the batch norm, activation function and quantizer that alone read it: an add ends it.
+    """
+    if unit == "block":
+        return [Unit(block.name, block, None)]
+    kind_of = {node: kind for node, kind in kinds(qnet).items() if node.name in block.nodes}
+    first_calls = {str(node.target): node for node, kind in reversed(kind_of.items()) if kind == "layer"}
+    return [_layer_unit(block, name, first_calls[name], kind_of) for name in block.layers]
+
+
+def _layer_unit(block: Block, name: str, node: fx.Node, kind_of: dict[fx.Node, str]) -> Unit:
+    source, chain = node.all_input_nodes[0].name, [node]
+    while len(chain[-1].users) == 1 and kind_of.get(user := next(iter(chain[-1].users))) in _TAIL:
+        chain.append(user)
+    inside = tuple(n.name for n in chain)
+    region = Block(name, source, inside[-1], inside, (name,), False)
+    if source == block.input:
+        return Unit(name, region, None)
+    before = block.nodes[: block.nodes.index(source) + 1]
+    return Unit(name, region, replace(block, name=f"lead of {name}", output=source, nodes=before))
+
+
+def cut(qnet: fx.GraphModule, region: Block) -> fx.GraphModule:
+    """Return ``region`` as a graph in eval mode that shares ``qnet``'s layers and quantizers, without idle nodes."""
+    graph = extract_block(qnet, region)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph.eval()
+
+
+def chain(qnet: fx.GraphModule) -> list[Block]:
+    """Return the blocks of ``qnet`` in execution order, named after nodes of ``qnet``."""
+    return blocks(qnet)
+
+
+def n_values(qnet: fx.GraphModule, node: str) -> int:
+    """Return the elements of one image's value at ``node``, from the shape that ``quantize`` has seen."""
+    found = next(n for n in qnet.graph.nodes if n.name == node)
+    return int(found.meta["shape"][1:].numel())
+
+
+@contextmanager
+def switched(net: nn.Module, *, weights: bool, acts: bool) -> Iterator[None]:
+    """Switch the weight and activation quantizers of ``net`` inside; every switch is restored afterwards."""
+    layers = [q for layer in weight_layers(net).values() if (q := layer.weight_quantizer) is not None]
+    wanted = [(q, weights) for q in layers] + [(q, acts) for q in act_quantizers(net).values()]
+    before = [(q, q.enabled) for q, _ in wanted]
+    try:
+        for quantizer, on in wanted:
+            quantizer.enabled = on  # type: ignore[assignment]
+        yield
+    finally:
+        for quantizer, on in before:
+            quantizer.enabled = on  # type: ignore[assignment]
+
+
+def as_float(net: nn.Module):
+    """Switch every quantizer of ``net`` off inside: it computes what its float net computes."""
+    return switched(net, weights=False, acts=False)
