@@ -42,6 +42,7 @@ GEOMETRIES = [
     {"padding": (2, 0), "stride": (1, 3)},
     {"padding": (1, 0, 2, 1)},
     {"dilation": 2, "padding": 1},
+    {"dilation": (1, 3), "stride": (2, 1)},
     {"groups": 2, "padding": 1},
     {"groups": 4},
 ]

@@ -40,7 +40,7 @@ from hq_lib.crossbar.profiles import (
     RRAM_WAN_1S,
     RRAM_WAN_CROSSSIM,
 )
-from hq_lib.crossbar.streams import Normals, stream
+from hq_lib.crossbar.streams import Normals, _normal_points, stream
 
 SIGMAS = 5  # of the test statistic
 
@@ -98,6 +98,13 @@ def test_drift_exponents_follow_the_published_statistics():
         spread = min(max(-0.0125 * math.log(g) - 0.0059, 0.008), 0.045)
         assert abs(float(nu.mean()) - mu) < SIGMAS * spread / math.sqrt(20_000) + 1e-4
         assert float(nu.std()) == pytest.approx(spread, rel=0.05)
+
+
+def test_drift_exponents_are_never_negative():
+    wide = Device("d", "test", 0.0, 25.0, drift=Drift(LogClamp(0, 0, 0, 0), LogClamp(0, 0.1, 0.1, 0.1), 20.0))
+    nu = wide.exponents(torch.full((20_000,), 10.0, dtype=torch.float64), stream(0))
+    assert float(nu.min()) >= 0
+    assert float(nu.mean()) == pytest.approx(0.1 * math.sqrt(2 / math.pi), rel=0.03)
 
 
 def test_drift_is_a_power_law_and_the_identity_at_its_reference_time():
@@ -221,6 +228,13 @@ def test_fast_normals_are_normal_and_do_not_depend_on_how_they_are_drawn():
     assert abs(float(flat.pow(4).mean()) - 3) < SIGMAS * math.sqrt(96 / n)
     for lag in (1, 2, 3, 4, 37, 65_536):
         assert abs(float((flat[lag:] * flat[:-lag]).mean())) < SIGMAS / math.sqrt(n - lag)
+
+
+def test_points_of_the_fast_normals_are_standard_and_uncorrelated():
+    z = _normal_points().double()
+    moments = [z.mean(0).abs().max(), (z.square().mean(0) - 1).abs().max(), z.prod(1).mean().abs()]
+    assert max(float(moment) for moment in moments) < 1e-6
+    assert float((z.square().prod(1).mean() - 1).abs()) < 0.01
 
 
 def test_stuck_cells_are_drawn_at_their_rate_and_stay(tmp_path):
