@@ -33,7 +33,8 @@ def drop(x_hat: Tensor, x: Tensor, keep_probability: float, generator: torch.Gen
     """
     if keep_probability in (0, 1):
         return x_hat if keep_probability == 1 else x
-    return torch.where(keep_mask(x, keep_probability, generator), x_hat, x)
+    kept = keep_mask(x, keep_probability, generator).to(x.dtype)
+    return torch.lerp(x, x_hat, kept)  # exact at weights 0 and 1; ``where`` is many times slower on random masks
 
 
 @contextmanager

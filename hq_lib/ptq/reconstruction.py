@@ -100,7 +100,7 @@ def _pass(
 ) -> Iterator[UnitReport]:
     found = [(block, units(qnet, block, unit=config.unit)) for block in chain(qnet)]
     needs = [bytes_needed(qnet, block, inside, len(images)) for block, inside in found]
-    forms = [form_for(needed, config.budget_MiB * 2**20) for needed in needs]
+    forms: list[Form] = [form_for(needed, config.budget_MiB * 2**20) for needed in needs]
     n_units = sum(len(inside) for _, inside in found)
     stream, position = Stream(images, forms[0]), 0
     for i, (block, inside) in enumerate(found):
