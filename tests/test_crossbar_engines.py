@@ -1,6 +1,7 @@
 """Engines: every path equals integer matmul on ideal parts, and answers depend on the seed alone."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hq_lib.crossbar import Adc, Circuit, ConstantRead, CrossbarError, Device, Drive, IdealEngine, Mapping, SimEngine
+from hq_lib.crossbar.execution import on_grid
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI
 
 FINITE_RATIO = Device("finite", "test", 1.3, 31.0)
@@ -157,6 +159,16 @@ def test_same_seed_same_answer_for_any_batch_size_and_thread_count(circuit):
         torch.set_num_threads(threads)
     np.testing.assert_array_equal(np.concatenate(parts), want)
     assert not np.array_equal(whole.mvm(whole._handles["a"], x), want), "read noise must be fresh at each call"
+
+
+def test_grid_sums_are_the_exact_rational_sums():
+    """Whole-number inputs times grid entries, against Python's unbounded integers."""
+    random = np.random.default_rng(0)
+    matrix = on_grid(torch.from_numpy(random.standard_normal((576, 1)) * 100), 255.0)
+    x = random.integers(0, 256, (20, 576))
+    exact = [sum(int(v) * Fraction(float(m)) for v, m in zip(row, matrix[:, 0], strict=True)) for row in x]
+    assert [Fraction(float(y)) for y in torch.from_numpy(x).double() @ matrix] == exact
+    assert float((matrix.frac() != 0).double().mean()) > 0.9
 
 
 def test_float32_answers_hardly_depend_on_the_batch_size():
