@@ -1,0 +1,22 @@
+/* The one file with processor-specific code: vector forms of the frequent cases, chosen when the program runs. */
+#include "hqm_internal.h"
+
+static const kernels scalar = {"scalar", NULL, NULL, NULL, NULL};
+static const kernels *chosen;
+
+static const kernels *find(const char *name) {
+    return !strcmp(name, "scalar") || !strcmp(name, "auto") ? &scalar : NULL;
+}
+
+const kernels *hqm_kernels(void) {
+    if (!chosen) chosen = find("auto");
+    return chosen;
+}
+
+int hqm_use_kernel(const char *name) {
+    const kernels *found = name ? find(name) : NULL;
+    if (found) chosen = found;
+    return found != NULL;
+}
+
+const char *hqm_kernel_name(void) { return hqm_kernels()->name; }

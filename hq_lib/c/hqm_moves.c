@@ -1,0 +1,109 @@
+/* Pools, and operations that move or clip integers. */
+#include "hqm_internal.h"
+
+/* Window rows (axis 0) or columns (axis 1) of output place `at` that lie inside: *first <= k < return value. */
+static uint32_t inside(const window *v, int axis, uint32_t at, uint32_t *first) {
+    int64_t n = axis ? v->width : v->height, d = v->dilation[axis];
+    int64_t start = (int64_t)at * v->stride[axis] - v->padding[axis];
+    int64_t low = start < 0 ? (-start + d - 1) / d : 0, high = start < n ? (n - start + d - 1) / d : 0;
+    *first = (uint32_t)low;
+    return (uint32_t)(high < v->kernel[axis] ? high : v->kernel[axis]);
+}
+
+/* Largest integer, or sum, of the window of one output place and channel; padded places do not count. */
+static int64_t pooled(const window *v, const tensor *x, uint32_t row, uint32_t column, uint32_t c, int is_max) {
+    uint32_t i0, j0, i1 = inside(v, 0, row, &i0), j1 = inside(v, 1, column, &j0);
+    int64_t result = 0;
+    for (uint32_t i = i0; i < i1; i++)
+        for (uint32_t j = j0; j < j1; j++) {
+            size_t h = (size_t)row * v->stride[0] + (size_t)i * v->dilation[0] - v->padding[0];
+            size_t w = (size_t)column * v->stride[1] + (size_t)j * v->dilation[1] - v->padding[1];
+            int64_t q = load_int(x->data, x->dtype, (h * v->width + w) * v->channels + c);
+            if (!is_max) result += q - x->zero;
+            else if (q > result) result = q;
+        }
+    return result;
+}
+
+void run_max_pool(const uint32_t *op, const tensor *x, const tensor *y) {
+    window v = window_of(op, x, y);
+    size_t at = 0;
+    for (uint32_t row = 0; row < v.out_height; row++)
+        for (uint32_t column = 0; column < v.out_width; column++)
+            for (uint32_t c = 0; c < v.channels; c++, at++)
+                store_int(y->data, y->dtype, at, pooled(&v, x, row, column, c, 1));
+}
+
+void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y) {
+    window v = window_of(op, x, y);
+    rescale r = rescale_of(m, op, y);
+    size_t at = 0;
+    for (uint32_t row = 0; row < v.out_height; row++)
+        for (uint32_t column = 0; column < v.out_width; column++)
+            for (uint32_t c = 0; c < v.channels; c++, at++) {
+                int32_t acc = (int32_t)(uint32_t)pooled(&v, x, row, column, c, 0);
+                int64_t q = r.multiplier ? rescaled(&r, 0, acc, 0) : (int64_t)acc + y->zero;
+                store_int(y->data, y->dtype, at, q);
+            }
+}
+
+/* Copies shape[0] x ... elements between two places of the arena, each with its own steps (in elements). */
+static void copy(uint8_t *to, const size_t *to_step, const uint8_t *from, const size_t *from_step,
+                 const uint32_t *shape, uint32_t rank, uint32_t size) {
+    uint32_t at[HQM_MAX_RANK] = {0};
+    for (;;) {
+        size_t a = 0, b = 0;
+        for (uint32_t k = 0; k < rank; k++) a += at[k] * to_step[k], b += at[k] * from_step[k];
+        memmove(to + a * size, from + b * size, size);
+        uint32_t k = rank;
+        while (k > 0 && ++at[k - 1] == shape[k - 1]) at[--k] = 0;
+        if (k == 0) return;
+    }
+}
+
+void run_concat(const hqm_model *m, const uint32_t *op, const tensor *y, void *arena) {
+    size_t offset = 0, axis = op[O_AXES];
+    for (uint32_t k = 0; k < op[O_N_INPUTS]; k++) {
+        tensor x = tensor_at(m, input_of(m, op, k), arena);
+        copy(y->data + offset * y->stride[axis] * y->size, y->stride, x.data, x.stride, x.shape, x.rank, x.size);
+        offset += x.shape[axis];
+    }
+}
+
+/* Place in the arena of element i in the record's order. */
+static size_t place_of(const tensor *t, uint32_t i) {
+    if (t->rank != 3) return i;
+    uint32_t plane = t->n / t->shape[0];
+    return (size_t)(i % plane) * t->shape[0] + i / plane;
+}
+
+static void reshape(const tensor *x, const tensor *y) {
+    for (uint32_t i = 0; i < x->n; i++)
+        memmove(y->data + place_of(y, i) * y->size, x->data + place_of(x, i) * x->size, x->size);
+}
+
+void run_move(const uint32_t *op, const tensor *x, const tensor *y) {
+    size_t step[HQM_MAX_RANK], offset = 0;
+    switch (op[O_KIND]) {
+    case RESHAPE: reshape(x, y); return;
+    case TRANSPOSE:
+        for (uint32_t a = 0; a < x->rank; a++) step[a] = x->stride[op[O_AXES + a]];
+        copy(y->data, y->stride, x->data, step, y->shape, y->rank, x->size);
+        return;
+    case SLICE:
+        for (uint32_t a = 0; a < x->rank; a++) {
+            offset += op[O_START + a] * x->stride[a];
+            step[a] = op[O_STEP + a] * x->stride[a];
+        }
+        copy(y->data, y->stride, x->data + offset * x->size, step, y->shape, y->rank, x->size);
+        return;
+    case PAD:
+        for (uint32_t i = 0; i < y->n; i++) store_int(y->data, y->dtype, i, x->zero);
+        for (uint32_t a = 0; a < x->rank; a++) offset += op[O_BEFORE + a] * y->stride[a];
+        copy(y->data + offset * y->size, y->stride, x->data, x->stride, x->shape, x->rank, x->size);
+        return;
+    default: /* CLIP */
+        for (uint32_t i = 0; i < y->n; i++)
+            store_int(y->data, y->dtype, i, clamp_int(load_int(x->data, x->dtype, i), y->qmin, y->qmax));
+    }
+}

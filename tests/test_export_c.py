@@ -1,0 +1,179 @@
+"""The C runtime against the NumPy executor: equal logits, for every operation, policy, requantizer and kernel."""
+
+import numpy as np
+import pytest
+import torch
+from integer_nets import NETS, POLICIES, images, quantized
+
+from hq_lib import models, paths
+from hq_lib.data import normalize
+from hq_lib.export_c import ContainerError, ExportError, Runtime, compiler, layout, library, save, to_bytes
+from hq_lib.export_c.build import CompilerError
+from hq_lib.export_c.runtime import KERNELS
+from hq_lib.graph import BitPolicy, calibrate, quantize
+from hq_lib.integer import ImageError, lower, run
+from hq_lib.integer import record as r
+from hq_lib.integer.requant import pair, single
+
+try:
+    compiler()
+except CompilerError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def qnets() -> dict:
+    """Quantized networks by (net, policy), made on first use."""
+    return {}
+
+
+def kernels_here(model) -> list[str]:
+    found = []
+    for kernel in KERNELS[1:]:
+        try:
+            Runtime(model, kernel=kernel)
+        except ValueError:
+            continue
+        found.append(kernel)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("net", NETS)
+def test_c_gives_numpy_s_bits_with_every_kernel(qnets, net, policy):
+    qnet, x = qnets.setdefault((net, policy), quantized(net, policy)), images(20, seed=5)
+    for requantizer in r.REQUANTIZERS:
+        imodel = lower(qnet, requantizer=requantizer)
+        want = run(imodel, x)
+        for kernel in kernels_here(imodel):
+            assert np.array_equal(Runtime(imodel, kernel=kernel).run(x), want), (requantizer, kernel)
+
+
+def random_layer(seed: int, *, conv: bool, x_dtype: str, w_dtype: str, residual: str | None, requantizer: str):
+    """One layer of awkward sizes with random integers, as a whole record; multipliers that clip some outputs."""
+    rng = np.random.default_rng(seed)
+    groups = [1, 1, 2, 4][seed % 4] if conv else 1
+    c_in, c_out = groups * int(rng.integers(1, 8)), groups * int(rng.integers(1, 24))
+    if conv and seed % 8 == 3:
+        groups = c_in = c_out = int(rng.integers(2, 40))
+    k, s, d = (int(v) for v in rng.integers([1, 1, 1], [4, 3, 3]))
+    shape = (c_in, 9, 21) if conv else (c_in,)
+    one, big, wide = np.asarray(1.0, np.float32), {"uint8": 255, "uint16": 65535}[x_dtype], np.iinfo(w_dtype).max
+    w_shape = (c_out, c_in // groups, k, k) if conv else (c_out, c_in)
+    weight = rng.integers(-wide, wide + 1, w_shape).astype(w_dtype) // (256 if w_dtype == "int16" else 1)
+    weight = weight.astype(w_dtype)
+    pads = tuple(int(v) for v in rng.integers(0, 3, 4))
+    acc = float(np.abs(weight.astype(float)).sum() / c_out * big / 400)
+    first, second = np.full(c_out, 1 / acc), np.full(c_out, 0.5 / acc if residual == "int32" else 0.3)
+    forms = pair((first.astype(np.float32), second.astype(np.float32)), (first, second))
+    requants = forms if residual else (single(first.astype(np.float32), first), None)
+    out_shape = (c_out,)
+    if conv:
+        sizes = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, a, b in ((9, *pads[::2]), (21, *pads[1::2]))]
+        out_shape = (c_out, *sizes)
+    specs = [
+        r.TensorSpec("image", shape, "float32", 32, 0, 0, one, 0) if conv
+        else r.TensorSpec("image", (c_in, 1, 1), "float32", 32, 0, 0, one, 0),
+        r.TensorSpec("q", shape if conv else (c_in, 1, 1), x_dtype, 16 if big > 255 else 8, 0, big, one, big // 3),
+    ]  # fmt: skip
+    ops: list[r.Op] = [r.Quantize("quantize", ("image",), "q")]
+    x_name = "q"
+    if not conv:
+        specs.append(r.TensorSpec("flat", shape, x_dtype, specs[1].bits, 0, big, one, big // 3))
+        ops.append(r.Reshape("flatten", ("q",), "flat"))
+        x_name = "flat"
+    scales = np.ones(c_out, np.float32)
+    bias = rng.integers(-1000, 1000, c_out).astype(np.int32)
+
+    def layer(name, out, requant, res):
+        common = (weight, scales, bias, scales, 8, requant, res)
+        inputs = (x_name,) if res is None else (x_name, res.tensor)
+        if conv:
+            return r.Conv(name, inputs, out, *common, (s, s), pads, (d, d), groups)
+        return r.Linear(name, inputs, out, *common)
+
+    res = None
+    if residual:
+        res_spec = {"int32": (32, -(2**31), 2**31 - 1, 0)}.get(residual, (8, 0, 255, 90))
+        specs.append(r.TensorSpec("r", out_shape, residual, *res_spec[:3], one, res_spec[3]))
+        ops.append(layer("other", "r", None if residual == "int32" else single(first.astype(np.float32), first), None))
+        res = r.Residual("r", requants[1])
+    specs.append(r.TensorSpec("y", out_shape, "uint8", 8, 7, 250, one, 100))
+    ops.append(layer("layer", "y", requants[0], res))
+    image = rng.integers(-300 if big < 256 else -40000, 300 if big < 256 else 60000, (3, *specs[0].shape))
+    model = r.IntegerModel(requantizer, {spec.name: spec for spec in specs}, tuple(ops), "image", "y")
+    return model, image.astype(np.float32)
+
+
+@pytest.mark.parametrize("requantizer", r.REQUANTIZERS)
+@pytest.mark.parametrize("residual", [None, "uint8", "int32"])
+@pytest.mark.parametrize(("x_dtype", "w_dtype"), [("uint8", "int8"), ("uint16", "int8"), ("uint8", "int16")])
+def test_layers_of_awkward_sizes(requantizer, residual, x_dtype, w_dtype):
+    for seed in range(16):
+        for conv in (True, False):
+            model, x = random_layer(
+                seed, conv=conv, x_dtype=x_dtype, w_dtype=w_dtype, residual=residual, requantizer=requantizer
+            )
+            want = run(model, x)
+            assert len(np.unique(want)) > 2
+            for kernel in kernels_here(model):
+                assert np.array_equal(Runtime(model, kernel=kernel).run(x), want), (seed, conv, kernel)
+
+
+def test_tensors_that_live_together_do_not_share_bytes():
+    imodel = lower(quantized("joined", "w8a8"))
+    offsets, size = layout.plan_arena(imodel)
+    born = {op.output: i for i, op in enumerate(imodel.ops)}
+    dies = {t: max([i for i, op in enumerate(imodel.ops) if t in op.inputs], default=len(imodel.ops)) for t in born}
+    ends = {t: offsets[t] + layout.n_bytes(imodel.tensors[t]) + layout.SLACK for t in born}
+    for a in born:
+        assert layout.scratch_size(imodel) <= offsets[a] < ends[a] <= size
+        for b in born:
+            apart = ends[a] <= offsets[b] or ends[b] <= offsets[a]
+            assert a == b or apart or dies[a] < born[b] or dies[b] < born[a]
+    assert size < sum(ends[t] - offsets[t] for t in born)  # and some do share
+
+
+def test_same_record_same_bytes_and_the_file_s_name(tmp_path):
+    imodel = lower(quantized("residual", "w8a8"))
+    content = to_bytes(imodel)
+    assert content == to_bytes(imodel)
+    assert save(imodel, tmp_path / "net.hqm").read_bytes() == content
+    with pytest.raises(ExportError, match=r"\.hqm"):
+        save(imodel, tmp_path / "net.bin")
+
+
+def test_images_and_containers_that_do_not_fit_are_refused():
+    runtime = Runtime(lower(quantized("residual", "w8a8")))
+    x = images(2).numpy()
+    for bad in (x[:, :2], x.astype(np.float64), x[:0], x * np.nan, np.zeros((1, 3, 12, 12), np.uint8)):
+        with pytest.raises(ImageError):
+            runtime.run(bad)
+    with pytest.raises(ContainerError, match=r"not a \.hqm"):
+        Runtime(b"no container of any kind" * 10)
+    with pytest.raises(ValueError, match="no kernel 'mmx'"):
+        Runtime(lower(quantized("residual", "w8a8")), kernel="mmx")
+
+
+def test_no_compiler_is_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "cc-that-is-not-there")
+    with pytest.raises(CompilerError, match="install gcc or clang"):
+        library()
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("HQ_DATA", str(tmp_path))
+    with pytest.raises(CompilerError, match="does not compile"):
+        library()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("requantizer", r.REQUANTIZERS)
+def test_a_trained_resnet20_on_real_images(requantizer, cifar10_test):
+    net, _ = models.load_checkpoint(paths.checkpoints_dir() / "resnet20_float_s0.safetensors")
+    x = normalize(cifar10_test.images[:300], cifar10_test.spec)
+    qnet = quantize(net.eval(), BitPolicy(), x[:1])
+    calibrate(qnet, x[:64])
+    imodel = lower(qnet.eval(), requantizer=requantizer, images=cifar10_test.spec)
+    want, runtime = run(imodel, x), Runtime(imodel)
+    assert int((runtime.run(x) != want).sum()) == 0
+    assert int((runtime.run(cifar10_test.images[:300]) != want).sum()) == 0  # pixels through the table
+    assert (torch.tensor(want).argmax(1) == cifar10_test.labels[:300]).float().mean() > 0.85
