@@ -1,0 +1,31 @@
+"""Random FPGAI networks, and when two are the same."""
+
+import numpy as np
+
+from hq_lib.export_fpgai import LENET, FpgaiLayer, FpgaiNet, Stage
+
+SMALL = (
+    Stage("first", (3, 2, 3, 2), stride=2, padding=1, pool="max"),
+    Stage("second", (4, 3, 1, 1), pool="average"),
+    Stage("last", (5, 16), relu1=False),
+)
+"""(2, 15, 17) images -> (3, 8, 9), pooled to (3, 4, 4) -> (4, 4, 4), pooled to (4, 2, 2) -> 5"""
+
+
+def random_net(seed=0, stages=LENET):
+    rng = np.random.default_rng(seed)
+    layers = []
+    for stage in stages:
+        weight = rng.integers(0, 256, stage.shape, np.uint8)
+        bias = rng.integers(-(2**14), 2**14, stage.shape[0], np.int32)
+        quant = (int(rng.integers(low, high)) for low, high in ((128, 256), (13, 16), (100, 156)))
+        layers.append(FpgaiLayer(stage.name, weight, bias, *quant))
+    return FpgaiNet(tuple(stages), tuple(layers))
+
+
+def assert_same(a, b):
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert (x.multiplier, x.shift, x.zero_point) == (y.multiplier, y.shift, y.zero_point)
+        assert x.weight.dtype == y.weight.dtype == np.uint8
+        assert np.array_equal(x.weight, y.weight)
+        assert np.array_equal(x.bias, y.bias)
