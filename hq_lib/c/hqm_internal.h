@@ -67,13 +67,15 @@ typedef struct {
     hqm_dtype out_dtype, residual_dtype;
 } rescale;
 
+/* n <= BLOCK channels of one place to uint8; residual: uint8, or NULL. */
+typedef void rescale_kernel(const int32_t *acc, const rescale *r, uint32_t first, uint32_t n, const uint8_t *residual,
+                            uint8_t *out);
+
 /* Vector forms of the frequent cases, or NULL: then the portable code runs. */
 typedef struct {
     const char *name;
     product_kernel *dense, *depthwise; /* uint8 x int8 */
-    /* n <= BLOCK channels of one place, float32 requantizer to uint8; residual uint8 or NULL */
-    void (*rescale_u8)(const int32_t *acc, const rescale *r, uint32_t first, uint32_t n, const uint8_t *residual,
-                       uint8_t *out);
+    rescale_kernel *rescale_u8, *fixed_u8; /* "float32" and "fixed" */
     /* n elements, float32 Add of uint8 */
     void (*add_u8)(const uint8_t *a, const uint8_t *b, uint32_t n, const float m[2], float offset, int32_t qmin,
                    int32_t qmax, uint8_t *out);

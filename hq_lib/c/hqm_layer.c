@@ -85,7 +85,7 @@ typedef struct {
     const tensor *residual, *y;
     rescale r;
     uint32_t c_out;
-    int quick; /* the vector form of requantization applies */
+    rescale_kernel *quick; /* the vector form of requantization, where it applies */
 } sink;
 
 /* Writes n channels from `first` of the places from `place` on. */
@@ -95,7 +95,7 @@ static void write_tile(const sink *s, int32_t acc[TILE][BLOCK], size_t place, ui
         size_t at = (place + p) * s->c_out + first;
         if (s->quick) {
             const uint8_t *other = s->residual ? s->residual->data + at : NULL;
-            hqm_kernels()->rescale_u8(acc[p], &s->r, first, n, other, s->y->data + at);
+            s->quick(acc[p], &s->r, first, n, other, s->y->data + at);
             continue;
         }
         if (!s->r.multiplier) {
@@ -151,10 +151,10 @@ void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const te
     const uint8_t *data = q[0] | q[1] | q[2] | q[3] ? pad_input(&v, x, scratch) : x->data;
     flatten(&v);
     product p = product_of(&v, op);
-    sink s = {residual, y, rescale_of(m, op, y), op[O_C_OUT], 0};
+    sink s = {residual, y, rescale_of(m, op, y), op[O_C_OUT], NULL};
     if (residual) s.r.residual_dtype = residual->dtype, s.r.residual_zero = residual->zero;
-    s.quick = s.r.multiplier && !s.r.is_fixed && hqm_kernels()->rescale_u8 && y->size == 1 &&
-              (!residual || residual->size == 1);
+    if (s.r.multiplier && y->size == 1 && (!residual || residual->size == 1))
+        s.quick = s.r.is_fixed ? hqm_kernels()->fixed_u8 : hqm_kernels()->rescale_u8;
     product_kernel *kernel = kernel_of((int)depthwise, x->size, size);
     uint32_t groups = depthwise ? 1 : op[O_GROUPS], per_group = op[O_C_OUT] / groups;
     size_t block_bytes = (depthwise ? BLOCK : (size_t)p.n_rows * p.n_columns * p.n4 * 4 * BLOCK) * size;
