@@ -2,7 +2,7 @@
  *
  *     hqm_model model;
  *     if (hqm_open(&model, bytes, size) != HQM_OK) ...            bytes: whole file, 4-byte aligned, kept by the caller
- *     hqm_run(&model, arena, image, logits);                      arena: hqm_arena_size(&model) bytes, 64-byte aligned
+ *     hqm_run(&model, arena, image, logits);                      arena: hqm_arena_size(&model) bytes, 4-byte aligned
  *
  * Results equal the NumPy executor's bit for bit. hqm_open checks everything that hqm_run relies on, so that no content
  * of a file makes hqm_run leave the file, the arena, the image or the logits.

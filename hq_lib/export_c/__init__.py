@@ -2,11 +2,13 @@
 
     save(imodel, "net.hqm")                     # one container, checked by the runtime when it opens it
     Runtime(imodel).run(images)                 # through ctypes; compiled by the system's cc on first use
+    save_arrays(imodel, "net.c", name="net")    # the same as a const array, for microcontrollers
     program()                                   # the command-line tool: hqm net.hqm --cifar10 test_batch.bin
 
 The sources and a Makefile are in ``hq_lib/c``.
 """
 
+from hq_lib.export_c.arrays import save_arrays
 from hq_lib.export_c.build import CompilerError, compiler, library, program
 from hq_lib.export_c.container import ExportError, save, to_bytes
 from hq_lib.export_c.runtime import ContainerError, Runtime
@@ -20,5 +22,6 @@ __all__ = [
     "library",
     "program",
     "save",
+    "save_arrays",
     "to_bytes",
 ]
