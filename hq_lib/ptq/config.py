@@ -44,7 +44,9 @@ class ReconstructionConfig:
 
     rounding_lr: float = 1e-2
     """Adam's rate of the rounding logits. Adam moves a logit by at most about rate x iterations, and deciding a
-    rounding takes 2.4: 1e-3, the official default, fits 20,000 iterations, 1e-2 a few hundred"""
+    rounding takes 2.4: 1e-3, the official default, fits 20,000 iterations, 1e-2 a few hundred. Where many roundings
+    are left undecided, raise it (rate x iterations near 20, as published) and lower ``beta_start``: ResNet-20 at W2A2,
+    500 iterations, one seed: 79.6 % with 1e-2 and 20 (6 to 34 % undecided), 81.3 % with 5e-2 and 8 (0 to 1.3 %)"""
 
     step_lr: float = 4e-5
     """Adam's rate of the activation steps in real units, falls to 0 along a cosine"""
