@@ -201,6 +201,13 @@ def test_the_exporter_reads_geometry_and_folds_batch_norm():
     assert steps.max() < 6
 
 
+def test_biases_make_up_for_what_the_floors_take_away():
+    net, example = models.build("lenet", relu1=True), torch.rand(1, 1, 28, 28)
+    nearest, floor = (fpga.export(net, example, rounding=r).layers for r in ("nearest", "floor"))
+    steps = [(a.bias - b.bias).mean() * a.scale for a, b in zip(nearest, floor, strict=True)]
+    assert steps == pytest.approx([0.875, 0.875, 0.5, 0.5, 0.5], abs=0.02)  # half a step; 3/8 more before a 2x2 mean
+
+
 UNSUITABLE = {
     "ReLU1 after it": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 2)),
     "is ReLU: FPGAI export knows": nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 36, 2)),

@@ -72,7 +72,7 @@ def test_images_of_an_integer_model_hold_all_that_its_layers_need(tmp_path, imod
         assert (memory.parameters["multiplier"] is None) == (op.requant is None)
         if op.requant is not None:
             assert memory.parameters["multiplier"] == memory.arrays["multiplier"].tolist() == op.requant.fixed.tolist()
-            assert np.array_equal(memory.arrays["shift"], op.requant.shift)
+            assert memory.parameters["shift"] == memory.arrays["shift"].tolist() == op.requant.shift.tolist()
             assert np.array_equal(np.float32(memory.parameters["multiplier_float32"]), op.requant.multiplier)
         assert memory.parameters["input"]["zero_point"] == imodel.tensors[op.inputs[0]].zero_point
 
