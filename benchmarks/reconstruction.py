@@ -6,7 +6,8 @@ QDrop's protocol: 1,024 un-augmented training images, first and last weights and
 add inputs and logits in float, L_2.4 ranges (activations: float net, 256 images). The bar for 500 iterations is what
 the official code reaches with a rounding rate of 1e-2 (one seed): 90.84 / 88.90 / 89.15 / 80.45 % at
 W4A4 / W3A3 / W2A4 / W2A2. Measured at W2A2, 500 iterations, one seed: 79.58 % with that rate (6 to 34 % of a block's
-roundings undecided at the end), 81.33 % with ``--rounding-lr 5e-2 --beta-start 8`` (0 to 1.3 %); to nearest 15.14 %. Times are wall and CPU seconds; on a shared machine only CPU seconds mean anything.
+roundings undecided at the end), 81.33 % with ``--rounding-lr 5e-2 --beta-start 8`` (0 to 1.3 %); to nearest 15.14 %.
+Times are wall and CPU seconds; on a shared machine only CPU seconds mean anything.
 """
 
 import argparse
