@@ -177,3 +177,17 @@ def test_a_trained_resnet20_on_real_images(requantizer, cifar10_test):
     assert int((runtime.run(x) != want).sum()) == 0
     assert int((runtime.run(cifar10_test.images[:300]) != want).sum()) == 0  # pixels through the table
     assert (torch.tensor(want).argmax(1) == cifar10_test.labels[:300]).float().mean() > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "requantizer"), [(8, "float32"), (4, "fixed")])
+@pytest.mark.parametrize("name", ["lenet", "vgg_small", "toynet", "mobilenetv2"])
+def test_every_network_of_the_workbook(name, bits, requantizer):
+    torch.manual_seed(0)
+    net, x = models.build(name), torch.randn(6, *((1, 28, 28) if name == "lenet" else (3, 32, 32)))
+    with torch.no_grad():
+        net.train()(x)  # statistics for its batch norms
+    qnet = quantize(net.eval(), BitPolicy(weight=f"minmax:{bits}", act=f"minmax:{bits}"), x[:1])
+    calibrate(qnet, x)
+    imodel = lower(qnet.eval(), requantizer=requantizer)
+    assert np.array_equal(Runtime(imodel).run(x), run(imodel, x))
