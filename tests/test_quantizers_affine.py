@@ -242,7 +242,7 @@ def test_a_failing_compiler_falls_back_silently(monkeypatch):
         raise RuntimeError("no C++ compiler here")
 
     monkeypatch.setattr(torch, "compile", broken)
-    double = Fused(times, n_elementwise=1, sums=False)
+    double = Fused(times, n_elementwise=1, apart=False)
     large = torch.ones(2**17)
     assert torch.equal(double(large, torch.tensor(2.0)), 2.0 * large)
     assert fusion_status() == "unavailable: RuntimeError: no C++ compiler here"

@@ -74,7 +74,7 @@ def _sum_to(values: Tensor, like: Tensor) -> Tensor:
     return values.sum() if like.ndim == 0 else values.sum_to_size(like.shape)
 
 
-backward_kernel = Fused(_backward, n_elementwise=2, sums=True)
+backward_kernel = Fused(_backward, n_elementwise=2, apart=True)
 
 
 class _HardForwardSoftBackward(torch.autograd.Function):

@@ -34,17 +34,18 @@ def fusion_status() -> str:
 class Fused:
     """A pure tensor function, fused by the compiler on large tensors; falls back, once and silently, to plain PyTorch.
 
-    Inside a net that is compiled as a whole it is traced into the caller's graph, except that on a CPU a kernel that
-    sums stays an operator of its own: fused with batch norm's sums it comes out slower than both apart.
+    Inside a net that is compiled as a whole it is traced into the caller's graph, except that on a CPU a kernel marked
+    ``apart`` stays an operator of its own. Backward kernels do: fused with batch norm's sums, masks are recomputed for
+    each of them, and a ResNet-20 step takes 1.4 to 1.8 times the float net's instead of about 1.
     """
 
-    def __init__(self, kernel: Callable[..., Any], *, n_elementwise: int, sums: bool) -> None:
+    def __init__(self, kernel: Callable[..., Any], *, n_elementwise: int, apart: bool) -> None:
         """Wrap ``kernel``: no side effects (it may run twice), its first ``n_elementwise`` arguments of one shape.
 
         The next argument is the step: only if that is a scalar is the call fused, on flattened tensors. The first
-        (or only) result has the shape of the elementwise arguments; ``sums`` says that others are sums over them.
+        (or only) result has the shape of the elementwise arguments. ``apart``: see the class.
         """
-        self.kernel, self.n_elementwise, self.sums = kernel, n_elementwise, sums
+        self.kernel, self.n_elementwise, self.apart = kernel, n_elementwise, apart
         self._compiled: Callable[..., Any] | None = None
         name = f"hq_lib::{kernel.__module__.rsplit('.', 1)[-1]}{kernel.__name__}"
         schema = torch.library.infer_schema(kernel, mutates_args=())
@@ -58,7 +59,7 @@ class Fused:
         if not usable or step.ndim > 0 or x.numel() < MIN_NUMEL:
             return self.kernel(*args)
         if torch.compiler.is_compiling():
-            return self.operator(*args) if self.sums and x.device.type == "cpu" else self.kernel(*args)
+            return self.operator(*args) if self.apart and x.device.type == "cpu" else self.kernel(*args)
         return self._run(*args)
 
     def _run(self, *args: Any) -> Any:

@@ -68,10 +68,10 @@ def _step_backward(
     return grad_x, grad_delta, -delta * _sum_to(grad - grad_x, delta)
 
 
-forward_kernel = Fused(_forward, n_elementwise=1, sums=False)
-mask_kernel = Fused(_mask_backward, n_elementwise=2, sums=False)
-clip_kernel = Fused(_clip_backward, n_elementwise=2, sums=True)
-step_kernel = Fused(_step_backward, n_elementwise=2, sums=True)
+forward_kernel = Fused(_forward, n_elementwise=1, apart=False)
+mask_kernel = Fused(_mask_backward, n_elementwise=2, apart=True)
+clip_kernel = Fused(_clip_backward, n_elementwise=2, apart=True)
+step_kernel = Fused(_step_backward, n_elementwise=2, apart=True)
 
 
 class _Staircase(torch.autograd.Function):
