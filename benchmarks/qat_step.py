@@ -8,8 +8,8 @@ image, every ReLU and every tensor that feeds an add have a quantizer. Rounds al
 machine slows all of them; the ratio is that of the fastest steps. Only ratios mean anything. On a machine that others
 use, ``OMP_NUM_THREADS=1 ... --cpu-time`` counts what the step itself used.
 
-Measured, one thread, CPU time, W4A4, batch 128 (float compiled: 0.74 to 0.77): quantizers fused, net eager: min-max 1.31,
-DoReFa 1.25, PACT 1.30, LSQ 1.27, DSQ 1.45. Net compiled as a whole: 1.02, 0.98, 0.95, 0.98, 1.09.
+Measured, one thread, CPU time, W4A4, batch 128 (float compiled: 0.74 to 0.77): quantizers fused, net eager: min-max
+1.31, DoReFa 1.25, PACT 1.30, LSQ 1.27, DSQ 1.45. Net compiled as a whole: 1.02, 0.98, 0.95, 0.98, 1.09.
 """
 from __future__ import annotations
 
