@@ -11,6 +11,7 @@ use, ``OMP_NUM_THREADS=1 ... --cpu-time`` counts what the step itself used.
 Measured, one thread, CPU time, W4A4, batch 128 (float compiled: 0.74 to 0.77): quantizers fused, net eager: min-max
 1.31, DoReFa 1.25, PACT 1.30, LSQ 1.27, DSQ 1.45. Net compiled as a whole: 1.02, 0.98, 0.95, 0.98, 1.09.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -118,8 +119,10 @@ def main() -> None:
 
 def report(steps: dict[str, Step], args: argparse.Namespace) -> None:
     """Print the ratios to the float net run eagerly."""
-    print(f"ResNet-20, batch {args.batch}, W{args.bits}A{args.bits}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, fusion {fusion_status()}")
+    print(
+        f"ResNet-20, batch {args.batch}, W{args.bits}A{args.bits}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, fusion {fusion_status()}"
+    )
     for name, step in steps.items():
         print(f"  {name:22s} {step.seconds / steps['float'].seconds:5.2f}")
 

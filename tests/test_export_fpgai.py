@@ -22,9 +22,7 @@ def seed_lenet(shared_data):
 
 
 def test_the_seeds_lenet_gives_9886_of_10000(seed_lenet, mnist_10k):
-    right = [
-        int((fpga.run(seed_lenet, part.images).argmax(1) == part.labels.numpy()).sum()) for part in mnist_10k
-    ]
+    right = [int((fpga.run(seed_lenet, part.images).argmax(1) == part.labels.numpy()).sum()) for part in mnist_10k]
     assert sum(map(len, mnist_10k)) == 10_000
     assert sum(right) == 9886  # 98.86 %
 

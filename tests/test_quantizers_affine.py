@@ -1,4 +1,5 @@
 """The affine grid: hand-computed rows, PyTorch's own operators, float64 finite differences."""
+
 import pytest
 import torch
 
@@ -89,11 +90,18 @@ def test_round_ste_is_exact_and_has_slope_one():
     assert torch.equal(x.grad, torch.ones(1000))
 
 
-@pytest.mark.parametrize(("bits", "signed", "narrow", "want"), [
-    (1, False, False, (0, 1, 1)), (8, False, False, (0, 255, 1)), (16, False, False, (0, 65535, 1)),
-    (1, True, False, (-1, 1, 2)), (2, True, True, (-1, 1, 1)), (8, True, False, (-128, 127, 1)),
-    (8, True, True, (-127, 127, 1)),
-])
+@pytest.mark.parametrize(
+    ("bits", "signed", "narrow", "want"),
+    [
+        (1, False, False, (0, 1, 1)),
+        (8, False, False, (0, 255, 1)),
+        (16, False, False, (0, 65535, 1)),
+        (1, True, False, (-1, 1, 2)),
+        (2, True, True, (-1, 1, 1)),
+        (8, True, False, (-128, 127, 1)),
+        (8, True, True, (-127, 127, 1)),
+    ],
+)
 def test_integer_range(bits, signed, narrow, want):
     assert integer_range(bits, signed=signed, narrow=narrow) == want
 
@@ -147,8 +155,9 @@ def test_nan_propagates_and_inf_is_clipped():
     assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(("scale", "zero"), [(S, Z), (torch.tensor(0.031), torch.tensor(-3.0)),
-                                             (torch.tensor(0.1), torch.tensor(2.0))])
+@pytest.mark.parametrize(
+    ("scale", "zero"), [(S, Z), (torch.tensor(0.031), torch.tensor(-3.0)), (torch.tensor(0.1), torch.tensor(2.0))]
+)
 def test_staircase_has_the_values_and_gradients_of_the_composed_form(scale, zero):
     x = randn(2000)
     composed = [t.clone().requires_grad_() for t in (x, scale, zero)]
@@ -162,7 +171,8 @@ def test_staircase_has_the_values_and_gradients_of_the_composed_form(scale, zero
     x_hat = dequantize(quantize_to_int(x, Grid(scale, zero, -8, 7)), Grid(scale, zero, -8, 7))
     assert torch.equal(got, x_hat)
     edge = ((x / scale + zero) < -7.9) & ((x / scale + zero) > -8.6) | ((x / scale + zero) > 6.9) & (
-        (x / scale + zero) < 7.6)  # clip-first and round-first differ half a step beyond the ends
+        (x / scale + zero) < 7.6
+    )  # clip-first and round-first differ half a step beyond the ends
     torch.testing.assert_close(fast[0].grad[~edge], composed[0].grad[~edge])
 
 

@@ -1,4 +1,5 @@
 """Quantizers inside a net that ``torch.compile`` takes as a whole: same values, same gradients, no graph break."""
+
 import shutil
 import warnings
 
@@ -8,8 +9,12 @@ from torch import nn
 
 from hq_lib.quantizers import act_quantizer, weight_quantizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
-                                                   reason="torch.compile needs a C++ compiler")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
+    ),
+]
 
 
 class QuantizedConv(nn.Module):

@@ -1,4 +1,5 @@
 """Each method against its paper: rows computed by hand, gradients by formula, DSQ by finite differences in float64."""
+
 import math
 
 import pytest
@@ -38,6 +39,7 @@ def grads(quantizer: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor | 
 
 
 # --- min-max ---------------------------------------------------------------------------------------------------------
+
 
 def test_minmax_weight_row_per_channel():
     w = torch.tensor([[-0.7, 0.26, 0.1], [1.4, -0.5, 0.3]])
@@ -85,6 +87,7 @@ def test_minmax_act_agrees_with_torch_on_a_signed_tensor():
 
 
 # --- DoReFa ----------------------------------------------------------------------------------------------------------
+
 
 def paper_dorefa(w: torch.Tensor, k: int) -> torch.Tensor:
     n = 2**k - 1
@@ -145,6 +148,7 @@ def test_dorefa_activation_row_and_gradient():
 
 
 # --- PACT and mPACT --------------------------------------------------------------------------------------------------
+
 
 def test_pact_row_and_gradients():
     x = torch.tensor([-1.0, 0.2, 0.9, 1.6, 3.0, 3.1, 9.0])
@@ -223,6 +227,7 @@ def test_pact_first_clip():
 
 # --- LSQ and LSQ+ ----------------------------------------------------------------------------------------------------
 
+
 def lsq_with(step: float, bits: int, *, signed: bool = True) -> LSQ:
     quantizer = LSQ(bits, signed=signed, role="weight")
     quantizer.init_from(torch.ones(1))
@@ -237,8 +242,10 @@ def test_lsq_row():
     assert lsq_with(0.5, 1)(x).tolist() == [-0.5, -0.5, 0.5, 0.5, 0.5]
 
 
-@pytest.mark.parametrize(("value", "want_x", "want_s"), [(0.3, 1.0, 1 - 0.6), (-0.2, 1.0, 0.4), (9.0, 0.0, 7.0),
-                                                         (-9.0, 0.0, -8.0), (3.6, 0.0, 7.0), (3.4, 1.0, 7 - 6.8)])
+@pytest.mark.parametrize(
+    ("value", "want_x", "want_s"),
+    [(0.3, 1.0, 1 - 0.6), (-0.2, 1.0, 0.4), (9.0, 0.0, 7.0), (-9.0, 0.0, -8.0), (3.6, 0.0, 7.0), (3.4, 1.0, 7 - 6.8)],
+)
 def test_lsq_gradients_by_the_piecewise_formula(value, want_x, want_s):
     quantizer = lsq_with(0.5, 4)
     assert grads(quantizer, torch.tensor([value])).item() == want_x
@@ -322,8 +329,14 @@ def test_lsq_plus_gradients_are_the_papers_where_beta_is_on_the_grid():
 
 # --- DSQ -------------------------------------------------------------------------------------------------------------
 
-SLOPES = [(0.5, 1.0986, 1.099, 0.824), (0.4, 1.3863, 1.155, 0.739), (0.2, 2.1972, 1.373, 0.494),
-          (0.1, 2.9444, 1.636, 0.311), (0.05, 3.6636, 1.928, 0.188), (0.01, 5.2933, 2.673, 0.053)]
+SLOPES = [
+    (0.5, 1.0986, 1.099, 0.824),
+    (0.4, 1.3863, 1.155, 0.739),
+    (0.2, 2.1972, 1.373, 0.494),
+    (0.1, 2.9444, 1.636, 0.311),
+    (0.05, 3.6636, 1.928, 0.188),
+    (0.01, 5.2933, 2.673, 0.053),
+]
 
 
 @pytest.mark.parametrize(("alpha", "c", "steepest", "flattest"), SLOPES)
@@ -356,8 +369,12 @@ def test_dsq_gradients_at_the_reference_point():
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("alpha", [0.4, 0.2, 0.03])
 def test_dsq_gradients_equal_finite_differences_of_the_soft_function(bits, alpha):
-    values = {"x": torch.linspace(-1.4, 1.7, 97, dtype=torch.float64), "low": torch.tensor(-0.93, dtype=torch.float64),
-              "high": torch.tensor(1.21, dtype=torch.float64), "a": torch.tensor(alpha, dtype=torch.float64)}
+    values = {
+        "x": torch.linspace(-1.4, 1.7, 97, dtype=torch.float64),
+        "low": torch.tensor(-0.93, dtype=torch.float64),
+        "high": torch.tensor(1.21, dtype=torch.float64),
+        "a": torch.tensor(alpha, dtype=torch.float64),
+    }
     upstream = randn(97, seed=2, dtype=torch.float64)
     leaves = {k: v.clone().requires_grad_() for k, v in values.items()}
     dsq_quantize(*leaves.values(), bits=bits).backward(upstream)
@@ -444,6 +461,7 @@ def test_dsq_alpha_starts_as_asked_and_stays_inside():
 
 
 # --- first fits ------------------------------------------------------------------------------------------------------
+
 
 def test_ranges_by_hand():
     x = torch.tensor([-2.0, 0.5, 3.0])

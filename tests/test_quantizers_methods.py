@@ -1,4 +1,5 @@
 """What every quantizer module promises, checked for each method, role, bit width and sign alike."""
+
 import copy
 import inspect
 import io
@@ -23,8 +24,14 @@ from hq_lib.quantizers import (
 
 BITS = (1, 2, 3, 4, 8, 16)
 SYMMETRIC_WEIGHTS = {"dorefa", "dorefa_hw", "pact", "mpact"}
-ALL_WEIGHTS = [(m, b, s, a) for m in WEIGHT_METHODS for b in BITS for s in (True, False) for a in (None, 0)
-               if s or m not in SYMMETRIC_WEIGHTS]
+ALL_WEIGHTS = [
+    (m, b, s, a)
+    for m in WEIGHT_METHODS
+    for b in BITS
+    for s in (True, False)
+    for a in (None, 0)
+    if s or m not in SYMMETRIC_WEIGHTS
+]
 ALL_ACTS = [(m, b, s) for m in ACT_METHODS for b in BITS for s in (True, False)]
 
 
@@ -87,8 +94,10 @@ def check_grid(quantizer: Quantizer, x: torch.Tensor) -> None:
 
 
 # tanh moves the levels: DoReFa above 1 bit is idempotent on its grid only, which check_grid tests
-@pytest.mark.parametrize(("method", "bits", "signed", "axis"),
-                         [case for case in ALL_WEIGHTS if case[1] == 1 or case[0] not in SYMMETRIC_WEIGHTS])
+@pytest.mark.parametrize(
+    ("method", "bits", "signed", "axis"),
+    [case for case in ALL_WEIGHTS if case[1] == 1 or case[0] not in SYMMETRIC_WEIGHTS],
+)
 def test_quantizing_weights_twice_changes_nothing(method, bits, signed, axis):
     quantizer = build("weight", method, bits, signed=signed, axis=axis)
     once = quantizer(weights()).detach()
@@ -276,9 +285,13 @@ def test_disabled_is_the_identity():
 
 
 def test_parameter_groups_hold_every_parameter_once():
-    net = torch.nn.Sequential(torch.nn.Linear(4, 4), build("act", "pact", 4, signed=False),
-                              build("act", "lsq_plus", 4, signed=True), build("act", "lsq_plus", 4, signed=False),
-                              build("weight", "dsq", 4))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 4),
+        build("act", "pact", 4, signed=False),
+        build("act", "lsq_plus", 4, signed=True),
+        build("act", "lsq_plus", 4, signed=False),
+        build("weight", "dsq", 4),
+    )
     groups = parameter_groups(net, lr=0.1, weight_decay=1e-4)
     by_name = {group["name"]: group for group in groups}
     assert set(by_name) == {"net", "alpha", "step_size", "beta", "low", "high", "dsq_alpha_raw"}

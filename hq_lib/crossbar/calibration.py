@@ -31,8 +31,13 @@ Sample = tuple[np.ndarray | Tensor, np.ndarray | Tensor | None]
 
 
 def calibrate_layers(
-    engine: Engine, handles: Sequence[Handle], sample: Callable[[Handle], Sample], *, kind: str = "column",
-    repeats: int = 1, adc: bool = True,
+    engine: Engine,
+    handles: Sequence[Handle],
+    sample: Callable[[Handle], Sample],
+    *,
+    kind: str = "column",
+    repeats: int = 1,
+    adc: bool = True,
 ) -> dict[str, Correction]:
     """{layer: correction now in force}, fitted layer after layer.
 
@@ -70,9 +75,13 @@ def _residual(
     error, centred = y - z, z - z.mean()
     power = float(centred.square().sum())
     return {
-        "layer": handle.name, "kind": engine.correction(handle).kind, "n_rows": len(z),
-        "rmse_raw_lsb": float((raw - z).square().mean().sqrt()), "rmse_lsb": float(error.square().mean().sqrt()),
-        "bias_lsb": float(error.mean()), "worst_column_rmse_lsb": float(error.square().mean(0).sqrt().max()),
+        "layer": handle.name,
+        "kind": engine.correction(handle).kind,
+        "n_rows": len(z),
+        "rmse_raw_lsb": float((raw - z).square().mean().sqrt()),
+        "rmse_lsb": float(error.square().mean().sqrt()),
+        "bias_lsb": float(error.mean()),
+        "worst_column_rmse_lsb": float(error.square().mean(0).sqrt().max()),
         "relative_error": float(error.square().mean().sqrt() / z.square().mean().sqrt().clamp_min(1e-30)),
         "slope": float((centred * y).sum()) / power if power else float("nan"),
         "r2": 1 - float(error.square().sum()) / power if power else float("nan"),
@@ -128,9 +137,17 @@ def _restore(engine: Engine, handle: Handle, layer: dict[str, Any], arrays: dict
     gain, offset, drift = (arrays[f"{handle.name}/{part}"] for part in ("gain", "offset", "drift"))
     if isinstance(engine, SimEngine) and f"{handle.name}/adc_step" in arrays:
         engine.layer(handle).set_adc_step(arrays[f"{handle.name}/adc_step"])
-    engine.set_correction(handle, Correction(
-        gain, offset, drift, layer["kind"], layer["n_rows"],
-        *(float("nan") if layer[part] is None else layer[part] for part in ("rmse_before", "rmse_after"))))
+    engine.set_correction(
+        handle,
+        Correction(
+            gain,
+            offset,
+            drift,
+            layer["kind"],
+            layer["n_rows"],
+            *(float("nan") if layer[part] is None else layer[part] for part in ("rmse_before", "rmse_after")),
+        ),
+    )
 
 
 def _finite(value: float) -> float | None:

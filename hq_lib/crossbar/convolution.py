@@ -53,9 +53,19 @@ class ConvEngine:
         self.engine = engine
 
     def load(
-        self, w_int: np.ndarray | Tensor, w_scale: object, name: str, *, stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, ...] = 0, dilation: int | tuple[int, int] = 1, groups: int = 1,
-        x_zero_point: int = 0, w_bits: int = 8, x_bits: int = 8, x_signed: bool = False,
+        self,
+        w_int: np.ndarray | Tensor,
+        w_scale: object,
+        name: str,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        x_zero_point: int = 0,
+        w_bits: int = 8,
+        x_bits: int = 8,
+        x_signed: bool = False,
     ) -> ConvHandle:
         """The handle of ``w_int`` (N, C / groups, kh, kw), or (N, C) for a linear layer, loaded as ``name``.
 
@@ -71,9 +81,15 @@ class ConvEngine:
         n = weight.shape[0] // groups
         handles = tuple(
             self.engine.load(
-                weight[g * n : (g + 1) * n].flatten(1).T, scale[g * n : (g + 1) * n], f"{name}[{g}]" if groups > 1
-                else name, w_bits=w_bits, x_bits=x_bits, x_signed=x_signed)
-            for g in range(groups))
+                weight[g * n : (g + 1) * n].flatten(1).T,
+                scale[g * n : (g + 1) * n],
+                f"{name}[{g}]" if groups > 1 else name,
+                w_bits=w_bits,
+                x_bits=x_bits,
+                x_signed=x_signed,
+            )
+            for g in range(groups)
+        )
         top, left, bottom, right = sides = _sides(padding)
         if any(sides):
             check_range(torch.tensor([x_zero_point]), *handles[0].x_range, f"zero point of {name}")
@@ -119,11 +135,19 @@ class ConvEngine:
         images, window = torch.cat([part.values for part in parts], 1), parts[0].window
         check_range(images, *handle.groups[0].x_range, f"inputs of {handle.name}")
         with torch.backends.nnpack.flags(enabled=False):
-            y = functional.conv2d(images.float(), kernel, stride=window.stride, padding=window.padding,
-                                  dilation=window.dilation, groups=len(parts))
+            y = functional.conv2d(
+                images.float(),
+                kernel,
+                stride=window.stride,
+                padding=window.padding,
+                dilation=window.dilation,
+                groups=len(parts),
+            )
         raw = y.permute(0, 2, 3, 1).flatten(0, 2).chunk(len(parts), 1)
-        done = [self.engine.finish(g, self.engine.add_noise_(g, part, r.contiguous()))
-                for g, part, r in zip(handle.groups, parts, raw, strict=True)]
+        done = [
+            self.engine.finish(g, self.engine.add_noise_(g, part, r.contiguous()))
+            for g, part, r in zip(handle.groups, parts, raw, strict=True)
+        ]
         return torch.cat(done, 1).to(torch.float64)
 
     def _patches(self, handle: ConvHandle, x: Tensor) -> list[Patches]:

@@ -1,6 +1,6 @@
 """Cost: counts of an array (cells, conversions, cell reads), and energy as a labelled, order-of-magnitude estimate.
 
-    E = conversions E_adc + cell reads G V^2 t_read           converters and array only: no digital logic, no buffers
+E = conversions E_adc + cell reads G V^2 t_read           converters and array only: no digital logic, no buffers
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Drive: how integer inputs reach the rows, all bits at once or a few bits at a time.
 
-    x = sum_b factor_b digit_b,   digit_b = (x >> shift_b) & mask_b     two's complement: the sign bit's factor is < 0
+x = sum_b factor_b digit_b,   digit_b = (x >> shift_b) & mask_b     two's complement: the sign bit's factor is < 0
 """
 
 from __future__ import annotations

@@ -73,8 +73,10 @@ def refuse_levels(limits: Limits, tile: int, levels: np.ndarray) -> None:
     """Nothing, or an error if ``tile`` or ``levels`` are beyond the bench."""
     _refuse_tile(limits, tile)
     if levels.ndim != 2 or levels.shape[0] > limits.rows or levels.shape[1] > limits.columns:
-        raise CrossbarError(f"a tile of {levels.shape} is larger than the bench's {limits.rows} x {limits.columns}; "
-                            "lower Mapping.tile_rows or tile_cols")
+        raise CrossbarError(
+            f"a tile of {levels.shape} is larger than the bench's {limits.rows} x {limits.columns}; "
+            "lower Mapping.tile_rows or tile_cols"
+        )
     _refuse_integers(levels, limits.level_max, "levels")
 
 
@@ -110,8 +112,14 @@ class FakeDriver:
     """
 
     def __init__(
-        self, limits: Limits, *, gain: float = 1.0, offset: float = 0.0, noise: float = 0.0,
-        failures: Iterable[str] = (), seed: int = 0,
+        self,
+        limits: Limits,
+        *,
+        gain: float = 1.0,
+        offset: float = 0.0,
+        noise: float = 0.0,
+        failures: Iterable[str] = (),
+        seed: int = 0,
     ) -> None:
         self._limits, self.gain, self.offset, self.noise = limits, gain, offset, noise
         self.failures, self.n_reads = list(failures), 0

@@ -59,8 +59,14 @@ class Engine(ABC):
         self._corrections: dict[str, Correction] = {}
 
     def load(
-        self, w_int: np.ndarray | Tensor, w_scale: object, name: str,
-        *, w_bits: int = 8, x_bits: int = 8, x_signed: bool = False,
+        self,
+        w_int: np.ndarray | Tensor,
+        w_scale: object,
+        name: str,
+        *,
+        w_bits: int = 8,
+        x_bits: int = 8,
+        x_signed: bool = False,
     ) -> Handle:
         """The handle of weights ``w_int`` (K, N), programmed under ``name``.
 
@@ -121,8 +127,13 @@ class Engine(ABC):
         return y.round_()
 
     def calibrate(
-        self, handle: Handle, x: np.ndarray | Tensor, y_ideal: np.ndarray | Tensor | None = None,
-        *, kind: str = "column", repeats: int = 1,
+        self,
+        handle: Handle,
+        x: np.ndarray | Tensor,
+        y_ideal: np.ndarray | Tensor | None = None,
+        *,
+        kind: str = "column",
+        repeats: int = 1,
     ) -> Correction:
         """The correction fitted on inputs ``x`` (m, K), now in force for ``handle``.
 
@@ -237,8 +248,11 @@ def make_handle(
     half = 2 ** (check_bits(w_bits, f"w_bits of {name}") - 1)
     check_bits(x_bits, f"x_bits of {name}", low=2 if x_signed else 1)
     check_range(w, -half, max(half - 1, 1), f"weights of {name}")
-    scale = w_scale.detach().to(torch.float64) if isinstance(w_scale, Tensor) else torch.tensor(
-        np.array(w_scale, dtype=np.float64))
+    scale = (
+        w_scale.detach().to(torch.float64)
+        if isinstance(w_scale, Tensor)
+        else torch.tensor(np.array(w_scale, dtype=np.float64))
+    )
     if scale.numel() not in (1, w.shape[1]) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CrossbarError(f"w_scale of {name} must be one positive number or {w.shape[1]} of them")
     return Handle(name, w.to(torch.int32).contiguous(), scale, w_bits, x_bits, bool(x_signed))

@@ -73,21 +73,27 @@ class HardwareEngine(Engine):
     """
 
     def __init__(
-        self, driver: Driver, *, mapping: Mapping | None = None, drive: Drive | None = None,
+        self,
+        driver: Driver,
+        *,
+        mapping: Mapping | None = None,
+        drive: Drive | None = None,
         patience: Patience | None = None,
     ) -> None:
         super().__init__()
         self.driver, self.patience = driver, patience or Patience()
         self.limits = self.patience.insist(driver.limits, "asking the bench for its limits")
         self.mapping = mapping or Mapping(
-            subtract="digital", tile_rows=self.limits.rows, tile_cols=max(self.limits.columns, 2))
+            subtract="digital", tile_rows=self.limits.rows, tile_cols=max(self.limits.columns, 2)
+        )
         self.drive = drive or Drive("serial")
         if self.mapping.subtract != "digital":
             raise CrossbarError("a bench is read column by column: use Mapping(subtract='digital')")
         if self.mapping.tile_rows > self.limits.rows or self.mapping.tile_cols > self.limits.columns:
             raise CrossbarError(
                 f"a tile of {self.mapping.tile_rows} x {self.mapping.tile_cols} is larger than the bench's "
-                f"{self.limits.rows} x {self.limits.columns}; lower Mapping.tile_rows or tile_cols")
+                f"{self.limits.rows} x {self.limits.columns}; lower Mapping.tile_rows or tile_cols"
+            )
         self._placed: dict[str, _Placed] = {}
         self._n_used = 0
 
@@ -97,8 +103,13 @@ class HardwareEngine(Engine):
 
     def describe(self) -> dict[str, Any]:
         environment = self.patience.insist(self.driver.environment, "asking the bench for its conditions")
-        return {"engine": "hardware", "driver": type(self.driver).__name__} | flatten("bench", self.limits) | flatten(
-            "mapping", self.mapping) | flatten("drive", self.drive) | {f"env.{k}": v for k, v in environment.items()}
+        return (
+            {"engine": "hardware", "driver": type(self.driver).__name__}
+            | flatten("bench", self.limits)
+            | flatten("mapping", self.mapping)
+            | flatten("drive", self.drive)
+            | {f"env.{k}": v for k, v in environment.items()}
+        )
 
     def close(self) -> None:
         self.driver.close()
@@ -108,16 +119,22 @@ class HardwareEngine(Engine):
             raise CrossbarError(f"{handle.name}: the bench takes codes >= 0; drive signed inputs with Drive('serial')")
         peak = self.drive.peak(handle.x_bits, handle.x_signed)
         if peak > self.limits.code_max:
-            raise CrossbarError(f"{handle.name}: inputs need codes up to {peak}, the bench takes "
-                                f"{self.limits.code_max}; use Drive('serial', step_bits=...)")
+            raise CrossbarError(
+                f"{handle.name}: inputs need codes up to {peak}, the bench takes "
+                f"{self.limits.code_max}; use Drive('serial', step_bits=...)"
+            )
         plan = self.mapping.encode(handle.w_int, handle.w_bits)
         levels = (plan.fractions * self.limits.level_max).round().to(torch.int64).flatten(1).numpy()
-        tiles = [(slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))
-                 for r in range(0, levels.shape[0], self.mapping.tile_rows)
-                 for c in range(0, levels.shape[1], self.mapping.tile_cols)]
+        tiles = [
+            (slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))
+            for r in range(0, levels.shape[0], self.mapping.tile_rows)
+            for c in range(0, levels.shape[1], self.mapping.tile_cols)
+        ]
         if self._n_used + len(tiles) > self.limits.n_tiles:
-            raise CrossbarError(f"{handle.name} needs {len(tiles)} tiles, {self.limits.n_tiles - self._n_used} of the "
-                                f"bench's {self.limits.n_tiles} are free")
+            raise CrossbarError(
+                f"{handle.name} needs {len(tiles)} tiles, {self.limits.n_tiles - self._n_used} of the "
+                f"bench's {self.limits.n_tiles} are free"
+            )
         placed = [(self._n_used + i, rows, columns) for i, (rows, columns) in enumerate(tiles)]
         for tile, rows, columns in placed:
             refuse_levels(self.limits, tile, levels[rows, columns])

@@ -31,7 +31,8 @@ class Layer:
         plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
         self.handle, self.circuit, self.plan = handle, circuit, plan
         self.cells = Cells.program(
-            plan, circuit.device, circuit.faults, name=handle.name, seed=circuit.seed, remap=circuit.remap)
+            plan, circuit.device, circuit.faults, name=handle.name, seed=circuit.seed, remap=circuit.remap
+        )
         self.adc_step = self._ruled_step()
         self.n_conversions = self.n_saturated = 0
         self.build(t_s, wires)
@@ -54,7 +55,7 @@ class Layer:
 
     @property
     def path(self) -> str:
-        """"collapsed", "analog" or "serial": how this layer is computed."""
+        """ "collapsed", "analog" or "serial": how this layer is computed."""
         if self.circuit.path != "converted" and self._lossless():
             return "collapsed"
         if self.circuit.path == "collapsed":
@@ -166,8 +167,14 @@ class Layer:
         if self.shared is not None:
             reference = (plan.span[: plan.n_outputs] / self.adc_step).to(tiles[0].matrix.dtype)
         return Reader(
-            tiles, self.circuit.drive.steps(handle.x_bits, handle.x_signed), plan.weight[:, None] * self.adc_step
-            / plan.gain, reference, plan.offset / plan.gain, self.circuit.adc, self.signed)
+            tiles,
+            self.circuit.drive.steps(handle.x_bits, handle.x_signed),
+            plan.weight[:, None] * self.adc_step / plan.gain,
+            reference,
+            plan.offset / plan.gain,
+            self.circuit.adc,
+            self.signed,
+        )
 
     def _build_tile(self, rows: slice, lsb: Tensor) -> Tile:
         adc, matrix = self.circuit.adc, (self.planes[rows].permute(0, 2, 1) / lsb).flatten(1)
@@ -188,8 +195,15 @@ class Layer:
         if any(is_whole(t.matrix) and exact_dtype(t.matrix, self.handle) is torch.float64 for t in tiles):
             return tiles
         dtype = getattr(torch, self.circuit.precision)
-        return [Tile(t.start, self._final(t.matrix), None if t.shift is None else t.shift.to(dtype),
-                     self._cast_variance(t.variance)) for t in tiles]
+        return [
+            Tile(
+                t.start,
+                self._final(t.matrix),
+                None if t.shift is None else t.shift.to(dtype),
+                self._cast_variance(t.variance),
+            )
+            for t in tiles
+        ]
 
     def _cast_variance(self, variance: Variance | None) -> Variance | None:
         return None if variance is None else Variance(self._final(variance.matrix, squared=True))

@@ -115,8 +115,10 @@ class Window:
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Windows that fit in an image of ``height`` x ``width`` places."""
-        reach = [size + 2 * p - d * (k - 1) - 1 for size, p, d, k in
-                 zip((height, width), self.padding, self.dilation, self.kernel, strict=True)]
+        reach = [
+            size + 2 * p - d * (k - 1) - 1
+            for size, p, d, k in zip((height, width), self.padding, self.dilation, self.kernel, strict=True)
+        ]
         return reach[0] // self.stride[0] + 1, reach[1] // self.stride[1] + 1
 
 
@@ -181,8 +183,12 @@ class Patches(Operand):
         first, last = self._channels(start, n_tile)
         with torch.backends.nnpack.flags(enabled=False):  # its Winograd transform would round whole numbers
             y = functional.conv2d(
-                self.values[:, first:last], prepared, stride=self.window.stride, padding=self.window.padding,
-                dilation=self.window.dilation)
+                self.values[:, first:last],
+                prepared,
+                stride=self.window.stride,
+                padding=self.window.padding,
+                dilation=self.window.dilation,
+            )
         return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 
     def _channels(self, start: int, n_tile: int) -> tuple[int, int]:

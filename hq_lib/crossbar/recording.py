@@ -69,7 +69,12 @@ class RecordEngine(Engine):
     """
 
     def __init__(
-        self, inner: Engine, folder: str | Path, *, rows_per_part: int | None = None, flush_bytes: int = 1 << 20,
+        self,
+        inner: Engine,
+        folder: str | Path,
+        *,
+        rows_per_part: int | None = None,
+        flush_bytes: int = 1 << 20,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -114,8 +119,13 @@ class RecordEngine(Engine):
         if past is not None and past.digest != handle.digest:
             raise TraceError(f"{self.folder} records other weights for {handle.name!r}; use an empty folder")
         self._inner_handles[handle.name] = self.inner.load(
-            handle.w_int, handle.w_scale, handle.name, w_bits=handle.w_bits, x_bits=handle.x_bits,
-            x_signed=handle.x_signed)
+            handle.w_int,
+            handle.w_scale,
+            handle.name,
+            w_bits=handle.w_bits,
+            x_bits=handle.x_bits,
+            x_signed=handle.x_signed,
+        )
 
     def _rows_at_once(self, handle: Handle) -> int:
         return self.inner._rows_at_once(self._inner_handles[handle.name])
@@ -184,8 +194,10 @@ class ReplayEngine(Engine):
         for i, y in enumerate(answers):
             if y is None:
                 n = self._answers.n_measured(handle.name, rows[i : i + 1])
-                raise TraceError(f"{handle.name}: row {i} was measured {n} times in the trace, not {n + 1} times; "
-                                 "record it, or rewind() to play the trace again")
+                raise TraceError(
+                    f"{handle.name}: row {i} was measured {n} times in the trace, not {n + 1} times; "
+                    "record it, or rewind() to play the trace again"
+                )
         return torch.from_numpy(np.stack([y for y in answers if y is not None]))
 
 

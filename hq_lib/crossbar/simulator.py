@@ -60,7 +60,7 @@ class SimEngine(Engine):
         return self._layers[handle.name]
 
     def chosen_path(self, handle: Handle) -> str:
-        """"collapsed", "analog" or "serial": how this layer is computed."""
+        """ "collapsed", "analog" or "serial": how this layer is computed."""
         return self.layer(handle).path
 
     def calibrate_adc(self, handle: Handle, x: np.ndarray | Tensor) -> Tensor:

@@ -81,8 +81,11 @@ class Trace:
             arrays, text = (_read_npz if _format(path) == "npz" else _read_hdf5)(Path(path))
             record = json.loads(text)
         except (OSError, ValueError, KeyError) as error:
-            raise error if isinstance(error, (FileNotFoundError, CrossbarError)) else TraceError(
-                f"{path}: unreadable trace ({error})") from error
+            raise (
+                error
+                if isinstance(error, (FileNotFoundError, CrossbarError))
+                else TraceError(f"{path}: unreadable trace ({error})")
+            ) from error
         _verify(path, record, arrays)
         return cls._unpacked(record, arrays)
 
@@ -105,11 +108,16 @@ class Trace:
         for i, call in enumerate(self.calls):
             arrays |= {f"calls/{i}/x": call.x, f"calls/{i}/y": call.y, f"calls/{i}/y_ideal": call.y_ideal}
         record: dict[str, Any] = {
-            "schema": SCHEMA, "units": UNITS, "engine": self.engine,
-            "layers": [{"name": h.name, "w_bits": h.w_bits, "x_bits": h.x_bits, "x_signed": h.x_signed,
-                        "weights": h.digest} for h in self.layers.values()],
+            "schema": SCHEMA,
+            "units": UNITS,
+            "engine": self.engine,
+            "layers": [
+                {"name": h.name, "w_bits": h.w_bits, "x_bits": h.x_bits, "x_signed": h.x_signed, "weights": h.digest}
+                for h in self.layers.values()
+            ],
             "calls": [{"layer": call.layer, "t_s": call.t_s} for call in self.calls],
-            "sha256": {name: _digest(array) for name, array in arrays.items()}}
+            "sha256": {name: _digest(array) for name, array in arrays.items()},
+        }
         record["record_sha256"] = _record_digest(record)
         return arrays, json.dumps(record, indent=1) + "\n"
 
@@ -118,8 +126,13 @@ class Trace:
         layers: dict[str, Handle] = {}
         for i, layer in enumerate(record["layers"]):
             layers[layer["name"]] = make_handle(
-                arrays[f"layers/{i}/w"], arrays[f"layers/{i}/w_scale"], layer["name"], w_bits=layer["w_bits"],
-                x_bits=layer["x_bits"], x_signed=layer["x_signed"])
+                arrays[f"layers/{i}/w"],
+                arrays[f"layers/{i}/w_scale"],
+                layer["name"],
+                w_bits=layer["w_bits"],
+                x_bits=layer["x_bits"],
+                x_signed=layer["x_signed"],
+            )
         calls = []
         for i, call in enumerate(record["calls"]):
             x, y, y_ideal = (arrays[f"calls/{i}/{part}"] for part in ("x", "y", "y_ideal"))

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's pac
 
 def download(url: str, known_hash: str, scratch: Path) -> Path:
     """The downloaded file; taken from the scratch folder if it is there with the right checksum."""
-    import pooch  # only needed when something is downloaded
+    with warnings.catch_warnings():  # inside a kernel tqdm.auto complains of missing widgets; a plain bar will do
+        warnings.simplefilter("ignore")
+        import pooch  # only needed when something is downloaded
 
     agent: Any = pooch.HTTPDownloader(progressbar=True, timeout=20)
     return Path(pooch.retrieve(url, known_hash, fname=Path(url).name, path=scratch, downloader=agent))

@@ -1,9 +1,9 @@
 """Quantized graphs: ``quantize(net, policy, example)`` for any traceable CNN, and what PTQ and lowering stand on.
 
-    policy = BitPolicy(weight="lsq:4", act="lsq:4", first_last_bits=8)
-    qnet = quantize(net, policy, images[:1])     # a torch.fx graph: QuantConv2d, QuantLinear, <node>_act_quantizer
-    calibrate(qnet, images)                      # fit all grids; or train, which fits them on its first batch
-    policy.report(qnet)                          # layer, method, bits, scale, MACs, parameters, average bits
+policy = BitPolicy(weight="lsq:4", act="lsq:4", first_last_bits=8)
+qnet = quantize(net, policy, images[:1])     # a torch.fx graph: QuantConv2d, QuantLinear, <node>_act_quantizer
+calibrate(qnet, images)                      # fit all grids; or train, which fits them on its first batch
+policy.report(qnet)                          # layer, method, bits, scale, MACs, parameters, average bits
 """
 
 from hq_lib.graph.blocks import Block, blocks, extract_block

@@ -109,9 +109,7 @@ def _regions(kind_of: dict[fx.Node, str]) -> list[list[fx.Node]]:
     return regions[:-1] if not regions[-1] else regions
 
 
-def _join(
-    regions: list[list[fx.Node]], kind_of: dict[fx.Node, str], scopes: Collection[str]
-) -> list[list[fx.Node]]:
+def _join(regions: list[list[fx.Node]], kind_of: dict[fx.Node, str], scopes: Collection[str]) -> list[list[fx.Node]]:
     joined: list[list[fx.Node]] = []
     ahead: list[fx.Node] = []  # pools and reshapes that wait for the layer they precede
     last_owner: str | None = None

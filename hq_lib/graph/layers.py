@@ -156,4 +156,3 @@ class QuantLinearBn(FoldedNorm, QuantLinear):
 def _statistic(buffer: Tensor | None) -> Tensor:
     assert buffer is not None, "a batch norm without running statistics cannot be folded"
     return buffer
-

@@ -195,4 +195,3 @@ def _grid_sources(node: fx.Node, sites: Iterable[fx.Node], kind_of: dict[fx.Node
         elif kind_of[source] in _THROUGH:
             found |= _grid_sources(source, sites, kind_of)
     return found
-

@@ -44,9 +44,7 @@ def run(
         ImageError: names what the model takes and what came.
     """
     images = _as_images(model, images)
-    parts = [
-        _run_batch(model, images[i : i + batch_size], products, watch) for i in range(0, len(images), batch_size)
-    ]
+    parts = [_run_batch(model, images[i : i + batch_size], products, watch) for i in range(0, len(images), batch_size)]
     return np.concatenate(parts)
 
 
@@ -102,9 +100,7 @@ def _run_batch(model: IntegerModel, images: np.ndarray, products: Products, watc
     return real_values(model.tensors[model.output], values[model.output])
 
 
-def requantize(
-    terms: list[tuple[np.ndarray, Requant]], out: TensorSpec, requantizer: r.Requantizer
-) -> np.ndarray:
+def requantize(terms: list[tuple[np.ndarray, Requant]], out: TensorSpec, requantizer: r.Requantizer) -> np.ndarray:
     """Return q_y of accumulators (and, second, of centred residuals): see ``record``. Terms may be overwritten.
 
     Args:

@@ -58,9 +58,7 @@ def to_bytes(model: IntegerModel) -> bytes:
     entries: dict[str, Any] = {"format": FORMAT, "schema": record.SCHEMA}
     entries |= {name: getattr(model, name) for name in ("requantizer", "input", "output", "meta")}
     entries["tensors"] = [_plain(spec, f"tensor.{i}", arrays) for i, spec in enumerate(model.tensors.values())]
-    entries["ops"] = [
-        {"op": type(op).__name__, **_plain(op, f"op{i}", arrays)} for i, op in enumerate(model.ops)
-    ]
+    entries["ops"] = [{"op": type(op).__name__, **_plain(op, f"op{i}", arrays)} for i, op in enumerate(model.ops)]
     entries["arrays"] = {key: _describe(value) for key, value in arrays.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:

@@ -22,9 +22,7 @@ CHUNK = 128
 
 def bytes_needed(qnet: fx.GraphModule, block: Block, inside: list[Unit], n_images: int) -> int:
     """Return the bytes of one block's caches in float32: two inputs, two outputs, and a layer's three inside."""
-    inner = [
-        2 * n_values(qnet, unit.region.input) + n_values(qnet, unit.region.output) for unit in inside if unit.lead
-    ]
+    inner = [2 * n_values(qnet, unit.region.input) + n_values(qnet, unit.region.output) for unit in inside if unit.lead]
     per_image = 2 * n_values(qnet, block.input) + 2 * n_values(qnet, block.output) + max(inner, default=0)
     return 4 * n_images * per_image
 

@@ -121,9 +121,7 @@ def brecq(**changes: Any) -> tuple[ReconstructionConfig, ...]:
     base = replace(ReconstructionConfig(keep_probability=1.0), **changes)
     weights = replace(base, quantize_acts=False, learn_steps=False)
     rate = changes.get("step_lr", 4e-4)
-    return weights, replace(
-        base, learn_rounding=False, iterations=base.iterations // 4, loss_power=2.4, step_lr=rate
-    )
+    return weights, replace(base, learn_rounding=False, iterations=base.iterations // 4, loss_power=2.4, step_lr=rate)
 
 
 def qdrop(**changes: Any) -> tuple[ReconstructionConfig, ...]:

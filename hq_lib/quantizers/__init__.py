@@ -3,6 +3,7 @@
 ``weight_quantizer(method, bits)`` and ``act_quantizer(method, bits, signed=...)`` build them by name. Each module
 trains on a grid that it can name exactly: ``q(x) == grid.scale * (q.to_int(x) - grid.zero_point)``, bit for bit.
 """
+
 from hq_lib.quantizers.affine import (
     Grid,
     affine_from_range,
@@ -25,9 +26,41 @@ from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
 from hq_lib.quantizers.straight_through import Slope, staircase
 
 __all__ = [
-    "ACT_METHODS", "DSQ", "FLOAT_BITS", "LSQ", "MPACT", "PACT", "WEIGHT_METHODS", "DoReFaAct", "DoReFaHardwareWeight",
-    "DoReFaWeight", "FixedMPACT", "Grid", "LSQPlusAct", "LSQPlusWeight", "MinMaxAct", "MinMaxWeight", "Quantizer",
-    "Slope", "Tag", "act_quantizer", "affine_from_range", "dequantize", "dsq_alpha_from_slope", "dsq_quantize",
-    "dsq_slope", "dsq_soft", "enable_fusion_", "fake_quantize", "fusion_status", "integer_range", "parameter_groups",
-    "parameter_tags", "quantize_to_int", "round_ste", "staircase", "symmetric_from_range", "weight_quantizer",
+    "ACT_METHODS",
+    "DSQ",
+    "FLOAT_BITS",
+    "LSQ",
+    "MPACT",
+    "PACT",
+    "WEIGHT_METHODS",
+    "DoReFaAct",
+    "DoReFaHardwareWeight",
+    "DoReFaWeight",
+    "FixedMPACT",
+    "Grid",
+    "LSQPlusAct",
+    "LSQPlusWeight",
+    "MinMaxAct",
+    "MinMaxWeight",
+    "Quantizer",
+    "Slope",
+    "Tag",
+    "act_quantizer",
+    "affine_from_range",
+    "dequantize",
+    "dsq_alpha_from_slope",
+    "dsq_quantize",
+    "dsq_slope",
+    "dsq_soft",
+    "enable_fusion_",
+    "fake_quantize",
+    "fusion_status",
+    "integer_range",
+    "parameter_groups",
+    "parameter_tags",
+    "quantize_to_int",
+    "round_ste",
+    "staircase",
+    "symmetric_from_range",
+    "weight_quantizer",
 ]

@@ -3,6 +3,7 @@
 Symbols (Nagel et al. 2021, arXiv:2106.08295, section 2.2.1): ``scale`` s, real units per integer; ``zero_point`` z, the
 integer of real 0; ``x_int`` integers in ``[qmin, qmax]``; ``x_hat = s * (x_int - z)``. Signed 1 bit means ``{-s, +s}``.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -43,8 +44,10 @@ def check_finite(x: Tensor, what: str) -> None:
         raise ValueError(f"{what}: cannot fit a grid to an empty tensor of shape {tuple(x.shape)}")
     n_bad = int((~torch.isfinite(x)).sum())
     if n_bad:
-        raise ValueError(f"{what}: {n_bad} of {x.numel()} values are NaN or Inf; a grid needs finite data, "
-                         "so look at the layer before this one (learning rate, overflow) and fit again")
+        raise ValueError(
+            f"{what}: {n_bad} of {x.numel()} values are NaN or Inf; a grid needs finite data, "
+            "so look at the layer before this one (learning rate, overflow) and fit again"
+        )
 
 
 def refuse_nan(x: Tensor) -> None:
@@ -80,9 +83,7 @@ def affine_from_range(low: Tensor, high: Tensor, *, qmin: int, qmax: int) -> tup
     return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
 
 
-def levels_from_range(
-    low: Tensor, high: Tensor, *, n_steps: int, half_steps: bool = False
-) -> tuple[Tensor, Tensor]:
+def levels_from_range(low: Tensor, high: Tensor, *, n_steps: int, half_steps: bool = False) -> tuple[Tensor, Tensor]:
     """Return ``(delta, zero)``: step in real units and position of real 0 in steps, for levels delta * (k - zero).
 
         delta = (high - low) / n_steps,   zero = clip(round(-low / delta), 0, n_steps),   k = 0 ... n_steps
@@ -139,9 +140,7 @@ def snap_to_levels(x: Tensor, delta: Tensor, zero: Tensor, *, n_steps: int) -> T
     return delta * snap(torch.clamp(x / delta, low, n_steps - zero), low - torch.floor(low))
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | float, *, qmin: int, qmax: int
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, *, qmin: int, qmax: int) -> Tensor:
     """Snap ``x`` to an integer grid and return it in its own real units.
 
         x_int = clip(round(x / s) + z, qmin, qmax)      Nagel et al. 2021, eq. 4, any [qmin, qmax]

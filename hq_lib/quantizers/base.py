@@ -3,6 +3,7 @@
 The promise, tested for each method in float32: after ``x_hat = q(x)``, with ``grid = q.grid()``,
 ``x_hat == grid.scale * (q.to_int(x) - grid.zero_point)`` to the last bit.
 """
+
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -98,8 +99,9 @@ class Quantizer(nn.Module):
         if self._ready:
             return
         if self.role == "act" and not self.training:
-            raise RuntimeError(f"{self} was never fitted: run one batch in training mode, or call init_from(batch), "
-                               "before evaluating")
+            raise RuntimeError(
+                f"{self} was never fitted: run one batch in training mode, or call init_from(batch), before evaluating"
+            )
         _first_fit(self, x)  # pyright: ignore[reportCallIssue]  # the decorator hides the signature
 
     def extra_repr(self) -> str:
@@ -121,8 +123,10 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         theirs = state_dict.get(prefix + "spec")
         if theirs is not None and theirs.tolist() != self.spec.tolist():
-            raise ValueError(f"{prefix}: the state holds a quantizer of {theirs[0]} bits, signed={bool(theirs[1])}, "
-                             f"this one is {self}; build the net with the policy it was trained with")
+            raise ValueError(
+                f"{prefix}: the state holds a quantizer of {theirs[0]} bits, signed={bool(theirs[1])}, "
+                f"this one is {self}; build the net with the policy it was trained with"
+            )
         for name, own in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != own.shape and own.ndim == 0:

@@ -1,4 +1,5 @@
 """Quantizers by method name and bits: the two functions that a bit policy calls."""
+
 from __future__ import annotations
 
 import difflib
@@ -75,7 +76,10 @@ def act_quantizer(method: str, bits: int, *, signed: bool, **options: Any) -> Qu
 
 
 def _build(
-    methods: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]], what: str, method: str, bits: int,
+    methods: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]],
+    what: str,
+    method: str,
+    bits: int,
     options: dict[str, Any],
 ) -> Quantizer | None:
     key = "minmax" if method == "ste" else method
@@ -86,8 +90,10 @@ def _build(
     make, fixed = methods[key]
     known = set(inspect.signature(make).parameters) - {"bits", "role"}
     for name in set(options) - known:
-        raise ValueError(f"{what} method {method!r} has no option {name!r}{_nearest(name, known)}; "
-                         f"it takes {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{what} method {method!r} has no option {name!r}{_nearest(name, known)}; "
+            f"it takes {', '.join(sorted(known))}"
+        )
     return make(bits, **fixed, **options)
 
 

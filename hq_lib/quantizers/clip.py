@@ -1,4 +1,5 @@
 """Activation quantizers that clip to [0, alpha], or to [-alpha, alpha] where the data are signed."""
+
 from __future__ import annotations
 
 import torch
@@ -12,8 +13,8 @@ from hq_lib.quantizers.straight_through import Slope, staircase
 class ClipQuantizer(Quantizer):
     """Abstract activation quantizer on a zero-centred grid with ends given by one clip ``alpha`` in real units.
 
-        unsigned: x_hat = alpha / N round(clip(x, 0, alpha) N / alpha),        N = 2^b - 1
-        signed:   x_hat = alpha / n round(clip(x, -alpha, alpha) n / alpha),   n = 2^(b-1) - 1;  1 bit {-alpha, alpha}
+    unsigned: x_hat = alpha / N round(clip(x, 0, alpha) N / alpha),        N = 2^b - 1
+    signed:   x_hat = alpha / n round(clip(x, -alpha, alpha) n / alpha),   n = 2^(b-1) - 1;  1 bit {-alpha, alpha}
     """
 
     slope: Slope = Slope.CLIP

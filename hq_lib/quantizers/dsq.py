@@ -6,6 +6,7 @@ With Delta = (u - l) / N, N = 2^b - 1, t = (x - l) / Delta, i = floor(t), f = t 
     soft = l + Delta (i + (phi + 1) / 2),   hard = l + Delta (i + (sgn(phi) + 1) / 2)          eq. 6 and 7
     dsq_alpha = 1 - tanh(c / 2),  so  c = ln(2 / dsq_alpha - 1)          eq. 8 and 9; 0 is hard, 0.5 nearly linear
 """
+
 from __future__ import annotations
 
 import math
@@ -117,13 +118,20 @@ class DSQ(Quantizer):
 
     method = "dsq"
     tags: ClassVar[dict[str, Tag]] = {
-        "low": Tag(lr_factor=1.0, decay=False), "high": Tag(lr_factor=1.0, decay=False),
+        "low": Tag(lr_factor=1.0, decay=False),
+        "high": Tag(lr_factor=1.0, decay=False),
         "dsq_alpha_raw": Tag(lr_factor=1.0, decay=False),
     }
     n: Tensor
 
     def __init__(
-        self, bits: int, *, signed: bool, axis: int | None = None, role: Role, dsq_alpha: float = 0.2,
+        self,
+        bits: int,
+        *,
+        signed: bool,
+        axis: int | None = None,
+        role: Role,
+        dsq_alpha: float = 0.2,
         grad_scale: bool = True,
     ) -> None:
         """``dsq_alpha``: first value, in (0.001, 0.5). ``axis``: 0 for bounds per channel (dsq_alpha stays one)."""

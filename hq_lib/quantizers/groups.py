@@ -1,4 +1,5 @@
 """Optimiser groups: which learned quantizer parameters want their own learning rate, and which no weight decay."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ def parameter_tags(net: nn.Module) -> dict[str, Tag]:
     """Return the tag of every learned quantizer parameter in ``net``, by its full name (``layer.act.alpha``)."""
     return {
         f"{path}.{name}" if path else name: module.tags[name]
-        for path, module in net.named_modules() if isinstance(module, Quantizer)
-        for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad
+        for path, module in net.named_modules()
+        if isinstance(module, Quantizer)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
     }
 
 

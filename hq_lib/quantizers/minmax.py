@@ -2,6 +2,7 @@
 
 The range follows the data and gets no gradient; the input's gradient is 1 wherever rounding did not clip.
 """
+
 from __future__ import annotations
 
 from typing import ClassVar

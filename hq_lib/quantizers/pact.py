@@ -1,4 +1,5 @@
 """PACT (Choi et al. 2018, arXiv:1805.06085) and seed 001's modified PACT: activations with a clip of their own."""
+
 from __future__ import annotations
 
 from typing import ClassVar
@@ -31,7 +32,12 @@ class PACT(ClipQuantizer):
     tags: ClassVar[dict[str, Tag]] = {"alpha": Tag(lr_factor=0.1, decay=True)}
 
     def __init__(
-        self, bits: int, *, signed: bool, axis: int | None = None, init: float | None = None,
+        self,
+        bits: int,
+        *,
+        signed: bool,
+        axis: int | None = None,
+        init: float | None = None,
         percent: float | None = None,
     ) -> None:
         """``init``: first alpha in real units (the paper's 10, for training from scratch), no data needed.
@@ -69,8 +75,14 @@ class MPACT(PACT):
     method = "mpact"
 
     def __init__(
-        self, bits: int, *, signed: bool = True, axis: int | None = None, init: float | None = None,
-        percent: float | None = None, symmetric: bool = True,
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        axis: int | None = None,
+        init: float | None = None,
+        percent: float | None = None,
+        symmetric: bool = True,
     ) -> None:
         """``init``, ``percent``: as PACT (the seed starts at 10). ``symmetric``: signed grid even for unsigned data."""
         super().__init__(bits, signed=signed or symmetric, axis=axis, init=init, percent=percent)

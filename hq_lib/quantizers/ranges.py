@@ -1,4 +1,5 @@
 """First guesses: real ranges from one batch or one weight, from which the learned quantizers start."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -61,7 +62,11 @@ def widest_range(x: Tensor, *, signed: bool, axis: int | None = None) -> tuple[T
 
 
 def best_shrink(
-    x: Tensor, low: Tensor, high: Tensor, quantize: Callable[[Tensor, Tensor, Tensor], Tensor], *,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    quantize: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
     axis: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(f low, f high)`` with the shrink factor f in (0, 1] that gives the smallest mean squared error.

@@ -5,6 +5,7 @@
 It saves the input only (usually the ReLU's output, which autograd holds anyway) and recomputes masks in the backward
 pass: two streams in, one out, and the parameter gradients as sums of the same pass.
 """
+
 from __future__ import annotations
 
 from enum import Enum
