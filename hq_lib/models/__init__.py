@@ -15,8 +15,10 @@ from torch import nn
 from hq_lib.models.checkpoints import (
     IMAGENET_MEAN_STD,
     CheckpointError,
+    build_recorded,
     load_checkpoint,
     load_public,
+    read_checkpoint,
     resnet20_akamaster,
     save_checkpoint,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "IMAGENET_MEAN_STD",
     "CheckpointError",
     "build",
+    "build_recorded",
     "count_macs",
     "count_madds_thop",
     "count_parameters",
@@ -39,6 +42,7 @@ __all__ = [
     "load_checkpoint",
     "load_public",
     "names",
+    "read_checkpoint",
     "resnet20_akamaster",
     "save_checkpoint",
 ]

@@ -51,8 +51,22 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises ``CheckpointError`` where a file is missing or damaged, or the weights are those of another network.
     """
+    state, record = read_checkpoint(path)
+    net = build_recorded(record)
+    load_state(net, state, source=path.name)
+    return net.eval(), record
+
+
+def build_recorded(record: Mapping[str, Any]) -> nn.Module:
+    """The untrained float network that a run record speaks of."""
     from hq_lib import models  # the package imports this module
 
+    sizes = {"n_classes": record["n_classes"], "in_channels": record["in_channels"]}
+    return models.build(record["model"], **sizes, **record["options"])
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state, run record) of a checkpoint, certain to belong together; ``CheckpointError`` as ``load_checkpoint``."""
     record_path = path.with_suffix(".json")
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
@@ -61,8 +75,6 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(f"{record_path} is missing or not JSON: restore it from the repository") from error
     if absent:
         raise CheckpointError(f"{record_path} lacks {', '.join(absent)}: it is no run record")
-    sizes = {"n_classes": record["n_classes"], "in_channels": record["in_channels"]}
-    net = models.build(record["model"], **sizes, **record["options"])
     try:
         weights = path.read_bytes()
         state = safetensors.torch.load(weights)
@@ -70,8 +82,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(f"{path} is missing or damaged ({error}): restore it from the repository") from error
     if hashlib.sha256(weights).hexdigest() != record["sha256"]:
         raise CheckpointError(f"{path.name} and {record_path.name} are of different runs: restore both, or ship again")
-    load_state(net, state, source=path.name)
-    return net.eval(), record
+    return state, record
 
 
 def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -1,0 +1,75 @@
+"""Quantization-aware training recipes as data: which quantizers a method means, and how each bit width is fine-tuned.
+
+A run starts from the shipped float network; ``full`` is what made the reference rows and the shipped checkpoints, each
+of which repeats its configuration. ``quick`` and ``smoke`` show the pipeline at work, not an accuracy.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from hq_lib.graph import BitPolicy
+from hq_lib.paths import check_profile
+from hq_lib.training.config import TrainConfig
+
+METHODS = {
+    "ste": ("minmax", "minmax"),
+    "dorefa": ("dorefa", "dorefa"),
+    "dorefa_hw": ("dorefa_hw", "dorefa_hw"),
+    "pact": ("dorefa", "pact"),
+    "mpact": ("dorefa_hw", "mpact"),
+    "lsq": ("lsq", "lsq"),
+    "lsq_plus": ("lsq_plus", "lsq_plus"),
+    "dsq": ("dsq", "dsq"),
+}
+"""Name in rows -> (weight quantizer, activation quantizer); PACT takes DoReFa's weights, as its paper does."""
+
+FINE_TUNE = TrainConfig(epochs=10, lr=0.02, weight_decay=1e-4, precision="bfloat16")
+EIGHT = dataclasses.replace(FINE_TUNE, epochs=3, lr=1e-3, precision="float32")  # bfloat16 is no finer than 8 bits
+BY_BITS = {
+    2: dataclasses.replace(FINE_TUNE, epochs=15, lr=0.04, weight_decay=5e-5),
+    3: dataclasses.replace(FINE_TUNE, epochs=12, lr=0.03, weight_decay=5e-5),
+    4: FINE_TUNE,
+    6: dataclasses.replace(EIGHT, lr=5e-3),
+    8: EIGHT,
+}
+"""Lowest bits of a policy -> its ``full`` configuration; between two keys the lower one holds."""
+
+CUT = {"quick": (1, 2_560), "smoke": (1, 256)}
+"""Profile -> (epochs, class-balanced training images)."""
+
+
+@dataclass(frozen=True)
+class QatRecipe:
+    """How one network is fine-tuned through its quantizers."""
+
+    policy: BitPolicy
+    """Which tensor is quantized how."""
+    config: TrainConfig
+    """How it is trained."""
+    n_train: int | None
+    """Training images, class-balanced; None = all of the training split."""
+
+
+def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int = 0) -> QatRecipe:
+    """The recipe of a method at given bits, the same for every network.
+
+    First and last layer have 8 bits, the image has 8, sums are quantized once after the addition (placement
+    "academic"), batch norms are kept: the protocol of the papers that the tables compare with.
+
+    Raises:
+        ValueError: an unknown method or profile (the nearest name is given), or bits that the method cannot do.
+    """
+    check_profile(profile)
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no QAT method {method!r}: choose one of {', '.join(METHODS)}{hint}")
+    weight, act = METHODS[method]
+    policy = BitPolicy(
+        f"{weight}:{w_bits}", f"{act}:{a_bits}", first_last_bits=8, input_bits=8, placement="academic", bn="keep"
+    )
+    lowest = min(w_bits, a_bits)
+    config = BY_BITS[max((bits for bits in BY_BITS if bits <= lowest), default=min(BY_BITS))]
+    epochs, n_train = CUT.get(profile, (config.epochs, None))
+    return QatRecipe(policy, dataclasses.replace(config, epochs=epochs, seed=seed), n_train)
