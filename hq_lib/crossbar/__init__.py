@@ -4,7 +4,8 @@
     handle = engine.load(w_int, w_scale, "layer1.conv1")          (K, N) integers
     y = engine.mvm(handle, x_int)                                 (B, K) -> (B, N) whole numbers in float64
 
-`ConvEngine` runs convolutions and linear layers of any geometry on any engine. Symbols: K inputs, N outputs, R rows of
+`ConvEngine` runs convolutions and linear layers of any geometry on any engine, `EngineNetwork` whole integer networks
+or chosen layers of them. Symbols: K inputs, N outputs, R rows of
 a tile, G conductance (microsiemens), t seconds after programming. Codes, weights and outputs are integers; one step of
 an output is one accumulator step of the integer network.
 """
@@ -34,6 +35,7 @@ from hq_lib.crossbar.engine import Engine, Handle, IdealEngine
 from hq_lib.crossbar.faults import Faults, load_maps, save_maps
 from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.mapping import Mapping, Plan
+from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.operands import Operand, Patches, Rows, Window
 from hq_lib.crossbar.profiles import DEVICES, device, measured_device
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine
@@ -61,6 +63,7 @@ __all__ = [
     "Drive",
     "Driver",
     "Engine",
+    "EngineNetwork",
     "FakeDriver",
     "Faults",
     "FlickerRead",
