@@ -29,6 +29,23 @@ def test_round_trip(saved):
     assert not again.training
 
 
+def test_half_precision_storage_is_what_was_evaluated(tmp_path):
+    torch.manual_seed(0)
+    net = models.build("toynet").eval()
+    path, record = tmp_path / "x.safetensors", {**RECORD, "model": "toynet", "options": {}, "in_channels": 3}
+    rounded = models.rounded_to(net, torch.float16)
+    models.save_checkpoint(path, rounded, record, dtype=torch.float16)
+    again, _ = models.load_checkpoint(path)
+    x = torch.randn(2, 3, 32, 32)
+    assert again.fc.weight.dtype == torch.float32
+    assert torch.equal(again(x), rounded(x))
+    assert not torch.equal(rounded(x), net(x))
+    assert path.stat().st_size < 2.2 * models.count_parameters(net)
+    net.fc.weight.data[0, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"fc\.weight has values beyond torch\.float16"):
+        models.rounded_to(net, torch.float16)
+
+
 def test_incomplete_record_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="lacks dataset, n_classes"):
         models.save_checkpoint(

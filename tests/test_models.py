@@ -17,6 +17,8 @@ CIFAR = ("resnet20", "toynet", "mobilenetv2", "mobilenetv2_seed", "vgg11", "vgg_
         ("mobilenetv2_seed", {}, 2_383_050),
         ("mobilenetv2", {}, 2_296_922),
         ("lenet", {}, 61_470 + 236),
+        ("vgg11", {}, 28_146_762),
+        ("vgg11", {"width": 0.5, "hidden": 512}, 2_304_864 + 2 * 1_376 + 2 * (256 * 256 + 256) + 2_570),
         ("resnet18", {}, 11_689_512),
         ("resnet50", {}, 25_557_032),
         ("resnet101", {}, 44_549_160),
@@ -123,3 +125,8 @@ def test_same_seed_same_weights():
         torch.manual_seed(3)
         nets.append(models.build("toynet"))
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_hidden_units_need_a_hidden_layer():
+    with pytest.raises(ValueError, match="no hidden linear layer"):
+        models.build("vgg_small", hidden=512)

@@ -192,6 +192,15 @@ def test_bad_configuration_names_the_key(key, value):
         dataclasses.replace(CONFIG, **{key: value})
 
 
+def test_short_recipes_are_cycles_of_few_epochs():
+    for name in ("vgg11", "toynet", "mobilenetv2_seed"):
+        dataset, config, n_train = recipe(name, "full", short=True)
+        assert (dataset, config.schedule, n_train) == ("cifar10", "one_cycle", None)
+        assert config.epochs <= 12 < recipe(name, "full")[1].epochs
+    with pytest.raises(ValueError, match="no short recipe for 'resnet20'"):
+        recipe("resnet20", "full", short=True)
+
+
 def test_recipes_know_their_names():
     assert recipe("resnet20", "full", seed=2)[1].seed == 2
     assert recipe("resnet20", "smoke")[2] == 500

@@ -8,8 +8,9 @@ trains (or resumes) the recipe of a profile, appends rows to ``float_training.cs
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,11 +19,13 @@ from torch import nn
 from hq_lib import data, labels, models, paths, plotting, provenance, published, results, tables
 from hq_lib import rows as rows_schema
 from hq_lib.training import FitResult, evaluate, fit, recipe
+from hq_lib.training.recipes import find
 
 STUDY, HISTORY, REFERENCE = "float_training", "float_history", "float_reference"
 MODELS = ("resnet20", "lenet", "toynet")
 SEEDS = {"smoke": (0,), "quick": (0,), "full": (0, 1, 2)}
 N_TEST = {"smoke": 200, "quick": None, "full": None}
+MAX_BYTES = 4_000_000  # of a checkpoint in float32; a larger one is stored in float16
 CURVES = {"train_loss": "nat", "val_acc_pct": "%", "lr": "1"}
 
 
@@ -43,9 +46,12 @@ def run(
     return results.read(STUDY, profile=profile)
 
 
-def train_one(name: str, profile: str, seed: int, *, device: str = "cpu") -> nn.Module | None:
-    """One network trained (or resumed) and its rows appended; None where the embedded data do not fit the network."""
-    dataset, config, n_train = recipe(name, profile, seed=seed)
+def train_one(name: str, profile: str, seed: int, *, device: str = "cpu", short: bool = False) -> nn.Module | None:
+    """One network trained (or resumed) and its rows appended; None where the embedded data do not fit the network.
+
+    ``short`` takes the few-epoch recipe, with its own run folder and network options.
+    """
+    dataset, config, n_train = recipe(name, profile, seed=seed, short=short)
     train = data.load_or_embedded(dataset, "train", n=n_train)
     if train.spec.name != dataset and train.spec.in_shape != data.SPECS[dataset].in_shape:
         print(f"{name}: skipped, {dataset} is not available and the embedded digits do not fit it")
@@ -53,14 +59,15 @@ def train_one(name: str, profile: str, seed: int, *, device: str = "cpu") -> nn.
     val = data.load(train.spec.name, "val")
     test = data.load(train.spec.name, "test", n=N_TEST[profile])
     torch.manual_seed(seed)
-    net = models.build(name, n_classes=train.spec.n_classes, in_channels=train.spec.in_shape[0]).to(device)
+    options = find(name, short=short).options
+    net = models.build(name, n_classes=train.spec.n_classes, in_channels=train.spec.in_shape[0], **options).to(device)
     print(f"{name}, seed {seed}: {config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
-    done = fit(net, train, val, config, run_dir(name, profile, seed))
+    done = fit(net, train, val, config, run_dir(name, profile, seed, short=short))
     score = evaluate(net, test)
     print(f"{name}, seed {seed}: test {score.acc_pct:.2f} % of {score.n} images", flush=True)
     common = {
         "experiment": STUDY, "model": name, "dataset": train.spec.name, "method": "float", "seed": seed,
-        "epochs": config.epochs, "n_train": len(train), "switches": {"precision": config.precision},
+        "epochs": config.epochs, "n_train": len(train), "switches": _switches(config.precision, options, short),
         "seconds": round(done.seconds, 1), **provenance.stamp(device),
     }  # fmt: skip
     results.append(STUDY, _score_rows(common, done, score.acc_pct, score.n, len(val)), profile=profile)
@@ -68,9 +75,17 @@ def train_one(name: str, profile: str, seed: int, *, device: str = "cpu") -> nn.
     return net
 
 
-def run_dir(name: str, profile: str, seed: int) -> Path:
+def run_dir(name: str, profile: str, seed: int, *, short: bool = False) -> Path:
     """The folder of a run: its state, configuration and log."""
-    return paths.runs_dir(profile) / STUDY / f"{name}_s{seed}"
+    return paths.runs_dir(profile) / STUDY / f"{name}{'_short' * short}_s{seed}"
+
+
+def _is_short(switches: str) -> bool:
+    return json.loads(switches).get("recipe") == "short"
+
+
+def _switches(precision: str, options: Mapping[str, Any], short: bool) -> dict[str, Any]:
+    return {"precision": precision, **({"recipe": "short", **options} if short else {})}
 
 
 def _score_rows(common: dict, done: FitResult, test_acc_pct: float, n_test: int, n_val: int) -> list[dict]:
@@ -85,7 +100,7 @@ def _history_rows(common: dict, done: FitResult) -> list[dict]:
     return [
         {
             **common, "experiment": HISTORY, "metric": metric, "value": row[metric], "unit": unit,
-            "switches": {"epoch": int(row["epoch"]), "precision": common["switches"]["precision"]},
+            "switches": {**common["switches"], "epoch": int(row["epoch"])},
             "seconds": round(row["seconds"], 1),
         }
         for row in done.history
@@ -94,10 +109,14 @@ def _history_rows(common: dict, done: FitResult) -> list[dict]:
 
 
 def history(profile: str) -> pd.DataFrame:
-    """The learning curves of a profile: columns model, dataset, seed, epoch, train_loss, val_acc_pct, lr."""
+    """The learning curves of a profile: columns model, dataset, seed, epoch, train_loss, val_acc_pct, lr.
+
+    Of a network trained by both recipes, the full one's.
+    """
     rows = results.read(HISTORY, profile=profile)
     rows = rows.loc[rows["profile"] == profile]
-    rows = rows.assign(epoch=[json.loads(switches)["epoch"] for switches in rows["switches"]])
+    rows = rows.assign(epoch=[json.loads(s)["epoch"] for s in rows["switches"]], short=rows["switches"].map(_is_short))
+    rows = rows.loc[rows["short"] == rows.groupby(["model", "dataset", "seed"])["short"].transform("min")]
     wide = rows.pivot_table(index=["model", "dataset", "seed", "epoch"], columns="metric", values="value")
     return wide.reset_index().rename_axis(columns=None)
 
@@ -136,24 +155,31 @@ def shipped(name: str, *, seed: int = 0) -> Path | None:
     return path if path.exists() else None
 
 
-def ship(name: str, net: nn.Module, profile: str, seed: int) -> Path:
-    """Writes the trained network and its run record into ``data/checkpoints``; returns the path."""
-    dataset, config, _ = recipe(name, profile, seed=seed)
-    spec = data.SPECS[dataset]
-    rows = results.read(STUDY, profile=profile)
+def ship(name: str, net: nn.Module, profile: str, seed: int, *, short: bool = False) -> Path:
+    """Writes the trained network and its run record into ``data/checkpoints``; returns the path.
+
+    A network beyond ``MAX_BYTES`` in float32 is stored in float16, and the record's accuracies are those of the weights
+    as stored.
+    """
+    dataset, config, _ = recipe(name, profile, seed=seed, short=short)
+    rows, options = results.read(STUDY, profile=profile), dict(find(name, short=short).options)
     rows = rows.loc[(rows["model"] == name) & (rows["seed"] == seed) & (rows["epochs"] == config.epochs)]
-    scores = rows.to_dict("records")
-    run = scores[0]
-    record = {
-        "model": name, "options": {}, "n_classes": spec.n_classes, "in_channels": spec.in_shape[0],
-        "dataset": dataset, "seed": seed, "profile": profile,
-        "config": config.as_dict(), "n_train": run["n_train"],
-        "acc_pct": {"val" if "split" in row["switches"] else "test": row["value"] for row in scores},
-        "kept": f"{config.keep} epoch; test was seen once, after training",
-        **{key: run[key] for key in rows_schema.PROVENANCE},
+    scores = [row for row in rows.to_dict("records") if _is_short(row["switches"]) == short]
+    acc_pct = {"val" if "split" in row["switches"] else "test": row["value"] for row in scores}
+    record: dict[str, Any] = {
+        "model": name, "options": options, "n_classes": data.SPECS[dataset].n_classes,
+        "in_channels": data.SPECS[dataset].in_shape[0], "dataset": dataset, "seed": seed, "profile": profile,
+        "recipe": "short" if short else "full", "config": config.as_dict(), "n_train": scores[0]["n_train"],
+        "acc_pct": acc_pct, "kept": f"{config.keep} epoch; test was seen once, after training",
+        **{key: scores[0][key] for key in rows_schema.PROVENANCE},
     }  # fmt: skip
+    dtype = torch.float16 if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES else None
+    if dtype is not None:
+        net = models.rounded_to(net, dtype)
+        stored = {split: evaluate(net, data.load(dataset, split)).acc_pct for split in ("val", "test")}
+        record |= {"acc_pct": stored, "stored_as": "float16", "acc_pct_before_rounding": acc_pct}
     path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
-    models.save_checkpoint(path, net, record)
+    models.save_checkpoint(path, net, record, dtype=dtype)
     return path
 
 
@@ -209,13 +235,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="N")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--short", action="store_true", help="the few-epoch recipe (networks of recipes.SHORT)")
     parser.add_argument("--ship", action="store_true", help="write data/checkpoints/<model>_float_s<seed>.safetensors")
     options = parser.parse_args(arguments)
     for name in options.models:
         for seed in options.seeds or SEEDS[options.profile]:
-            net = train_one(name, options.profile, seed, device=options.device)
+            net = train_one(name, options.profile, seed, device=options.device, short=options.short)
             if options.ship and net is not None:
-                print(f"shipped {ship(name, net, options.profile, seed).name}")
+                print(f"shipped {ship(name, net, options.profile, seed, short=options.short).name}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from hq_lib.models.checkpoints import (
     load_public,
     read_checkpoint,
     resnet20_akamaster,
+    rounded_to,
     save_checkpoint,
 )
 from hq_lib.models.counting import count_macs, count_madds_thop, count_parameters
@@ -44,6 +45,7 @@ __all__ = [
     "names",
     "read_checkpoint",
     "resnet20_akamaster",
+    "rounded_to",
     "save_checkpoint",
 ]
 
@@ -75,7 +77,8 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
         name:        one of ``names()``.
         n_classes:   width of the last layer; default 10, or 1000 for ImageNet networks.
         in_channels: channels of the image; default 3, for LeNet 1. Not for ImageNet networks.
-        options:     the network's own: ``option`` (ResNets), ``width`` (VGGs), ``relu1`` and ``in_size`` (LeNet).
+        options:     the network's own: ``option`` (ResNets), ``width`` and ``hidden`` (VGGs), ``relu1`` and ``in_size``
+                     (LeNet).
 
     Raises:
         ValueError: an unknown name or option; names the nearest valid one, or lists the options.

@@ -4,6 +4,7 @@ Nothing is ever unpickled from a stranger: safetensors hold tensors only, and pu
 ``weights_only=True``, which refuses anything but tensors and plain containers.
 """
 
+import copy
 import hashlib
 import json
 import pickle
@@ -28,22 +29,40 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
-def save_checkpoint(path: Path, net: nn.Module, record: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, net: nn.Module, record: Mapping[str, Any], *, dtype: torch.dtype | None = None) -> None:
     """Writes the network's state to ``path`` (.safetensors) and its run record to the same name with .json.
 
     Args:
         path:   ends in ``.safetensors``.
         net:    any network of ``models.build``.
         record: how the weights came about; needs ``REQUIRED`` so that the network can be built again.
+        dtype:  what real numbers are stored in; None = as they are. Loading gives float32 again, so ``net`` should be
+                ``rounded_to(net, dtype)`` already: what was evaluated is then what is stored.
     """
     missing = [key for key in REQUIRED if key not in record]
     if missing:
         raise CheckpointError(f"the record of {path.name} lacks {', '.join(missing)}")
     state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    if dtype is not None:
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     weights = safetensors.torch.save(state)
     atomic.write_bytes(path, weights)
     full = {**record, "sha256": hashlib.sha256(weights).hexdigest()}  # ties the two files together
     atomic.write_text(path.with_suffix(".json"), json.dumps(full, indent=1) + "\n")
+
+
+def rounded_to(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``net`` whose real numbers, running statistics included, ``dtype`` holds exactly (round to nearest).
+
+    Raises ``CheckpointError`` naming a tensor that would overflow.
+    """
+    rounded = copy.deepcopy(net)
+    for key, value in rounded.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(value.to(dtype))
+            if not value.isfinite().all():
+                raise CheckpointError(f"{key} has values beyond {dtype}: store it as float32")
+    return rounded
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:

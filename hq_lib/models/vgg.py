@@ -5,7 +5,8 @@
                most papers on binary and low-bit networks)                                      4,660,106 parameters
 
 Numbers are 3x3 convolutions of that many channels, each with BN and ReLU; M is a 2x2 max pool.
-Departures from the papers: BN (absent in 2015), no dropout, and a width factor.
+Departures from the papers: BN (absent in 2015), no dropout, a width factor, and ``hidden``: 4096 units are ImageNet's,
+forms for CIFAR have 512.
 """
 
 from collections.abc import Sequence
@@ -29,16 +30,28 @@ class VGG(nn.Module):
         n_classes:   width of the last linear layer.
         in_channels: channels of the image.
         width:       factor > 0 on every number of the layout (rounded, at least 1), else ``ValueError``.
+        hidden:      units of each hidden linear layer in place of the layout's, before the factor; ``ValueError`` for
+                     a layout without hidden linear layers.
     """
 
     def __init__(
-        self, layout: Sequence[int | str], *, n_classes: int = 10, in_channels: int = 3, width: float = 1.0
+        self,
+        layout: Sequence[int | str],
+        *,
+        n_classes: int = 10,
+        in_channels: int = 3,
+        width: float = 1.0,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         if not width > 0:
             raise ValueError(f"VGG width {width!r}: a positive factor on the number of channels is needed, e.g. 0.25")
+        last = len(layout) - layout[::-1].index("M")
+        if hidden is not None and last == len(layout):
+            raise ValueError(f"VGG hidden={hidden}: this layout has no hidden linear layer, leave the option out")
+        if hidden is not None:
+            layout = [*layout[:last], *(hidden for _ in layout[last:])]
         sizes = [size if isinstance(size, str) else max(1, round(size * width)) for size in layout]
-        last = len(sizes) - sizes[::-1].index("M")
         self.features, channels = _convolutions(sizes[:last], in_channels)
         px = IN_PX // 2 ** sizes.count("M")
         self.classifier = _classifier([channels * px * px, *map(int, sizes[last:])], n_classes)

@@ -1,12 +1,15 @@
 """Training recipes as data: which configuration each network is trained with, by profile.
 
 ``full`` is what made the shipped checkpoints (each run record repeats it); ``quick`` and ``smoke`` are the same
-recipe cut short, on fewer images, to show the pipeline at work rather than to reach an accuracy.
+recipe cut short, on fewer images, to show the pipeline at work rather than to reach an accuracy. ``SHORT`` holds
+few-epoch recipes on all images: what two cores do in minutes where a network would otherwise have no weights at all.
 """
 
 import dataclasses
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from hq_lib.paths import check_profile
 from hq_lib.training.config import TrainConfig
@@ -24,6 +27,8 @@ class Recipe:
     """Epochs in the quick profile."""
     quick_images: int = 10_000
     """Training images in the quick profile (class-balanced)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network, as ``models.build`` takes them."""
 
 
 RESNET = TrainConfig(epochs=80, lr=0.1, warmup_epochs=2, precision="bfloat16")
@@ -41,18 +46,38 @@ RECIPES = {
 }
 
 
-def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig, int | None]:
+ONE_CYCLE = TrainConfig(epochs=8, lr=0.05, schedule="one_cycle", pad=2, grad_clip=5.0, precision="bfloat16")
+SHORT = {
+    "toynet": Recipe("cifar10", dataclasses.replace(ONE_CYCLE, epochs=12)),
+    "mobilenetv2_seed": Recipe("cifar10", dataclasses.replace(ONE_CYCLE, epochs=4, batch_size=64)),
+    "vgg11": Recipe("cifar10", ONE_CYCLE, options={"width": 0.5, "hidden": 512}),
+}
+
+
+def recipe(model: str, profile: str, *, seed: int = 0, short: bool = False) -> tuple[str, TrainConfig, int | None]:
     """(data set, configuration, number of training images or None for all) of a network in a profile.
+
+    Args:
+        model:   a key of ``RECIPES``, or of ``SHORT`` for a short recipe.
+        profile: ``full`` is the recipe itself.
+        seed:    goes into the configuration.
+        short:   take the few-epoch recipe.
 
     An unknown network or profile raises ``ValueError`` naming the nearest valid one.
     """
     check_profile(profile)
-    if model not in RECIPES:
-        near = difflib.get_close_matches(str(model), RECIPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no recipe for {model!r}: choose one of {', '.join(RECIPES)}{hint}")
-    chosen = RECIPES[model]
+    chosen = find(model, short=short)
     if profile == "full":
         return chosen.dataset, dataclasses.replace(chosen.config, seed=seed), None
     epochs, n = (chosen.quick_epochs, chosen.quick_images) if profile == "quick" else (1, 500)
     return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs, warmup_epochs=0), n
+
+
+def find(model: str, *, short: bool = False) -> Recipe:
+    """The recipe of a network; an unknown one raises ``ValueError`` naming the nearest one that has a recipe."""
+    known = SHORT if short else RECIPES
+    if model not in known:
+        near = difflib.get_close_matches(str(model), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no {'short ' * short}recipe for {model!r}: choose one of {', '.join(known)}{hint}")
+    return known[model]
