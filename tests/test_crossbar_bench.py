@@ -23,7 +23,7 @@ from hq_lib.crossbar import (
     RecordEngine,
     TcpDriver,
 )
-from hq_lib.crossbar.recording import load_folder
+from hq_lib.crossbar.recording import load_parts
 
 RNG = np.random.default_rng(0)
 W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (10, 20))
@@ -68,7 +68,7 @@ def test_convolutions_on_a_bench_are_read_a_few_rows_at_a_time_and_resumed(tmp_p
     handle = conv.load(w, 1.0, "c", padding=1)
     with pytest.raises(BenchError):
         conv.conv(handle, x)
-    kept = load_folder(tmp_path).n_rows
+    kept = load_parts(tmp_path).n_rows
     # 4 input steps on 2 x 3 tiles: 8 reads of up to 4 rows are whole; 7 make the first image's 25 rows, 1 is the next's
     assert kept == 25 + 4
     fresh = fake()

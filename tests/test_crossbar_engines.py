@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hq_lib.crossbar import Adc, Circuit, ConstantRead, CrossbarError, Device, Drive, IdealEngine, Mapping, SimEngine
-from hq_lib.crossbar.execution import on_grid
+from hq_lib.crossbar.execution import on_exact_grid
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI
 
 FINITE_RATIO = Device("finite", "test", 1.3, 31.0)
@@ -164,7 +164,7 @@ def test_same_seed_same_answer_for_any_batch_size_and_thread_count(circuit):
 def test_grid_sums_are_the_exact_rational_sums():
     """Whole-number inputs times grid entries, against Python's unbounded integers."""
     random = np.random.default_rng(0)
-    matrix = on_grid(torch.from_numpy(random.standard_normal((576, 1)) * 100), 255.0)
+    matrix = on_exact_grid(torch.from_numpy(random.standard_normal((576, 1)) * 100), 255.0)
     x = random.integers(0, 256, (20, 576))
     exact = [sum(int(v) * Fraction(float(m)) for v, m in zip(row, matrix[:, 0], strict=True)) for row in x]
     assert [Fraction(float(y)) for y in torch.from_numpy(x).double() @ matrix] == exact

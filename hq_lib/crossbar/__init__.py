@@ -36,7 +36,7 @@ from hq_lib.crossbar.faults import Faults, load_maps, save_maps
 from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.mapping import Mapping, Plan
 from hq_lib.crossbar.network import EngineNetwork
-from hq_lib.crossbar.operands import Operand, Patches, Rows, Window
+from hq_lib.crossbar.operands import Operand, Patches, Rows, Stencil
 from hq_lib.crossbar.profiles import DEVICES, device, measured_device
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine
 from hq_lib.crossbar.simulator import SimEngine
@@ -85,11 +85,11 @@ __all__ = [
     "ReplayEngine",
     "Rows",
     "SimEngine",
+    "Stencil",
     "Table",
     "TcpDriver",
     "Trace",
     "TraceError",
-    "Window",
     "Wires",
     "calibrate_layers",
     "compensate_drift",

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from hq_lib.crossbar.checks import CrossbarError, as_tensor, check_range
 from hq_lib.crossbar.engine import Engine, Handle
-from hq_lib.crossbar.operands import Patches, Window
+from hq_lib.crossbar.operands import Patches, Stencil
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class ConvHandle:
     """One engine handle per group, in channel order."""
     shape: tuple[int, int, int, int]
     """(N, C / groups, kernel height, kernel width)."""
-    window: Window
+    window: Stencil
     """Kernel, stride and dilation; its padding is that of a zero point 0 with equal sides."""
     padding: tuple[int, int, int, int]
     """(top, left, bottom, right) places to fill with the zero point first."""
@@ -94,7 +94,7 @@ class ConvEngine:
         if any(sides):
             check_range(torch.tensor([x_zero_point]), *handles[0].x_range, f"zero point of {name}")
         n_out, c_in, kh, kw = weight.shape
-        window = Window((kh, kw), _pair(stride, 1, "stride"), dilation=_pair(dilation, 1, "dilation"))
+        window = Stencil((kh, kw), _pair(stride, 1, "stride"), dilation=_pair(dilation, 1, "dilation"))
         if x_zero_point == 0 and (top, left) == (bottom, right):
             window, sides = replace(window, padding=(top, left)), (0, 0, 0, 0)
         weight_sum = weight.flatten(1).sum(1, dtype=torch.int64).to(torch.float64)
@@ -123,6 +123,12 @@ class ConvEngine:
     def rows(self, handle: ConvHandle, x: np.ndarray | Tensor) -> list[Tensor]:
         """One (B H' W', K) integer tensor per group: the rows that `conv` multiplies, for calibration."""
         return [part.rows() for part in self._patches(handle, _images(x))]
+
+    def measure(self, handle: ConvHandle, x: np.ndarray | Tensor) -> list[Tensor]:
+        """One (B H' W', N / groups) float64 tensor per group: what the engine reads, uncorrected, zero point's share
+        included."""
+        patches = self._patches(handle, _images(x))
+        return [self.engine.measure(group, part) for group, part in zip(handle.groups, patches, strict=True)]
 
     def _grouped(self, handle: ConvHandle, parts: list[Patches]) -> Tensor | None:
         """float64 (rows, N) of all groups by one grouped convolution where the engine is linear, else None."""

@@ -162,7 +162,7 @@ class Reader:
         return dtype if bound < 2**24 else torch.float64
 
 
-def on_grid(matrix: Tensor, largest: float) -> Tensor:
+def on_exact_grid(matrix: Tensor, largest: float) -> Tensor:
     """``matrix`` (K, M) on the finest grid on which float64 sums with whole-number inputs up to ``largest`` are exact,
     hence the same for any order of summation, batch size and thread count; never coarser than 2^-20 of its top."""
     top = float(matrix.abs().max()) if matrix.numel() else 0.0
@@ -173,7 +173,7 @@ def on_grid(matrix: Tensor, largest: float) -> Tensor:
     return (matrix / unit).round_() * unit
 
 
-def snap(planes: Tensor) -> Tensor:
+def made_whole(planes: Tensor) -> Tensor:
     """``planes`` with entries within 1e-9 of a whole number made whole: undoes the round trip through siemens."""
     whole = planes.round()
     return torch.where((planes - whole).abs() < 1e-9, whole, planes)

@@ -1,4 +1,4 @@
-"""Layer: one weight matrix on simulated cells, and the matrices from which it is read.
+"""ArrayLayer: one weight matrix on simulated cells, and the matrices from which it is read.
 
 Shapes: K inputs, N outputs, Q read planes (slices, and signs where they are read apart), R rows of a tile.
 """
@@ -12,12 +12,12 @@ from hq_lib.crossbar.cells import Cells
 from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.circuit import Circuit
 from hq_lib.crossbar.engine import Handle, exact_dtype
-from hq_lib.crossbar.execution import Reader, Tile, Variance, is_whole, on_grid, snap
+from hq_lib.crossbar.execution import Reader, Tile, Variance, is_whole, made_whole, on_exact_grid
 from hq_lib.crossbar.streams import stream
 from hq_lib.crossbar.wires import WireCache
 
 
-class Layer:
+class ArrayLayer:
     """The programmed cells of one layer and everything built from them for one time point.
 
     Args:
@@ -41,7 +41,7 @@ class Layer:
         """Nothing; sets planes, variances, effective weight and path for cells as they are at ``t_s`` seconds."""
         plan = self.plan
         fractions, variance = self.cells.fractions(t_s, wires)
-        self.planes = snap(plan.planes(fractions))
+        self.planes = made_whole(plan.planes(fractions))
         self.variance = None if variance is None else plan.plane_variance(variance)
         self.shared = None if variance is None else plan.reference_variance(variance)
         self.weight = self._effective_weight()
@@ -110,7 +110,7 @@ class Layer:
     def _effective_weight(self) -> Tensor:
         """(K, N): the effective weight, in a dtype in which x @ W is exact if it is whole, else as the circuit says."""
         plan = self.plan
-        weight = snap(plan.combine(self.planes) - plan.offset / plan.gain)
+        weight = made_whole(plan.combine(self.planes) - plan.offset / plan.gain)
         if is_whole(weight):
             return weight.to(exact_dtype(weight, self.handle))
         return self._final(weight)
@@ -129,7 +129,7 @@ class Layer:
         if self.circuit.precision == "float32":
             return matrix.to(torch.float32)
         largest = float(max(abs(limit) for limit in self.handle.x_range))
-        return on_grid(matrix, largest**2 if squared else largest)
+        return on_exact_grid(matrix, largest**2 if squared else largest)
 
     # -- converters ----------------------------------------------------------------------------------------------------
 

@@ -195,6 +195,11 @@ class EngineNetwork:
         y.clip(-room, room, out=y)
         return y if x.ndim != 3 or isinstance(op, Conv) else y.reshape(*x.shape[:2], -1)
 
+    def measure(self, op: Layer, x: np.ndarray) -> list[Tensor]:
+        """Per group float64 (rows, N): what the layer's engine reads for inputs ``x``, before its correction."""
+        handle = self.handles[op.name]
+        return ConvEngine(self.layers[op.name]).measure(handle, _integers(op, x, handle))
+
     def _rows(self, op: Layer, x: np.ndarray, n_rows: int) -> list[Tensor]:
         """Per group up to ``n_rows`` of the layer's input rows, at the same places in every run."""
         handle = self.handles[op.name]

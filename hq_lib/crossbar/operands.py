@@ -101,7 +101,7 @@ class Rows(Operand):
 
 
 @dataclass(frozen=True)
-class Window:
+class Stencil:
     """Geometry of a convolution."""
 
     kernel: tuple[int, int]
@@ -128,7 +128,7 @@ class Patches(Operand):
 
     values: Tensor
     """(B, C, H, W)."""
-    window: Window
+    window: Stencil
     """Geometry; its padding stands for zeros."""
 
     @property

@@ -84,7 +84,7 @@ class RecordEngine(Engine):
         self._flush_bytes, self._seed = flush_bytes, seed
         self._description = inner.describe()  # now, because a bench that has failed cannot be asked
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._past = load_folder(self.folder)
+        self._past = load_parts(self.folder)
         self._answers = Answers(self._past)
         self._inner_handles: dict[str, Handle] = {}
         self._waiting: list[Call] = []
@@ -108,7 +108,7 @@ class RecordEngine(Engine):
     def trace(self) -> Trace:
         """Everything recorded in the folder, now and before."""
         self.flush()
-        return load_folder(self.folder)
+        return load_parts(self.folder)
 
     def close(self) -> None:
         self.flush()
@@ -201,7 +201,7 @@ class ReplayEngine(Engine):
         return torch.from_numpy(np.stack([y for y in answers if y is not None]))
 
 
-def load_folder(folder: str | Path) -> Trace:
+def load_parts(folder: str | Path) -> Trace:
     """All parts of a recorder's folder as one trace; empty if there are none."""
     return Trace.join(Trace.load(part) for part in sorted(Path(folder).glob("part_*.npz")))
 

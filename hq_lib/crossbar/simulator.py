@@ -11,7 +11,7 @@ from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.circuit import Circuit
 from hq_lib.crossbar.description import flatten
 from hq_lib.crossbar.engine import Engine, Handle
-from hq_lib.crossbar.layer import Layer
+from hq_lib.crossbar.layer import ArrayLayer
 from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.streams import Normals, stream
 from hq_lib.crossbar.wires import WireCache
@@ -32,7 +32,7 @@ class SimEngine(Engine):
         self.circuit = circuit or Circuit()
         wires = self.circuit.wires
         self._wires = None if wires is None or wires.ideal else WireCache(wires)
-        self._layers: dict[str, Layer] = {}
+        self._layers: dict[str, ArrayLayer] = {}
         self._streams: dict[tuple[object, ...], Normals] = {}
         self._t_s = self.circuit.device.t0_s
 
@@ -53,7 +53,7 @@ class SimEngine(Engine):
         """Nothing; read noise starts again from its first draw."""
         self._streams.clear()
 
-    def layer(self, handle: Handle) -> Layer:
+    def layer(self, handle: Handle) -> ArrayLayer:
         """The simulated cells behind ``handle``, for maps of conductances and effective weights."""
         if handle.name not in self._layers or self._layers[handle.name].handle is not handle:
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._layers)}")
@@ -97,7 +97,7 @@ class SimEngine(Engine):
         return raw
 
     def _program(self, handle: Handle) -> None:
-        self._layers[handle.name] = Layer(handle, self.circuit, self._t_s, self._wires)
+        self._layers[handle.name] = ArrayLayer(handle, self.circuit, self._t_s, self._wires)
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         layer = self.layer(handle)
