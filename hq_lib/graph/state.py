@@ -15,6 +15,7 @@ from hq_lib.tracing import NodeWatcher, eval_mode
 
 BUDGET_MIB = 1024
 Choice = Callable[[nn.Module], bool]
+Fit = Callable[[nn.Module, torch.Tensor], None]
 
 
 def weight_layers(net: nn.Module) -> dict[str, QuantizedWeight]:
@@ -49,6 +50,7 @@ def calibrate(
     only: Choice | None = None,
     quantized_weights: bool = True,
     budget_MiB: int = BUDGET_MIB,
+    fit: Fit | None = None,
 ) -> None:
     """Fit each activation quantizer of ``qnet`` to the float activations of ``batches``.
 
@@ -64,6 +66,8 @@ def calibrate(
                            they are switched. ``only=lambda quantizer: not quantizer.initialised`` spares trained ones.
         quantized_weights: True: activations as the quantized weights make them; False: as the float weights do.
         budget_MiB:        memory for collected activations; beyond it the batches are run again for the next tensors.
+        fit:               how a quantizer (given first) takes the values it has seen, flattened where its grid is per
+                           tensor; None: its own ``init_from``. ``ptq.fit_acts`` gives range methods here.
 
     Raises:
         QuantizeError: no batch; ValueError: NaN or Inf in an activation, naming the quantizer.
@@ -75,14 +79,14 @@ def calibrate(
     with eval_mode(qnet), torch.no_grad(), _bypassed(qnet, wanted, weights=not quantized_weights):
         for targets in _portions(qnet, wanted, n_images=sum(map(len, images)), budget=budget_MiB * 2**20):
             for target, seen in _collect(qnet, images, targets).items():
-                _fit(qnet.get_submodule(target), torch.cat(seen), f"activation quantizer {target!r}")
+                try:
+                    (fit or _init_from)(qnet.get_submodule(target), torch.cat(seen))
+                except ValueError as error:
+                    raise ValueError(f"activation quantizer {target!r}: {error}") from error
 
 
-def _fit(quantizer: nn.Module, values: Tensor, what: str) -> None:
-    try:
-        quantizer.init_from(values)  # type: ignore[operator]
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+def _init_from(quantizer: nn.Module, values: Tensor) -> None:
+    quantizer.init_from(values)  # type: ignore[operator]
 
 
 @contextmanager

@@ -8,16 +8,20 @@
 
 ``ranges`` method name -> grids; ``rounding`` AdaRound's quantizer; ``config`` every switch, and AdaRound, BRECQ and
 QDrop as settings of it; ``reconstruction`` the loop; ``units`` its regions; ``cache`` its activations inside a memory
-budget; ``dropping`` QDrop's masks; ``progress`` reports and the files of a run.
+budget; ``dropping`` QDrop's masks; ``fisher`` BRECQ's weights of the loss; ``progress`` reports and the files of a run;
+``allocation`` ACIQ's bits per channel and its correction of moments; ``errors`` how the error grows block by block.
 """
 
+from hq_lib.ptq.allocation import CorrectedWeight, correct_moments, fit_allocated
 from hq_lib.ptq.config import ReconstructionConfig, adaround, brecq, qdrop
+from hq_lib.ptq.errors import BlockError, block_errors
 from hq_lib.ptq.progress import ReconstructionError, UnitReport
 from hq_lib.ptq.ranges import find_grid, fit_acts, fit_weights
 from hq_lib.ptq.reconstruction import reconstruct
 from hq_lib.ptq.rounding import AdaRound, GridWeight
 
 __all__ = [
-    "AdaRound", "GridWeight", "ReconstructionConfig", "ReconstructionError", "UnitReport", "adaround", "brecq",
-    "find_grid", "fit_acts", "fit_weights", "qdrop", "reconstruct",
+    "AdaRound", "BlockError", "CorrectedWeight", "GridWeight", "ReconstructionConfig", "ReconstructionError",
+    "UnitReport", "adaround", "block_errors", "brecq", "correct_moments", "find_grid", "fit_acts", "fit_allocated",
+    "fit_weights", "qdrop", "reconstruct",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Activations that a reconstruction reads again and again, inside a memory budget.
 
 Three tensors per unit: its input from the quantized prefix (``x_q``), its input in the float net (``x_fp``), and the
-float net's output (``target``). They follow the network block by block: only one block's are kept.
+float net's output (``target``); with the Fisher loss a fourth, the gradient at the target. They follow the network
+block by block: only one block's are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from hq_lib.graph import Block
+from hq_lib.ptq.fisher import Fisher
 from hq_lib.ptq.units import Unit, as_float, n_values
 
 Form = Literal["float32", "float16", "recomputed"]
@@ -20,10 +22,12 @@ CHUNK = 128
 """images per pass that fills a cache or measures a loss"""
 
 
-def bytes_needed(qnet: fx.GraphModule, block: Block, inside: list[Unit], n_images: int) -> int:
-    """Return the bytes of one block's caches in float32: two inputs, two outputs, and a layer's three inside."""
+def bytes_needed(qnet: fx.GraphModule, block: Block, inside: list[Unit], n_images: int, *, fisher: bool = False) -> int:
+    """Return the bytes of one block's caches in float32: two inputs, two outputs (three with the Fisher loss), and a
+    layer's three inside."""
     inner = [2 * n_values(qnet, unit.region.input) + n_values(qnet, unit.region.output) for unit in inside if unit.lead]
-    per_image = 2 * n_values(qnet, block.input) + 2 * n_values(qnet, block.output) + max(inner, default=0)
+    outer = 2 * n_values(qnet, block.input) + (3 if fisher else 2) * n_values(qnet, block.output)
+    per_image = outer + max(inner, default=0)
     return 4 * n_images * per_image
 
 
@@ -85,13 +89,20 @@ class Stream:
 class UnitCache:
     """What one unit is trained on: batches of (x_q, x_fp, target)."""
 
-    def __init__(self, stream: Stream, lead: fx.GraphModule | None, body: fx.GraphModule, form: Form) -> None:
-        """``lead``: from the block's input to the unit's, or None; ``body``: the unit."""
-        self.stream, self.lead, self.body = stream, lead, body
+    def __init__(
+        self, stream: Stream, lead: fx.GraphModule | None, body: fx.GraphModule, form: Form,
+        fisher: Fisher | None = None,
+    ) -> None:  # fmt: skip
+        """``lead``: from the block's input to the unit's, or None; ``body``: the unit; ``fisher``: weights its loss."""
+        self.stream, self.lead, self.body, self.fisher = stream, lead, body, fisher
         self.inputs: tuple[Tensor, Tensor] | None = None
         self.target: Tensor | None = None
+        self.gradient: Tensor | None = None
+        self.unit, self.mean_square = 1.0, 1.0
         if form != "recomputed":
             self._fill(form)
+        if fisher is not None:
+            self._measure(fisher, form)
 
     @torch.no_grad()
     def _made(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +129,32 @@ class UnitCache:
             target = _empty(n, y, form) if target is None else target
             target[index] = y.to(target.dtype)
         self.inputs, self.target = inputs, target
+
+    def _measure(self, fisher: Fisher, form: Form) -> None:
+        """Take the mean of the squared gradients, and keep them unless memory forbids, near 1 so that float16 does."""
+        total, count, kept = 0.0, 0, None
+        for index in chunks(len(self.stream), self.stream.images.device):
+            g = fisher.gradient(self.batch(index)[2], index)
+            if count == 0:
+                self.unit = float(g.square().mean().sqrt()) or 1.0
+                kept = None if form == "recomputed" else _empty(len(self.stream), g, form)
+            total, count = total + float(g.double().square().sum()), count + g.numel()
+            if kept is not None:
+                kept[index] = (g / self.unit).to(kept.dtype)
+        self.gradient, self.mean_square = kept, total / count
+
+    def importance(self, index: Tensor) -> Tensor | None:
+        """Return the Fisher diagonal at the target of the images at ``index``, its mean over all images being 1.
+
+        None without a Fisher loss; ones where no output changes the answer.
+        """
+        if self.fisher is None:
+            return None
+        if self.gradient is not None:
+            g = self.gradient[index].float() * self.unit
+        else:
+            g = self.fisher.gradient(self.batch(index)[2], index)
+        return g.square() / self.mean_square if self.mean_square else torch.ones_like(g)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return float32 (x_q, x_fp, target) of the images at ``index``, without gradients."""

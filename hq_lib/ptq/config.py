@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 SAMPLINGS = ("without_replacement", "with_replacement")
 UNITS = ("block", "layer")
+LOSSES = ("mse", "fisher")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ class ReconstructionConfig:
     beta_end: float = 2.0
     """its exponent at the end, reached linearly"""
 
+    loss: Literal["mse", "fisher"] = "mse"
+    """weight of each value's error: "mse" 1; "fisher" (units of blocks only) the Fisher diagonal at the block's output,
+    divided by its mean so that ``rounding_weight`` keeps its meaning; costs a pass through the rest of the net"""
+
     loss_power: float = 2.0
-    """p of the loss sum_channels |y - target|^p, averaged over images and positions"""
+    """p of the loss sum_channels weight |y - target|^p, averaged over images and positions"""
 
     seed: int = 0
     """of the batches and the dropping; each unit has its own stream, so that resuming changes nothing"""
@@ -77,9 +82,13 @@ class ReconstructionConfig:
         for name, value, known in (
             ("unit", self.unit, UNITS),
             ("batch_sampling", self.batch_sampling, SAMPLINGS),
+            ("loss", self.loss, LOSSES),
         ):
             if value not in known:
                 raise ValueError(f"reconstruction.{name} is {value!r}: choose {' or '.join(map(repr, known))}")
+        if self.loss == "fisher" and self.unit != "block":
+            raise ValueError("reconstruction.loss 'fisher' needs unit 'block': the output of a layer inside a block "
+                             "does not alone decide what follows")  # fmt: skip
         for name in ("iterations", "budget_MiB"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("batch_size", "rounding_lr", "step_lr", "beta_start", "beta_end", "loss_power"):
@@ -115,13 +124,14 @@ def adaround(**changes: Any) -> tuple[ReconstructionConfig, ...]:
 def brecq(**changes: Any) -> tuple[ReconstructionConfig, ...]:
     """Return BRECQ's two passes (arXiv:2102.05426): rounding with float activations, then the activation steps.
 
-    Block by block, squared error in place of its Fisher weighting (the official default too); the second pass has a
-    quarter of the iterations, p = 2.4 and a step rate of 4e-4. ``changes`` go to both passes, iterations in this ratio.
+    Block by block, squared error as the official default or, with ``loss="fisher"``, the paper's weighting; the second
+    pass has a quarter of the iterations, p = 2.4 (2 with Fisher) and a step rate of 4e-4. ``changes`` go to both
+    passes, iterations in this ratio.
     """
     base = replace(ReconstructionConfig(keep_probability=1.0), **changes)
     weights = replace(base, quantize_acts=False, learn_steps=False)
-    rate = changes.get("step_lr", 4e-4)
-    return weights, replace(base, learn_rounding=False, iterations=base.iterations // 4, loss_power=2.4, step_lr=rate)
+    rate, power = changes.get("step_lr", 4e-4), 2.4 if base.loss == "mse" else 2.0
+    return weights, replace(base, learn_rounding=False, iterations=base.iterations // 4, loss_power=power, step_lr=rate)
 
 
 def qdrop(**changes: Any) -> tuple[ReconstructionConfig, ...]:

@@ -3,7 +3,8 @@
     minmax       the smallest range that holds every value
     percentile   99.99 % of the values (``percent``)
     mse          the L_p-optimal grid, p = 2.4 (BRECQ, QDrop)
-    aciq         the analytic clip (arXiv:1810.05723); "theory" after a ReLU
+    aciq         the analytic clip (arXiv:1810.05723); after a ReLU its "theory" variant, below 3 bits grid-aware
+    aciq_official  the same as published: spread of the rectified values, the table's constants at every width
 
 Weights get a grid of their own per output channel (``GridWeight``), activations keep their quantizer and get its scale.
 """
@@ -11,8 +12,7 @@ Weights get a grid of their own per output channel (``GridWeight``), activations
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import torch
@@ -25,7 +25,7 @@ from hq_lib.observers.ranges import QParams, Scheme
 from hq_lib.ptq.rounding import ON_GRID, GridWeight
 from hq_lib.quantizers import LSQ, Grid, LSQPlusAct, MinMaxAct, Quantizer
 
-Method = Literal["minmax", "percentile", "mse", "aciq"]
+Method = Literal["minmax", "percentile", "mse", "aciq", "aciq_official"]
 WIDE_BITS = 8
 """From these bits up a weight grid is symmetric and restricted, so that its integers fit int8 with zero point 0."""
 
@@ -66,6 +66,8 @@ def _range(x: Tensor, bits: int, method: Method, axis: int | None, signed: bool,
         return percentile_range(x, percent, axis=axis)
     if signed:
         return aciq.clip_range(x, bits=bits, axis=axis)
+    if method == "aciq_official":
+        return aciq.clip_range(x, bits=bits, axis=axis, relu="official")
     return aciq.clip_range(x, bits=bits, axis=axis, relu="theory", grid="relu_endpoint" if bits < 3 else None)
 
 
@@ -133,40 +135,22 @@ def fit_acts(
                 f"activation quantizer {name!r} ({type(quantizer).__name__}) takes no range from outside; make the "
                 f"policy with act='lsq_plus' and 2 bits or more"
             )
-    with _fitted_by(chosen.values(), method, percent):
-        calibrate(qnet, batches, only=only, quantized_weights=quantized_weights)
 
-
-@contextmanager
-def _fitted_by(quantizers: Iterable[torch.nn.Module], method: Method, percent: float) -> Iterator[None]:
-    """Let the quantizers' ``init_from`` choose its grid by ``method`` inside."""
-    quantizers = list(quantizers)
-    try:
-        for quantizer in quantizers:
-            quantizer._fit = _fitter(quantizer, method, percent)  # type: ignore[assignment]
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.__dict__.pop("_fit", None)
-
-
-def _fitter(quantizer: torch.nn.Module, method: Method, percent: float) -> Callable[[Tensor], None]:
-    assert isinstance(quantizer, Quantizer)
-    symmetric = isinstance(quantizer, LSQ) and not isinstance(quantizer, LSQPlusAct)
-
-    def fit(x: Tensor) -> None:
+    def fit(quantizer: torch.nn.Module, x: Tensor) -> None:
+        assert isinstance(quantizer, Quantizer)
         signed = bool(quantizer.signed)
-        scheme: Scheme = "symmetric" if signed and symmetric else "affine"
+        scheme: Scheme = "symmetric" if signed and type(quantizer) is LSQ else "affine"
         found = find_grid(x, bits=quantizer.bits, method=method, scheme=scheme, signed=signed, percent=percent)
         set_grid(quantizer, found)
 
-    return fit
+    calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, fit=fit)
 
 
 @torch.no_grad()
 def set_grid(quantizer: Quantizer, found: QParams) -> None:
     """Put an activation quantizer (lsq, lsq_plus, minmax) on the grid ``found``, () scale and zero point."""
     scale, zero_point = found.scale.float(), found.zero_point.float()
+    quantizer.mark_fitted()
     if isinstance(quantizer, MinMaxAct):
         quantizer.low, quantizer.high = -scale * zero_point, scale * (found.qmax - zero_point)
         return

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.graph import act_quantizers, weight_layers
+from hq_lib.graph import Block, act_quantizers, weight_layers
 from hq_lib.ptq.cache import Form, Stream, UnitCache, bytes_needed, chunks, form_for
 from hq_lib.ptq.config import ReconstructionConfig
 from hq_lib.ptq.dropping import drop, dropping
+from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
 from hq_lib.ptq.rounding import AdaRound, install
 from hq_lib.ptq.units import Unit, chain, cut, switched, units
@@ -99,10 +100,12 @@ def _pass(
     qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig, files: RunFolder | None
 ) -> Iterator[UnitReport]:
     found = [(block, units(qnet, block, unit=config.unit)) for block in chain(qnet)]
-    needs = [bytes_needed(qnet, block, inside, len(images)) for block, inside in found]
+    fisher = config.loss == "fisher"
+    needs = [bytes_needed(qnet, block, inside, len(images), fisher=fisher) for block, inside in found]
     forms: list[Form] = [form_for(needed, config.budget_MiB * 2**20) for needed in needs]
     n_units = sum(len(inside) for _, inside in found)
     stream, position = Stream(images, forms[0]), 0
+    weighing = _fishers(qnet, [block for block, _ in found], images, config) if fisher else [None] * len(found)
     for i, (block, inside) in enumerate(found):
         for unit in inside:
             body = cut(qnet, unit.region)
@@ -110,13 +113,22 @@ def _pass(
             report = files.load(position, body) if files is not None else None
             if report is None:
                 size = needs[i] / 2**20 * {"float32": 1.0, "float16": 0.5, "recomputed": 0.0}[forms[i]]
-                report = _one(qnet, unit, body, stream, config, (position, n_units, forms[i], size))
+                report = _one(qnet, unit, body, stream, config, (position, n_units, forms[i], size), weighing[i])
                 if files is not None:
                     files.save(report, body)
             yield report
             position += 1
         if i + 1 < len(found):
             stream.advance(cut(qnet, block), forms[i + 1])
+
+
+def _fishers(qnet: fx.GraphModule, found: list[Block], images: Tensor, config: ReconstructionConfig) -> list[Fisher]:
+    graphs = [cut(qnet, block) for block in found]
+    try:
+        labels = drawn_labels(graphs, images, seed=config.seed)
+    except ValueError as error:
+        raise ReconstructionError(str(error)) from error
+    return [Fisher(graphs[i + 1 :], labels) for i in range(len(graphs))]
 
 
 def _install(body: fx.GraphModule, config: ReconstructionConfig) -> None:
@@ -127,10 +139,10 @@ def _install(body: fx.GraphModule, config: ReconstructionConfig) -> None:
 
 def _one(
     qnet: fx.GraphModule, unit: Unit, body: fx.GraphModule, stream: Stream, config: ReconstructionConfig,
-    place: tuple[int, int, Form, float],
+    place: tuple[int, int, Form, float], fisher: Fisher | None,
 ) -> UnitReport:  # fmt: skip
     start, (position, n_units, form, size) = time.perf_counter(), place
-    cache = UnitCache(stream, cut(qnet, unit.lead) if unit.lead else None, body, form)
+    cache = UnitCache(stream, cut(qnet, unit.lead) if unit.lead else None, body, form, fisher)
     before = after = unit_loss(cache, config.loss_power)
     rounders = rounders_of(body) if config.learn_rounding else []
     undecided = 0
@@ -150,10 +162,11 @@ def rounders_of(body: nn.Module) -> list[AdaRound]:
     return [quantizer for quantizer in found if isinstance(quantizer, AdaRound)]
 
 
-def distance(y: Tensor, target: Tensor, power: float) -> Tensor:
-    """Return sum over channels (axis 1) of |y - target|^power, averaged over images and positions: ()."""
+def distance(y: Tensor, target: Tensor, power: float, weight: Tensor | None = None) -> Tensor:
+    """Return sum over channels (axis 1) of weight |y - target|^power, averaged over images and positions: ()."""
     d = y - target
-    return (d.square() if power == 2 else d.abs().pow(power)).sum(1).mean()
+    error = d.square() if power == 2 else d.abs().pow(power)
+    return (error if weight is None else weight * error).sum(1).mean()
 
 
 @torch.no_grad()
@@ -162,7 +175,7 @@ def unit_loss(cache: UnitCache, power: float) -> float:
     total, n = 0.0, len(cache.stream)
     for index in chunks(n, cache.stream.images.device):
         x_q, _, target = cache.batch(index)
-        total += float(distance(cache.body(x_q), target, power)) * len(index)
+        total += float(distance(cache.body(x_q), target, power, cache.importance(index))) * len(index)
     return total / n
 
 
@@ -213,7 +226,7 @@ def _loss(
 ) -> Tensor:  # fmt: skip
     x_q, x_fp, target = cache.batch(index)
     x = drop(x_q, x_fp, config.keep_probability, generator)
-    loss = distance(cache.body(x), target, config.loss_power)
+    loss = distance(cache.body(x), target, config.loss_power, cache.importance(index))
     beta = config.beta(i)
     if beta is None or config.rounding_weight == 0:
         return loss

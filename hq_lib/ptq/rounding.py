@@ -39,8 +39,7 @@ class GridWeight(Quantizer):
         self.qmin, self.qmax = grid.qmin, grid.qmax
         self.register_buffer("scale", grid.scale.detach().clone())
         self.register_buffer("zero_point", grid.zero_point.detach().clone().expand_as(grid.scale).contiguous())
-        self.initialised.fill_(True)
-        self._ready = True
+        self.mark_fitted()
 
     def _quantize(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.scale, self.zero_point, qmin=self.qmin, qmax=self.qmax)

@@ -91,6 +91,10 @@ class Quantizer(nn.Module):
         check_finite(x, str(self))
         with torch.no_grad():
             self._fit(x.detach().float())
+        self.mark_fitted()
+
+    def mark_fitted(self) -> None:
+        """Take the grid as it is for the fitted one: what follows setting it from outside."""
         self.initialised.fill_(True)
         self._ready = True
 

@@ -1,0 +1,150 @@
+"""ACIQ's weights: bits shared out among output channels, and the moments that rounding moved put back.
+
+    fit_allocated(qnet)             # per channel min-max grids, wide channels get more bits (average = the policy's)
+    correct_moments(qnet, images)   # mean and norm of every output channel restored, integers unchanged
+
+Banner et al., arXiv:1810.05723, sections 4.2 and 5; formulas and departures in ``hq_lib.aciq.weights``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from hq_lib import aciq
+from hq_lib.graph import FoldedNorm, QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
+from hq_lib.observers.ranges import MIN_SCALE, minmax_range, rows
+from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
+from hq_lib.ptq.rounding import GridWeight
+from hq_lib.quantizers import Grid, Quantizer
+from hq_lib.tracing import eval_mode
+
+EDGE = 0.499
+"""How far, in steps, a weight may lie beyond its channel's last level and still round to it."""
+
+
+def fit_allocated(qnet: fx.GraphModule, *, spread: Literal["sigma", "range"] = "sigma") -> dict[str, Tensor]:
+    """Give each weight below 8 bits a min-max grid per channel with ``aciq.allocate_bits`` bits; return those bits.
+
+    The policy's bits become the *average* over a layer's channels, met exactly where the limits of 0 and 8 bits allow;
+    numbers made with it are not comparable to plain ones. ``bits`` of the quantizer stays the average, its grid reaches
+    as far as the widest channel. A channel of 0 bits is 0 (``correct_moments`` then makes it its mean). Weights of 8
+    bits and more get the plain min-max grid.
+
+    Args:
+        qnet:   from ``graph.quantize`` with one grid per output channel; changed in place.
+        spread: what a channel's bits go by: standard deviation (the official default) or range.
+
+    Returns:
+        (C,) int64 bits by layer, of the layers that were allocated.
+
+    Raises:
+        QuantizeError: names the layer that has no grid per output channel.
+    """
+    fit_weights(qnet, "minmax")
+    found: dict[str, Tensor] = {}
+    for name, layer in weight_layers(qnet).items():
+        old = layer.weight_quantizer
+        if not isinstance(old, Quantizer) or old.bits >= WIDE_BITS:
+            continue
+        if old.axis != 0:
+            raise QuantizeError(f"layer {name!r}: bits are shared out among output channels; it has one grid for all")
+        w = layer.effective_weight().detach()
+        values = rows(w, 0)
+        bits = aciq.allocate_bits(values.std(1) if spread == "sigma" else values.amax(1) - values.amin(1), old.bits,
+                                  quota="mean")  # fmt: skip
+        new = GridWeight(channel_grid(w, bits), bits=old.bits, axis=0)
+        new.enabled = old.enabled
+        layer.weight_quantizer, found[name] = new.train(old.training), bits
+    return found
+
+
+def channel_grid(w: Tensor, bits: Tensor) -> Grid:
+    """Return min-max grids with ``bits`` (C,) per output channel of ``w`` (C, ...), in one range of integers.
+
+    Each channel's values round to its own 2^bits levels, 0 among them, without being clipped to them: the step is
+    widened where its outermost value would round to a level more.
+    """
+    low, high = (end.double() for end in minmax_range(w, axis=0))
+    n_steps = 2.0 ** bits.double() - 1
+    scale = ((high - low) / n_steps.clamp(min=1)).clamp(min=MIN_SCALE)
+    zero_point = torch.minimum(torch.round(-low / scale), n_steps)
+    scale = torch.maximum(scale, high / (n_steps - zero_point + EDGE))
+    scale = torch.maximum(scale, -low / (zero_point + EDGE))
+    shape = (-1, *[1] * (w.dim() - 1))
+    widest = 2 ** max(int(bits.max()), 1) - 1
+    return Grid(scale.float().reshape(shape), zero_point.float().reshape(shape), 0, widest)
+
+
+class CorrectedWeight(GridWeight):
+    """A weight whose integers are given and whose scales have been stretched since; it belongs to one tensor."""
+
+    method = "corrected"
+    x_int: Tensor
+
+    def __init__(self, x_int: Tensor, grid: Grid, *, bits: int, axis: int | None = 0) -> None:
+        """``x_int``: (*shape), integers on ``grid``."""
+        super().__init__(grid, bits=bits, axis=axis)
+        self.register_buffer("x_int", x_int.to(torch.int32))
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return (self.scale * (self.x_int - self.zero_point)).to(x.dtype)
+
+    def _to_int(self, x: Tensor) -> Tensor:
+        return self.x_int
+
+
+@torch.no_grad()
+def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Correction]:
+    """Restore mean and norm of each output channel's weights by scale and bias alone, in place; return what was done.
+
+    gain * w_hat + offset (``aciq.bias_correction``): the gain goes into the channel's scale, the offset times the mean
+    window sum of the layer's (quantized) input goes into its bias, layer after layer in one pass, each behind the
+    corrected ones before it. The integers stay, so it survives ``integer.lower``.
+
+    Args:
+        qnet:   from ``graph.quantize`` (batch norms folded), grids fitted; its quantizers as they are switched.
+        images: (N, C, H, W), normalised; one batch.
+
+    Raises:
+        QuantizeError: names the layer whose batch norm is not folded, whose form has no window sum, or that runs twice.
+    """
+    done: dict[str, aciq.Correction] = {}
+    layers = {name: layer for name, layer in weight_layers(qnet).items() if layer.weight_quantizer is not None}
+    for name, layer in layers.items():
+        if isinstance(layer, FoldedNorm) or not isinstance(layer, (QuantConv2d, QuantLinear)):
+            raise QuantizeError(f"layer {name!r} ({type(layer).__name__}) cannot be corrected: use bn='fold' and "
+                                "convolutions or linear layers")  # fmt: skip
+
+    def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        name = next(name for name, known in layers.items() if known is layer)
+        if name in done:
+            raise QuantizeError(f"layer {name!r} runs twice: its two window sums share one bias")
+        done[name] = _correct(layers[name], args[0])
+
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers.values()]
+    try:
+        with eval_mode(qnet):
+            qnet(images.to(next(qnet.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return done
+
+
+def _correct(layer: QuantizedWeight, x: Tensor) -> aciq.Correction:
+    assert isinstance(layer, (QuantConv2d, QuantLinear))
+    old = layer.weight_quantizer
+    assert isinstance(old, Quantizer)
+    w = layer.effective_weight()
+    x_int, grid = old.integers(w)
+    correction = aciq.bias_correction(w, grid.scale * (x_int - grid.zero_point))
+    scale, bias = aciq.absorb(
+        correction, scale=grid.scale.flatten(), bias=layer.bias, window_sum=aciq.window_sum_mean(x, layer)
+    )
+    shape = (-1, *[1] * (w.dim() - 1))
+    new = CorrectedWeight(x_int, grid._replace(scale=scale.reshape(shape)), bits=old.bits, axis=0)
+    layer.weight_quantizer, layer.bias = new.train(old.training), nn.Parameter(bias)
+    return correction

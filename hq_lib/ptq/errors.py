@@ -1,0 +1,49 @@
+"""How the error of a quantized network grows from block to block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from hq_lib.ptq.units import as_float, chain, cut
+from hq_lib.tracing import eval_mode
+
+
+class BlockError(NamedTuple):
+    """The error behind one block, everything before it quantized."""
+
+    name: str
+    """dotted name of the block"""
+    position: int
+    """0 for the first"""
+    error: float
+    """sum (x_q - x_fp)^2 / sum x_fp^2 at its output, a pure number; 0 where nothing is quantized"""
+
+
+@torch.no_grad()
+def block_errors(qnet: fx.GraphModule, reference: fx.GraphModule, images: Tensor) -> list[BlockError]:
+    """Return the relative squared error behind each block of ``qnet``, in execution order.
+
+    Args:
+        qnet:      quantized, its quantizers as they are switched.
+        reference: a net with the same blocks whose float values are the truth: ``qnet`` itself, or its untouched copy
+                   where a method has changed biases.
+        images:    (N, C, H, W), normalised; one batch.
+
+    Raises:
+        ValueError: the two have other blocks.
+    """
+    ours, theirs = chain(qnet), chain(reference)
+    if [block.name for block in ours] != [block.name for block in theirs]:
+        raise ValueError("the two nets have other blocks: make both from one float net with one policy")
+    found, x_q, x_fp = [], images, images
+    with eval_mode(qnet), eval_mode(reference):
+        for position, (block, like) in enumerate(zip(ours, theirs, strict=True)):
+            x_q, graph = cut(qnet, block)(x_q), cut(reference, like)
+            with as_float(graph):
+                x_fp = graph(x_fp)
+            error = (x_q - x_fp).double().square().sum() / x_fp.double().square().sum().clamp(min=1e-30)
+            found.append(BlockError(block.name, position, float(error)))
+    return found

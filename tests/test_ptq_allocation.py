@@ -1,0 +1,127 @@
+"""ACIQ's weights in a graph: bits per channel on their grids, moments through the integers; errors by block."""
+
+import pytest
+import torch
+from graph_nets import Tiny, images, trained_like
+from torch import nn
+
+from hq_lib import integer, ptq
+from hq_lib.graph import BitPolicy, QuantizeError, quantize, weight_layers
+from hq_lib.ptq.allocation import channel_grid
+from hq_lib.ptq.units import as_float
+
+
+class Net(nn.Module):
+    """Convolution, depthwise convolution, linear; channels of very different widths."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 5)
+        with torch.no_grad():
+            self.b.weight *= torch.logspace(-2, 1, 8, base=2).view(-1, 1, 1, 1)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+
+def made(bits=3, **policy):
+    x = images(16, size=8)
+    qnet = quantize(Net().eval(), BitPolicy(f"minmax:{bits}", "lsq_plus:8", **policy), x[:1]).eval()
+    ptq.fit_acts(qnet, x)
+    return qnet, x
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 6])
+def test_a_channels_values_round_to_its_own_levels_and_no_more(bits):
+    generator = torch.Generator().manual_seed(bits)
+    w = torch.randn(50, 9, generator=generator) + torch.linspace(-3, 3, 50).view(-1, 1)
+    widths = torch.full((50,), bits)
+    widths[-1] = 8
+    grid = channel_grid(w, widths)
+    levels = torch.round(w / grid.scale) + grid.zero_point
+    assert levels.min() >= 0
+    assert levels[:-1].max() <= 2**bits - 1
+    assert grid.qmax == 255
+    inside = (grid.scale * (levels - grid.zero_point) - w).abs() <= 0.5 * grid.scale * (1 + 1e-5)
+    assert inside.all()
+
+
+def test_wide_channels_get_more_bits_and_the_average_is_the_policys():
+    qnet, _ = made(first_last_bits=8)
+    found = ptq.fit_allocated(qnet)
+    assert list(found) == ["b"]
+    assert found["b"].double().mean() == 3
+    assert torch.equal(found["b"].sort().values, found["b"])  # the widths were made to grow
+    layer = weight_layers(qnet)["b"]
+    for channel, bits in zip(layer.quantized_weight(), found["b"], strict=True):
+        assert len(channel.unique()) <= 2 ** int(bits)
+    assert weight_layers(qnet)["fc"].weight_quantizer.grid().qmax == 127
+
+
+def test_allocation_beats_equal_bits_in_squared_error():
+    equal, _ = made()
+    ptq.fit_weights(equal, "minmax")
+    shared, _ = made()
+    ptq.fit_allocated(shared, spread="range")
+    errors = [
+        (weight_layers(net)["b"].quantized_weight() - Net().b.weight).square().sum().item() for net in (equal, shared)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_correction_restores_each_channels_mean_output_and_its_weights_norm():
+    qnet, x = made(bits=2)
+    ptq.fit_allocated(qnet)
+    found = ptq.correct_moments(qnet, x)
+    assert list(found) == ["a", "b", "fc"]
+    layer, net = weight_layers(qnet)["fc"], Net().eval()
+    seen = []
+    handle = layer.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+    qnet(x)
+    handle.remove()
+    inputs, y = seen[0]
+    with torch.no_grad():
+        # mean and norm of the weights are restored, so the mean output is the float layer's wherever mean input is flat
+        w = found["fc"].apply(layer.weight_quantizer(layer.weight) / found["fc"].gain.view(-1, 1).float())
+    assert torch.allclose(w.mean(1), net.fc.weight.mean(1), atol=1e-6)
+    assert torch.allclose(w.std(1), net.fc.weight.std(1), atol=1e-6)
+    assert torch.allclose(y.mean(0), nn.functional.linear(inputs, w, net.fc.bias).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_the_integers_say_the_same(correct):
+    qnet, x = made(bits=3, placement="deploy")
+    ptq.fit_allocated(qnet)
+    if correct:
+        before = {name: layer.weight_quantizer.to_int(layer.weight) for name, layer in weight_layers(qnet).items()}
+        ptq.correct_moments(qnet, x)
+        for name, layer in weight_layers(qnet).items():
+            assert torch.equal(layer.weight_quantizer.to_int(layer.weight), before[name])
+    logits = torch.from_numpy(integer.run(integer.lower(qnet), x.numpy()))
+    with torch.no_grad():
+        assert torch.equal(logits.argmax(1), qnet(x).argmax(1))
+        assert torch.allclose(logits, qnet(x), atol=0.05)
+
+
+def test_what_cannot_be_corrected_is_named():
+    x = images(4)
+    qnet = quantize(trained_like(Tiny()), BitPolicy("minmax:4", "float", bn="fold_train"), x[:1])
+    with pytest.raises(QuantizeError, match=r"'stem' .*use bn='fold'"):
+        ptq.correct_moments(qnet, x)
+    whole = quantize(Net().eval(), BitPolicy({"method": "minmax", "bits": 4, "axis": None}, "float"), x[:1])
+    with pytest.raises(QuantizeError, match="one grid for all"):
+        ptq.fit_allocated(whole)
+
+
+def test_block_errors_are_the_relative_squared_errors_and_0_without_quantization():
+    qnet, x = made(bits=2)
+    found = ptq.block_errors(qnet, qnet, x)
+    assert [error.name for error in found] == ["a", "b", "fc"]
+    with torch.no_grad():
+        y, target = qnet(x), Net().eval()(x)
+    assert found[-1].error == pytest.approx(float((y - target).square().sum() / target.square().sum()), rel=1e-5)
+    with as_float(qnet):
+        assert all(error.error < 1e-12 for error in ptq.block_errors(qnet, qnet, x))
+    with pytest.raises(ValueError, match="other blocks"):
+        ptq.block_errors(qnet, quantize(trained_like(Tiny()), BitPolicy(), x[:1]), x)
