@@ -8,10 +8,10 @@ from hq_lib.selection import features
 from hq_lib.selection.agreement import paired_difference, spearman
 from hq_lib.selection.manifest import Manifest, ManifestError, from_files, from_images, read, take, take_files, write
 from hq_lib.selection.metrics import METRICS, score
-from hq_lib.selection.strategies import Strategy, batch_order, disjoint_sets, draw_pool, select
+from hq_lib.selection.strategies import Strategy, batch_order, check_set, disjoint_sets, draw_pool, select
 
 __all__ = [
-    "METRICS", "Manifest", "ManifestError", "Strategy", "batch_order", "disjoint_sets", "draw_pool", "features",
-    "from_files", "from_images", "paired_difference", "read", "score", "select", "spearman", "take", "take_files",
-    "write",
+    "METRICS", "Manifest", "ManifestError", "Strategy", "batch_order", "check_set", "disjoint_sets", "draw_pool",
+    "features", "from_files", "from_images", "paired_difference", "read", "score", "select", "spearman", "take",
+    "take_files", "write",
 ]  # fmt: skip

@@ -68,17 +68,24 @@ def disjoint_sets(
     n_images = _size(scores, labels, pool)
     values = _values(scores, n_images, strategy)
     allowed = _allowed(pool, n_images)
-    if n < 1 or n_sets < 1 or not 0 <= trim < 1:
-        raise ValueError(f"n={n}, n_sets={n_sets}, trim={trim}: need n >= 1, n_sets >= 1 and 0 <= trim < 1")
-    if n * n_sets > len(allowed):
-        raise ValueError(f"{n_sets} x {n} images wanted from a pool of {len(allowed)}: take fewer, or a larger pool")
+    _check_sizes(n, n_sets, trim, len(allowed))
     if strategy == "random":
         values = np.random.default_rng(seed).permutation(n_images).astype(float)
-    sign = -1.0 if strategy == "highest" else 1.0
-    ranked = [
-        (_rank(values * sign, group, trim if strategy == "trimmed" else 0.0), quota, name)
-        for group, quota, name in _groups(labels, n_classes, allowed, n)
-    ]
+    signed, cut = (-values if strategy == "highest" else values), (trim if strategy == "trimmed" else 0.0)
+    groups = _groups(labels, n_classes, allowed, n)
+    ranked = [(_rank(signed, group, cut), quota, name) for group, quota, name in groups]
+    return _slices(ranked, n_sets)
+
+
+def _check_sizes(n: int, n_sets: int, trim: float, n_allowed: int) -> None:
+    if n < 1 or n_sets < 1 or not 0 <= trim < 1:
+        raise ValueError(f"n={n}, n_sets={n_sets}, trim={trim}: need n >= 1, n_sets >= 1 and 0 <= trim < 1")
+    if n * n_sets > n_allowed:
+        raise ValueError(f"{n_sets} x {n} images wanted from a pool of {n_allowed}: take fewer, or a larger pool")
+
+
+def _slices(ranked: list[tuple[np.ndarray, int, str]], n_sets: int) -> list[Tensor]:
+    """Consecutive slices of the ranked groups, each set ascending; a group that runs short is an error naming it."""
     for order, quota, name in ranked:
         if len(order) < quota * n_sets:
             raise ValueError(f"{name} has {len(order)} images to choose from, {quota * n_sets} wanted")
@@ -86,11 +93,27 @@ def disjoint_sets(
     return [torch.from_numpy(np.sort(chosen)) for chosen in sets]
 
 
-def draw_pool(n_images: int, n_pool: int, *, seed: int) -> Tensor:
-    """(n_pool,) ascending positions, a seeded draw without replacement: the candidates of one draw of a study."""
-    if not 1 <= n_pool <= n_images:
+def draw_pool(n_images: int, n_pool: int, *, seed: int, replacement: bool = False) -> Tensor:
+    """(n_pool,) ascending positions, a seeded draw: the candidates of one draw of a study, or a random set itself.
+
+    replacement=False: no position twice. replacement=True: independent draws, so n of N positions hold about
+    N (1 - (1 - 1 / N)^n) different ones; only for studying what that costs: ``select`` and manifests refuse repeats.
+    """
+    if n_images < 1 or n_pool < 1 or (n_pool > n_images and not replacement):
         raise ValueError(f"a pool of {n_pool} cannot be drawn from {n_images} images")
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n_images)[:n_pool]))
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, n_images, n_pool) if replacement else rng.permutation(n_images)[:n_pool]
+    return torch.from_numpy(np.sort(drawn))
+
+
+def check_set(positions: Tensor, n: int) -> Tensor:
+    """``positions`` itself where it is n different ones; ``ValueError`` for a short or repeated calibration set."""
+    if positions.dim() != 1 or len(positions) != n:
+        raise ValueError(f"the set has shape {tuple(positions.shape)}, {n} images were promised: it is short or long")
+    n_distinct = len(positions.unique())
+    if n_distinct != n:
+        raise ValueError(f"only {n_distinct} of {n} images are different: a repeated image is no larger set")
+    return positions
 
 
 def batch_order(n: int, *, batch_size: int, n_batches: int, seed: int, replacement: bool) -> Iterator[Tensor]:
