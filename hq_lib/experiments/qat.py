@@ -23,7 +23,7 @@ from hq_lib import data, models, paths, provenance, results
 from hq_lib import rows as rows_schema
 from hq_lib.data import ImageSet
 from hq_lib.experiments import float_training
-from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, act_quantizers, calibrate, load_state, quantize
+from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, save_quantized
 from hq_lib.quantizers.pact import PACT
 from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
 
@@ -196,53 +196,23 @@ def ship(point: Point, qnet: fx.GraphModule, profile: str) -> Path:
     _, float_record = models.read_checkpoint(_float_path(point.model))
     record = {
         **{k: float_record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
-        "seed": point.seed, "profile": profile, "method": point.method, "policy": policy_record(recipe.policy),
+        "seed": point.seed, "profile": profile, "method": point.method,
+        "in_shape": data.SPECS[float_record["dataset"]].in_shape,
         "config": recipe.config.as_dict(), "n_train": mine[0]["n_train"], "start": _float_path(point.model).name,
         "acc_pct": {_split(row): row["value"] for row in mine},
         "kept": f"{recipe.config.keep} epoch; test was seen once, after training",
         **{k: mine[0][k] for k in rows_schema.PROVENANCE},
     }  # fmt: skip
     path = paths.checkpoints_dir() / f"{point.name()}.safetensors"
-    models.save_checkpoint(path, qnet, record)
+    save_quantized(path, qnet, recipe.policy, record)
     return path
-
-
-def load(path: Path) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """(quantized network in eval mode, run record) of a checkpoint that ``ship`` wrote.
-
-    Raises ``models.CheckpointError`` for a damaged file or one of a float network.
-    """
-    state, record = models.read_checkpoint(path)
-    if "policy" not in record:
-        raise models.CheckpointError(f"{path.name} holds a float network: use models.load_checkpoint")
-    example = torch.zeros(1, *data.SPECS[record["dataset"]].in_shape)
-    qnet = quantize(models.build_recorded(record), BitPolicy(**record["policy"]), example)
-    load_state(qnet, state)
-    return qnet.eval(), record
-
-
-def policy_record(policy: BitPolicy) -> dict[str, Any]:
-    """The policy's fields as JSON that ``BitPolicy(**...)`` takes; for policies whose specs have no options."""
-    fields = dataclasses.asdict(policy)
-    fields.pop("hybrid_rule")
-    return fields | {
-        role: f"{spec.method}:{spec.bits}" for role, spec in (("weight", policy.weight), ("act", policy.act))
-    }
-
-
-def history(profile: str) -> pd.DataFrame:
-    """The learning curves: rows of ``qat_history.csv`` of this profile with a column ``epoch``."""
-    return _with_switches(results.read(HISTORY, profile=profile), profile, ("epoch",))
 
 
 def clip_history(profile: str) -> pd.DataFrame:
     """The learned PACT clips: rows of ``qat_clips.csv`` of this profile with columns ``epoch`` and ``layer``."""
-    return _with_switches(results.read(CLIPS, profile=profile), profile, ("epoch", "layer"))
-
-
-def _with_switches(rows: pd.DataFrame, profile: str, names: Sequence[str]) -> pd.DataFrame:
+    rows = results.read(CLIPS, profile=profile)
     rows = rows.loc[rows["profile"] == profile]
-    return rows.assign(**{name: [json.loads(text)[name] for text in rows["switches"]] for name in names})
+    return rows.assign(**{name: [json.loads(text)[name] for text in rows["switches"]] for name in ("epoch", "layer")})
 
 
 def _start(point: Point, recipe: QatRecipe, profile: str) -> tuple[nn.Module, ImageSet] | None:

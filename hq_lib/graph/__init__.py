@@ -7,6 +7,7 @@ policy.report(qnet)                          # layer, method, bits, scale, MACs,
 """
 
 from hq_lib.graph.blocks import Block, blocks, extract_block
+from hq_lib.graph.checkpoints import load_quantized, save_quantized
 from hq_lib.graph.layers import (
     FoldedNorm,
     QuantConv2d,
@@ -58,11 +59,13 @@ __all__ = [
     "freeze_statistics",
     "kinds",
     "layer_macs",
+    "load_quantized",
     "load_state",
     "lower_bound",
     "op_name",
     "quantize",
     "report",
+    "save_quantized",
     "set_quantization",
     "weight_layers",
 ]

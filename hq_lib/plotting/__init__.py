@@ -6,8 +6,10 @@ Topic modules hold the ``fig_...`` functions of one notebook each; ``style`` the
 
 from hq_lib.plotting.bn_fold import fig_bn_ranges
 from hq_lib.plotting.float_training import fig_float_training
+from hq_lib.plotting.integer_export import fig_integer_agreement
 from hq_lib.plotting.marks import band, band_line, heat_map, label_ends, plain_log, scatter
 from hq_lib.plotting.methods import GROUPS, METHOD_COLORS, Look, look, looks
+from hq_lib.plotting.qat import fig_dsq_curve, fig_pact_alpha, fig_qat_bits
 from hq_lib.plotting.style import caption, house_style, need, new_figure, rendered, save, styled
 
 __all__ = [
@@ -18,7 +20,11 @@ __all__ = [
     "band_line",
     "caption",
     "fig_bn_ranges",
+    "fig_dsq_curve",
     "fig_float_training",
+    "fig_integer_agreement",
+    "fig_pact_alpha",
+    "fig_qat_bits",
     "heat_map",
     "house_style",
     "label_ends",

@@ -27,8 +27,8 @@ METHODS = {
 FINE_TUNE = TrainConfig(epochs=10, lr=0.02, weight_decay=1e-4, precision="bfloat16")
 EIGHT = dataclasses.replace(FINE_TUNE, epochs=3, lr=1e-3, precision="float32")  # bfloat16 is no finer than 8 bits
 BY_BITS = {
-    2: dataclasses.replace(FINE_TUNE, epochs=15, lr=0.04, weight_decay=5e-5),
-    3: dataclasses.replace(FINE_TUNE, epochs=12, lr=0.03, weight_decay=5e-5),
+    2: dataclasses.replace(FINE_TUNE, lr=0.04, weight_decay=5e-5),
+    3: dataclasses.replace(FINE_TUNE, lr=0.03, weight_decay=5e-5),
     4: FINE_TUNE,
     6: dataclasses.replace(EIGHT, lr=5e-3),
     8: EIGHT,
