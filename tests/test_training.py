@@ -15,6 +15,7 @@ from torch import nn
 from hq_lib import data
 from hq_lib.quantizers import act_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
+from hq_lib.training.compilation import compiled
 from hq_lib.training.config import lr_factor, parameter_groups, sgd
 
 CONFIG = TrainConfig(epochs=3, lr=0.05, batch_size=50, pad=2, flip=False)
@@ -208,3 +209,22 @@ def test_recipes_know_their_names():
         recipe("resnet", "full")
     with pytest.raises(ValueError, match="unknown profile"):
         recipe("resnet20", "fast")
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch):
+    def no_compiler(net):
+        def fail(x):
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    net, said = torch.nn.Linear(3, 2), []
+    forward = compiled(net, said.append)
+    x = torch.randn(4, 3)
+    assert torch.equal(forward(x), net(x))
+    assert torch.equal(forward(x), net(x))
+    assert len(said) == 1
+    assert "no C++ compiler" in said[0]
+    with pytest.raises(RuntimeError, match="shapes"):
+        forward(torch.randn(4, 5))  # the network's own error stays the network's own

@@ -88,16 +88,16 @@ def fig_qat_bits(scores: pd.DataFrame) -> Figure:
     figure, axes = new_figure(height=3.4)
     ax = axes[0, 0]
     for method in [name for name in labels.METHOD_LABELS if name in set(scores["method"]) - {"float"}]:
-        mean = scores.loc[scores["method"] == method].groupby("w_bits")["value"].mean()
+        mean = scores.loc[scores["method"] == method].groupby("w_bits")["value"].mean()[::-1]
         style = look(method)
         ax.plot(
             mean.index, mean, color=style.color, linestyle=style.linestyle, marker=style.marker,
             label=labels.printed("method", method),
         )  # fmt: skip
+    widths = np.unique(scores.loc[scores["method"] != "float", "w_bits"])[::-1]
     for value in scores.loc[scores["method"] == "float", "value"]:
-        ax.axhline(value, color="0.3", linestyle="--", linewidth=1)
-        ax.annotate("float", (ax.get_xlim()[0], value), xytext=(3, 3), textcoords="offset points", fontsize=8)
-    ax.set_xticks(np.unique(scores.loc[scores["method"] != "float", "w_bits"]))
+        ax.plot(widths, [value] * len(widths), color="0.3", linestyle=(0, (4, 2)), linewidth=1, label="float")
+    ax.set_xticks(widths)
     ax.invert_xaxis()
     ax.set(xlabel="bits of weights and activations", ylabel="test accuracy, %")
     label_ends(ax)

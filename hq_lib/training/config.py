@@ -48,7 +48,7 @@ class TrainConfig:
     precision: str = "float32"
     """"float32", or "bfloat16" (autocast: convolutions and linear layers in bfloat16, weights stay float32)."""
     compile: bool = False
-    """Run the training steps through ``torch.compile``."""
+    """Run the training steps through ``torch.compile`` where a compiler is at hand."""
     keep: str = "last"
     """Which epoch's weights the run ends with: "last", or "best_val" (by validation accuracy, never by test)."""
     seed: int = 0

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hq_lib.data import ImageSet, batches
 from hq_lib.training import run_state
+from hq_lib.training.compilation import compiled
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
 from hq_lib.training.evaluation import device_of, evaluate
 
@@ -95,7 +96,7 @@ class _Run:
             if config.ema_decay
             else None
         )
-        self.forward = torch.compile(net) if config.compile else net
+        self.forward = compiled(net, self.say) if config.compile else net
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
         self.steps = max(len(train) // config.batch_size, 1)
