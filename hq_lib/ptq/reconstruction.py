@@ -148,7 +148,7 @@ def _one(
     undecided = 0
     if config.iterations:
         generator = torch.Generator(stream.images.device).manual_seed(config.seed * 10_007 + position)
-        undecided = _train(cache, rounders, config, generator, unit.name)
+        undecided = train_unit(cache, rounders, config, generator, unit.name)
         after = unit_loss(cache, config.loss_power)
     n_weights = sum(q.v.numel() for q in rounders)
     percent = 100 * undecided / n_weights if n_weights else 0.0
@@ -192,10 +192,15 @@ def batch_indices(n: int, config: ReconstructionConfig, generator: torch.Generat
         yield waiting.pop()
 
 
-def _train(
+def train_unit(
     cache: UnitCache, rounders: list[AdaRound], config: ReconstructionConfig, generator: torch.Generator, name: str
 ) -> int:
-    """Train one unit and make its rounding hard; returns how many roundings were undecided just before."""
+    """Train one unit in place and make its rounding hard; return how many roundings were undecided just before.
+
+    Args:
+        cache:     its inputs and target; ``rounders``: its ``rounders_of``; ``name``: for error messages.
+        generator: of batches and dropping.
+    """
     steps = [p for q in act_quantizers(cache.body).values() for p in q.parameters() if p.requires_grad]
     learned = {"logits": ([q.v for q in rounders], config.rounding_lr), "steps": (steps, config.step_lr)}
     if not config.learn_steps:
