@@ -9,6 +9,7 @@ from hq_lib.plotting.float_training import fig_float_training
 from hq_lib.plotting.integer_export import fig_integer_agreement
 from hq_lib.plotting.marks import band, band_line, heat_map, label_ends, plain_log, scatter
 from hq_lib.plotting.methods import GROUPS, METHOD_COLORS, Look, look, looks
+from hq_lib.plotting.ptq import fig_aciq_mse, fig_error_accumulation
 from hq_lib.plotting.qat import fig_dsq_curve, fig_pact_alpha, fig_qat_bits
 from hq_lib.plotting.style import caption, house_style, need, new_figure, rendered, save, styled
 
@@ -19,7 +20,9 @@ __all__ = [
     "band",
     "band_line",
     "caption",
+    "fig_aciq_mse",
     "fig_bn_ranges",
+    "fig_error_accumulation",
     "fig_dsq_curve",
     "fig_float_training",
     "fig_integer_agreement",
