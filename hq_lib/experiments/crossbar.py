@@ -37,6 +37,7 @@ N_PTQ = 256
 """Training images that the activation grids of the integer network are fitted to."""
 
 
+SAY_EVERY_S = 10.0
 _VARYING = ("dataset", "w_bits", "n_calib", "seed", "n_test", "switches")
 
 
@@ -88,19 +89,20 @@ def workbench(profile: str, bits: int = 8) -> Workbench:
 
 
 def run(profile: str, *, studies: Sequence[str] = STUDIES, n_draws: int | None = None) -> pd.DataFrame:
-    """All rows of the study after measuring what is missing of ``studies``, point after point."""
-    size, todo = SIZES[paths.check_profile(profile)], points(profile, tuple(studies))
+    """All rows of the study after measuring what is missing: the first draw of every point, then the second."""
+    paths.check_profile(profile)
+    draws = range(SIZES[profile].n_draws if n_draws is None else n_draws)
+    todo = [(point, draw) for draw in draws for point in points(profile, tuple(studies)) if point.drawn or draw == 0]
     started = said = time.perf_counter()
-    for i, point in enumerate(todo):
-        for draw in range((n_draws or size.n_draws) if point.drawn else 1):
-            rows = measure(workbench(profile, point.bits), point, draw, profile)
-            results.append(STUDY, rows, profile=profile) if rows else None
-            now = time.perf_counter()
-            if rows and (now - said > 20 or draw == 0):
-                said = now
-                shown = ", ".join(f"{row['value']:.1f}" for row in rows if row["metric"] == "acc_pct")
-                print(f"[{i + 1}/{len(todo)}, {now - started:.0f} s] {point.study}: {point.effect} {point.x:g} "
-                      f"draw {draw}: {shown} %", flush=True)  # fmt: skip
+    for i, (point, draw) in enumerate(todo):
+        rows = measure(workbench(profile, point.bits), point, draw, profile)
+        if rows:
+            results.append(STUDY, rows, profile=profile)
+        if rows and (i == 0 or time.perf_counter() - said > SAY_EVERY_S):
+            said = time.perf_counter()
+            shown = ", ".join(f"{row['value']:.1f}" for row in rows if row["metric"] == "acc_pct")
+            print(f"[{i + 1}/{len(todo)}, {said - started:.0f} s] {point.study}: {point.effect}, {point.x:g}, "
+                  f"draw {draw}: {shown} %", flush=True)  # fmt: skip
     return results.read(STUDY, profile=profile)
 
 
@@ -196,13 +198,14 @@ def _short(row: Mapping[Any, Any]) -> tuple[Any, ...]:
 
 def frame(profile: str, study: str) -> pd.DataFrame:
     """The rows of one study with its switches as columns: study, effect, x, correction, t_s."""
-    rows = results.read(STUDY, profile=profile)
-    return _spread(rows).query("study == @study").reset_index(drop=True)
+    rows = unpacked(results.read(STUDY, profile=profile), "study", "effect", "x", "correction", "t_s")
+    return rows.loc[rows["study"] == study].reset_index(drop=True)
 
 
-def _spread(rows: pd.DataFrame) -> pd.DataFrame:
+def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """``rows`` with these keys of their switches as columns."""
     found = [json.loads(text) for text in rows["switches"]]
-    return rows.assign(**{k: [f.get(k) for f in found] for k in ("study", "effect", "x", "correction", "t_s")})
+    return rows.assign(**{name: [switches.get(name) for switches in found] for name in names})
 
 
 def lines() -> Iterator[str]:
