@@ -105,7 +105,8 @@ SIZES = {
 
 LAYER = Mapping(scale="layer")
 DRIFT_ONLY = replace(PCM_NANDAKUMAR, name="pcm_drift_only", error=None, read=None)
-DAY_RRAM = device("rram_1day")
+RRAM_SECOND, RRAM_DAY = "rram, column scale", "programming, RRAM 1 day (Wan)"
+"""Effects of "recovery" and of "budget" that other figures show too."""
 NOISY_READS = replace(IDEAL, name="ideal_noisy_reads", read=ConstantRead(0.01))
 ALL_OF_IT = Circuit(PCM_NANDAKUMAR, adc=Adc(8), faults=Faults(0.001, 0.001))
 
@@ -139,18 +140,16 @@ def recovery(size: Size) -> Iterator[Point]:
             kinds = tuple(CORRECTIONS)
             yield Point("recovery", f"{fit}, {mapping.scale} scale", 0, Circuit(device(fit), mapping), kinds)
     if size.slow:
-        yield Point("recovery", "rram, column scale", 0, Circuit(device("rram")), tuple(CORRECTIONS), bits=4)
+        yield Point("recovery", RRAM_SECOND, 0, Circuit(device("rram")), tuple(CORRECTIONS), bits=4)
 
 
 def budget(size: Size) -> Iterator[Point]:
-    """One effect at a time on otherwise perfect cells, then several at once."""
+    """One effect at a time on otherwise perfect cells, then several at once; RRAM after a second is in `recovery`."""
     effects: dict[str, Circuit] = {
         "ADC, 8 bits, fitted range": Circuit(IDEAL, adc=Adc(8)),
         "ADC, 8 bits, full range": Circuit(IDEAL, adc=Adc(8, "max")),
         "programming, PCM (Joshi)": Circuit(device("pcm")),
-        "programming, RRAM 1 s (Wan)": Circuit(device("rram")),
-        "the same, one scale per layer": Circuit(device("rram"), LAYER),
-        "programming, RRAM 1 day (Wan)": Circuit(DAY_RRAM),
+        RRAM_DAY: Circuit(device("rram_1day")),
         "read noise, 1 % of G_max": Circuit(NOISY_READS),
         "stuck cells, 0.1 % low, 0.1 % high": Circuit(IDEAL, faults=Faults(0.001, 0.001)),
     }
@@ -195,9 +194,7 @@ def stuck(size: Size) -> Iterator[Point]:
 
 
 def drift(size: Size) -> Iterator[Point]:
-    """Accuracy against time: PCM with drift, programming error and read noise; RRAM where it was published."""
+    """Accuracy against time: PCM with drift, programming error and read noise."""
     kinds = ("none", "global", "column", "bn")
     for t_s in size.times_s:
         yield Point("drift", "PCM", t_s, Circuit(PCM_NANDAKUMAR), kinds, t_s)
-    for t_s, cell in ((1.0, "rram"), (DAY_S, "rram_1day")):
-        yield Point("drift", "RRAM", t_s, Circuit(device(cell)), ("none", "column"))
