@@ -71,13 +71,20 @@ def _range(x: Tensor, bits: int, method: Method, axis: int | None, signed: bool,
     return aciq.clip_range(x, bits=bits, axis=axis, relu="theory", grid="relu_endpoint" if bits < 3 else None)
 
 
-def fit_weights(qnet: fx.GraphModule, method: Method = "mse", *, scheme: Scheme = "affine") -> None:
+def fit_weights(
+    qnet: fx.GraphModule,
+    method: Method = "mse",
+    *,
+    scheme: Scheme = "affine",
+    only: Callable[[torch.nn.Module], bool] | None = None,
+) -> None:
     """Give each quantized weight of ``qnet`` the grid that ``method`` chooses; its quantizer becomes a ``GridWeight``.
 
     Args:
         qnet:   from ``graph.quantize``; changed in place. Axes and bits are those of its policy.
         scheme: of grids below 8 bits: "affine" is BRECQ's and QDrop's (a zero point per channel), "symmetric" has zero
                 point 0. From 8 bits up the grid is "symmetric_restricted", so that its integers fit int8.
+        only:   which weight quantizers (given the module); the others, trained ones say, keep their grid.
 
     Raises:
         QuantizeError: names the layer whose method transforms its weight (DoReFa), has 1 bit, or fails to be fitted.
@@ -85,7 +92,7 @@ def fit_weights(qnet: fx.GraphModule, method: Method = "mse", *, scheme: Scheme 
     check_method(method)
     for name, layer in weight_layers(qnet).items():
         old = layer.weight_quantizer
-        if old is None:
+        if old is None or (only is not None and not only(old)):
             continue
         assert isinstance(old, Quantizer)
         if old.method not in ON_GRID or old.bits == 1:
