@@ -34,13 +34,16 @@ BITS = ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 ERROR_BITS = ((4, 4), (2, 2))
 """widths at which the error behind each block is kept"""
 PLAN: dict[str, dict[str, Any]] = {
-    "smoke": {"iterations": 3, "n_calib": 64, "n_test": 100, "n_errors": 32, "bits": ((4, 4),), "seeds": (1005,)},
+    "smoke": {"iterations": 3, "n_calib": 64, "n_test": 100, "n_errors": 32, "bits": ((4, 4),), "seeds": (1005,),
+              "nets": (SHIPPED,)},
     "quick": {"iterations": 60, "n_calib": 256, "n_test": 1_000, "n_errors": 200, "bits": ((4, 4), (2, 2)),
-              "seeds": (1005,)},
+              "seeds": (1005,), "nets": (SHIPPED,)},
     "full": {"iterations": 500, "n_calib": 1024, "n_test": None, "n_errors": 500, "bits": BITS,
-             "seeds": (1005, 1006, 1007)},
+             "seeds": (1005, 1006, 1007), "nets": NETS},
 }  # fmt: skip
-"""Profile -> iterations a unit, images, widths and seeds (1005 is the seed of the official QDrop scripts)."""
+"""Profile -> iterations a unit, images, widths, seeds (1005 is that of the official QDrop scripts) and nets."""
+IMAGENET: dict[str, Any] = {"bits": ((8, 8), (4, 8), (4, 4)), "n_errors": 48, "nets": (SHIPPED,)}
+"""what replaces this on ImageNet, where the net is EfficientNet-Lite0 and ranges alone are the default"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def public_file() -> Path | None:
 def run(
     profile: str,
     *,
-    nets: Sequence[str] = (SHIPPED,),
+    nets: Sequence[str] | None = None,
     recipes: Sequence[str] | None = None,
     bits: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] | None = None,
@@ -93,14 +96,15 @@ def run(
 
     Args:
         profile: chooses budget, images and output folders; what is there already is not measured again.
-        nets:    "public" (skipped with a line where it is absent) and "shipped".
-        recipes: keys of ``RECIPES``; default: those to nearest, then AdaRound, BRECQ (both losses) and QDrop.
+        nets:    "public" (skipped with a line where it is absent) and "shipped"; default the profile's.
+        recipes: keys of ``RECIPES``; default: those to nearest and, on CIFAR-10, AdaRound, BRECQ (both losses), QDrop.
         bits:    (weights, activations) pairs; default the profile's. At 8 bits nothing is reconstructed.
         seeds:   default the profile's.
         dataset: "cifar10", or "imagenet" with the folder of ``selection_bench``.
     """
-    plan = PLAN[paths.check_profile(profile)]
-    for net in nets:
+    plan = plan_of(profile, dataset)
+    default = NEAREST if dataset == "imagenet" else (*NEAREST, *LEARNED)
+    for net in nets or plan["nets"]:
         try:
             bench = open_net(net, profile, dataset=dataset, n_test=plan["n_test"])
         except FileNotFoundError as error:
@@ -110,7 +114,7 @@ def run(
             Point(net, name, (int(width[0]), int(width[1])), seed)
             for seed in (plan["seeds"] if seeds is None else seeds)
             for width in (plan["bits"] if bits is None else bits)
-            for name in (recipes or (*NEAREST, *LEARNED))
+            for name in recipes or default
             if width[0] < 8 or RECIPES[name].passes is None
         ]
         _float_row(bench, net, profile)
@@ -120,13 +124,18 @@ def run(
     return results.read(STUDY, profile=profile)
 
 
+def plan_of(profile: str, dataset: str) -> dict[str, Any]:
+    """The sizes of a profile on a data set."""
+    return {**PLAN[paths.check_profile(profile)], **(IMAGENET if dataset == "imagenet" else {})}
+
+
 def _title(point: Point) -> str:
     return f"{point.net} W{point.bits[0]}A{point.bits[1]} {point.recipe}, seed {point.seed}"
 
 
 def measure(point: Point, bench: selection_bench.Bench, profile: str) -> None:
     """Quantizes and evaluates one point and appends its rows, unless they are there."""
-    plan, recipe = PLAN[profile], RECIPES[point.recipe]
+    plan, recipe = plan_of(profile, bench.dataset), RECIPES[point.recipe]
     iterations = plan["iterations"] if recipe.passes else 0
     x = calibration(bench, plan["n_calib"], point.seed)
     common = _common(point, bench, len(x), iterations)
@@ -136,7 +145,7 @@ def measure(point: Point, bench: selection_bench.Bench, profile: str) -> None:
     qnet = quantized(bench.net, x, recipe, point.bits, iterations=iterations, seed=point.seed,
                      folder=_folder(common, profile) if recipe.passes else None, progress=Reporter())  # fmt: skip
     cpu = time.process_time() - cpu
-    score = evaluate(qnet, bench.test)
+    score = evaluate(qnet, bench.test, batch_size=selection_bench.eval_batch(bench))
     common |= {"seconds": round(time.perf_counter() - clock, 1), **provenance.stamp()}
     if point.bits in ERROR_BITS:
         _append_errors(common, qnet, bench, x, plan["n_errors"], profile)
@@ -194,7 +203,7 @@ def _float_row(bench: selection_bench.Bench, net: str, profile: str) -> None:
     common = {"experiment": STUDY, "model": bench.model, "dataset": bench.dataset, "method": "float",
               "switches": {"net": net, "recipe": "float"}, "metric": "acc_pct"}  # fmt: skip
     if not results.done(STUDY, common, profile=profile):
-        score = evaluate(bench.net, bench.test)
+        score = evaluate(bench.net, bench.test, batch_size=selection_bench.eval_batch(bench))
         results.append(STUDY, [{**common, "value": score.acc_pct, "unit": "%", "n_test": score.n}], profile=profile)
 
 
@@ -202,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m hq_lib.experiments.ptq_methods", description=run.__doc__)
     parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
+    parser.add_argument("--nets", nargs="+", default=None, choices=NETS)
     parser.add_argument("--recipes", nargs="+", default=None, choices=list(RECIPES))
     parser.add_argument("--bits", nargs="+", default=None, metavar="W,A")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="N")

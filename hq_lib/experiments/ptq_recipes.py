@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from hq_lib import data, ptq
@@ -71,8 +72,18 @@ LEARNED = ("adaround", "brecq", "brecq_fisher", "qdrop")
 
 
 def calibration(bench: selection_bench.Bench, n: int, seed: int) -> Tensor:
-    """(n, C, H, W) class-balanced training images without augmentation, normalised as the net was trained."""
-    chosen = bench.train.balanced(min(n, len(bench.train)), seed)
+    """(n, C, H, W) training images without augmentation, normalised as the net was trained; all where n exceeds them.
+
+    Class-balanced, unless there are fewer images than classes (a sample of ImageNet).
+    """
+    n = min(n, len(bench.train))
+    if n == len(bench.train):
+        chosen = bench.train
+    elif n < bench.train.spec.n_classes:
+        order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(seed))
+        chosen = bench.train.subset(order[:n])
+    else:
+        chosen = bench.train.balanced(n, seed)
     return data.normalize(chosen.images, bench.train.spec).contiguous()
 
 

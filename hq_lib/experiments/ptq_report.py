@@ -10,13 +10,10 @@ from hq_lib.experiments import aciq_mse
 from hq_lib.experiments.ptq_methods import BITS, ERRORS, PUBLIC, SHIPPED, STUDY
 from hq_lib.experiments.ptq_recipes import RECIPES
 
-IMAGENET = "imagenet"
-COLUMNS = {
-    PUBLIC: "public ResNet-20",
-    SHIPPED: "shipped ResNet-20",
-    IMAGENET: "ImageNet ResNet-18",
-}
-"""net -> group of columns of tab_ptq"""
+COLUMNS = ("public ResNet-20", "shipped ResNet-20", "ResNet-20 on digits", "ImageNet EfficientNet-Lite0",
+           "ImageNet ResNet-18")  # fmt: skip
+"""groups of columns of tab_ptq, those without a number left out"""
+PAPERS = COLUMNS[-1]
 OTHERS = ("drop 1.0, official rate", "2,000 iterations, rate 1e-2")
 """lines for which there is a measured number of the official code, and none of ours"""
 OFFICIAL_LINES = {
@@ -44,7 +41,14 @@ def rows_of(study: str, profile: str) -> pd.DataFrame:
     found = found.loc[found["profile"] == profile]
     switches = pd.DataFrame([json.loads(text) for text in found["switches"]], index=found.index)
     wanted = switches.reindex(columns=["net", "recipe", "block", "position"])
-    return found.assign(**{column: wanted[column] for column in wanted})
+    found = found.assign(**{column: wanted[column] for column in wanted})
+    return found.assign(net=[column_of(*pair) for pair in zip(found["net"], found["dataset"], strict=True)])
+
+
+def column_of(net: str, dataset: str) -> str:
+    """One of ``COLUMNS``: the name in print of a net on a data set."""
+    known = {(PUBLIC, "cifar10"): 0, (SHIPPED, "cifar10"): 1, (SHIPPED, "digits"): 2, (SHIPPED, "imagenet"): 3}
+    return COLUMNS[known[net, dataset]]
 
 
 def constants_table() -> pd.DataFrame:
@@ -65,23 +69,20 @@ def constants_table() -> pd.DataFrame:
 
 def table(profile: str) -> pd.DataFrame:
     """tab_ptq: a block of lines for each pair of bit widths, a group of columns for each network."""
-    ours = rows_of(STUDY, profile)
+    ours, theirs = rows_of(STUDY, profile), known()
     ours = ours.assign(line=[RECIPES[key].line if key in RECIPES else "-" for key in ours["recipe"]])
-    ours = ours.assign(
-        column=[COLUMNS[net] if d != "imagenet" else d for net, d in zip(ours["net"], ours["dataset"], strict=True)]
-    )
     lines = ["-", *(recipe.line for recipe in RECIPES.values()), *OTHERS]
     order = {
         "bits": ["float", *(labels.bits_label(w, a) for w, a in BITS)],
         "line": list(dict.fromkeys(lines)),
-        "column": list(COLUMNS.values()),
+        "net": [column for column in COLUMNS if column in {*ours["net"], *theirs["net"]}],
     }
-    out = tables.build(ours, known(), index=["bits", "method", "line"], columns=["column"], order=order)
+    out = tables.build(ours, theirs, index=["bits", "method", "line"], columns=["net"], order=order)
     return out.rename(columns={"line": "how"})
 
 
 def known() -> pd.DataFrame:
-    """The published numbers of tab_ptq, with its ``line`` and ``column``."""
+    """The published numbers of tab_ptq, with its ``line`` and ``net``."""
     every = published.load()
     widths = {(float(w), float(a)) for w, a in (*BITS, (32, 32))}
     every = every.loc[[pair in widths for pair in zip(every["w_bits"], every["a_bits"], strict=True)]]
@@ -90,9 +91,9 @@ def known() -> pd.DataFrame:
     paper = every.loc[(every["table"] == "imagenet_ptq") & (every["model"] == "resnet18")]
     paper = paper.loc[paper["method"].isin(list(PAPER_LINES)) & ~paper["variant"].str.contains("rerun")]
     return pd.concat([
-        code.assign(line=code["variant"].map(OFFICIAL_LINES), column=COLUMNS[PUBLIC]),
-        base.assign(line="-", column=COLUMNS[PUBLIC]),
-        paper.assign(line=paper["method"].map(PAPER_LINES), column=COLUMNS[IMAGENET]),
+        code.assign(line=code["variant"].map(OFFICIAL_LINES), net=COLUMNS[0]),
+        base.assign(line="-", net=COLUMNS[0]),
+        paper.assign(line=paper["method"].map(PAPER_LINES), net=PAPERS),
     ])  # fmt: skip
 
 
@@ -123,53 +124,54 @@ def errors(profile: str, *, net: str, recipes: Sequence[str]) -> pd.DataFrame:
     return rows.loc[(rows["net"] == net) & rows["recipe"].isin(list(recipes))]
 
 
-def first_net(profile: str) -> str:
-    """The net that figures show: the public one where it was measured, else the shipped one."""
-    return PUBLIC if PUBLIC in set(rows_of(STUDY, profile)["net"]) else SHIPPED
+def first_net(profile: str, dataset: str) -> str:
+    """The net of a data set that figures show, one of ``COLUMNS``: the public one where it was measured."""
+    rows = rows_of(STUDY, profile)
+    on_it = rows["dataset"].isin([dataset, "digits"])
+    return next(column for column in COLUMNS if column in set(rows.loc[on_it, "net"]))
 
 
 def findings(profile: str) -> list[str]:
     """The sentences that the rows of a profile support."""
-    found = accuracies(profile)
+    cells = accuracies(profile).to_dict("records")
     lines: list[str] = []
-    for net in [net for net in (PUBLIC, SHIPPED) if net in set(found["net"])]:
-        lines += _accuracy_findings(found.loc[found["net"] == net].set_index(["recipe", "w_bits", "a_bits"]), net)
+    for net in COLUMNS:
+        if mine := [cell for cell in cells if cell["net"] == net]:
+            lines += _accuracy_findings(mine, net)
     return [*lines, *_error_findings(profile), *_clip_findings(profile)]
 
 
-def _accuracy_findings(found: pd.DataFrame, net: str) -> list[str]:
-    base = found.loc[("float", 32, 32), "mean"]
-    lines = [f"{COLUMNS[net]}: float {base:.2f} %"]
+def _accuracy_findings(cells: list[dict], net: str) -> list[str]:
+    lines = [f"{net}: float {cell['mean']:.2f} %" for cell in cells if cell["recipe"] == "float"]
     for bits in BITS:
-        here = {str(key[0]): row for key, row in found.iterrows() if tuple(key[1:]) == bits}  # type: ignore[index]
-        if not here:
-            continue
-        ranked = sorted(here, key=lambda recipe: -here[recipe]["mean"])
-        shown = [f"{recipe} {_text(here[recipe])}" for recipe in ranked]
-        lines.append(f"{COLUMNS[net]}, {labels.bits_label(*bits)}, best first: {', '.join(shown)}")
-        if net == PUBLIC and bits in TARGETS_PCT and "qdrop" in here:
-            gap = here["qdrop"]["mean"] - TARGETS_PCT[bits]
-            lines.append(f"  QDrop against the official code's {TARGETS_PCT[bits]} %: {gap:+.2f} points")
+        here = [cell for cell in cells if (cell["w_bits"], cell["a_bits"]) == bits]
+        shown = [f"{cell['recipe']} {_text(cell)}" for cell in sorted(here, key=lambda cell: -cell["mean"])]
+        lines += [f"{net}, {labels.bits_label(*bits)}, best first: {', '.join(shown)}"] if shown else []
+        for cell in here:
+            if net == COLUMNS[0] and bits in TARGETS_PCT and cell["recipe"] == "qdrop":
+                gap = cell["mean"] - TARGETS_PCT[bits]
+                lines.append(f"  QDrop against the official code's {TARGETS_PCT[bits]} %: {gap:+.2f} points")
     return lines
 
 
-def _text(cell: pd.Series) -> str:
+def _text(cell: dict) -> str:
     spread = f" ± {cell['sd']:.2f}" if cell["n"] > 1 else ""
-    return f"{cell['mean']:.2f}{spread} (n={int(cell['n'])})"
+    return f"{cell['mean']:.2f}{spread} (n={cell['n']})"
 
 
 def _error_findings(profile: str) -> list[str]:
     rows = rows_of(ERRORS, profile)
+    means = rows.pivot_table(index=["net", "w_bits", "a_bits", "position"], columns="recipe", values="value")
+    if not {"mse", "qdrop"} <= set(means.columns):
+        return []
+    factor = (means["mse"] / means["qdrop"]).dropna().rename("factor").reset_index()
     lines = []
-    for (net, w_bits, a_bits), group in rows.groupby(["net", "w_bits", "a_bits"]):
-        means = group.groupby(["recipe", "position"])["value"].mean().unstack("position")
-        if not {"mse", "qdrop"} <= set(means.index):
-            continue
-        last = means.columns[-1]
-        factor = means.loc["mse"] / means.loc["qdrop"]
+    for group in [part for _, part in factor.groupby(["net", "w_bits", "a_bits"], sort=False)]:
+        first, last = group.to_dict("records")[0], group.to_dict("records")[-1]
         lines.append(
-            f"{COLUMNS[str(net)]}, {labels.bits_label(w_bits, a_bits)}: QDrop divides the error of rounding to nearest "
-            f"by {factor.iloc[0]:.1f} behind the first block and by {factor[last]:.1f} at the logits"
+            f"{first['net']}, {labels.bits_label(first['w_bits'], first['a_bits'])}: QDrop divides the error of "
+            f"rounding to nearest by {first['factor']:.1f} behind the first block and by {last['factor']:.1f} at the "
+            f"logits"
         )
     return lines
 

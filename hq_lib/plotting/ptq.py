@@ -1,10 +1,10 @@
 """Figures of notebook 04, post-training quantization."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hq_lib import labels
@@ -34,7 +34,7 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
     widths = sorted({int(bits) for bits in found["bits"]})
     low, high = (f(found[["mse_measured", *PREDICTIONS]].to_numpy(dtype=float)) for f in (np.min, np.max))
     for (row, (column, title)), (place, (tensor, name)) in _product(PREDICTIONS, TENSORS):
-        ax: Axes = axes[row, place]
+        ax: Any = axes[row, place]
         ax.plot([low, high], [low, high], color="0.5", linewidth=0.8, linestyle="--", zorder=0)
         for bits in widths:
             points = found.loc[(found["tensor"] == tensor) & (found["bits"] == bits)]
