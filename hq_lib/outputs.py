@@ -59,6 +59,7 @@ OUTPUTS = (
     Output("fig2a_w4a4", SELECTION, "the same at W4A4"),
     Output("fig2b_w3a3", SELECTION, "the same at W3A3"),
     Output("fig2c_w2a4", SELECTION, "the same at W2A4"),
+    Output("tab_selection", SELECTION, "every way of choosing calibration images against random, paired by draw"),
     Output("fig_smoothness", SELECTION, "smoothness against reconstruction loss and accuracy"),
     Output("fig_n_calib", SELECTION, "accuracy against the number of calibration images"),
     Output("fig_hybrid_bits", HYBRID, "accuracy over weight x activation bits with the hybrid rule"),

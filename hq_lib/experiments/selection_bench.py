@@ -4,9 +4,10 @@ CIFAR-10 with the shipped ResNet-20 by default; ``dataset="imagenet"`` with a fo
 parameter. Where CIFAR-10 cannot be had, a ResNet-20 is trained on the embedded digits, and every row says so.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from hq_lib.models import efficientnet_lite
 from hq_lib.ptq.ranges import Method
 from hq_lib.training import TrainConfig, fit, predict
 
+Bits = tuple[int, int]
+"""of weights and activations"""
 MODEL = {"cifar10": "resnet20", "digits": "resnet20", "imagenet": "efficientnet_lite0"}
 MEAN_STD = (efficientnet_lite.MEAN, efficientnet_lite.STD)
 EVAL_BATCH = {"imagenet": 25}
@@ -53,6 +56,8 @@ class Bench:
     """held-out images on which the losses of all sets are compared; their labels are used only to fix the budget"""
     test: ImageSet
     """seen once per row, by no choice"""
+    rounded: dict[tuple[Bits, str], fx.GraphModule] = field(default_factory=dict)
+    """nets with weight grids, by bits and method of ranges: they depend on no image, so they are made once"""
 
     @property
     def dataset(self) -> str:
@@ -149,10 +154,13 @@ def policy(w_bits: int, a_bits: int) -> BitPolicy:
     return BitPolicy(f"minmax:{w_bits}", f"lsq_plus:{a_bits}", placement="academic", bn="fold", pool_bits=32)
 
 
-def ranged(bench: Bench, x: Tensor, bits: tuple[int, int], ranges: Method = "mse") -> fx.GraphModule:
+def ranged(bench: Bench, x: Tensor, bits: Bits, ranges: Method = "mse") -> fx.GraphModule:
     """The net quantized with ranges from calibration images ``x`` (N, C, H, W), rounded to nearest."""
-    qnet = quantize(bench.net, policy(*bits), x[:1])
-    ptq.fit_weights(qnet, ranges)
+    if (bits, ranges) not in bench.rounded:
+        made = quantize(bench.net, policy(*bits), x[:1])
+        ptq.fit_weights(made, ranges)
+        bench.rounded[bits, ranges] = made
+    qnet = copy.deepcopy(bench.rounded[bits, ranges])
     ptq.fit_acts(qnet, x[:RANGE_IMAGES], ranges)
     return qnet
 
@@ -163,7 +171,7 @@ def rounding_rate(iterations: int) -> float:
 
 
 def reconstructed(
-    bench: Bench, x: Tensor, bits: tuple[int, int], method: str, *, iterations: int, seed: int, batch_sampling: str
+    bench: Bench, x: Tensor, bits: Bits, method: str, *, iterations: int, seed: int, batch_sampling: str
 ) -> fx.GraphModule:
     """The net quantized from calibration images ``x`` by "qdrop" or "brecq" (ranges alone for "mse", "minmax")."""
     if method in ("mse", "minmax"):

@@ -17,9 +17,9 @@ from typing import Any
 
 from hq_lib import paths
 from hq_lib.experiments import selection_bench as benches
+from hq_lib.experiments.selection_bench import Bits
 from hq_lib.experiments.selection_sets import SMOOTH
 
-Bits = tuple[int, int]
 LOWEST: Bits = (2, 2)
 """of the main comparison: the width most sensitive to the calibration set"""
 WIDTHS: tuple[Bits, ...] = ((4, 4), (3, 3), (2, 4))
@@ -68,7 +68,7 @@ ALL = (
 )  # fmt: skip
 SIZES = {
     "cifar10": {
-        "smoke": Size(16, 64, 2, 2, 2, 1, ("random", "tv_lowest", "tv_highest"), (16, 32), (16,), 1, (0, 2), 1,
+        "smoke": Size(16, 64, 1, 2, 2, 1, ("random", "tv_lowest"), (16, 32), (16,), 1, (0, 1), 0,
                       (("mse", (4, 8), 1),), 50, 100),
         "quick": Size(64, 640, 25, 3, 3, 1, SIX, (16, 64, 256), (64,), 1, (0, 10, 25), 1, (("mse", (4, 8), 1),),
                       500, 1000),
@@ -179,8 +179,9 @@ def size_of(dataset: str, profile: str) -> Size:
 
 
 def points(dataset: str, profile: str, parts: Sequence[str]) -> list[Point]:
-    """The points of some parts, each once, in the order in which they are run: whole draws first."""
+    """The points of some parts, each once, in the order in which they are run: by draw, so that a cut run is whole."""
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"unknown part {part!r}: choose one of {', '.join(PARTS)}")
-    return list(dict.fromkeys(p for part in parts for p in _PARTS[part](size_of(dataset, profile), profile)))
+    found = dict.fromkeys(p for part in parts for p in _PARTS[part](size_of(dataset, profile), profile))
+    return sorted(found, key=lambda point: point.draw)

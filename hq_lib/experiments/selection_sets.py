@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -124,6 +125,15 @@ class Pool:
     def set_metrics(self, chosen: Tensor, names: tuple[str, ...]) -> dict[str, float]:
         """Mean score of the chosen images per metric."""
         return {name: self.scores(name)[chosen].mean().item() for name in names}
+
+
+def examples(pool: Pool, metric: str, *, label: int = 0, k: int = 7) -> tuple[np.ndarray, list[float]]:
+    """k of a class's candidates spread evenly over their ranks, ascending in score: (k, H, W, C) uint8, and scores."""
+    members = (pool.images.labels == label).nonzero().flatten()
+    scores = pool.scores(metric)[members]
+    order = scores.argsort()[torch.linspace(0, len(members) - 1, k).round().long()]
+    pixels = pool.images.images[members[order]].permute(0, 2, 3, 1)
+    return pixels.numpy(), scores[order].tolist()
 
 
 def per_class(labels: Tensor | None, n_pool: int, n: int, method: Callable[[Tensor, int], Tensor]) -> Tensor:
