@@ -9,6 +9,7 @@ METHOD_LABELS = {
     "adaround": "AdaRound", "brecq": "BRECQ", "qdrop": "QDrop", "pd_quant": "PD-Quant", "mrecg_qdrop": "MRECG + QDrop",
     "captq_brecq": "CaPTQ + BRECQ", "captq_qdrop": "CaPTQ + QDrop", "fx_ptq": "torch.fx PTQ",
     "ste": "STE", "dorefa": "DoReFa", "dorefa_hw": "DoReFa (hardware)", "pact": "PACT", "mpact": "mPACT", "lsq": "LSQ",
+    "lsq_paper": "LSQ (paper's start)",
     "lsq_plus": "LSQ+", "dsq": "DSQ", "lq_nets": "LQ-Nets", "apot": "APoT", "bnn": "BNN", "xnor": "XNOR-Net",
     "ir_net": "IR-Net", "sd_bnn": "SD-BNN", "ir2net": "IR2Net", "wageubn": "WAGEUBN", "sbm": "SBM", "cpt": "CPT",
     "unified_int8": "unified INT8", "distributed_int8": "distributed INT8", "fpgai": "FPGAI",

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hq_lib import labels
 from hq_lib.plotting.marks import label_ends, plain_log
-from hq_lib.plotting.methods import SPARE, look
+from hq_lib.plotting.methods import METHOD_COLORS, SPARE, look
 from hq_lib.plotting.style import need, new_figure, styled
 
 
@@ -76,7 +76,7 @@ def fig_pact_alpha(clips: pd.DataFrame) -> Figure:
 
 @styled
 def fig_qat_bits(scores: pd.DataFrame) -> Figure:
-    """Accuracy against bits, one line per method, the float network as a dashed line.
+    """Accuracy against bits, one line per method that has a colour, the float network as a dashed line.
 
     Args:
         scores: one row per run: ``method`` ("float" is the line), ``w_bits`` (= a_bits), ``value`` (percent).
@@ -87,7 +87,9 @@ def fig_qat_bits(scores: pd.DataFrame) -> Figure:
     need(scores, ("method", "w_bits", "value"), "fig_qat_bits")
     figure, axes = new_figure(height=3.4)
     ax = axes[0, 0]
-    for method in [name for name in labels.METHOD_LABELS if name in set(scores["method"]) - {"float"}]:
+    for method in [
+        name for name in labels.METHOD_LABELS if name in set(scores["method"]) & set(METHOD_COLORS) - {"float"}
+    ]:
         mean = scores.loc[scores["method"] == method].groupby("w_bits")["value"].mean()[::-1]
         style = look(method)
         ax.plot(

@@ -13,6 +13,9 @@ from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradien
 from hq_lib.quantizers.ranges import IDLE_CLIP, best_shrink, three_sigma, widest_range
 from hq_lib.quantizers.straight_through import Slope, staircase
 
+INITS = ("paper", "least_error")
+"""Where a step starts; see ``LSQ``."""
+
 
 class LSQ(Quantizer):
     """Weights or activations on a zero-centred grid with a learned step s.
@@ -25,7 +28,8 @@ class LSQ(Quantizer):
 
     s starts at 2 E|x| / sqrt(qmax) (section 2.1), from the weight or the first training batch; 1 signed bit at E|x|.
     All zero: s as for |x| = IDLE_CLIP, the outputs stay 0. A step that crosses 0 counts as |s|.
-    Departure: per-channel steps (``axis=0``), the paper has one per layer.
+    Departures: per-channel steps (``axis=0``), the paper has one per layer; with ``init="least_error"`` s starts where
+    the squared error is least: after a ReLU the published start clips too much at 2 bits, and what follows explodes.
     """
 
     method = "lsq"
@@ -34,9 +38,12 @@ class LSQ(Quantizer):
     ends: Tensor
     zero: Tensor
 
-    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, role: Role) -> None:
-        """``axis``: None for one step per tensor, 0 for one per channel."""
+    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, role: Role, init: str = "paper") -> None:
+        """``axis``: None for one step per tensor, 0 for one per channel. ``init``: "paper" or "least_error"."""
         super().__init__(bits, signed=signed, axis=axis, role=role)
+        if init not in INITS:
+            raise ValueError(f"{self.method}: init is {init!r}; choose one of {', '.join(INITS)}")
+        self.init = init
         self.qmin, self.qmax, self.step = integer_range(bits, signed=signed)
         self.step_size = nn.Parameter(torch.tensor(1.0))
         ends = (self.qmin / self.step, self.qmax / self.step)
@@ -69,7 +76,15 @@ class LSQ(Quantizer):
         size = mean_abs(x if self.signed else x.clamp(min=0.0), axis=self.axis)
         size = torch.where(size > 0, size, torch.full_like(size, IDLE_CLIP))
         factor = 1.0 if self.step == 2 else 2.0 / math.sqrt(self.qmax)
-        self.step_size.data = size * factor
+        start = size * factor
+        if self.init == "least_error" and self.step == 1:
+            low, high = widest_range(x, signed=self.signed, axis=self.axis)
+            widest = torch.maximum(high / self.qmax, low / min(self.qmin, -1)).clamp(min=MIN_SCALE)
+            _, start = best_shrink(x, torch.zeros_like(widest), widest, self._on_step, axis=self.axis)
+        self.step_size.data = start
+
+    def _on_step(self, x: Tensor, _: Tensor, step_size: Tensor) -> Tensor:
+        return step_size * torch.clamp(torch.round(x / step_size), self.qmin, self.qmax)
 
 
 class LSQPlusWeight(LSQ):
