@@ -25,6 +25,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "executor": {"c": "#003989", "numpy": "#c5112a", "onnx": "#00a152", "fpgai": "#ebaa18"},
     "correction": {"column": "#003989", "bn": "#c5112a", "global": "#00a152", "none": "#ebaa18"},
+    "allocation": {"optimal": "#003989", "uniform": "#c5112a", "ends_8": "#00a152", "at_random": "#ebaa18"},
     "model": {
         "resnet20": "#003e77", "toynet": "#ae002b", "mobilenetv2": "#007c3e", "mobilenetv2_seed": "#0089b5",
         "vgg_small": "#b876f0", "vgg11": "#fa8b2e", "lenet": "#d8c32a",
