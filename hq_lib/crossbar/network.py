@@ -73,11 +73,11 @@ class EngineNetwork:
             for group in handle.groups:
                 yield self.layers[name], group
 
-    def run(self, images: np.ndarray | Tensor, *, batch_size: int = 100) -> np.ndarray:
+    def run(self, images: np.ndarray | Tensor, *, batch_size: int = 50) -> np.ndarray:
         """float32 (N, n_classes): the logits of normalised float32 ``images`` (N, C, H, W), as ``integer.run``."""
         return run(self.model, images, batch_size=batch_size, products=self.products)
 
-    def evaluate(self, images: ImageSet, *, batch_size: int = 100) -> Evaluation:
+    def evaluate(self, images: ImageSet, *, batch_size: int = 50) -> Evaluation:
         """Accuracy (percent) and mean cross entropy (nats) of the network on ``images``."""
         logits = self.run(normalize(images.images, images.spec), batch_size=batch_size)
         return score(torch.from_numpy(logits), images.labels)

@@ -65,10 +65,10 @@ class Workbench:
 
 
 @cache
-def workbench(profile: str, bits: int = 8) -> Workbench:
+def workbench(profile: str, bits: int = 8, per_layer: bool = False) -> Workbench:
     """The shipped float ResNet-20, batch norms folded, in integers of ``bits`` bits (ranges of least squared error).
 
-    Without CIFAR-10 the images are the embedded digits: the program runs, but accuracies mean nothing, and the rows
+    ``per_layer`` gives the weights one scale per layer instead of one per output channel. Without CIFAR-10 the images are the embedded digits: the program runs, but accuracies mean nothing, and the rows
     name the data set.
     """
     size = SIZES[paths.check_profile(profile)]
@@ -79,7 +79,8 @@ def workbench(profile: str, bits: int = 8) -> Workbench:
     train = data.load_or_embedded(record["dataset"], "train")
     test = data.load_or_embedded(record["dataset"], "test", n=size.n_test)
     x = normalize(train.balanced(min(N_PTQ, len(train)), 0).images, train.spec)
-    policy = BitPolicy(f"minmax:{bits}", f"minmax:{bits}", bn="fold")
+    weight = {"method": "minmax", "bits": bits, "axis": None if per_layer else 0}
+    policy = BitPolicy(weight, f"minmax:{bits}", bn="fold")
     qnet = quantize(net.eval(), policy, x[:1])
     ptq.fit_weights(qnet, "mse")
     ptq.fit_acts(qnet, x, "mse")
@@ -95,7 +96,7 @@ def run(profile: str, *, studies: Sequence[str] = STUDIES, n_draws: int | None =
     todo = [(point, draw) for draw in draws for point in points(profile, tuple(studies)) if point.drawn or draw == 0]
     started = said = time.perf_counter()
     for i, (point, draw) in enumerate(todo):
-        rows = measure(workbench(profile, point.bits), point, draw, profile)
+        rows = measure(workbench(profile, point.bits, point.per_layer), point, draw, profile)
         if rows:
             results.append(STUDY, rows, profile=profile)
         if rows and (i == 0 or time.perf_counter() - said > SAY_EVERY_S):

@@ -9,7 +9,7 @@ import pandas as pd
 from hq_lib import plotting, results, tables
 from hq_lib.experiments.crossbar import frame, unpacked
 from hq_lib.experiments.crossbar_mvm import CIRCUITS, COST, LAYER, LAYERS, PAIRS
-from hq_lib.experiments.crossbar_points import DAY_S, RRAM_DAY, RRAM_SECOND, YEAR_S, points
+from hq_lib.experiments.crossbar_points import DAY_S, ONE_SCALE, RRAM_DAY, RRAM_SECOND, YEAR_S, points
 
 EXACT = "no error: the exact integers"
 RECOVERED = {
@@ -76,7 +76,7 @@ def budget_table(profile: str) -> pd.DataFrame:
     shown = pd.concat([frame(profile, study) for study in ("no_error", "recovery", "budget")], ignore_index=True)
     shown = shown.loc[(shown["w_bits"] == 8) & shown["correction"].isin(BUDGET_COLUMNS)]
     shown = shown.assign(effect=shown["effect"].replace(RECOVERED | {"no error": EXACT}))
-    order = [EXACT, *RECOVERED.values(), *(point.effect for point in points("full", ("budget",)))]
+    order = [EXACT, ONE_SCALE, *RECOVERED.values(), *(point.effect for point in points("full", ("budget",)))]
     shown = shown.loc[shown["effect"].isin(order)]
     choices = {"effect": order, "correction": list(BUDGET_COLUMNS)}
     table = tables.build(shown, index=["effect"], columns=["correction"], order=choices, decimals=1)
@@ -107,10 +107,10 @@ def cost_table(profile: str) -> pd.DataFrame:
 
 def caption(claim: str, profile: str, rows: pd.DataFrame, *, switches: str = "") -> str:
     """The claim with data set, profile, images and draws of ``rows``."""
-    n = f"{int(rows['n_test'].max()):,} test images"
+    n = f"{rows['n_test'].max():,} test images"
     base = "ResNet-20, W8A8 (mse ranges), pair of cells, column scale, 128 rows unless said"
     facts = "; ".join(part for part in (base, switches) if part)
-    seeds = sorted(int(seed) for seed in set(rows["seed"]) if seed >= 0)
+    seeds = sorted(seed for seed in set(rows["seed"]) if seed >= 0)
     return plotting.caption(
         claim, profile=profile, n=n, seeds=seeds, dataset=str(rows["dataset"].iloc[0]), switches=facts
     )
@@ -135,12 +135,12 @@ def _recovery(profile: str) -> list[str]:
             f"{column:.1f} % with column calibration; the exact integers give {ideal:.1f} %, so it comes to {verdict} "
             f"3 points ({ideal - column:.1f})"
         )
-    plain = mean(profile, "recovery", "rram, layer scale", "none")
-    fixed = mean(profile, "recovery", "rram, layer scale", "column")
+    exact, *layer = (mean(profile, "no_error", ONE_SCALE, "none"),
+                     *(mean(profile, "recovery", "rram, layer scale", kind) for kind in ("none", "column")))  # fmt: skip
     opened = mean(profile, "recovery", RRAM_SECOND, "column_open")
-    if plain is not None and fixed is not None and opened is not None:
-        lines.append(f"with one scale per layer the same cells give {plain:.1f} and {fixed:.1f} %; fitted open loop, "
-                     f"column calibration gives {opened:.1f} %")  # fmt: skip
+    if exact is not None and None not in layer and opened is not None:
+        lines.append(f"with one weight scale per layer the same cells give {layer[0]:.1f} and {layer[1]:.1f} % of an "
+                     f"exact {exact:.1f} %; fitted open loop, column calibration gives {opened:.1f} %")  # fmt: skip
     return lines
 
 

@@ -13,7 +13,7 @@ from hq_lib.plotting.style import need, new_figure, styled
 
 CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn": "batch norm"}
 """Correction → label at its line; "column" is gain and offset per column."""
-TICKS_S = {1: "1 s", 20: "20 s", 600: "10 min", 1.08e4: "3 h", 8.64e4: "1 day", 2.592e6: "30 days", 3.156e7: "1 year",
+TICKS_S = {1: "1 s", 20: "20 s", 3600: "1 h", 8.64e4: "1 day", 3.156e7: "1 year",
            3.156e8: "10 years"}  # fmt: skip
 
 
