@@ -68,8 +68,8 @@ class Workbench:
 def workbench(profile: str, bits: int = 8, per_layer: bool = False) -> Workbench:
     """The shipped float ResNet-20, batch norms folded, in integers of ``bits`` bits (ranges of least squared error).
 
-    ``per_layer`` gives the weights one scale per layer instead of one per output channel. Without CIFAR-10 the images are the embedded digits: the program runs, but accuracies mean nothing, and the rows
-    name the data set.
+    ``per_layer`` gives the weights one scale per layer instead of one per output channel. Without CIFAR-10 the images
+    are the embedded digits: the program runs, but accuracies mean nothing, and the rows name the data set.
     """
     size = SIZES[paths.check_profile(profile)]
     path = float_training.shipped(MODEL)

@@ -2,7 +2,8 @@
 
 Every study changes one thing from one base: ResNet-20 in W8A8, pairs of cells, a weight scale per column, 128-row
 tiles, analog inputs, ideal reading. The column's scale is that of its quantized weights: their largest integer is 127
-in every column, so that it fills the window; a scale per layer needs weights that are quantized per layer. Percent is written as a fraction wherever a device takes it.
+in every column, so that it fills the window; a scale per layer needs weights that are quantized per layer. Percent is
+written as a fraction wherever a device takes it.
 """
 
 from __future__ import annotations

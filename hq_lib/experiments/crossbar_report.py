@@ -135,8 +135,8 @@ def _recovery(profile: str) -> list[str]:
             f"{column:.1f} % with column calibration; the exact integers give {ideal:.1f} %, so it comes to {verdict} "
             f"3 points ({ideal - column:.1f})"
         )
-    exact, *layer = (mean(profile, "no_error", ONE_SCALE, "none"),
-                     *(mean(profile, "recovery", "rram, layer scale", kind) for kind in ("none", "column")))  # fmt: skip
+    exact = mean(profile, "no_error", ONE_SCALE, "none")
+    layer = [mean(profile, "recovery", "rram, layer scale", kind) for kind in ("none", "column")]
     opened = mean(profile, "recovery", RRAM_SECOND, "column_open")
     if exact is not None and None not in layer and opened is not None:
         lines.append(f"with one weight scale per layer the same cells give {layer[0]:.1f} and {layer[1]:.1f} % of an "
