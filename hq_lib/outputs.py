@@ -74,6 +74,7 @@ OUTPUTS = (
     Output("tab_error_budget", CROSSBAR, "one non-ideality at a time"),
     Output("tab_crossbar_cost", CROSSBAR, "conversions and cells; energy as an estimate"),
     Output("fig_edge_cloud", EDGE, "accuracy against KiB sent, by cut layer and bits on the wire"),
+    Output("tab_edge_cloud", EDGE, "the same as numbers, with the share of the network that runs on the edge"),
 )
 
 

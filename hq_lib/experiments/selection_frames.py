@@ -114,7 +114,7 @@ def by_number(profile: str, dataset: str) -> pd.DataFrame:
     points = points.loc[points["choice"].isin(["random_unbalanced", "random_repeated"])]
     way = np.where(points["choice"] == "random_repeated", "images",
                    np.where(points["batch_sampling"] == "with_replacement", "batches", "without"))  # fmt: skip
-    return points.assign(way=way)[["n_calib", "seed", "acc_pct", "loss_common", "way", "n_test"]]
+    return points.assign(way=way)[["n_calib", "seed", "acc_pct", "way", "n_test"]]
 
 
 def smallest_n(curve: pd.DataFrame, *, within: float = NEAR_PP) -> tuple[int, pd.DataFrame]:

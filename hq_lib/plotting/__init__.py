@@ -6,6 +6,7 @@ Topic modules hold the ``fig_...`` functions of one notebook each; ``style`` the
 
 from hq_lib.plotting.bn_fold import fig_bn_ranges
 from hq_lib.plotting.crossbar import fig_crossbar_accuracy, fig_drift, fig_mvm_calibration, fig_mvm_scatter
+from hq_lib.plotting.edge_cloud import fig_edge_cloud
 from hq_lib.plotting.float_training import fig_float_training
 from hq_lib.plotting.hybrid import fig_hybrid_bits, fig_layer_sensitivity, fig_pareto
 from hq_lib.plotting.integer_export import fig_integer_agreement
@@ -30,6 +31,7 @@ __all__ = [
     "fig_drift",
     "fig_dsq_curve",
     "fig_error_accumulation",
+    "fig_edge_cloud",
     "fig_float_training",
     "fig_hybrid_bits",
     "fig_integer_agreement",
