@@ -184,7 +184,7 @@ def ship(name: str, net: nn.Module, profile: str, seed: int, *, short: bool = Fa
 
 
 def table(profile: str) -> pd.DataFrame:
-    """tab_float_training: the shipped networks, their size and test accuracy beside the group's published one."""
+    """tab_float_training: the shipped networks, size, epochs and test accuracy beside the group's published one."""
     rows = results.read(REFERENCE, profile=profile)
     if rows.empty:
         return pd.DataFrame({"model": list(MODELS), "ours": tables.NOT_RUN})
@@ -192,6 +192,8 @@ def table(profile: str) -> pd.DataFrame:
     out = tables.build(rows, compared, index=["model", "dataset"])
     sizes = {labels.printed("model", name): _parameters(name) for name in set(rows["model"])}
     out.insert(2, "parameters", [sizes.get(name, tables.NOT_RUN) for name in out["model"]])
+    epochs = {labels.printed("model", row["model"]): str(row["epochs"]) for row in rows.to_dict("records")}
+    out.insert(3, "epochs", [epochs.get(name, tables.NOT_RUN) for name in out["model"]])
     return out
 
 
