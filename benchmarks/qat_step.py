@@ -23,7 +23,9 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from hq_lib.models.resnet import ResNet
-from hq_lib.quantizers import act_quantizer, enable_fusion_, fusion_status, parameter_groups, weight_quantizer
+from hq_lib.quantizers import act_quantizer, enable_fusion_, fusion_status, weight_quantizer
+from hq_lib.training import TrainConfig
+from hq_lib.training.config import set_lr, sgd
 
 METHODS = ("minmax", "dorefa", "pact", "mpact", "lsq", "lsq_plus", "dsq")
 
@@ -68,7 +70,8 @@ class Step:
     def __init__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, compiled: bool) -> None:
         self.net = net.train()
         self.images, self.labels = images, labels
-        self.optimiser = torch.optim.SGD(parameter_groups(net, lr=0.01, weight_decay=1e-4), momentum=0.9)
+        self.optimiser = sgd(net, TrainConfig(epochs=1, lr=0.01, weight_decay=1e-4))
+        set_lr(self.optimiser, 0.01)
         self.forward = net
         if compiled:
             net(images[:8])  # the first batch fits the activations, outside the compiled graph

@@ -54,6 +54,16 @@ def test_parameters_come_first_one_assignment_a_line(path):
 
 
 @names
+def test_the_profile_is_a_parameter_that_decides(path):
+    """``papermill -p profile full`` reaches every notebook: the parameter is there, quick by default, and used."""
+    sources = ["".join(c["source"]) for c in cells(path, "code")]
+    values = {t.id: node.value for node in ast.parse(sources[0]).body for t in node.targets}
+    assert ast.literal_eval(values["profile"]) == "quick"
+    assert sum("notebook.start(In, profile)" in source for source in sources[1:]) == 1
+    assert not any("profile" in notebook.assigned_names(source) for source in sources[1:])
+
+
+@names
 def test_cells_are_small(path):
     sizes = [code_lines("".join(c["source"])) for c in cells(path, "code")]
     assert statistics.median(sizes) <= 7

@@ -13,11 +13,8 @@ from hq_lib.quantizers import (
     ACT_METHODS,
     WEIGHT_METHODS,
     Quantizer,
-    Tag,
     act_quantizer,
     dequantize,
-    parameter_groups,
-    parameter_tags,
     quantize_to_int,
     weight_quantizer,
 )
@@ -282,33 +279,6 @@ def test_disabled_is_the_identity():
     quantizer.enabled = False
     x = acts(True)
     assert quantizer(x) is x
-
-
-def test_parameter_groups_hold_every_parameter_once():
-    net = torch.nn.Sequential(
-        torch.nn.Linear(4, 4),
-        build("act", "pact", 4, signed=False),
-        build("act", "lsq_plus", 4, signed=True),
-        build("act", "lsq_plus", 4, signed=False),
-        build("weight", "dsq", 4),
-    )
-    groups = parameter_groups(net, lr=0.1, weight_decay=1e-4)
-    by_name = {group["name"]: group for group in groups}
-    assert set(by_name) == {"net", "alpha", "step_size", "beta", "low", "high", "dsq_alpha_raw"}
-    assert len(by_name["net"]["params"]) == 2
-    assert len(by_name["beta"]["params"]) == 1  # the unsigned one is fixed at 0
-    assert (by_name["net"]["lr"], by_name["net"]["weight_decay"]) == (0.1, 1e-4)
-    assert by_name["alpha"]["lr"] == pytest.approx(0.01)
-    assert by_name["alpha"]["weight_decay"] == 1e-4
-    assert by_name["step_size"]["weight_decay"] == 0.0
-    ids = [id(p) for group in groups for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in net.parameters() if p.requires_grad)
-    torch.optim.SGD(groups)
-    again = parameter_groups(net, lr=0.1, weight_decay=1e-4, overrides={"alpha": Tag(1.0, False)})
-    assert next(g for g in again if g["name"] == "alpha")["lr"] == 0.1
-    with pytest.raises(ValueError, match="stepsize"):
-        parameter_groups(net, lr=0.1, weight_decay=0.0, overrides={"stepsize": Tag(1.0, False)})
-    assert parameter_tags(net)["1.alpha"] == Tag(0.1, True)
 
 
 def test_every_learned_parameter_has_a_tag_and_gets_a_gradient():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data
-from hq_lib.quantizers import act_quantizer
+from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
 from hq_lib.training.compilation import compiled
 from hq_lib.training.config import lr_factor, parameter_groups, sgd
@@ -173,6 +173,19 @@ def test_no_weight_decay_on_norms_and_biases():
     decayed = [p.ndim for g in groups for p in g["params"] if g["weight_decay"] > 0]
     assert decayed == [4, 2]
     assert sum(len(g["params"]) for g in groups) == 6
+
+
+def test_groups_hold_every_learned_parameter_once():
+    quantizers = [
+        act_quantizer("pact", 4, signed=False), act_quantizer("lsq_plus", 4, signed=True),
+        act_quantizer("lsq_plus", 4, signed=False), weight_quantizer("dsq", 4),
+    ]  # fmt: skip
+    net = nn.Sequential(nn.Linear(4, 4), *quantizers)
+    ids = [id(p) for group in parameter_groups(net, CONFIG) for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in net.parameters() if p.requires_grad)
+    assert parameter_tags(net)["1.alpha"] == Tag(0.1, True)
+    assert "2.beta" in parameter_tags(net)
+    assert "3.beta" not in parameter_tags(net)  # the unsigned one is fixed at 0
 
 
 def test_a_quantizers_parameters_follow_their_tags():

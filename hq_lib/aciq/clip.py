@@ -29,7 +29,7 @@ def check_prior(prior: str) -> None:
         raise ValueError(f"prior={prior!r}: the analytic clip knows 'laplace' and 'gauss'")
 
 
-def check_bits(bits: float) -> None:
+def check_average_bits(bits: float) -> None:
     """Nothing for 0 <= bits <= 32; else ``ValueError``."""
     if not 0 <= bits <= 32:
         raise ValueError(f"bits={bits!r}: the analytic clip needs 0 to 32 bits")
@@ -47,7 +47,7 @@ def clip_ratio(bits: float, prior: Prior, *, relu: bool = False) -> float:
         relu: True for the positive half of a zero-mean variable, range [0, alpha].
     """
     check_prior(prior)
-    check_bits(bits)
+    check_average_bits(bits)
     m = bits + 1 if relu else bits
     if prior == "laplace":
         return float(lambertw(3.0 * 4.0**m).real)
@@ -68,7 +68,7 @@ def noise_mse(ratio: float, bits: float, prior: Prior, *, relu: bool = False) ->
     Multiply by b^2 (sigma^2) for real units.
     """
     check_prior(prior)
-    check_bits(bits)
+    check_average_bits(bits)
     if not ratio >= 0:
         raise ValueError(f"ratio={ratio!r}: alpha / spread cannot be negative or NaN")
     if prior == "laplace":

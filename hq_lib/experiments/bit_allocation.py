@@ -36,7 +36,7 @@ from hq_lib.mixed_precision import (
     uniform,
     uniform_policy,
 )
-from hq_lib.training import predict
+from hq_lib.training import evaluate, predict
 
 SENSITIVITY, ALLOCATION = "layer_sensitivity", "bit_allocation"
 ENDS, ENDS_BITS = ("weight conv1", "weight linear", "act pool"), 8
@@ -215,6 +215,7 @@ def search(lab: Laboratory) -> pd.DataFrame:
     "greedy" is not measured: its rows hold the prediction alone, beside the integer program's.
     """
     losses = losses_of(sensitivity(lab), lab.tensors)
+    _append_float(lab)
     wanted = jobs(lab, losses)
     for i, job in enumerate(wanted):
         bits = {t: job.found.bits.get(t, ACT_BITS) for t in lab.tensors}
@@ -234,6 +235,19 @@ def search(lab: Laboratory) -> pd.DataFrame:
         reached = f": {values['acc_pct']:.2f} %" if "acc_pct" in values else ""
         print(f"[{i + 1}/{len(wanted)}] {job.budget} {job.equivalent:g} {job.search} {job.seed}{reached}", flush=True)
     return points(lab.profile)
+
+
+def _append_float(lab: Laboratory) -> None:
+    common = {**lab.common("fig_pareto", 0), "method": "float", "n_calib": 0, "placement": "-", "switches": {}}
+    if not results.done(ALLOCATION, {**common, "switches": {"split": "test"}}, profile=lab.profile):
+        score = evaluate(lab.stage.net, lab.stage.test, batch_size=EVAL_BATCH)
+        lab.append(ALLOCATION, common, {"acc_pct": score.acc_pct}, 0.0)
+
+
+def float_accuracy(profile: str) -> float:
+    """Test accuracy of the float network, percent, on the images of the study."""
+    rows = results.read(ALLOCATION, profile=profile)
+    return float(rows.loc[(rows["profile"] == profile) & (rows["method"] == "float"), "value"].iloc[0])
 
 
 def _averages(lab: Laboratory, bits: Mapping[str, int]) -> dict[str, float]:
@@ -257,7 +271,7 @@ def _switches(job: Job, bits: Mapping[str, int]) -> dict[str, Any]:
 def points(profile: str) -> pd.DataFrame:
     """Rows as a table, one line an assignment: budget, search, equivalent, seed, w, a, w_bits, a_bits, the metrics."""
     rows = results.read(ALLOCATION, profile=profile)
-    rows = rows.loc[rows["profile"] == profile]
+    rows = rows.loc[(rows["profile"] == profile) & (rows["method"] == RANGES)]
     told = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
     keys = ["budget", "search", "equivalent", "seed", "w", "a", "w_bits", "a_bits"]
     tidy = pd.concat([told.drop(columns="split"), rows[["seed", "w_bits", "a_bits", "metric", "value"]]], axis=1)

@@ -48,13 +48,6 @@ def cells(profile: str) -> pd.DataFrame:
     return hybrid_cells.table(_rows(profile, hybrid_cells.STUDY))
 
 
-def float_accuracy(profile: str) -> float:
-    """Test accuracy, %, of the float network, from the rows of notebook 01; NaN where it was not run."""
-    rows = results.read("float_reference", profile=profile)
-    rows = rows.loc[(rows["model"] == hybrid_cells.MODEL) & (rows["profile"] == profile)]
-    return float(rows["value"].iloc[0]) if len(rows) else float("nan")
-
-
 def _rows(profile: str, study: str) -> pd.DataFrame:
     rows = results.read(study, profile=profile)
     return rows.loc[rows["profile"] == profile]

@@ -9,7 +9,16 @@ import yaml
 from torch import fx, nn
 
 from hq_lib.graph.overrides import apply_overrides, check_overrides
-from hq_lib.graph.spec import FLOAT_BITS, HYBRID, PolicyError, Spec, check_bits, make_quantizer, parse_spec, unknown_key
+from hq_lib.graph.spec import (
+    FLOAT_BITS,
+    HYBRID,
+    PolicyError,
+    Spec,
+    check_width,
+    make_quantizer,
+    parse_spec,
+    unknown_key,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -91,7 +100,7 @@ class BitPolicy:
             self._try_out(spec, kind, f"policy.{kind}")
         for name in ("first_last_bits", "stem_out_bits", "input_bits", "pool_bits"):
             if getattr(self, name) is not None:
-                check_bits(getattr(self, name), f"policy.{name}")
+                check_width(getattr(self, name), f"policy.{name}")
         object.__setattr__(self, "overrides", check_overrides(self.overrides))
         if self.input_bits is None:
             quantized = self.placement == "deploy" and not self.act.is_float

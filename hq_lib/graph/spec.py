@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hq_lib import quantizers
+from hq_lib.quantizers import FLOAT_BITS
+from hq_lib.quantizers.affine import MAX_BITS, is_width
 
-FLOAT_BITS = 32
-MAX_BITS = 16
 HYBRID = "hybrid"
 
 
@@ -71,7 +71,7 @@ def parse_spec(like: Any, key: str, *, base: Spec | None = None) -> Spec:
         spec = Spec(base.method, like, base.options) if base else Spec(bits=like)
     else:
         raise PolicyError(f"{key}: {like!r} is no spec; write 4, 'lsq:4', 'float', or {{method: lsq, bits: 4}}")
-    check_bits(spec.bits, key)
+    check_width(spec.bits, key)
     return spec
 
 
@@ -95,9 +95,9 @@ def _from_mapping(entries: dict[str, Any], key: str, base: Spec | None) -> Spec:
     return Spec(method, bits, {**inherited, **entries})
 
 
-def check_bits(bits: Any, key: str) -> int:
+def check_width(bits: Any, key: str) -> int:
     """Return ``bits`` if it is 1..16 or 32 (float); else raise ``PolicyError`` that begins with ``key``."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not (1 <= bits <= MAX_BITS or bits == FLOAT_BITS):
+    if not (is_width(bits) or (isinstance(bits, int) and bits == FLOAT_BITS)):
         raise PolicyError(f"{key}: bits must be 1..{MAX_BITS}, or {FLOAT_BITS} for float; got {bits!r}")
     return bits
 

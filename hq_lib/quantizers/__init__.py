@@ -19,7 +19,7 @@ from hq_lib.quantizers.build import ACT_METHODS, FLOAT_BITS, WEIGHT_METHODS, act
 from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
 from hq_lib.quantizers.dsq import DSQ, dsq_alpha_from_slope, dsq_quantize, dsq_slope, dsq_soft
 from hq_lib.quantizers.fusion import enable_fusion_, fusion_status
-from hq_lib.quantizers.groups import parameter_groups, parameter_tags
+from hq_lib.quantizers.groups import parameter_tags
 from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
 from hq_lib.quantizers.minmax import MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
@@ -56,7 +56,6 @@ __all__ = [
     "fake_quantize",
     "fusion_status",
     "integer_range",
-    "parameter_groups",
     "parameter_tags",
     "quantize_to_int",
     "round_ste",

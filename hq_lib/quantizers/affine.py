@@ -31,9 +31,14 @@ class Grid(NamedTuple):
     step: int = 1
 
 
+def is_width(bits: object) -> bool:
+    """Whether ``bits`` is a number of bits that a grid can have: an int from 1 to 16."""
+    return isinstance(bits, int) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS
+
+
 def check_bits(method: str, bits: int) -> int:
     """Return ``bits`` if ``method`` can do them (1 to 16, an int), else raise ValueError naming both."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+    if not is_width(bits):
         raise ValueError(f"{method} cannot do {bits!r} bits: give an int from {MIN_BITS} to {MAX_BITS} (32: float)")
     return bits
 

@@ -17,7 +17,7 @@ Role = Literal["weight", "act"]
 
 
 class Tag(NamedTuple):
-    """How an optimiser should treat one learned quantizer parameter (see ``parameter_groups``)."""
+    """How an optimiser should treat one learned quantizer parameter (see ``training.config.parameter_groups``)."""
 
     lr_factor: float
     """Learning rate relative to the weights'."""
