@@ -31,11 +31,11 @@ def small(out_dir, monkeypatch):
 
     test = some(20, "test")
     logits = EngineNetwork(model, IdealEngine()).run(data.normalize(test.images, test.spec))
-    bench = study.Workbench(
+    bench = study.CrossbarBench(
         model, norm_moments(float_net("residual")), test, some(60, "train"), logits, replace(SIZES["smoke"], n_calib=10)
     )
     for module in (study, crossbar_mvm):
-        monkeypatch.setattr(module, "workbench", lambda *_, **__: bench)
+        monkeypatch.setattr(module, "crossbar_bench", lambda *_, **__: bench)
     monkeypatch.setattr(crossbar_mvm, "LAYER", "conv1")
     monkeypatch.setattr(crossbar_mvm, "N_ROWS", 100)
     monkeypatch.setattr(crossbar_report, "LAYER", "conv1")
@@ -79,7 +79,7 @@ def test_a_run_resumes_and_measures_nothing_twice(small, monkeypatch):
     first = study.run("smoke", studies=["no_error", "stuck"])
     monkeypatch.setattr(study, "programmed", lambda *_: pytest.fail("measured again"))
     assert study.run("smoke", studies=["no_error", "stuck"]).equals(first)
-    exact = study.frame("smoke", "no_error").query("metric == 'logit_error' and correction == 'none'")
+    exact = study.study_rows("smoke", "no_error").query("metric == 'logit_error' and correction == 'none'")
     assert set(exact["value"]) == {0.0}
 
 
@@ -100,8 +100,8 @@ def test_corrections_do_not_leak_into_each_other(small):
 
 
 def test_settings_name_the_device_and_what_differs():
-    assert {key.split(".")[0] for key in study.settings(Circuit())} == {"device"}
-    found = study.settings(crossbar_points.ALL_OF_IT)
+    assert {key.split(".")[0] for key in study.circuit_settings(Circuit())} == {"device"}
+    found = study.circuit_settings(crossbar_points.ALL_OF_IT)
     assert found["adc.bits"] == 8
     assert found["faults.low_fraction"] == 0.001
     assert "seed" not in found
@@ -118,12 +118,12 @@ def test_tables_and_sentences_follow_from_the_rows(small):
     lines = crossbar_report.findings("smoke")
     assert any("within 3 points" in line for line in lines)
     exact = crossbar_report.exact_pct("smoke")
-    points = crossbar_report.accuracies("smoke", "sigma", "adc", "stuck")
+    points = crossbar_report.accuracy_rows("smoke", "sigma", "adc", "stuck")
     plotting.fig_crossbar_accuracy(points, exact_pct=exact)
     drifted = crossbar_report.drift_points("smoke")
     assert {"PCM", "RRAM"} == set(drifted["effect"])
-    plotting.fig_drift(drifted, exact_pct=exact, no_error=crossbar_report.no_error("smoke"))
-    plotting.fig_mvm_scatter(crossbar_report.pairs("smoke"))
+    plotting.fig_drift(drifted, exact_pct=exact, no_error=crossbar_report.no_error_pct("smoke"))
+    plotting.fig_mvm_scatter(crossbar_report.scatter_pairs("smoke"))
     plotting.fig_mvm_calibration(crossbar_report.layer_errors("smoke"))
     assert "profile smoke" in crossbar_report.caption("x", "smoke", points)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_choice, check_fraction, check_positive, check_width
+from hq_lib.crossbar.checks import CrossbarError, check_bit_width, check_choice, check_fraction, check_positive
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Adc:
     """Peak integral nonlinearity, codes, >= 0: an S-shaped bend, zero at both ends and in the middle of the range."""
 
     def __post_init__(self) -> None:
-        check_width(self.bits, "Adc.bits")
+        check_bit_width(self.bits, "Adc.bits")
         check_choice(self.range, ("exact", "max", "calibrated"), "Adc.range")
         check_fraction(self.gain_sigma, "gain_sigma")
         check_positive(self.offset_sigma_lsb, "offset_sigma_lsb", zero=True)
@@ -46,7 +46,7 @@ class Adc:
         """(code_min, code_max): two's complement where currents have both signs, else from 0."""
         if not signed:
             return 0, 2**self.bits - 1
-        check_width(self.bits, "Adc.bits of a signed converter", low=2)
+        check_bit_width(self.bits, "Adc.bits of a signed converter", low=2)
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     @property

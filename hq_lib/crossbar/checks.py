@@ -23,7 +23,7 @@ class TraceError(CrossbarError):
     """A recorded trace is damaged, of another network, or lacks the multiplication that was asked for."""
 
 
-def check_width(bits: int, what: str, *, low: int = 1, high: int = 16) -> int:
+def check_bit_width(bits: int, what: str, *, low: int = 1, high: int = 16) -> int:
     """``bits`` itself, an integer in [low, high]. Zero is refused: it never means "ideal"."""
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
         raise CrossbarError(f"{what} must be a whole number of bits, not {bits!r}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import check_choice, check_width
+from hq_lib.crossbar.checks import check_bit_width, check_choice
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Drive:
 
     def __post_init__(self) -> None:
         check_choice(self.mode, ("analog", "serial"), "Drive.mode")
-        check_width(self.step_bits, "Drive.step_bits", high=8)
+        check_bit_width(self.step_bits, "Drive.step_bits", high=8)
 
     def steps(self, x_bits: int, x_signed: bool) -> list[Step]:
         """The steps that carry integers of ``x_bits`` bits; a sign bit is a step of its own in serial mode."""

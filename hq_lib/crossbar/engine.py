@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, as_integers, as_tensor, check_choice, check_range, check_width
+from hq_lib.crossbar.checks import CrossbarError, as_integers, as_tensor, check_bit_width, check_choice, check_range
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.operands import Operand, as_operand
 
@@ -245,8 +245,8 @@ def make_handle(
     w = as_integers(w_int, f"weights of {name}")
     if w.numel() == 0:
         raise CrossbarError(f"weights of {name} are empty: {tuple(w.shape)}")
-    half = 2 ** (check_width(w_bits, f"w_bits of {name}") - 1)
-    check_width(x_bits, f"x_bits of {name}", low=2 if x_signed else 1)
+    half = 2 ** (check_bit_width(w_bits, f"w_bits of {name}") - 1)
+    check_bit_width(x_bits, f"x_bits of {name}", low=2 if x_signed else 1)
     check_range(w, -half, max(half - 1, 1), f"weights of {name}")
     scale = (
         w_scale.detach().to(torch.float64)

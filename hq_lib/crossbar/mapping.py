@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_choice, check_width
+from hq_lib.crossbar.checks import CrossbarError, check_bit_width, check_choice
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Mapping:
         check_choice(self.scale, ("column", "layer", "none"), "scale")
         check_choice(self.subtract, ("analog", "digital"), "subtract")
         if self.cell_bits is not None:
-            check_width(self.cell_bits, "cell_bits", high=8)
+            check_bit_width(self.cell_bits, "cell_bits", high=8)
         if not (1 <= self.tile_rows <= 4096 and self.tile_cols >= 2):
             raise CrossbarError(f"a tile of {self.tile_rows} x {self.tile_cols} is not possible; use 64..512 rows")
 

@@ -34,7 +34,7 @@ from hq_lib.data import ImageSet, normalize
 from hq_lib.integer.execute import Products, run
 from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
 from hq_lib.integer.sums import products as exact_products
-from hq_lib.training.evaluation import Evaluation, score
+from hq_lib.training.evaluation import Evaluation, evaluation_of
 
 LOOPS = ("open", "closed")
 Samples = dict[str, list[Tensor]]
@@ -80,7 +80,7 @@ class EngineNetwork:
     def evaluate(self, images: ImageSet, *, batch_size: int = 50) -> Evaluation:
         """Accuracy (percent) and mean cross entropy (nats) of the network on ``images``."""
         logits = self.run(normalize(images.images, images.spec), batch_size=batch_size)
-        return score(torch.from_numpy(logits), images.labels)
+        return evaluation_of(torch.from_numpy(logits), images.labels)
 
     def set_time(self, t_s: float) -> None:
         """Nothing; simulated cells are read ``t_s`` seconds after programming from now on."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -30,7 +30,7 @@ from hq_lib.experiments import float_training
 from hq_lib.experiments.crossbar_points import SIZES, STUDIES, Point, Size, points
 from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer import IntegerModel, lower
-from hq_lib.training.evaluation import score
+from hq_lib.training.evaluation import evaluation_of
 
 STUDY, MODEL = "crossbar", "resnet20"
 N_PTQ = 256
@@ -42,7 +42,7 @@ _VARYING = ("dataset", "w_bits", "n_calib", "seed", "n_test", "switches")
 
 
 @dataclass(frozen=True, eq=False)
-class Workbench:
+class CrossbarBench:
     """The integer network that is put on arrays, and the images it is judged on."""
 
     model: IntegerModel
@@ -65,7 +65,7 @@ class Workbench:
 
 
 @cache
-def workbench(profile: str, bits: int = 8, per_layer: bool = False) -> Workbench:
+def crossbar_bench(profile: str, bits: int = 8, per_layer: bool = False) -> CrossbarBench:
     """The shipped float ResNet-20, batch norms folded, in integers of ``bits`` bits (ranges of least squared error).
 
     ``per_layer`` gives the weights one scale per layer instead of one per output channel. Without CIFAR-10 the images
@@ -86,7 +86,7 @@ def workbench(profile: str, bits: int = 8, per_layer: bool = False) -> Workbench
     ptq.fit_acts(qnet, x, "mse")
     model = lower(qnet)
     logits = EngineNetwork(model, IdealEngine()).run(normalize(test.images, test.spec))
-    return Workbench(model, norm_moments(net), test, train, logits, size)
+    return CrossbarBench(model, norm_moments(net), test, train, logits, size)
 
 
 def run(profile: str, *, studies: Sequence[str] = STUDIES, n_draws: int | None = None) -> pd.DataFrame:
@@ -96,7 +96,7 @@ def run(profile: str, *, studies: Sequence[str] = STUDIES, n_draws: int | None =
     todo = [(point, draw) for draw in draws for point in points(profile, tuple(studies)) if point.drawn or draw == 0]
     started = said = time.perf_counter()
     for i, (point, draw) in enumerate(todo):
-        rows = measure(workbench(profile, point.bits, point.per_layer), point, draw, profile)
+        rows = measure(crossbar_bench(profile, point.bits, point.per_layer), point, draw, profile)
         if rows:
             results.append(STUDY, rows, profile=profile)
         if rows and (i == 0 or time.perf_counter() - said > SAY_EVERY_S):
@@ -107,7 +107,7 @@ def run(profile: str, *, studies: Sequence[str] = STUDIES, n_draws: int | None =
     return results.read(STUDY, profile=profile)
 
 
-def measure(bench: Workbench, point: Point, draw: int, profile: str) -> list[dict[str, Any]]:
+def measure(bench: CrossbarBench, point: Point, draw: int, profile: str) -> list[dict[str, Any]]:
     """The rows of one point and draw that are not there yet: accuracy and logit error of each correction."""
     keys = {kind: _key(bench, point, kind, draw) for kind in point.corrections}
     known = _known(profile)
@@ -126,7 +126,7 @@ def measure(bench: Workbench, point: Point, draw: int, profile: str) -> list[dic
     return rows
 
 
-def programmed(bench: Workbench, point: Point, draw: int) -> tuple[EngineNetwork, dict[str, Reference] | None]:
+def programmed(bench: CrossbarBench, point: Point, draw: int) -> tuple[EngineNetwork, dict[str, Reference] | None]:
     """The network on freshly programmed cells, at the point's time, and for a drifting device its readings at t0."""
     network = EngineNetwork(bench.model, SimEngine(replace(point.circuit, seed=draw)))
     images = bench.calibration(bench.size.n_calib, draw)
@@ -140,7 +140,7 @@ def programmed(bench: Workbench, point: Point, draw: int) -> tuple[EngineNetwork
 
 
 def correct(
-    network: EngineNetwork, bench: Workbench, kind: str, draw: int, references: dict[str, Reference] | None
+    network: EngineNetwork, bench: CrossbarBench, kind: str, draw: int, references: dict[str, Reference] | None
 ) -> None:
     """Puts one correction in force, and takes out all others; read noise starts from its first draw."""
     network.reset()
@@ -157,14 +157,14 @@ def correct(
         network.calibrate(images, kind=kinds[kind], loop="open" if kind == "column_open" else "closed")
 
 
-def judged(network: EngineNetwork, bench: Workbench) -> tuple[float, float]:
+def judged(network: EngineNetwork, bench: CrossbarBench) -> tuple[float, float]:
     """(accuracy in percent, relative L2 distance of all logits to the exact integer network's)."""
     logits = network.run(normalize(bench.test.images, bench.test.spec))
-    acc_pct = score(torch.from_numpy(logits), bench.test.labels).acc_pct
+    acc_pct = evaluation_of(torch.from_numpy(logits), bench.test.labels).acc_pct
     return acc_pct, float(np.linalg.norm(logits - bench.logits) / np.linalg.norm(bench.logits))
 
 
-def settings(circuit: Circuit) -> dict[str, Any]:
+def circuit_settings(circuit: Circuit) -> dict[str, Any]:
     """What of ``describe()`` differs from the default circuit, and its device in full; the seed is the row's own."""
     described, plain = (SimEngine(c).describe() for c in (circuit, Circuit()))
     named = {key: value for key, value in described.items() if key.startswith("device") and value is not None}
@@ -172,7 +172,7 @@ def settings(circuit: Circuit) -> dict[str, Any]:
     return {key: value for key, value in (other | named).items() if key not in ("seed", "t_s", "device.source")}
 
 
-def _key(bench: Workbench, point: Point, kind: str, draw: int) -> dict[str, Any]:
+def _key(bench: CrossbarBench, point: Point, kind: str, draw: int) -> dict[str, Any]:
     """The columns that name one measurement."""
     n_calib = {"none": 0, "bn": bench.size.n_norm}.get(kind, bench.size.n_calib)
     fitted = point.circuit.adc is not None and point.circuit.adc.range == "calibrated"
@@ -182,7 +182,7 @@ def _key(bench: Workbench, point: Point, kind: str, draw: int) -> dict[str, Any]
         "w_bits": point.bits, "a_bits": point.bits, "placement": "deploy",
         "n_calib": min(max(n_calib, bench.size.n_calib if fitted else 0), len(bench.train)),
         "seed": draw if point.drawn else -1, "n_test": len(bench.test),
-        "switches": {**switches, **settings(point.circuit)},
+        "switches": {**switches, **circuit_settings(point.circuit)},
     }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def _short(row: Mapping[Any, Any]) -> tuple[Any, ...]:
     return tuple(cells.values())
 
 
-def frame(profile: str, study: str) -> pd.DataFrame:
+def study_rows(profile: str, study: str) -> pd.DataFrame:
     """The rows of one study with its switches as columns: study, effect, x, correction, t_s."""
     rows = unpacked(results.read(STUDY, profile=profile), "study", "effect", "x", "correction", "t_s")
     return rows.loc[rows["study"] == study].reset_index(drop=True)
@@ -207,14 +207,6 @@ def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     """``rows`` with these keys of their switches as columns."""
     found = [json.loads(text) for text in rows["switches"]]
     return rows.assign(**{name: [switches.get(name) for switches in found] for name in names})
-
-
-def lines() -> Iterator[str]:
-    """One line per study: how many points and networks a full run measures."""
-    for study in STUDIES:
-        size, todo = SIZES["full"], points("full", (study,))
-        n = sum(len(p.corrections) * (size.n_draws if p.drawn else 1) for p in todo)
-        yield f"{study}: {len(todo)} circuits, {n} evaluations of {size.n_test} images"
 
 
 def main() -> None:

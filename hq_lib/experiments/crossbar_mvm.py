@@ -25,7 +25,7 @@ from hq_lib.crossbar.cost import ADC_PJ
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
 from hq_lib.crossbar.profiles import PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.data import normalize
-from hq_lib.experiments.crossbar import MODEL, Workbench, settings, workbench
+from hq_lib.experiments.crossbar import MODEL, CrossbarBench, circuit_settings, crossbar_bench
 from hq_lib.experiments.crossbar_points import DAY_S, SIZES
 
 PAIRS, LAYERS, COST = "crossbar_mvm", "crossbar_layers", "crossbar_cost"
@@ -66,7 +66,7 @@ CIRCUITS = {
 
 def run(profile: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The rows of dot products, of layer errors and of costs, after measuring what is missing."""
-    bench, size = workbench(profile), SIZES[paths.check_profile(profile)]
+    bench, size = crossbar_bench(profile), SIZES[paths.check_profile(profile)]
     for panel in PANELS:
         for draw in range(size.n_draws):
             key = _common(bench, panel.circuit, draw, panel=panel.label, t_s=panel.t_s)
@@ -78,7 +78,7 @@ def run(profile: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     return tuple(results.read(study, profile=profile) for study in (PAIRS, LAYERS, COST))  # type: ignore[return-value]
 
 
-def _measure(bench: Workbench, panel: Panel, draw: int, key: dict[str, Any], profile: str) -> None:
+def _measure(bench: CrossbarBench, panel: Panel, draw: int, key: dict[str, Any], profile: str) -> None:
     """Nothing; appends the layer errors of one draw under every correction, and of draw 0 the sampled dot products."""
     network = EngineNetwork(bench.model, SimEngine(replace(panel.circuit, seed=draw)))
     images = bench.calibration(bench.size.n_calib, draw)
@@ -132,7 +132,7 @@ def _products(engine: Engine, handle: Handle, x: Tensor) -> tuple[Tensor, Tensor
     return exact_mvm(handle, x).flatten(), measured.to(torch.float64).flatten()
 
 
-def _cost_rows(bench: Workbench) -> Iterator[dict[str, Any]]:
+def _cost_rows(bench: CrossbarBench) -> Iterator[dict[str, Any]]:
     network = EngineNetwork(bench.model, IdealEngine())
     for label, circuit in CIRCUITS.items():
         key = {**_common(bench, circuit, -1, circuit=label), "n_test": 0, "n_calib": 0}
@@ -158,11 +158,11 @@ def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, tuple[floa
     }
 
 
-def _common(bench: Workbench, on: Circuit, draw: int, **switches: Any) -> dict[str, Any]:
+def _common(bench: CrossbarBench, on: Circuit, draw: int, **switches: Any) -> dict[str, Any]:
     return {
         "experiment": PAIRS, "model": MODEL, "dataset": bench.test.spec.name, "method": "mse", "w_bits": 8, "a_bits": 8,
         "placement": "deploy", "n_calib": bench.size.n_calib, "seed": draw, "n_test": 16,
-        "switches": switches | settings(on), **provenance.stamp(),
+        "switches": switches | circuit_settings(on), **provenance.stamp(),
     }  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def points(profile: str, studies: tuple[str, ...] = STUDIES) -> list[Point]:
         if name not in STUDIES:
             raise ValueError(f"unknown study {name!r}: choose among {', '.join(STUDIES)}")
     makers = {
-        "no_error": no_error, "recovery": recovery, "budget": budget, "sigma": sigma, "adc": adc, "stuck": stuck,
+        "no_error": no_error, "recovery": recovery, "budget": error_budget, "sigma": sigma, "adc": adc, "stuck": stuck,
         "drift": drift,
     }  # fmt: skip
     return [point for name in STUDIES if name in studies for point in makers[name](size)]
@@ -149,7 +149,7 @@ def recovery(size: Size) -> Iterator[Point]:
         yield Point("recovery", RRAM_SECOND, 0, Circuit(device("rram")), ("none", "column"), bits=4)
 
 
-def budget(size: Size) -> Iterator[Point]:
+def error_budget(size: Size) -> Iterator[Point]:
     """One effect at a time on otherwise perfect cells, then several at once; RRAM after a second is in `recovery`."""
     effects: dict[str, Circuit] = {
         "ADC, 8 bits, fitted range": Circuit(IDEAL, adc=Adc(8)),

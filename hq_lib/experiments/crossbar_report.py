@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from hq_lib import plotting, results, tables
-from hq_lib.experiments.crossbar import frame, unpacked
+from hq_lib.experiments.crossbar import study_rows, unpacked
 from hq_lib.experiments.crossbar_mvm import CIRCUITS, COST, LAYER, LAYERS, PAIRS
 from hq_lib.experiments.crossbar_points import DAY_S, ONE_SCALE, RRAM_DAY, RRAM_SECOND, YEAR_S, points
 
@@ -21,16 +21,16 @@ RECOVERED = {
 BUDGET_COLUMNS = ("none", "column", "bn")
 
 
-def accuracies(profile: str, *studies: str, bits: int = 8) -> pd.DataFrame:
+def accuracy_rows(profile: str, *studies: str, bits: int = 8) -> pd.DataFrame:
     """Accuracy rows of some studies with columns study, effect, x, correction, t_s, seed, acc_pct."""
-    found = pd.concat([frame(profile, study) for study in studies], ignore_index=True)
+    found = pd.concat([study_rows(profile, study) for study in studies], ignore_index=True)
     found = found.loc[(found["metric"] == "acc_pct") & (found["w_bits"] == bits)]
     return found.assign(acc_pct=found["value"]).reset_index(drop=True)
 
 
 def mean(profile: str, study: str, effect: str, correction: str, *, x: float = 0.0, bits: int = 8) -> float | None:
     """Mean accuracy over the draws, percent; None where it was not run."""
-    found = accuracies(profile, study, bits=bits)
+    found = accuracy_rows(profile, study, bits=bits)
     found = found.loc[(found["effect"] == effect) & (found["correction"] == correction) & (found["x"] == x)]
     return float(found["acc_pct"].mean()) if len(found) else None
 
@@ -43,21 +43,21 @@ def exact_pct(profile: str, *, bits: int = 8) -> float:
     return found
 
 
-def no_error(profile: str) -> dict[str, float]:
+def no_error_pct(profile: str) -> dict[str, float]:
     """{correction: accuracy, percent} of the network without any error, for "column" and "bn"."""
     return {kind: value for kind in ("column", "bn") if (value := mean(profile, "no_error", "no error", kind))}
 
 
 def drift_points(profile: str) -> pd.DataFrame:
     """Rows for fig_drift: PCM at all its times, and RRAM at the two times for which it was published."""
-    second, day = accuracies(profile, "recovery"), accuracies(profile, "budget")
+    second, day = accuracy_rows(profile, "recovery"), accuracy_rows(profile, "budget")
     second, day = second.loc[second["effect"] == RRAM_SECOND], day.loc[day["effect"] == RRAM_DAY]
     rram = pd.concat([second.assign(x=1.0), day.assign(x=DAY_S)]).assign(effect="RRAM")
-    found = pd.concat([accuracies(profile, "drift"), rram], ignore_index=True)
+    found = pd.concat([accuracy_rows(profile, "drift"), rram], ignore_index=True)
     return found.loc[found["correction"].isin(["none", "global", "column", "bn"])].reset_index(drop=True)
 
 
-def pairs(profile: str) -> pd.DataFrame:
+def scatter_pairs(profile: str) -> pd.DataFrame:
     """Rows for fig_mvm_scatter."""
     rows = unpacked(results.read(PAIRS, profile=profile), "panel", "correction", "ideal_LSB")
     return rows.assign(measured_LSB=rows["value"])
@@ -73,7 +73,7 @@ def layer_errors(profile: str) -> pd.DataFrame:
 
 def budget_table(profile: str) -> pd.DataFrame:
     """tab_error_budget: accuracy with one effect at a time under three corrections, and the logits' error."""
-    shown = pd.concat([frame(profile, study) for study in ("no_error", "recovery", "budget")], ignore_index=True)
+    shown = pd.concat([study_rows(profile, study) for study in ("no_error", "recovery", "budget")], ignore_index=True)
     shown = shown.loc[(shown["w_bits"] == 8) & shown["correction"].isin(BUDGET_COLUMNS)]
     shown = shown.assign(effect=shown["effect"].replace(RECOVERED | {"no error": EXACT}))
     order = [EXACT, ONE_SCALE, *RECOVERED.values(), *(point.effect for point in points("full", ("budget",)))]
@@ -146,7 +146,7 @@ def _recovery(profile: str) -> list[str]:
 
 def _sigma(profile: str) -> str:
     exact, parts = exact_pct(profile), []
-    table: Any = accuracies(profile, "sigma").groupby(["effect", "correction", "x"])["acc_pct"].mean()
+    table: Any = accuracy_rows(profile, "sigma").groupby(["effect", "correction", "x"])["acc_pct"].mean()
     for effect in ("state independent", "proportional"):
         for kind in ("none", "column"):
             parts.append(f"{effect}, {kind}: {_largest(table.loc[effect, kind], exact - 3)} %")
@@ -161,7 +161,7 @@ def _largest(line: pd.Series, least: float) -> str:
 
 def _converters(profile: str) -> str:
     exact, parts = exact_pct(profile), []
-    table: Any = accuracies(profile, "adc").groupby(["effect", "x"])["acc_pct"].mean()
+    table: Any = accuracy_rows(profile, "adc").groupby(["effect", "x"])["acc_pct"].mean()
     for effect in dict.fromkeys(table.index.get_level_values(0)):
         line = table.loc[effect]
         enough = line.loc[line >= exact - 1]
@@ -171,7 +171,7 @@ def _converters(profile: str) -> str:
 
 def _drift(profile: str) -> list[str]:
     lines = []
-    table: Any = accuracies(profile, "drift").pivot_table(index="x", columns="correction", values="acc_pct")
+    table: Any = accuracy_rows(profile, "drift").pivot_table(index="x", columns="correction", values="acc_pct")
     for t_s, name in ((DAY_S, "a day"), (YEAR_S, "a year"), (10 * YEAR_S, "ten years")):
         if t_s in table.index:
             row = table.loc[t_s]
@@ -187,7 +187,7 @@ def _norms(profile: str) -> str:
 
 
 def _stuck(profile: str) -> str:
-    table: Any = accuracies(profile, "stuck").groupby(["x", "effect", "correction"])["acc_pct"].mean()
+    table: Any = accuracy_rows(profile, "stuck").groupby(["x", "effect", "correction"])["acc_pct"].mean()
     x = 0.5 if 0.5 in table.index else table.index[0][0]
     row = table.loc[x]
     return (f"{x:g} % stuck cells: {row['no fault map', 'none']:.1f} %, with column calibration "

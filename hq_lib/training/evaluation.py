@@ -46,10 +46,10 @@ def evaluate(net: nn.Module, images: ImageSet, *, batch_size: int = 500) -> Eval
     """
     if len(images) == 0:
         raise ValueError(f"nothing to evaluate: {images.spec.name} {images.split} is empty")
-    return score(predict(net, images, batch_size=batch_size), images.labels)
+    return evaluation_of(predict(net, images, batch_size=batch_size), images.labels)
 
 
-def score(logits: Tensor, labels: Tensor) -> Evaluation:
+def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:
     """Top-1 accuracy (percent) and mean cross entropy (nats) of ``logits`` (N, K) for ``labels`` (N,)."""
     right = (logits.argmax(1) == labels).sum().item()
     return Evaluation(100.0 * right / len(labels), F.cross_entropy(logits.double(), labels).item(), len(labels))
