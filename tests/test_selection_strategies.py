@@ -56,6 +56,23 @@ def test_random_depends_on_the_seed_and_not_on_the_scores():
     assert not torch.equal(a, selection.select(None, 20, strategy="random", labels=LABELS, seed=2))
 
 
+def test_a_pool_with_replacement_holds_as_many_different_images_as_chance_leaves():
+    drawn = [len(selection.draw_pool(60, 60, seed=s, replacement=True).unique()) for s in range(200)]
+    assert sum(drawn) / 200 == pytest.approx(60 * (1 - (1 - 1 / 60) ** 60), abs=0.6)  # sd of the mean 0.16
+    longer = selection.draw_pool(5, 12, seed=1, replacement=True)
+    assert len(longer) == 12
+    assert torch.equal(longer, longer.sort().values)
+
+
+def test_a_short_or_repeated_set_is_refused():
+    good = torch.tensor([3, 1, 2])
+    assert selection.check_set(good, 3) is good
+    with pytest.raises(ValueError, match="4 images were promised"):
+        selection.check_set(good, 4)
+    with pytest.raises(ValueError, match="only 2 of 3 images are different"):
+        selection.check_set(torch.tensor([1, 2, 1]), 3)
+
+
 def test_random_takes_every_image_equally_often():
     counts = torch.zeros(60)
     for seed in range(400):
