@@ -11,6 +11,8 @@ from typing import Any
 
 from hq_lib.graph import BitPolicy
 from hq_lib.paths import check_profile
+from hq_lib.quantizers import act_quantizer
+from hq_lib.quantizers.base import Quantizer
 from hq_lib.training.config import TrainConfig
 
 LEAST_ERROR = {"method": "lsq", "init": "least_error"}
@@ -83,3 +85,10 @@ def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int
 
 def _with_bits(like: Any, bits: int) -> Any:
     return {**like, "bits": bits} if isinstance(like, dict) else f"{like}:{bits}"
+
+
+def act_of(method: str, bits: int, *, signed: bool) -> Quantizer | None:
+    """The activation quantizer that ``method`` (a key of ``METHODS``) stands for; None for 32 bits."""
+    like = METHODS[method][1]
+    spec = dict(like) if isinstance(like, dict) else {"method": like}
+    return act_quantizer(spec.pop("method"), bits, signed=signed, **spec)
