@@ -47,6 +47,9 @@ def fig_integer_agreement(layers: pd.DataFrame) -> Figure:
 
 
 def _panel(ax: Axes, rows: pd.DataFrame) -> None:
+    if rows.empty:
+        ax.annotate("n/r", (0.5, 0.5), xycoords="axes fraction", ha="center")
+        return
     for inputs, name in INPUTS.items():
         line, style = rows.loc[rows["inputs"] == inputs].sort_values("place"), look(name)
         ax.plot(line["place"], line["mismatch_pct"], color=style.color, marker=style.marker, markersize=2.5,
@@ -56,10 +59,9 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set_yticks([0, 0.001, 0.01, 0.1, 1, 10, 100])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
-    if len(rows):
-        worst = rows.groupby("inputs")["largest_LSB"].max()
-        told = " / ".join(f"{worst[i]:.0f}" for i in INPUTS if i in worst.index)
-        ax.set_title(f"{rows['bits'].iloc[0]}, at most {told} LSB", loc="right", size=8)
+    worst = rows.groupby("inputs")["largest_LSB"].max()
+    told = " / ".join(f"{worst[i]:.0f}" for i in INPUTS if i in worst.index)
+    ax.set_title(f"{rows['bits'].iloc[0]}, at most {told} LSB", loc="right", size=8)
 
 
 def _name_lines(ax: Axes) -> None:
