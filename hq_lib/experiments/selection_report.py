@@ -117,6 +117,15 @@ def claim(profile: str, dataset: str, bits: Bits) -> str:
     return f"Smoothest instead of random calibration images at {labels.bits_label(*bits)}, points: {', '.join(parts)}"
 
 
+def smoothness_claim(sets: pd.DataFrame) -> str:
+    """One sentence: Spearman's rho of total variation with both losses and with accuracy, over how many sets."""
+    found = frames.correlations(sets)
+    found = found.loc[found["metric"] == "set_tv"]
+    rho = dict(zip(found["target"], found["rho"], strict=True))
+    shown = ", ".join(f"{words} {rho[target]:+.2f}" for target, words in frames.TARGETS.items())
+    return f"Spearman's rho of a set's mean total variation over {len(sets)} sets with {shown}"
+
+
 def caption(words: str, profile: str, points: pd.DataFrame, *, dataset: str, seeds: Sequence[int] | None = None) -> str:
     """A caption with images, draws and the switches that every point shares."""
     if points.empty:

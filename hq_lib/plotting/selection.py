@@ -86,7 +86,7 @@ def _rectangle(left: float, width: float, **box: object):
 
 
 @styled
-def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: str = "smoothest") -> Figure:
+def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: str = "selected") -> Figure:
     """BRECQ and QDrop with random images (open) and with selected ones (filled), one column per network.
 
     Ours come first, every draw a small point and the mean a large one, with the mean difference above it; published
@@ -108,7 +108,7 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: 
     ax = axes[0, 0]
     for i, (model, source) in enumerate(columns):
         here = pairs.loc[(pairs["model"] == model) & (pairs["source"] == source)]
-        for method, shift in (("brecq", -0.18), ("qdrop", 0.18)):
+        for method, shift in (("brecq", -0.22), ("qdrop", 0.22)):
             _pair(ax, here.loc[here["method"] == method], i + shift, method, numbers=source == "ours")
     ax.set_xticks(range(len(columns)), [_network_label(m, s, pairs) for m, s in columns], size=7)
     ax.set(ylabel="top-1 accuracy, %", xlim=(-0.6, len(columns) - 0.4))
@@ -132,7 +132,7 @@ def _pair(ax: Axes, rows: pd.DataFrame, x: float, method: str, *, numbers: bool)
     if len(means) == 2:
         ax.plot(*zip(*means, strict=True), color=style.color, linewidth=0.8, zorder=0)
         gain, top = means[1][1] - means[0][1], max(rows["value"])
-        size = 7.5 if numbers else 6.5
+        size = 7 if numbers else 6.5
         ax.annotate(f"{gain:+.2f}", (x, top), xytext=(0, 6), textcoords="offset points", ha="center", size=size,
                     color=style.color)  # fmt: skip
 
