@@ -65,7 +65,8 @@ def find_cuts(net: nn.Module, example: Tensor) -> list[Cut]:
 def split_at(net: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
     """The two halves of ``net``, (edge, cloud), as graphs: cloud(edge(x)) is net(x), bit for bit.
 
-    They share ``net``'s layers: what puts ``net`` in eval mode, or trains it, does so to its halves.
+    They share ``net``'s layers: what puts ``net`` in eval mode, or trains it, does so to its halves. A wire delivers
+    contiguous tensors; PyTorch sums channels-last ones in another order, so give ``net`` contiguous images to compare.
 
     Raises:
         QuantizeError: ``cut`` is not one of this network.

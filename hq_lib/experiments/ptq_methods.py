@@ -34,8 +34,8 @@ BITS = ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 ERROR_BITS = ((4, 4), (2, 2))
 """widths at which the error behind each block is kept"""
 PLAN: dict[str, dict[str, Any]] = {
-    "smoke": {"iterations": 3, "n_calib": 64, "n_test": 100, "n_errors": 32, "bits": ((4, 4),), "seeds": (1005,),
-              "nets": (SHIPPED,)},
+    "smoke": {"iterations": 2, "n_calib": 32, "n_test": 100, "n_errors": 32, "bits": ((4, 4),), "seeds": (1005,),
+              "nets": (SHIPPED,), "recipes": ("minmax", "mse", "aciq_allocated", "brecq_fisher", "qdrop")},
     "quick": {"iterations": 60, "n_calib": 256, "n_test": 1_000, "n_errors": 200, "bits": ((4, 4), (2, 2)),
               "seeds": (1005,), "nets": (SHIPPED,)},
     "full": {"iterations": 500, "n_calib": 1024, "n_test": None, "n_errors": 500, "bits": BITS,
@@ -97,13 +97,14 @@ def run(
     Args:
         profile: chooses budget, images and output folders; what is there already is not measured again.
         nets:    "public" (skipped with a line where it is absent) and "shipped"; default the profile's.
-        recipes: keys of ``RECIPES``; default: those to nearest and, on CIFAR-10, AdaRound, BRECQ (both losses), QDrop.
+        recipes: keys of ``RECIPES``; default: those to nearest and, on CIFAR-10, AdaRound, BRECQ (both losses), QDrop
+                 (a few of them in smoke).
         bits:    (weights, activations) pairs; default the profile's. At 8 bits nothing is reconstructed.
         seeds:   default the profile's.
         dataset: "cifar10", or "imagenet" with the folder of ``selection_bench``.
     """
     plan = plan_of(profile, dataset)
-    default = NEAREST if dataset == "imagenet" else (*NEAREST, *LEARNED)
+    default = plan.get("recipes", NEAREST if dataset == "imagenet" else (*NEAREST, *LEARNED))
     for net in nets or plan["nets"]:
         try:
             bench = open_net(net, profile, dataset=dataset, n_test=plan["n_test"])
@@ -141,15 +142,17 @@ def measure(point: Point, bench: selection_bench.Bench, profile: str) -> None:
     common = _common(point, bench, len(x), iterations)
     if results.done(STUDY, {**common, "metric": "acc_pct"}, profile=profile):
         return
-    clock, cpu = time.perf_counter(), time.process_time()
+    clock, cpu, reporter = time.perf_counter(), time.process_time(), Reporter()
     qnet = quantized(bench.net, x, recipe, point.bits, iterations=iterations, seed=point.seed,
-                     folder=_folder(common, profile) if recipe.passes else None, progress=Reporter())  # fmt: skip
+                     folder=_folder(common, profile) if recipe.passes else None, progress=reporter)  # fmt: skip
     cpu = time.process_time() - cpu
     score = evaluate(qnet, bench.test, batch_size=selection_bench.eval_batch(bench))
     common |= {"seconds": round(time.perf_counter() - clock, 1), **provenance.stamp()}
     if point.bits in ERROR_BITS:
         _append_errors(common, qnet, bench, x, plan["n_errors"], profile)
     values = {"acc_pct": (score.acc_pct, "%"), "loss": (score.loss, "nat"), "calibration_cpu_s": (cpu, "s")}
+    if reporter.resumed:  # what an earlier process spent is not known
+        del values["calibration_cpu_s"]
     rows = [{**common, "metric": m, "value": v, "unit": unit, "n_test": score.n} for m, (v, unit) in values.items()]
     results.append(STUDY, rows, profile=profile)
     print(f"{_title(point)}: {score.acc_pct:.2f} %, {cpu:.0f} CPU s", flush=True)
@@ -159,10 +162,11 @@ class Reporter:
     """Prints a finished unit, at most one line in ten seconds."""
 
     def __init__(self) -> None:
-        self.last = time.perf_counter()
+        self.last, self.resumed = time.perf_counter(), False
 
     def __call__(self, report: ptq.UnitReport) -> None:
-        """Show ``report`` where the last line is old enough."""
+        """Show ``report`` where the last line is old enough; remember whether any unit came from an earlier run."""
+        self.resumed |= report.resumed
         if time.perf_counter() - self.last > 10:
             self.last = time.perf_counter()
             print(f"  {report}", flush=True)
