@@ -12,6 +12,7 @@ from hq_lib.experiments import qat, qat_report
 from hq_lib.graph import BitPolicy, calibrate, load_quantized, quantize, save_quantized
 from hq_lib.quantizers import act_quantizer
 from hq_lib.training import qat_recipe
+from hq_lib.training.distillation import distillation
 from hq_lib.training.qat_recipes import BY_BITS, METHODS
 
 SMALL_RECORD = {"model": "lenet", "options": {}, "dataset": "mnist", "n_classes": 10, "in_channels": 1}
@@ -60,21 +61,21 @@ def test_distillation_is_cross_entropy_and_kullback_leibler(lenet):
     divergence = (target * (target.log() - logits.log_softmax(1))).sum(1).mean()
     hard = -logits.log_softmax(1)[torch.arange(5), labels].mean()
     for share in (0.0, 0.3, 1.0):
-        loss = qat.distillation(lenet, share, 0.0)(logits, labels, x)
+        loss = distillation(lenet, share, 0.0)(logits, labels, x)
         torch.testing.assert_close(loss, (1 - share) * hard + share * divergence)
     torch.testing.assert_close(
-        qat.distillation(lenet, 1.0, 0.0)(lenet(x).detach(), labels, x), torch.tensor(0.0), atol=1e-6, rtol=0
+        distillation(lenet, 1.0, 0.0)(lenet(x).detach(), labels, x), torch.tensor(0.0), atol=1e-6, rtol=0
     )
 
 
 def test_distillation_leaves_the_teacher_alone(lenet):
     student = torch.zeros(2, 10, requires_grad=True)
-    qat.distillation(lenet.train(), 0.5, 0.0)(student, torch.tensor([1, 2]), images(2)).backward()
+    distillation(lenet.train(), 0.5, 0.0)(student, torch.tensor([1, 2]), images(2)).backward()
     assert not lenet.training
     assert all(p.grad is None for p in lenet.parameters())
     assert student.grad is not None
     with pytest.raises(ValueError, match="share"):
-        qat.distillation(lenet, 1.5, 0.0)
+        distillation(lenet, 1.5, 0.0)
 
 
 def save(tmp_path, lenet, policy):
@@ -167,7 +168,7 @@ def test_the_command_line_names_bad_bits(capsys):
 
 def test_float_loss_of_zero_share_equals_torch(lenet):
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
-    loss = qat.distillation(lenet, 0.0, 0.1)(logits, labels, images(4))
+    loss = distillation(lenet, 0.0, 0.1)(logits, labels, images(4))
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 

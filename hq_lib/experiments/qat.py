@@ -10,14 +10,12 @@ its run record into ``data/checkpoints``.
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hq_lib import data, models, paths, provenance, results
 from hq_lib import rows as rows_schema
@@ -26,6 +24,7 @@ from hq_lib.experiments import float_training
 from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, save_quantized
 from hq_lib.quantizers.pact import PACT
 from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
+from hq_lib.training.distillation import distillation
 
 STUDY, HISTORY, CLIPS = "qat", "qat_history", "qat_clips"
 PLAN: dict[str, dict[str, Any]] = {
@@ -163,28 +162,6 @@ def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) 
     qnet = quantize(net, recipe.policy, images[:1])
     calibrate(qnet, images)
     return qnet
-
-
-def distillation(
-    teacher: nn.Module, share: float, label_smoothing: float
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The loss (1 - share) CE(logits, labels) + share KL(teacher || student), temperature 1.
-
-    Hinton et al. 2015 (arXiv:1503.02531), eq. 1 and section 2.
-
-    Raises ``ValueError`` for a share outside [0, 1].
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"distill={share!r}: the share of the teacher lies in [0, 1]")
-    teacher = teacher.eval()
-
-    def loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = F.log_softmax(teacher(images).float(), dim=1)
-        distance = F.kl_div(F.log_softmax(logits, dim=1), target, reduction="batchmean", log_target=True)
-        return (1 - share) * F.cross_entropy(logits, labels, label_smoothing=label_smoothing) + share * distance
-
-    return loss
 
 
 def ship(point: Point, qnet: fx.GraphModule, profile: str) -> Path:
