@@ -116,7 +116,10 @@ def job(name: str, profile: str, w_bits: int, a_bits: int) -> Job | None:
 
 
 def quantized(job: Job) -> tuple[fx.GraphModule, BitPolicy]:
-    """The network, fake-quantized by the recipe of its bits, and its policy; the same bits every time."""
+    """The network, fake-quantized by the recipe of its bits, and its policy; the same bits every time.
+
+    Its biases are those of the accumulators, so that it simulates the integers.
+    """
     policy = BitPolicy(
         weight=f"minmax:{job.w_bits}", act=f"lsq_plus:{job.a_bits}", bn="fold", stem_out_bits=job.recipe.stem_out_bits
     )
@@ -124,6 +127,7 @@ def quantized(job: Job) -> tuple[fx.GraphModule, BitPolicy]:
     qnet = quantize(job.net, policy, x[:1])
     ptq.fit_weights(qnet, job.recipe.weights, scheme="symmetric")
     ptq.fit_acts(qnet, x, job.recipe.acts)
+    integer.round_biases(qnet)
     return qnet.eval(), policy
 
 

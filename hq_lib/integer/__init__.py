@@ -4,8 +4,9 @@
     logits = run(imodel, images)                # NumPy, the reference
     save(imodel, "net.npz"); load("net.npz")    # read with NumPy alone
     agreement(qnet, imodel, images)             # per tensor: how many integers differ from the fake-quantized net's
+    round_biases(qnet)                          # lets the fake-quantized net add the integer net's biases
 
-``record`` is the text that every executor follows. Only ``lower`` and ``agreement`` need torch, and load it when asked.
+``record`` is the text that every executor follows. What touches the graph needs torch, and loads it when asked.
 """
 
 import importlib
@@ -19,6 +20,7 @@ from hq_lib.integer.requant import RecordError
 from hq_lib.integer.storage import from_bytes, load, save, to_bytes
 
 if TYPE_CHECKING:
+    from hq_lib.integer.biases import round_biases
     from hq_lib.integer.comparison import Agreement, agreement
     from hq_lib.integer.geometry import LowerError
     from hq_lib.integer.lowering import lower
@@ -38,13 +40,17 @@ __all__ = [
     "pixel_table",
     "quantize",
     "quantize_pixels",
+    "round_biases",
     "run",
     "save",
     "to_bytes",
 ]
 
 
-_NEED_TORCH = {"lower": "lowering", "LowerError": "geometry", "agreement": "comparison", "Agreement": "comparison"}
+_NEED_TORCH = {
+    "lower": "lowering", "LowerError": "geometry", "agreement": "comparison", "Agreement": "comparison",
+    "round_biases": "biases",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

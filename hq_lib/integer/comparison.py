@@ -1,7 +1,8 @@
 """``agreement``: how far the integers are from the fake-quantized network they were made of, tensor by tensor.
 
-Both networks round the same real values, but the fake-quantized one computes those in float32 and does not round its
-biases: where a value lies almost half-way between two steps, the two may part by one step (1 LSB).
+Both networks round the same real values, but the fake-quantized one computes those in float32 and (without
+``round_biases``) adds biases that no accumulator can hold: where a value lies almost half-way between two steps, the
+two may part by one step (1 LSB).
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""Rounded biases: the integers stay, the fake-quantized network comes to them; closed form by hand."""
+
+import numpy as np
+import pytest
+import torch
+from integer_nets import images, quantized
+from torch import nn
+
+from hq_lib import ptq
+from hq_lib.graph import BitPolicy, quantize
+from hq_lib.integer import LowerError, agreement, lower, round_biases
+
+FOUR = BitPolicy(weight="minmax:4", act="lsq_plus:4", bn="fold")
+
+
+def test_one_layer_by_hand() -> None:
+    # x on 16 levels of 1/4; w on 15 steps of 0.1 from -0.75, stored as steps of 0.1 / 16: an accumulator step is 1/640
+    net, bias = nn.Sequential(nn.Linear(1, 1)).eval(), 192.4 / 640
+    with torch.no_grad():
+        net[0].weight.fill_(0.75)
+        net[0].bias.fill_(bias)
+    qnet = quantize(
+        net, BitPolicy(weight="minmax:4", act="lsq_plus:4", input_bits=4, first_last_bits=None), images(1)[:, 0, 0, :1]
+    )
+    ptq.fit_weights(qnet, "minmax", scheme="symmetric")
+    ptq.fit_acts(qnet, torch.linspace(0, 3.75, 16).reshape(-1, 1), "minmax")
+    changes = round_biases(qnet)
+    assert changes == {"0": pytest.approx(0.4 / 640, rel=1e-3)}
+    assert qnet.get_submodule("0").bias.item() == pytest.approx(192 / 640, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "joined"])
+def test_the_integers_stay_and_the_graph_comes_to_them(name: str) -> None:
+    qnet = quantized(name, FOUR)
+    before, x = lower(qnet), images(64, seed=3)
+    rough = agreement(qnet, before, x, forced=True)
+    changes = round_biases(qnet)
+    after = lower(qnet)
+    assert set(changes) == {op.name for op in after.layers()}
+    for old, new in zip(before.layers(), after.layers(), strict=True):
+        np.testing.assert_array_equal(old.bias, new.bias)
+        np.testing.assert_array_equal(old.weight, new.weight)
+        assert changes[old.name] <= 0.5001 * float(old.acc_scale.max())
+    fine = agreement(qnet, after, x, forced=True)
+    n_rough, n_fine = (sum(t.n - t.histogram.get(0, 0) for t in found.tensors) for found in (rough, fine))
+    assert n_fine <= n_rough / 5, (n_fine, n_rough)
+    assert all(value == 0 for value in round_biases(qnet).values()), "a second call changes nothing"
+
+
+def test_a_batch_norm_that_is_not_folded_is_named() -> None:
+    qnet = quantized("residual", BitPolicy(weight="minmax:4", act="lsq_plus:4", bn="keep"))
+    with pytest.raises(LowerError, match=r"'bn' is not folded.*bn='fold'"):
+        round_biases(qnet)
+
+
+def test_a_layer_that_runs_twice_is_named() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Apply the layer twice."""
+            return self.conv(torch.relu(self.conv(x)))
+
+    torch.manual_seed(0)
+    qnet = quantize(Twice().eval(), FOUR, images(1))
+    ptq.fit_acts(qnet, images(8), "minmax")
+    with pytest.raises(LowerError, match="runs more than once"):
+        round_biases(qnet)
