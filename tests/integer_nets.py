@@ -1,10 +1,13 @@
-"""Small networks that between them use every operation a record has, with batch norms that have seen data."""
+"""Small networks that between them use every operation a record has, and single layers of awkward sizes."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.graph import BitPolicy, calibrate, quantize
+from hq_lib.integer import record as r
+from hq_lib.integer.requant import pair, single
 
 
 class Residual(nn.Module):
@@ -116,3 +119,85 @@ def quantized(name: str, policy: BitPolicy | str):
     qnet = quantize(float_net(name), policy, images(1))
     calibrate(qnet, images(32))
     return qnet.eval()
+
+
+def random_layer(seed: int, *, conv: bool, x_dtype: str, w_dtype: str, residual: str | None, requantizer: str):
+    """One layer of awkward sizes with random integers, as a whole record; multipliers that clip some outputs."""
+    rng = np.random.default_rng(seed)
+    groups = [1, 1, 2, 4][seed % 4] if conv else 1
+    c_in, c_out = groups * int(rng.integers(1, 8)), groups * int(rng.integers(1, 24))
+    if conv and seed % 8 == 3:
+        groups = c_in = c_out = int(rng.integers(2, 40))
+    k, s, d = (int(v) for v in rng.integers([1, 1, 1], [4, 3, 3]))
+    shape = (c_in, 9, 21) if conv else (c_in,)
+    one, big, wide = np.asarray(1.0, np.float32), {"uint8": 255, "uint16": 65535}[x_dtype], np.iinfo(w_dtype).max
+    w_shape = (c_out, c_in // groups, k, k) if conv else (c_out, c_in)
+    weight = rng.integers(-wide, wide + 1, w_shape).astype(w_dtype) // (256 if w_dtype == "int16" else 1)
+    weight = weight.astype(w_dtype)
+    pads = tuple(int(v) for v in rng.integers(0, 3, 4))
+    acc = float(np.abs(weight.astype(float)).sum() / c_out * big / 400)
+    first, second = np.full(c_out, 1 / acc), np.full(c_out, 0.5 / acc if residual == "int32" else 0.3)
+    forms = pair((first.astype(np.float32), second.astype(np.float32)), (first, second))
+    requants = forms if residual else (single(first.astype(np.float32), first), None)
+    out_shape = (c_out,)
+    if conv:
+        sizes = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, a, b in ((9, *pads[::2]), (21, *pads[1::2]))]
+        out_shape = (c_out, *sizes)
+    specs = [
+        r.TensorSpec("image", shape, "float32", 32, 0, 0, one, 0) if conv
+        else r.TensorSpec("image", (c_in, 1, 1), "float32", 32, 0, 0, one, 0),
+        r.TensorSpec("q", shape if conv else (c_in, 1, 1), x_dtype, 16 if big > 255 else 8, 0, big, one, big // 3),
+    ]  # fmt: skip
+    ops: list[r.Op] = [r.Quantize("quantize", ("image",), "q")]
+    x_name = "q"
+    if not conv:
+        specs.append(r.TensorSpec("flat", shape, x_dtype, specs[1].bits, 0, big, one, big // 3))
+        ops.append(r.Reshape("flatten", ("q",), "flat"))
+        x_name = "flat"
+    scales = np.ones(c_out, np.float32)
+    bias = rng.integers(-1000, 1000, c_out).astype(np.int32)
+
+    def layer(name, out, requant, res):
+        common = (weight, scales, bias, scales, 8, requant, res)
+        inputs = (x_name,) if res is None else (x_name, res.tensor)
+        if conv:
+            return r.Conv(name, inputs, out, *common, (s, s), pads, (d, d), groups)
+        return r.Linear(name, inputs, out, *common)
+
+    res = None
+    if residual:
+        res_spec = {"int32": (32, -(2**31), 2**31 - 1, 0)}.get(residual, (8, 0, 255, 90))
+        specs.append(r.TensorSpec("r", out_shape, residual, *res_spec[:3], one, res_spec[3]))
+        ops.append(layer("other", "r", None if residual == "int32" else single(first.astype(np.float32), first), None))
+        res = r.Residual("r", requants[1])
+    specs.append(r.TensorSpec("y", out_shape, "uint8", 8, 7, 250, one, 100))
+    ops.append(layer("layer", "y", requants[0], res))
+    image = rng.integers(-300 if big < 256 else -40000, 300 if big < 256 else 60000, (3, *specs[0].shape))
+    model = r.IntegerModel(requantizer, {spec.name: spec for spec in specs}, tuple(ops), "image", "y")
+    return model, image.astype(np.float32)
+
+
+def all_pairs(seed: int, *, requantizer: str, add: bool):
+    """Every pair of 255 uint8 values, scaled and summed by an Add or as a layer's residual: a record and its image.
+
+    Multipliers are decimals of one or two digits: many sums lie on a tie or beside one, where another order of
+    roundings gives another integer.
+    """
+    rng = np.random.default_rng(seed)
+    channels, n, zero, one = 1 if add else 11, 255, 90, np.asarray(1.0, np.float32)
+    first, second = rng.choice([0.05, 0.1, 0.25, 0.3, 0.35, 0.5], (2, channels))
+    requants = pair((first.astype(np.float32), second.astype(np.float32)), (first, second))
+    shape, names = (channels, n, n), ("across", "down", "y")
+    specs = [r.TensorSpec("image", (1, n, n), "float32", 32, 0, 0, one, 0)]
+    specs += [r.TensorSpec("q", (1, n, n), "uint8", 8, 0, 255, one, zero)]
+    specs += [r.TensorSpec(name, shape, "uint8", 8, 0, 255, one, zero) for name in names]
+    ops: list[r.Op] = [r.Quantize("quantize", ("image",), "q"), r.Concat("repeat", ("q",) * channels, "across", 0)]
+    ops.append(r.Transpose("turn", ("across",), "down", (0, 2, 1)))
+    if add:
+        ops.append(r.Add("add", ("across", "down"), "y", requants, np.float32(rng.choice([-8.5, 0.2, 3.15]))))
+    else:
+        weight, scales = np.eye(channels, dtype=np.int8)[:, :, None, None], np.ones(channels, np.float32)
+        common = (weight, scales, np.zeros(channels, np.int32), scales, 8, requants[0], r.Residual("down", requants[1]))
+        ops.append(r.Conv("layer", ("across", "down"), "y", *common, (1, 1), (0, 0, 0, 0), (1, 1), 1))
+    image = np.broadcast_to(np.arange(n, dtype=np.float32) - zero, (1, 1, n, n))
+    return r.IntegerModel(requantizer, {s.name: s for s in specs}, tuple(ops), "image", "y"), image.copy()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from integer_nets import NETS, POLICIES, images, quantized
+from integer_nets import NETS, POLICIES, all_pairs, images, quantized, random_layer
 
 from hq_lib import models, paths
 from hq_lib.data import normalize
@@ -13,7 +13,6 @@ from hq_lib.export_c.runtime import KERNELS
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import ImageError, lower, run
 from hq_lib.integer import record as r
-from hq_lib.integer.requant import pair, single
 
 try:
     compiler()
@@ -49,62 +48,6 @@ def test_c_gives_numpy_s_bits_with_every_kernel(qnets, net, policy):
             assert np.array_equal(Runtime(imodel, kernel=kernel).run(x), want), (requantizer, kernel)
 
 
-def random_layer(seed: int, *, conv: bool, x_dtype: str, w_dtype: str, residual: str | None, requantizer: str):
-    """One layer of awkward sizes with random integers, as a whole record; multipliers that clip some outputs."""
-    rng = np.random.default_rng(seed)
-    groups = [1, 1, 2, 4][seed % 4] if conv else 1
-    c_in, c_out = groups * int(rng.integers(1, 8)), groups * int(rng.integers(1, 24))
-    if conv and seed % 8 == 3:
-        groups = c_in = c_out = int(rng.integers(2, 40))
-    k, s, d = (int(v) for v in rng.integers([1, 1, 1], [4, 3, 3]))
-    shape = (c_in, 9, 21) if conv else (c_in,)
-    one, big, wide = np.asarray(1.0, np.float32), {"uint8": 255, "uint16": 65535}[x_dtype], np.iinfo(w_dtype).max
-    w_shape = (c_out, c_in // groups, k, k) if conv else (c_out, c_in)
-    weight = rng.integers(-wide, wide + 1, w_shape).astype(w_dtype) // (256 if w_dtype == "int16" else 1)
-    weight = weight.astype(w_dtype)
-    pads = tuple(int(v) for v in rng.integers(0, 3, 4))
-    acc = float(np.abs(weight.astype(float)).sum() / c_out * big / 400)
-    first, second = np.full(c_out, 1 / acc), np.full(c_out, 0.5 / acc if residual == "int32" else 0.3)
-    forms = pair((first.astype(np.float32), second.astype(np.float32)), (first, second))
-    requants = forms if residual else (single(first.astype(np.float32), first), None)
-    out_shape = (c_out,)
-    if conv:
-        sizes = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, a, b in ((9, *pads[::2]), (21, *pads[1::2]))]
-        out_shape = (c_out, *sizes)
-    specs = [
-        r.TensorSpec("image", shape, "float32", 32, 0, 0, one, 0) if conv
-        else r.TensorSpec("image", (c_in, 1, 1), "float32", 32, 0, 0, one, 0),
-        r.TensorSpec("q", shape if conv else (c_in, 1, 1), x_dtype, 16 if big > 255 else 8, 0, big, one, big // 3),
-    ]  # fmt: skip
-    ops: list[r.Op] = [r.Quantize("quantize", ("image",), "q")]
-    x_name = "q"
-    if not conv:
-        specs.append(r.TensorSpec("flat", shape, x_dtype, specs[1].bits, 0, big, one, big // 3))
-        ops.append(r.Reshape("flatten", ("q",), "flat"))
-        x_name = "flat"
-    scales = np.ones(c_out, np.float32)
-    bias = rng.integers(-1000, 1000, c_out).astype(np.int32)
-
-    def layer(name, out, requant, res):
-        common = (weight, scales, bias, scales, 8, requant, res)
-        inputs = (x_name,) if res is None else (x_name, res.tensor)
-        if conv:
-            return r.Conv(name, inputs, out, *common, (s, s), pads, (d, d), groups)
-        return r.Linear(name, inputs, out, *common)
-
-    res = None
-    if residual:
-        res_spec = {"int32": (32, -(2**31), 2**31 - 1, 0)}.get(residual, (8, 0, 255, 90))
-        specs.append(r.TensorSpec("r", out_shape, residual, *res_spec[:3], one, res_spec[3]))
-        ops.append(layer("other", "r", None if residual == "int32" else single(first.astype(np.float32), first), None))
-        res = r.Residual("r", requants[1])
-    specs.append(r.TensorSpec("y", out_shape, "uint8", 8, 7, 250, one, 100))
-    ops.append(layer("layer", "y", requants[0], res))
-    image = rng.integers(-300 if big < 256 else -40000, 300 if big < 256 else 60000, (3, *specs[0].shape))
-    model = r.IntegerModel(requantizer, {spec.name: spec for spec in specs}, tuple(ops), "image", "y")
-    return model, image.astype(np.float32)
-
-
 @pytest.mark.parametrize("requantizer", r.REQUANTIZERS)
 @pytest.mark.parametrize("residual", [None, "uint8", "int32"])
 @pytest.mark.parametrize(("x_dtype", "w_dtype"), [("uint8", "int8"), ("uint16", "int8"), ("uint8", "int16")])
@@ -118,6 +61,16 @@ def test_layers_of_awkward_sizes(requantizer, residual, x_dtype, w_dtype):
             assert len(np.unique(want)) > 2
             for kernel in kernels_here(model):
                 assert np.array_equal(Runtime(model, kernel=kernel).run(x), want), (seed, conv, kernel)
+
+
+@pytest.mark.parametrize("requantizer", r.REQUANTIZERS)
+@pytest.mark.parametrize("add", [True, False])
+def test_ties_are_rounded_alike(add, requantizer):
+    for seed in range(8 if add else 2):
+        model, x = all_pairs(seed, requantizer=requantizer, add=add)
+        want = run(model, x)
+        for kernel in kernels_here(model):
+            assert np.array_equal(Runtime(model, kernel=kernel).run(x), want), (seed, kernel)
 
 
 def test_tensors_that_live_together_do_not_share_bytes():

@@ -112,6 +112,12 @@ static inline float clamp_float(float x, float low, float high) { return x > low
 /* rint(x) of |x| < 2^22 in the default rounding mode: adding 1.5 * 2^23 leaves no bit behind the point */
 static inline int32_t round_half_even(float x) { return (int32_t)((x + 12582912.0f) - 12582912.0f); }
 static inline int64_t clamp_int(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
+/* clamp(rint(fma(q_a, m_a, fma(q_b, m_b, offset)))): float64 holds each product and sum exactly (proved at export). */
+static inline int32_t added(int64_t a, int64_t b, const float m[2], float offset, int32_t qmin, int32_t qmax) {
+    float inner = (float)((double)b * (double)m[1] + (double)offset);
+    float sum = (float)((double)a * (double)m[0] + (double)inner);
+    return round_half_even(clamp_float(sum, (float)qmin, (float)qmax));
+}
 
 tensor tensor_at(const hqm_model *m, uint32_t i, void *arena);
 window window_of(const uint32_t *op, const tensor *x, const tensor *y);

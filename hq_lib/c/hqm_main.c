@@ -20,7 +20,7 @@ static const char HELP[] =
     "  --labels FILE   labels of the images: IDX with --idx, else one byte each\n"
     "  --logits FILE   write the logits, float32 per class and image\n"
     "  --n N           at most N images\n"
-    "  --kernel NAME   auto (default), scalar, avx2 or avx512vnni: equal bits, other speed\n"
+    "  --kernel NAME   auto (default), scalar, avx2, avx512vnni or neon: equal bits, other speed\n"
     "  --help          this text\n"
     "\n"
     "exit codes: 0 done, 2 usage, 3 a file cannot be read or written, 4 no sound container,\n"

@@ -64,7 +64,6 @@ static hqm_status run_table(const hqm_model *m, const uint32_t *op, const uint8_
     return HQM_OK;
 }
 
-/* clamp(rint(fma(q_a, m_a, fma(q_b, m_b, offset)))): float64 holds each product and sum exactly (proved at export). */
 void run_add(const hqm_model *m, const uint32_t *op, const tensor *a, const tensor *b, const tensor *y) {
     rescale r = rescale_of(m, op, y);
     const float ms[2] = {r.multiplier[0], r.multiplier_2[0]}, offset = float_of(op[O_OFFSET]);
@@ -79,9 +78,7 @@ void run_add(const hqm_model *m, const uint32_t *op, const tensor *a, const tens
             store_int(y->data, y->dtype, i, rescaled(&r, 0, qa - a->zero, qb - b->zero));
             continue;
         }
-        float inner = (float)((double)qb * (double)ms[1] + (double)offset);
-        float sum = (float)((double)qa * (double)ms[0] + (double)inner);
-        store_int(y->data, y->dtype, i, round_half_even(clamp_float(sum, (float)y->qmin, (float)y->qmax)));
+        store_int(y->data, y->dtype, i, added(qa, qb, ms, offset, y->qmin, y->qmax));
     }
 }
 

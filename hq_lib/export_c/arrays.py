@@ -2,8 +2,9 @@
 
     save_arrays(imodel, "net.c", name="net")    # net_model[], net_model_size, NET_ARENA_SIZE in net.h
 
-The device's program adds ``hqm_open.c hqm_run.c hqm_layer.c hqm_moves.c hqm_kernel.c`` (with ``-DHQM_PORTABLE`` no
-processor is asked for its vector units), opens the array where it lies and gives a static arena.
+The device's program adds ``hqm_open.c hqm_run.c hqm_layer.c hqm_moves.c hqm_kernel.c`` with ``-DHQM_PORTABLE`` (without
+it ``hqm_kernel_x86.c`` and ``hqm_kernel_neon.c`` too: vector units), opens the array where it lies and gives a static
+arena. The bits are NumPy's under ``-ffp-contract=off``, as in the Makefile.
 """
 
 from __future__ import annotations

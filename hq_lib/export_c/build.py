@@ -15,7 +15,9 @@ from hq_lib import paths
 SOURCES = Path(__file__).resolve().parent.parent / "c"
 FLAGS = ("-std=c99", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC")
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-RUNTIME = ("hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_kernel.c")
+RUNTIME = (
+    "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_kernel.c", "hqm_kernel_x86.c", "hqm_kernel_neon.c"
+)  # fmt: skip
 TOOL = ("hqm_images.c", "hqm_main.c")
 
 

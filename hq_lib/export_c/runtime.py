@@ -14,7 +14,8 @@ from hq_lib.export_c.container import to_bytes
 from hq_lib.integer.execute import ImageError
 from hq_lib.integer.record import IntegerModel
 
-KERNELS = ("auto", "scalar", "avx2", "avx512vnni")
+KERNELS = ("auto", "scalar", "avx2", "avx512vnni", "neon")
+"""equal bits, other speed: scalar everywhere, avx* on x86-64, neon on 64-bit ARM; auto: the fastest there is"""
 
 
 class ContainerError(ValueError):
@@ -46,7 +47,7 @@ class Runtime:
         """Open a record, the bytes of a container, or its file.
 
         Args:
-            kernel: "auto", "scalar", "avx2", "avx512vnni": equal bits, other speed. Holds for the process.
+            kernel: one of ``KERNELS``. Holds for the process.
 
         Raises:
             ContainerError: what the runtime says of the container. ValueError: no such kernel on this processor.
