@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data
+from hq_lib.graph import freeze_statistics
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
 from hq_lib.training.compilation import compiled
@@ -141,6 +142,21 @@ def test_a_damaged_state_says_what_to_delete(splits, tmp_path):
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match="delete"):
         fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1), tmp_path, say=None)
+
+
+def test_what_before_epoch_freezes_stays_frozen_for_the_epoch(splits):
+    means = []
+
+    def freeze(net, epoch):
+        means.append(net[1].running_mean.clone())
+        if epoch >= 1:
+            freeze_statistics(net)
+
+    net = small_net()
+    fit(net, *splits, CONFIG, before_epoch=freeze, say=None)
+    assert not torch.equal(means[0], means[1])
+    assert torch.equal(means[1], means[2])
+    assert torch.equal(means[2], net[1].running_mean)
 
 
 def test_divergence_names_epoch_and_rate(splits):

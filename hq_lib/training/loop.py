@@ -61,7 +61,8 @@ def fit(
         run_dir:      folder to save to and resume from; None keeps nothing.
         loss:         (logits (B, K), labels (B,), images (B, C, H, W)) -> scalar; default cross entropy with
                       ``config.label_smoothing``.
-        before_epoch: called as (net, epoch from 0) before each epoch: freeze statistics, move a temperature.
+        before_epoch: called as (net, epoch from 0) before each epoch, the net in train mode already, so that
+                      ``graph.freeze_statistics`` lasts the epoch; put back in eval mode, a module stays there.
         say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
 
     Raises:
@@ -107,6 +108,7 @@ class _Run:
         for epoch in range(len(self.history), self.config.epochs):
             start = time.perf_counter()
             torch.manual_seed(self._epoch_seed(epoch))
+            self.net.train()
             if self.before_epoch:
                 self.before_epoch(self.net, epoch)
             train_loss = self._epoch(epoch)
@@ -125,7 +127,6 @@ class _Run:
 
     def _epoch(self, epoch: int) -> float:
         """Mean training loss of one pass."""
-        self.net.train()
         generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
         total, spoken = torch.zeros((), device=self.device), time.perf_counter()
         walk = batches(
