@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data
-from hq_lib.graph import freeze_statistics
+from hq_lib.graph import BitPolicy, act_quantizers, calibrate, freeze_statistics, quantize
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
 from hq_lib.training.compilation import compiled
@@ -157,6 +157,22 @@ def test_what_before_epoch_freezes_stays_frozen_for_the_epoch(splits):
     assert not torch.equal(means[0], means[1])
     assert torch.equal(means[1], means[2])
     assert torch.equal(means[2], net[1].running_mean)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_quantized_net_is_averaged_without_touching_its_bits(splits, bits, fitted):
+    """0.9 * 3 + 0.1 * 3 is below 3 in float32; and a copy made before the first batch has no grid of its own."""
+    x = data.normalize(splits[0].images, splits[0].spec)
+    qnet = quantize(small_net(), BitPolicy(f"lsq:{bits}", f"lsq:{bits}"), x[:1])
+    if fitted:
+        calibrate(qnet, x[:50])
+    record = qnet.bits_record()
+    fit(qnet, *splits, dataclasses.replace(CONFIG, epochs=2, ema_decay=0.9), say=None)
+    assert qnet.bits_record() == record
+    grids = [q.grid().scale for q in act_quantizers(qnet).values()]
+    assert all(torch.isfinite(scale).all() for scale in grids)
+    assert int(qnet.get_submodule("1").num_batches_tracked) == 2 * (len(splits[0]) // CONFIG.batch_size)
 
 
 def test_divergence_names_epoch_and_rate(splits):

@@ -77,7 +77,7 @@ class Quantizer(nn.Module):
 
     def grid(self) -> Grid:
         """Return the exact grid, detached. Raises RuntimeError before the first fit."""
-        if not self._ready:
+        if not (self._ready or bool(self.initialised)):
             raise RuntimeError(f"{self}: no grid yet; call init_from(tensor) or run one training batch first")
         with torch.no_grad():
             grid = self._grid()
@@ -100,13 +100,8 @@ class Quantizer(nn.Module):
 
     def make_ready(self, x: Tensor) -> None:
         """Fit to ``x`` on the first use only; RuntimeError for an activation in eval mode."""
-        if self._ready:
-            return
-        if self.role == "act" and not self.training:
-            raise RuntimeError(
-                f"{self} was never fitted: run one batch in training mode, or call init_from(batch), before evaluating"
-            )
-        _first_fit(self, x)  # pyright: ignore[reportCallIssue]  # the decorator hides the signature
+        if not self._ready:
+            _first_fit(self, x)  # pyright: ignore[reportCallIssue]  # the decorator hides the signature
 
     def extra_repr(self) -> str:
         """Return bits, sign, axis and role for ``print``."""
@@ -141,6 +136,14 @@ class Quantizer(nn.Module):
 
 @torch.compiler.disable
 def _first_fit(quantizer: Quantizer, x: Tensor) -> None:
+    if bool(quantizer.initialised):  # a copy whose state was filled tensor by tensor, as a moving average's is
+        quantizer.mark_fitted()
+        return
+    if quantizer.role == "act" and not quantizer.training:
+        raise RuntimeError(
+            f"{quantizer} was never fitted: call graph.calibrate(qnet, images), run one batch in training mode, or "
+            f"call init_from(batch), before evaluating"
+        )
     quantizer.init_from(x)
 
 

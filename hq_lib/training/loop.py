@@ -6,7 +6,7 @@ state is saved after each epoch: a run killed at any moment and started again en
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,20 @@ def fit(
     return _Run(net, train, val, config, run_dir, loss, before_epoch, say or (lambda _: None)).go()
 
 
+def _averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
+    """Real tensors by the moving average; counters, flags and bit widths as they are: their mean says nothing."""
+    blend = get_ema_multi_avg_fn(decay)
+
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], n_averaged: Any) -> None:
+        if averaged[0].is_floating_point():
+            blend(averaged, current, n_averaged)
+        else:
+            for mean, value in zip(averaged, current, strict=True):
+                mean.copy_(value)
+
+    return torch.no_grad()(update)
+
+
 class _Run:
     """The state of one call of ``fit``."""
 
@@ -93,7 +107,7 @@ class _Run:
         self.device = device_of(net)
         self.optimizer = sgd(net, config)
         self.averaged = (
-            AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+            AveragedModel(net, multi_avg_fn=_averaging(config.ema_decay), use_buffers=True)
             if config.ema_decay
             else None
         )
