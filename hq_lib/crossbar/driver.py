@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Protocol
 
 import numpy as np
@@ -39,9 +40,14 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("n_tiles", "rows", "columns", "level_max", "code_max", "count_max", "rows_per_read"):
-            if getattr(self, name) < 1:
-                raise CrossbarError(f"a bench with {name} = {getattr(self, name)} cannot be used")
-        check_positive(self.counts_per_unit, "counts_per_unit")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise CrossbarError(
+                    f"a bench with {name} = {value!r} cannot be used: whole numbers from 1 on are needed"
+                )
+        if not isinstance(self.counts_per_unit, Real):
+            raise CrossbarError(f"a bench with counts_per_unit = {self.counts_per_unit!r} cannot be used")
+        check_positive(float(self.counts_per_unit), "counts_per_unit")
 
 
 class Driver(Protocol):
@@ -141,6 +147,8 @@ class FakeDriver:
         if happens == "drop":
             raise ConnectionError("the fake bench was told to drop the connection")
         refuse_codes(self._limits, tile, codes)
+        if tile not in self._levels:
+            raise CrossbarError(f"tile {tile} was never written")
         exact = codes.astype(np.int64) @ self._levels[tile][: codes.shape[1]]
         counts = self._limits.counts_per_unit * self.gain * exact + self.offset
         counts = np.rint(counts + self.noise * self._random.standard_normal(counts.shape))

@@ -170,7 +170,7 @@ class HardwareEngine(Engine):
         refuse_codes(self.limits, tile, codes)
 
         def once() -> np.ndarray:
-            counts = np.array(self.driver.read(tile, codes), np.float64)
+            counts = _as_counts(self.driver.read(tile, codes), tile)
             if counts.shape != (len(codes), width):
                 raise _BadAnswer(f"tile {tile} answered shape {counts.shape}, expected {(len(codes), width)}")
             if not np.isfinite(counts).all():
@@ -180,6 +180,13 @@ class HardwareEngine(Engine):
             return counts
 
         return self.patience.insist(once, f"reading tile {tile}")
+
+
+def _as_counts(answer: Any, tile: int) -> np.ndarray:
+    try:
+        return np.array(answer, np.float64)
+    except (TypeError, ValueError) as error:
+        raise _BadAnswer(f"tile {tile} answered no array of numbers ({error})") from error
 
 
 class _BadAnswer(Exception):

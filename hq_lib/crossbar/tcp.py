@@ -14,7 +14,7 @@ import socketserver
 import struct
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,10 @@ class TcpDriver:
         self._number = 0
 
     def limits(self) -> Limits:
-        return Limits(**self._call("limits")[0]["limits"])
+        found = self._call("limits")[0].get("limits")
+        if not isinstance(found, dict) or set(found) != {field.name for field in fields(Limits)}:
+            raise ConnectionError(f"the bench did not answer with its limits but with {found!r:.80}")
+        return Limits(**found)
 
     def write(self, tile: int, levels: np.ndarray) -> None:
         self._call("write", levels, tile=int(tile))
@@ -52,7 +55,10 @@ class TcpDriver:
         return counts
 
     def environment(self) -> dict[str, float]:
-        return {str(key): float(value) for key, value in self._call("environment")[0]["environment"].items()}
+        found = self._call("environment")[0].get("environment")
+        if not isinstance(found, dict) or not all(isinstance(value, int | float) for value in found.values()):
+            raise ConnectionError(f"the bench did not answer with its conditions but with {found!r:.80}")
+        return {str(key): float(value) for key, value in found.items()}
 
     def close(self) -> None:
         if self._socket is not None:
@@ -137,15 +143,22 @@ def _answer(
             case "environment", None:
                 return {"environment": driver.environment()}, None
             case "write", np.ndarray():
-                driver.write(int(request["tile"]), array)
+                driver.write(_tile(request), array)
                 return {}, None
             case "read", np.ndarray():
-                return {}, np.asarray(driver.read(int(request["tile"]), array), np.float64)
-        return {"refused": f"unknown request {request.get('op')!r}"}, None
+                return {}, np.asarray(driver.read(_tile(request), array), np.float64)
+        return {"refused": f"unknown request {request.get('op')!r:.80}"}, None
     except CrossbarError as error:
         return {"refused": str(error)}, None
-    except (TimeoutError, ConnectionError) as error:
-        return {"failed": str(error)}, None
+    except Exception as error:  # whatever a bench's own code raises: the client must hear of it, and the server go on
+        return {"failed": f"{type(error).__name__}: {error}"}, None
+
+
+def _tile(request: dict[str, Any]) -> int:
+    tile = request.get("tile")
+    if type(tile) is not int:
+        raise CrossbarError(f"the request names no tile but {tile!r:.80}")
+    return tile
 
 
 def _send(link: socket.socket, head: dict[str, Any], array: np.ndarray | None, deadline: float) -> None:
@@ -159,12 +172,18 @@ def _send(link: socket.socket, head: dict[str, Any], array: np.ndarray | None, d
 
 
 def _receive(link: socket.socket, deadline: float) -> tuple[dict[str, Any], np.ndarray | None]:
-    head = json.loads(_bytes(link, struct.unpack(">I", _bytes(link, 4, deadline))[0], deadline))
+    try:
+        head = json.loads(_bytes(link, struct.unpack(">I", _bytes(link, 4, deadline))[0], deadline))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    if not isinstance(head, dict):
+        raise ValueError(f"a message begins with a JSON object, not with {head!r:.80}")
     if "shape" not in head:
         return head, None
-    shape = tuple(int(size) for size in head["shape"])
-    if head.get("dtype") not in _DTYPES or len(shape) != 2 or min(shape) < 0:
-        raise ValueError(f"an array of {head.get('dtype')!r} {shape} is not accepted")
+    shape = head["shape"]
+    sized = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n >= 0 for n in shape)
+    if head.get("dtype") not in _DTYPES or not sized:
+        raise ValueError(f"an array of {head.get('dtype')!r:.80} {shape!r:.80} is not accepted")
     data = _bytes(link, 8 * math.prod(shape), deadline)
     return head, np.frombuffer(data, head["dtype"]).reshape(shape)
 

@@ -1,0 +1,28 @@
+"""A small bench in memory and an engine on it, for the tests of drivers."""
+
+import numpy as np
+
+from hq_lib.crossbar import Drive, FakeDriver, HardwareEngine, Limits, Mapping, Patience
+
+RNG = np.random.default_rng(0)
+W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (10, 20))
+LIMITS = {
+    "n_tiles": 64,
+    "rows": 16,
+    "columns": 8,
+    "level_max": 15,
+    "code_max": 3,
+    "count_max": 10**6,
+    "rows_per_read": 4,
+    "counts_per_unit": 2.0,
+}
+SLICED = Mapping(cell_bits=2, subtract="digital", scale="none", tile_rows=16, tile_cols=8)
+QUICK = Patience(3, 0.0)
+
+
+def fake(failures=(), **change) -> FakeDriver:
+    return FakeDriver(Limits(**(LIMITS | change)), failures=failures)
+
+
+def engine_on(driver, **more) -> HardwareEngine:
+    return HardwareEngine(driver, **({"mapping": SLICED, "drive": Drive("serial", 2), "patience": QUICK} | more))
