@@ -123,6 +123,7 @@ def _replace_layers(gm: fx.GraphModule, weights: Mapping[str, Spec]) -> None:
         quantized = layer if isinstance(layer, FoldedNorm) else forms[name].from_float(layer)
         if quantizer is not None:
             _check_fold(quantized, quantizer, key)
+            quantizer.owner = name
             quantizer.to(quantized.weight.device).train(layer.training).init_from(quantized.effective_weight())
         quantized.weight_quantizer = quantizer
         _set_submodule(gm, name, quantized)
@@ -180,6 +181,7 @@ def _insert_quantizers(gm: fx.GraphModule, sites: list[Site], acts: Mapping[str,
         if not hasattr(gm, target):
             quantizer = make_quantizer(spec, "act", f"policy, activation {site.name!r}", signed=site.signed)
             assert quantizer is not None  # 32 bits, which were sorted out above
+            quantizer.owner = site.name
             gm.add_submodule(target, quantizer.to(device).train(gm.training))
         with gm.graph.inserting_after(node):
             inserted = gm.graph.create_node("call_module", target, (node,), name=f"{site.node}{QUANTIZER_SUFFIX}")

@@ -50,6 +50,8 @@ class Quantizer(nn.Module):
         self.bits, self.signed, self.axis, self.role = check_bits(self.method, bits), signed, axis, role
         self.enabled = True
         """False makes forward the identity (for calibration); to_int and grid still answer."""
+        self.owner = ""
+        """The layer or activation it belongs to, for messages; ``graph.quantize`` sets it."""
         self._ready = False
         self.register_buffer("initialised", torch.tensor(False))
         self.register_buffer("spec", torch.tensor([bits, int(signed)]))
@@ -104,8 +106,9 @@ class Quantizer(nn.Module):
             _first_fit(self, x)  # pyright: ignore[reportCallIssue]  # the decorator hides the signature
 
     def extra_repr(self) -> str:
-        """Return bits, sign, axis and role for ``print``."""
-        return f"{self.bits} bit, signed={self.signed}, axis={self.axis}, role={self.role}"
+        """Return bits, sign, axis and role for ``print``, and the owner where it is known."""
+        text = f"{self.bits} bit, signed={self.signed}, axis={self.axis}, role={self.role}"
+        return f"{text}, of {self.owner!r}" if self.owner else text
 
     def _quantize(self, x: Tensor) -> Tensor:
         raise NotImplementedError
