@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from benches import LIMITS, W, X, engine_on, fake
+from benches import LIMITS, RNG, W, X, engine_on, fake
 
 from hq_lib.crossbar import (
     BenchError,
