@@ -226,7 +226,7 @@ def test_an_example_that_does_not_fit_names_the_layer():
 
 
 def test_evaluating_before_calibration_is_refused():
-    with pytest.raises(RuntimeError, match=r"of 'input' was never fitted: call graph\.calibrate"):
+    with pytest.raises(RuntimeError, match=r"of 'input'\) was never fitted: call graph\.calibrate"):
         quantize(Tiny().eval(), BitPolicy(), images())(images())
 
 
@@ -234,7 +234,7 @@ def test_a_broken_weight_names_its_layer():
     net = Tiny()
     with torch.no_grad():
         net.fc.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"of 'fc': 1 of .* NaN or Inf"):
+    with pytest.raises(ValueError, match=r"of 'fc'\): 1 of .* NaN or Inf"):
         quantize(net, BitPolicy(), images())
 
 
