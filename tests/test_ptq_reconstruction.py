@@ -8,7 +8,7 @@ from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
 from hq_lib import integer, ptq
-from hq_lib.graph import BitPolicy, act_quantizers, quantize, weight_layers
+from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, weight_layers
 from hq_lib.ptq.cache import Stream, UnitCache
 from hq_lib.ptq.dropping import drop, dropping, keep_mask
 from hq_lib.ptq.reconstruction import batch_indices
@@ -238,11 +238,33 @@ def test_bad_images_are_refused_in_words():
         ptq.reconstruct(qnet, x, SMALL)
 
 
+def test_weights_of_one_bit_are_refused_by_layer():
+    x = images(N, size=8)
+    qnet = quantize(seeded(), BitPolicy("minmax:1", "lsq_plus:4", first_last_bits=None, bn="fold"), x[:1])
+    ptq.fit_acts(qnet, x)
+    with pytest.raises(QuantizeError, match=r"layer 'stem': minmax:1 has no level at 0.*2 bits"):
+        ptq.reconstruct(qnet, x, SMALL)
+    ptq.reconstruct(qnet, x, dataclasses.replace(SMALL, learn_rounding=False, iterations=2))
+
+
+def test_it_learns_where_the_caller_has_gradients_off():
+    found = []
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        qnet, x = made()
+        with mode:
+            ptq.reconstruct(qnet, x, SMALL)
+        found.append(qnet.get_submodule("stem").weight_quantizer.v.detach().clone())
+    assert torch.equal(*found)
+    with torch.inference_mode(), pytest.raises(ptq.ReconstructionError, match="inference_mode"):
+        ptq.reconstruct(qnet, x, SMALL)
+
+
 def test_missing_grids_and_bad_settings_are_refused_in_words():
     x = images(N, size=8)
     qnet = quantize(trained_like(Plain()), BitPolicy("minmax:4", "lsq_plus:4", bn="fold"), x[:1])
     with pytest.raises(ptq.ReconstructionError, match="has no grid yet"):
         ptq.reconstruct(qnet, x, SMALL)
-    for name, value in (("keep_probability", 1.5), ("batch_size", 0), ("unit", "net"), ("iterations", -1)):
+    wrong = (("keep_probability", 1.5), ("batch_size", 0), ("unit", "net"), ("iterations", -1), ("iterations", 2.5))
+    for name, value in wrong:
         with pytest.raises(ValueError, match=f"reconstruction.{name}"):
             dataclasses.replace(SMALL, **{name: value})

@@ -17,7 +17,7 @@ from hq_lib import aciq
 from hq_lib.graph import FoldedNorm, QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
 from hq_lib.observers.ranges import MIN_SCALE, minmax_range, rows
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
-from hq_lib.ptq.rounding import GridWeight
+from hq_lib.ptq.rounding import GridWeight, take_place
 from hq_lib.quantizers import Grid, Quantizer
 from hq_lib.tracing import eval_mode
 
@@ -55,9 +55,8 @@ def fit_allocated(qnet: fx.GraphModule, *, spread: Literal["sigma", "range"] = "
         values = rows(w, 0)
         bits = aciq.allocate_bits(values.std(1) if spread == "sigma" else values.amax(1) - values.amin(1), old.bits,
                                   quota="mean")  # fmt: skip
-        new = GridWeight(channel_grid(w, bits), bits=old.bits, axis=0)
-        new.enabled = old.enabled
-        layer.weight_quantizer, found[name] = new.train(old.training), bits
+        take_place(layer, GridWeight(channel_grid(w, bits), bits=old.bits, axis=0))
+        found[name] = bits
     return found
 
 
@@ -145,6 +144,6 @@ def _correct(layer: QuantizedWeight, x: Tensor) -> aciq.Correction:
         correction, scale=grid.scale.flatten(), bias=layer.bias, window_sum=aciq.window_sum_mean(x, layer)
     )
     shape = (-1, *[1] * (w.dim() - 1))
-    new = CorrectedWeight(x_int, grid._replace(scale=scale.reshape(shape)), bits=old.bits, axis=0)
-    layer.weight_quantizer, layer.bias = new.train(old.training), nn.Parameter(bias)
+    take_place(layer, CorrectedWeight(x_int, grid._replace(scale=scale.reshape(shape)), bits=old.bits, axis=0))
+    layer.bias = nn.Parameter(bias)
     return correction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal
 
 SAMPLINGS = ("without_replacement", "with_replacement")
@@ -89,6 +90,8 @@ class ReconstructionConfig:
         if self.loss == "fisher" and self.unit != "block":
             raise ValueError("reconstruction.loss 'fisher' needs unit 'block': the output of a layer inside a block "
                              "does not alone decide what follows")  # fmt: skip
+        for name in ("iterations", "batch_size", "seed"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), Integral), "a whole number")
         for name in ("iterations", "budget_MiB"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("batch_size", "rounding_lr", "step_lr", "beta_start", "beta_end", "loss_power"):

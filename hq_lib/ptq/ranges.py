@@ -22,7 +22,7 @@ from hq_lib import aciq
 from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
 from hq_lib.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
 from hq_lib.observers.ranges import QParams, Scheme
-from hq_lib.ptq.rounding import ON_GRID, GridWeight
+from hq_lib.ptq.rounding import ON_GRID, GridWeight, take_place
 from hq_lib.quantizers import LSQ, Grid, LSQPlusAct, MinMaxAct, Quantizer
 
 Method = Literal["minmax", "percentile", "mse", "aciq", "aciq_official"]
@@ -106,9 +106,7 @@ def fit_weights(
         except ValueError as error:
             raise QuantizeError(f"weight of layer {name!r}: {error}") from error
         found = found if old.axis is None else found.broadcast(w.dim(), old.axis)
-        new = GridWeight(Grid(*found), bits=old.bits, axis=old.axis)
-        new.enabled = old.enabled
-        layer.weight_quantizer = new.train(old.training)
+        take_place(layer, GridWeight(Grid(*found), bits=old.bits, axis=old.axis))
 
 
 def fit_acts(

@@ -78,6 +78,9 @@ def reconstruct(
 
 
 def _check(qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig) -> None:
+    if torch.is_inference_mode_enabled() or images.is_inference():
+        raise ReconstructionError("in torch.inference_mode nothing can be learned: call reconstruct outside it, with "
+                                  "images made outside it (images.clone() there)")  # fmt: skip
     image = next(node for node in qnet.graph.nodes if node.op == "placeholder")
     shape = tuple(image.meta["shape"][1:])
     if tuple(images.shape[1:]) != shape or not images.is_floating_point():
@@ -210,6 +213,7 @@ def train_unit(
         return 0
     optimizer = torch.optim.Adam(groups, fused=True)
     with (
+        torch.enable_grad(),
         _only_these_learn(cache.body, [p for group in groups for p in group["params"]]),
         _soft(rounders),
         dropping(cache.body, config.keep_probability, generator),

@@ -131,7 +131,8 @@ def fixed_grid(layer: QuantizedWeight, name: str) -> tuple[Grid, Quantizer]:
     """Return the grid that ``layer``'s weight is on, and its quantizer.
 
     Raises:
-        QuantizeError: names the layer whose method has no grid in the weight's own units (DoReFa's tanh, DSQ's ends).
+        QuantizeError: names the layer whose method has no grid in the weight's own units (DoReFa's tanh, DSQ's ends),
+                       or no level at 0 (1 bit).
     """
     quantizer = layer.weight_quantizer
     assert isinstance(quantizer, Quantizer)
@@ -143,7 +144,21 @@ def fixed_grid(layer: QuantizedWeight, name: str) -> tuple[Grid, Quantizer]:
     quantizer.make_ready(layer.effective_weight())
     if isinstance(quantizer, GridWeight):
         return quantizer.grid(), quantizer
-    return quantizer.integers(layer.effective_weight())[1], quantizer
+    grid = quantizer.integers(layer.effective_weight())[1]
+    if grid.step != 1:
+        raise QuantizeError(
+            f"layer {name!r}: {quantizer.method}:1 has no level at 0, so no floor and ceil to choose from; use 2 bits "
+            f"or more, or leave the rounding alone (learn_rounding=False)"
+        )
+    return grid, quantizer
+
+
+def take_place(layer: QuantizedWeight, new: Quantizer) -> None:
+    """Make ``new`` the weight quantizer of ``layer``, with the switch, mode and owner of the one before."""
+    old = layer.weight_quantizer
+    assert isinstance(old, Quantizer)
+    new.enabled, new.owner = old.enabled, old.owner
+    layer.weight_quantizer = new.train(old.training)
 
 
 def install(layer: QuantizedWeight, name: str) -> AdaRound:
@@ -152,6 +167,5 @@ def install(layer: QuantizedWeight, name: str) -> AdaRound:
     if isinstance(old, AdaRound):
         return old
     new = AdaRound(layer.effective_weight(), grid, bits=old.bits, axis=old.axis)
-    new.enabled = old.enabled
-    layer.weight_quantizer = new.train(old.training)
+    take_place(layer, new)
     return new
