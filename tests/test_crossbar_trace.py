@@ -1,6 +1,7 @@
 """Recording and replay: the same answers without the engine, damage refused, nothing lost when a bench fails."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from hq_lib.crossbar import (
     SimEngine,
     Trace,
     TraceError,
+    device,
 )
+from hq_lib.crossbar.recording import load_parts
 
 RNG = np.random.default_rng(0)
 W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (30, 20))
@@ -105,6 +108,7 @@ def test_any_tampering_is_refused(recorded):
         ('"t_s": 1.0', '"t_s": 2.0', "description was changed"),
         ('"schema": 1', '"schema": 2', "schema 2"),
         ("{", "", "unreadable"),
+        (text, "[1]", "unreadable"),
     ]:
         sidecar.write_text(text.replace(old, new, 1))
         with pytest.raises(TraceError, match=message):
@@ -164,7 +168,7 @@ def test_a_bench_that_fails_in_mid_run_loses_nothing_and_the_run_resumes(tmp_pat
     handle = recorder.load(W, 1.0, "a")
     with pytest.raises(BenchError, match="failed 2 times"):
         recorder.mvm(handle, X)
-    kept = RecordEngine(IdealEngine(), tmp_path).trace()
+    kept = load_parts(tmp_path)
     assert kept.n_rows == 8 * (9 // (2 * len(engine._placed["a"].tiles))) or kept.n_rows % 4 == 0
     assert kept.n_rows > 0
     fresh, driver = bench()
@@ -182,6 +186,51 @@ def test_a_folder_of_other_weights_is_refused(tmp_path):
     first.close()
     with pytest.raises(TraceError, match="use an empty folder"):
         RecordEngine(IdealEngine(), tmp_path).load(-W, 1.0, "a")
+
+
+def test_a_folder_of_another_engine_is_refused_but_not_of_another_time(tmp_path):
+    with RecordEngine(SimEngine(Circuit(device("pcm_drift"))), tmp_path) as first:
+        first.mvm(first.load(W, 1.0, "a"), X)
+    later = SimEngine(Circuit(device("pcm_drift")))
+    later.set_time(86_400.0)
+    RecordEngine(later, tmp_path)
+    for other in (SimEngine(Circuit(device("pcm_drift"), seed=1)), SimEngine(), IdealEngine()):
+        with pytest.raises(TraceError, match=r"here it is .* use an empty folder"):
+            RecordEngine(other, tmp_path)
+
+
+def test_killed_between_the_two_files_of_a_part_the_folder_still_opens(tmp_path, monkeypatch):
+    """Whichever file is written first, no archive may stand there without its description."""
+
+    class Killed(BaseException):
+        pass
+
+    with RecordEngine(IdealEngine(), tmp_path) as first:
+        first.mvm(first.load(W, 1.0, "a"), X)
+    monkeypatch.setattr("hq_lib.atomic.os.replace", replace_once := Once(Killed))
+    second = RecordEngine(IdealEngine(), tmp_path)
+    second.mvm(second.load(W, 1.0, "a"), X + (X < 255))
+    with pytest.raises(Killed):
+        second.flush()
+    monkeypatch.undo()
+    assert replace_once.n == 1
+    assert load_parts(tmp_path).n_rows == len(X)
+    with RecordEngine(IdealEngine(), tmp_path) as third:
+        third.mvm(third.load(W, 1.0, "a"), X + (X < 255))
+    assert load_parts(tmp_path).n_rows == 2 * len(X)
+
+
+class Once:
+    """``os.replace`` that works once and then is ``killed``."""
+
+    def __init__(self, killed):
+        self.n, self._killed, self._replace = 0, killed, os.replace
+
+    def __call__(self, source, target):
+        if self.n:
+            raise self._killed
+        self.n += 1
+        self._replace(source, target)
 
 
 def test_sampling_keeps_a_few_rows_of_each_call(tmp_path):

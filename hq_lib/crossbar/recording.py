@@ -7,6 +7,7 @@ measured several times gives its measurements in the order in which they were ma
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class RecordEngine(Engine):
 
     Args:
         inner: does the work; its own corrections are part of what is recorded.
-        folder: where the parts go. Parts already there are used first: that resumes an interrupted run.
+        folder: where the parts go. Parts already there are used first: that resumes an interrupted run. They must be
+            of an engine with this description, its time and its bench's conditions apart.
         rows_per_part: rows of one layer that are recorded of each call, drawn at random; None: all. A sample is enough
             for figures and calibration, not for replay or resuming.
         flush_bytes: how much may wait in memory before it is written.
@@ -85,6 +87,7 @@ class RecordEngine(Engine):
         self._description = inner.describe()  # now, because a bench that has failed cannot be asked
         self.folder.mkdir(parents=True, exist_ok=True)
         self._past = load_parts(self.folder)
+        _same_engine(self.folder, self._past.engine, self._description)
         self._answers = Answers(self._past)
         self._inner_handles: dict[str, Handle] = {}
         self._waiting: list[Call] = []
@@ -204,6 +207,18 @@ class ReplayEngine(Engine):
 def load_parts(folder: str | Path) -> Trace:
     """All parts of a recorder's folder as one trace; empty if there are none."""
     return Trace.join(Trace.load(part) for part in sorted(Path(folder).glob("part_*.npz")))
+
+
+def _same_engine(folder: Path, recorded: dict[str, Any], present: dict[str, Any]) -> None:
+    """Nothing, or an error that names the first setting in which the ``recorded`` engine, if any, was another."""
+    now = json.loads(json.dumps(present))
+    for key in sorted(recorded.keys() | now.keys()) if recorded else ():
+        passing = key == "t_s" or key.startswith("env.")
+        if not passing and (key not in recorded or key not in now or recorded[key] != now[key]):
+            raise TraceError(
+                f"{folder} records an engine with {key} = {recorded.get(key)!r:.80}, here it is {now.get(key)!r:.80}: "
+                "its answers would be taken for this one's; use an empty folder"
+            )
 
 
 def _next_part(folder: Path) -> Path:

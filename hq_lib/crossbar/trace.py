@@ -69,8 +69,8 @@ class Trace:
         if _format(path) == "npz":
             buffer = BytesIO()
             np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+            atomic.write_text(Path(path).with_suffix(".json"), text)  # first: an archive without it would be damaged
             atomic.write_bytes(Path(path), buffer.getvalue())
-            atomic.write_text(Path(path).with_suffix(".json"), text)
         else:
             atomic.write_bytes(Path(path), _hdf5_bytes(arrays, text))
 
@@ -140,8 +140,10 @@ class Trace:
         return cls(record["engine"], layers, calls)
 
 
-def _verify(path: str | Path, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def _verify(path: str | Path, record: Any, arrays: dict[str, np.ndarray]) -> None:
     """Nothing, or an error that names what is wrong with a stored trace."""
+    if not isinstance(record, dict):
+        raise TraceError(f"{path}: unreadable trace (its description is {record!r:.40})")
     if record.get("schema") != SCHEMA:
         raise TraceError(f"{path}: trace schema {record.get('schema')!r}, this version reads {SCHEMA}")
     if record.get("record_sha256") != _record_digest(record):
