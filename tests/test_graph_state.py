@@ -57,6 +57,31 @@ def test_calibration_sees_float_activations_and_leaves_modes_switches_and_statis
     assert qnet.relu_act_quantizer.grid().scale.item() == pytest.approx(stem.max().item() / 3, rel=1e-6)
 
 
+def test_sequential_calibration_fits_each_grid_behind_those_before_it(net):
+    """Against the literal loop: in execution order, the input of each quantizer with only its predecessors at work."""
+    x = images(8)
+    policy = BitPolicy("minmax:4", "minmax:2", input_bits=2)
+    qnet, by_hand = quantize(net, policy, x), quantize(net, policy, x)
+    calibrate(qnet, x, sequential=True)
+    quantizers = act_quantizers(by_hand)
+    set_quantization(by_hand, weights=True, acts=False)
+    order = [str(node.target) for node in by_hand.graph.nodes if str(node.target) in quantizers]
+    for name in order:
+        seen = []
+        hook = quantizers[name].register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            by_hand.eval()(x)
+        hook.remove()
+        quantizers[name].init_from(seen[0])
+        quantizers[name].enabled = True
+    assert grids(qnet) == pytest.approx(grids(by_hand), rel=1e-5)
+    assert all(quantizer.enabled for quantizer in act_quantizers(qnet).values())
+    calibrate(by_hand, x)
+    first, last = order[0], order[-1]
+    assert grids(qnet)[first] == grids(by_hand)[first]
+    assert grids(qnet)[last] != grids(by_hand)[last]
+
+
 def test_quantized_weights_make_other_activations(net):
     x, scales = images(8), []
     for quantized_weights in (True, False):

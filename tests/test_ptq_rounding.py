@@ -127,6 +127,16 @@ def test_minmax_of_a_relu_output_is_its_maximum():
     assert float(grid.scale * grid.qmax) == pytest.approx(highest, rel=1e-5)
 
 
+def test_ranges_can_be_fitted_one_behind_the_other():
+    x, found = images(6), []
+    for sequential in (False, True):
+        qnet = quantize(trained_like(Tiny()), BitPolicy("float", "lsq_plus:2", bn="fold"), x[:1])
+        ptq.fit_acts(qnet, x, "minmax", sequential=sequential)
+        found.append([float(q.grid().scale) for q in act_quantizers(qnet).values()])
+    assert found[0][0] == found[1][0]
+    assert found[0][-1] != found[1][-1]
+
+
 def test_unsuitable_methods_are_named():
     net, x = trained_like(Tiny()), images(2)
     qnet = quantize(net, BitPolicy("dorefa:4", "pact:4", bn="fold"), x[:1])

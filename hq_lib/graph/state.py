@@ -49,12 +49,13 @@ def calibrate(
     *,
     only: Choice | None = None,
     quantized_weights: bool = True,
+    sequential: bool = False,
     budget_MiB: int = BUDGET_MIB,
     fit: Fit | None = None,
 ) -> None:
-    """Fit each activation quantizer of ``qnet`` to the float activations of ``batches``.
+    """Fit each activation quantizer of ``qnet`` to its input on ``batches``.
 
-    One-shot calibration: the activation quantizers are bypassed while their inputs are collected (QDrop's way), so no
+    One-shot by default: the activation quantizers are bypassed while their inputs are collected (QDrop's way), so no
     grid depends on another's. A quantizer sees its input over all batches, and over all its places in the graph, at
     once. Eval mode and no gradients throughout; no random numbers; modes and switches are restored. Weight quantizers
     were fitted by ``quantize`` and are not touched.
@@ -65,6 +66,8 @@ def calibrate(
         only:              which activation quantizers to fit (given the module); the others keep their grid and work as
                            they are switched. ``only=lambda quantizer: not quantizer.initialised`` spares trained ones.
         quantized_weights: True: activations as the quantized weights make them; False: as the float weights do.
+        sequential:        True: one quantizer after another in execution order, each fitted to its input behind those
+                           already fitted, at the price of a pass over the images for each.
         budget_MiB:        memory for collected activations; beyond it the batches are run again for the next tensors.
         fit:               how a quantizer (given first) takes the values it has seen, flattened where its grid is per
                            tensor; None: its own ``init_from``. ``ptq.fit_acts`` gives range methods here.
@@ -76,13 +79,17 @@ def calibrate(
     if not images or not all(len(batch) for batch in images):
         raise QuantizeError("calibrate needs at least one image")
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
+    budget = 0 if sequential else budget_MiB * 2**20
     with eval_mode(qnet), torch.no_grad(), _bypassed(qnet, wanted, weights=not quantized_weights):
-        for targets in _portions(qnet, wanted, n_images=sum(map(len, images)), budget=budget_MiB * 2**20):
+        for targets in _portions(qnet, wanted, n_images=sum(map(len, images)), budget=budget):
             for target, seen in _collect(qnet, images, targets).items():
+                quantizer = qnet.get_submodule(target)
                 try:
-                    (fit or _init_from)(qnet.get_submodule(target), torch.cat(seen))
+                    (fit or _init_from)(quantizer, torch.cat(seen))
                 except ValueError as error:
                     raise ValueError(f"activation quantizer {target!r}: {error}") from error
+                if sequential:
+                    quantizer.enabled = True  # type: ignore[assignment]
 
 
 def _init_from(quantizer: nn.Module, values: Tensor) -> None:

@@ -115,17 +115,20 @@ def fit_acts(
     method: Method = "mse",
     *,
     quantized_weights: bool = False,
+    sequential: bool = False,
     percent: float = 99.99,
     only: Callable[[torch.nn.Module], bool] | None = None,
 ) -> None:
     """Fit each activation quantizer of ``qnet`` to its input on ``batches`` by ``method``, in place.
 
-    One-shot, as ``graph.calibrate`` collects (activation quantizers bypassed, eval mode, no gradients, no randomness).
+    As ``graph.calibrate`` collects: one-shot, activation quantizers bypassed, or ``sequential``; eval mode, no
+    gradients, no randomness.
 
     Args:
         qnet:              its policy's activations are "lsq_plus" (advised), "lsq" or "minmax".
         batches:           (B, C, H, W) or several, normalised; QDrop takes one batch of 256 images.
         quantized_weights: False: activations of the float net (QDrop); True: as the quantized weights make them.
+        sequential:        True: each quantizer is fitted behind those before it, a pass over the images for each.
         percent:           of "percentile".
         only:              which quantizers; the others keep their grid.
 
@@ -148,7 +151,7 @@ def fit_acts(
         found = find_grid(x, bits=quantizer.bits, method=method, scheme=scheme, signed=signed, percent=percent)
         set_grid(quantizer, found)
 
-    calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, fit=fit)
+    calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, sequential=sequential, fit=fit)
 
 
 @torch.no_grad()
