@@ -127,6 +127,20 @@ def test_minmax_of_a_relu_output_is_its_maximum():
     assert float(grid.scale * grid.qmax) == pytest.approx(highest, rel=1e-5)
 
 
+@pytest.mark.parametrize("prior", ["Laplace", "Normal"])
+def test_at_two_bits_the_clip_of_three_levels_is_the_best_one(prior):
+    torch.manual_seed(0)
+    x = getattr(torch.distributions, prior)(0.0, 1.0).sample((20_000,))
+
+    def error(scale):
+        return (scale * torch.clamp(torch.round(x / scale), -1, 1) - x).square().mean().item()
+
+    found = {m: ptq.find_grid(x, bits=2, method=m, scheme="symmetric_restricted") for m in ("aciq", "aciq_official")}
+    best = min(error(scale) for scale in torch.linspace(0.5, 4, 200))
+    assert error(found["aciq"].scale) < 1.01 * best
+    assert error(found["aciq_official"].scale) > 1.15 * best
+
+
 def test_ranges_can_be_fitted_one_behind_the_other():
     x, found = images(6), []
     for sequential in (False, True):
