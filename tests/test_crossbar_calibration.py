@@ -180,13 +180,33 @@ def test_foreign_or_damaged_calibration_is_refused(tmp_path):
         with pytest.raises(CrossbarError, match=message):
             load_calibration(path, wrong)
     record = json.loads(path.with_suffix(".json").read_text())
-    path.with_suffix(".json").write_text(json.dumps(record | {"schema": 99}))
-    with pytest.raises(CrossbarError, match="schema 99"):
-        load_calibration(path, engine)
+    bare = {"schema": record["schema"]}
+    for text, message in (
+        (json.dumps(record | {"schema": 99}), "schema 99"),
+        ("[1]", "schema"),
+        ("{", "unreadable"),
+        (json.dumps(bare), "lacks one of"),
+        (json.dumps(record | {"layers": 5}), "lacks one of"),
+    ):
+        path.with_suffix(".json").write_text(text)
+        with pytest.raises(CrossbarError, match=message):
+            load_calibration(path, engine)
     path.with_suffix(".json").write_text(json.dumps(record))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CrossbarError, match="calibrate again"):
         load_calibration(path, engine)
+
+
+def test_a_calibration_of_other_cells_is_refused_and_of_another_time_is_not(tmp_path):
+    engine, handle = loaded(SimEngine(Circuit(PCM_NANDAKUMAR, seed=3)))
+    engine.calibrate(handle, FIT)
+    save_calibration(tmp_path / "cal.npz", engine)
+    other, _ = loaded(SimEngine(Circuit(PCM_NANDAKUMAR, seed=4)))
+    with pytest.raises(CrossbarError, match="seed was 3, here it is 4; calibrate this one"):
+        load_calibration(tmp_path / "cal.npz", other)
+    later, _ = loaded(SimEngine(Circuit(PCM_NANDAKUMAR, seed=3)))
+    later.set_time(86_400.0)
+    assert load_calibration(tmp_path / "cal.npz", later) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch import Tensor
 from hq_lib import atomic
 from hq_lib.crossbar.checks import CrossbarError, as_tensor
 from hq_lib.crossbar.correction import Correction
+from hq_lib.crossbar.description import difference
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
 from hq_lib.crossbar.simulator import SimEngine
 
@@ -114,12 +115,10 @@ def save_calibration(path: str | Path, engine: Engine) -> None:
 def load_calibration(path: str | Path, engine: Engine) -> list[str]:
     """Names of the layers that are calibrated now, as saved by `save_calibration`.
 
-    Errors: another schema, damaged arrays, a layer that is not loaded or whose weights differ.
+    Errors: another schema, damaged arrays, a layer that is not loaded or whose weights differ, an engine with other
+    settings (its cells have other errors); its time may differ.
     """
-    content = Path(path).read_bytes()
-    record = json.loads(Path(path).with_suffix(".json").read_text())
-    if record.get("schema") != SCHEMA:
-        raise CrossbarError(f"{path}: calibration schema {record.get('schema')!r}, this version reads {SCHEMA}")
+    content, record = Path(path).read_bytes(), _read_record(Path(path))
     if hashlib.sha256(content).hexdigest() != record["sha256"]:
         raise CrossbarError(f"{path}: the arrays are not those the .json describes; calibrate again")
     handles = engine.handles
@@ -127,10 +126,27 @@ def load_calibration(path: str | Path, engine: Engine) -> list[str]:
         if name not in handles or handles[name].digest != layer["weights"]:
             state = "has other weights" if name in handles else "is not loaded"
             raise CrossbarError(f"{path}: layer {name!r} {state}; this calibration belongs to another network")
+    if other := difference(record["engine"], engine.describe()):
+        raise CrossbarError(f"{path}: it was fitted on another engine: {other}; calibrate this one")
     with np.load(BytesIO(content), allow_pickle=False) as arrays:
         for name, layer in record["layers"].items():
             _restore(engine, handles[name], layer, {key: torch.from_numpy(arrays[key]) for key in arrays.files})
     return list(record["layers"])
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The description beside the arrays at ``path``."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text())
+    except ValueError as error:
+        raise CrossbarError(f"{path}: its .json is unreadable ({error}); calibrate again") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else record
+        raise CrossbarError(f"{path}: calibration schema {found!r:.40}, this version reads {SCHEMA}")
+    kinds = {"sha256": str, "engine": dict, "layers": dict}
+    if any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise CrossbarError(f"{path}: its .json lacks one of {', '.join(kinds)}; calibrate again")
+    return record
 
 
 def _restore(engine: Engine, handle: Handle, layer: dict[str, Any], arrays: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,22 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {f"{prefix}.{key}": _plain(item) for key, item in value.items()}
     return {prefix: _plain(value)}
+
+
+def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """In words the first setting in which two engines' descriptions differ, or "" where they do not.
+
+    Time ("t_s") and the conditions of a bench ("env.*") may pass.
+
+    Args:
+        stored: from JSON. ``present``: from ``describe()``.
+    """
+    now = json.loads(json.dumps(present))
+    for key in sorted(stored.keys() | now.keys()):
+        passing = key == "t_s" or key.startswith("env.")
+        if not passing and (key not in stored or key not in now or stored[key] != now[key]):
+            return f"{key} was {stored.get(key)!r:.80}, here it is {now.get(key)!r:.80}"
+    return ""
 
 
 def _plain(value: Any) -> Any:

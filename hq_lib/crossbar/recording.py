@@ -7,7 +7,6 @@ measured several times gives its measurements in the order in which they were ma
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hq_lib.crossbar.checks import CrossbarError, TraceError, check_choice
+from hq_lib.crossbar.description import difference
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
 from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.streams import stream
@@ -87,7 +87,9 @@ class RecordEngine(Engine):
         self._description = inner.describe()  # now, because a bench that has failed cannot be asked
         self.folder.mkdir(parents=True, exist_ok=True)
         self._past = load_parts(self.folder)
-        _same_engine(self.folder, self._past.engine, self._description)
+        other = difference(self._past.engine, self._description) if self._past.engine else ""
+        if other:
+            raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
         self._answers = Answers(self._past)
         self._inner_handles: dict[str, Handle] = {}
         self._waiting: list[Call] = []
@@ -207,18 +209,6 @@ class ReplayEngine(Engine):
 def load_parts(folder: str | Path) -> Trace:
     """All parts of a recorder's folder as one trace; empty if there are none."""
     return Trace.join(Trace.load(part) for part in sorted(Path(folder).glob("part_*.npz")))
-
-
-def _same_engine(folder: Path, recorded: dict[str, Any], present: dict[str, Any]) -> None:
-    """Nothing, or an error that names the first setting in which the ``recorded`` engine, if any, was another."""
-    now = json.loads(json.dumps(present))
-    for key in sorted(recorded.keys() | now.keys()) if recorded else ():
-        passing = key == "t_s" or key.startswith("env.")
-        if not passing and (key not in recorded or key not in now or recorded[key] != now[key]):
-            raise TraceError(
-                f"{folder} records an engine with {key} = {recorded.get(key)!r:.80}, here it is {now.get(key)!r:.80}: "
-                "its answers would be taken for this one's; use an empty folder"
-            )
 
 
 def _next_part(folder: Path) -> Path:
