@@ -173,6 +173,21 @@ def test_all_zero_and_constant_channels(method, bits):
         torch.testing.assert_close(y[2], w[2])
 
 
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("bits", BITS)
+def test_an_all_zero_channel_of_weights_stays_as_near_zero_as_its_grid_allows(method, bits):
+    """Also where no level is 0: a dead channel must not come to life as +-1."""
+    w = weights()
+    w[1] = 0.0
+    quantizer = build("weight", method, bits, axis=0)
+    leaf = w.clone().requires_grad_()
+    y = quantizer(leaf)
+    y.sum().backward()
+    assert y[1].abs().max().item() < 3e-8
+    assert torch.isfinite(leaf.grad).all()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in quantizer.parameters())
+
+
 def test_nan_and_inf_are_refused_by_every_fit():
     for bad in (float("nan"), float("inf")):
         for kind, methods in (("weight", WEIGHT_METHODS), ("act", ACT_METHODS)):

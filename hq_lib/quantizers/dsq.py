@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.affine import Grid, levels_from_range, snap_to_levels
+from hq_lib.quantizers.affine import MIN_SCALE, Grid, levels_from_range, max_abs, snap_to_levels
 from hq_lib.quantizers.base import Quantizer, Role, Tag, scale_gradient
 from hq_lib.quantizers.fusion import Fused
 from hq_lib.quantizers.ranges import best_shrink, widest_range
@@ -113,7 +113,8 @@ class DSQ(Quantizer):
     a step (quarter with half steps) so that real 0 is a level: zero padding stays exact and the grid runs on integers.
     Weights up to HALF_STEP_BITS bits may instead have 0 half-way between levels, as the paper's symmetric grids do
     (then Grid.step = 2). (2) unsigned data have low = 0, fixed. (3) the bounds start where the squared error is least.
-    (4) dsq_alpha = 0.001 + 0.499 sigmoid(raw), from 0.2. 1 bit has two levels, N = 1.
+    (4) dsq_alpha = 0.001 + 0.499 sigmoid(raw), from 0.2. 1 bit has two levels, N = 1. All-zero weights stay 0, or
+    where 0 is half-way between levels within 2 MIN_SCALE of it.
     """
 
     method = "dsq"
@@ -179,7 +180,11 @@ class DSQ(Quantizer):
         low, high = widest_range(x, signed=self.signed, axis=self.axis)
         if self.bits == 1 and self.signed:
             low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-        self.low.data, self.high.data = best_shrink(x, low, high, self._on_range, axis=self.axis)
+        low, high = best_shrink(x, low, high, self._on_range, axis=self.axis)
+        if self.half_steps and self.role == "weight":  # no level at 0: a channel of zeros stays as small as can be
+            idle = max_abs(x, axis=self.axis) == 0
+            low, high = low.masked_fill(idle, -MIN_SCALE), high.masked_fill(idle, MIN_SCALE)
+        self.low.data, self.high.data = low, high
 
     def _on_range(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         delta, zero = self._delta_and_zero(low, high)

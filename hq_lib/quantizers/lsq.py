@@ -27,7 +27,8 @@ class LSQ(Quantizer):
     (eq. 3), times g = 1 / sqrt(n qmax), n the weights per step or the features of one sample (section 2.2).
 
     s starts at 2 E|x| / sqrt(qmax) (section 2.1), from the weight or the first training batch; 1 signed bit at E|x|.
-    All zero: s as for |x| = IDLE_CLIP, the outputs stay 0. A step that crosses 0 counts as |s|.
+    All zero: s as for |x| = IDLE_CLIP, the outputs stay 0; 1-bit weights, which have no 0, get +-2 MIN_SCALE. A step
+    that crosses 0 counts as |s|.
     Departures: per-channel steps (``axis=0``), the paper has one per layer; with ``init="least_error"`` s starts where
     the squared error is least: after a ReLU the published start clips too much at 2 bits, and what follows explodes.
     """
@@ -74,7 +75,8 @@ class LSQ(Quantizer):
 
     def _fit(self, x: Tensor) -> None:
         size = mean_abs(x if self.signed else x.clamp(min=0.0), axis=self.axis)
-        size = torch.where(size > 0, size, torch.full_like(size, IDLE_CLIP))
+        idle = 2.0 * MIN_SCALE if self.step == 2 and self.role == "weight" else IDLE_CLIP
+        size = torch.where(size > 0, size, torch.full_like(size, idle))
         factor = 1.0 if self.step == 2 else 2.0 / math.sqrt(self.qmax)
         start = size * factor
         if self.init == "least_error" and self.step == 1:
