@@ -23,14 +23,12 @@ from hq_lib.crossbar import (
     SimEngine,
     Table,
     device,
-    load_maps,
     measured_device,
     proportional,
     read_table,
-    save_maps,
     state_independent,
 )
-from hq_lib.crossbar.faults import OK, STUCK_HIGH, STUCK_LOW
+from hq_lib.crossbar.faults import OK
 from hq_lib.crossbar.profiles import (
     IDEAL,
     PCM_JOSHI,
@@ -235,27 +233,6 @@ def test_points_of_the_fast_normals_are_standard_and_uncorrelated():
     moments = [z.mean(0).abs().max(), (z.square().mean(0) - 1).abs().max(), z.prod(1).mean().abs()]
     assert max(float(moment) for moment in moments) < 1e-6
     assert float((z.square().prod(1).mean() - 1).abs()) < 0.01
-
-
-def test_stuck_cells_are_drawn_at_their_rate_and_stay(tmp_path):
-    faults = Faults(0.02, 0.05)
-    codes = faults.codes("a", (400, 50, 2), stream(0, "faults"))
-    n = codes.numel()
-    for code, rate in ((STUCK_LOW, 0.02), (STUCK_HIGH, 0.05)):
-        assert abs(float((codes == code).double().mean()) - rate) < SIGMAS * math.sqrt(rate / n)
-    engine = SimEngine(Circuit(PCM_NANDAKUMAR, faults=Faults(0.1, 0.1)))
-    handle = engine.load(np.random.default_rng(0).integers(-127, 128, (60, 8)), 1.0, "a")
-    cells = engine.layer(handle).cells
-    late = cells.conductance(1e7)
-    assert bool((late[cells.codes == STUCK_HIGH] == 25.0).all())
-    assert bool((late[cells.codes == STUCK_LOW] == 0.0).all())
-    save_maps(tmp_path / "maps.npz", {"a": cells.codes.numpy()})
-    again = SimEngine(Circuit(PCM_NANDAKUMAR, faults=load_maps(tmp_path / "maps.npz"), seed=9))
-    other = again.load(handle.w_int, 1.0, "a")
-    assert torch.equal(again.layer(other).cells.codes, cells.codes)
-    again = SimEngine(Circuit(faults=load_maps(tmp_path / "maps.npz")))
-    with pytest.raises(CrossbarError, match="cells are"):
-        again.load(np.ones((3, 2), int), 1.0, "a")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ def test_integers_of_either_library_give_the_same_and_return_the_same_kind():
         ({"w_int": np.full((4, 2), 2), "w_bits": 2}, "outside the declared -2..1"),
         ({"w_int": np.ones((4, 2))}, "must hold integers"),
         ({"w_int": np.ones(4, int)}, "two axes"),
+        ({"w_int": [[1, 2], [3, 4]]}, "NumPy array or a torch tensor is needed, not list"),
         ({"w_int": np.ones((0, 2), int)}, "empty"),
         ({"w_bits": 0}, "does not mean 'ideal'"),
         ({"x_bits": 0}, "does not mean 'ideal'"),
@@ -235,6 +236,7 @@ def test_bad_weights_are_refused(change, message):
         (np.ones((2, 4)), "must hold integers"),
         (np.ones((2, 5), int), "5 columns, weights 4 rows"),
         (np.ones(4, int), "rows"),
+        ([[1, 1, 1, 1]], "NumPy array or a torch tensor is needed, not list"),
     ],
 )
 def test_bad_inputs_are_refused(x, message):
@@ -270,6 +272,12 @@ def test_description_is_flat_and_names_the_source():
         (lambda: Mapping("pairs"), "nearest: pair"),
         (lambda: Mapping(cell_bits=0), "does not mean 'ideal'"),
         (lambda: Mapping(tile_rows=0), "not possible"),
+        (lambda: Mapping(tile_rows=64.0), "not possible"),
+        (lambda: Circuit("rram"), r"device = 'rram' must be of type Device: device\('rram'\)"),
+        (lambda: Circuit(mapping="pair"), "Circuit.mapping = 'pair' must be of type Mapping"),
+        (lambda: Circuit(adc=8), "Circuit.adc = 8 must be of type Adc"),
+        (lambda: Circuit(faults=0.01), "type Faults"),
+        (lambda: Circuit(seed=None), "whole number"),
         (lambda: Drive("bits"), "Drive.mode"),
         (lambda: Drive("serial", 0), "ideal"),
     ],

@@ -50,6 +50,14 @@ def check_positive(value: float, what: str, *, zero: bool = False) -> float:
     return float(value)
 
 
+def check_kind(value: object, kind: type, what: str) -> None:
+    """Nothing, or an error if ``value`` is no ``kind``, with how one is made."""
+    if not isinstance(value, kind):
+        name = kind.__name__
+        how = "device('rram') gives a published one" if name == "Device" else f"{name}(...) makes one"
+        raise CrossbarError(f"{what} = {value!r:.60} must be of type {name}: {how}")
+
+
 def check_choice(value: str, choices: Iterable[str], what: str) -> str:
     """``value`` itself if it is one of ``choices``; otherwise an error with the nearest valid names."""
     names = list(choices)
@@ -61,6 +69,8 @@ def check_choice(value: str, choices: Iterable[str], what: str) -> str:
 
 def as_tensor(values: np.ndarray | Tensor) -> Tensor:
     """A tensor of the same numbers, sharing memory where that is allowed; uint16 becomes int32, for lack of support."""
+    if not isinstance(values, np.ndarray | Tensor):
+        raise CrossbarError(f"a NumPy array or a torch tensor is needed, not {type(values).__name__}")
     if isinstance(values, np.ndarray):
         usable = values.flags.writeable and min(values.strides, default=1) >= 0
         values = torch.from_numpy(values if usable else values.copy())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from hq_lib.crossbar.adc import Adc
-from hq_lib.crossbar.checks import check_choice
+from hq_lib.crossbar.checks import CrossbarError, check_choice, check_kind
 from hq_lib.crossbar.devices import Device
 from hq_lib.crossbar.drive import Drive
 from hq_lib.crossbar.faults import Faults
@@ -46,6 +47,13 @@ class Circuit:
     rarely moves a rounding."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("device", Device), ("mapping", Mapping), ("drive", Drive), ("faults", Faults)):
+            check_kind(getattr(self, name), kind, f"Circuit.{name}")
+        for name, kind in (("adc", Adc), ("wires", Wires)):
+            if getattr(self, name) is not None:
+                check_kind(getattr(self, name), kind, f"Circuit.{name}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
+            raise CrossbarError(f"Circuit.seed = {self.seed!r} must be a whole number")
         check_choice(self.remap, REMAPS, "remap")
         check_choice(self.path, PATHS, "path")
         check_choice(self.precision, PRECISIONS, "precision")

@@ -208,7 +208,7 @@ class Engine(ABC):
         if self._handles.get(handle.name) is not handle:
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._handles)}")
         what = f"inputs of {handle.name}"
-        operand = as_operand(as_tensor(x) if isinstance(x, np.ndarray) else x, what)
+        operand = as_operand(x if isinstance(x, Operand) else as_tensor(x), what)
         if operand.n_columns != handle.w_int.shape[0]:
             raise CrossbarError(f"{what} have {operand.n_columns} columns, weights {handle.w_int.shape[0]} rows")
         check_range(operand.values, *handle.x_range, what)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping as Maps
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from hq_lib import atomic
 from hq_lib.crossbar.checks import CrossbarError, check_fraction
 
 OK, STUCK_LOW, STUCK_HIGH = 0, 1, 2
@@ -50,11 +52,17 @@ class Faults:
 
 def save_maps(path: str | Path, maps: Maps[str, np.ndarray]) -> None:
     """Nothing; writes the fault maps of named layers to one ``.npz`` file."""
-    with Path(path).open("wb") as handle:
-        np.savez_compressed(handle, **{name: np.asarray(m, np.uint8) for name, m in maps.items()})  # type: ignore[arg-type]
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **{name: np.asarray(m, np.uint8) for name, m in maps.items()})  # type: ignore[arg-type]
+    atomic.write_bytes(Path(path), buffer.getvalue())
 
 
 def load_maps(path: str | Path) -> Faults:
-    """The faults of a file written by `save_maps`."""
-    with np.load(path, allow_pickle=False) as stored:
-        return Faults(maps={name: stored[name] for name in stored.files})
+    """The faults of a file written by `save_maps`. Errors (`CrossbarError`): a damaged file, or none of these."""
+    content = Path(path).read_bytes()
+    try:
+        with np.load(BytesIO(content), allow_pickle=False) as stored:
+            maps = {name: stored[name] for name in stored.files}
+    except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy, each in its own way
+        raise CrossbarError(f"{path}: no fault maps as save_maps writes them ({type(error).__name__})") from error
+    return Faults(maps=maps)

@@ -10,6 +10,7 @@ G_max ("span"), c cell bits, s slice, O offset. Conductance of a cell: G = G_min
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Mapping:
         check_choice(self.subtract, ("analog", "digital"), "subtract")
         if self.cell_bits is not None:
             check_bit_width(self.cell_bits, "cell_bits", high=8)
-        if not (1 <= self.tile_rows <= 4096 and self.tile_cols >= 2):
+        whole = all(isinstance(size, Integral) for size in (self.tile_rows, self.tile_cols))
+        if not (whole and 1 <= self.tile_rows <= 4096 and self.tile_cols >= 2):
             raise CrossbarError(f"a tile of {self.tile_rows} x {self.tile_cols} is not possible; use 64..512 rows")
 
     def encode(self, w_int: Tensor, w_bits: int) -> Plan:
