@@ -221,6 +221,9 @@ def test_pact_first_clip():
     fitted.init_from(x)
     errors = [(PACT(2, signed=False, init=a / 50)(x) - x).square().mean().item() for a in range(10, 250)]
     assert (fitted(x) - x).square().mean().item() < 1.02 * min(errors)
+    for init in (0.0, float("nan"), float("inf")):  # at 0 the clip has no gradient either and would stay there
+        with pytest.raises(ValueError, match="pact: init is"):
+            PACT(4, signed=False, init=init)
     with pytest.raises(ValueError, match="percent"):
         PACT(4, signed=False, percent=0.0)
 

@@ -47,6 +47,10 @@ class PACT(ClipQuantizer):
         super().__init__(bits, signed=signed, axis=axis)
         if percent is not None and not 0.0 < percent <= 100.0:
             raise ValueError(f"{self.method}: percent is {percent}; it lies in (0, 100]")
+        if init is not None and not 0.0 < abs(init) < float("inf"):
+            raise ValueError(
+                f"{self.method}: init is {init}; the first clip is a finite size in activation units, not 0"
+            )
         self.percent, self.init = percent, init
         self.alpha = nn.Parameter(torch.tensor(1.0 if init is None else float(init)))
         if init is not None:
