@@ -82,6 +82,13 @@ def test_a_budget_that_nothing_meets_is_refused():
             search(table(0), ALONE, 29.0)
 
 
+def test_a_tensor_that_costs_and_has_no_losses_is_named():
+    losses = {tensor: row for tensor, row in table(0).items() if tensor != next(iter(ALONE.per_bit))}
+    for search in (optimal, greedy):
+        with pytest.raises(ValueError, match=r"no losses for '.*' \(and 0 more\), which costs KiB"):
+            search(losses, ALONE, 100.0)
+
+
 def test_costs_of_resnet20_by_hand():
     net = models.build("resnet20").eval()
     policy = BitPolicy("minmax:4", "lsq_plus:4", first_last_bits=None, placement="academic", bn="fold")

@@ -54,7 +54,8 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
         budget: in ``cost.unit``.
 
     Raises:
-        ValueError: no assignment is that cheap; the message states the least cost.
+        ValueError: no assignment is that cheap (the message states the least cost), or a tensor that costs something
+                    has no losses.
     """
     _check(losses, cost, budget)
     choices = [(tensor, bits) for tensor, row in losses.items() for bits in row]
@@ -80,6 +81,12 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
 
 
 def _check(losses: Losses, cost: Cost, budget: float) -> None:
+    priced = [*cost.per_bit, *(tensor for pair in cost.per_bit_pair for tensor in pair)]
+    if unknown := [tensor for tensor in dict.fromkeys(priced) if not losses.get(tensor)]:
+        raise ValueError(
+            f"no losses for {unknown[0]!r} (and {len(unknown) - 1} more), which costs {cost.unit}: measure it, or give "
+            f"a float tensor its one choice, {{32: 0.0}}"
+        )
     least = cost.of({tensor: min(row) for tensor, row in losses.items()})
     if least > budget * (1 + 1e-9):
         raise ValueError(f"budget {budget:g} {cost.unit}: the cheapest assignment already costs {least:g}")
