@@ -217,7 +217,8 @@ def _explain(net: nn.Module, failed_in: str | None, error: Exception) -> str:
     return (
         f"{type(net).__name__} cannot be traced: {error}{where}\n"
         f"  in module {failed_in or '(the network itself)'}. If that line depends on the data, choose:\n"
-        f"  - leaf_modules=({leaf},) keeps that module as one opaque call;\n"
-        f"  - concrete_args={{{fix}}} fixes arguments of forward that are flags, not tensors;\n"
+        f"  - tracing.trace(net, leaf_modules=({leaf},)) keeps that module as one opaque call, in float;\n"
+        f"  - tracing.trace(net, concrete_args={{{fix}}}) fixes arguments of forward that are flags, not tensors;\n"
+        "    pass what it returns in place of the net;\n"
         "  - or rewrite the line so that it does not depend on a tensor's values."
     )
