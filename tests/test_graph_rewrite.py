@@ -7,7 +7,7 @@ import torch
 from graph_nets import Branches, Inverted, Tiny, images, trained_like
 from torch import nn
 
-from hq_lib import models
+from hq_lib import models, ptq
 from hq_lib.graph import (
     QUANTIZER_SUFFIX,
     BitPolicy,
@@ -184,6 +184,19 @@ def test_a_state_of_another_policy_is_refused_by_tensor():
         load_state(other, state)
     with pytest.raises(PolicyError, match=r"and \d+ more"):
         quantize(net, FLOAT, x).load_state_dict(state)
+
+
+def test_a_state_of_other_batch_norms_or_of_rounded_weights_is_refused_in_words():
+    net, x = trained_like(Tiny()), images()
+    made_so = [quantize(net, BitPolicy("minmax:4", "minmax:4", bn=bn), x) for bn in ("fold", "keep", "fold_train")]
+    for other in made_so[1:]:
+        with pytest.raises(PolicyError, match=r"policy\.bn.*keys are in one of the two only"):
+            load_state(made_so[0], other.state_dict())
+    rounded = copy.deepcopy(made_so[0])
+    ptq.fit_acts(rounded, x)
+    ptq.reconstruct(rounded, x, ptq.adaround(iterations=0, n_images=None))
+    with pytest.raises(PolicyError, match="quantizers that ptq has replaced"):
+        load_state(made_so[0], rounded.state_dict())
 
 
 def test_the_same_bits_said_in_other_words_are_the_same_policy_to_a_state():

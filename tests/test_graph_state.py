@@ -141,6 +141,14 @@ def test_bad_calibration_data_is_refused(net):
         calibrate(qnet, [])
     with pytest.raises(QuantizeError, match="at least one image"):
         calibrate(qnet, images()[:0])
+    with pytest.raises(QuantizeError, match=r"got a list among them: leave out the labels"):
+        calibrate(
+            qnet, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images(), torch.zeros(len(images()))))
+        )
+    with pytest.raises(QuantizeError, match=r"torch\.uint8: data\.normalize"):
+        calibrate(qnet, (images() * 50).to(torch.uint8))
+    with pytest.raises(ValueError, match="layer 'stem' does not accept"):
+        calibrate(qnet, images()[:, :1])
     with pytest.raises(ValueError, match=r"activation quantizer 'x_act_quantizer'.*NaN"):
         calibrate(qnet, images() * math.nan)
 

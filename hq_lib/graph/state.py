@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from hq_lib.graph.layers import FoldedNorm, QuantConv2d, QuantizedWeight, QuantLinear
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
-from hq_lib.graph.spec import QuantizeError
+from hq_lib.graph.spec import PolicyError, QuantizeError
 from hq_lib.tracing import NodeWatcher, eval_mode
 
 BUDGET_MIB = 1024
@@ -62,7 +62,8 @@ def calibrate(
 
     Args:
         qnet:              from ``quantize``.
-        batches:           (B, C, H, W) or several of those, normalised as in training; kept in memory.
+        batches:           (B, C, H, W) or several of those, float, normalised as in training (which no check can tell:
+                           grids follow whatever range comes); kept in memory.
         only:              which activation quantizers to fit (given the module); the others keep their grid and work as
                            they are switched. ``only=lambda quantizer: not quantizer.initialised`` spares trained ones.
         quantized_weights: True: activations as the quantized weights make them; False: as the float weights do.
@@ -73,11 +74,12 @@ def calibrate(
                            tensor; None: its own ``init_from``. ``ptq.fit_acts`` gives range methods here.
 
     Raises:
-        QuantizeError: no batch; ValueError: NaN or Inf in an activation, naming the quantizer.
+        QuantizeError: no batch, or batches that hold no float images.
+        ValueError:    NaN or Inf in an activation, naming the quantizer; images of a size that a layer, which is named,
+                       does not accept.
     """
     images: list[Tensor] = [batches] if isinstance(batches, Tensor) else list(batches)
-    if not images or not all(len(batch) for batch in images):
-        raise QuantizeError("calibrate needs at least one image")
+    _check_images(images)
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
     budget = 0 if sequential else budget_MiB * 2**20
     with eval_mode(qnet), torch.no_grad(), _bypassed(qnet, wanted, weights=not quantized_weights):
@@ -90,6 +92,17 @@ def calibrate(
                     raise ValueError(f"activation quantizer {target!r}: {error}") from error
                 if sequential:
                     quantizer.enabled = True  # type: ignore[assignment]
+
+
+def _check_images(images: list[Tensor]) -> None:
+    for batch in images:
+        if not isinstance(batch, Tensor):
+            raise QuantizeError(f"calibrate takes batches of images, got a {type(batch).__name__} among them: "
+                                "leave out the labels, (x for x, _ in loader)")  # fmt: skip
+        if not batch.is_floating_point():
+            raise QuantizeError(f"calibrate takes normalised float images, got {batch.dtype}: data.normalize first")
+    if not images or not all(len(batch) for batch in images):
+        raise QuantizeError("calibrate needs at least one image")
 
 
 def _init_from(quantizer: nn.Module, values: Tensor) -> None:
@@ -181,7 +194,15 @@ def load_state(qnet: fx.GraphModule, state: Mapping[str, Any]) -> None:
     """Load ``state`` (of ``qnet.state_dict()``) into ``qnet``, strictly.
 
     Raises:
-        PolicyError:  the state was saved under other bits; names the first tensors that differ.
-        RuntimeError: missing or unexpected keys, as ``load_state_dict`` reports them.
+        PolicyError: the state was saved under other bits, or has other keys, as another ``bn`` mode or ``ptq`` makes
+                     them; names the first tensors that differ.
     """
+    if (record := state.get("_extra_state")) is not None:
+        qnet.set_extra_state(record)  # only compares the bits: they say more than the keys below
+    ours = qnet.state_dict().keys()
+    if apart := [*(key for key in ours if key not in state), *(key for key in state if key not in ours)]:
+        raise PolicyError(
+            f"the state is of another network, another policy.bn or placement, or of quantizers that ptq has replaced: "
+            f"{apart[0]!r} and {len(apart) - 1} more keys are in one of the two only; load it into a network made alike"
+        )
     qnet.load_state_dict(dict(state))
