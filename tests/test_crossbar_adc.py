@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hq_lib import crossbar
 from hq_lib.crossbar import Adc, Circuit, CrossbarError, Drive, Mapping, SimEngine
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI
 
@@ -122,6 +123,15 @@ def test_converter_gain_and_offset_are_what_they_say():
 def test_bad_converters_are_refused(make, message):
     with pytest.raises(CrossbarError, match=message):
         make()
+
+
+def test_the_example_of_the_package_runs():
+    lines = [line.strip() for line in crossbar.__doc__.splitlines() if line.startswith("    ")]
+    random = np.random.default_rng(0)
+    names = vars(crossbar) | {"w_int": random.integers(-127, 128, (20, 6)), "w_scale": 0.1}
+    names |= {name: random.integers(0, 256, (50, 20)) for name in ("x_some", "x_int")}
+    exec("\n".join(lines), names)
+    assert names["y"].shape == (50, 6)
 
 
 def test_uncalibrated_range_says_what_to_do():

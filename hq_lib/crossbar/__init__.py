@@ -1,8 +1,9 @@
 """Analog crossbars: engines that multiply integer inputs by integer weights, exactly, simulated, recorded or measured.
 
     engine = SimEngine(Circuit(device("rram"), adc=Adc(8)))
-    handle = engine.load(w_int, w_scale, "layer1.conv1")          (K, N) integers
-    y = engine.mvm(handle, x_int)                                 (B, K) -> (B, N) whole numbers in float64
+    handle = engine.load(w_int, w_scale, "layer1.conv1")          # (K, N) integers of 8 bits
+    engine.calibrate_adc(handle, x_some)                          # what the converters must cover: (m, K) integers
+    y = engine.mvm(handle, x_int)                                 # (B, K) -> (B, N) whole numbers in float64
 
 `ConvEngine` runs convolutions and linear layers of any geometry on any engine, `EngineNetwork` whole integer networks
 or chosen layers of them. Symbols: K inputs, N outputs, R rows of
