@@ -5,13 +5,16 @@ import os
 
 import numpy as np
 import pytest
+from integer_nets import images, quantized
 
 from hq_lib.crossbar import (
+    Adc,
     BenchError,
     Circuit,
     ConstantRead,
     ConvEngine,
     Device,
+    EngineNetwork,
     FakeDriver,
     HardwareEngine,
     IdealEngine,
@@ -24,7 +27,8 @@ from hq_lib.crossbar import (
     TraceError,
     device,
 )
-from hq_lib.crossbar.recording import load_parts
+from hq_lib.crossbar.recording import load_parts, simulated
+from hq_lib.integer import lower
 
 RNG = np.random.default_rng(0)
 W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (30, 20))
@@ -252,6 +256,28 @@ def test_convolutions_are_recorded_and_replayed(tmp_path):
     recorder.close()
     replay = ConvEngine(ReplayEngine(recorder.trace()))
     np.testing.assert_array_equal(replay.conv(replay.load(w, 1.0, "c", padding=1), x), y)
+
+
+def test_a_recorded_simulation_is_calibrated_aged_and_kept_as_a_bare_one(tmp_path):
+    model, x = lower(quantized("residual", "w8a8")), images(3).numpy()
+
+    def made(folder=None):
+        engine = SimEngine(Circuit(device("pcm_drift"), adc=Adc(8)))
+        return EngineNetwork(model, RecordEngine(engine, tmp_path / folder) if folder else engine)
+
+    logits = []
+    for network in (made(), made("parts")):
+        network.calibrate(images(16), kind=None)  # gains would be fitted to the whole numbers that are recorded
+        network.set_time(1e6)
+        logits.append(network.run(x))
+        network.save(tmp_path / "state")
+    np.testing.assert_array_equal(*logits)
+    again = made("other parts")
+    again.load(tmp_path / "state")
+    again.set_time(1e6)
+    for pair, other in zip(network.groups(), again.groups(), strict=True):
+        (was, handle), (now, same) = simulated(*pair), simulated(*other)
+        np.testing.assert_array_equal(now.layer(same).adc_step, was.layer(handle).adc_step)
 
 
 def test_json_is_readable_by_others(recorded):

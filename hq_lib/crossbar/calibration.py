@@ -24,7 +24,7 @@ from hq_lib.crossbar.checks import CrossbarError, as_tensor
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.description import difference
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
-from hq_lib.crossbar.simulator import SimEngine
+from hq_lib.crossbar.recording import simulated
 
 SCHEMA = 1
 Sample = tuple[np.ndarray | Tensor, np.ndarray | Tensor | None]
@@ -52,10 +52,17 @@ def calibrate_layers(
     """
     for handle in handles:
         x, wanted = sample(handle)
-        if adc and isinstance(engine, SimEngine) and engine.circuit.adc and engine.circuit.adc.range == "calibrated":
-            engine.calibrate_adc(handle, x)
+        if adc:
+            fit_range(engine, handle, x)
         engine.calibrate(handle, x, wanted, kind=kind, repeats=repeats)
     return {handle.name: engine.correction(handle) for handle in handles}
+
+
+def fit_range(engine: Engine, handle: Handle, x: np.ndarray | Tensor) -> None:
+    """Nothing; fits the converters behind ``handle`` to rows ``x`` (m, K), if they are simulated and "calibrated"."""
+    found = simulated(engine, handle)
+    if found and found[0].circuit.adc and found[0].circuit.adc.range == "calibrated":
+        found[0].calibrate_adc(found[1], x)
 
 
 def residuals(engine: Engine, samples: Mapping[Handle, Sample]) -> pd.DataFrame:
@@ -101,7 +108,8 @@ def save_calibration(path: str | Path, engine: Engine) -> None:
         layers[name] = {"weights": handle.digest, "kind": found.kind, "n_rows": found.n_rows}
         layers[name] |= {part: _finite(getattr(found, part)) for part in ("rmse_before", "rmse_after")}
         arrays |= {f"{name}/{part}": getattr(found, part).numpy() for part in ("gain", "offset", "drift")}
-        step = engine.layer(handle).adc_step if isinstance(engine, SimEngine) else None
+        simulator = simulated(engine, handle)
+        step = simulator[0].layer(simulator[1]).adc_step if simulator else None
         if step is not None:
             arrays[f"{name}/adc_step"] = step.numpy()
     buffer = BytesIO()
@@ -151,8 +159,9 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _restore(engine: Engine, handle: Handle, layer: dict[str, Any], arrays: dict[str, Tensor]) -> None:
     gain, offset, drift = (arrays[f"{handle.name}/{part}"] for part in ("gain", "offset", "drift"))
-    if isinstance(engine, SimEngine) and f"{handle.name}/adc_step" in arrays:
-        engine.layer(handle).set_adc_step(arrays[f"{handle.name}/adc_step"])
+    simulator = simulated(engine, handle)
+    if simulator and f"{handle.name}/adc_step" in arrays:
+        simulator[0].layer(simulator[1]).set_adc_step(arrays[f"{handle.name}/adc_step"])
     engine.set_correction(
         handle,
         Correction(

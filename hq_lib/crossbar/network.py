@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.calibration import load_calibration, save_calibration
+from hq_lib.crossbar.calibration import fit_range, load_calibration, save_calibration
 from hq_lib.crossbar.checks import CrossbarError, check_choice
 from hq_lib.crossbar.compensation import Reference, compensate_drift, take_reference
 from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
-from hq_lib.crossbar.simulator import SimEngine
+from hq_lib.crossbar.recording import simulated
 from hq_lib.crossbar.streams import stream
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer.execute import Products, run
@@ -83,10 +83,10 @@ class EngineNetwork:
         return evaluation_of(torch.from_numpy(logits), images.labels)
 
     def set_time(self, t_s: float) -> None:
-        """Nothing; simulated cells are read ``t_s`` seconds after programming from now on."""
-        for engine in self.engines:
-            if isinstance(engine, SimEngine):
-                engine.set_time(t_s)
+        """Nothing; simulated cells, recorded or not, are read ``t_s`` seconds after programming from now on."""
+        found = [simulated(engine, group) for engine, group in self.groups()]
+        for engine in {id(pair[0]): pair[0] for pair in found if pair}.values():
+            engine.set_time(t_s)
 
     def describe(self) -> dict[str, Any]:
         """Flat dictionary for result rows: which layers, and every setting of their engines."""
@@ -258,8 +258,7 @@ def _integers(op: Layer, x: np.ndarray, handle: ConvHandle) -> np.ndarray:
 
 
 def _fit(engine: Engine, group: Handle, x: Tensor, wanted: Tensor, kind: str | None, repeats: int) -> None:
-    if isinstance(engine, SimEngine) and engine.circuit.adc and engine.circuit.adc.range == "calibrated":
-        engine.calibrate_adc(group, x)
+    fit_range(engine, group, x)
     if kind is not None:
         engine.calibrate(group, x, wanted, kind=kind, repeats=repeats)
 

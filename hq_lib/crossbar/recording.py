@@ -18,6 +18,7 @@ from hq_lib.crossbar.checks import CrossbarError, TraceError, check_choice
 from hq_lib.crossbar.description import difference
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
 from hq_lib.crossbar.operands import Operand
+from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.crossbar.streams import stream
 from hq_lib.crossbar.trace import Call, Trace
 
@@ -167,6 +168,13 @@ class RecordEngine(Engine):
             return torch.arange(n_rows)
         sampler = self._samplers.setdefault(name, stream(self._seed, name, "record"))
         return torch.randperm(n_rows, generator=sampler)[: self.rows_per_part].sort().values
+
+
+def simulated(engine: Engine, handle: Handle) -> tuple[SimEngine, Handle] | None:
+    """The simulator that answers for ``handle`` of ``engine``, itself or behind a recorder, with its own handle."""
+    while isinstance(engine, RecordEngine):
+        engine, handle = engine.inner, engine._inner_handles[handle.name]
+    return (engine, handle) if isinstance(engine, SimEngine) else None
 
 
 class ReplayEngine(Engine):
