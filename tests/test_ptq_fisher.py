@@ -84,6 +84,32 @@ def test_importance_has_mean_one_and_the_shape_of_the_squared_gradient(form):
     assert unit_loss(cache, 2.0) == pytest.approx(float((weight * (y - target) ** 2).sum(1).mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("form", ["float32", "float16", "recomputed"])
+def test_per_image_all_images_count_alike_however_sure_the_net_is(form):
+    """The weights within an image keep their ratios; the sure half would have 1e-12 of the whole otherwise."""
+    net = Linear()
+    with torch.no_grad():
+        net.b.weight.mul_(60)
+    x = images(N, size=8)
+    qnet = quantize(net.eval(), BitPolicy("minmax:3", "float"), x[:1])
+    graphs = graphs_of(qnet)
+    stream = Stream(x, form)
+    stream.advance(graphs[0], form)
+    labels, index = drawn_labels(graphs, x, seed=0), torch.arange(N)
+    raw, alike = (
+        UnitCache(stream, None, graphs[1], form, Fisher(graphs[2:], labels, per_image=flag)) for flag in (False, True)
+    )
+    spread = raw.importance(index).mean(1)
+    assert spread.max() > 20 * spread.median()
+    weight = alike.importance(index)
+    torch.testing.assert_close(weight.mean(1), torch.ones(N), rtol=5e-3, atol=0)
+    g = Fisher(graphs[2:], labels).gradient(alike.batch(index)[2], index).double()
+    known = g.square().mean(1) > 0
+    want = (g.square() / g.square().mean(1, keepdim=True)).float()
+    torch.testing.assert_close(weight[known], want[known], rtol=5e-3, atol=1e-3)
+    assert torch.equal(weight[~known], torch.ones_like(weight[~known]))
+
+
 def test_the_weight_multiplies_each_values_error():
     y, target, weight = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 10.0]])
     assert float(distance(y, target, 2.0, weight)) == 2 * 4 + 10 * 1
@@ -118,6 +144,13 @@ def test_it_lowers_the_divergence_of_the_answers_and_resumes_to_the_same_bits(tm
     assert torch.equal(again(x), qnet(x))
 
 
+def test_per_image_goes_through_brecq():
+    settings = {"iterations": 100, "batch_size": 8, "n_images": N, "rounding_lr": 5e-2}
+    qnet, x = made()
+    reports = ptq.reconstruct(qnet, x, ptq.brecq(loss="fisher_per_image", **settings)[:1])
+    assert reports[-1].loss_after < 0.9 * reports[-1].loss_before
+
+
 def test_brecqs_two_passes_share_the_loss():
     weights, acts = ptq.brecq(loss="fisher", iterations=40)
     assert (weights.loss, acts.loss, acts.loss_power, acts.iterations) == ("fisher", "fisher", 2.0, 10)
@@ -125,8 +158,9 @@ def test_brecqs_two_passes_share_the_loss():
 
 
 def test_layers_and_images_for_answers_are_refused():
-    with pytest.raises(ValueError, match="loss 'fisher' needs unit 'block'"):
-        dataclasses.replace(SMALL, unit="layer")
+    for loss in ("fisher", "fisher_per_image"):
+        with pytest.raises(ValueError, match=f"loss '{loss}' needs unit 'block'"):
+            dataclasses.replace(SMALL, unit="layer", loss=loss)
     with pytest.raises(ValueError, match=r"reconstruction\.loss is 'kl'"):
         dataclasses.replace(SMALL, loss="kl")
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 SAMPLINGS = ("without_replacement", "with_replacement")
 UNITS = ("block", "layer")
-LOSSES = ("mse", "fisher")
+LOSSES = ("mse", "fisher", "fisher_per_image")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,12 @@ class ReconstructionConfig:
     beta_end: float = 2.0
     """its exponent at the end, reached linearly"""
 
-    loss: Literal["mse", "fisher"] = "mse"
+    loss: Literal["mse", "fisher", "fisher_per_image"] = "mse"
     """weight of each value's error: "mse" 1; "fisher" (units of blocks only) the Fisher diagonal at the block's output,
-    divided by its mean so that ``rounding_weight`` keeps its meaning; costs a pass through the rest of the net"""
+    divided by its mean so that ``rounding_weight`` keeps its meaning; costs a pass through the rest of the net. Where
+    the net is sure of most images, nearly all of that weight falls on the others: 256 training images of the shipped
+    ResNet-20 count for 3. "fisher_per_image" divides by each image's own mean, so that all images count alike (W2A2,
+    60 iterations, one seed, 1,000 test images: "mse" 60.3 %, "fisher" 24.4 %, "fisher_per_image" 59.1 %)"""
 
     loss_power: float = 2.0
     """p of the loss sum_channels weight |y - target|^p, averaged over images and positions"""
@@ -87,9 +90,9 @@ class ReconstructionConfig:
         ):
             if value not in known:
                 raise ValueError(f"reconstruction.{name} is {value!r}: choose {' or '.join(map(repr, known))}")
-        if self.loss == "fisher" and self.unit != "block":
-            raise ValueError("reconstruction.loss 'fisher' needs unit 'block': the output of a layer inside a block "
-                             "does not alone decide what follows")  # fmt: skip
+        if self.loss != "mse" and self.unit != "block":
+            raise ValueError(f"reconstruction.loss {self.loss!r} needs unit 'block': the output of a layer inside a "
+                             "block does not alone decide what follows")  # fmt: skip
         for name in ("iterations", "batch_size", "seed"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), Integral), "a whole number")
         for name in ("iterations", "budget_MiB"):

@@ -103,7 +103,7 @@ def _pass(
     qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig, files: RunFolder | None
 ) -> Iterator[UnitReport]:
     found = [(block, units(qnet, block, unit=config.unit)) for block in chain(qnet)]
-    fisher = config.loss == "fisher"
+    fisher = config.loss != "mse"
     needs = [bytes_needed(qnet, block, inside, len(images), fisher=fisher) for block, inside in found]
     forms: list[Form] = [form_for(needed, config.budget_MiB * 2**20) for needed in needs]
     n_units = sum(len(inside) for _, inside in found)
@@ -131,7 +131,8 @@ def _fishers(qnet: fx.GraphModule, found: list[Block], images: Tensor, config: R
         labels = drawn_labels(graphs, images, seed=config.seed)
     except ValueError as error:
         raise ReconstructionError(str(error)) from error
-    return [Fisher(graphs[i + 1 :], labels) for i in range(len(graphs))]
+    alike = config.loss == "fisher_per_image"
+    return [Fisher(graphs[i + 1 :], labels, per_image=alike) for i in range(len(graphs))]
 
 
 def _install(body: fx.GraphModule, config: ReconstructionConfig) -> None:
