@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from hq_lib import data, models
 from hq_lib.export_onnx import ExportError, export, run, save, session
 from hq_lib.graph import BitPolicy, calibrate, quantize
-from hq_lib.integer import agreement, lower
+from hq_lib.integer import ImageError, agreement, lower
 from hq_lib.integer import run as run_numpy
 
 
@@ -74,6 +74,17 @@ def test_metadata_names_policy_and_origin(tmp_path):
     assert props["requantizer"] == "float32"
     assert props["git_sha"]
     assert run(session(path), images(2)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda x: (10 * np.abs(x)).astype(np.uint8), lambda x: x.astype(np.float64), lambda x: x[:, :2], lambda x: x[:0],
+    lambda x: np.where(x > 1, np.nan, x),
+])  # fmt: skip
+def test_images_that_other_executors_refuse_are_refused_here(spoil):
+    imodel, x = lower(quantized("residual", "w8a8")), images(3).numpy()
+    for refuses in (lambda bad: run_numpy(imodel, bad), lambda bad: run(session(export(imodel)), bad)):
+        with pytest.raises(ImageError):
+            refuses(spoil(x))
 
 
 def test_what_cannot_be_written_is_refused():

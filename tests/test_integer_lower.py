@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from integer_nets import NETS, POLICIES, images, quantized
+from integer_nets import NETS, POLICIES, float_net, images, quantized
 from torch import nn
 
 from hq_lib import data
@@ -175,6 +175,11 @@ def test_a_quantizer_that_is_switched_off_is_named():
     set_quantization(qnet, weights=True, acts=False)
     with pytest.raises(LowerError, match=r"'x'.*switched off"):
         lower(qnet)
+
+
+def test_a_float_network_is_told_to_be_quantized_first():
+    with pytest.raises(LowerError, match=r"Residual is no quantized graph: make one with graph\.quantize"):
+        lower(float_net("residual"))
 
 
 def test_products_of_tensors_and_unknown_requantizers_are_refused():

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from hq_lib.integer.execute import ImageError
+
 
 def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_optimized: Path | None = None) -> Any:
     """Return an ``onnxruntime.InferenceSession`` of ``model`` on the CPU with all graph optimizations.
@@ -32,7 +34,20 @@ def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_opt
 
 
 def run(runtime: Any, images: Any, *, batch_size: int = 100) -> np.ndarray:
-    """Return the logits (N, n_classes) float32 of ``images`` (N, C, H, W) float32, normalised; batch after batch."""
-    x = np.ascontiguousarray(np.asarray(images, np.float32))
-    name = runtime.get_inputs()[0].name
-    return np.concatenate([runtime.run(None, {name: x[i : i + batch_size]})[0] for i in range(0, len(x), batch_size)])
+    """Return the logits (N, n_classes) float32 of ``images`` (N, C, H, W) float32, normalised; batch after batch.
+
+    Raises:
+        ImageError: as the other executors: another shape or dtype (pixels would be taken for real values), NaN, none.
+    """
+    x, taken = np.ascontiguousarray(np.asarray(images)), runtime.get_inputs()[0]
+    sizes = taken.shape[1:]  # numbers, or names where a graph leaves them open
+    fits = x.ndim == 1 + len(sizes) and all(
+        isinstance(n, str) or n == m for n, m in zip(sizes, x.shape[1:], strict=True)
+    )
+    if x.dtype != np.float32 or not fits or not len(x):
+        wanted = ", ".join(map(str, sizes))
+        raise ImageError(f"the model takes float32 images (N, {wanted}), not {x.dtype} {x.shape}")
+    if np.isnan(x).any():
+        raise ImageError("the images hold NaN")
+    parts = (x[i : i + batch_size] for i in range(0, len(x), batch_size))
+    return np.concatenate([runtime.run(None, {taken.name: part})[0] for part in parts])

@@ -50,6 +50,10 @@ def lower(
     """
     if requantizer not in r.REQUANTIZERS:
         raise LowerError(f"requantizer {requantizer!r}: choose one of {', '.join(r.REQUANTIZERS)}")
+    if not isinstance(qnet, fx.GraphModule):
+        raise LowerError(
+            f"{type(qnet).__name__} is no quantized graph: make one with graph.quantize(net, policy, example)"
+        )
     baked = bake_norms(qnet)
     with eval_mode(baked):
         walk = _Walk(baked, requantizer, tensor_names(qnet))
