@@ -24,6 +24,7 @@ from hq_lib.experiments import float_training
 from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, save_quantized
 from hq_lib.quantizers.pact import PACT
 from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
+from hq_lib.training.bit_lists import list_recipe, widths
 from hq_lib.training.distillation import distillation
 
 STUDY, HISTORY, CLIPS = "qat", "qat_history", "qat_clips"
@@ -59,10 +60,20 @@ class Point:
     """Decides batch order, augmentation and the calibration images."""
     distill: float = 0.0
     """Share of the loss that is the distance to the float network's logits, in [0, 1]; 0 in every paper table."""
+    lists: str = ""
+    """Seed 001's bits for each layer, key of ``bit_lists.BIT_LISTS``; bits above are then the fewest among them."""
+
+    def recipe(self, profile: str) -> QatRecipe:
+        """How it is trained."""
+        if self.lists:
+            net = models.load_checkpoint(_float_path(self.model))[0]
+            return list_recipe(net, self.model, self.lists, self.method, profile, seed=self.seed)
+        return qat_recipe(self.method, self.w_bits, self.a_bits, profile, seed=self.seed)
 
     def name(self) -> str:
         """Folder of the run and stem of its checkpoint, e.g. ``resnet20_lsq_w4a4_s0``."""
         tail = f"_kd{self.distill:g}" if self.distill else ""
+        tail += f"_{self.lists.replace('*', 'star')}" if self.lists else ""
         return f"{self.model}_{self.method}_w{self.w_bits}a{self.a_bits}_s{self.seed}{tail}"
 
 
@@ -74,6 +85,7 @@ def run(
     bits: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] | None = None,
     distill: float = 0.0,
+    lists: Sequence[str] = (),
     device: str = "cpu",
     ship_them: bool = False,
 ) -> pd.DataFrame:
@@ -87,14 +99,15 @@ def run(
         bits:    (weight bits, activation bits) pairs; default likewise.
         seeds:   default likewise.
         distill: see ``Point``.
+        lists:   configurations of seed 001 in place of ``bits``, those that a network has.
         device:  "cpu" or "cuda".
         ship_them: also write checkpoint and record into ``data/checkpoints``.
     """
     plan = PLAN[paths.check_profile(profile)]
     points = [
-        Point(name, method, int(w_bits), int(a_bits), seed, distill)
+        Point(name, method, int(w_bits), int(a_bits), seed, distill, named)
         for name in names
-        for w_bits, a_bits in (plan["bits"] if bits is None else bits)
+        for named, (w_bits, a_bits) in widths(name, lists, plan["bits"] if bits is None else bits)
         for seed in (plan["seeds"] if seeds is None else seeds)
         for method in (plan["methods"] if methods is None else methods)
     ]
@@ -112,8 +125,10 @@ def train_one(point: Point, profile: str, *, device: str = "cpu") -> fx.GraphMod
     None where it was done before (the rows are there, the run's folder is not), where the float network is not shipped,
     or where the embedded data do not fit it.
     """
-    recipe = qat_recipe(point.method, point.w_bits, point.a_bits, profile, seed=point.seed)
-    folder = run_dir(point, profile)
+    if float_training.shipped(point.model) is None:
+        print(f"{point.model}: no float checkpoint is shipped, nothing to start from")
+        return None
+    recipe, folder = point.recipe(profile), run_dir(point, profile)
     if results.done(STUDY, _key(point, recipe), profile=profile) and not folder.exists():
         print(f"{point.name()}: its rows are there already")
         return None
@@ -166,7 +181,7 @@ def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) 
 
 def ship(point: Point, qnet: fx.GraphModule, profile: str) -> Path:
     """Writes the quantized network and its run record into ``data/checkpoints``; returns the path."""
-    recipe = qat_recipe(point.method, point.w_bits, point.a_bits, profile, seed=point.seed)
+    recipe = point.recipe(profile)
     rows = results.read(STUDY, profile=profile)
     key = {c: v for c, v in _key(point, recipe).items() if c != "switches"}
     mine = rows.loc[(rows[list(key)] == list(key.values())).all(axis=1)].to_dict("records")
@@ -193,11 +208,7 @@ def clip_history(profile: str) -> pd.DataFrame:
 
 
 def _start(point: Point, recipe: QatRecipe, profile: str) -> tuple[nn.Module, ImageSet] | None:
-    path = float_training.shipped(point.model)
-    if path is None:
-        print(f"{point.model}: no float checkpoint is shipped, nothing to start from")
-        return None
-    net, record = models.load_checkpoint(path)
+    net, record = models.load_checkpoint(_float_path(point.model))
     train = data.load_or_embedded(record["dataset"], "train", n=recipe.n_train)
     if train.spec.in_shape != data.SPECS[record["dataset"]].in_shape:
         print(f"{point.model}: skipped, {record['dataset']} is not available and the embedded digits do not fit it")
@@ -216,6 +227,7 @@ def _key(point: Point, recipe: QatRecipe) -> dict[str, Any]:
     switches = {
         "first_last_bits": recipe.policy.first_last_bits, "precision": recipe.config.precision, "lr": recipe.config.lr,
         "weight_decay": recipe.config.weight_decay, **({"distill": point.distill} if point.distill else {}),
+        **({"lists": point.lists} if point.lists else {}),
     }  # fmt: skip
     return {
         "experiment": STUDY, "model": point.model, "method": point.method, "w_bits": point.w_bits,
@@ -271,12 +283,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bits", nargs="+", type=_bits, default=None, metavar="W,A")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="N")
     parser.add_argument("--distill", type=float, default=0.0, metavar="SHARE", help="teacher's share of the loss")
+    parser.add_argument("--lists", nargs="+", default=(), metavar="CFG", help="seed 001's bits by layer, as cfg-1")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ship", action="store_true", help="write the checkpoints into data/checkpoints")
     options = parser.parse_args(arguments)
     run(
         options.profile, names=options.models, methods=options.methods, bits=options.bits, seeds=options.seeds,
-        distill=options.distill, device=options.device, ship_them=options.ship,
+        distill=options.distill, lists=options.lists, device=options.device, ship_them=options.ship,
     )  # fmt: skip
 
 

@@ -11,10 +11,13 @@ from hq_lib.experiments import float_training
 from hq_lib.experiments.qat import HISTORY, PLAN, STUDY, clip_history
 from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.training import evaluate
+from hq_lib.training.bit_lists import BIT_LISTS
 
 GROUP_TABLE = "seed001"
 TABLE_BITS = {"resnet20": ("W8A8", "W4A4", "W3A3", "W2A2", "W1A32", "W1A1"), "toynet": ("W8A8", "W6A6")}
 """Bit widths that a table lists even where nothing was run; other published ones are left out."""
+LIST_METHODS = ("dorefa_hw", "pact", "mpact")
+"""The seed's methods, for each of its configurations."""
 
 
 def dsq_curves(
@@ -61,12 +64,24 @@ def baseline(profile: str, *, names: Sequence[str] = ("resnet20",), device: str 
     return rows.loc[rows["method"] == "float"]
 
 
-def scores(profile: str, *, split: str = "test") -> pd.DataFrame:
-    """The rows of one split ("test", "val", or "start": validation before training), without distilled runs."""
+def scores(profile: str, *, split: str = "test", lists: bool = False) -> pd.DataFrame:
+    """The rows of one split ("test", "val", or "start": validation before training), without distilled runs.
+
+    ``lists``: those of seed 001's configurations, named in column ``configuration``, in place of all others.
+    """
     rows = results.read(STUDY, profile=profile)
     switches = [json.loads(text) for text in rows["switches"]]
-    keep = [s.get("split", "test") == split and "distill" not in s for s in switches]
-    return rows.loc[pd.Series(keep, index=rows.index, dtype=bool) & (rows["profile"] == profile)]
+    kept = [s.get("split", "test") == split and "distill" not in s and ("lists" in s) == lists for s in switches]
+    keep = pd.Series(kept, index=rows.index, dtype=bool) & (rows["profile"] == profile)
+    if lists:
+        rows = rows.assign(configuration=[s.get("lists", "") for s in switches])
+    return rows.loc[keep]
+
+
+def _plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without distilled runs and those of seed 001's configurations, which would stand for others of the same bits."""
+    kept = [not {"distill", "lists"} & set(json.loads(text)) for text in rows["switches"]]
+    return rows.loc[pd.Series(kept, index=rows.index, dtype=bool)]
 
 
 def methods_table(profile: str) -> pd.DataFrame:
@@ -80,6 +95,16 @@ def group_table(model: str, profile: str) -> pd.DataFrame:
     Where the group published several numbers for one cell, all are shown, best first.
     """
     return _table(profile, model, published.load().query("table == @GROUP_TABLE and model == @model"))
+
+
+def lists_table(model: str, profile: str) -> pd.DataFrame:
+    """Seed 001's configurations, bits by layer: ours beside the group's own fake-quantized accuracies."""
+    rows, theirs = scores(profile, lists=True), published.load().query("table == @GROUP_TABLE and model == @model")
+    named = theirs["variant"].str.split(",").str[0].str.strip()
+    theirs = theirs.assign(configuration=named).loc[named.isin(list(BIT_LISTS.get(model, ())))]
+    order = {"configuration": list(BIT_LISTS.get(model, ())), "method": LIST_METHODS}
+    ours = rows.loc[rows["model"] == model]
+    return tables.build(ours, theirs, index=["configuration", "method"], order=order)
 
 
 def _table(profile: str, model: str, theirs: pd.DataFrame) -> pd.DataFrame:
@@ -112,7 +137,7 @@ def table_caption(model: str, profile: str) -> str:
 
 def clip_curves(profile: str) -> pd.DataFrame:
     """PACT's clips for fig_pact_alpha: columns w_bits, a_bits, epoch, layer, alpha; layers in order of execution."""
-    rows = clip_history(profile)
+    rows = _plain(clip_history(profile))
     rows = rows.loc[(rows["method"] == "pact") & (rows["model"] == "resnet20")]
     order = {name: i for i, name in enumerate(_execution_order())}
     rows = rows.assign(alpha=rows["value"], place=[order.get(layer, len(order)) for layer in rows["layer"]])
@@ -153,7 +178,7 @@ def findings(profile: str, *, model: str = "resnet20") -> list[str]:
 
 def curves(profile: str) -> pd.DataFrame:
     """Validation accuracy over the epochs: columns model, method, bits, seed, epoch, value."""
-    rows = results.read(HISTORY, profile=profile)
+    rows = _plain(results.read(HISTORY, profile=profile))
     rows = tables.with_bits(rows.loc[(rows["profile"] == profile) & (rows["metric"] == "val_acc_pct")])
     rows = rows.assign(epoch=[json.loads(text)["epoch"] for text in rows["switches"]])
     return rows[["model", "method", "bits", "seed", "epoch", "value"]]
