@@ -48,7 +48,7 @@ RECIPES = {
 
 ONE_CYCLE = TrainConfig(epochs=8, lr=0.05, schedule="one_cycle", pad=2, grad_clip=5.0, precision="bfloat16")
 SHORT = {
-    "toynet": Recipe("cifar10", dataclasses.replace(ONE_CYCLE, epochs=20)),
+    "toynet": Recipe("cifar10", dataclasses.replace(ONE_CYCLE, epochs=10)),
     "mobilenetv2_seed": Recipe("cifar10", dataclasses.replace(ONE_CYCLE, epochs=4, batch_size=64)),
     "vgg11": Recipe("cifar10", ONE_CYCLE, options={"width": 0.5, "hidden": 512}),
 }
