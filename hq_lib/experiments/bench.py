@@ -185,7 +185,8 @@ def main(words: Sequence[str] | None = None) -> int:
     args = vars(parser.parse_args(words))
     bench = crossbar_bench(args.pop("profile"))
     try:
-        outcome = run(Plan(**args | {"layers": tuple(args["layers"])}), bench)
+        args["layers"] = tuple(args["layers"])
+        outcome = run(Plan(**args), bench)
     except BenchError as error:
         print(f"{error}\nwhat was measured is kept in {args['folder']}: run the same command again", file=sys.stderr)
         return 3
