@@ -135,13 +135,6 @@ def test_time_moves_the_engine_and_back():
             engine.set_time(bad)
 
 
-def test_flicker_noise_by_hand():
-    g, t = torch.tensor([2.5, 25.0], dtype=torch.float64), 1000.0
-    root = math.sqrt(math.log((t + 250e-9) / (2 * 250e-9)))
-    want = [2.5 * 0.0088 * 0.1**-0.65 * root, 25 * 0.0088 * root]
-    np.testing.assert_allclose(PCM_NANDAKUMAR.read_variance(g, t).sqrt(), want, rtol=1e-12)
-
-
 CIRCUITS = [
     Circuit(Device("n", "t", 1.0, 25.0, read=ConstantRead(0.02)), Mapping(tile_rows=16)),
     Circuit(Device("n", "t", 1.0, 25.0, read=ConstantRead(0.02)), Mapping(tile_rows=16), path="converted"),

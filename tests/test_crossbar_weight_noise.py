@@ -1,5 +1,8 @@
 """Noise-aware fine-tuning: noise of the stated size in training only, gradients at the noisy point, resumable."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -99,6 +102,21 @@ def test_training_with_noise_resumes_bit_identically(tmp_path):
         (tmp_path / name).mkdir()
     whole, parts = trained(tmp_path / "whole"), trained(tmp_path / "parts", stops=(1,))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_fit_takes_the_noise_as_an_option():
+    images, states = tiny(30), {}
+    config = TrainConfig(epochs=1, batch_size=10, lr=0.05)
+    for name, sigma in (("clean", 0.0), ("option", 0.05), ("by hand", 0.0)):
+        model = net()
+        with weight_noise(model, 0.05) if name == "by hand" else nullcontext():
+            fit(model, images, images, replace(config, weight_noise=sigma), say=None)
+        states[name] = model.state_dict()
+    assert states["option"].keys() == states["clean"].keys()
+    assert all(torch.equal(states["option"][key], states["by hand"][key]) for key in states["option"])
+    assert not torch.equal(states["option"]["0.weight"], states["clean"]["0.weight"])
+    with pytest.raises(ValueError, match=r"TrainConfig\.weight_noise=3"):
+        TrainConfig(epochs=1, lr=0.05, weight_noise=3)
 
 
 @pytest.mark.parametrize("sigma", [-0.1, 5.0])

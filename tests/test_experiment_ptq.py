@@ -30,7 +30,7 @@ def test_a_short_budget_keeps_the_travel_of_the_rounding_logits():
     assert ptq_recipes.fast(20_000)["rounding_lr"] == pytest.approx(1.25e-3)
     assert ptq_recipes.fast(0)["rounding_lr"] == 0.5
     assert RECIPES["qdrop_official"].config(500)["rounding_lr"] == 1e-3
-    assert RECIPES["brecq_fisher"].config(500) == {"rounding_lr": 0.05, "beta_start": 8.0, "loss": "fisher"}
+    assert RECIPES["brecq_fisher"].config(500) == {"rounding_lr": 0.05, "beta_start": 8.0, "loss": "fisher_per_image"}
     assert RECIPES["minmax"].config(500) == {}
     assert ptq_schedule.settings({"travel": 25.0, "beta_start": 8.0}, 500) == ptq_recipes.fast(500)
 

@@ -67,7 +67,7 @@ class Cells:
         With ``wires`` both are seen through them: variances scale with (G_eff / G)^2, first order in the noise.
         """
         g = self.conductance(t_s)
-        variance = self.device.read_variance(g, t_s)
+        variance = self.device.read_variance(g, t_s, torch.where(self.codes == OK, self.g0_uS, g))
         if wires is not None:
             seen = self._through(g, wires)
             if variance is not None:

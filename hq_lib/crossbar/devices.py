@@ -60,8 +60,12 @@ class ReadNoise(ABC):
     """Fresh Gaussian noise of a cell's conductance at every use."""
 
     @abstractmethod
-    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float) -> Tensor:
-        """Standard deviation in uS, shape of ``g_uS``, at ``t_s`` seconds after programming."""
+    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
+        """Standard deviation in uS, shape of ``g_uS``, at ``t_s`` seconds after programming.
+
+        Args:
+            g0_uS: what was programmed, before any drift, uS; None: ``g_uS``.
+        """
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,14 @@ class ConstantRead(ReadNoise):
     def __post_init__(self) -> None:
         check_fraction(self.fraction, "read noise fraction")
 
-    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float) -> Tensor:
+    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
         return torch.full_like(g_uS, self.fraction * g_max_uS)
 
 
 @dataclass(frozen=True)
 class FlickerRead(ReadNoise):
-    """1/f noise: sigma = G q(g) sqrt(ln((t + t_r) / (2 t_r))), q(g) = min(q_scale g^q_power, q_max)."""
+    """1/f noise: sigma = G(t) q(g0) sqrt(ln((t + t_r) / (2 t_r))), q(g0) = min(q_scale g0^q_power, q_max), of what was
+    programmed, g0 = G(t0) / G_max: drift makes a cell smaller, not relatively noisier (as in aihwkit)."""
 
     q_scale: float
     """q at g = 1, dimensionless, >= 0."""
@@ -91,8 +96,9 @@ class FlickerRead(ReadNoise):
     t_read_s: float
     """Duration t_r of a read, seconds, > 0."""
 
-    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float) -> Tensor:
-        q = (self.q_scale * (g_uS / g_max_uS).clamp_min(_TINY_G) ** self.q_power).clamp_max(self.q_max)
+    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
+        g0 = ((g_uS if g0_uS is None else g0_uS) / g_max_uS).clamp_min(_TINY_G)
+        q = (self.q_scale * g0**self.q_power).clamp_max(self.q_max)
         decades = max(math.log((t_s + self.t_read_s) / (2 * self.t_read_s)), 0.0)
         return g_uS * q * math.sqrt(decades)
 
@@ -157,11 +163,11 @@ class Device:
             raise CrossbarError(f"t_s = {t_s} is before {self.name}'s reference time {self.drift.t0_s} s")
         return g0_uS * torch.exp(-nu * math.log(t_s / self.drift.t0_s))
 
-    def read_variance(self, g_uS: Tensor, t_s: float) -> Tensor | None:
-        """Variance of one read, uS^2, shape of ``g_uS``; None for noiseless reads."""
+    def read_variance(self, g_uS: Tensor, t_s: float, g0_uS: Tensor | None = None) -> Tensor | None:
+        """Variance of one read, uS^2, shape of ``g_uS``; None for noiseless reads. ``g0_uS``: see `ReadNoise.std`."""
         if self.read is None:
             return None
-        return self.read.std(g_uS, g_max_uS=self.g_max_uS, t_s=t_s) ** 2
+        return self.read.std(g_uS, g_max_uS=self.g_max_uS, t_s=t_s, g0_uS=g0_uS) ** 2
 
 
 def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:

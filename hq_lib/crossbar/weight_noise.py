@@ -2,12 +2,12 @@
 
     w_noisy = w + sigma max|w_column| xi,    xi ~ N(0, 1) once per step         Joshi et al. 2020, "Methods"; Rasch 2023
 
-The gradient is taken at the noisy point and moves the clean weights. ``fit`` needs no option of its own:
+The gradient is taken at the noisy point and moves the clean weights:
 
-    with weight_noise(net, 0.03):
-        fit(net, train, val, config, run_dir, before_epoch=clip_weights(3.0))
+    fit(net, train, val, replace(config, weight_noise=0.03), run_dir, before_epoch=clip_weights(3.0))
 
 ``fit`` seeds every epoch, so a run with noise resumes bit-identically too. Evaluation is always of the clean weights.
+A training loop of one's own goes into ``with weight_noise(net, 0.03):``.
 """
 
 from __future__ import annotations

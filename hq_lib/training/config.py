@@ -47,6 +47,9 @@ class TrainConfig:
     """Largest gradient norm, or None."""
     precision: str = "float32"
     """"float32", or "bfloat16" (autocast: convolutions and linear layers in bfloat16, weights stay float32)."""
+    weight_noise: float = 0.0
+    """Noise-aware training for analog arrays: standard deviation of fresh errors of every convolution's and linear
+    layer's weights in each step, a fraction of the largest |w| of the output channel (``crossbar.weight_noise``)."""
     compile: bool = False
     """Run the training steps through ``torch.compile`` where a compiler is at hand."""
     keep: str = "last"
@@ -61,8 +64,9 @@ class TrainConfig:
         for key in ("epochs", "batch_size", "lr"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: must be above 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"TrainConfig.label_smoothing={self.label_smoothing!r}: must lie in [0, 1)")
+        for key in ("label_smoothing", "weight_noise"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: must lie in [0, 1)")
 
     def as_dict(self) -> dict[str, object]:
         """Field name -> value, ready for JSON."""
