@@ -63,7 +63,8 @@ RECIPES = {
                              allocated=True),
     "adaround": Recipe("adaround", "by layer", passes=ptq.adaround),
     "brecq": Recipe("brecq", "by block, squared error", passes=ptq.brecq),
-    "brecq_fisher": Recipe("brecq", "by block, Fisher-weighted", passes=ptq.brecq, settings={"loss": "fisher_per_image"}),
+    "brecq_fisher": Recipe("brecq", "by block, Fisher-weighted", passes=ptq.brecq,
+                           settings={"loss": "fisher_per_image"}),
     "qdrop": Recipe("qdrop", "by block, dropping 0.5", passes=ptq.qdrop),
     "qdrop_official": Recipe("qdrop", "dropping 0.5, official rate", passes=ptq.qdrop, settings=OFFICIAL),
 }  # fmt: skip
