@@ -136,6 +136,17 @@ def test_a_folder_of_another_run_is_refused(splits, tmp_path):
         fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1, lr=0.07), tmp_path, say=None)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(splits, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    done = fit(small_net(), *splits, config, tmp_path, say=None)
+    identity = json.loads((tmp_path / "config.json").read_text())
+    del identity["weight_noise"]
+    (tmp_path / "config.json").write_text(json.dumps(identity))
+    assert fit(small_net(), *splits, config, tmp_path, say=None).history == done.history
+    with pytest.raises(ValueError, match="weight_noise"):
+        fit(small_net(), *splits, dataclasses.replace(config, weight_noise=0.1), tmp_path, say=None)
+
+
 def test_a_damaged_state_says_what_to_delete(splits, tmp_path):
     fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1), tmp_path, say=None)
     state = tmp_path / "state.pt"

@@ -6,14 +6,17 @@ Everything is written to a temporary file and renamed, so that a kill at any mom
 import io
 import json
 import pickle
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hq_lib import atomic
+from hq_lib.training.config import TrainConfig
 
 STATE, LOG, CONFIG = "state.pt", "log.jsonl", "config.json"
+_DEFAULTS = json.loads(json.dumps({f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}))
 
 
 def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
@@ -39,6 +42,7 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
 
 
 def _check_identity(old: dict[str, object], new: dict[str, object], folder: Path) -> None:
+    old = {**_DEFAULTS, **old}  # a setting that came later had its default then
     differing = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
     if differing:
         raise ValueError(f"{folder} holds another run ({'; '.join(differing)}): choose another folder or delete it")
