@@ -72,8 +72,9 @@ def open_net(net: str, profile: str, *, dataset: str = "cifar10", n_test: int | 
     path = public_file()
     if path is None or bench.dataset != "cifar10":
         raise FileNotFoundError(f"no {PUBLIC_FILE} in ../shared/data/checkpoints, or no CIFAR-10")
-    as_trained = [s.normalized_by(*models.IMAGENET_MEAN_STD) for s in (bench.train, bench.common, bench.test) if s]
-    return selection_bench.Bench(bench.model, models.resnet20_akamaster(path).eval(), *as_trained)
+    assert bench.common is not None
+    train, common, test = (s.normalized_by(*models.IMAGENET_MEAN_STD) for s in (bench.train, bench.common, bench.test))
+    return selection_bench.Bench(bench.model, models.resnet20_akamaster(path).eval(), train, common, test)
 
 
 def public_file() -> Path | None:

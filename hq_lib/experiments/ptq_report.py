@@ -78,7 +78,8 @@ def table(profile: str) -> pd.DataFrame:
         "net": [column for column in COLUMNS if column in {*ours["net"], *theirs["net"]}],
     }
     out = tables.build(ours, theirs, index=["bits", "method", "line"], columns=["net"], order=order)
-    idle = [c for c in out.columns if c.endswith(" gap") and out[c].isin([tables.NOT_RUN, tables.NOT_PUBLISHED]).all()]
+    empty = {tables.NOT_RUN, tables.NOT_PUBLISHED}
+    idle = [c for c in out.columns if c.endswith(" gap") and set(out[c]) <= empty]
     return out.drop(columns=idle).rename(columns={"line": "how"})
 
 
@@ -165,7 +166,7 @@ def _error_findings(profile: str) -> list[str]:
     means = rows.pivot_table(index=["net", "w_bits", "a_bits", "position"], columns="recipe", values="value")
     if not {"mse", "qdrop"} <= set(means.columns):
         return []
-    factor = (means["mse"] / means["qdrop"]).dropna().rename("factor").reset_index()
+    factor = means.assign(factor=means["mse"] / means["qdrop"])["factor"].dropna().reset_index()
     lines = []
     for group in [part for _, part in factor.groupby(["net", "w_bits", "a_bits"], sort=False)]:
         first, last = group.to_dict("records")[0], group.to_dict("records")[-1]

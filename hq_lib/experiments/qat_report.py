@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -170,9 +171,10 @@ def findings(profile: str, *, model: str = "resnet20") -> list[str]:
             f"against float {base:.2f}"
         )
     clips = clip_curves(profile)
-    for (w_bits, a_bits), group in clips.groupby(["w_bits", "a_bits"]):
+    key: Any
+    for key, group in clips.groupby(["w_bits", "a_bits"]):
         first, last = (group.loc[group["epoch"] == e, "alpha"].mean() for e in (0, group["epoch"].max()))
-        lines.append(f"PACT {labels.bits_label(w_bits, a_bits)}: mean clip {first:.2f} as calibrated -> {last:.2f}")
+        lines.append(f"PACT {labels.bits_label(*key)}: mean clip {first:.2f} as calibrated -> {last:.2f}")
     return lines
 
 
@@ -181,4 +183,4 @@ def curves(profile: str) -> pd.DataFrame:
     rows = _plain(results.read(HISTORY, profile=profile))
     rows = tables.with_bits(rows.loc[(rows["profile"] == profile) & (rows["metric"] == "val_acc_pct")])
     rows = rows.assign(epoch=[json.loads(text)["epoch"] for text in rows["switches"]])
-    return rows[["model", "method", "bits", "seed", "epoch", "value"]]
+    return pd.DataFrame(rows, columns=["model", "method", "bits", "seed", "epoch", "value"])

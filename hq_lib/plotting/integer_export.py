@@ -59,8 +59,8 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set_yticks([0, 0.001, 0.01, 0.1, 1, 10, 100])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
-    worst = rows.groupby("inputs")["largest_LSB"].max()
-    told = " / ".join(f"{worst[i]:.0f}" for i in INPUTS if i in worst.index)
+    worst = [rows.loc[rows["inputs"] == i, "largest_LSB"] for i in INPUTS]
+    told = " / ".join(f"{steps.max():.0f}" for steps in worst if len(steps))
     ax.set_title(f"{rows['bits'].iloc[0]}, at most {told} LSB", loc="right", size=8)
 
 

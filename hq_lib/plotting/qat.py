@@ -1,5 +1,7 @@
 """Figures of notebook 03, quantization-aware training."""
 
+from typing import Any
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -57,14 +59,14 @@ def fig_pact_alpha(clips: pd.DataFrame) -> Figure:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
     need(clips, ("w_bits", "a_bits", "epoch", "layer", "alpha"), "fig_pact_alpha")
-    panels = list(clips.groupby(["w_bits", "a_bits"], sort=True))[::-1]
+    panels: Any = list(clips.groupby(["w_bits", "a_bits"], sort=True))[::-1]
     figure, axes = new_figure(1, len(panels), height=3.4, sharey=True)
     names = list(dict.fromkeys(clips["layer"]))
     scale = ScalarMappable(Normalize(0, max(len(names) - 1, 1)), cmap=mpl.colormaps["cividis"])
     for ax, (bits, panel) in zip(axes[0], panels, strict=True):
         for layer, line in panel.groupby("layer", sort=False):
-            mean = line.groupby("epoch")["alpha"].mean()
-            ax.plot(mean.index, mean, color=scale.to_rgba(names.index(str(layer))), linewidth=1.0)
+            mean: Any = line.groupby("epoch")["alpha"].mean()
+            ax.plot(mean.index, mean, color=scale.to_rgba(np.asarray(names.index(str(layer)))), linewidth=1.0)
         ax.set(title=labels.bits_label(*bits), xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain_log(axes[0, 0])

@@ -85,7 +85,7 @@ def _averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], An
     """Real tensors by the moving average; counters, flags and bit widths as they are: their mean says nothing."""
     blend = get_ema_multi_avg_fn(decay)
 
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], n_averaged: Any) -> None:
+    def update(averaged: Any, current: Any, n_averaged: Any) -> None:
         if averaged[0].is_floating_point():
             blend(averaged, current, n_averaged)
         else:
