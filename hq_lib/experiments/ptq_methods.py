@@ -66,7 +66,8 @@ def open_net(net: str, profile: str, *, dataset: str = "cifar10", n_test: int | 
     Raises:
         FileNotFoundError: the public checkpoint (``open_nets`` skips it) or the image folder is absent.
     """
-    bench = selection_bench.open_bench(dataset, profile, root=None, n_common=5_000, n_test=n_test)
+    n_val = 0 if dataset == "imagenet" else 5_000
+    bench = selection_bench.open_bench(dataset, profile, root=None, n_common=n_val, n_test=n_test)
     if net == SHIPPED:
         return bench
     path = public_file()

@@ -89,7 +89,7 @@ def open_bench(
         device:   "cpu" or "cuda".
 
     Raises:
-        ValueError:        another data set.
+        ValueError:        another data set, or ``n_common`` of a folder that has no more images.
         FileNotFoundError: no image folder; ImportError: no weights for it. ``available`` asks beforehand.
     """
     if dataset == "imagenet":
@@ -127,6 +127,8 @@ def _imagenet_bench(root: Path, n_common: int, n_test: int | None, device: str) 
         raise FileNotFoundError(reason)
     net = models.build(MODEL["imagenet"]).eval().to(device)
     n_train = min(N_TRAIN, len(folder.list_folder(root, "train")[0]))
+    if n_common >= n_train:
+        raise ValueError(f"{root.name}: {n_common} of {n_train} training images held out leave none to calibrate with")
     train = data.load("imagenet", "train", root=root, n=n_train).normalized_by(*MEAN_STD)
     test = data.load("imagenet", "test", root=root, n=n_test).normalized_by(*MEAN_STD)
     held_out = torch.zeros(n_train, dtype=torch.bool)
