@@ -92,6 +92,16 @@ def test_the_map_takes_calibration_where_nothing_is_trained():
     assert hybrid_cells.trained_at_boundary(map_rows().iloc[:-1]) is None
 
 
+def test_the_findings_of_a_map_trained_at_the_boundary(monkeypatch):
+    monkeypatch.setattr(hybrid_precision, "_rows", lambda _profile, _study: map_rows())
+    assert hybrid_precision.cells_findings("full") == [
+        "W2A2: calibrated 15.00 %, trained 80.00 % (+65.00 points)",
+        "W4A4: calibrated 89.00 %",
+        "the rule beats calibration in 2 of 3 cells with a tensor below 4 bits; it does not in: W4A2 (-1.00)",
+        "at the boundary, W4A4: calibrated 89.00 %, trained as briefly 89.50 %",
+    ]
+
+
 # --- sensitivities and assignments -----------------------------------------------------------------------------------
 
 

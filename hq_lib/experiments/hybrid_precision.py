@@ -111,7 +111,7 @@ def cells_findings(profile: str) -> list[str]:
                  f"{BOUNDARY} bits; it does not in: {', '.join(worse) or 'none'}")  # fmt: skip
     trained = hybrid_cells.trained_at_boundary(_rows(profile, hybrid_cells.STUDY))
     if trained is not None:
-        here = table.loc[(BOUNDARY, BOUNDARY), "calibrated"]
+        here = table.set_index(["w_bits", "a_bits"])["calibrated"].loc[(BOUNDARY, BOUNDARY)]
         lines.append(
             f"at the boundary, W{BOUNDARY}A{BOUNDARY}: calibrated {here:.2f} %, trained as briefly {trained:.2f} %"
         )
