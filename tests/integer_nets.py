@@ -1,10 +1,13 @@
 """Small networks that between them use every operation a record has, and single layers of awkward sizes."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hq_lib import data
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import record as r
 from hq_lib.integer.requant import pair, single
@@ -97,6 +100,13 @@ def images(n: int, size: int = 12, seed: int = 0) -> Tensor:
     """(n, 3, size, size) float32 noise with some structure."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 3, size, size, generator=generator) + torch.linspace(-1, 1, size)
+
+
+def noise_set(generator: torch.Generator, n: int, split: str) -> data.ImageSet:
+    """``n`` images of uniform noise for the networks of ``NETS``, labels 0 to 4 in turn."""
+    spec = replace(data.SPECS["digits"], n_classes=5, in_shape=(3, 12, 12))
+    pixels = torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    return data.ImageSet(pixels, torch.arange(n) % 5, spec, split, torch.arange(n))
 
 
 def float_net(name: str, seed: int = 0) -> nn.Module:

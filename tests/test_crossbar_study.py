@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from integer_nets import float_net, quantized
+from integer_nets import float_net, noise_set, quantized
 
 from hq_lib import data, plotting, results
 from hq_lib.crossbar import Circuit, EngineNetwork, IdealEngine
@@ -24,15 +24,15 @@ def small(out_dir, monkeypatch):
     """A small network of the tests on random images in place of ResNet-20; layer names of its own."""
     model, random = lower(quantized("residual", "w8a8")), torch.Generator().manual_seed(0)
 
-    def some(n, split):
-        spec = replace(data.SPECS["digits"], n_classes=5, in_shape=(3, 12, 12))
-        pixels = torch.randint(0, 256, (n, 3, 12, 12), generator=random, dtype=torch.uint8)
-        return data.ImageSet(pixels, torch.arange(n) % 5, spec, split, torch.arange(n))
-
-    test = some(20, "test")
+    test = noise_set(random, 20, "test")
     logits = EngineNetwork(model, IdealEngine()).run(data.normalize(test.images, test.spec))
     bench = study.CrossbarBench(
-        model, norm_moments(float_net("residual")), test, some(60, "train"), logits, replace(SIZES["smoke"], n_calib=10)
+        model,
+        norm_moments(float_net("residual")),
+        test,
+        noise_set(random, 60, "train"),
+        logits,
+        replace(SIZES["smoke"], n_calib=10),
     )
     for module in (study, crossbar_mvm):
         monkeypatch.setattr(module, "crossbar_bench", lambda *_, **__: bench)

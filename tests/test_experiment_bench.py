@@ -1,12 +1,11 @@
 """The bench run: rehearsed, recorded, interrupted, resumed and replayed, with the same logits."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from integer_nets import quantized
+from integer_nets import noise_set, quantized
 
 from hq_lib import data
 from hq_lib.crossbar import BenchError, CrossbarError, EngineNetwork, FakeDriver, IdealEngine, Limits, TraceError
@@ -22,14 +21,9 @@ def small():
     """A small network of the tests on random images in place of ResNet-20."""
     model, random = lower(quantized("residual", "w8a8")), torch.Generator().manual_seed(0)
 
-    def some(n, split):
-        spec = replace(data.SPECS["digits"], n_classes=5, in_shape=(3, 12, 12))
-        pixels = torch.randint(0, 256, (n, 3, 12, 12), generator=random, dtype=torch.uint8)
-        return data.ImageSet(pixels, torch.arange(n) % 5, spec, split, torch.arange(n))
-
-    test = some(8, "test")
+    test = noise_set(random, 8, "test")
     logits = EngineNetwork(model, IdealEngine()).run(data.normalize(test.images, test.spec))
-    return CrossbarBench(model, {}, test, some(20, "train"), logits, SIZES["smoke"])
+    return CrossbarBench(model, {}, test, noise_set(random, 20, "train"), logits, SIZES["smoke"])
 
 
 def plan(folder, engine="rehearsal", **more):

@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
 """Name in rows -> (weight quantizer, activation quantizer): a method's name, or a mapping with its options.
 
 PACT takes DoReFa's weights, as its paper does. "lsq" starts its steps at the least squared error; "lsq_paper" at the
-published 2 E|x| / sqrt(qmax), which clips a rectified activation so hard at 2 bits that the training does not recover.
+published 2 E|x| / sqrt(qmax), which clips a rectified activation hard at 2 bits.
 """
 
 FINE_TUNE = TrainConfig(epochs=10, lr=0.02, weight_decay=1e-4, precision="bfloat16")
