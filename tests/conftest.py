@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real data where it can be had, a clear skip where not."""
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,17 @@ import torch
 from hq_lib import data, paths
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--seed-shift K``: another draw of everything that a test leaves to the global generator."""
+    parser.addoption("--seed-shift", type=int, default=0, help="added to the seed that every test starts from")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Every test starts from a seed of its own, made of its name: alone or in the suite, it draws the same numbers."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()) + request.config.getoption("--seed-shift"))
 
 
 def _load(name: str, split: str) -> data.ImageSet:

@@ -87,7 +87,7 @@ class PreActivation(nn.Module):
 NETS = {"residual": Residual, "mobile": Mobile, "joined": Joined, "preactivation": PreActivation}
 POLICIES = {
     "w8a8": BitPolicy(),
-    "w4a4": BitPolicy(weight="lsq:4", act="lsq:4", bn="fold_train"),
+    "w4a4": BitPolicy(weight="lsq:4", act="lsq:4"),
     "w2a3": BitPolicy(weight="dsq:2", act="lsq_plus:3"),
     "dorefa": BitPolicy(weight="dorefa:8", act="mpact:6"),
     "a16": BitPolicy(weight={"method": "minmax", "bits": 8, "signed": False}, act="minmax:16"),

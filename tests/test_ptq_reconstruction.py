@@ -185,6 +185,7 @@ def test_switches_modes_and_gradients_are_restored():
 
 
 def test_float16_and_recomputed_caches_hold_what_float32_ones_do():
+    torch.manual_seed(0)  # float16 may move a value across a grid's tie
     qnet, x = made(Tiny())
     found = {}
     for form in ("float32", "float16", "recomputed"):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data
-from hq_lib.graph import BitPolicy, act_quantizers, calibrate, freeze_statistics, quantize
+from hq_lib.graph import BitPolicy, act_quantizers, calibrate, quantize
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
 from hq_lib.training.compilation import compiled
@@ -161,7 +161,7 @@ def test_what_before_epoch_freezes_stays_frozen_for_the_epoch(splits):
     def freeze(net, epoch):
         means.append(net[1].running_mean.clone())
         if epoch >= 1:
-            freeze_statistics(net)
+            net[1].eval()
 
     net = small_net()
     fit(net, *splits, CONFIG, before_epoch=freeze, say=None)

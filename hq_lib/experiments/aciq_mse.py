@@ -69,7 +69,7 @@ def activations(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def weights(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The weights of every layer, batch norms folded."""
     qnet = quantize(net, selection_bench.policy(4, 4), x[:1])
-    return {name: layer.effective_weight().detach() for name, layer in weight_layers(qnet).items()}
+    return {name: layer.weight.detach() for name, layer in weight_layers(qnet).items()}
 
 
 def errors(values: Tensor, *, bits: int, relu: bool) -> dict[str, Any]:

@@ -9,13 +9,10 @@ policy.report(qnet)                          # layer, method, bits, scale, MACs,
 from hq_lib.graph.blocks import Block, blocks, extract_block
 from hq_lib.graph.checkpoints import load_quantized, save_quantized
 from hq_lib.graph.layers import (
-    FoldedNorm,
     QuantConv2d,
-    QuantConvBn2d,
     QuantConvTranspose2d,
     QuantizedWeight,
     QuantLinear,
-    QuantLinearBn,
 )
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, lower_bound, op_name
 from hq_lib.graph.placement import Site, find_sites
@@ -25,9 +22,7 @@ from hq_lib.graph.rewrite import QuantizedNet, quantize
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
 from hq_lib.graph.state import (
     act_quantizers,
-    bake_norms,
     calibrate,
-    freeze_statistics,
     load_state,
     set_quantization,
     weight_layers,
@@ -37,26 +32,21 @@ __all__ = [
     "QUANTIZER_SUFFIX",
     "BitPolicy",
     "Block",
-    "FoldedNorm",
     "HybridRule",
     "PolicyError",
     "QuantConv2d",
-    "QuantConvBn2d",
     "QuantConvTranspose2d",
     "QuantLinear",
-    "QuantLinearBn",
     "QuantizeError",
     "QuantizedNet",
     "QuantizedWeight",
     "Site",
     "Spec",
     "act_quantizers",
-    "bake_norms",
     "blocks",
     "calibrate",
     "extract_block",
     "find_sites",
-    "freeze_statistics",
     "kinds",
     "layer_macs",
     "load_quantized",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hq_lib.graph.placement import Site
 
 PLACEMENTS = ("deploy", "academic")
-BN_MODES = ("keep", "fold", "fold_train")
+BN_MODES = ("keep", "fold")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class BitPolicy:
     """"deploy": every tensor that feeds an add is quantized; "academic": adds are float, one quantizer after each"""
 
     bn: str = "keep"
-    """"keep" batch norms, "fold" them beforehand, or "fold_train": fold running statistics in every training step"""
+    """"keep" batch norms, or "fold" them beforehand"""
 
     hybrid_rule: HybridRule | None = None
     """how the method "hybrid" becomes one by its bits; set by ``BitPolicy.hybrid``"""

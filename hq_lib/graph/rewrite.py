@@ -10,13 +10,10 @@ from torch import Tensor, fx, nn
 
 from hq_lib.folding import fold_bn
 from hq_lib.graph.layers import (
-    FoldedNorm,
     QuantConv2d,
-    QuantConvBn2d,
     QuantConvTranspose2d,
     QuantizedWeight,
     QuantLinear,
-    QuantLinearBn,
 )
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.placement import Site, find_sites, share_bits
@@ -30,7 +27,6 @@ _FORMS: dict[str, type[QuantizedWeight]] = {
     "linear": QuantLinear,
     "convtranspose2d": QuantConvTranspose2d,
 }
-_FOLDED_FORMS: dict[str, type[FoldedNorm]] = {"conv2d": QuantConvBn2d, "linear": QuantLinearBn}
 
 
 class QuantizedNet(fx.GraphModule):
@@ -90,8 +86,6 @@ def quantize(net: nn.Module, policy: BitPolicy, example: Example) -> QuantizedNe
     gm = trace(copy.deepcopy(net))
     if policy.bn == "fold":
         gm = fold_bn(gm, example).train(net.training)
-    elif policy.bn == "fold_train":
-        _fold_norms(gm)
     propagate(gm, example)
     sites = find_sites(gm, placement=policy.placement)
     weights, acts = policy.resolve(_layer_names(gm), sites)
@@ -120,11 +114,10 @@ def _replace_layers(gm: fx.GraphModule, weights: Mapping[str, Spec]) -> None:
         layer = gm.get_submodule(name)
         key = f"policy, weight of {name!r}"
         quantizer = make_quantizer(spec, "weight", key, **_weight_axis(layer))
-        quantized = layer if isinstance(layer, FoldedNorm) else forms[name].from_float(layer)
+        quantized = forms[name].from_float(layer)
         if quantizer is not None:
-            _check_fold(quantized, quantizer, key)
             quantizer.owner = name
-            quantizer.to(quantized.weight.device).train(layer.training).init_from(quantized.effective_weight())
+            quantizer.to(quantized.weight.device).train(layer.training).init_from(quantized.weight)
         quantized.weight_quantizer = quantizer
         _set_submodule(gm, name, quantized)
 
@@ -134,34 +127,6 @@ def _weight_axis(layer: nn.Module) -> dict[str, Any]:
     if not isinstance(layer, nn.ConvTranspose2d):
         return {}
     return {"axis": 1 if layer.groups == 1 else None}
-
-
-def _check_fold(layer: nn.Module, quantizer: Quantizer, key: str) -> None:
-    if isinstance(layer, FoldedNorm) and not getattr(quantizer, "keep_magnitude", True):
-        raise PolicyError(
-            f"{key}: policy.bn='fold_train' needs a method that keeps the weights' magnitude, since the batch norm's "
-            f"statistics are read back through it; use keep_magnitude=True, another method, or bn='keep'"
-        )
-
-
-def _fold_norms(gm: fx.GraphModule) -> None:
-    """Join every layer and the batch norm that alone reads it, in place; other batch norms stay."""
-    kind_of = kinds(gm)
-    for node, kind in kind_of.items():
-        reader = next(iter(node.users)) if kind == "layer" and len(node.users) == 1 else None
-        form = _FOLDED_FORMS.get(op_name(node, gm)) if kind == "layer" else None
-        if reader is None or form is None or kind_of[reader] != "norm":
-            continue
-        layer, norm = gm.get_submodule(str(node.target)), gm.get_submodule(str(reader.target))
-        if norm.running_var is None or _n_calls(gm, node) > 1 or _n_calls(gm, reader) > 1:
-            continue
-        _set_submodule(gm, str(node.target), form.with_norm(layer, norm))
-        reader.replace_all_uses_with(node)
-        gm.graph.erase_node(reader)
-
-
-def _n_calls(gm: fx.GraphModule, node: fx.Node) -> int:
-    return sum(other.op == "call_module" and other.target == node.target for other in gm.graph.nodes)
 
 
 def _set_submodule(gm: fx.GraphModule, name: str, module: nn.Module) -> None:

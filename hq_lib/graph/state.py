@@ -1,6 +1,5 @@
 """What is done to a quantized network as a whole: fitting its grids, bypassing them, ending batch-norm updates."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.graph.layers import FoldedNorm, QuantConv2d, QuantizedWeight, QuantLinear
+from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.spec import PolicyError, QuantizeError
 from hq_lib.tracing import NodeWatcher, eval_mode
@@ -155,39 +154,6 @@ def _collect(qnet: fx.GraphModule, images: list[Tensor], targets: list[str]) -> 
     for batch in images:
         NodeWatcher(qnet, look).run(batch.to(device))
     return seen
-
-
-def freeze_statistics(net: nn.Module, *, frozen: bool = True) -> None:
-    """End (or resume) the running-statistics updates of folded and of plain batch norms; gamma and beta still train.
-
-    The last phase of a training with ``bn="fold_train"``: from here on train and eval mode compute the same. Plain
-    batch norms are put in eval mode, so call it again after each ``net.train()``.
-    """
-    for module in net.modules():
-        if isinstance(module, FoldedNorm):
-            module.statistics_frozen = frozen
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(net.training and not frozen)
-
-
-def bake_norms(qnet: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of ``qnet`` whose folded batch norms are constants of plain quantized layers, for lowering.
-
-    ``QuantConvBn2d`` becomes ``QuantConv2d`` with ``weight`` = g w and ``bias`` = g (b - mean) + beta, under the same
-    name and weight quantizer; outputs in eval mode are the same.
-    """
-    baked = copy.deepcopy(qnet)
-    for name, layer in weight_layers(baked).items():
-        if isinstance(layer, FoldedNorm):
-            weight, bias = layer.effective_weight().detach(), layer.effective_bias()
-            form = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-            plain = form.from_float(layer, layer.weight_quantizer)
-            del plain.bn
-            plain.weight = nn.Parameter(weight)
-            plain.bias = nn.Parameter(bias.detach()) if bias is not None else None
-            parent, _, child = name.rpartition(".")
-            setattr(baked.get_submodule(parent), child, plain)
-    return baked
 
 
 def load_state(qnet: fx.GraphModule, state: Mapping[str, Any]) -> None:

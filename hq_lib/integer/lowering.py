@@ -16,7 +16,7 @@ from torch import fx
 
 from hq_lib import provenance
 from hq_lib.data import DataSpec
-from hq_lib.graph import QUANTIZER_SUFFIX, bake_norms, kinds, op_name
+from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.integer import geometry, moves
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
@@ -54,9 +54,8 @@ def lower(
         raise LowerError(
             f"{type(qnet).__name__} is no quantized graph: make one with graph.quantize(net, policy, example)"
         )
-    baked = bake_norms(qnet)
-    with eval_mode(baked):
-        walk = _Walk(baked, requantizer, tensor_names(qnet))
+    with eval_mode(qnet):
+        walk = _Walk(qnet, requantizer, tensor_names(qnet))
         image, output = walk.run()
     meta: dict[str, Any] = {"policy": _policy_line(qnet), "git_sha": provenance.git_sha()}
     if images is not None:

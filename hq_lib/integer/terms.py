@@ -112,11 +112,11 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
             f"layer {name!r}: its weight is in float; give it 16 bits or fewer in the policy "
             f"(overrides={{{name!r}: {{'weight': 8}}}}), or switch its quantizer on"
         )
-    weight = layer.effective_weight().detach()
+    weight = layer.weight.detach()
     w_int, grid = quantizer.integers(weight)  # type: ignore[operator]
     w = _numpy(w_int, np.int64) - _numpy(grid.zero_point, np.int64)
     scale = np.broadcast_to(_per_channel(grid.scale, name), len(w)).astype(np.float32)
-    bias = layer.effective_bias()
+    bias = layer.bias
     real_bias = np.zeros(len(w)) if bias is None else _numpy(bias, np.float64)
     return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(layer))  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib import aciq
-from hq_lib.graph import FoldedNorm, QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
+from hq_lib.graph import QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
 from hq_lib.observers.ranges import MIN_SCALE, minmax_range, rows
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
 from hq_lib.ptq.rounding import GridWeight, take_place
@@ -51,7 +51,7 @@ def fit_allocated(qnet: fx.GraphModule, *, spread: Literal["sigma", "range"] = "
             continue
         if old.axis != 0:
             raise QuantizeError(f"layer {name!r}: bits are shared out among output channels; it has one grid for all")
-        w = layer.effective_weight().detach()
+        w = layer.weight.detach()
         values = rows(w, 0)
         bits = aciq.allocate_bits(values.std(1) if spread == "sigma" else values.amax(1) - values.amin(1), old.bits,
                                   quota="mean")  # fmt: skip
@@ -108,14 +108,14 @@ def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Corr
         images: (N, C, H, W), normalised; one batch.
 
     Raises:
-        QuantizeError: names the layer whose batch norm is not folded, whose form has no window sum, or that runs twice.
+        QuantizeError: names the layer whose form has no window sum, or that runs twice.
     """
     done: dict[str, aciq.Correction] = {}
     layers = {name: layer for name, layer in weight_layers(qnet).items() if layer.weight_quantizer is not None}
     for name, layer in layers.items():
-        if isinstance(layer, FoldedNorm) or not isinstance(layer, (QuantConv2d, QuantLinear)):
-            raise QuantizeError(f"layer {name!r} ({type(layer).__name__}) cannot be corrected: use bn='fold' and "
-                                "convolutions or linear layers")  # fmt: skip
+        if not isinstance(layer, (QuantConv2d, QuantLinear)):
+            raise QuantizeError(f"layer {name!r} ({type(layer).__name__}) cannot be corrected: only convolutions and "
+                                "linear layers can")  # fmt: skip
 
     def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         name = next(name for name, known in layers.items() if known is layer)
@@ -137,7 +137,7 @@ def _correct(layer: QuantizedWeight, x: Tensor) -> aciq.Correction:
     assert isinstance(layer, (QuantConv2d, QuantLinear))
     old = layer.weight_quantizer
     assert isinstance(old, Quantizer)
-    w = layer.effective_weight()
+    w = layer.weight
     x_int, grid = old.integers(w)
     correction = aciq.bias_correction(w, grid.scale * (x_int - grid.zero_point))
     scale, bias = aciq.absorb(

@@ -104,7 +104,7 @@ def fit_weights(
             raise QuantizeError(
                 f"layer {name!r}: {old.method}:{old.bits} has no grid to choose; use weight='minmax' and 2 bits or more"
             )
-        w = layer.effective_weight().detach()
+        w = layer.weight.detach()
         try:
             chosen = "symmetric_restricted" if old.bits >= WIDE_BITS else scheme
             found = find_grid(w, bits=old.bits, method=method, scheme=chosen, axis=old.axis)

@@ -141,10 +141,10 @@ def fixed_grid(layer: QuantizedWeight, name: str) -> tuple[Grid, Quantizer]:
             f"layer {name!r}: rounding cannot be learned on the grid of {quantizer.method!r}; make the policy with "
             f"weight='minmax:{quantizer.bits}' and choose the ranges with ptq.fit_weights"
         )
-    quantizer.make_ready(layer.effective_weight())
+    quantizer.make_ready(layer.weight)
     if isinstance(quantizer, GridWeight):
         return quantizer.grid(), quantizer
-    grid = quantizer.integers(layer.effective_weight())[1]
+    grid = quantizer.integers(layer.weight)[1]
     if grid.step != 1:
         raise QuantizeError(
             f"layer {name!r}: {quantizer.method}:1 has no level at 0, so no floor and ceil to choose from; use 2 bits "
@@ -166,6 +166,6 @@ def install(layer: QuantizedWeight, name: str) -> AdaRound:
     grid, old = fixed_grid(layer, name)
     if isinstance(old, AdaRound):
         return old
-    new = AdaRound(layer.effective_weight(), grid, bits=old.bits, axis=old.axis)
+    new = AdaRound(layer.weight, grid, bits=old.bits, axis=old.axis)
     take_place(layer, new)
     return new

@@ -61,8 +61,8 @@ def fit(
         run_dir:      folder to save to and resume from; None keeps nothing.
         loss:         (logits (B, K), labels (B,), images (B, C, H, W)) -> scalar; default cross entropy with
                       ``config.label_smoothing``.
-        before_epoch: called as (net, epoch from 0) before each epoch, the net in train mode already, so that
-                      ``graph.freeze_statistics`` lasts the epoch; put back in eval mode, a module stays there.
+        before_epoch: called as (net, epoch from 0) before each epoch, the net in train mode already; a module that it
+                      puts in eval mode stays there for the epoch.
         say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
 
     Raises:
