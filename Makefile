@@ -43,7 +43,7 @@ lab: $(READY) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
 share: $(READY) ## one folder of self-contained HTML pages with an index, ready to send (PROFILE=quick or full)
-	$(BIN)/python -m hq_lib.share --profile $(PROFILE)
+	$(BIN)/python -m hq_lib.results.share --profile $(PROFILE)
 
 lint: $(READY) ## ruff on library, tests and notebooks; pyright on the library
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -6,7 +6,7 @@ Result rows (data/results/**.csv) are deliberately not declared as outputs: Snak
 job, and rows that a long run has already written must survive it. Tables and figures are built from those rows.
 """
 
-from hq_lib import dependencies, outputs, paths
+from hq_lib.results import dependencies, outputs, paths
 
 PROFILE = paths.check_profile(config.get("profile", "quick"))
 BUILD = str(paths.build_dir(PROFILE))
@@ -61,10 +61,10 @@ rule share:
     input:
         *[made_by(notebook) for notebook in MAKERS],
         *[f"{BUILD}/notebooks/{notebook}.done" for notebook in READERS],
-        "hq_lib/share.py",
+        "hq_lib/results/share.py",
     output:
         f"{BUILD}/share/index.html",
     message:
         "rendering the notebooks as pages to share"
     shell:
-        f"python -m hq_lib.share --profile {PROFILE}"
+        f"python -m hq_lib.results.share --profile {PROFILE}"

@@ -26,9 +26,12 @@ import onnx
 import torch
 from torch import nn
 
-from hq_lib import data, export_c, export_onnx, integer, models, paths
-from hq_lib.export_c.runtime import KERNELS
+from hq_lib import data, integer, models
+from hq_lib.deploy import c as export_c
+from hq_lib.deploy import onnx as export_onnx
+from hq_lib.deploy.c.runtime import KERNELS
 from hq_lib.graph import BitPolicy, calibrate, quantize
+from hq_lib.results import paths
 
 Runs = dict[str, Callable[[], Any]]
 

@@ -25,14 +25,15 @@ import time
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib import data, models, paths, ptq
+from hq_lib import data, models, ptq
 from hq_lib.graph import BitPolicy, act_quantizers, quantize, weight_layers
+from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import Stream, UnitCache
 from hq_lib.ptq.reconstruction import rounders_of, train_unit
 from hq_lib.ptq.rounding import install
 from hq_lib.ptq.units import chain, cut
 from hq_lib.quantizers import Grid
-from hq_lib.tracing import eval_mode
+from hq_lib.results import paths
 from hq_lib.training import evaluate
 
 BAR_PCT = {"W4A4": 90.84, "W3A3": 88.90, "W2A4": 89.15, "W2A2": 80.45}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hq_lib import data, paths
+from hq_lib import data
+from hq_lib.results import paths
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hq_lib.export_fpgai import LENET, FpgaiLayer, FpgaiNet, Stage
+from hq_lib.deploy.fpga import LENET, FpgaiLayer, FpgaiNet, Stage
 
 SMALL = (
     Stage("first", (3, 2, 3, 2), stride=2, padding=1, pool="max"),

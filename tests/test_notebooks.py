@@ -11,7 +11,7 @@ import nbformat
 import papermill
 import pytest
 
-from hq_lib import dependencies, notebook, paths
+from hq_lib.results import dependencies, notebook, paths
 
 NOTEBOOKS = sorted((paths.ROOT / "notebooks").glob("*.ipynb"))
 names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

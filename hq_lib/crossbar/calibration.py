@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hq_lib import atomic
 from hq_lib.crossbar.checks import CrossbarError, as_tensor
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.description import difference
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
 from hq_lib.crossbar.recording import simulated
+from hq_lib.results import atomic
 
 SCHEMA = 1
 Sample = tuple[np.ndarray | Tensor, np.ndarray | Tensor | None]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from hq_lib import atomic
 from hq_lib.crossbar.checks import CrossbarError, check_fraction
+from hq_lib.results import atomic
 
 OK, STUCK_LOW, STUCK_HIGH = 0, 1, 2
 

@@ -24,7 +24,7 @@ from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.convolution import ConvHandle
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.network import EngineNetwork
-from hq_lib.folding import fold_bn_with_report
+from hq_lib.graph.folding import fold_bn_with_report
 from hq_lib.integer.execute import run
 from hq_lib.integer.record import Layer, TensorSpec
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from hq_lib import atomic
 from hq_lib.crossbar.checks import CrossbarError, TraceError
 from hq_lib.crossbar.engine import Handle, make_handle
+from hq_lib.results import atomic
 
 SCHEMA = 1
 UNITS = {"x": "input steps", "y": "accumulator steps", "t_s": "seconds after programming"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from hq_lib import paths
+from hq_lib.results import paths
 
 Arrays = dict[str, np.ndarray]
 SUMS = "sha256.json"

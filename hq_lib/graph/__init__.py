@@ -8,25 +8,14 @@ policy.report(qnet)                          # layer, method, bits, scale, MACs,
 
 from hq_lib.graph.blocks import Block, blocks, extract_block
 from hq_lib.graph.checkpoints import load_quantized, save_quantized
-from hq_lib.graph.layers import (
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantizedWeight,
-    QuantLinear,
-)
+from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, lower_bound, op_name
 from hq_lib.graph.placement import Site, find_sites
 from hq_lib.graph.policy import BitPolicy, HybridRule
 from hq_lib.graph.report import layer_macs, report
 from hq_lib.graph.rewrite import QuantizedNet, quantize
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
-from hq_lib.graph.state import (
-    act_quantizers,
-    calibrate,
-    load_state,
-    set_quantization,
-    weight_layers,
-)
+from hq_lib.graph.state import act_quantizers, calibrate, load_state, set_quantization, weight_layers
 
 __all__ = [
     "QUANTIZER_SUFFIX",

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from hq_lib.graph.ops import kinds
 from hq_lib.graph.spec import QuantizeError
-from hq_lib.tracing import trace
+from hq_lib.graph.tracing import trace
 
 
 @dataclass(frozen=True)

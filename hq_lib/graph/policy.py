@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import fx, nn
 
+from hq_lib.graph.lists import list_bits
 from hq_lib.graph.overrides import apply_overrides, check_overrides
+from hq_lib.graph.report import report
 from hq_lib.graph.spec import (
     FLOAT_BITS,
     HYBRID,
@@ -165,9 +167,9 @@ class BitPolicy:
 
     def report(self, qnet: fx.GraphModule) -> "DataFrame":
         """Return one row per weight and activation of ``qnet``; see ``hq_lib.graph.report``."""
-        from hq_lib.graph.report import report
-
-        return report(qnet, policy=self)
+        if self != qnet.meta.get("policy", self):
+            raise PolicyError("report: this network was made by another policy; use qnet.policy.report(qnet)")
+        return report(qnet)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as plain data (what YAML and records hold); ``from_dict`` reads it back."""
@@ -212,21 +214,92 @@ class BitPolicy:
         return cls.from_dict(entries)
 
     @classmethod
-    def hybrid(cls, w_bits: Any, a_bits: Any, **settings: Any) -> "BitPolicy":
-        """Return seed 000's rule: QAT below ``boundary`` bits, PTQ from there up; see ``presets.hybrid``."""
-        from hq_lib.graph import presets
+    def hybrid(
+        cls,
+        w_bits: int | Mapping[str, int],
+        a_bits: int | Mapping[str, int],
+        *,
+        qat: str | tuple[str, str] = "dsq",
+        ptq: str | tuple[str, str] = "minmax",
+        boundary: int = 4,
+        first_last_bits: int | None = None,
+        **settings: Any,
+    ) -> "BitPolicy":
+        """Return the policy that trains tensors below ``boundary`` bits and calibrates the others (seed 000).
 
-        return presets.hybrid(w_bits, a_bits, **settings)
+        The method follows from the bits of each tensor, so every later change of bits (a role, an override) keeps to
+        the rule. The first convolution and the classifier take part, unless ``first_last_bits`` says otherwise.
+
+        Args:
+            w_bits:          weights, one number, or patterns -> bits with "*" as the default (1..16, 32 = float).
+            a_bits:          activations, likewise.
+            qat, ptq:        the two methods; a pair means (weight, activation).
+            boundary:        bits from which on the tensor is left to PTQ (its text: 4; its last configuration: 5).
+            first_last_bits: see ``BitPolicy``; here None, so that the rule covers these layers too.
+            settings:        any other field of ``BitPolicy``.
+
+        Raises:
+            PolicyError: a mapping without "*", bits or methods that do not exist.
+        """
+        rule = HybridRule(_pair(qat), _pair(ptq), boundary)
+        overrides: dict[str, dict[str, Any]] = {}
+        defaults = {kind: _default(bits, kind, overrides) for kind, bits in (("weight", w_bits), ("act", a_bits))}
+        for pattern, entry in settings.pop("overrides", {}).items():
+            entry = entry if isinstance(entry, Mapping) else {"both": entry}
+            overrides[pattern] = {**overrides.get(pattern, {}), **entry}
+        specs = {kind: {"method": HYBRID, "bits": bits} for kind, bits in defaults.items()}
+        return cls(**specs, overrides=overrides, first_last_bits=first_last_bits, hybrid_rule=rule, **settings)
 
     @classmethod
     def from_lists(
-        cls, net: nn.Module, layer_abit: Sequence[int], layer_wbit: Sequence[int], **settings: Any
+        cls,
+        net: nn.Module,
+        layer_abit: Sequence[int],
+        layer_wbit: Sequence[int],
+        *,
+        weight: str = "dorefa_hw",
+        act: str = "mpact",
+        placement: str = "deploy",
+        bn: str = "keep",
     ) -> "BitPolicy":
-        """Return seed 001's bit lists as a policy for ``net``; see ``presets.from_lists``."""
-        from hq_lib.graph import presets
+        """Return seed 001's bit lists as a policy for ``net``.
 
-        return presets.from_lists(net, layer_abit, layer_wbit, **settings)
+        Entry i speaks of layer i in the order stem, blocks, header, classifier: ``layer_wbit[i]`` of its weights,
+        ``layer_abit[i]`` of its *input* (entry 0: the image). Tensors inside block i, its shortcut's output included,
+        use entry i; its output uses the entry of the layer that reads it, so pools use the classifier's. A list with
+        the blocks alone (ResNet-20's 9) leaves stem and activations around it in float and the classifier's weights
+        at 16, as the seed hard-coded. 32 = float.
+
+        Args:
+            net:        the float net: 13 entries for ToyNet, 20 for MobileNetV2, 9 or 11 for ResNet-20.
+            layer_abit: bits of each layer's input.
+            layer_wbit: bits of each layer's weights.
+            weight:     method of all weights.
+            act:        method of all activations but the image.
+            placement, bn: as in ``BitPolicy``.
+
+        Raises:
+            PolicyError: the lists' length fits neither the layers nor the blocks of ``net``.
+        """
+        input_bits, overrides = list_bits(net, layer_abit, layer_wbit, placement=placement)
+        given = {"overrides": overrides, "input_bits": input_bits, "placement": placement, "bn": bn}
+        return cls(weight=f"{weight}:8", act=f"{act}:8", first_last_bits=None, **given)
 
 
 def _bits(bits: int | None) -> str:
     return {None: "as the rest", 32: "float"}.get(bits, str(bits))
+
+
+def _pair(method: str | tuple[str, str]) -> tuple[str, str]:
+    return (method, method) if isinstance(method, str) else (method[0], method[1])
+
+
+def _default(bits: int | Mapping[str, int], kind: str, overrides: dict[str, dict[str, Any]]) -> int:
+    if not isinstance(bits, Mapping):
+        return bits
+    if "*" not in bits:
+        raise PolicyError(f"hybrid {kind} bits: the mapping needs a default under '*'")
+    for pattern, value in bits.items():
+        if pattern != "*":
+            overrides.setdefault(pattern, {})[kind] = value
+    return bits["*"]

@@ -8,7 +8,6 @@ from torch import fx, nn
 
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds
-from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.spec import PolicyError, Spec
 
 COLUMNS = (
@@ -17,7 +16,7 @@ COLUMNS = (
 )
 
 
-def report(qnet: fx.GraphModule, *, policy: BitPolicy | None = None) -> pd.DataFrame:
+def report(qnet: fx.GraphModule) -> pd.DataFrame:
     """Return one row per layer weight and per activation of ``qnet``, float ones included.
 
     Columns: ``layer``; ``tensor`` ("weight" or "activation"); ``method`` and ``bits`` ("float", 32 where none);
@@ -27,13 +26,11 @@ def report(qnet: fx.GraphModule, *, policy: BitPolicy | None = None) -> pd.DataF
     ``avg_w_bits`` (weighted by parameters), ``avg_a_bits`` (by elements), ``n_macs``, ``policy`` (one line).
 
     Raises:
-        PolicyError: ``qnet`` is not from ``quantize``, or was made by another policy than ``policy``.
+        PolicyError: ``qnet`` is not from ``quantize``.
     """
     meta = qnet.meta
     if "sites" not in meta:
         raise PolicyError("report: the network has no policy; pass what quantize(net, policy, example) returned")
-    if policy is not None and policy != meta["policy"]:
-        raise PolicyError("report: this network was made by another policy; use qnet.policy.report(qnet)")
     rows = _weight_rows(qnet) + _act_rows(qnet)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     weights, acts = table[table.tensor == "weight"], table[table.tensor == "activation"]

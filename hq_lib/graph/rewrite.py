@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.folding import fold_bn
-from hq_lib.graph.layers import (
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantizedWeight,
-    QuantLinear,
-)
+from hq_lib.graph.folding import fold_bn
+from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.placement import Site, find_sites, share_bits
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec, make_quantizer
+from hq_lib.graph.tracing import Example, propagate, trace
 from hq_lib.quantizers import Quantizer
-from hq_lib.tracing import Example, propagate, trace
 
 _FORMS: dict[str, type[QuantizedWeight]] = {
     "conv2d": QuantConv2d,
@@ -72,7 +67,7 @@ def quantize(net: nn.Module, policy: BitPolicy, example: Example) -> QuantizedNe
     yet: ``calibrate`` does that, or the first training batch. With all bits 32 the result equals ``net`` bit for bit.
 
     Args:
-        net:     any traceable CNN, see ``hq_lib.tracing.trace``.
+        net:     any traceable CNN, see ``hq_lib.graph.tracing.trace``.
         policy:  method and bits per tensor.
         example: (B, C, H, W), an input that ``net`` accepts, for shapes and operation counts; its values do not matter.
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.spec import PolicyError, QuantizeError
-from hq_lib.tracing import NodeWatcher, eval_mode
+from hq_lib.graph.tracing import NodeWatcher, eval_mode
 
 BUDGET_MIB = 1024
 Choice = Callable[[nn.Module], bool]

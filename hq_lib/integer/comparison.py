@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from hq_lib.data import ImageSet, normalize
+from hq_lib.graph.tracing import NodeWatcher, eval_mode
 from hq_lib.integer.execute import run
 from hq_lib.integer.lowering import tensor_names
 from hq_lib.integer.record import IntegerModel, Op
-from hq_lib.tracing import NodeWatcher, eval_mode
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from hq_lib import provenance
 from hq_lib.data import DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
+from hq_lib.graph.tracing import eval_mode
 from hq_lib.integer import geometry, moves
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
@@ -24,7 +24,7 @@ from hq_lib.integer.emit import Writer
 from hq_lib.integer.geometry import LowerError
 from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.terms import Average, Image, Pending, Sum, norm_product, product, with_norm
-from hq_lib.tracing import eval_mode
+from hq_lib.results import provenance
 
 Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
 _SAME = {

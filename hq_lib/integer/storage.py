@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from hq_lib.atomic import write_bytes
 from hq_lib.integer import record
 from hq_lib.integer.check import MAX_ELEMENTS, check
 from hq_lib.integer.record import IntegerModel, Op, Requant, Residual, TensorSpec
 from hq_lib.integer.requant import RecordError
+from hq_lib.results.atomic import write_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = "hq_lib integer model"

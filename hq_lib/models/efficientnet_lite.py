@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_lib.models.checkpoints import load_public
 from hq_lib.models.initialization import initialize_he_
+from hq_lib.models.public import load_public
 
 STAGES = (  # kernel k, expansion t, channels c, blocks n, stride s of the first one
     (3, 1, 16, 1, 1), (3, 6, 24, 2, 2), (5, 6, 40, 2, 2), (3, 6, 80, 3, 2), (5, 6, 112, 3, 1), (5, 6, 192, 4, 2),

@@ -3,7 +3,7 @@
     fit_allocated(qnet)             # per channel min-max grids, wide channels get more bits (average = the policy's)
     correct_moments(qnet, images)   # mean and norm of every output channel restored, integers unchanged
 
-Banner et al., arXiv:1810.05723, sections 4.2 and 5; formulas and departures in ``hq_lib.aciq.weights``.
+Banner et al., arXiv:1810.05723, sections 4.2 and 5; formulas and departures in ``hq_lib.quantizers.aciq.weights``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib import aciq
 from hq_lib.graph import QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
-from hq_lib.observers.ranges import MIN_SCALE, minmax_range, rows
+from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
 from hq_lib.ptq.rounding import GridWeight, take_place
-from hq_lib.quantizers import Grid, Quantizer
-from hq_lib.tracing import eval_mode
+from hq_lib.quantizers import Grid, Quantizer, aciq
+from hq_lib.quantizers.observers.ranges import MIN_SCALE, minmax_range, rows
 
 EDGE = 0.499
 """How far, in steps, a weight may lie beyond its channel's last level and still round to it."""

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.units import as_float, chain, cut
-from hq_lib.tracing import eval_mode
 
 
 class BlockError(NamedTuple):

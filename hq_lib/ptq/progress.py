@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib import atomic
 from hq_lib.graph import act_quantizers, weight_layers
+from hq_lib.results import atomic
 
 _REPORT = "__report__"
 

@@ -20,12 +20,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from hq_lib import aciq
 from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
-from hq_lib.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
-from hq_lib.observers.ranges import QParams, Scheme
 from hq_lib.ptq.rounding import ON_GRID, GridWeight, take_place
-from hq_lib.quantizers import LSQ, Grid, LSQPlusAct, MinMaxAct, Quantizer
+from hq_lib.quantizers import LSQ, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
+from hq_lib.quantizers.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
+from hq_lib.quantizers.observers.ranges import QParams, Scheme
 
 Method = Literal["minmax", "percentile", "mse", "aciq", "aciq_official"]
 WIDE_BITS = 8

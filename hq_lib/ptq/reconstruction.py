@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.graph import Block, act_quantizers, weight_layers
+from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import Form, Stream, UnitCache, bytes_needed, chunks, form_for
 from hq_lib.ptq.config import ReconstructionConfig
 from hq_lib.ptq.dropping import drop, dropping
@@ -26,7 +27,6 @@ from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
 from hq_lib.ptq.rounding import AdaRound, install
 from hq_lib.ptq.units import Unit, chain, cut, switched, units
-from hq_lib.tracing import eval_mode
 
 Progress = Callable[[UnitReport], None]
 _CHECK_EVERY = 100

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
-from hq_lib.tracing import eval_mode
+from hq_lib.graph.tracing import eval_mode
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def fit(
 def _noisy(net: nn.Module, sigma: float) -> AbstractContextManager[object]:
     if sigma == 0:
         return nullcontext()
-    from hq_lib.crossbar.weight_noise import weight_noise  # crossbars judge networks with this package
+    from hq_lib.training.weight_noise import weight_noise  # crossbars judge networks with this package
 
     return weight_noise(net, sigma)
 

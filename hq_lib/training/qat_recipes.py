@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hq_lib.graph import BitPolicy
-from hq_lib.paths import check_profile
 from hq_lib.quantizers import act_quantizer
 from hq_lib.quantizers.base import Quantizer
+from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
 
 LEAST_ERROR = {"method": "lsq", "init": "least_error"}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hq_lib.paths import check_profile
+from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hq_lib import atomic
+from hq_lib.results import atomic
 from hq_lib.training.config import TrainConfig
 
 STATE, LOG, CONFIG = "state.pt", "log.jsonl", "config.json"

@@ -1,0 +1,85 @@
+"""The C runtime's binaries, compiled when first asked for and kept beside the data (``cache_dir``)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from filelock import FileLock
+
+from hq_lib.results import paths
+
+SOURCES = Path(__file__).resolve().parent / "src"
+FLAGS = ("-std=c99", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC")
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+RUNTIME = (
+    "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c",
+    "hqm_kernel.c", "hqm_kernel_x86.c", "hqm_kernel_neon.c",
+)  # fmt: skip
+TOOL = ("hqm_images.c", "hqm_main.c")
+
+
+class CompilerError(RuntimeError):
+    """No C compiler, or one that refuses the sources; the message says which and what to install."""
+
+
+def compiler() -> str:
+    """Return the C compiler: ``$CC``, else cc, gcc or clang. Raises CompilerError where there is none."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise CompilerError(f"no C compiler ({', '.join(names)}): install gcc or clang, or set CC to one")
+
+
+def program(*, sanitize: bool = False, cc: str | None = None) -> Path:
+    """Return the command-line program ``hqm``, compiled with ``cc`` (default ``compiler()``).
+
+    Args:
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, each finding fatal.
+
+    Raises:
+        CompilerError: see there.
+    """
+    return _built("hqm", RUNTIME + TOOL, SANITIZERS if sanitize else (), cc or compiler())
+
+
+def fuzzer(*, cc: str | None = None) -> Path:
+    """Return the test program ``hqm_fuzz``, with both sanitizers. Raises CompilerError."""
+    return _built("hqm_fuzz", (*RUNTIME, "hqm_fuzz.c"), SANITIZERS, cc or compiler())
+
+
+def library(*, cc: str | None = None) -> Path:
+    """Return the shared library of the runtime, for ctypes. Raises CompilerError."""
+    return _built("libhqm.so", RUNTIME, ("-shared",), cc or compiler())
+
+
+def _built(name: str, sources: tuple[str, ...], extra: tuple[str, ...], cc: str) -> Path:
+    """Return ``name`` from a folder called by what it is made of; compiled there if it is not."""
+    digest = hashlib.sha256(repr((cc, extra, FLAGS, os.environ.get("CFLAGS"))).encode())
+    for source in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(source.read_bytes())
+    target = paths.cache_dir() / "c" / digest.hexdigest()[:16] / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            _compile(target, sources, extra, cc)
+    return target
+
+
+def _compile(target: Path, sources: tuple[str, ...], extra: tuple[str, ...], cc: str) -> None:
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    own = os.environ.get("CFLAGS", "").split()
+    command = [cc, *FLAGS, *extra, *own, *(str(SOURCES / source) for source in sources), "-o", str(fresh)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompilerError(f"{cc} does not compile the C runtime:\n{done.stderr[-4000:]}")
+        os.replace(fresh, target)
+    except OSError as error:
+        raise CompilerError(f"{cc} cannot be run: {error}") from error
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""The container (.hqm) that the C runtime runs from: header, tensors, operations and arrays, little-endian.
+
+    word 0  magic "HQM\\x1a"     1  version      2  bytes of the file    3  CRC-32 of everything from word 4 on
+    4  fixed requantizer?        5  tensors      6  operations           7, 8  where both tables lie
+    9  bytes of the arena       10  of them for padded inputs           11, 12  metadata (JSON), its size
+    13  the tensor of the logits                                        14, 15  zero
+
+A tensor takes 20 words, an operation 32 (named in ``hqm_internal.h``), arrays lie at multiples of 64 bytes. Operation
+i writes tensor i + 1; tensor 0 is the image. The same record gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from hq_lib.deploy.c.layout import ALIGNMENT, centred_bias, is_depthwise, packed_weight, plan_arena
+from hq_lib.integer import record as r
+from hq_lib.integer.check import check
+from hq_lib.integer.pixels import pixel_table
+from hq_lib.integer.record import IntegerModel, Op, Requant, TensorSpec
+from hq_lib.results.atomic import write_bytes
+
+MAGIC, VERSION = b"HQM\x1a", 1
+HEADER_WORDS, TENSOR_WORDS, OP_WORDS = 16, 20, 32
+MAX_BYTES = 2**30
+_DTYPES = {"uint8": 0, "uint16": 1, "int32": 2, "float32": 3}
+_KINDS = {kind: i for i, kind in enumerate(r.OPS)}
+
+
+class ExportError(ValueError):
+    """A record that no container can hold; the message says why."""
+
+
+def save(model: IntegerModel, path: Path | str) -> Path:
+    """Write ``model`` to ``path`` (named ``*.hqm``), whole or not at all, and return the path. Raises ExportError."""
+    path = Path(path)
+    if path.suffix != ".hqm":
+        raise ExportError(f"{path}: a container is saved as .hqm")
+    write_bytes(path, to_bytes(model))
+    return path
+
+
+def to_bytes(model: IntegerModel) -> bytes:
+    """Return the content of the container of ``model``.
+
+    Raises:
+        ExportError: the input is no (C, H, W) image, or file or arena would pass 1 GiB.
+        RecordError: the record is inconsistent (see ``integer.check``).
+    """
+    check(model)
+    if len(model.tensors[model.input].shape) != 3:
+        raise ExportError(f"the C runtime takes (C, H, W) images, not {model.tensors[model.input].shape}")
+    content = _Writer(model).content()
+    if max(len(content), *struct.unpack_from("<2I", content, 36)) > MAX_BYTES:
+        raise ExportError(f"file ({len(content):,} bytes) or arena is beyond the runtime's {MAX_BYTES:,} bytes")
+    return content
+
+
+class _Writer:
+    """Collects arrays behind the two tables and remembers where each lies."""
+
+    def __init__(self, model: IntegerModel) -> None:
+        self.model = model
+        self.names = [model.input, *(op.output for op in model.ops)]
+        self.index = {name: i for i, name in enumerate(self.names)}
+        self.offsets, self.arena = plan_arena(model)
+        tables = 4 * (HEADER_WORDS + TENSOR_WORDS * len(self.names) + OP_WORDS * len(model.ops))
+        self.data = bytearray(tables)
+
+    def content(self) -> bytes:
+        """Return header, tables and arrays with their checksum."""
+        tensors = [self._tensor(self.model.tensors[name]) for name in self.names]
+        ops = [self._op(op) for op in self.model.ops]
+        meta = json.dumps(self.model.meta, sort_keys=True, ensure_ascii=True).encode()
+        place = self._put(np.frombuffer(meta, np.uint8))
+        self.data.extend(bytes(-len(self.data) % ALIGNMENT))
+        at_ops = 4 * (HEADER_WORDS + TENSOR_WORDS * len(tensors))
+        scratch = min(self.offsets.values())
+        fixed = int(self.model.requantizer == "fixed")
+        header = [len(tensors), len(ops), 4 * HEADER_WORDS, at_ops, self.arena, scratch, place, len(meta)]
+        header = [fixed, *header, self.index[self.model.output], 0, 0]
+        words = np.array([*header, *chain(*tensors, *ops)], np.uint32).astype("<u4").tobytes()
+        self.data[16 : 16 + len(words)] = words
+        body = bytes(self.data[16:])
+        return MAGIC + struct.pack("<3I", VERSION, len(self.data), zlib.crc32(body)) + body
+
+    def _put(self, array: np.ndarray) -> int:
+        """Append ``array`` at the next multiple of 64 bytes and return its offset."""
+        self.data.extend(bytes(-len(self.data) % ALIGNMENT))
+        place = len(self.data)
+        self.data.extend(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
+        return place
+
+    def _tensor(self, spec: TensorSpec) -> list[int]:
+        shape = [*spec.shape, *[0] * (8 - len(spec.shape))]
+        ends = [_DTYPES[spec.dtype], spec.bits, _word(spec.qmin), _word(spec.qmax), spec.zero_point]
+        scales, name = np.atleast_1d(spec.scale), spec.name.encode()
+        where = [self._put(scales), self.offsets.get(spec.name, 0), self._put(np.frombuffer(name, np.uint8)), len(name)]
+        return _filled([len(spec.shape), *shape, *ends, scales.size, *where], TENSOR_WORDS)
+
+    def _op(self, op: Op) -> list[int]:
+        inputs = np.array([self.index[name] for name in op.inputs], np.uint32)
+        words = _filled([_KINDS[type(op)], len(inputs), self._put(inputs)], OP_WORDS)
+        for at, values in self._details(op).items():
+            words[at : at + len(values)] = values
+        return words
+
+    def _details(self, op: Op) -> dict[int, list[int]]:
+        """Return the words of ``op`` behind its inputs, by their place."""
+        match op:
+            case r.Conv() | r.Linear():
+                return self._layer(op) | _window(op)
+            case r.MaxPool():
+                return _window(op)
+            case r.AvgPool():
+                return _window(op) | (self._requant(op.requant) if op.requant else {})
+            case r.Add():
+                return self._requant(*op.requants) | {16: [int(np.float32(op.offset).view(np.uint32))]}
+            case r.Concat():
+                return {16: [op.axis]}
+            case r.Transpose():
+                return {16: [*op.axes]}
+            case r.Slice():
+                return {8: [*op.start], 16: [*op.step]}
+            case r.Pad():
+                return {16: [*op.before]}
+            case r.Quantize() if "image" in self.model.meta and op is self.model.ops[0]:
+                return {16: [self._put(pixel_table(self.model).astype(np.uint16))]}
+            case _:
+                return {}
+
+    def _layer(self, op: r.Layer) -> dict[int, list[int]]:
+        x = self.model.tensors[op.inputs[0]]
+        groups = op.groups if isinstance(op, r.Conv) else 1
+        weight, bias = self._put(packed_weight(op)), self._put(centred_bias(op, x))
+        where = [weight, op.weight.itemsize, int(is_depthwise(op)), bias]
+        words = {4: where, 13: [op.weight.shape[0], op.weight.shape[1], groups]}
+        if op.requant is None:
+            return words
+        return words | self._requant(op.requant, op.residual.requant if op.residual else None)
+
+    def _requant(self, first: Requant, second: Requant | None = None) -> dict[int, list[int]]:
+        where = [self._put(first.multiplier), self._put(first.fixed), self._put(first.shift)]
+        if second is not None:
+            where += [self._put(second.multiplier), self._put(second.fixed)]
+        return {8: where}
+
+
+def _window(op: r.Conv | r.Linear | r.MaxPool | r.AvgPool) -> dict[int, list[int]]:
+    if isinstance(op, r.Linear):
+        return {16: [1, 1, 1, 1, 0, 0, 0, 0, 1, 1]}
+    kernel = op.weight.shape[2:] if isinstance(op, r.Conv) else op.kernel
+    dilation = (1, 1) if isinstance(op, r.AvgPool) else op.dilation
+    return {16: [*kernel, *op.stride, *op.padding, *dilation]}
+
+
+def _word(value: int) -> int:
+    return value & 0xFFFFFFFF
+
+
+def _filled(words: list[int], n: int) -> list[int]:
+    return [*words, *[0] * (n - len(words))]

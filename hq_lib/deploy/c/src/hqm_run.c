@@ -1,0 +1,121 @@
+/* hqm_run: the operations in their order, and everything that is not a layer. */
+#include "hqm_internal.h"
+
+static hqm_status run_quantize(const float *image, const tensor *y) {
+    float scale = y->scale[0], low = (float)(y->qmin - y->zero), high = (float)(y->qmax - y->zero);
+    uint32_t channels = y->shape[0], plane = y->n / channels;
+    for (uint32_t c = 0; c < channels; c++)
+        for (uint32_t i = 0; i < plane; i++) {
+            float x = image[(size_t)c * plane + i];
+            if (x != x) return HQM_NAN;
+            int32_t q = round_half_even(clamp_float(x / scale, low, high)) + y->zero;
+            store_int(y->data, y->dtype, (size_t)i * channels + c, q);
+        }
+    return HQM_OK;
+}
+
+static hqm_status run_table(const hqm_model *m, const uint32_t *op, const uint8_t *pixels, const tensor *y) {
+    if (!op[O_TABLE]) return HQM_NO_PIXELS;
+    const uint16_t *table = (const uint16_t *)(const void *)(m->bytes + op[O_TABLE]);
+    uint32_t channels = y->shape[0], plane = y->n / channels;
+    for (uint32_t c = 0; c < channels; c++)
+        for (uint32_t i = 0; i < plane; i++)
+            store_int(y->data, y->dtype, (size_t)i * channels + c, table[256 * c + pixels[(size_t)c * plane + i]]);
+    return HQM_OK;
+}
+
+void run_add(const hqm_model *m, const uint32_t *op, const tensor *a, const tensor *b, const tensor *y) {
+    rescale r = rescale_of(m, op, y);
+    const float ms[2] = {r.multiplier[0], r.multiplier_2[0]}, offset = float_of(op[O_OFFSET]);
+    const kernels *fast = hqm_kernels();
+    if (!r.is_fixed && fast->add_u8 && a->size == 1 && b->size == 1 && y->size == 1) {
+        fast->add_u8(a->data, b->data, y->n, ms, offset, y->qmin, y->qmax, y->data);
+        return;
+    }
+    for (uint32_t i = 0; i < y->n; i++) {
+        int64_t qa = load_int(a->data, a->dtype, i), qb = load_int(b->data, b->dtype, i);
+        if (r.is_fixed) {
+            store_int(y->data, y->dtype, i, rescaled(&r, 0, qa - a->zero, qb - b->zero));
+            continue;
+        }
+        store_int(y->data, y->dtype, i, added(qa, qb, ms, offset, y->qmin, y->qmax));
+    }
+}
+
+static const float *real_scale(const tensor *y, uint32_t c) { return y->scale + (y->n_scales > 1 ? c : 0); }
+
+/* Logits in the order of the record: (C, H, W), or row-major with channels last. */
+static void write_logits(const tensor *y, float *logits) {
+    uint32_t inner = y->rank == 3 ? y->n / y->shape[0] : 1, last = y->shape[y->rank - 1];
+    for (uint32_t i = 0; i < y->n; i++) {
+        uint32_t channel = y->rank == 3 ? i / inner : i % last;
+        size_t at = y->rank == 3 ? (size_t)(i % inner) * y->shape[0] + channel : i;
+        float real = (float)(load_int(y->data, y->dtype, at) - y->zero);
+        logits[i] = real * *real_scale(y, channel);
+    }
+}
+
+static hqm_status run_all(const hqm_model *m, void *arena, const float *image, const uint8_t *pixels, float *logits) {
+    if (!m || !m->n_ops || !arena || (uintptr_t)arena % 4 || !logits || (!image && !pixels)) return HQM_BAD_ARGUMENT;
+    for (uint32_t i = 0; i < m->n_ops; i++) {
+        const uint32_t *op = op_at(m, i);
+        tensor x = tensor_at(m, input_of(m, op, 0), arena), y = tensor_at(m, i + 1, arena), second = x;
+        int has_second = op[O_N_INPUTS] > 1;
+        if (has_second) second = tensor_at(m, input_of(m, op, 1), arena);
+        hqm_status status = HQM_OK;
+        switch (op[O_KIND]) {
+        case QUANTIZE: status = image ? run_quantize(image, &y) : run_table(m, op, pixels, &y); break;
+        case CONV: case LINEAR: run_layer(m, op, &x, has_second ? &second : NULL, &y, arena); break;
+        case ADD: run_add(m, op, &x, &second, &y); break;
+        case MAX_POOL: run_max_pool(op, &x, &y); break;
+        case AVG_POOL: run_avg_pool(m, op, &x, &y); break;
+        case CONCAT: run_concat(m, op, &y, arena); break;
+        default: run_move(op, &x, &y); break;
+        }
+        if (status != HQM_OK) return status;
+    }
+    tensor y = tensor_at(m, header_of(m)[H_OUTPUT], arena);
+    write_logits(&y, logits);
+    return HQM_OK;
+}
+
+hqm_status hqm_run(const hqm_model *m, void *arena, const float *image, float *logits) {
+    return image ? run_all(m, arena, image, NULL, logits) : HQM_BAD_ARGUMENT;
+}
+
+hqm_status hqm_run_pixels(const hqm_model *m, void *arena, const uint8_t *pixels, float *logits) {
+    return pixels ? run_all(m, arena, NULL, pixels, logits) : HQM_BAD_ARGUMENT;
+}
+
+static hqm_shape shape_of(const hqm_model *m, uint32_t i) {
+    tensor t = tensor_at(m, i, NULL);
+    hqm_shape s;
+    s.rank = t.rank, s.n = t.n, s.dtype = t.dtype;
+    memcpy(s.shape, t.shape, sizeof s.shape);
+    return s;
+}
+
+hqm_shape hqm_input(const hqm_model *m) { return shape_of(m, 0); }
+hqm_shape hqm_output(const hqm_model *m) { return shape_of(m, header_of(m)[H_OUTPUT]); }
+size_t hqm_arena_size(const hqm_model *m) { return header_of(m)[H_ARENA]; }
+size_t hqm_model_size(void) { return sizeof(hqm_model); }
+
+int hqm_takes_pixels(const hqm_model *m) {
+    for (uint32_t i = 0; i < m->n_ops; i++)
+        if (op_at(m, i)[O_KIND] == QUANTIZE && !op_at(m, i)[O_TABLE]) return 0;
+    return 1;
+}
+
+const char *hqm_meta(const hqm_model *m, size_t *size) {
+    *size = header_of(m)[H_META_SIZE];
+    return (const char *)m->bytes + header_of(m)[H_META];
+}
+
+const char *hqm_message(hqm_status status) {
+    static const char *const messages[] = {
+        "ok", "null or misaligned argument", "big-endian processors are not supported", "not a .hqm container",
+        "a container of another version: export it again", "truncated, or not of the size that it says",
+        "its bytes are not those that were written (CRC-32 differs)", "its header cannot be", "a tensor cannot be",
+        "an operation cannot be", "the image holds NaN", "it knows no mean and std of pixels: give float images"};
+    return (unsigned)status < sizeof messages / sizeof *messages ? messages[status] : "unknown status";
+}

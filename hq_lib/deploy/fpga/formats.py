@@ -1,0 +1,170 @@
+"""Seed 002's files: weights, biases and quantization lines, as text and as bytes.
+
+    {name}_weight.bin   uint8 of all layers, C order, no header
+    {name}_bias.bin     int32 of all layers, little endian, no header
+    {name}_quant.txt    per layer one line "multiplier,shift,zero_point"
+    {name}_weight.txt   per layer "#", its weights, "$", its biases: decimals, commas, ten a line
+
+None holds a shape: the reader is given the stages. Any byte too many or too few is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, check_quant, need, plain_name
+from hq_lib.results.atomic import write_bytes
+
+Form = Literal["bin", "txt"]
+MAX_FILE = 2**31
+_PER_LINE = 10
+_INTEGER = re.compile(r"-?[0-9]{1,10}")
+Quant = tuple[int, int, int]
+
+
+def read_net(folder: Path | str, name: str, stages: Sequence[Stage], *, form: Form = "bin") -> FpgaiNet:
+    """Return the network in the files ``{name}_*`` of ``folder``.
+
+    Args:
+        folder: where the files lie.
+        name:   common start of their names, "lenet".
+        stages: shapes and order of the layers: ``LENET``, or your own.
+        form:   "bin": ``_weight.bin`` and ``_bias.bin``; "txt": ``_weight.txt``; both with ``_quant.txt``.
+
+    Raises:
+        FpgaiError: a file that is absent, truncated, too long, or holds something else; names file, line and layer.
+    """
+    folder, name = Path(folder), plain_name(name, "name of the files")
+    quant = parse_quant(_read_text(folder / f"{name}_quant.txt"), n_layers=len(stages), what=f"{name}_quant.txt")
+    if _checked_form(form) == "txt":
+        text = _read_text(folder / f"{name}_weight.txt")
+        weights, biases = parse_weight_text(text, stages, what=f"{name}_weight.txt")
+    else:
+        weights = parse_weight_bin(read_file(folder / f"{name}_weight.bin"), stages, what=f"{name}_weight.bin")
+        biases = parse_bias_bin(read_file(folder / f"{name}_bias.bin"), stages, what=f"{name}_bias.bin")
+    parts = zip(stages, weights, biases, quant, strict=True)
+    return FpgaiNet(tuple(stages), tuple(FpgaiLayer(s.name, w, b, *line) for s, w, b, line in parts))
+
+
+def write_net(net: FpgaiNet, folder: Path | str, name: str, *, form: Form = "bin") -> list[Path]:
+    """Write ``net`` as seed 002's files of this form, each whole or not at all; return their paths."""
+    folder, name = Path(folder), plain_name(name, "name of the files")
+    contents = {f"{name}_quant.txt": quant_text(net.layers).encode("ascii")}
+    if _checked_form(form) == "txt":
+        contents[f"{name}_weight.txt"] = weight_text(net.layers).encode("ascii")
+    else:
+        contents[f"{name}_weight.bin"] = b"".join(layer.weight.tobytes() for layer in net.layers)
+        contents[f"{name}_bias.bin"] = b"".join(layer.bias.astype("<i4").tobytes() for layer in net.layers)
+    for file, content in contents.items():
+        write_bytes(folder / file, content)
+    return [folder / file for file in contents]
+
+
+def parse_weight_bin(content: bytes, stages: Sequence[Stage], *, what: str = "weight.bin") -> list[np.ndarray]:
+    """Return each layer's uint8 weights; ``FpgaiError`` unless ``content`` has exactly their size."""
+    sizes = [math.prod(stage.shape) for stage in stages]
+    _check_size(content, sum(sizes), what)
+    parts = np.split(np.frombuffer(content, np.uint8), np.cumsum(sizes)[:-1])
+    return [part.reshape(stage.shape).copy() for part, stage in zip(parts, stages, strict=True)]
+
+
+def parse_bias_bin(content: bytes, stages: Sequence[Stage], *, what: str = "bias.bin") -> list[np.ndarray]:
+    """Return each layer's int32 biases; ``FpgaiError`` unless ``content`` has exactly their size."""
+    sizes = [stage.shape[0] for stage in stages]
+    _check_size(content, 4 * sum(sizes), what)
+    return [part.astype(np.int32) for part in np.split(np.frombuffer(content, "<i4"), np.cumsum(sizes)[:-1])]
+
+
+def parse_quant(text: str, *, n_layers: int, what: str = "quant.txt") -> list[Quant]:
+    """Return (multiplier, shift, zero_point) of each layer; ``FpgaiError`` names the line that is wrong."""
+    lines = text.rstrip().splitlines()
+    need(len(lines) == n_layers, f"{what}: {len(lines)} lines for {n_layers} layers")
+    found = []
+    for number, line in enumerate(lines, 1):
+        values = _integers(line, f"{what}, line {number}")
+        need(len(values) == 3, f"{what}, line {number}: {line!r:.60} is not 'multiplier,shift,zero_point'")
+        multiplier, shift, zero_point = values
+        check_quant(multiplier, shift, zero_point, f"{what}, line {number}")
+        found.append((multiplier, shift, zero_point))
+    return found
+
+
+def parse_weight_text(
+    text: str, stages: Sequence[Stage], *, what: str = "weight.txt"
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return each layer's weights (uint8) and biases (int32) from the ``#`` and ``$`` blocks of ``text``."""
+    head, *blocks = text.split("#")
+    need(not head.strip() and len(blocks) == len(stages), f"{what}: {len(blocks)} '#' blocks for {len(stages)} layers")
+    weights, biases = [], []
+    for stage, block in zip(stages, blocks, strict=True):
+        parts = block.split("$")
+        need(len(parts) == 2, f"{what}, layer {stage.name!r}: {len(parts) - 1} '$' lines where one belongs")
+        where = f"{what}, layer {stage.name!r}"
+        weights.append(_array(parts[0], stage.shape, "uint8", f"{where}, weights"))
+        biases.append(_array(parts[1], stage.shape[:1], "int32", f"{where}, biases"))
+    return weights, biases
+
+
+def quant_text(layers: Sequence[FpgaiLayer]) -> str:
+    """Return the content of ``_quant.txt``."""
+    return "".join(f"{layer.multiplier},{layer.shift},{layer.zero_point}\n" for layer in layers)
+
+
+def weight_text(layers: Sequence[FpgaiLayer]) -> str:
+    """Return the content of ``_weight.txt``."""
+    return "".join(f"#\n{_decimals(layer.weight)}$\n{_decimals(layer.bias)}" for layer in layers)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of ``path``; ``FpgaiError`` where it cannot be read or has over 2 GiB."""
+    try:
+        need(path.stat().st_size <= MAX_FILE, f"{path}: over {MAX_FILE:,} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise FpgaiError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_file(path).decode("ascii")
+    except UnicodeDecodeError as error:
+        raise FpgaiError(f"{path}: not a text file (byte {error.start} is no ASCII)") from error
+
+
+def _checked_form(form: Form) -> Form:
+    need(form in ("bin", "txt"), f"form {form!r}: 'bin' or 'txt'")
+    return form
+
+
+def _check_size(content: bytes, size: int, what: str) -> None:
+    state = "truncated" if len(content) < size else "too long, or of another network"
+    need(len(content) == size, f"{what}: {len(content):,} bytes, the stages need {size:,}: {state}")
+
+
+def _integers(text: str, what: str) -> list[int]:
+    """Return the comma-separated decimals of ``text``; a comma may end a line."""
+    lines = (line.strip().removesuffix(",") for line in text.splitlines())
+    words = [word.strip() for line in lines if line for word in line.split(",")]
+    bad = next((word for word in words if not _INTEGER.fullmatch(word)), None)
+    need(bad is None, f"{what}: {bad!r:.40} is no decimal integer")
+    return [int(word) for word in words]
+
+
+def _array(text: str, shape: tuple[int, ...], dtype: str, what: str) -> np.ndarray:
+    values, limits = np.array(_integers(text, what), np.int64), np.iinfo(dtype)
+    need(values.size == math.prod(shape), f"{what}: {values.size:,} numbers for shape {shape}")
+    ok = limits.min <= values.min() and values.max() <= limits.max
+    need(ok, f"{what}: values {values.min()}..{values.max()} do not fit {dtype}")
+    return values.astype(dtype).reshape(shape)
+
+
+def _decimals(values: np.ndarray) -> str:
+    flat = values.reshape(-1).tolist()
+    lines = (flat[i : i + _PER_LINE] for i in range(0, len(flat), _PER_LINE))
+    return "".join(",".join(map(str, line)) + "\n" for line in lines)

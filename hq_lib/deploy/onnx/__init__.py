@@ -1,0 +1,15 @@
+"""ONNX from the integer record: real int8 initializers, quantize-dequantize nodes, the record's integers bit for bit.
+
+    model = export(imodel)                      # onnx.ModelProto, checked by onnx.checker
+    save(model, "net.onnx")
+    logits = run(session(model), images)        # onnxruntime, single thread; equal to hq_lib.integer.run
+
+Operations that onnxruntime has fused kernels for are written as QDQ (below 8 bits: QCDQ, with a ``Clip`` between
+quantize and dequantize); the others (16 bits, fused conv-adds, logits) as integer operators with an explicit
+requantization. Needs the extra ``export`` (onnx, onnxruntime).
+"""
+
+from hq_lib.deploy.onnx.build import ExportError, export, save
+from hq_lib.deploy.onnx.runtime import run, session
+
+__all__ = ["ExportError", "export", "run", "save", "session"]

@@ -1,0 +1,94 @@
+"""Agreement of two graphs that must compute the same: run both on one example and name the first layer that differs."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from hq_lib.graph.tracing import Example, NodeWatcher, as_inputs, eval_mode
+
+# largest error that rounding explains, as a part of the largest |y| of the layer
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+OUTPUT = "output"
+
+
+class DisagreementError(RuntimeError):
+    """Two networks that must agree do not; the message names the first layer where they part."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one value is from what it must be."""
+
+    max_abs: float
+    """max |got - want|, in units of the value."""
+    rel: float
+    """max |got - want| / max |want|."""
+
+
+def differences(
+    original: fx.GraphModule, changed: fx.GraphModule, example: Example, same_value: Mapping[str, str]
+) -> dict[str, Difference]:
+    """Return the difference of each named layer of ``changed`` from ``original``, and of the output as "output".
+
+    Both run on the CPU (a copy, if they are elsewhere), where float32 is float32 (no TF32), in eval mode and from one
+    random seed.
+
+    Args:
+        same_value: for each layer of ``changed`` to look at, by name, the node of ``original`` with the value it must
+                    have.
+        example:    an input, or tuple of inputs.
+
+    Raises:
+        DisagreementError: names the first layer that differs by more than ``TOLERANCE`` of its largest output, or
+                           whose value in ``original`` is not finite.
+    """
+    wanted: dict[str, list[Tensor]] = {}
+    found: dict[str, Difference] = {}
+
+    def remember(node: fx.Node, value: Any) -> None:
+        if node.name in needed or node.op == OUTPUT:  # cloned: the next layer may work in place
+            wanted[node.name] = [leaf.clone() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+    def compare(node: fx.Node, value: Any) -> None:
+        layer = OUTPUT if node.op == OUTPUT else str(node.target)
+        if node.op == OUTPUT or (node.op == "call_module" and layer in same_value):
+            got = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            found[layer] = _difference(layer, got, wanted[same_value.get(layer, OUTPUT)])
+
+    needed = set(same_value.values())
+    _run(original, example, remember)
+    _run(changed, example, compare)
+    return found
+
+
+def _run(gm: fx.GraphModule, example: Example, see: Any) -> None:
+    if any(tensor.device.type != "cpu" for tensor in gm.state_dict().values()):
+        gm = copy.deepcopy(gm).cpu()
+    inputs = tree_map_only(Tensor, torch.Tensor.cpu, as_inputs(example))
+    with torch.no_grad(), eval_mode(gm), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        NodeWatcher(gm, see).run(*(x.clone() for x in inputs))
+
+
+def _difference(layer: str, got: list[Tensor], want: list[Tensor]) -> Difference:
+    """Return the largest difference of two lists of tensors, or raise where it is more than rounding."""
+    worst = Difference(0.0, 0.0)
+    for a, b in zip(got, want, strict=True):
+        if a.shape != b.shape:
+            raise DisagreementError(f"{layer!r} has shape {tuple(a.shape)}, not {tuple(b.shape)} as in the original")
+        if not b.isfinite().all():
+            raise DisagreementError(f"{layer!r} is not finite on this example in the original network already")
+        max_abs, top = ((a.double() - b.double()).abs().max().item(), b.abs().max().item()) if b.numel() else (0.0, 0.0)
+        rel = max_abs / top if top else (float("inf") if max_abs else 0.0)
+        if not rel <= TOLERANCE.get(b.dtype, 0.0):  # also where it is NaN
+            raise DisagreementError(
+                f"the changed network differs from the original, first at {layer!r}: max|error| = {max_abs:.3g}, "
+                f"{rel:.3g} of the largest value; rounding of {b.dtype} explains {TOLERANCE.get(b.dtype, 0.0):g}"
+            )
+        worst = max(worst, Difference(max_abs, rel), key=lambda d: d.rel)
+    return worst

@@ -1,0 +1,300 @@
+"""BN folding: a convolution or linear layer and its batch norm become one layer, on the graph, out of place.
+
+In eval mode BN is one multiplier and one shift per channel c (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2):
+
+    y = g x + (beta - g mean),    g = gamma / sqrt(var + eps)
+
+so BN after a layer scales the layer's output channels, and BN before a layer scales its input channels. What goes with
+what is read from the order of execution, never from the order of registration. A fold that would not be exact is
+refused by name.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from hq_lib.graph.agreement import OUTPUT, Difference, differences
+from hq_lib.graph.bn_pairs import Kind, Layer, find_layer, find_norms, find_opaque_norms
+from hq_lib.graph.tracing import Example, LeafModules, propagate, trace
+
+
+class FoldError(ValueError):
+    """A BN cannot be folded exactly; the message lists every such layer with its reason and the way out."""
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """What became of one BN."""
+
+    layer: str
+    """Name of the layer that took the BN in; "" where there is none."""
+    bn: str
+    """Name of the BN (of the node, for a functional one)."""
+    kind: Kind | Literal[""]
+    """Which of the folds, named in order of execution; "" where none."""
+    status: Literal["folded", "kept"]
+    """Whether the BN is gone or still runs."""
+    reason: str
+    """Why it was kept; "" when folded."""
+    max_abs_diff: float = float("nan")
+    """Largest error of the layer's output on the example, in its units; NaN without a check."""
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """The account of one fold."""
+
+    rows: tuple[FoldRow, ...]
+    """One per BN, in order of execution."""
+    output_max_abs_diff: float = float("nan")
+    """Largest error of the network's output on the example; NaN without a check."""
+    output_rel_diff: float = float("nan")
+    """The same, divided by the largest output."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the rows as a table: layer, bn, kind, status, reason, max_abs_diff."""
+        return pd.DataFrame(self.rows, columns=list(FoldRow.__dataclass_fields__))
+
+
+def fold_bn(
+    net: nn.Module,
+    example: Example | None = None,
+    *,
+    check: bool = True,
+    on_refusal: Literal["raise", "keep"] = "raise",
+    leaf_modules: LeafModules = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
+    """Return a copy of ``net`` as a graph in eval mode whose batch norms are folded into their neighbours.
+
+    Args and errors: see ``fold_bn_with_report``.
+    """
+    options: dict[str, Any] = {"leaf_modules": leaf_modules, "concrete_args": concrete_args}
+    return fold_bn_with_report(net, example, check=check, on_refusal=on_refusal, **options)[0]
+
+
+def fold_bn_with_report(
+    net: nn.Module,
+    example: Example | None = None,
+    *,
+    check: bool = True,
+    on_refusal: Literal["raise", "keep"] = "raise",
+    leaf_modules: LeafModules = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> tuple[fx.GraphModule, FoldReport]:
+    """Return the folded copy of ``net`` and the account of each of its batch norms.
+
+    Weights are computed in float64 and stored in the layer's own dtype. Dropout, inactive in eval mode, and identities
+    between a layer and its BN are seen through. ``net`` itself, its mode included, is not touched.
+
+    Args:
+        net:        the network, a plain module or a graph, in any mode.
+        example:    an input (or tuple of inputs), for shapes and the self-check; without it nothing is checked, and a
+                    linear layer is taken to have (N, C) outputs.
+        check:      compare with the original on ``example``, on the CPU (no TF32), layer by layer.
+        on_refusal: "raise", or "keep" the batch norms that cannot be folded exactly.
+        leaf_modules, concrete_args: see ``tracing.trace``.
+
+    Raises:
+        FoldError: names each BN that cannot be folded exactly, if ``on_refusal`` is "raise".
+        agreement.DisagreementError: names the first layer whose error is more than rounding explains.
+        tracing.UntraceableError: names the line that cannot be traced.
+    """
+    if on_refusal not in ("raise", "keep"):
+        raise ValueError(f"on_refusal is 'raise' or 'keep', not {on_refusal!r}")
+    original = trace(copy.deepcopy(net).eval(), leaf_modules=leaf_modules, concrete_args=concrete_args)
+    _drop_unused(original)
+    if example is not None:
+        propagate(original, example)
+    folded = trace(original)  # shares all layers; those that change are replaced by copies
+    rows, same_value = _fold_all(folded)
+    kept = [row for row in rows if row.status == "kept"]
+    if kept and on_refusal == "raise":
+        raise FoldError(_refusals(type(net).__name__, kept))
+    report = FoldReport(tuple(rows))
+    if check and example is not None:
+        report = _checked(report, differences(original, folded, example, same_value))
+    return folded, report
+
+
+def folded_weight_bias(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    kind: Kind,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias of the one layer that equals the layer and its BN in eval mode.
+
+        g = gamma / sqrt(var + eps),  h = beta - g mean
+        BN after:    W'_c = g_c W_c,                      b'_c = g_c b_c + h_c          (c: output channel)
+        BN before:   W'_oi = W_oi g_i,                    b'_o = b_o + sum_ik W_oik h_i (i: input, k: position)
+
+    The second needs every output to see all k, so no zero padding. BN: Ioffe & Szegedy 2015, algorithm 2.
+
+    Args:
+        weight:      (C_out, C_in / groups, *k), of a transposed convolution (C_in, C_out / groups, *k).
+        bias:        (C_out,), or None for 0.
+        mean, var:   (C,), C the channels that the BN sees.
+        eps:         > 0, the BN's.
+        gamma, beta: (C,), or None for 1 and 0.
+        kind:        order and layer, e.g. "conv_bn": the convolution first.
+        groups:      of the convolution.
+
+    Returns:
+        Weight and bias, shapes as given, bias (C_out,). Gradients pass to every tensor given.
+    """
+    g = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
+    h = -g * mean if beta is None else beta - g * mean
+    if kind in ("conv_bn", "linear_bn"):
+        folded, from_bias = weight * g.reshape(-1, *[1] * (weight.dim() - 1)), g
+    elif kind == "conv_transpose_bn":  # group by group: (groups, C_in / groups, C_out / groups, positions)
+        blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        folded, from_bias = (blocks * g.reshape(groups, 1, -1, 1)).reshape(weight.shape), g
+    elif kind in ("bn_conv", "bn_linear"):  # (groups, C_out / groups, C_in / groups, positions)
+        blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        folded, from_bias = (blocks * g.reshape(groups, 1, -1, 1)).reshape(weight.shape), 1.0
+        h = (blocks * h.reshape(groups, 1, -1, 1)).sum((2, 3)).flatten()
+    else:
+        raise ValueError(f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
+    return folded, h if bias is None else from_bias * bias + h
+
+
+def per_channel_ranges(net: nn.Module) -> pd.DataFrame:
+    """Return the weight range of every output channel of every convolution and linear layer, by layer name.
+
+    Columns: layer, kind, channel (from 0), w_min, w_max, max_abs = max |w|. Folding changes no name, so the tables of a
+    network before and after it can be joined.
+    """
+    rows = []
+    for name, layer in net.named_modules():
+        if isinstance(layer, Layer):
+            kind = "linear" if isinstance(layer, nn.Linear) else f"conv{'_transpose' * layer.transposed}"
+            low, high = (v.tolist() for v in torch.aminmax(_by_output(layer), dim=1))
+            rows += [(name, kind, c, a, b, max(-a, b)) for c, (a, b) in enumerate(zip(low, high, strict=True))]
+    return pd.DataFrame(rows, columns=["layer", "kind", "channel", "w_min", "w_max", "max_abs"])
+
+
+def _by_output(layer: Layer) -> Tensor:
+    weight = layer.weight.detach()
+    if not isinstance(layer, _ConvTransposeNd):
+        return weight.flatten(1)
+    blocks = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, C_in / groups, C_out / groups, *k)
+    return blocks.transpose(1, 2).reshape(layer.out_channels, -1)
+
+
+def _drop_unused(gm: fx.GraphModule) -> None:
+    """Take out what no output depends on: an auxiliary head in eval mode, a value that only training reads."""
+    gm.graph.eliminate_dead_code()
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+
+
+def _checked(report: FoldReport, found: Mapping[str, Difference]) -> FoldReport:
+    rows = tuple(replace(row, max_abs_diff=found[row.layer].max_abs) if row.layer else row for row in report.rows)
+    return FoldReport(rows, found[OUTPUT].max_abs, found[OUTPUT].rel)
+
+
+def _fold_all(gm: fx.GraphModule) -> tuple[list[FoldRow], dict[str, str]]:
+    """Fold every batch norm of ``gm`` that can be, in place.
+
+    Returns a row for each, in order of execution, and for each layer changed (by name) the node of the original graph
+    that has the value which the layer now has.
+    """
+    order = [*(_norm_name(n) for n in find_norms(gm)), *find_opaque_norms(gm)]
+    rows = {bn: _kept(bn, "it is inside a leaf module, one opaque call") for bn in order}
+    same_value: dict[str, str] = {}
+    progress = True
+    while progress:  # a fold can make the next one possible: BN, BN, conv
+        progress = False
+        for norm in find_norms(gm):
+            row = rows[_norm_name(norm)] = _fold_one(gm, norm, same_value)
+            progress |= row.status == "folded"
+    gm.graph.lint()
+    gm.recompile()
+    return [rows[bn] for bn in order], same_value
+
+
+def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> FoldRow:
+    found = find_layer(norm)
+    if isinstance(found, str):
+        return _kept(_norm_name(norm), found)
+    node, kind = found
+    name, bn = str(node.target), str(norm.target)
+    layer = _absorbed(gm.get_submodule(name), gm.get_submodule(bn), kind)
+    if layer is None:
+        return _kept(bn, "the folded weights are not finite: look at its statistics and at the weights' dtype")
+    if kind.endswith("_bn"):
+        same_value[name] = norm.name
+    else:
+        same_value.setdefault(name, node.name)
+    gm.set_submodule(name, layer)
+    norm.replace_all_uses_with(norm.all_input_nodes[0])
+    gm.graph.erase_node(norm)
+    gm.delete_submodule(bn)
+    return FoldRow(name, bn, kind, "folded", "")
+
+
+def _absorbed(layer: nn.Module, bn: nn.Module, kind: Kind) -> nn.Module | None:
+    """Return a copy of ``layer`` with the weight and bias that make up for ``bn``; None where they are not finite."""
+    assert isinstance(layer, Layer)
+    assert isinstance(bn, _BatchNorm)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    folded = folded_weight_bias(
+        _wide(layer.weight),
+        None if layer.bias is None else _wide(layer.bias),
+        _wide(bn.running_mean),
+        _wide(bn.running_var),
+        bn.eps,
+        _wide(bn.weight) if bn.affine else None,
+        _wide(bn.bias) if bn.affine else None,
+        kind=kind,
+        groups=getattr(layer, "groups", 1),
+    )
+    weight, bias = (value.to(layer.weight) for value in folded)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        return None
+    grad = layer.weight.requires_grad
+    plain = _plain_copy(layer)
+    plain.weight, plain.bias = nn.Parameter(weight, grad), nn.Parameter(bias, grad)
+    return plain
+
+
+def _plain_copy(layer: nn.Module) -> nn.Module:
+    """Return a copy without parametrizations (weight norm), whose removal would strip the original's class too."""
+    copied = copy.deepcopy(layer)
+    if parametrize.is_parametrized(copied):
+        copied.__class__ = parametrize.type_before_parametrizations(copied)
+        del copied.parametrizations
+    return copied
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().cpu().double()  # on the CPU: some devices have no float64
+
+
+def _norm_name(norm: fx.Node) -> str:
+    return str(norm.target) if norm.op == "call_module" else norm.name
+
+
+def _kept(bn: str, reason: str) -> FoldRow:
+    return FoldRow("", bn, "", "kept", reason)
+
+
+def _refusals(net: str, kept: list[FoldRow]) -> str:
+    lines = "\n".join(f"  - {row.bn!r}: {row.reason}" for row in kept)
+    return f"{net} has batch norms that cannot be folded exactly (on_refusal='keep' leaves them running):\n{lines}"

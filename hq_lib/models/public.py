@@ -1,0 +1,81 @@
+"""Weights that others published, by key mapping.
+
+Nothing is ever unpickled from a stranger: ``.th``/``.pt`` files are read with ``weights_only=True``, which refuses
+anything but tensors and plain containers.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hq_lib.models.resnet import ResNet
+
+STRIP_PARALLEL = {r"^module\.": ""}  # the prefix that torch.nn.DataParallel leaves
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Loads a state of exactly this network's keys and shapes, else ``CheckpointError`` listing every difference."""
+    own = net.state_dict()
+    needed = {key for key in own if not key.endswith("num_batches_tracked")}  # older checkpoints lack these counters
+    problems = {
+        "missing": sorted(needed - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        ],
+    }
+    listed = {kind: ", ".join(keys[:8]) + (" ..." if len(keys) > 8 else "") for kind, keys in problems.items() if keys}
+    found = [f"{kind}: {keys}" for kind, keys in listed.items()]
+    if found:
+        raise CheckpointError(f"{source} is not a checkpoint of this {type(net).__name__}; {'; '.join(found)}")
+    net.load_state_dict({**own, **state})
+
+
+def load_public(path: Path, net: nn.Module, *, key_map: Mapping[str, str] = STRIP_PARALLEL) -> nn.Module:
+    """``net`` with the weights of a public ``.th`` or ``.pt`` file.
+
+    Args:
+        path:    holds a state dict, alone or under the key ``state_dict``.
+        net:     the network that the file belongs to; changed in place.
+        key_map: regular expression -> replacement, applied to every key in this order.
+
+    Raises:
+        CheckpointError: unreadable, wants to run code, or a checkpoint of another network (keys listed).
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and was refused: loading it could run code") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} holds no state dict: expected names and tensors")
+    load_state(net, {_renamed(key, key_map): value for key, value in state.items()}, source=path.name)
+    return net
+
+
+def _renamed(key: str, key_map: Mapping[str, str]) -> str:
+    for pattern, replacement in key_map.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def resnet20_akamaster(path: Path) -> nn.Module:
+    """The public ResNet-20 with option-A shortcuts (akamaster/pytorch_resnet_cifar10), eval mode.
+
+    It was trained with ImageNet's mean and standard deviation: on ``test.normalized_by(*IMAGENET_MEAN_STD)`` it gives
+    91.73 %.
+    """
+    return load_public(path, ResNet(20, option="A")).eval()

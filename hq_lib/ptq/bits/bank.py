@@ -1,0 +1,189 @@
+"""A net with every tensor's grid at every number of bits at hand: assignments are measured without fitting again."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hq_lib import ptq
+from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, QuantizedNet, QuantizedWeight, quantize, weight_layers
+from hq_lib.graph.state import set_quantization
+from hq_lib.graph.tracing import eval_mode
+from hq_lib.ptq.ranges import Method
+from hq_lib.quantizers import FLOAT_BITS
+
+Choice = Callable[[nn.Module], bool]
+
+
+@torch.no_grad()
+def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> dict[str, Tensor]:
+    """By how much rounding the weights shifts the mean of each output channel: (C_out,), real units, by layer.
+
+        shift_c = E[(w_hat * x)_c] - E[(w * x)_c]        mean over images and positions, x the layer's input
+
+    (Nagel et al. 2019, arXiv:1906.04721, section 4.2, measured instead of derived.) ``x`` is what the layer sees while
+    the quantizers chosen by ``only`` (default: all, activations too) are off, so that no layer's shift depends on
+    another's bits.
+
+    Args:
+        qnet:   from ``graph.quantize``, weight grids fitted; left as it was, its switches on.
+        images: (N, C, H, W), normalised; one batch.
+        only:   which quantizers (given the module).
+    """
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for name, layer in weight_layers(qnet).items():
+        if layer.weight_quantizer is not None and (only is None or only(layer.weight_quantizer)):
+            hooks.append(layer.register_forward_hook(_measure(name, found)))
+    try:
+        set_quantization(qnet, weights=False, acts=False, only=only)
+        with eval_mode(qnet):
+            qnet(images)
+    finally:
+        set_quantization(qnet, weights=True, acts=True, only=only)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _measure(name: str, found: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A forward hook that runs the layer once more, quantized, and keeps the mean difference per output channel."""
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, QuantizedWeight)
+        quantizer = layer.weight_quantizer
+        assert quantizer is not None
+        quantizer.enabled = True  # type: ignore[assignment]
+        shift = layer.forward(inputs[0]) - output
+        quantizer.enabled = False  # type: ignore[assignment]
+        found[name] = shift.mean([d for d in range(shift.dim()) if d != channel_dim(layer, shift)])
+
+    return hook
+
+
+def channel_dim(layer: nn.Module, output: Tensor) -> int:
+    """The dimension of a layer's output that holds its channels."""
+    return output.dim() - 1 if isinstance(layer, nn.Linear) else 1
+
+
+def correct_means(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> None:
+    """Take each layer's ``mean_shifts`` out of its bias, in place; a layer without bias gets one.
+
+    The integers and scales stay as they are, so it survives ``integer.lower``. Arguments as in ``mean_shifts``.
+    """
+    for name, shift in mean_shifts(qnet, images, only=only).items():
+        layer = weight_layers(qnet)[name]
+        layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias.detach() - shift)
+
+
+def uniform_policy(bits: int, *, placement: str, overrides: Mapping[str, object] | None = None) -> BitPolicy:
+    """The policy with ``bits`` for every tensor, first and last layer too; in "academic" the image stays in float."""
+    return BitPolicy(
+        f"minmax:{bits}", f"lsq_plus:{bits}", first_last_bits=None, placement=placement, bn="fold",
+        input_bits=FLOAT_BITS if placement == "academic" else bits, overrides=overrides or {},
+    )  # fmt: skip
+
+
+def tensors_of(qnet: QuantizedNet) -> list[str]:
+    """Names of all tensors with a quantizer: weights in execution order, then activations."""
+    weights = [f"weight {name}" for name, layer in weight_layers(qnet).items() if layer.weight_quantizer is not None]
+    sites = [site for site in qnet.meta["sites"] if hasattr(qnet, f"{site.group}{QUANTIZER_SUFFIX}")]
+    return weights + [f"act {site.name}" for site in sites]
+
+
+class GridBank:
+    """Fitted quantizers (and corrected biases) of every tensor of a net, at several numbers of bits.
+
+    All of them are fitted to float activations, so that no tensor's grid depends on another's bits: ``assign`` only
+    swaps modules. Batch norms are folded; range method and bias correction are those of fast PTQ, nothing is learned.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        images: Tensor,
+        bits: Sequence[int],
+        *,
+        placement: str = "academic",
+        method: Method = "mse",
+        correct: bool = True,
+    ) -> None:
+        """Fit all grids.
+
+        Args:
+            net:       float, in evaluation mode.
+            images:    (N, C, H, W), normalised: the calibration batch.
+            bits:      2 to 16 each.
+            placement: of the activation quantizers; in "academic" the image stays in float.
+            method:    of the ranges, see ``ptq.find_grid``.
+            correct:   whether biases are corrected (``correct_means``).
+        """
+        self.bits, self.placement = tuple(sorted(set(bits))), placement
+        fitted = {b: self._fitted(net.eval(), images, b, method, correct) for b in self.bits}
+        self.net: QuantizedNet = self._fitted(net, images, None, method, correct)
+        self._biases = {name: layer.bias for name, layer in weight_layers(self.net).items()}
+        self._targets = {site.name: f"{site.group}{QUANTIZER_SUFFIX}" for site in fitted[self.bits[0]].meta["sites"]}
+        self._host(fitted)
+
+    def _fitted(self, net: nn.Module, images: Tensor, bits: int | None, method: Method, correct: bool) -> QuantizedNet:
+        """A net with ``bits`` everywhere; None = the host, with unfitted quantizers."""
+        qnet = quantize(net, uniform_policy(bits or self.bits[-1], placement=self.placement), images[:1])
+        if bits is not None:
+            ptq.fit_weights(qnet, method)
+            ptq.fit_acts(qnet, images, method)  # to the float net's activations, so before its biases change
+            if correct:
+                correct_means(qnet, images)
+        return qnet
+
+    def _host(self, fitted: Mapping[int, QuantizedNet]) -> None:
+        """Keep of each fitted net its modules and biases, by tensor and bits."""
+        self._modules: dict[str, dict[int, tuple[nn.Module, nn.Parameter | None]]] = {}
+        for b, qnet in fitted.items():
+            for tensor in tensors_of(qnet):
+                kind, name = tensor.split(" ", 1)
+                layer = weight_layers(qnet).get(name)
+                found = (
+                    layer.weight_quantizer if kind == "weight" and layer else qnet.get_submodule(self._targets[name])
+                )
+                assert found is not None
+                bias = layer.bias if kind == "weight" and layer else None
+                self._modules.setdefault(tensor, {})[b] = (found, bias)
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of all tensors that can have bits, weights first, each kind in execution order."""
+        return list(self._modules)
+
+    def assign(self, bits: Mapping[str, int]) -> QuantizedNet:
+        """The net with these bits; tensors that are not named, or named with 32, are float. The next call changes it.
+
+        Raises:
+            ValueError: an unknown tensor (with the nearest name), or bits that were not fitted.
+        """
+        for tensor, b in bits.items():
+            self._check(tensor, b)
+        for tensor, fitted in self._modules.items():
+            kind, name = tensor.split(" ", 1)
+            module, bias = fitted.get(bits.get(tensor, FLOAT_BITS), (None, None))
+            if kind == "act":
+                setattr(self.net, self._targets[name], module or nn.Identity())
+            else:
+                layer = weight_layers(self.net)[name]
+                layer.weight_quantizer, layer.bias = module, bias if module is not None else self._biases[name]
+        return self.net
+
+    def _check(self, tensor: str, bits: int) -> None:
+        if tensor not in self._modules:
+            near = difflib.get_close_matches(tensor, self._modules, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no tensor {tensor!r}: did you mean {near!r}?")
+        if bits not in (*self.bits, FLOAT_BITS):
+            raise ValueError(f"{tensor}: {bits!r} bits were not fitted; there are {self.bits} and {FLOAT_BITS} (float)")
+
+    def policy(self, bits: Mapping[str, int]) -> BitPolicy:
+        """The policy that gives the same bits; tensors that are not named are float in it."""
+        overrides: dict[str, dict[str, int]] = {}
+        for tensor in self._modules:
+            kind, name = tensor.split(" ", 1)
+            overrides.setdefault(name, {})[kind] = bits.get(tensor, FLOAT_BITS)
+        return uniform_policy(self.bits[-1], placement=self.placement, overrides=overrides)

@@ -1,0 +1,153 @@
+"""Assignments of bits under a budget, from a table of what each tensor's quantization alone costs in loss.
+
+    min  sum_t loss[t, b_t]      over b      so that  cost(b) <= budget
+
+The losses of single tensors are taken to add up, the premise of HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680) too, which
+solves the same integer program with second-order estimates in place of measured losses. How far it holds is for the
+caller to measure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from hq_lib.ptq.bits.cost import Cost
+
+Losses = Mapping[str, Mapping[int, float]]
+"""Tensor -> bits -> loss when that tensor alone has these bits, >= 0."""
+OBJECTIVE_SCALE = 1e4
+"""The solver ignores differences below 1e-6; losses of high bits are that small."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Bits for each tensor of a table."""
+
+    bits: dict[str, int]
+    """Tensor -> bits."""
+    cost: float
+    """In the unit of the ``Cost``."""
+    predicted: float
+    """Sum of the single losses, in their unit."""
+
+
+def _made(bits: Mapping[str, int], losses: Losses, cost: Cost) -> Assignment:
+    return Assignment(dict(bits), cost.of(bits), sum(losses[tensor][b] for tensor, b in bits.items()))
+
+
+def uniform(losses: Losses, cost: Cost, bits: int) -> Assignment:
+    """The same bits for every tensor."""
+    return _made(dict.fromkeys(losses, bits), losses, cost)
+
+
+def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
+    """The assignment of least predicted loss within ``budget``, proved by an integer program (HiGHS).
+
+    One binary per (tensor, bits). The product of two tensors' bits is linear in the joint choices z(w, b_w, a, b_a),
+    whose margins are the single choices; given binary margins, z is 0 or 1 by itself.
+
+    Args:
+        losses: of every tensor that ``cost`` names.
+        cost:   what is limited.
+        budget: in ``cost.unit``.
+
+    Raises:
+        ValueError: no assignment is that cheap (the message states the least cost), or a tensor that costs something
+                    has no losses.
+    """
+    _check(losses, cost, budget)
+    choices = [(tensor, bits) for tensor, row in losses.items() for bits in row]
+    joint = [(w, b_w, a, b_a) for w, a in cost.per_bit_pair for b_w in losses[w] for b_a in losses[a]]
+    price = [cost.per_bit.get(tensor, 0.0) * bits for tensor, bits in choices]
+    price += [cost.per_bit_pair[w, a] * b_w * b_a for w, b_w, a, b_a in joint]
+    loss = [OBJECTIVE_SCALE * losses[tensor][bits] for tensor, bits in choices] + [0.0] * len(joint)
+    limits = [
+        LinearConstraint(np.array([price]) / budget, -np.inf, 1.0),
+        LinearConstraint(_one_choice_each(losses, choices, len(joint)), 1.0, 1.0),
+    ]
+    if joint:
+        limits.append(LinearConstraint(_margins(choices, joint), 0.0, 0.0))
+    integral = [1] * len(choices) + [0] * len(joint)
+    options = {"mip_rel_gap": 1e-6}
+    found = milp(
+        np.array(loss), integrality=np.array(integral), bounds=Bounds(0, 1), constraints=limits, options=options
+    )
+    if found.x is None:
+        raise RuntimeError(f"the integer program ended without an assignment: {found.message}")
+    chosen = {tensor: bits for (tensor, bits), x in zip(choices, found.x[: len(choices)], strict=True) if x > 0.5}
+    return _made(chosen, losses, cost)
+
+
+def _check(losses: Losses, cost: Cost, budget: float) -> None:
+    priced = [*cost.per_bit, *(tensor for pair in cost.per_bit_pair for tensor in pair)]
+    if unknown := [tensor for tensor in dict.fromkeys(priced) if not losses.get(tensor)]:
+        raise ValueError(
+            f"no losses for {unknown[0]!r} (and {len(unknown) - 1} more), which costs {cost.unit}: measure it, or give "
+            f"a float tensor its one choice, {{32: 0.0}}"
+        )
+    least = cost.of({tensor: min(row) for tensor, row in losses.items()})
+    if least > budget * (1 + 1e-9):
+        raise ValueError(f"budget {budget:g} {cost.unit}: the cheapest assignment already costs {least:g}")
+
+
+def _one_choice_each(losses: Losses, choices: list[tuple[str, int]], n_joint: int) -> np.ndarray:
+    tensors = {tensor: i for i, tensor in enumerate(losses)}
+    table = np.zeros((len(tensors), len(choices) + n_joint))
+    for column, (tensor, _) in enumerate(choices):
+        table[tensors[tensor], column] = 1.0
+    return table
+
+
+def _margins(choices: list[tuple[str, int]], joint: list[tuple[str, int, str, int]]) -> np.ndarray:
+    """Rows sum_b_a z(w, b_w, a, b_a) - x(w, b_w), and likewise for a: each has to be 0."""
+    place = {choice: i for i, choice in enumerate(choices)}
+    rows: dict[tuple[str, str, str, int], np.ndarray] = {}
+    for column, (w, b_w, a, b_a) in enumerate(joint):
+        for tensor, bits in ((w, b_w), (a, b_a)):
+            row = rows.setdefault((w, a, tensor, bits), np.zeros(len(choices) + len(joint)))
+            row[place[tensor, bits]], row[len(choices) + column] = -1.0, 1.0
+    return np.array(list(rows.values()))
+
+
+def greedy(losses: Losses, cost: Cost, budget: float) -> Assignment:
+    """The assignment reached from the most bits by taking away, again and again, those that save the most per loss.
+
+    A step lowers one tensor to its next fewer bits; the one with the least added loss per cost saved goes first. What
+    ``optimal`` is measured against. Raises ``ValueError`` as ``optimal`` does.
+    """
+    _check(losses, cost, budget)
+    bits = {tensor: max(row) for tensor, row in losses.items()}
+    while (now := cost.of(bits)) > budget * (1 + 1e-9):
+        steps = []
+        for tensor, row in losses.items():
+            if fewer := [b for b in row if b < bits[tensor]]:
+                saved = now - cost.of({**bits, tensor: max(fewer)})
+                added = row[max(fewer)] - row[bits[tensor]]
+                steps.append((added / saved if saved > 0 else np.inf, tensor, max(fewer)))
+        _, tensor, lower = min(steps)
+        bits[tensor] = lower
+    return _made(bits, losses, cost)
+
+
+def at_random(losses: Losses, cost: Cost, budget: float, generator: np.random.Generator) -> Assignment:
+    """A random assignment that uses the budget up: no single tensor could have its next more bits within it.
+
+    Every tensor draws its bits; then tensors drawn at random are lowered until the budget holds, and raised, as long as
+    one can be. Raises ``ValueError`` as ``optimal`` does.
+    """
+    _check(losses, cost, budget)
+    tensors = list(losses)
+    bits = {tensor: int(generator.choice(sorted(losses[tensor]))) for tensor in tensors}
+    while cost.of(bits) > budget * (1 + 1e-9):
+        tensor = tensors[generator.integers(len(tensors))]
+        bits[tensor] = max((b for b in losses[tensor] if b < bits[tensor]), default=bits[tensor])
+    waiting = [str(tensor) for tensor in generator.permutation(tensors)]
+    while waiting:
+        tensor = waiting.pop()
+        more = {**bits, tensor: min((b for b in losses[tensor] if b > bits[tensor]), default=bits[tensor])}
+        if more != bits and cost.of(more) <= budget * (1 + 1e-9):
+            bits = more
+            waiting.insert(0, tensor)
+    return _made(bits, losses, cost)

@@ -1,0 +1,17 @@
+"""ACIQ (arXiv:1810.05723): analytic clipping, bits per channel, bias correction. Seed 000 calls it "AICQ".
+
+``clip`` closed-form ratios and the noise model; ``exact`` the same without the model, per grid; ``ranges`` a tensor's
+statistics to its range; ``weights`` bit allocation and bias correction; ``table`` all constants side by side.
+"""
+
+from hq_lib.quantizers.aciq.clip import PUBLISHED, Prior, clip_ratio, noise_mse
+from hq_lib.quantizers.aciq.exact import GridKind, grid_clip_ratio, grid_mse
+from hq_lib.quantizers.aciq.ranges import Fit, ReluVariant, clip_range, fit, predicted_mse
+from hq_lib.quantizers.aciq.table import constants
+from hq_lib.quantizers.aciq.weights import Correction, absorb, allocate_bits, bias_correction, window_sum_mean
+
+__all__ = [
+    "PUBLISHED", "Correction", "Fit", "GridKind", "Prior", "ReluVariant", "absorb", "allocate_bits", "bias_correction",
+    "clip_range", "clip_ratio", "constants", "fit", "grid_clip_ratio", "grid_mse", "noise_mse", "predicted_mse",
+    "window_sum_mean",
+]  # fmt: skip

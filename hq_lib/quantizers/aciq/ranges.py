@@ -1,0 +1,138 @@
+"""From a tensor's statistics to ACIQ's clipped range, signed or after a ReLU, per tensor or per channel."""
+
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hq_lib.quantizers.aciq.clip import Prior, clip_ratio, noise_mse
+from hq_lib.quantizers.aciq.exact import GridKind, grid_clip_ratio, grid_mse
+from hq_lib.quantizers.observers.ranges import Range, as_range, rows
+
+ReluVariant = Literal["official", "theory"]
+
+
+class Fit(NamedTuple):
+    """Location and spread of a tensor under both priors, and which prior is likelier."""
+
+    mean: Tensor
+    """(C,), real units; 0 where only the positive half was fitted."""
+    b: Tensor
+    """(C,), real units, Laplace spread: E|x - mean|."""
+    sigma: Tensor
+    """(C,), real units, Gauss spread: unbiased standard deviation (sqrt E x^2 for a positive half)."""
+    is_laplace: Tensor
+    """(C,) bool: the Laplace maximum likelihood is at least the Gauss one, ln 2b + 1 <= ln(2 pi sigma^2)/2 + 1/2."""
+
+
+def fit(x: Tensor, *, axis: int | None = None, positive_half: bool = False) -> Fit:
+    """Laplace and Gauss fits per row.
+
+    Args:
+        x:             (*shape), real units.
+        axis:          channel axis; None = the whole tensor as one row.
+        positive_half: True = only elements > 0 are used, as the upper half of a zero-mean variable: its conditional
+                       moments give b0 = E[x | x > 0] and sigma0^2 = E[x^2 | x > 0], from pre- or post-ReLU values.
+
+    Returns:
+        ``Fit`` of (C,) (C = 1 for axis None). A row without spread gives 0. No gradient.
+    """
+    values = rows(x, axis).double()
+    if positive_half:
+        positive, n = values.clamp(min=0), (values > 0).sum(1).clamp(min=1)
+        b, sigma = positive.sum(1) / n, (positive.square().sum(1) / n).sqrt()
+        mean = torch.zeros_like(b)
+    else:
+        mean = values.mean(1)
+        b = (values - mean.unsqueeze(1)).abs().mean(1)
+        sigma = values.std(1, correction=min(1, values.shape[1] - 1))
+    tiny = torch.finfo(torch.float64).tiny
+    likelihood_gap = (
+        torch.log(2 * b + tiny) + 0.5 - torch.log(sigma + tiny) - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+    )
+    return Fit(mean, b, sigma, likelihood_gap <= 0)
+
+
+def clip_range(
+    x: Tensor,
+    *,
+    bits: int | Tensor,
+    prior: Prior | Literal["auto"] = "auto",
+    relu: ReluVariant | None = None,
+    grid: GridKind | None = None,
+    axis: int | None = None,
+) -> Range:
+    """ACIQ's range of a tensor: [mean - alpha, mean + alpha], or [0, alpha] after a ReLU; it always contains 0.
+
+    relu=None:        signed; low = max(min x, mean - alpha), high = low + 2 alpha (official code).
+    relu="official":  the published method: b from the *rectified* tensor, high = max(mean, 0) + alpha, ReLU table.
+                      For ReLU(Laplace(0, b0)) it stops at 4.26 b0 at 4 bits, where the optimum is 6.2 b0.
+    relu="theory":    b0 of the variable before the ReLU, from the positive elements (zero-mean assumption), and
+                      high = min(alpha_relu * b0, max x): what the derivation asks for. Departure: the cap at max x.
+
+    Args:
+        x:     (*shape), real units; for a ReLU variant pre- or post-ReLU values ("official" rectifies them first).
+        bits:  M, or (C,) bits per channel from ``allocate_bits``.
+        prior: "auto" takes the likelier one, channel by channel.
+        grid:  None = the published noise model; a grid kind = that grid's exact optimum (advised below 3 bits).
+               With a ReLU variant only "relu_endpoint" makes sense.
+
+    Returns:
+        ``Range`` of () or (C,), dtype of ``x``. No gradient.
+    """
+    if relu not in (None, "official", "theory"):
+        raise ValueError(f"relu={relu!r}: choose None (signed), 'official' or 'theory'")
+    if grid is not None and (relu is not None) != (grid == "relu_endpoint"):
+        raise ValueError(
+            f"grid={grid!r} with relu={relu!r}: 'relu_endpoint' is the grid of a ReLU variant, and only of it"
+        )
+    values = rows(x, axis).clamp(min=0) if relu else rows(x, axis)
+    spread = fit(values, axis=0, positive_half=relu == "theory")
+    alpha = _alpha(spread, bits, prior, relu is not None, grid)
+    if relu == "official":
+        low, high = torch.zeros_like(alpha), spread.mean.clamp(min=0) + alpha
+    elif relu == "theory":
+        low, high = torch.zeros_like(alpha), torch.minimum(alpha, values.amax(1).double())
+    else:
+        low = torch.maximum(values.amin(1).double(), spread.mean - alpha)
+        high = low + 2 * alpha
+    return as_range(low.to(x.dtype), high.to(x.dtype), axis)
+
+
+def _alpha(spread: Fit, bits: int | Tensor, prior: str, relu: bool, grid: GridKind | None) -> Tensor:
+    """(C,) alpha in real units: ratio(bits, prior) times that prior's spread, channel by channel."""
+    if prior not in ("laplace", "gauss", "auto"):
+        raise ValueError(f"prior={prior!r}: choose 'laplace', 'gauss' or 'auto'")
+    n_channels = len(spread.b)
+    widths = bits.tolist() if isinstance(bits, Tensor) else [bits] * n_channels
+    if len(widths) != n_channels:
+        raise ValueError(f"{len(widths)} bit widths for {n_channels} channels: give one per channel")
+    laplace = spread.is_laplace if prior == "auto" else torch.full_like(spread.is_laplace, prior == "laplace")
+    ratios = [
+        _ratio(m, "laplace" if lap else "gauss", relu, grid) for m, lap in zip(widths, laplace.tolist(), strict=True)
+    ]
+    return torch.tensor(ratios, dtype=torch.float64, device=spread.b.device) * torch.where(
+        laplace, spread.b, spread.sigma
+    )
+
+
+@cache
+def _ratio(bits: int, prior: Prior, relu: bool, grid: GridKind | None) -> float:
+    return clip_ratio(bits, prior, relu=relu) if grid is None or bits == 0 else grid_clip_ratio(bits, prior, grid)
+
+
+def predicted_mse(
+    alpha: float, spread: float, *, bits: int, prior: Prior, relu: bool = False, grid: GridKind | None = None
+) -> float:
+    """The mean squared error that theory expects of a clip, in squared real units.
+
+    Args:
+        alpha:  clip, real units; spread: b (Laplace) or sigma (Gauss), real units, > 0.
+        grid:   None = ACIQ's noise model; a grid kind = exact integration on that grid (it implies ``relu``).
+    """
+    if not spread > 0:
+        raise ValueError(f"spread={spread!r}: a constant tensor has no predicted error; skip it")
+    ratio = alpha / spread
+    unit = noise_mse(ratio, bits, prior, relu=relu) if grid is None else grid_mse(ratio, bits, prior, grid)
+    return spread**2 * unit

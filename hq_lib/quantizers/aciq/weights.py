@@ -1,0 +1,144 @@
+"""ACIQ for weights: bits per channel under a quota, and bias correction per output channel (arXiv:1810.05723).
+
+Bias correction replaces w_hat by gain * w_hat + offset per output channel, so that mean and norm equal the float
+weight's. What survives an integer export:
+    gain    goes into the channel's scale. The integers stay as they are, nothing is lost.
+    offset  adds offset * (sum of the inputs under the window) to every output. An integer grid with zero point 0 cannot
+            hold it; three honest ways: (a) its expectation over calibration images goes into the layer's bias
+            (``absorb``; what remains is the zero-mean fluctuation of the window sum), (b) one extra window sum per
+            position, shared by all channels of a group, exact, (c) a weight zero point, exact only where offset / scale
+            is an integer. We use (a). Rounding the offset into a zero point throws away up to half a step.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hq_lib.quantizers.observers.ranges import rows
+
+
+class Correction(NamedTuple):
+    """w_corrected = gain * w_hat + offset, per output channel."""
+
+    gain: Tensor
+    """(C,) float64, > 0, dimensionless: the paper's xi."""
+    offset: Tensor
+    """(C,) float64, real units of the weight."""
+
+    def apply(self, w_hat: Tensor) -> Tensor:
+        """The corrected weight, shape and dtype of ``w_hat`` (channels on axis 0)."""
+        shape = (-1, *[1] * (w_hat.dim() - 1))
+        return (self.gain.view(shape) * w_hat.double() + self.offset.view(shape)).to(w_hat.dtype)
+
+
+def allocate_bits(
+    spreads: Tensor, bits: int, *, max_bits: int = 8, rounding: Literal["round", "ceil"] = "round",
+    quota: Literal["bins", "mean"] = "bins",
+) -> Tensor:  # fmt: skip
+    """Bits per channel that minimise total rounding noise under a quota of n * 2^M bins.
+
+        bins_i = B r_i^(2/3) / sum_j r_j^(2/3),   B = n 2^M,   bits_i = round(log2 bins_i), clipped to 0..max_bits
+
+    Spreads (1, 1, 8) at M = 4: bins (8, 8, 32), bits (3, 3, 5).
+
+    Args:
+        spreads:  (n,), >= 0: range, sigma or b of each channel (the official default is sigma).
+        bits:     M, the average asked for.
+        rounding: of log2 bins; the official default is "round".
+        quota:    "bins" = the formula, whose average may miss M (3.67 above); "mean" = then single bits move, largest
+                  rounding residual first, until sum(bits) = n M (or every channel is at its limit).
+                  Departure: the official code shifts the target of all channels in up to ten steps instead.
+
+    Returns:
+        (n,) int64; 0 bits = the channel is a constant (its spread is 0 or negligible).
+    """
+    spreads = rows(spreads).flatten().double()
+    if (spreads < 0).any():
+        raise ValueError("spreads are ranges or deviations: none may be negative")
+    if not 0 <= bits <= max_bits or rounding not in ("round", "ceil") or quota not in ("bins", "mean"):
+        raise ValueError(
+            f"bits={bits}, rounding={rounding!r}, quota={quota!r}: need 0..{max_bits}, round|ceil, bins|mean"
+        )
+    if not (spreads > 0).any():
+        return torch.zeros(len(spreads), dtype=torch.int64)
+    share = (spreads / spreads.max()) ** (2 / 3)
+    wanted = torch.log2(len(spreads) * 2.0**bits * share / share.sum())
+    whole = wanted.ceil() if rounding == "ceil" else wanted.round()
+    allocated = whole.clamp(0, max_bits).long()
+    return allocated if quota == "bins" else _meet_mean(allocated, wanted, len(spreads) * bits, max_bits)
+
+
+def _meet_mean(allocated: Tensor, wanted: Tensor, total: int, max_bits: int) -> Tensor:
+    """``allocated`` moved one bit at a time towards ``total``, the largest rounding residual first."""
+    allocated = allocated.clone()
+    while (missing := total - int(allocated.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        free = (allocated < max_bits) & torch.isfinite(wanted) if step > 0 else allocated > 0
+        if not free.any():
+            break
+        residual = torch.where(free, step * (wanted - allocated), -torch.inf)
+        allocated[residual.argmax()] += step
+    return allocated
+
+
+def bias_correction(w: Tensor, w_hat: Tensor) -> Correction:
+    """The per-channel (gain, offset) that restores the weight's mean and norm exactly.
+
+        xi_c = ||w_c - E w_c||_2 / ||w_hat_c - E w_hat_c||_2
+        w_c  <- xi_c (w_hat_c - E w_hat_c) + E w_c           so offset_c = E w_c - xi_c E w_hat_c
+
+    Departure: the paper's xi (w_hat + mu) leaves the mean scaled by xi; this form restores both moments.
+    A channel whose w_hat is constant has nothing to stretch, one whose w is constant nothing to match: gain 1 for both.
+
+    Args:
+        w, w_hat: (C, ...), real units: float weight and its quantized values, output channels first.
+    """
+    if w.shape != w_hat.shape:
+        raise ValueError(f"weight {tuple(w.shape)} and quantized weight {tuple(w_hat.shape)} differ in shape")
+    real, quantized = rows(w, 0).double(), rows(w_hat, 0).double()
+    mean, mean_hat = real.mean(1), quantized.mean(1)
+    norm = (real - mean.unsqueeze(1)).norm(dim=1)
+    norm_hat = (quantized - mean_hat.unsqueeze(1)).norm(dim=1)
+    floor = 1e-12 * math.sqrt(real.shape[1])
+    usable = (norm_hat > floor * mean_hat.abs()) & (norm > floor * mean.abs()) & (norm_hat > 0) & (norm > 0)
+    gain = torch.where(usable, norm / norm_hat.clamp(min=1e-300), torch.ones_like(norm))
+    return Correction(gain, mean - gain * mean_hat)
+
+
+@torch.no_grad()
+def window_sum_mean(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """(C_out,) float64: the mean, over images and positions, of the summed inputs under a layer's window (padded).
+
+    Args:
+        x:     (N, C_in, H, W) or (N, ..., C_in), real units, as the deployed layer receives it (so quantized).
+        layer: gives geometry and groups; its weights are not used.
+    """
+    x = x.detach().double()
+    if isinstance(layer, nn.Linear):
+        return x.sum(-1).mean().expand(layer.out_features).clone()
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"padding_mode={layer.padding_mode!r}: window sums are defined for zero padding only")
+    ones = x.new_ones(layer.groups, layer.in_channels // layer.groups, *layer.kernel_size)
+    sums = nn.functional.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return sums.mean((0, 2, 3)).repeat_interleave(layer.out_channels // layer.groups)
+
+
+def absorb(correction: Correction, *, scale: Tensor, bias: Tensor | None, window_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, bias) of a layer whose integers stay unchanged and whose mean output is the corrected weight's.
+
+        scale_c <- gain_c scale_c        bias_c <- bias_c + offset_c E[window sum]_c
+
+    The mean over the calibration inputs of every output channel equals that of gain * w_hat + offset exactly; single
+    outputs differ by offset_c * (window sum - its mean).
+
+    Args:
+        scale:      () or (C,), real units per step of the weight's grid (a per-tensor scale becomes per channel).
+        bias:       (C,) or None (then it is created).
+        window_sum: (C,) from ``window_sum_mean``.
+    """
+    extra = correction.offset * window_sum
+    start = torch.zeros_like(extra) if bias is None else bias.detach().double()
+    new_scale = (scale.detach().double() * correction.gain).to(scale.dtype)
+    return new_scale, (start + extra).to(scale.dtype if bias is None else bias.dtype)

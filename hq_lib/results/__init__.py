@@ -1,0 +1,1 @@
+"""What the workbook remembers and shows: rows, tables, the figures' style, provenance, paths, pages to share."""

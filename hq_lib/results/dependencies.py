@@ -1,0 +1,55 @@
+"""Which files of hq_lib a notebook or module imports, directly or through others; read from the source, nothing is run.
+
+The Snakefile lists them as inputs, so that a notebook runs again exactly when something it uses has changed.
+"""
+
+import ast
+import json
+from pathlib import Path
+
+from hq_lib.results.paths import ROOT
+
+PACKAGE = "hq_lib"
+
+
+def of_notebook(notebook: Path | str) -> list[str]:
+    """Paths relative to the repository, sorted. A cell that does not parse (a magic, say) is passed over."""
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    return _closure(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+
+
+def of_source(source: str) -> list[str]:
+    """The same for a piece of Python source."""
+    return _closure([source])
+
+
+def _closure(sources: list[str]) -> list[str]:
+    found: set[Path] = set()
+    pending = [file for source in sources for file in _imported(source)]
+    while pending:
+        file = pending.pop()
+        if file not in found:
+            found.add(file)
+            pending += _imported(file.read_text(encoding="utf-8"))
+    return sorted(file.relative_to(ROOT).as_posix() for file in found)
+
+
+def _imported(source: str) -> list[Path]:
+    """The hq_lib files that the import statements of a source name, package ``__init__`` files included."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [file for name in names if name.split(".")[0] == PACKAGE for file in _files(name)]
+
+
+def _files(name: str) -> list[Path]:
+    parts = name.split(".")
+    files = [ROOT.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
+    return [file for file in [*files, ROOT.joinpath(*parts).with_suffix(".py")] if file.is_file()]

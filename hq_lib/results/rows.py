@@ -1,0 +1,241 @@
+"""One measured number as a row: its columns, what each may hold, and its exact text in a CSV.
+
+A row is *key* (what was measured, and by which protocol) + *value and unit* + *provenance* (who computed it, how long).
+Two rows with one key are the same measurement: the later replaces the earlier. There are no empty cells; what does not
+apply is written as ``-``, 0 or 32 bits, and what was not run is no row at all (tables print it as ``n/r``).
+"""
+
+import csv
+import difflib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hq_lib.results import paths
+
+# Unit → what it counts. A metric whose name ends in one of SUFFIX_UNITS' keys must have that unit.
+UNITS = {
+    "%": "percent", "pp": "percentage points", "1": "a pure number", "nat": "natural-log entropy or loss",
+    "bit": "bits", "LSB": "integer steps", "count": "how many", "epoch": "epochs", "iteration": "optimizer steps",
+    "s": "seconds", "ms": "milliseconds", "us": "microseconds", "1/s": "per second",
+    "B": "bytes", "kB": "1000 bytes", "KiB": "1024 bytes", "MiB": "1024 KiB",
+    "MAC": "multiply-accumulates", "BOP": "bit operations", "uS": "microsiemens", "uA": "microamperes",
+    "V": "volts", "pJ": "picojoules", "nJ": "nanojoules", "uJ": "microjoules",
+    "x": "ratio to a reference in the same run",
+}  # fmt: skip
+SUFFIX_UNITS = {
+    "_pct": "%", "_pp": "pp", "_per_s": "1/s", "_s": "s", "_ms": "ms", "_us": "us", "_kB": "kB", "_KiB": "KiB",
+    "_MiB": "MiB", "_LSB": "LSB", "_uS": "uS", "_pJ": "pJ", "_nJ": "nJ", "_uJ": "uJ",
+}  # fmt: skip
+
+
+class RowError(ValueError):
+    """A row that cannot be a result; the message names the column and the mend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured number. Defaults mean "does not apply"; the empty ones are filled in when the row is appended."""
+
+    experiment: str
+    """Id of the study or output that asked for it, e.g. ``tab_resnet20_methods``."""
+    model: str
+    """Network, as in ``models.names()``."""
+    dataset: str
+    """Data set the value was measured on; the split is ``test`` unless ``switches`` says otherwise."""
+    method: str
+    """Quantization method, a key of ``plotting.METHOD_COLORS`` where it is drawn; ``float`` = none."""
+    metric: str
+    """What ``value`` is, e.g. ``acc_pct``."""
+    value: float
+    """The number, finite. A run that diverged is metric ``diverged``, value 1."""
+    unit: str
+    """A key of ``UNITS``."""
+    w_bits: float = 32
+    """Bits of the weights, (0, 32]; averages of mixed policies may be fractions; 32 = float."""
+    a_bits: float = 32
+    """Bits of the activations, likewise."""
+    placement: str = "-"
+    """Where activation quantizers sit: ``deploy``, ``academic`` or ``-``."""
+    n_calib: int = 0
+    """Calibration images used; 0 = none."""
+    seed: int = -1
+    """Seed of the run or draw; -1 = deterministic, there is nothing to draw."""
+    profile: str = ""
+    """``smoke``, ``quick`` or ``full``."""
+    epochs: int = 0
+    """Training epochs behind the number; 0 = no training."""
+    iterations: int = 0
+    """Reconstruction (or other optimizer) iterations per block; 0 = none."""
+    n_train: int = 0
+    """Training images seen per epoch; 0 = none."""
+    n_test: int = 0
+    """Images the value was measured on; 0 = measured on no image."""
+    switches: str = "{}"
+    """Everything else that changes the number (first/last bits, drop probability, engine ...) as canonical JSON."""
+    git_sha: str = ""
+    """Commit of the code, ``-dirty`` if changed."""
+    versions: str = ""
+    """Interpreter and package versions."""
+    device: str = ""
+    """CPU model and threads, or GPU."""
+    seconds: float = 0.0
+    """Wall-clock time of the run behind the number, s; 0 = not timed."""
+
+
+COLUMNS = (
+    "experiment", "model", "dataset", "method", "w_bits", "a_bits", "placement", "n_calib", "seed", "metric", "value",
+    "unit", "profile", "epochs", "iterations", "n_train", "n_test", "git_sha", "versions", "device", "seconds",
+    "switches",
+)  # fmt: skip
+PROVENANCE = ("git_sha", "versions", "device", "seconds")
+PROTOCOL = ("profile", "epochs", "iterations", "n_train", "n_test")
+KEY = tuple(c for c in COLUMNS if c not in (*PROVENANCE, "value", "unit"))
+CELL = tuple(c for c in KEY if c not in (*PROTOCOL, "seed"))
+BITS, FLOATS = ("w_bits", "a_bits"), ("value", "seconds")
+COUNTS = ("n_calib", "seed", "epochs", "iterations", "n_train", "n_test")
+DTYPES = {c: "float64" if c in (*BITS, *FLOATS) else "int64" if c in COUNTS else "str" for c in COLUMNS}
+REQUIRED = ("experiment", "model", "dataset", "method", "metric", "value", "unit")
+_DEFAULTS = {f.name: f.default for f in fields(Row) if f.name not in REQUIRED}
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Nothing, or ``RowError`` for the first name that is no column, with the nearest one that is."""
+    for name in names:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(str(name), COLUMNS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(COLUMNS)};"
+            raise RowError(f"unknown column {name!r}: {hint} Any other setting belongs into switches")
+
+
+def clean(row: Row | Mapping[str, Any]) -> dict[str, Any]:
+    """The row as a plain dict in column order, defaults filled in, every cell of its column's exact type.
+
+    Raises:
+        RowError: an unknown or missing column, a value of the wrong type or range, a metric in another unit.
+    """
+    given = dict(vars(row)) if isinstance(row, Row) else dict(row)
+    check_columns(given)
+    missing = [c for c in REQUIRED if c not in given]
+    if missing:
+        raise RowError(f"the row has no {', '.join(missing)}: give every row {', '.join(REQUIRED)}")
+    given = {**_DEFAULTS, **given}
+    tidy = {c: clean_cell(c, given[c]) for c in COLUMNS}
+    _check_metric(tidy)
+    return tidy
+
+
+def clean_cell(column: str, value: Any) -> Any:
+    """``value`` as the type that the column holds, else ``RowError`` naming the column."""
+    if column == "switches":
+        return _canonical_switches(value)
+    if column in COUNTS:
+        return _count(column, value)
+    if column in (*BITS, *FLOATS):
+        return _number(column, value)
+    return _text(column, value)
+
+
+def _text(column: str, value: Any) -> str:
+    if not isinstance(value, str) or value.strip() != value or value == "" or not value.isprintable():
+        raise RowError(f"{column} is {value!r}: it must be one line of text (write - where it does not apply)")
+    if column == "profile":
+        paths.check_profile(value)
+    if column == "unit" and value not in UNITS:
+        raise RowError(f"unknown unit {value!r}: choose one of {', '.join(UNITS)}, or add it to rows.UNITS")
+    return value
+
+
+def _count(column: str, value: Any) -> int:
+    low = -1 if column == "seed" else 0
+    if not _is_number(value) or not float(value).is_integer() or value < low:
+        raise RowError(f"{column} is {value!r}: it must be a whole number of at least {low}")
+    return int(value)
+
+
+def _number(column: str, value: Any) -> float:
+    if not _is_number(value) or not math.isfinite(value):
+        raise RowError(f"{column} is {value!r}: it must be finite (a diverged run is metric 'diverged', value 1)")
+    if column in BITS and not 0 < value <= 32:
+        raise RowError(f"{column} is {value!r}: bits lie in (0, 32], 32 meaning float")
+    if column == "seconds" and value < 0:
+        raise RowError(f"seconds is {value!r}: a time cannot be negative")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_, str)):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _canonical_switches(value: Any) -> str:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(parsed, Mapping):
+            raise TypeError("not an object")
+        return json.dumps(dict(parsed), sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        example = '{"first_last_bits": 8}'
+        raise RowError(f"switches is {value!r}: it must be a JSON object such as {example} ({error})") from None
+
+
+def _check_metric(row: Mapping[str, Any]) -> None:
+    metric, unit = row["metric"], row["unit"]
+    suffix = next((s for s in SUFFIX_UNITS if metric.endswith(s)), None)
+    if suffix is not None and unit != SUFFIX_UNITS[suffix]:
+        raise RowError(f"metric {metric!r} has unit {unit!r}: its name promises {SUFFIX_UNITS[suffix]!r}")
+    if metric == "acc_pct" and not 0 <= row["value"] <= 100:
+        raise RowError(f"acc_pct is {row['value']!r}: an accuracy in percent lies in [0, 100]")
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What identifies the measurement: every column but value, unit and provenance."""
+    return tuple(row[c] for c in KEY)
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The rows as a DataFrame with fixed column order and types, sorted by key; also when there are none."""
+    ordered = sorted(rows, key=key)
+    return pd.DataFrame({c: pd.Series([r[c] for r in ordered], dtype=DTYPES[c]) for c in COLUMNS})
+
+
+def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as CSV text: sorted by key, floats in their shortest exact form, the same rows always the same bytes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_cell_text(c, row[c]) for c in COLUMNS] for row in sorted(rows, key=key))
+    return text.getvalue()
+
+
+def _cell_text(column: str, value: Any) -> str:
+    if column in BITS and float(value).is_integer():
+        return str(int(value))
+    return repr(float(value)) if column in (*BITS, *FLOATS) else str(value)
+
+
+def from_cells(cells: list[str]) -> dict[str, Any]:
+    """One CSV line, already split, as a clean row; ``RowError`` where it is none."""
+    if len(cells) != len(COLUMNS):
+        raise RowError(f"it has {len(cells)} cells instead of {len(COLUMNS)}")
+    return clean({c: _parsed(c, cell) for c, cell in zip(COLUMNS, cells, strict=True)})
+
+
+def _parsed(column: str, cell: str) -> Any:
+    if DTYPES[column] == "str":
+        return cell
+    try:
+        return int(cell) if column in COUNTS else float(cell)
+    except ValueError:
+        raise RowError(f"{column} is {cell!r}: it must be a number") from None

@@ -1,0 +1,189 @@
+"""The memory of the workbook: tidy CSV files of measured numbers, one file per study, written whole or not at all.
+
+``append`` adds or replaces rows under a lock shared by all processes; ``read`` and ``done`` let a killed run resume;
+``promote`` keeps in ``data/results/`` the longest honest run of each cell. The columns are those of ``rows.Row``.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pandas as pd
+
+from hq_lib.results import atomic, paths, provenance
+from hq_lib.results import rows as schema
+from hq_lib.results.rows import Row, RowError
+
+LOCK_TIMEOUT_S = 120.0
+
+
+class ResultsError(RuntimeError):
+    """A results file that cannot be read or written; the message names file, line and mend."""
+
+
+def path_of(name: str, *, profile: str) -> Path:
+    """The CSV file of a study: ``results_dir(profile) / <name>.csv``."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ResultsError(f"results name {name!r}: use lower-case letters, digits and _, without .csv")
+    return paths.results_dir(profile) / f"{name}.csv"
+
+
+def append(name: str, rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame, *, profile: str) -> int:
+    """Number of rows in the file afterwards; rows whose key is already there replace the old ones.
+
+    Two processes may append to one file at once: they wait for each other and nothing is lost. Provenance columns that
+    a row leaves empty are filled in (CPU; use ``provenance.stamp("cuda")`` for another device).
+
+    Args:
+        name: study, e.g. ``"qat"``.
+        rows: ``Row`` objects, dicts of their columns (``switches`` may be a dict), or a DataFrame of them.
+        profile: profile of the run, which chooses the folder; a row that states another one is refused.
+
+    Raises:
+        RowError: a row is malformed, or two rows of this call share a key.
+        ResultsError: the file is damaged, locked for two minutes, or cannot be written; it is left as it was.
+    """
+    fresh = _by_key(_completed(row, profile) for row in _each(rows))
+    path = path_of(name, profile=profile)
+    with _locked(path):
+        known = _load(path)
+        _check_units([*known.values(), *fresh.values()], path)
+        known.update(fresh)
+        atomic.write_text(path, schema.to_csv(known.values()))
+    return len(known)
+
+
+def read(name: str, *, profile: str) -> pd.DataFrame:
+    """All rows of the study, sorted by key, with the types of ``rows.DTYPES``; no rows where nothing was run yet.
+
+    ``profile="full"`` reads the reference folder, which may hold promoted quick rows: their ``profile`` column says so.
+    """
+    return schema.frame(_load(path_of(name, profile=profile)).values())
+
+
+def done(name: str, key: Mapping[str, Any], *, profile: str) -> bool:
+    """Whether the study holds a row of this very profile that agrees with every column in ``key``.
+
+    Name in ``key`` all that the loop varies, and the protocol (``epochs`` ...), so that a shorter run is not taken for
+    the asked one: ``done("qat", {"method": "pact", "w_bits": 4, "seed": 0, "epochs": 30}, profile="quick")``.
+    """
+    schema.check_columns(key)
+    wanted = {c: schema.clean_cell(c, v) for c, v in {**key, "profile": profile}.items()}
+    return any(all(row[c] == v for c, v in wanted.items()) for row in _load(path_of(name, profile=profile)).values())
+
+
+def longest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell only the rows of its longest protocol: full before quick, then epochs, iterations, n_train, n_test.
+
+    A cell is everything that identifies a number but its seed and protocol (``rows.CELL``). All seeds of the winning
+    protocol stay, no row of another one does, so a mean over seeds never mixes protocols.
+    """
+    records = rows.to_dict("records")
+    best: dict[tuple[Any, ...], tuple[int, ...]] = {}
+    for row in records:
+        cell = tuple(row[c] for c in schema.CELL)
+        best[cell] = max(best.get(cell, _rank(row)), _rank(row))
+    return schema.frame(r for r in records if _rank(r) == best[tuple(r[c] for c in schema.CELL)])
+
+
+def promote(name: str, *, from_profile: str = "quick") -> int:
+    """Number of reference rows after the ``from_profile`` rows were weighed against those in ``data/results/``.
+
+    Each cell keeps its ``longest`` run; every row keeps its own profile, so a table can refuse to mix them.
+    ``from_profile="full"`` only drops what longer runs have superseded. Smoke rows are never promoted.
+    """
+    if paths.check_profile(from_profile) == "smoke":
+        raise ResultsError("smoke rows prove that code runs, not what it yields: promote quick or full")
+    source, target = path_of(name, profile=from_profile), path_of(name, profile="full")
+    with _locked(target):
+        fresh = _load(source)
+        if not fresh:
+            raise ResultsError(f"{source} holds no rows to promote: run the {from_profile} profile first")
+        kept = longest(schema.frame({**_load(target), **fresh}.values()))
+        atomic.write_text(target, schema.to_csv(kept.to_dict("records")))
+    return len(kept)
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[int, ...]:
+    return (paths.PROFILES.index(row["profile"]), *(row[c] for c in schema.PROTOCOL if c != "profile"))
+
+
+def _each(rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame) -> list[Row | Mapping[str, Any]]:
+    return rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)  # type: ignore[return-value]
+
+
+def _completed(row: Row | Mapping[str, Any], profile: str) -> dict[str, Any]:
+    given = dict(vars(row)) if isinstance(row, Row) else dict(row)
+    stated = given.get("profile") or profile
+    if stated != profile:
+        raise RowError(f"a row of profile {stated!r} cannot go to profile {profile!r}: results never mix them")
+    filled = {c: given.get(c) or default for c, default in provenance.stamp().items()}
+    return schema.clean({**given, **filled, "profile": profile})
+
+
+def _by_key(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if schema.key(row) in found:
+            shown = {c: row[c] for c in schema.KEY}
+            raise RowError(f"two rows share the key {shown}: tell them apart by seed, or by a key in switches")
+        found[schema.key(row)] = row
+    return found
+
+
+def _check_units(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    units: dict[str, str] = {}
+    for row in rows:
+        if units.setdefault(row["metric"], row["unit"]) != row["unit"]:
+            both = f"{units[row['metric']]!r} and {row['unit']!r}"
+            raise RowError(f"{path.name}: metric {row['metric']!r} in two units, {both}; convert one or rename it")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_S):
+            atomic.sweep(path)
+            yield
+    except filelock.Timeout:
+        raise ResultsError(f"{path} stayed locked for {LOCK_TIMEOUT_S:g} s: wait for the other run to end") from None
+    except OSError as error:
+        mend = "free or unlock the folder, or point HQ_OUT to a writable one; the file is as it was"
+        raise ResultsError(f"cannot write {path} ({error.strerror or error}): {mend}") from error
+
+
+def _load(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of the file by key; an absent file holds none. ``ResultsError`` names the first bad line."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error.object[: error.start].count(b"\n") + 1, "it is not UTF-8 text") from None
+    n_lines = text.count("\n") + 1
+    if not text.endswith("\n"):
+        raise _damaged(path, n_lines, "the file ends in the middle of this line")
+    reader = csv.reader(text.split("\n")[:-1], strict=True)
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    try:
+        if tuple(next(reader)) != schema.COLUMNS:
+            raise RowError(f"the header is not {','.join(schema.COLUMNS)}")
+        for cells in reader:
+            row = schema.from_cells(cells)
+            if schema.key(row) in found:
+                raise RowError("it repeats the key of an earlier line")
+            found[schema.key(row)] = row
+    except (RowError, ValueError, csv.Error) as error:
+        raise _damaged(path, reader.line_num, str(error)) from None
+    return found
+
+
+def _damaged(path: Path, line: int, reason: str) -> ResultsError:
+    mend = f"delete that line (a run then redoes that row), or `git checkout -- {path.name}` in its folder"
+    return ResultsError(f"{path}, line {line}: {reason}. Mend: {mend}")

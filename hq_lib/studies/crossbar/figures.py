@@ -1,0 +1,171 @@
+"""Figures of notebook 08, analog crossbars."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hq_lib.results.figures.marks import band, band_line, label_ends, plain_log
+from hq_lib.results.figures.methods import Look, look, looks
+from hq_lib.results.figures.style import need, new_figure, styled
+
+CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn": "batch norm"}
+"""Correction → label at its line; "column" is gain and offset per column."""
+TICKS_S = {1: "1 s", 20: "20 s", 3600: "1 h", 8.64e4: "1 day", 3.156e7: "1 year",
+           3.156e8: "10 years"}  # fmt: skip
+
+
+@styled
+def fig_mvm_scatter(pairs: pd.DataFrame) -> Figure:
+    """Measured against ideal dot products of one layer, a panel per circuit, before and after calibration.
+
+    Args:
+        pairs: one row per dot product: ``panel`` (circuit), ``correction`` (``none`` or ``column``), ``ideal_LSB`` and
+            ``measured_LSB``, accumulator steps.
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    need(pairs, ("panel", "correction", "ideal_LSB", "measured_LSB"), "fig_mvm_scatter")
+    panels = list(dict.fromkeys(pairs["panel"]))
+    figure, axes = new_figure(1, len(panels), width=3.3 * len(panels), height=3.3)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        part = pairs.loc[pairs["panel"] == panel]
+        ends = [part[["ideal_LSB", "measured_LSB"]].to_numpy(dtype=float).min() / 1e3,
+                part[["ideal_LSB", "measured_LSB"]].to_numpy(dtype=float).max() / 1e3]  # fmt: skip
+        ax.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
+        for kind, stage in (("none", "before"), ("column", "after")):
+            points, style = part.loc[part["correction"] == kind], look(stage)
+            ax.scatter(points["ideal_LSB"] / 1e3, points["measured_LSB"] / 1e3, s=14, linewidths=0, alpha=0.8,
+                       color=style.color, marker=style.marker)  # fmt: skip
+        ax.set(title=panel, xlabel="ideal, thousand steps", ylabel="measured, thousand steps")
+    for stage, height in (("before", 0.93), ("after", 0.85)):
+        axes[0, 0].annotate(f"{stage} calibration", (0.04, height), xycoords="axes fraction", color=look(stage).color)
+    return figure
+
+
+@styled
+def fig_mvm_calibration(layers: pd.DataFrame) -> Figure:
+    """Relative error of every layer's dot products under each correction, a panel per circuit.
+
+    Args:
+        layers: one row per panel, layer (drawn in order of first appearance), correction and draw: ``panel``,
+            ``layer``, ``correction``, ``relative_error`` (rms error over rms of the ideal, held-out rows).
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    need(layers, ("panel", "layer", "correction", "relative_error"), "fig_mvm_calibration")
+    panels, order = (list(dict.fromkeys(layers[column])) for column in ("panel", "layer"))
+    figure, axes = new_figure(len(panels), 1, height=1.0 + 2.1 * len(panels), sharex=True)
+    placed = layers.assign(at=layers["layer"].map(order.index))
+    for ax, panel in zip(axes[:, 0], panels, strict=True):
+        for kind in [k for k in CORRECTIONS if k in set(layers["correction"])]:
+            part = placed.loc[(placed["panel"] == panel) & (placed["correction"] == kind)]
+            band_line(ax, part, x="at", y="relative_error", as_=kind, label=CORRECTIONS[kind])
+        plain_log(ax)
+        ax.set_title(panel, loc="left")
+        ax.set_ylabel("relative error")
+        label_ends(ax)
+    axes[-1, 0].set_xticks(range(len(order)), order, rotation=90)
+    return figure
+
+
+@styled
+def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
+    """Accuracy against programming error (two kinds), converter bits by array size, and stuck cells: mean, band = ± sd.
+
+    Args:
+        points: one row per measurement: ``study`` (``sigma``, ``adc``, ``stuck``), ``effect`` (line), ``x`` (percent,
+            bits, percent), ``correction``, ``seed``, ``acc_pct`` (percent of test images).
+        exact_pct: accuracy of the exact integer network, percent: the dashed line.
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    need(points, ("study", "effect", "x", "correction", "seed", "acc_pct"), "fig_crossbar_accuracy")
+    figure, axes = new_figure(2, 2, width=7.6, height=6.0, sharey=True)
+    for ax, effect, unit in (
+        (axes[0, 0], "state independent", "of the window"),
+        (axes[0, 1], "proportional", "of the target"),
+    ):
+        part = points.loc[(points["study"] == "sigma") & (points["effect"] == effect)]
+        _correction_lines(ax, part, ("none", "column"))
+        ax.set(title=f"programming error, {effect}", xlabel=f"standard deviation, % {unit}")
+    _converter_lines(axes[1, 0], points.loc[points["study"] == "adc"])
+    _stuck_lines(axes[1, 1], points.loc[points["study"] == "stuck"])
+    for ax in axes.flat:
+        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        ax.set_ylim(0, 100)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("test accuracy, %")
+    for ax in axes.flat:
+        label_ends(ax)
+    return figure
+
+
+@styled
+def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, float]) -> Figure:
+    """Accuracy against time since programming under each correction: mean, band = ± sd; RRAM where it was published.
+
+    Args:
+        points: one row per measurement: ``effect`` (``PCM``: lines, ``RRAM``: single marks), ``x`` (seconds, > 0),
+            ``correction``, ``seed``, ``acc_pct`` (percent).
+        exact_pct: accuracy of the exact integer network, percent: the dashed line.
+        no_error: correction → accuracy (percent) that it leaves of a network without any error: thin dotted lines.
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    need(points, ("effect", "x", "correction", "seed", "acc_pct"), "fig_drift")
+    figure, axes = new_figure(1, 1, width=7.0, height=3.8)
+    ax: Axes = axes[0, 0]
+    _correction_lines(ax, points.loc[points["effect"] == "PCM"], tuple(CORRECTIONS))
+    rram = points.loc[points["effect"] == "RRAM"]
+    for kind in ("none", "column"):
+        table = band(rram.loc[rram["correction"] == kind], x="x", y="acc_pct")
+        ax.errorbar(table.index, table["mean"], table["sd"], color=look(kind).color, marker="*", markersize=9,
+                    linestyle="", label="_rram")  # fmt: skip
+    ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
+    for kind, value in no_error.items():
+        ax.axhline(value, color=look(kind).color, linewidth=0.8, linestyle=":", zorder=0)
+    ax.set_xscale("log")
+    used = {s: text for s, text in TICKS_S.items() if any(np.isclose(points["x"].to_numpy(dtype=float), s, rtol=0.02))}
+    ax.set_xticks(list(used), list(used.values()))
+    ax.minorticks_off()
+    ax.set(ylim=(0, 100), xlabel="time since programming (lines: PCM; stars: RRAM)", ylabel="test accuracy, %")
+    label_ends(ax)
+    return figure
+
+
+def _correction_lines(ax: Axes, part: pd.DataFrame, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        rows = part.loc[part["correction"] == kind]
+        if len(rows):
+            band_line(ax, rows, x="x", y="acc_pct", as_=kind, label=CORRECTIONS[kind])
+
+
+def _converter_lines(ax: Axes, part: pd.DataFrame) -> None:
+    effects = list(dict.fromkeys(part["effect"]))
+    fitted = [effect for effect in effects if not effect.endswith("full range")]
+    styles = looks(fitted) | {effect: Look("#8a8a8a", "x", ":") for effect in effects if effect not in fitted}
+    for effect, style in styles.items():
+        band_line(
+            ax, part.loc[part["effect"] == effect], x="x", y="acc_pct", as_=style, label=effect.replace(" rows, ", ", ")
+        )
+    ax.set(title="converters on perfect cells", xlabel="ADC bits")
+    ax.set_xticks(sorted(set(part["x"])))
+
+
+def _stuck_lines(ax: Axes, part: pd.DataFrame) -> None:
+    for kind in ("none", "column"):
+        for effect, line in (("no fault map", "-"), ("remapped", ":")):
+            rows, style = part.loc[(part["effect"] == effect) & (part["correction"] == kind)], look(kind)
+            label = CORRECTIONS[kind] if effect == "no fault map" else f"{CORRECTIONS[kind]}, map"
+            band_line(ax, rows, x="x", y="acc_pct", as_=Look(style.color, style.marker, line), label=label)
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(set(part["x"])), [f"{x:g}" for x in sorted(set(part["x"]))])
+    ax.minorticks_off()
+    ax.set(title="stuck cells", xlabel="% of cells, half low, half high")

@@ -1,0 +1,45 @@
+"""Figures of notebook 01, float training."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hq_lib.results import labels
+from hq_lib.results.figures.marks import band_line, label_ends, plain_log
+from hq_lib.results.figures.methods import looks
+from hq_lib.results.figures.style import need, new_figure, styled
+
+
+@styled
+def fig_float_training(history: pd.DataFrame) -> Figure:
+    """Accuracy, loss and learning rate over the epochs, one line per model: mean over seeds, band = ± sd.
+
+    Args:
+        history: one row per model, seed and epoch: ``model`` (one's own gets a spare colour), ``seed``, ``epoch``,
+            ``train_loss`` (nat), ``val_acc_pct`` (percent, validation split), ``lr``. Optional columns, drawn as thin
+            lines: ``train_acc_pct`` and ``val_loss``.
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    need(history, ("model", "seed", "epoch", "train_loss", "val_acc_pct", "lr"), "fig_float_training")
+    figure, axes = new_figure(3, height=6.0, sharex=True, height_ratios=[3, 2, 1])
+    accuracy, loss, rate = axes[:, 0]
+    styles = looks(sorted(set(history["model"])))
+    for model, style in styles.items():
+        runs = history.loc[history["model"] == model]
+        name = labels.printed("model", model)
+        curves = [(accuracy, "val_acc_pct", name), (loss, "train_loss", name), (rate, "lr", "")]
+        for ax, column, label in curves:
+            band_line(ax, runs, x="epoch", y=column, as_=style, label=label, marks=False)
+        for ax, column in ((accuracy, "train_acc_pct"), (loss, "val_loss")):
+            if column in runs and not runs[column].isna().to_numpy().any():
+                band_line(ax, runs, x="epoch", y=column, as_=style, marks=False)
+                ax.get_lines()[-1].set(linewidth=0.8, alpha=0.7)
+    plain_log(loss)
+    accuracy.set_ylabel("validation accuracy, %")
+    loss.set_ylabel("training loss, nat")
+    rate.set(ylabel="learning rate", xlabel="epoch")
+    figure.align_ylabels()
+    for ax in (accuracy, loss):
+        label_ends(ax)
+    return figure

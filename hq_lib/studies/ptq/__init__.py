@@ -1,0 +1,1 @@
+"""Notebook 04: how far one gets without training."""

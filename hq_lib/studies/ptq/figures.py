@@ -1,0 +1,91 @@
+"""Figures of notebook 04, post-training quantization."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hq_lib.results import labels
+from hq_lib.results.figures.marks import band_line, label_ends
+from hq_lib.results.figures.methods import Look, look
+from hq_lib.results.figures.style import need, new_figure, styled
+
+PREDICTIONS = {"mse_model": "noise model (paper)", "mse_exact": "exact, on the real grid"}
+TENSORS = {"activation": "activations", "weight": "weights"}
+# Bits have no colours of their own: from dark (few) to light (many), with the markers of that place.
+BIT_LOOKS = ("dsq", "pact", "lsq", "dorefa", "ste")
+
+
+@styled
+def fig_aciq_mse(found: pd.DataFrame) -> Figure:
+    """Measured against predicted squared error, a point for each tensor and width, both relative to the tensor's power.
+
+    Left activations, right weights; above ACIQ's noise model, below the exact integral over the fitted prior. On the
+    dashed line prediction and measurement agree.
+
+    Args:
+        found: columns ``tensor`` ("activation" or "weight"), ``bits``, ``mse_measured``, ``mse_model``, ``mse_exact``
+            (pure numbers, > 0).
+    """
+    need(found, ("tensor", "bits", "mse_measured", *PREDICTIONS), "fig_aciq_mse")
+    figure, axes = new_figure(2, 2, width=6.4, height=5.6, sharex=True, sharey=True)
+    widths = sorted({int(bits) for bits in found["bits"]})
+    low, high = (f(found[["mse_measured", *PREDICTIONS]].to_numpy(dtype=float)) for f in (np.min, np.max))
+    for (row, (column, title)), (place, (tensor, name)) in _product(PREDICTIONS, TENSORS):
+        ax: Any = axes[row, place]
+        ax.plot([low, high], [low, high], color="0.5", linewidth=0.8, linestyle="--", zorder=0)
+        for bits in widths:
+            points = found.loc[(found["tensor"] == tensor) & (found["bits"] == bits)]
+            style = bit_look(widths.index(bits))
+            ax.scatter(points[column], points["mse_measured"], s=14, color=style.color, marker=style.marker, alpha=0.8,
+                       linewidths=0, label=f"{bits} bit")  # fmt: skip
+        ax.set(xscale="log", yscale="log", xlim=(low / 1.5, high * 1.5), ylim=(low / 1.5, high * 1.5))
+        ax.set_title(f"{name}: {title}", fontsize=9, loc="left")
+        if row == 1:
+            ax.set_xlabel("predicted error / mean square")
+        if place == 0:
+            ax.set_ylabel("measured error / mean square")
+    axes[0, 0].legend(loc="upper left", fontsize=8, frameon=False)
+    return figure
+
+
+def bit_look(place: int) -> Look:
+    """The look of the ``place``-th width of a figure, from dark to light."""
+    return look(BIT_LOOKS[place % len(BIT_LOOKS)])
+
+
+def _product(rows: dict, columns: dict) -> list:
+    return [(r, c) for r in enumerate(rows.items()) for c in enumerate(columns.items())]
+
+
+@styled
+def fig_error_accumulation(errors: pd.DataFrame, *, order: Sequence[str] | None = None) -> Figure:
+    """How far the quantized network's tensors are from the float network's behind each block, method by method.
+
+    A panel for each pair of bit widths; mean over the seeds, with a band of one standard deviation where there are
+    several. The labels stand at the last block, the logits.
+
+    Args:
+        errors: columns ``w_bits``, ``a_bits``, ``method`` (key of ``labels.METHOD_LABELS``), ``position`` (0 ...),
+            ``block`` (name), ``value`` (relative squared error, pure number, > 0).
+        order:  methods drawn, in this order; default all.
+    """
+    need(errors, ("w_bits", "a_bits", "method", "position", "block", "value"), "fig_error_accumulation")
+    widths = sorted({(w, a) for w, a in zip(errors["w_bits"], errors["a_bits"], strict=True)}, reverse=True)
+    names = errors.drop_duplicates("position").sort_values("position")["block"].tolist()
+    figure, axes = new_figure(1, len(widths), width=0.6 + 4.1 * len(widths), height=4.2, sharey=False)
+    for ax, (w_bits, a_bits) in zip(axes[0], widths, strict=True):
+        panel = errors.loc[(errors["w_bits"] == w_bits) & (errors["a_bits"] == a_bits)]
+        for method in order or list(dict.fromkeys(panel["method"])):
+            lines = panel.loc[panel["method"] == method]
+            if not lines.empty:
+                band_line(ax, lines, x="position", y="value", as_=method, label=labels.printed("method", method))
+        ax.set_yscale("log")
+        ax.set_xticks(range(len(names)), names, rotation=90)
+        ax.set(title=labels.bits_label(w_bits, a_bits), xlim=(-0.3, len(names) + 1.8))
+        ax.grid(False, axis="x")
+        label_ends(ax)
+    axes[0, 0].set_ylabel("squared error behind the block / mean square")
+    return figure

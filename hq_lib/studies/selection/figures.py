@@ -1,0 +1,252 @@
+"""Figures of notebook 05, which images to calibrate with."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+from hq_lib.results import labels
+from hq_lib.results.figures.marks import band, band_line, heat_map
+from hq_lib.results.figures.methods import look, looks
+from hq_lib.results.figures.style import PaperFigure, need, new_figure, styled
+
+STEPS = (
+    ("candidates", "{n_pool:,} training\nimages, one\nseeded draw"),
+    ("score", "on the pixels\nthe network\nsees"),
+    ("choose", "the {n_calib:,}\nlowest, equally\nof every class"),
+    ("manifest", "indices and a\nSHA-256 each;\nnone twice"),
+    ("calibrate", "ranges, then\nrounding learned\nblock by block"),
+    ("compare", "with random of\nthe same draw,\nafter {n_draws} draws"),
+)
+LOOKS = {
+    "random": "random", "tv_lowest": "lowest", "tv_highest": "highest", "tv_trimmed": "trimmed",
+    "herding": "herding", "k_center": "k_center",
+}  # fmt: skip
+WAYS = {"without": "each image once", "images": "images drawn with replacement", "batches": "batches with replacement"}
+
+
+@styled
+def fig1_framework(
+    images: np.ndarray, scores: Sequence[float], *, metric: str, n_pool: int, n_calib: int, n_draws: int
+) -> Figure:
+    """The selection framework: real candidates of one class in order of their score, above the steps they go through.
+
+    Args:
+        images:  (k, H, W, 3 or 1) uint8, ascending in score; k of 5 to 8 looks well.
+        scores:  (k,) of those images.
+        metric:  name of the score.
+        n_pool, n_calib, n_draws: candidates of a draw, images chosen, draws compared.
+
+    Raises:
+        ValueError: as many scores as images are needed, ascending.
+    """
+    if len(images) != len(scores) or list(scores) != sorted(scores):
+        raise ValueError(f"fig1_framework needs one score per image, ascending: {len(images)} images, scores {scores}")
+    figure = PaperFigure(figsize=(6.8, 2.9), layout="constrained")
+    ax = figure.subplots()
+    ax.set(xlim=(0, 122), ylim=(0, 52), aspect="equal")
+    ax.axis("off")
+    side, k = 13.0, len(images)
+    step = (122 - side) / max(k - 1, 1)
+    for i, (image, score) in enumerate(zip(images, scores, strict=True)):
+        left = i * step
+        extent = (left, left + side, 32, 32 + side)
+        ax.imshow(image.squeeze(), extent=extent, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
+        ax.text(left + side / 2, 30.5, f"{score:.3f}", ha="center", va="top", size=7.5)
+    ax.set(xlim=(0, 122), ylim=(0, 52))
+    ax.text(0, 47, f"candidates of one class by {metric}: smooth", va="bottom", size=8)
+    ax.text(122, 47, "rough", va="bottom", ha="right", size=8)
+    facts = {"n_pool": n_pool, "n_calib": n_calib, "n_draws": n_draws}
+    _flow(ax, [(name, text.format(**facts)) for name, text in STEPS])
+    return figure
+
+
+def _flow(ax: Axes, steps: Sequence[tuple[str, str]]) -> None:
+    """Boxes from left to right with an arrow between neighbours, on axes 122 wide."""
+    width, gap = 17.5, 3.4
+    for i, (name, text) in enumerate(steps):
+        left = i * (width + gap)
+        color = look("lowest" if name == "choose" else "random").color
+        box = {"boxstyle": "round,pad=0.3,rounding_size=1", "facecolor": "white", "edgecolor": color, "linewidth": 1.1}
+        ax.add_patch(_rectangle(left, width, **box))
+        ax.text(left + width / 2, 20.5, name, ha="center", va="center", weight="bold", size=8)
+        ax.text(left + width / 2, 12, text, ha="center", va="center", size=6.8, linespacing=1.25)
+        if i:
+            arrow = {"arrowstyle": "-|>", "color": "0.35", "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0}
+            ax.annotate("", (left - 0.2, 15), xytext=(left - gap + 0.2, 15), arrowprops=arrow)
+
+
+def _rectangle(left: float, width: float, **box: object):
+    from matplotlib.patches import FancyBboxPatch
+
+    return FancyBboxPatch((left + 0.6, 6.5), width - 1.2, 17, **box)  # type: ignore[arg-type]
+
+
+@styled
+def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: str = "selected") -> Figure:
+    """BRECQ and QDrop with random images (open) and with selected ones (filled), one column per network.
+
+    Ours come first, every draw a small point and the mean a large one, with the mean difference above it; published
+    pairs are large points alone. A network without a number of ours says ``ours n/r``, without a published pair ``–``.
+
+    Args:
+        pairs:        ``model``, ``method`` ("brecq", "qdrop"), ``selected`` (bool), ``source`` ("ours", "published"),
+                      ``value`` (percent).
+        networks:     columns after ours, in order; those without numbers are shown as empty.
+        chosen_label: what the filled marks are.
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    need(pairs, ("model", "method", "selected", "source", "value"), "fig_selected")
+    ours = list(dict.fromkeys(pairs.loc[pairs["source"] == "ours", "model"]))
+    columns = [*[(m, "ours") for m in ours], *[(m, "published") for m in networks if m not in ours]]
+    figure, axes = new_figure(width=6.8, height=3.6)
+    ax = axes[0, 0]
+    for i, (model, source) in enumerate(columns):
+        here = pairs.loc[(pairs["model"] == model) & (pairs["source"] == source)]
+        for method, shift in (("brecq", -0.22), ("qdrop", 0.22)):
+            _pair(ax, here.loc[here["method"] == method], i + shift, method, numbers=source == "ours")
+    ax.set_xticks(range(len(columns)), [_network_label(m, s, pairs) for m, s in columns], size=7)
+    ax.set(ylabel="top-1 accuracy, %", xlim=(-0.6, len(columns) - 0.4))
+    ax.margins(y=0.14)
+    ax.grid(False, axis="x")
+    _legend(ax, chosen_label)
+    return figure
+
+
+def _pair(ax: Axes, rows: pd.DataFrame, x: float, method: str, *, numbers: bool) -> None:
+    style, means = look(method), []
+    for chosen, side in ((False, -0.06), (True, 0.06)):
+        values = rows.loc[rows["selected"] == chosen, "value"].to_numpy(dtype=float)
+        if not len(values):
+            continue
+        face = style.color if chosen else "white"
+        if len(values) > 1:
+            ax.plot([x + side] * len(values), values, linestyle="", marker=".", markersize=3.5, color=style.color)
+        means.append((x + side, values.mean()))
+        ax.plot(*means[-1], linestyle="", marker=style.marker, markersize=6, color=style.color, markerfacecolor=face)
+    if len(means) == 2:
+        ax.plot(*zip(*means, strict=True), color=style.color, linewidth=0.8, zorder=0)
+        gain, top = means[1][1] - means[0][1], max(rows["value"])
+        size = 7 if numbers else 6.5
+        ax.annotate(f"{gain:+.2f}", (x, top), xytext=(0, 6), textcoords="offset points", ha="center", size=size,
+                    color=style.color)  # fmt: skip
+
+
+def _network_label(model: str, source: str, pairs: pd.DataFrame) -> str:
+    name = labels.printed("model", model).replace(" (ImageNet)", "").replace("-600M", "\n600M").replace("-2.0", "\n2.0")
+    if source == "ours":
+        return f"{name}\nours"
+    known = pairs.loc[(pairs["model"] == model) & (pairs["source"] == "published")]
+    complete = known.groupby("method")["selected"].nunique().eq(2).any()
+    return f"{name}\nours n/r" + ("" if complete else "\npublished –" if known.empty else "\nselected –")
+
+
+def _legend(ax: Axes, chosen_label: str) -> None:
+    for method in ("brecq", "qdrop"):
+        style = look(method)
+        for chosen in (False, True):
+            words = f"{labels.printed('method', method)}, {chosen_label if chosen else 'random'}"
+            face = style.color if chosen else "white"
+            ax.plot([], [], linestyle="", marker=style.marker, color=style.color, markerfacecolor=face, label=words)
+    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2, handletextpad=0.2)
+
+
+@styled
+def fig_smoothness(sets: pd.DataFrame, rho: pd.DataFrame, *, n_test: str) -> Figure:
+    """Smoothness of a set against its losses and its accuracy, one point a set; below, rank correlations by score.
+
+    Args:
+        sets:   one row per set: ``choice``, ``label``, ``set_tv``, ``loss_own``, ``loss_common``, ``acc_pct``.
+        rho:    Spearman's rho: one row per score (index, in words), one column per target (in words), NaN = n/r.
+        n_test: what the accuracy is measured on, e.g. "10,000 test images".
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    targets = {"loss_own": "loss on its own images", "loss_common": "loss on common images", "acc_pct": n_test}
+    need(sets, ("choice", "label", "set_tv", *targets), "fig_smoothness")
+    figure = PaperFigure(figsize=(6.8, 6.2), layout="constrained")
+    axes = figure.subplot_mosaic([list(targets), ["rho"] * 3], height_ratios=[1.0, 1.25])  # type: ignore[arg-type]
+    for target, words in targets.items():
+        ax = axes[target]
+        _by_choice(ax, sets, target)
+        value = _rank_correlation(sets, "set_tv", target)
+        ax.set_title(f"{words}\nρ = {value:.2f}" if np.isfinite(value) else words, size=8)
+        ax.set_xlabel("mean total variation")
+    axes["loss_own"].set_ylabel("squared error of the logits")
+    axes["acc_pct"].set_ylabel("accuracy, %")
+    handles, names = axes["loss_own"].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=4, loc="outside upper center", fontsize=7, handletextpad=0.1, columnspacing=1.0)
+    heat_map(axes["rho"], rho, unit="Spearman's ρ over sets", decimals=2)
+    return figure
+
+
+def _rank_correlation(sets: pd.DataFrame, a: str, b: str) -> float:
+    ranks = [pd.Series(sets[name]).rank().to_numpy(dtype=float) for name in (a, b)]
+    return (
+        float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(sets) > 2 and min(map(np.ptp, ranks)) > 0 else float("nan")
+    )
+
+
+def _by_choice(ax: Axes, sets: pd.DataFrame, target: str) -> None:
+    for choice in [*[c for c in LOOKS if c in set(sets["choice"])], None]:
+        here = sets.loc[~sets["choice"].isin(list(LOOKS)) if choice is None else sets["choice"] == choice]
+        if here.empty:
+            continue
+        style = None if choice is None else look(LOOKS[choice])
+        ax.plot(here["set_tv"], here[target], linestyle="", markersize=4.5, alpha=0.85, markeredgewidth=0,
+                marker="o" if style is None else style.marker, color="0.7" if style is None else style.color,
+                label="other ways" if choice is None else here["label"].iloc[0],
+                zorder=1 if style is None else 2)  # fmt: skip
+
+
+@styled
+def fig_n_calib(curve: pd.DataFrame, *, float_pct: float | None = None, near_pp: float = 0.2) -> Figure:
+    """Accuracy against the number of calibration images: mean over draws, band and bars = ± sd.
+
+    Args:
+        curve:     one row per draw: ``n_calib``, ``acc_pct``, ``way`` ("without", or what is drawn with replacement:
+                   "images", "batches").
+        float_pct: the float net's accuracy, written into the title.
+        near_pp:   a grey strip marks this many points below the largest number's mean.
+
+    Raises:
+        ValueError: a column is missing or has missing values, there are no rows, or none without replacement.
+    """
+    need(curve, ("n_calib", "acc_pct", "way"), "fig_n_calib")
+    plain = curve.loc[curve["way"] == "without"]
+    need(plain, ("n_calib",), "fig_n_calib (drawn without replacement)")
+    figure, axes = new_figure(height=3.4)
+    ax = axes[0, 0]
+    styles = looks(["random", "without", "batches"])
+    best = float(band(plain, x="n_calib", y="acc_pct")["mean"].iloc[-1])
+    ax.axhspan(best - near_pp, best, color="0.88", linewidth=0, zorder=0)
+    band_line(ax, plain, x="n_calib", y="acc_pct", as_="random", label=WAYS["without"])
+    for way, name, shift in (("images", "without", 1.06), ("batches", "batches", 1.12)):
+        _bars(ax, curve.loc[curve["way"] == way], styles[name].color, styles[name].marker, shift, WAYS[way])
+    counts = sorted(set(plain["n_calib"]))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(counts))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set(xlabel="calibration images", ylabel="test accuracy, %")
+    ax.set_title(
+        "" if float_pct is None else f"float {float_pct:.2f} %; grey: within {near_pp:g} points of the largest n"
+    )
+    ax.legend(loc="lower right")
+    return figure
+
+
+def _bars(ax: Axes, rows: pd.DataFrame, color: str, marker: str, shift: float, label: str) -> None:
+    """Means with ± sd bars, moved a little to the right of their n so that they stay visible."""
+    if rows.empty:
+        return
+    table = band(rows, x="n_calib", y="acc_pct")
+    at = np.asarray(table.index, dtype=float) * shift
+    ax.errorbar(at, table["mean"], table["sd"], color=color, linestyle="", marker=marker, capsize=2, linewidth=1)
+    ax.plot(at, table["mean"], color=color, linestyle="", marker=marker, label=label)

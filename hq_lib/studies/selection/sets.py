@@ -1,0 +1,201 @@
+"""The ways of choosing calibration images that the study compares, and what each set scores.
+
+A draw is a seeded pool of candidates; every way chooses n images of the same pool, so that ways are paired by draw and
+deterministic ones get a spread too. Smoothness is ranked within class, since plain rankings are mostly of classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hq_lib import data
+from hq_lib.data import ImageSet
+from hq_lib.graph import Block
+from hq_lib.ptq import selection
+from hq_lib.ptq.selection import Manifest, features
+from hq_lib.ptq.units import as_float, chain, cut
+from hq_lib.quantizers.observers import evaluating
+from hq_lib.studies.selection.bench import Bench, eval_batch, ranged
+
+ERROR_BITS = (2, 2)
+"""bits of the rounding whose first-block error scores an image"""
+NETWORK_METRICS = ("block_error", "bn_distance", "knowledge")
+BN = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way of choosing images from a pool."""
+
+    label: str
+    """what is printed"""
+    metric: str = ""
+    """score that is ranked (one of ``selection.METRICS`` or ``NETWORK_METRICS``); "" = none"""
+    strategy: str = "random"
+    """of ``selection.select``; "repeated" = drawn with replacement; or the name of a method on features"""
+    balanced: bool = True
+    """whether every class gives as many"""
+
+
+CHOICES = {
+    "random": Choice("random, balanced"),
+    "random_unbalanced": Choice("random, not balanced", balanced=False),
+    "random_repeated": Choice("random, with replacement", strategy="repeated", balanced=False),
+    "tv_lowest": Choice("smoothest (TV lowest)", "tv", "lowest"),
+    "tv_highest": Choice("roughest (TV highest)", "tv", "highest"),
+    "tv_trimmed": Choice("smooth, 5 % smoothest left out", "tv", "trimmed"),
+    "tv_lowest_unbalanced": Choice("smoothest, not balanced", "tv", "lowest", balanced=False),
+    "roughness_lowest": Choice("smoothest histogram", "roughness", "lowest"),
+    "entropy_highest": Choice("histogram entropy highest", "entropy", "highest"),
+    "block_error_lowest": Choice("first-block error lowest", "block_error", "lowest"),
+    "block_error_highest": Choice("first-block error highest", "block_error", "highest"),
+    "knowledge_lowest": Choice("near cluster centres (SelectQ-like)", "knowledge", "lowest"),
+    "herding": Choice("herding", strategy="herding"),
+    "k_center": Choice("k-center", strategy="k_center"),
+    "bn_matching": Choice("BN statistics matched", strategy="bn_matching"),
+}
+SMOOTH = "tv_lowest"
+"""the reading of "smooth" fixed before any run: total variation, lowest within class (ALGORITHMS section 8.3)"""
+
+
+class Pool:
+    """The candidates of one draw, with scores and features computed when first asked for."""
+
+    def __init__(self, bench: Bench, n_pool: int, draw: int) -> None:
+        """Draw ``n_pool`` of the training images with seed ``draw``."""
+        self.bench, self.n_pool, self.draw = bench, n_pool, draw
+        self.positions = selection.draw_pool(len(bench.train), n_pool, seed=draw)
+        self.images: ImageSet = bench.train.subset(self.positions)
+        self._scores: dict[str, Tensor] = {}
+
+    @cached_property
+    def x(self) -> Tensor:
+        """(N, C, H, W) float32, normalised as the net takes them."""
+        return data.normalize(self.images.images, self.images.spec).contiguous().to(self.bench.device)
+
+    @cached_property
+    def seen(self) -> "Seen":
+        """What the float net computes on the pool."""
+        return watch(self.bench.net, self.x, batch_size=eval_batch(self.bench))
+
+    def scores(self, metric: str) -> Tensor:
+        """(N,) scores of the pool's images, pixels' or the network's."""
+        if metric not in self._scores:
+            network: dict[str, Callable[[], Tensor]] = {
+                "block_error": lambda: first_block_error(self.bench, self.x),
+                "bn_distance": lambda: features.bn_distance(*self.seen.moments),
+                "knowledge": lambda: features.knowledge_distance(self.seen.layers, seed=self.draw),
+            }
+            made = network[metric]() if metric in network else selection.score(self.images.images, metric)
+            self._scores[metric] = made
+        return self._scores[metric]
+
+    def choose(self, name: str, n: int) -> Tensor:
+        """(n,) positions in the pool, chosen the way ``name``; a short or repeated set is an error.
+
+        Only "random_repeated" may repeat images: what that costs is what it is there to show.
+        """
+        choice, n_pool = CHOICES[name], self.n_pool
+        if choice.strategy == "repeated":
+            return selection.draw_pool(n_pool, n, seed=self.draw, replacement=True)
+        labels = self.images.labels if choice.balanced and n >= self.images.spec.n_classes else None
+        if choice.strategy in ("herding", "k_center", "bn_matching"):
+            chosen = per_class(labels, n_pool, n, lambda members, k: self._by_features(choice.strategy, members, k))
+        else:
+            scores = self.scores(choice.metric) if choice.metric else torch.zeros(n_pool)
+            sized = {} if labels is None else {"labels": labels, "n_classes": self.images.spec.n_classes}
+            chosen = selection.select(scores, n, strategy=choice.strategy, seed=self.draw, **sized)  # type: ignore[arg-type]
+        return selection.check_set(chosen, n)
+
+    def _by_features(self, method: str, members: Tensor, k: int) -> Tensor:
+        if method == "bn_matching":
+            mean, square, bn_mean, bn_var = self.seen.moments
+            return features.bn_matching(mean[members], square[members], bn_mean, bn_var, k)
+        return getattr(features, method)(self.seen.penultimate[members], k)
+
+    def manifest(self, name: str, chosen: Tensor) -> Manifest:
+        """The manifest of a set without repeats: indices in the raw file and a hash per image."""
+        choice = CHOICES[name]
+        how = {"metric": choice.metric, "strategy": choice.strategy, "seed": self.draw, "balanced": choice.balanced}
+        return selection.from_images(self.images, chosen, **how)  # type: ignore[arg-type]
+
+    def set_metrics(self, chosen: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+        """Mean score of the chosen images per metric."""
+        return {name: self.scores(name)[chosen].mean().item() for name in names}
+
+
+def examples(pool: Pool, metric: str, *, label: int = 0, k: int = 7) -> tuple[np.ndarray, list[float]]:
+    """k of a class's candidates spread evenly over their ranks, ascending in score: (k, H, W, C) uint8, and scores."""
+    members = (pool.images.labels == label).nonzero().flatten()
+    scores = pool.scores(metric)[members]
+    order = scores.argsort()[torch.linspace(0, len(members) - 1, k).round().long()]
+    pixels = pool.images.images[members[order]].permute(0, 2, 3, 1)
+    return pixels.numpy(), scores[order].tolist()
+
+
+def per_class(labels: Tensor | None, n_pool: int, n: int, method: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """(n,) ascending positions: ``method(members, k)`` chooses k within each class, or n of the pool without labels."""
+    if labels is None:
+        return method(torch.arange(n_pool), n).sort().values
+    groups = [(labels == c).nonzero().flatten() for c in range(int(labels.max()) + 1)]
+    quotas = [n // len(groups) + (c < n % len(groups)) for c in range(len(groups))]
+    parts = [group[method(group, k)] for group, k in zip(groups, quotas, strict=True) if k]
+    return torch.cat(parts).sort().values
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a float net computes on images."""
+
+    penultimate: Tensor
+    """(N, D), input of the last linear layer"""
+    layers: list[Tensor]
+    """per batch norm: (N, C_l) channel means of its input"""
+    moments: tuple[Tensor, Tensor, Tensor, Tensor]
+    """(N, C) means and mean squares of the inputs of all batch norms, then (C,) running means and variances"""
+
+
+def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
+    """Features of images ``x`` (N, C, H, W) from one pass in eval mode; ``ValueError`` for a net without batch norm."""
+    norms = [module for module in net.modules() if isinstance(module, BN)]
+    heads = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    if not norms or not heads:
+        raise ValueError("features need a net with batch norms and a linear layer: use pixel scores instead")
+    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in norms]
+    last: list[Tensor] = []
+
+    def keeper(store: list[tuple[Tensor, Tensor]]):
+        return lambda _module, inputs: store.append(features.channel_moments(inputs[0]))
+
+    hooks = [norm.register_forward_pre_hook(keeper(store)) for norm, store in zip(norms, kept, strict=True)]
+    hooks.append(heads[-1].register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0].flatten(1))))
+    try:
+        with evaluating(net):
+            for batch in x.split(batch_size):
+                net(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    means = [torch.cat([mean for mean, _ in store]) for store in kept]
+    squares = torch.cat([torch.cat([square for _, square in store]) for store in kept], dim=1)
+    running = [torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var")]
+    return Seen(torch.cat(last), means, (torch.cat(means, dim=1), squares, running[0], running[1]))
+
+
+def first_block_error(bench: Bench, x: Tensor) -> Tensor:
+    """(N,) mean squared error per image behind the first residual block, rounded to nearest at ``ERROR_BITS``."""
+    qnet = ranged(bench, x, ERROR_BITS)
+    found = chain(qnet)
+    upto = found[: next(i for i, block in enumerate(found) if block.residual) + 1]
+    nodes, layers = (tuple(name for b in upto for name in getattr(b, key)) for key in ("nodes", "layers"))
+    head = cut(qnet, Block("head", upto[0].input, upto[-1].output, nodes, layers, True))
+
+    def exact(part: Tensor) -> Tensor:
+        with as_float(head):
+            return head(part)
+
+    return features.reconstruction_error(x, exact, head, batch_size=eval_batch(bench))

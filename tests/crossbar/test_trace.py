@@ -1,0 +1,286 @@
+"""Recording and replay: the same answers without the engine, damage refused, nothing lost when a bench fails."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from integer_nets import images, quantized
+
+from hq_lib.crossbar import (
+    Adc,
+    BenchError,
+    Circuit,
+    ConstantRead,
+    ConvEngine,
+    Device,
+    EngineNetwork,
+    FakeDriver,
+    HardwareEngine,
+    IdealEngine,
+    Limits,
+    Patience,
+    RecordEngine,
+    ReplayEngine,
+    SimEngine,
+    Trace,
+    TraceError,
+    device,
+)
+from hq_lib.crossbar.recording import load_parts, simulated
+from hq_lib.integer import lower
+
+RNG = np.random.default_rng(0)
+W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (30, 20))
+NOISY = Circuit(Device("n", "t", 0.0, 25.0, read=ConstantRead(0.03)))
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    engine = RecordEngine(SimEngine(NOISY), tmp_path / "parts")
+    handle = engine.load(W, 0.5, "a")
+    answers = [engine.mvm(handle, X), engine.mvm(handle, X[:10])]
+    engine.calibrate(handle, X)
+    answers.append(engine.mvm(handle, X[5:]))
+    trace = engine.trace()
+    trace.save(tmp_path / "trace.npz")
+    return tmp_path / "trace.npz", answers
+
+
+def test_replay_gives_the_same_answers_noise_and_calibration_included(recorded):
+    path, answers = recorded
+    assert not np.array_equal(answers[0][:10], answers[1]), "noise differs between measurements"
+    engine = ReplayEngine(path)
+    handle = engine.load(W, 0.5, "a")
+    for _ in range(2):
+        np.testing.assert_array_equal(engine.mvm(handle, X), answers[0])
+        np.testing.assert_array_equal(engine.mvm(handle, X[:10]), answers[1])
+        engine.calibrate(handle, X)
+        np.testing.assert_array_equal(engine.mvm(handle, X[5:]), answers[2])
+        engine.rewind()
+        engine.set_correction(handle, None)
+    assert engine.describe()["recorded.device.name"] == "n"
+
+
+def test_a_trace_holds_inputs_weights_ideal_measured_and_time(recorded):
+    trace = Trace.load(recorded[0])
+    np.testing.assert_array_equal(trace.layers["a"].w_int.numpy(), W)
+    np.testing.assert_array_equal(trace.calls[0].x, X)
+    np.testing.assert_array_equal(trace.calls[0].y_ideal, X @ W)
+    np.testing.assert_array_equal(trace.calls[0].y, recorded[1][0])
+    assert trace.calls[0].t_s == 1.0
+    assert trace.n_rows == 30 + 10 + 30 + 25
+
+
+def test_replay_fails_loudly_on_what_was_not_measured(recorded):
+    engine = ReplayEngine(recorded[0])
+    handle = engine.load(W, 0.5, "a")
+    with pytest.raises(TraceError, match="measured 0 times"):
+        engine.mvm(handle, X + (X < 255))
+    for _ in range(4):
+        engine.mvm(handle, X[:1]) if _ < 3 else None
+    with pytest.raises(TraceError, match="measured 3 times in the trace, not 4"):
+        engine.mvm(handle, X[:1])
+
+
+@pytest.mark.parametrize(
+    ("w", "name", "bits", "message"),
+    [(-W, "a", 8, "other weights"), (W, "a", 7, "outside"), (W, "aa", 8, "nearest: a")],
+)
+def test_a_trace_of_another_network_is_refused(recorded, w, name, bits, message):
+    with pytest.raises(ValueError, match=message):
+        ReplayEngine(recorded[0]).load(w, 0.5, name, w_bits=bits)
+
+
+def test_any_tampering_is_refused(recorded):
+    path, _ = recorded
+    text, sidecar = path.with_suffix(".json").read_text(), path.with_suffix(".json")
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    for name in arrays:
+        changed = {key: value.copy() for key, value in arrays.items()}
+        changed[name].reshape(-1)[0] += 1
+        np.savez(path, **changed)
+        with pytest.raises(TraceError, match="changed after recording"):
+            Trace.load(path)
+    np.savez(path, **{key: value for key, value in arrays.items() if key != "calls/0/y"})
+    with pytest.raises(TraceError, match="missing or foreign: calls/0/y"):
+        Trace.load(path)
+    np.savez(path, **arrays)
+    Trace.load(path)
+    for old, new, message in [
+        ('"t_s": 1.0', '"t_s": 2.0', "description was changed"),
+        ('"schema": 1', '"schema": 2', "schema 2"),
+        ("{", "", "unreadable"),
+        (text, "[1]", "unreadable"),
+    ]:
+        sidecar.write_text(text.replace(old, new, 1))
+        with pytest.raises(TraceError, match=message):
+            Trace.load(path)
+    sidecar.write_text(text)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(TraceError, match="damaged archive"):
+        Trace.load(path)
+
+
+def test_missing_files_and_unknown_formats(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Trace.load(tmp_path / "none.npz")
+    with pytest.raises(TraceError, match=r"\.npz or \.h5"):
+        Trace().save(tmp_path / "trace.csv")
+
+
+def test_hdf5_holds_the_same(recorded, tmp_path):
+    pytest.importorskip("h5py", reason="HDF5 traces need h5py (pip install 'hq_lib[traces]')")
+    Trace.load(recorded[0]).save(tmp_path / "trace.h5")
+    engine = ReplayEngine(tmp_path / "trace.h5")
+    np.testing.assert_array_equal(engine.mvm(engine.load(W, 0.5, "a"), X), recorded[1][0])
+    content = bytearray((tmp_path / "trace.h5").read_bytes())
+    where = content.find(b'"t_s": 1.0')
+    content[where : where + 10] = b'"t_s": 2.0'
+    (tmp_path / "trace.h5").write_bytes(content)
+    with pytest.raises(TraceError, match="description was changed"):
+        Trace.load(tmp_path / "trace.h5")
+
+
+def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    with pytest.raises(TraceError, match="pip install"):
+        Trace().save(tmp_path / "trace.h5")
+
+
+def bench(failures=()):
+    limits = Limits(
+        n_tiles=4,
+        rows=16,
+        columns=8,
+        level_max=127,
+        code_max=255,
+        count_max=10**8,
+        rows_per_read=4,
+        counts_per_unit=1.0,
+    )
+    driver = FakeDriver(limits, failures=failures, noise=50.0)
+    return HardwareEngine(driver, patience=Patience(2, 0.0)), driver
+
+
+def test_a_bench_that_fails_in_mid_run_loses_nothing_and_the_run_resumes(tmp_path):
+    engine, driver = bench()
+    engine.drive = engine.drive.__class__("analog")
+    driver.failures = ["ok"] * 9 + ["timeout"] * 100  # 4 reads per 4 rows: two chunks are safe, the third fails
+    recorder = RecordEngine(engine, tmp_path, flush_bytes=1 << 30)
+    handle = recorder.load(W, 1.0, "a")
+    with pytest.raises(BenchError, match="failed 2 times"):
+        recorder.mvm(handle, X)
+    kept = load_parts(tmp_path)
+    assert kept.n_rows == 8 * (9 // (2 * len(engine._placed["a"].tiles))) or kept.n_rows % 4 == 0
+    assert kept.n_rows > 0
+    fresh, driver = bench()
+    fresh.drive = fresh.drive.__class__("analog")
+    resumed = RecordEngine(fresh, tmp_path)
+    y = resumed.mvm(resumed.load(W, 1.0, "a"), X)
+    np.testing.assert_array_equal(y[: kept.n_rows], np.concatenate([call.y for call in kept.calls]))
+    assert driver.n_reads == len(fresh._placed["a"].tiles) * -(-(30 - kept.n_rows) // 4)
+    assert resumed.trace().n_rows == 30
+
+
+def test_a_folder_of_other_weights_is_refused(tmp_path):
+    first = RecordEngine(IdealEngine(), tmp_path)
+    first.mvm(first.load(W, 1.0, "a"), X)
+    first.close()
+    with pytest.raises(TraceError, match="use an empty folder"):
+        RecordEngine(IdealEngine(), tmp_path).load(-W, 1.0, "a")
+
+
+def test_a_folder_of_another_engine_is_refused_but_not_of_another_time(tmp_path):
+    with RecordEngine(SimEngine(Circuit(device("pcm_drift"))), tmp_path) as first:
+        first.mvm(first.load(W, 1.0, "a"), X)
+    later = SimEngine(Circuit(device("pcm_drift")))
+    later.set_time(86_400.0)
+    RecordEngine(later, tmp_path)
+    for other in (SimEngine(Circuit(device("pcm_drift"), seed=1)), SimEngine(), IdealEngine()):
+        with pytest.raises(TraceError, match=r"here it is .* use an empty folder"):
+            RecordEngine(other, tmp_path)
+
+
+def test_killed_between_the_two_files_of_a_part_the_folder_still_opens(tmp_path, monkeypatch):
+    """Whichever file is written first, no archive may stand there without its description."""
+
+    class Killed(BaseException):
+        pass
+
+    with RecordEngine(IdealEngine(), tmp_path) as first:
+        first.mvm(first.load(W, 1.0, "a"), X)
+    monkeypatch.setattr("hq_lib.results.atomic.os.replace", replace_once := Once(Killed))
+    second = RecordEngine(IdealEngine(), tmp_path)
+    second.mvm(second.load(W, 1.0, "a"), X + (X < 255))
+    with pytest.raises(Killed):
+        second.flush()
+    monkeypatch.undo()
+    assert replace_once.n == 1
+    assert load_parts(tmp_path).n_rows == len(X)
+    with RecordEngine(IdealEngine(), tmp_path) as third:
+        third.mvm(third.load(W, 1.0, "a"), X + (X < 255))
+    assert load_parts(tmp_path).n_rows == 2 * len(X)
+
+
+class Once:
+    """``os.replace`` that works once and then is ``killed``."""
+
+    def __init__(self, killed):
+        self.n, self._killed, self._replace = 0, killed, os.replace
+
+    def __call__(self, source, target):
+        if self.n:
+            raise self._killed
+        self.n += 1
+        self._replace(source, target)
+
+
+def test_sampling_keeps_a_few_rows_of_each_call(tmp_path):
+    recorder = RecordEngine(IdealEngine(), tmp_path, rows_per_part=5)
+    handle = recorder.load(W, 1.0, "a")
+    np.testing.assert_array_equal(recorder.mvm(handle, X), X @ W)
+    call = recorder.trace().calls[0]
+    assert len(call.x) == 5
+    np.testing.assert_array_equal(call.y_ideal, call.x @ W)
+    with pytest.raises(ValueError, match="rows_per_part"):
+        RecordEngine(IdealEngine(), tmp_path, rows_per_part=0)
+
+
+def test_convolutions_are_recorded_and_replayed(tmp_path):
+    w, x = RNG.integers(-8, 8, (4, 2, 3, 3)), RNG.integers(0, 256, (2, 2, 6, 6))
+    recorder = RecordEngine(SimEngine(NOISY), tmp_path / "parts")
+    conv = ConvEngine(recorder)
+    y = conv.conv(conv.load(w, 1.0, "c", padding=1), x)
+    recorder.close()
+    replay = ConvEngine(ReplayEngine(recorder.trace()))
+    np.testing.assert_array_equal(replay.conv(replay.load(w, 1.0, "c", padding=1), x), y)
+
+
+def test_a_recorded_simulation_is_calibrated_aged_and_kept_as_a_bare_one(tmp_path):
+    model, x = lower(quantized("residual", "w8a8")), images(3).numpy()
+
+    def made(folder=None):
+        engine = SimEngine(Circuit(device("pcm_drift"), adc=Adc(8)))
+        return EngineNetwork(model, RecordEngine(engine, tmp_path / folder) if folder else engine)
+
+    logits = []
+    for network in (made(), made("parts")):
+        network.calibrate(images(16), kind=None)  # gains would be fitted to the whole numbers that are recorded
+        network.set_time(1e6)
+        logits.append(network.run(x))
+        network.save(tmp_path / "state")
+    np.testing.assert_array_equal(*logits)
+    again = made("other parts")
+    again.load(tmp_path / "state")
+    again.set_time(1e6)
+    for pair, other in zip(network.groups(), again.groups(), strict=True):
+        (was, handle), (now, same) = simulated(*pair), simulated(*other)
+        np.testing.assert_array_equal(now.layer(same).adc_step, was.layer(handle).adc_step)
+
+
+def test_json_is_readable_by_others(recorded):
+    record = json.loads(recorded[0].with_suffix(".json").read_text())
+    assert record["layers"][0]["name"] == "a"
+    assert record["units"]["t_s"] == "seconds after programming"

@@ -1,0 +1,290 @@
+import errno
+import gzip
+import hashlib
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hq_lib import data
+from hq_lib.data import fetch, folder, sources
+from hq_lib.data.batches import augment
+from hq_lib.data.sets import SPLIT_SEED, balanced_positions
+from hq_lib.results import paths
+
+IMAGES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+LABELS = np.array([1, 0], np.uint8)
+ARRAYS = {"train_images": IMAGES, "train_labels": LABELS}
+
+
+def toy(*functions, sums=None):
+    known = sums or {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in ARRAYS.items()}
+    return fetch.DataSet("toy", known, tuple((f"source {i}", f) for i, f in enumerate(functions)))
+
+
+def good(scratch):
+    return dict(ARRAYS)
+
+
+def bad(scratch):
+    raise ConnectionError("no route")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HQ_DATA", str(tmp_path))
+    return paths.cache_dir()
+
+
+# --- fetching -----------------------------------------------------------------------------------------------------
+
+
+def test_second_source_is_tried_and_the_cache_serves_afterwards(cache):
+    np.testing.assert_array_equal(fetch.obtain(toy(bad, good))["train_images"], IMAGES)
+    np.testing.assert_array_equal(fetch.obtain(toy(bad))["train_labels"], LABELS)
+
+
+def test_no_source_lists_what_was_tried_and_the_mend(cache):
+    with pytest.raises(data.DataUnavailableError) as caught:
+        fetch.obtain(toy(bad, bad))
+    text = str(caught.value)
+    assert text.count("no route") == 2
+    assert "cache" in text
+    assert "HQ_DATA" in text
+
+
+def test_wrong_hash_is_refused_and_leaves_no_cache(cache):
+    wrong = toy(lambda _: {**ARRAYS, "train_images": IMAGES + 1})
+    with pytest.raises(data.DataUnavailableError, match="wrong SHA-256 of train_images"):
+        fetch.obtain(wrong)
+    assert not (cache / "toy").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "sums", "missing"])
+def test_damaged_cache_is_noticed_and_fetched_again(cache, damage, capsys):
+    fetch.obtain(toy(good))
+    file = cache / "toy" / "train_images.npy"
+    raw = bytearray(file.read_bytes())
+    if damage == "flip":
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+    elif damage == "truncate":
+        file.write_bytes(raw[:-7])
+    elif damage == "sums":
+        (cache / "toy" / fetch.SUMS).write_text("[1, 2]")
+    else:
+        file.unlink()
+    np.testing.assert_array_equal(fetch.obtain(toy(bad, good))["train_images"], IMAGES)
+    assert "corrupt" in capsys.readouterr().out
+
+
+def test_a_pickle_in_the_cache_is_not_executed(cache, tmp_path):
+    class Boom:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    fetch.obtain(toy(good))
+    np.save(cache / "toy" / "train_images.npy", np.array([Boom()], dtype=object), allow_pickle=True)
+    fetch.obtain(toy(good))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_interrupted_source_leaves_a_clean_restart(cache):
+    def interrupted(scratch):
+        (scratch / "part").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch.obtain(toy(interrupted))
+    assert not (cache / "toy").exists()
+    assert len(fetch.obtain(toy(good))) == 2
+    assert sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock")) == ["toy"]
+
+
+def test_full_disk_names_the_folder_and_keeps_nothing(cache, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=r"cannot write the data cache .*No space left.*HQ_DATA"):
+        fetch.obtain(toy(good))
+    assert not [p for p in cache.iterdir() if p.is_dir() and "download" not in p.name]
+
+
+def test_unwritable_folder_names_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HQ_DATA", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="set HQ_DATA"):
+        fetch.obtain(toy(good))
+
+
+def test_corrupt_archives_are_named(tmp_path):
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde")[:-6])
+    with pytest.raises(ValueError, match=r"x\.gz: truncated"):
+        sources.read_idx(tmp_path / "x.gz")
+    (tmp_path / "y").write_bytes(b"\0\0\x08\x01\0\0\0\x09abcde")
+    with pytest.raises(ValueError, match=r"shape \(9,\), file holds 5"):
+        sources.read_idx(tmp_path / "y")
+
+
+def test_idx_fuzz_gives_errors_never_garbage(tmp_path):
+    whole = b"\0\0\x08\x03\0\0\0\x02\0\0\0\x03\0\0\0\x04" + bytes(range(24))
+    (tmp_path / "f").write_bytes(whole)
+    assert sources.read_idx(tmp_path / "f").shape == (2, 3, 4)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        raw = bytearray(whole[: rng.integers(0, len(whole) + 1)])
+        for _ in range(rng.integers(0, 4)):
+            if raw:
+                raw[rng.integers(len(raw))] = rng.integers(256)
+        (tmp_path / "f").write_bytes(raw)
+        try:
+            assert sources.read_idx(tmp_path / "f").size <= 24
+        except ValueError as error:
+            assert "f:" in str(error)  # noqa: PT017
+
+
+def test_cifar10_binary_records_are_decoded():
+    record = bytes([7]) + bytes(range(256)) * 12
+    arrays = sources._cifar10_records(record, "test")
+    assert arrays["test_labels"].tolist() == [7]
+    assert arrays["test_images"].shape == (1, 32, 32, 3)
+    assert arrays["test_images"][0, 1, 2].tolist() == [34, 34, 34]  # pixel 34 of each colour plane
+
+
+# --- sets, splits, batches ----------------------------------------------------------------------------------------
+
+
+def test_unknown_names_give_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        data.load("cifar-10", "train")
+    with pytest.raises(ValueError, match="unknown split 'validation'"):
+        data.load("digits", "validation")
+
+
+def test_splits_are_disjoint_balanced_and_fixed():
+    train, val, whole = (data.load("digits", s) for s in ("train", "val", "trainval"))
+    assert set(train.indices.tolist()).isdisjoint(val.indices.tolist())
+    assert len(train) + len(val) == len(whole)
+    assert val.labels.bincount().tolist() == [15] * 10
+    assert torch.equal(val.indices, data.load("digits", "val").indices)
+
+
+def test_cifar10_validation_split_never_changes(cifar10_train):
+    val = data.load("cifar10", "val")
+    assert val.labels.bincount().tolist() == [500] * 10
+    assert len(cifar10_train) == 45_000
+    digest = hashlib.sha256(val.indices.numpy().tobytes()).hexdigest()
+    assert digest == "92f9e9755dcef2bce6a6f8ea6efae48dc5cbb4d77c13d220b933e5780bc6ab2f", (
+        "the validation split changed: every result would change with it"
+    )
+
+
+def test_cifar10_loads_fast_and_small(cifar10_test):
+    tracemalloc.start()
+    train = data.load("cifar10", "trainval")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert train.images.shape == (50_000, 3, 32, 32)
+    assert train.images.dtype == torch.uint8
+    assert peak < 400e6
+
+
+def test_cifar10_constants_are_those_of_the_training_images(cifar10_train):
+    pixels = cifar10_train.images[::9].double() / 255
+    torch.testing.assert_close(pixels.mean((0, 2, 3)).float(), torch.tensor(cifar10_train.spec.mean), atol=3e-3, rtol=0)
+    torch.testing.assert_close(pixels.std((0, 2, 3)).float(), torch.tensor(cifar10_train.spec.std), atol=3e-3, rtol=0)
+
+
+def test_balanced_refuses_a_short_class():
+    labels = torch.tensor([0, 0, 1])
+    with pytest.raises(ValueError, match="class 1 has 1 images, 2 wanted"):
+        balanced_positions(labels, 4, 2, 0)
+    assert balanced_positions(labels, 2, 2, SPLIT_SEED).tolist() in ([0, 2], [1, 2])
+
+
+def test_normalize_is_the_formula(digits):
+    x = data.normalize(digits.images[:3], digits.spec)
+    want = (digits.images[:3].double() / 255 - digits.spec.mean[0]) / digits.spec.std[0]
+    torch.testing.assert_close(x.double(), want, atol=1e-6, rtol=1e-6)
+
+
+def test_augment_equals_a_loop_over_images():
+    images = torch.randint(0, 256, (6, 3, 8, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    got = augment(images, torch.Generator().manual_seed(5), pad=2)
+    g = torch.Generator().manual_seed(5)
+    top = torch.randint(0, 5, (6, 1), generator=g)
+    left = torch.randint(0, 5, (6, 1), generator=g)
+    mirrored = torch.randint(0, 2, (6, 1), generator=g)
+    assert 0 < mirrored.sum() < 6
+    for i in range(6):
+        padded = torch.zeros(3, 12, 14, dtype=torch.uint8)
+        padded[:, 2:-2, 2:-2] = images[i]
+        crop = padded[:, top[i, 0] : top[i, 0] + 8, left[i, 0] : left[i, 0] + 10]
+        assert torch.equal(got[i], crop.flip(2) if mirrored[i, 0] else crop)
+
+
+def test_training_batches_are_a_permutation(digits):
+    walk = list(data.batches(digits, 100, generator=torch.Generator().manual_seed(0)))
+    assert len(walk) == len(digits) // 100
+    again = list(data.batches(digits, 100, generator=torch.Generator().manual_seed(0)))
+    other = list(data.batches(digits, 100, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(walk[0][1], again[0][1])
+    assert not torch.equal(walk[0][1], other[0][1])
+
+
+def test_evaluation_batches_keep_every_image_in_order(digits):
+    labels = torch.cat([y for _, y in data.batches(digits, 100)])
+    assert torch.equal(labels, digits.labels)
+
+
+def test_augmentation_without_a_generator_is_refused(digits):
+    with pytest.raises(ValueError, match="needs a generator"):
+        next(data.batches(digits, 10, pad=4))
+
+
+def test_fallback_says_so(monkeypatch, capsys):
+    def gone(*_args, **_kwargs):
+        raise data.DataUnavailableError("offline")
+
+    monkeypatch.setattr(fetch, "obtain", gone)
+    got = data.load_or_embedded("cifar10", "test")
+    assert got.spec.name == "digits"
+    assert "8x8" in got.spec.note
+    assert "digits" in capsys.readouterr().out
+
+
+# --- image folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(4):
+            Image.new("RGB", (60, 40), (50 * i, 100, 0)).save(tmp_path / label / f"{i}.png")
+    return tmp_path
+
+
+def test_folder_halves_are_disjoint_and_labelled(class_folders):
+    train = data.load("imagenet", "train", root=class_folders)
+    test = data.load("imagenet", "test", root=class_folders)
+    assert train.images.shape == (4, 3, 224, 224)
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1]
+    assert train.spec.n_classes == 2
+    assert sorted(train.images[:, 0, 0, 0].tolist()) == [0, 0, 100, 100]
+    assert sorted(test.images[:, 0, 0, 0].tolist()) == [50, 50, 150, 150]
+
+
+def test_folder_errors_name_the_folder_and_file(class_folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        folder.list_folder(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match="needs root"):
+        data.load("imagenet", "train")
+    with pytest.raises(ValueError, match="99 were asked for"):
+        data.load("imagenet", "train", root=class_folders, n=99)
+    (class_folders / "a" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"0\.png is not a readable image"):
+        data.load("imagenet", "train", root=class_folders)

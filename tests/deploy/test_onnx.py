@@ -1,0 +1,117 @@
+"""ONNX: the checker's approval, real int8 initializers, and onnxruntime's logits equal to NumPy's bit for bit."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from integer_nets import NETS, POLICIES, images, quantized
+from onnx import TensorProto, numpy_helper
+
+from hq_lib import data, models
+from hq_lib.deploy.onnx import ExportError, export, run, save, session
+from hq_lib.graph import BitPolicy, calibrate, quantize
+from hq_lib.integer import ImageError, agreement, lower
+from hq_lib.integer import run as run_numpy
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("net", NETS)
+def test_onnxruntime_gives_numpy_s_bits(net, policy):
+    imodel, x = lower(quantized(net, policy)), images(60, seed=5)
+    assert np.array_equal(run(session(export(imodel)), x), run_numpy(imodel, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet20", "toynet", "mobilenetv2"])
+def test_every_network_of_the_workbook_lowers_and_agrees(name, bits):
+    torch.manual_seed(0)
+    net, x = models.build(name), torch.randn(6, *((1, 28, 28) if name == "lenet" else (3, 32, 32)))
+    with torch.no_grad():
+        net.train()(x)  # statistics for its batch norms
+    qnet = quantize(net.eval(), BitPolicy(weight=f"minmax:{bits}", act=f"minmax:{bits}"), x[:1])
+    calibrate(qnet, x)
+    imodel = lower(qnet)
+    assert np.array_equal(run(session(export(imodel)), x), run_numpy(imodel, x))
+    assert max(t.largest for t in agreement(qnet, imodel, x, forced=True).tensors) <= 1
+
+
+def kinds(path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_eight_bit_layers_run_on_fused_integer_kernels(tmp_path):
+    imodel = lower(quantized("residual", "w4a4"))
+    session(export(imodel), save_optimized=tmp_path / "fused.onnx")
+    found = kinds(tmp_path / "fused.onnx")
+    assert found.count("QLinearConv") == 5
+    assert found.count("QLinearAdd") == 2
+    assert found.count("QLinearGlobalAveragePool") == 1
+    assert "Conv" not in found
+
+
+def test_weights_are_int8_initializers_equal_to_the_record_s():
+    imodel = lower(quantized("residual", "w8a8"))
+    stored = {i.name: i for i in export(imodel).graph.initializer}
+    for op in imodel.layers():
+        weight = numpy_helper.to_array(stored[f"{op.name}:weight"])
+        assert weight.dtype == np.int8
+        assert np.array_equal(weight if weight.ndim == 4 else weight.T, op.weight)
+
+
+def test_int4_storage_is_smaller_and_computes_the_same():
+    imodel, x = lower(quantized("residual", "w4a4")), images(30)
+    small, plain = export(imodel, weights="int4"), export(imodel)
+    packed = {i.name for i in small.graph.initializer if i.data_type == TensorProto.INT4}
+    assert packed == {f"{name}:weight" for name in ("conv1", "conv2", "down", "conv3")}
+    assert np.array_equal(run(session(small), x), run(session(plain), x))
+
+
+def test_metadata_names_policy_and_origin(tmp_path):
+    path = save(export(lower(quantized("mobile", "w8a8"))), tmp_path / "net.onnx")
+    props = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert "W minmax:8" in props["policy"]
+    assert props["requantizer"] == "float32"
+    assert props["git_sha"]
+    assert run(session(path), images(2)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda x: (10 * np.abs(x)).astype(np.uint8), lambda x: x.astype(np.float64), lambda x: x[:, :2], lambda x: x[:0],
+    lambda x: np.where(x > 1, np.nan, x),
+])  # fmt: skip
+def test_images_that_other_executors_refuse_are_refused_here(spoil):
+    imodel, x = lower(quantized("residual", "w8a8")), images(3).numpy()
+    for refuses in (lambda bad: run_numpy(imodel, bad), lambda bad: run(session(export(imodel)), bad)):
+        with pytest.raises(ImageError):
+            refuses(spoil(x))
+
+
+def test_what_cannot_be_written_is_refused():
+    qnet = quantized("residual", "w8a8")
+    with pytest.raises(ExportError, match="float32"):
+        export(lower(qnet, requantizer="fixed"))
+    with pytest.raises(ExportError, match="'int2'"):
+        export(lower(qnet), weights="int2")  # type: ignore[arg-type]
+
+
+PUBLIC = {
+    "w8a8": BitPolicy(),
+    "w4a4": BitPolicy(weight="lsq:4", act="lsq:4", bn="fold"),
+    "academic": BitPolicy(weight="lsq:4", act="lsq:4", placement="academic", input_bits=8, bn="fold"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", PUBLIC)
+def test_a_trained_resnet20_on_real_images(policy, cifar10_test, shared_data):
+    net = models.resnet20_akamaster(shared_data / "checkpoints" / "resnet20_akamaster_9173.th")
+    test = cifar10_test.normalized_by(*models.IMAGENET_MEAN_STD).subset(list(range(300)))
+    x = data.normalize(test.images, test.spec)
+    qnet = quantize(net, PUBLIC[policy], x[:1])
+    calibrate(qnet, x[:100])
+    imodel = lower(qnet, images=test.spec)
+    logits = run_numpy(imodel, x)
+    assert np.array_equal(run(session(export(imodel)), x), logits)
+    if policy == "w8a8":
+        assert (logits.argmax(1) == test.labels.numpy()).mean() > 0.88

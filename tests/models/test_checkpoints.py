@@ -1,0 +1,130 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from hq_lib import models
+from hq_lib.models.checkpoints import CheckpointError, load_state
+from hq_lib.results import paths
+from hq_lib.training import evaluate
+
+RECORD = {"model": "lenet", "options": {"relu1": True}, "dataset": "digits", "n_classes": 10, "in_channels": 1}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    net = models.build("lenet", relu1=True)
+    models.save_checkpoint(tmp_path / "lenet.safetensors", net, RECORD)
+    return net.eval(), tmp_path / "lenet.safetensors"
+
+
+def test_round_trip(saved):
+    net, path = saved
+    again, record = models.load_checkpoint(path)
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(net(x), again(x))
+    assert record.items() >= RECORD.items()
+    assert not again.training
+
+
+def test_half_precision_storage_is_what_was_evaluated(tmp_path):
+    torch.manual_seed(0)
+    net = models.build("toynet").eval()
+    path, record = tmp_path / "x.safetensors", {**RECORD, "model": "toynet", "options": {}, "in_channels": 3}
+    rounded = models.rounded_to(net, torch.float16)
+    models.save_checkpoint(path, rounded, record, dtype=torch.float16)
+    again, _ = models.load_checkpoint(path)
+    x = torch.randn(2, 3, 32, 32)
+    assert again.fc.weight.dtype == torch.float32
+    assert torch.equal(again(x), rounded(x))
+    assert not torch.equal(rounded(x), net(x))
+    assert path.stat().st_size < 2.2 * models.count_parameters(net)
+    net.fc.weight.data[0, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"fc\.weight has values beyond torch\.float16"):
+        models.rounded_to(net, torch.float16)
+
+
+def test_incomplete_record_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="lacks dataset, n_classes"):
+        models.save_checkpoint(
+            tmp_path / "x.safetensors", models.build("lenet"), {"model": "lenet", "options": {}, "in_channels": 1}
+        )
+
+
+def test_another_models_state_lists_the_keys(saved):
+    _, path = saved
+    record = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**record, "model": "toynet", "options": {}}))
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this ToyNet; missing: .*blocks.*unexpected: conv1"):
+        models.load_checkpoint(path)
+    net = models.build("lenet", n_classes=3)
+    with pytest.raises(CheckpointError, match=r"shape: .*fc2\.weight \(10, 84\) instead of \(3, 84\)"):
+        load_state(net, models.build("lenet").state_dict(), source="x")
+
+
+def test_weights_and_record_of_different_runs_are_noticed(saved):
+    _, path = saved
+    record = path.with_suffix(".json").read_text()
+    models.save_checkpoint(path, models.build("lenet", relu1=True), RECORD)
+    path.with_suffix(".json").write_text(record)  # as a kill between the two writes would leave it
+    with pytest.raises(CheckpointError, match="different runs"):
+        models.load_checkpoint(path)
+
+
+def test_damaged_files_are_named(saved):
+    _, path = saved
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for cut in [0, 4, 100, len(whole) // 2, len(whole) - 1, *rng.integers(0, len(whole), 20)]:
+        path.write_bytes(whole[: int(cut)])
+        with pytest.raises(CheckpointError, match=r"lenet\.safetensors is missing or damaged"):
+            models.load_checkpoint(path)
+    path.with_suffix(".json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match=r"lenet\.json is missing or not JSON"):
+        models.load_checkpoint(path)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
+    class Boom:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    (tmp_path / "evil.th").write_bytes(pickle.dumps({"state_dict": Boom()}, protocol=2))
+    torch.save({"state_dict": Boom()}, tmp_path / "evil.pt")
+    for name in ("evil.th", "evil.pt"):
+        with pytest.raises(CheckpointError, match=name):
+            models.load_public(tmp_path / name, models.build("lenet"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_public_keys_are_mapped(tmp_path):
+    torch.manual_seed(1)
+    theirs, ours = models.build("lenet"), models.build("lenet")
+    state = {f"module.{key.replace('fc', 'dense')}": value for key, value in theirs.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "x.th")
+    models.load_public(tmp_path / "x.th", ours, key_map={r"^module\.": "", "dense": "fc"})
+    assert torch.equal(ours.fc2.weight, theirs.fc2.weight)
+    with pytest.raises(CheckpointError, match=r"missing: .*fc1.*unexpected: dense1"):
+        models.load_public(tmp_path / "x.th", ours)
+
+
+def test_the_public_resnet20_gives_exactly_its_accuracy(shared_data, cifar10_test):
+    net = models.resnet20_akamaster(shared_data / "checkpoints" / "resnet20_akamaster_9173.th")
+    score = evaluate(net, cifar10_test.normalized_by(*models.IMAGENET_MEAN_STD))
+    assert score.n == 10_000
+    assert round(score.acc_pct * 100) == 9173
+
+
+def test_shipped_checkpoints_give_what_their_records_say(cifar10_test):
+    records = [json.loads(p.read_text()) for p in paths.checkpoints_dir().glob("*_float_s0.json")]
+    ours = [r for r in records if r["dataset"] == "cifar10"]
+    assert ours, "no float checkpoint on CIFAR-10 is shipped"
+    for record in ours:
+        path = paths.checkpoints_dir() / f"{record['model']}_float_s{record['seed']}.safetensors"
+        assert path.stat().st_size <= 5_000_000
+        subset = cifar10_test.balanced(2000, 0)
+        got = evaluate(models.load_checkpoint(path)[0], subset).acc_pct
+        assert abs(got - record["acc_pct"]["test"]) < 2.5  # four standard errors of 2,000 images

@@ -1,0 +1,162 @@
+"""AdaRound's quantizer against its closed form, and ranges against the observers."""
+
+import pytest
+import torch
+from graph_nets import Tiny, images, trained_like
+
+from hq_lib import ptq
+from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, weight_layers
+from hq_lib.ptq.rounding import logits_of, rectified_sigmoid, rounding_penalty
+from hq_lib.quantizers import Grid, dequantize
+from hq_lib.quantizers.observers import lp_search
+
+WEIGHT = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+GRID = Grid(torch.linspace(0.2, 0.4, 5).reshape(5, 1, 1, 1), torch.tensor(3.0).expand(5, 1, 1, 1), 0, 7)
+
+
+def between(low, high):
+    return (WEIGHT / GRID.scale > low) & (WEIGHT / GRID.scale < high)
+
+
+def test_it_starts_at_the_float_weight_where_that_is_not_clipped():
+    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    q.soft = True
+    inside = between(-3.0, 4.0)
+    assert inside.float().mean() > 0.5
+    assert torch.allclose(q(WEIGHT)[inside], WEIGHT[inside], atol=1e-6)
+    below = between(-99.0, -3.0)
+    assert torch.equal(q(WEIGHT)[below], (GRID.scale * -3).expand_as(WEIGHT)[below])
+
+
+def test_before_learning_the_hard_weight_is_rounded_to_nearest():
+    assert torch.equal(ptq.AdaRound(WEIGHT, GRID, bits=3)(WEIGHT), ptq.GridWeight(GRID, bits=3)(WEIGHT))
+
+
+def test_hard_rounding_is_floor_or_ceil_by_the_sign_of_v():
+    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    up = torch.rand(WEIGHT.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    q.v.data = torch.where(up, 0.3, -0.3)
+    wanted = torch.where(up, torch.floor(WEIGHT / GRID.scale) + 1, torch.floor(WEIGHT / GRID.scale)) + 3
+    assert torch.equal(q.to_int(WEIGHT), wanted.clamp(0, 7).to(torch.int32))
+
+
+def test_values_are_exactly_the_integers_on_the_named_grid():
+    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    x_int, grid = q.integers(WEIGHT)
+    assert torch.equal(q(WEIGHT), dequantize(x_int, grid))
+    q.soft = True
+    with pytest.raises(RuntimeError, match="still soft"):
+        q.to_int(WEIGHT)
+
+
+def test_logits_invert_the_rectified_sigmoid():
+    h = torch.linspace(0, 1, 21, dtype=torch.float64)
+    assert torch.allclose(rectified_sigmoid(logits_of(h)), h, atol=1e-12)
+    assert float(rectified_sigmoid(torch.tensor(0.0))) == pytest.approx(0.5)
+    assert float(logits_of(torch.tensor(0.5))) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("beta", [2.0, 5.0, 20.0])
+def test_gradient_of_the_regulariser_is_the_closed_form(beta):
+    h = torch.tensor([0.05, 0.3, 0.5, 0.8, 0.97], dtype=torch.float64, requires_grad=True)
+    rounding_penalty(h, beta).backward()
+    d = 2 * h.detach() - 1
+    assert torch.allclose(h.grad, -2 * beta * d.abs() ** (beta - 1) * d.sign())
+    assert float(rounding_penalty(torch.tensor([0.0, 1.0]), beta)) == 0
+    assert float(rounding_penalty(torch.tensor([0.5]), beta)) == 1
+
+
+def test_the_logits_gradient_is_the_step_times_the_sigmoids_slope():
+    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    q.soft = True
+    q(WEIGHT).sum().backward()
+    inside = between(-2.9, 3.9)
+    s = torch.sigmoid(q.v.detach())
+    assert torch.allclose(q.v.grad[inside], (GRID.scale * 1.2 * s * (1 - s))[inside], rtol=1e-4)
+    assert (q.v.grad[between(5.0, 99.0)] == 0).all()
+
+
+def test_all_zero_weights_stay_zero_and_are_decided():
+    qnet = quantize(trained_like(Tiny()), BitPolicy("minmax:4", "float", bn="keep"), images(1))
+    torch.nn.init.zeros_(qnet.get_submodule("fc").weight)
+    ptq.fit_weights(qnet)
+    layer = weight_layers(qnet)["fc"]
+    q = ptq.AdaRound(layer.weight, layer.weight_quantizer.grid(), bits=8)
+    assert torch.equal(q(layer.weight), torch.zeros_like(layer.weight))
+    assert q.undecided() == 0
+
+
+def test_another_weight_or_a_nan_is_refused():
+    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    with pytest.raises(ValueError, match="made for a weight of shape"):
+        q(WEIGHT[:2])
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        ptq.AdaRound(torch.full_like(WEIGHT, torch.nan), GRID, bits=3)
+
+
+def test_weight_ranges_are_the_observers_per_channel():
+    qnet = quantize(trained_like(Tiny()), BitPolicy("minmax:3", "float", bn="fold"), images(1))
+    ptq.fit_weights(qnet, "mse")
+    layer = weight_layers(qnet)["blocks.1.project"]
+    found = lp_search(layer.weight, bits=3, axis=0).qparams
+    grid = layer.weight_quantizer.grid()
+    assert torch.equal(grid.scale.flatten(), found.scale)
+    assert torch.equal(grid.zero_point.flatten(), found.zero_point)
+    assert weight_layers(qnet)["fc"].weight_quantizer.grid().qmin == -127
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "aciq"])
+@pytest.mark.parametrize("act", ["lsq_plus:4", "lsq:4", "minmax:4"])
+def test_every_range_method_reaches_every_activation_quantizer(method, act):
+    x = images(6)
+    qnet = quantize(trained_like(Tiny()), BitPolicy("float", act, bn="fold"), x[:1])
+    ptq.fit_acts(qnet, x, method, percent=99.0)
+    for quantizer in act_quantizers(qnet).values():
+        assert "_fit" not in quantizer.__dict__
+        assert quantizer.grid().scale > 0
+        assert quantizer.initialised
+    assert torch.isfinite(qnet.eval()(x)).all()
+
+
+def test_minmax_of_a_relu_output_is_its_maximum():
+    x, net = images(6), trained_like(Tiny())
+    qnet = quantize(net, BitPolicy("float", "lsq_plus:4", bn="fold"), x[:1])
+    ptq.fit_acts(qnet, x, "minmax")
+    highest = torch.relu(net.bn(net.stem(x))).max().item()
+    grid = act_quantizers(qnet)["relu_act_quantizer"].grid()
+    assert float(grid.scale * grid.qmax) == pytest.approx(highest, rel=1e-5)
+
+
+@pytest.mark.parametrize("prior", ["Laplace", "Normal"])
+def test_at_two_bits_the_clip_of_three_levels_is_the_best_one(prior):
+    torch.manual_seed(0)
+    x = getattr(torch.distributions, prior)(0.0, 1.0).sample((20_000,))
+
+    def error(scale):
+        return (scale * torch.clamp(torch.round(x / scale), -1, 1) - x).square().mean().item()
+
+    found = {m: ptq.find_grid(x, bits=2, method=m, scheme="symmetric_restricted") for m in ("aciq", "aciq_official")}
+    best = min(error(scale) for scale in torch.linspace(0.5, 4, 200))
+    assert error(found["aciq"].scale) < 1.01 * best
+    assert error(found["aciq_official"].scale) > 1.15 * best
+
+
+def test_ranges_can_be_fitted_one_behind_the_other():
+    x, found = images(6), []
+    for sequential in (False, True):
+        qnet = quantize(trained_like(Tiny()), BitPolicy("float", "lsq_plus:2", bn="fold"), x[:1])
+        ptq.fit_acts(qnet, x, "minmax", sequential=sequential)
+        found.append([float(q.grid().scale) for q in act_quantizers(qnet).values()])
+    assert found[0][0] == found[1][0]
+    assert found[0][-1] != found[1][-1]
+
+
+def test_unsuitable_methods_are_named():
+    net, x = trained_like(Tiny()), images(2)
+    qnet = quantize(net, BitPolicy("dorefa:4", "pact:4", bn="fold"), x[:1])
+    with pytest.raises(QuantizeError, match=r"'stem'.*dorefa:8"):
+        ptq.fit_weights(qnet)
+    with pytest.raises(QuantizeError, match=r"PACT.*act='lsq_plus'"):
+        ptq.fit_acts(qnet, x)
+    with pytest.raises(ValueError, match="did you mean 'mse'"):
+        ptq.fit_weights(qnet, "mes")

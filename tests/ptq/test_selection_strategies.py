@@ -1,0 +1,229 @@
+"""Selections: disjoint, balanced, deterministic, and equal to plain sorts and literal greedy loops."""
+
+import pytest
+import torch
+
+from hq_lib.ptq import selection
+from hq_lib.ptq.selection import features
+
+LABELS = torch.arange(60) % 4
+SCORES = torch.rand(60, generator=torch.Generator().manual_seed(0))
+
+
+def blobs(n: int = 60, d: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- strategies
+
+
+def test_lowest_highest_and_trimmed_are_plain_sorts():
+    order = SCORES.argsort(stable=True)
+    assert set(selection.select(SCORES, 10).tolist()) == set(order[:10].tolist())
+    assert set(selection.select(SCORES, 10, strategy="highest").tolist()) == set(order[-10:].tolist())
+    trimmed = selection.select(SCORES, 10, strategy="trimmed", trim=0.1)
+    assert set(trimmed.tolist()) == set(order[6:16].tolist())
+
+
+def test_balanced_sets_rank_within_class():
+    chosen = selection.select(SCORES, 12, labels=LABELS)
+    for c in range(4):
+        members = (c == LABELS).nonzero().flatten()
+        best = members[SCORES[members].argsort()[:3]]
+        assert set(chosen[LABELS[chosen] == c].tolist()) == set(best.tolist())
+    counts = torch.bincount(LABELS[selection.select(SCORES, 14, labels=LABELS)])
+    assert counts.tolist() == [4, 4, 3, 3]
+
+
+@pytest.mark.parametrize("strategy", ["lowest", "highest", "trimmed", "random"])
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_sets_are_disjoint_full_and_deterministic(strategy, labels):
+    options = {"strategy": strategy, "labels": labels, "seed": 3}
+    sets = selection.disjoint_sets(SCORES, 12, 4, **options)
+    together = torch.cat(sets)
+    assert [len(s) for s in sets] == [12] * 4
+    assert len(together.unique()) == 48
+    again = selection.disjoint_sets(SCORES, 12, 4, **options)
+    assert all(torch.equal(a, b) for a, b in zip(sets, again, strict=True))
+    assert torch.equal(selection.select(SCORES, 12, **options), sets[0])
+    if labels is not None:
+        assert all(torch.bincount(LABELS[s]).tolist() == [3, 3, 3, 3] for s in sets)
+
+
+def test_random_depends_on_the_seed_and_not_on_the_scores():
+    a, b = (selection.select(scores, 20, strategy="random", labels=LABELS, seed=1) for scores in (SCORES, None))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, selection.select(None, 20, strategy="random", labels=LABELS, seed=2))
+
+
+def test_a_pool_with_replacement_holds_as_many_different_images_as_chance_leaves():
+    drawn = [len(selection.draw_pool(60, 60, seed=s, replacement=True).unique()) for s in range(200)]
+    assert sum(drawn) / 200 == pytest.approx(60 * (1 - (1 - 1 / 60) ** 60), abs=0.6)  # sd of the mean 0.16
+    longer = selection.draw_pool(5, 12, seed=1, replacement=True)
+    assert len(longer) == 12
+    assert torch.equal(longer, longer.sort().values)
+
+
+def test_a_short_or_repeated_set_is_refused():
+    good = torch.tensor([3, 1, 2])
+    assert selection.check_set(good, 3) is good
+    with pytest.raises(ValueError, match="4 images were promised"):
+        selection.check_set(good, 4)
+    with pytest.raises(ValueError, match="only 2 of 3 images are different"):
+        selection.check_set(torch.tensor([1, 2, 1]), 3)
+
+
+def test_random_takes_every_image_equally_often():
+    counts = torch.zeros(60)
+    for seed in range(400):
+        counts[selection.select(SCORES, 15, strategy="random", seed=seed)] += 1
+    assert ((counts - 100).abs() < 5 * (400 * 0.25 * 0.75) ** 0.5).all()
+
+
+def test_a_pool_confines_the_choice():
+    pool = selection.draw_pool(60, 30, seed=5)
+    chosen = selection.select(SCORES, 10, pool=pool)
+    assert set(chosen.tolist()) == set(pool[SCORES[pool].argsort()[:10]].tolist())
+    assert not torch.equal(pool, selection.draw_pool(60, 30, seed=6))
+
+
+def test_ties_go_to_the_lower_position():
+    assert selection.select(torch.zeros(9), 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: selection.select(SCORES, 61), "pool of 60"),
+    (lambda: selection.disjoint_sets(SCORES, 31, 2), "pool of 60"),
+    (lambda: selection.select(SCORES, 12, labels=LABELS, n_classes=5), "class 4 of 5 has no image"),
+    (lambda: selection.select(SCORES, 20, labels=LABELS, pool=torch.arange(0, 60, 2)), "class 1 of 4 has no image"),
+    (lambda: selection.select(SCORES, 20, labels=LABELS, pool=torch.cat([torch.arange(12), torch.arange(12, 60, 4)])),
+     "class 1 has 3 images"),
+    (lambda: selection.select(SCORES, 60, strategy="trimmed"), "57 images to choose from"),
+    (lambda: selection.select(SCORES, 0), "n >= 1"), (lambda: selection.select(None, 5), "nothing says"),
+    (lambda: selection.select(None, 5, labels=LABELS), "needs scores"),
+    (lambda: selection.select(SCORES, 5, strategy="lowst"), "did you mean 'lowest'"),
+    (lambda: selection.select(SCORES, 5, labels=LABELS[:-1]), "60 scores for 59 labels"),
+    (lambda: selection.select(SCORES.clone().fill_(float("nan")), 5), "60 NaN"),
+    (lambda: selection.select(SCORES, 2, pool=torch.tensor([1, 1, 2])), "twice"),
+    (lambda: selection.select(SCORES, 2, pool=torch.tensor([1, 60])), "position 60"),
+    (lambda: selection.draw_pool(5, 6, seed=0), "cannot be drawn"),
+    (lambda: next(selection.batch_order(4, batch_size=5, n_batches=1, seed=0, replacement=True)), "batch_size"),
+])  # fmt: skip
+def test_impossible_wishes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_batches_without_replacement_use_every_sample_once_an_epoch():
+    batches = list(selection.batch_order(64, batch_size=16, n_batches=12, seed=0, replacement=False))
+    for epoch in range(3):
+        assert torch.cat(batches[4 * epoch : 4 * epoch + 4]).sort().values.tolist() == list(range(64))
+    assert not torch.equal(batches[0], batches[4])
+    uneven = torch.cat(list(selection.batch_order(10, batch_size=4, n_batches=5, seed=0, replacement=False)))
+    assert torch.bincount(uneven).tolist() == [2] * 10
+
+
+def test_batches_with_replacement_repeat():
+    drawn = torch.cat(list(selection.batch_order(64, batch_size=16, n_batches=4, seed=0, replacement=True)))
+    assert len(drawn.unique()) < 60
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_herding_is_the_literal_loop_and_follows_the_mean():
+    phi = blobs()
+    mu, chosen = phi.mean(0), []
+    for t in range(1, 13):
+        distance = [
+            (mu - (phi[chosen].sum(0) + phi[i]) / t).norm().item() if i not in chosen else torch.inf for i in range(60)
+        ]
+        chosen.append(distance.index(min(distance)))
+    assert features.herding(phi, 12).tolist() == chosen
+    random = phi[selection.select(None, 12, strategy="random", pool=torch.arange(60))].mean(0)
+    assert (phi[chosen].mean(0) - mu).norm() < 0.5 * (random - mu).norm()
+
+
+def test_k_center_is_the_literal_loop():
+    phi = blobs(seed=1)
+    chosen = [int((phi - phi.mean(0)).norm(dim=1).argmin())]
+    while len(chosen) < 9:
+        chosen.append(int(torch.cdist(phi, phi[chosen]).min(1).values.argmax()))
+    assert features.k_center(phi, 9).tolist() == chosen
+
+
+def test_selections_never_repeat_an_image_even_among_equal_ones():
+    same = torch.ones(12, 3)
+    for chosen in (features.k_center(same, 12), features.herding(same, 12), features.kmeans_nearest(blobs(12), 12)):
+        assert sorted(chosen.tolist()) == list(range(12))
+
+
+def test_kmeans_takes_one_image_of_each_cluster():
+    centres = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0]])
+    phi = (centres.unsqueeze(1) + 0.1 * blobs(30, 2).view(3, 10, 2)).flatten(0, 1)
+    chosen = features.kmeans_nearest(phi, 3, seed=4)
+    assert sorted((chosen // 10).tolist()) == [0, 1, 2]
+    assert torch.equal(chosen, features.kmeans_nearest(phi, 3, seed=4))
+
+
+def test_knowledge_distance_flags_the_outlier_in_any_layer():
+    layers = [blobs(40, 3, seed=2), blobs(40, 8, seed=3) * 1000]
+    layers[0][7] += 20
+    distance = features.knowledge_distance(layers, n_clusters=1)
+    assert distance.argmax() == 7
+    want = sum((f - f.mean(0)).norm(dim=1) / (f - f.mean(0)).norm(dim=1).mean() for f in layers)
+    torch.testing.assert_close(distance, want, rtol=1e-4, atol=1e-4)
+
+
+def test_bn_distance_is_zero_on_its_own_statistics():
+    x = torch.randn(6, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    mean, square = features.channel_moments(x)
+    distance = features.bn_distance(mean, square, x[2].mean((1, 2)), x[2].var((1, 2), correction=0))
+    assert distance.argmin() == 2
+    assert distance[2].item() == pytest.approx(0.0, abs=1e-9)
+    by_hand = (x[0].mean((1, 2)) - x[2].mean((1, 2))).square().sum() + (
+        x[0].std((1, 2), correction=0) - x[2].std((1, 2), correction=0)
+    ).square().sum()
+    assert distance[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_bn_matching_beats_the_images_that_match_singly():
+    x = blobs(80, 6).view(80, 6, 1, 1) * 2 + blobs(80, 6 * 25, seed=9).view(80, 6, 5, 5)
+    mean, square = features.channel_moments(x)
+    target = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
+
+    def set_distance(chosen):
+        return features.bn_distance(mean[chosen].mean(0)[None], square[chosen].mean(0)[None], *target).item()
+
+    greedy = features.bn_matching(mean, square, *target, 10)
+    singly = selection.select(features.bn_distance(mean, square, *target), 10)
+    assert len(greedy.unique()) == 10
+    assert set_distance(greedy) < 0.5 * set_distance(singly)
+
+
+def test_reconstruction_error_per_image():
+    x = blobs(7, 12).view(7, 3, 2, 2)
+    error = features.reconstruction_error(x, lambda v: v, lambda v: v.round(), batch_size=3)
+    torch.testing.assert_close(error, (x - x.round()).square().mean((1, 2, 3)))
+
+
+def test_entropy_and_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
+    torch.testing.assert_close(features.softmax_entropy(logits), torch.tensor([0.6931472, 0.0]))
+    torch.testing.assert_close(features.label_loss(logits, torch.tensor([0, 1])), torch.tensor([0.6931472, 100.0]))
+
+
+@pytest.mark.parametrize("call", [
+    lambda: features.herding(blobs(5), 6), lambda: features.k_center(blobs(5), 0),
+    lambda: features.kmeans_nearest(torch.full((5, 2), float("nan")), 2), lambda: features.herding(torch.ones(5), 2),
+    lambda: features.knowledge_distance([]), lambda: features.knowledge_distance([blobs(5)], n_clusters=6),
+])  # fmt: skip
+def test_bad_features_are_refused(call):
+    with pytest.raises(ValueError, match=r"wanted|NaN|one row per image|no layers"):
+        call()
+
+
+def test_pooled_means_positions():
+    x = torch.arange(8.0).view(1, 2, 2, 2)
+    assert features.pooled(x).tolist() == [[1.5, 5.5]]
+    assert torch.equal(features.pooled(blobs()), blobs())

@@ -1,0 +1,348 @@
+"""Observers against numpy, hand-computed grids, and a literal loop over every published candidate."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hq_lib.quantizers import observers
+from hq_lib.quantizers.observers import lp_error
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def heavy_tailed(*shape: int, seed: int = 0, shift: float = 0.2) -> torch.Tensor:
+    x = torch.randn(*shape, generator=generator(seed))
+    return x.sign() * x.abs() ** 1.7 + shift
+
+
+def literal_search(x, *, bits, p=2.4, mode):
+    """The official loops, one quantized copy of x per candidate, float64; returns (error, scale, zero_point)."""
+    x = x.double()
+    low, high, n = min(float(x.min()), 0.0), max(float(x.max()), 0.0), 2**bits - 1
+    best = (np.inf, 0.0, 0)
+    for i in range(80 if mode == "brecq" else 100):
+        fraction = 1 - 0.01 * i if mode == "brecq" else (i + 1) / 100
+        width = 2 * max(-low, high) if mode.startswith("symmetric") else high - low
+        half = 2 ** (bits - 1)
+        ends = {"symmetric": (-half, half - 1), "symmetric_restricted": (1 - half, half - 1)}
+        qmin, qmax = ends.get(mode, (0, n))
+        scale = fraction * width / (qmax - qmin)
+        zeros = {"both": range(n + 1), "negative": [n], "brecq": [min(max(round(-low * n / (high - low)), 0), n)]}
+        for zero_point in zeros.get(mode, [0]):
+            x_int = torch.clamp(torch.round(x / scale) + zero_point, qmin, qmax)
+            error = float((x - scale * (x_int - zero_point)).abs().pow(p).mean())
+            if error < best[0]:
+                best = (error, scale, zero_point)
+    return best
+
+
+# ---------------------------------------------------------------- ranges
+
+
+def test_minmax_row_and_grid_by_hand():
+    low_high = observers.minmax_range(torch.tensor([-1.0, 0.5, 2.0]))
+    grid = observers.range_qparams(low_high, bits=2)
+    assert (low_high.low.item(), low_high.high.item()) == (-1.0, 2.0)
+    assert (grid.scale.item(), grid.zero_point.item(), grid.qmin, grid.qmax) == (1.0, 1.0, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "scale", "ends"), [("symmetric", 2 / 1.5, (-2, 1)), ("symmetric_restricted", 2.0, (-1, 1))]
+)
+def test_symmetric_grids_by_hand(scheme, scale, ends):
+    grid = observers.range_qparams(observers.minmax_range(torch.tensor([-1.0, 2.0])), bits=2, scheme=scheme)
+    assert grid.scale.item() == pytest.approx(scale)
+    assert (grid.zero_point.item(), (grid.qmin, grid.qmax)) == (0.0, ends)
+
+
+@pytest.mark.parametrize("x", [torch.tensor([3.0, 5.0]), torch.tensor([-5.0, -3.0]), torch.zeros(4)])
+def test_zero_is_always_a_level(x):
+    grid = observers.range_qparams(observers.minmax_range(x), bits=4)
+    assert grid.scale > 0
+    assert grid.qmin <= grid.zero_point <= grid.qmax
+    assert grid.zero_point == grid.zero_point.round()
+    covered = grid.scale * (torch.tensor([grid.qmin, grid.qmax]) - grid.zero_point)
+    assert covered[0] <= x.min() + 1e-6
+    assert covered[1] >= x.max() - 1e-6
+
+
+def test_per_channel_is_a_loop_over_channels():
+    x = heavy_tailed(5, 3, 4, 4)
+    for axis in (0, 1):
+        for function in (observers.minmax_range, observers.percentile_range):
+            per_channel = function(x, axis=axis)
+            for c in range(x.shape[axis]):
+                one = function(x.select(axis, c))
+                assert (per_channel.low[c], per_channel.high[c]) == (one.low, one.high)
+
+
+@pytest.mark.parametrize("percent", [50.0, 90.0, 99.9, 100.0])
+def test_percentile_is_numpys_order_statistic(percent):
+    x = heavy_tailed(1001)
+    clip = np.quantile(x.abs().numpy(), percent / 100, method="inverted_cdf")
+    got = observers.percentile_range(x, percent)
+    assert got.high.item() == pytest.approx(min(clip, x.max().item()))
+    assert got.low.item() == pytest.approx(max(-clip, x.min().item()))
+    relu = observers.percentile_range(x.relu(), percent)
+    assert relu.high.item() == pytest.approx(np.quantile(x.relu().numpy(), percent / 100, method="inverted_cdf"))
+    assert relu.low.item() == 0.0
+
+
+def test_two_ended_percentile_cuts_each_tail():
+    x = heavy_tailed(2001, shift=1.0)
+    got = observers.percentile_range(x, 98.0, two_ended=True)
+    want = np.quantile(x.numpy(), [0.01, 0.99], method="inverted_cdf")
+    np.testing.assert_allclose([got.low.item(), got.high.item()], want, rtol=1e-6)
+
+
+def test_percentile_beyond_the_size_where_torch_quantile_stops():
+    n = 2**24 + 1000
+    x = torch.arange(n, dtype=torch.float32).flip(0)
+    assert observers.percentile_range(x, 50.0).high.item() == pytest.approx(n / 2, abs=2)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")]), torch.tensor([])])
+def test_unusable_values_are_refused(bad):
+    for function in (observers.minmax_range, observers.percentile_range, lambda x: observers.lp_search(x, bits=4)):
+        with pytest.raises(ValueError, match=r"NaN or infinite|at least one value"):
+            function(bad)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"bits": 0}, "integer from 1"), ({"bits": 4.0}, "integer from 1"),
+    ({"bits": 4, "scheme": "affin"}, "did you mean 'affine'"),
+    ({"bits": 1, "scheme": "symmetric_restricted"}, "binary"), ({"bits": 4, "p": 0.5}, "p >= 1"),
+    ({"bits": 4, "sides": "positive"}, "other sign"), ({"bits": 4, "space": "qdop"}, "choose 'qdrop'"),
+    ({"bits": 4, "n_steps": 0}, "n_steps"), ({"bits": 4, "sides": "left"}, "choose 'auto'"),
+])  # fmt: skip
+def test_bad_options_name_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        observers.lp_search(torch.tensor([-1.0, 1.0]), **options)
+
+
+def test_integer_tensors_and_bad_percentages_are_refused():
+    with pytest.raises(ValueError, match="real values"):
+        observers.minmax_range(torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="percentage"):
+        observers.percentile_range(torch.ones(3), 0.999 * 101 + 1)
+
+
+def test_nothing_carries_a_gradient():
+    x = heavy_tailed(64).requires_grad_()
+    parts = [*observers.minmax_range(x), *observers.percentile_range(x), *observers.lp_search(x, bits=3).qparams[:2]]
+    assert not any(part.requires_grad for part in parts)
+
+
+# ---------------------------------------------------------------- running states
+
+
+def test_running_minmax_equals_minmax_of_everything():
+    batches = [heavy_tailed(8, 3, seed=s) for s in range(4)]
+    state = None
+    for batch in batches:
+        state = observers.update_minmax(state, batch, axis=1)
+    whole = observers.minmax_range(torch.cat(batches), axis=1)
+    assert torch.equal(state.low, whole.low)
+    assert torch.equal(state.high, whole.high)
+    assert state.n_batches == 4
+
+
+def test_ema_and_mean_by_hand():
+    batches = [torch.tensor([0.0, high]) for high in (1.0, 3.0, 8.0)]
+    ema = mean = None
+    for batch in batches:
+        ema = observers.update_ema(ema, batch, keep=0.75)
+        mean = observers.update_mean(mean, batch)
+    assert ema.high.item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 3) + 0.25 * 8)
+    assert mean.high.item() == pytest.approx(4.0)
+    assert (ema.n_batches, mean.n_batches) == (3, 3)
+
+
+def test_states_are_never_changed_in_place_and_refuse_other_shapes():
+    first = observers.update_minmax(None, torch.tensor([1.0]))
+    observers.update_minmax(first, torch.tensor([5.0]))
+    assert first.high.item() == 1.0
+    with pytest.raises(ValueError, match="one axis"):
+        observers.update_ema(first, torch.ones(2, 3), axis=0)
+    with pytest.raises(ValueError, match="keep"):
+        observers.update_ema(first, torch.ones(2), keep=1.0)
+
+
+# ---------------------------------------------------------------- L_p search
+
+
+@pytest.mark.parametrize(
+    ("bits", "p"), [(1, 2.4), (2, 2.4), (3, 2.0), (4, 2.4), (4, 1.0), (4, 1.5), (3, 4.0), (6, 2.4)]
+)
+@pytest.mark.parametrize("shift", [0.0, 0.7])
+def test_two_sided_search_is_the_literal_loop(bits, p, shift):
+    x = heavy_tailed(700, seed=bits, shift=shift)
+    error, scale, zero_point = literal_search(x, bits=bits, p=p, mode="both")
+    got = observers.lp_search(x, bits=bits, p=p)
+    assert got.error.item() == pytest.approx(error, rel=1e-9)
+    assert got.qparams.scale.item() == pytest.approx(scale, rel=1e-6)
+    assert got.qparams.zero_point.item() == zero_point
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["positive", "negative", "symmetric", "symmetric_restricted", "brecq"])
+def test_one_dimensional_searches_are_the_literal_loop(bits, mode):
+    x = heavy_tailed(900, seed=bits)
+    x = {"positive": x.relu(), "negative": -x.relu()}.get(mode, x)
+    options = {"scheme": mode} if mode.startswith("symmetric") else {"space": "brecq"} if mode == "brecq" else {}
+    error, scale, zero_point = literal_search(x, bits=bits, mode=mode)
+    got = observers.lp_search(x, bits=bits, **options)
+    assert got.error.item() == pytest.approx(error, rel=1e-9)
+    assert got.qparams.scale.item() == pytest.approx(scale, rel=1e-6)
+    assert got.qparams.zero_point.item() == zero_point
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(3, "both"), (4, "positive"), (8, "positive"), (8, "symmetric")])
+def test_the_histogram_path_is_exact_too(bits, mode):
+    x = heavy_tailed(100_000, seed=1)  # more values than bins
+    x = x.relu() if mode == "positive" else x
+    error, scale, zero_point = literal_search(x, bits=bits, mode=mode)
+    got = observers.lp_search(x, bits=bits, scheme=mode if mode == "symmetric" else "affine")
+    assert got.error.item() == pytest.approx(error, rel=1e-9)
+    assert (got.qparams.scale.item(), got.qparams.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
+    fast = observers.lp_search(x, bits=bits, scheme=mode if mode == "symmetric" else "affine", exact=False)
+    chosen = (x - _apply(x, fast.qparams)).abs().double().pow(2.4).mean()
+    assert chosen.item() <= error * 1.005
+
+
+def _apply(x, grid):
+    return grid.scale * (
+        torch.clamp(torch.round(x / grid.scale) + grid.zero_point, grid.qmin, grid.qmax) - grid.zero_point
+    )
+
+
+def test_eight_bit_two_sided_search_on_small_data_is_the_literal_loop():
+    x = heavy_tailed(150, seed=3)
+    error, scale, zero_point = literal_search(x, bits=8, mode="both")
+    got = observers.lp_search(x, bits=8)
+    assert got.error.item() == pytest.approx(error, rel=1e-9)
+    assert (got.qparams.scale.item(), got.qparams.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_per_channel_search_is_a_loop_over_channels(axis):
+    w = heavy_tailed(6, 5, 3, 3) * torch.logspace(-2, 1, 6).view(6, 1, 1, 1)
+    got = observers.lp_search(w, bits=4, axis=axis)
+    for c in range(w.shape[axis]):
+        one = observers.lp_search(w.select(axis, c), bits=4, sides="both")
+        assert got.qparams.scale[c] == one.qparams.scale
+        assert got.qparams.zero_point[c] == one.qparams.zero_point
+        assert got.error[c].item() == pytest.approx(one.error.item())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_broadcast_grid_meets_its_tensor(axis):
+    w = heavy_tailed(6, 5, 3, 3)
+    grid = observers.lp_search(w, bits=4, axis=axis).qparams
+    x_hat = _apply(w, grid.broadcast(4, axis))
+    for c in range(w.shape[axis]):
+        one = observers.QParams(grid.scale[c], grid.zero_point[c], grid.qmin, grid.qmax)
+        assert torch.equal(x_hat.select(axis, c), _apply(w.select(axis, c), one))
+
+
+def test_many_channels_are_searched_in_pieces(monkeypatch):
+    w = heavy_tailed(40, 30)
+    whole = observers.lp_search(w, bits=4, axis=0)
+    monkeypatch.setattr("hq_lib.quantizers.observers.lp_grid._MAX_CELLS", 5 * 100 * 16)
+    assert torch.equal(observers.lp_search(w, bits=4, axis=0).qparams.scale, whole.qparams.scale)
+
+
+@pytest.mark.parametrize("sides", ["auto", "both"])
+def test_zeros_and_constants_have_a_grid(sides):
+    w = torch.stack([torch.zeros(9), torch.full((9,), 0.3), torch.linspace(0.1, 1.0, 9)])
+    got = observers.lp_search(w, bits=4, axis=0, sides=sides)
+    assert (got.qparams.scale > 0).all()
+    assert got.error[0].item() < 1e-90
+    assert got.error[1].item() < 1e-12
+    assert observers.lp_search(torch.zeros(4), bits=8).error.item() < 1e-90
+
+
+def test_data_already_on_a_grid_is_found_with_no_error():
+    x = 0.25 * torch.arange(-3, 13).float().repeat(50)
+    assert observers.lp_search(x, bits=4).error.item() == pytest.approx(0.0, abs=1e-15)
+
+
+@pytest.mark.parametrize(("p", "n_bins"), list(itertools.product([1.0, 1.7, 2.0, 2.4, 3.0], [64, 512, 8192])))
+def test_bounds_never_exceed_the_error(p, n_bins):
+    """The proof behind ``exact=True``, sampled: bins of any width, every step, every window."""
+    x = heavy_tailed(9000, seed=7)
+    bins = lp_error.make_bins(x.unsqueeze(0), n_bins)
+    steps = (float(x.max() - x.min()) * torch.tensor([0.02, 0.2, 0.5, 1.0]) / 15).double().unsqueeze(0)
+    k_min = -torch.arange(16.0).double().view(1, 1, -1)
+    bound = lp_error.window_bounds(bins, steps, k_min, n_codes=16, p=p)[0]
+    for i, j in itertools.product(range(4), range(16)):
+        grid = {"step": steps[:, i].view(1, 1, 1), "k_min": k_min[:, :, j].view(1, 1, 1), "n_codes": 16, "p": p}
+        on_bins = lp_error.grid_error(
+            bins.mean.unsqueeze(1), bins.count.unsqueeze(1), spread=bins.spread.unsqueeze(1), **grid
+        )
+        x64 = x.double().view(1, 1, -1)
+        truth = lp_error.grid_error(x64, torch.ones_like(x64), spread=torch.zeros(1, 1, 1), **grid)
+        assert bound[i, j] <= truth * (1 + 1e-9)
+        assert on_bins <= truth * (1 + 1e-9)
+
+
+def test_bins_keep_count_and_mean():
+    x = heavy_tailed(2, 5000)
+    bins = lp_error.make_bins(x, 100)
+    assert bins.count.sum(1).tolist() == [5000.0, 5000.0]
+    torch.testing.assert_close((bins.count * bins.mean).sum(1), x.double().sum(1))
+    assert (bins.mean.diff(dim=1) > 0).all()
+
+
+# ---------------------------------------------------------------- recording
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn, self.drop = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.9)
+
+    def forward(self, x):
+        return self.drop(self.bn(self.first(x)))
+
+
+def test_record_evaluates_without_gradient_and_restores_modes():
+    net = TwoLayers()
+    net.bn.eval()  # a mixed state has to survive
+    before = net.bn.running_mean.clone()
+    x = torch.randn(10, 4, generator=generator())
+    out = observers.record(net, ["first", "drop"], x, batch_size=3)
+    # equal but for rounding: a matrix product over 3 rows may sum in another order than one over 10
+    torch.testing.assert_close(out["first"], net.first(x).detach(), rtol=1e-6, atol=1e-6)
+    assert not out["drop"].requires_grad
+    assert (out["drop"] != 0).all()  # dropout was off
+    assert torch.equal(net.bn.running_mean, before)
+    assert (net.training, net.drop.training, net.bn.training) == (True, True, False)
+    assert not net.first._forward_hooks
+
+
+def test_record_names_what_is_wrong():
+    net = TwoLayers()
+    with pytest.raises(ValueError, match="nearest name is 'first'"):
+        observers.record(net, ["firts"], torch.ones(2, 4))
+    with pytest.raises(ValueError, match="no images"):
+        observers.record(net, ["first"], torch.ones(0, 4))
+    net.unused = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="ran 0 times"):
+        observers.record(net, ["unused"], torch.ones(2, 4))
+    assert net.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_are_searched_like_their_values(dtype):
+    x = heavy_tailed(70_000).to(dtype)
+    before = x.clone()
+    got, want = observers.lp_search(x, bits=4), observers.lp_search(x.double(), bits=4)
+    assert torch.equal(x, before)
+    assert got.qparams.scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert got.error.item() == pytest.approx(want.error.item(), rel=1e-9)

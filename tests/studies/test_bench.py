@@ -1,0 +1,97 @@
+"""The bench run: rehearsed, recorded, interrupted, resumed and replayed, with the same logits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from integer_nets import noise_set, quantized
+
+from hq_lib import data
+from hq_lib.crossbar import BenchError, CrossbarError, EngineNetwork, FakeDriver, IdealEngine, Limits, TraceError
+from hq_lib.integer import lower
+from hq_lib.studies.crossbar import bench as study
+from hq_lib.studies.crossbar.bench import Plan, drive_of, run
+from hq_lib.studies.crossbar.points import SIZES
+from hq_lib.studies.crossbar.study import CrossbarBench
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small network of the tests on random images in place of ResNet-20."""
+    model, random = lower(quantized("residual", "w8a8")), torch.Generator().manual_seed(0)
+
+    test = noise_set(random, 8, "test")
+    logits = EngineNetwork(model, IdealEngine()).run(data.normalize(test.images, test.spec))
+    return CrossbarBench(model, {}, test, noise_set(random, 20, "train"), logits, SIZES["smoke"])
+
+
+def plan(folder, engine="rehearsal", **more):
+    return Plan(engine, folder, **({"layers": ("fc", "conv2"), "n_test": 6, "n_calib": 5} | more))
+
+
+def test_a_rehearsal_is_calibrated_and_replays_to_the_same_logits(small, tmp_path):
+    done = run(plan(tmp_path), small)
+    assert (done.layers["rmse_after_lsb"] < 0.9 * done.layers["rmse_before_lsb"]).all()
+    assert list(done.layers["layer"]) == ["conv2", "fc"]
+    assert 0 < done.summary["logit_error"] < 0.2
+    again = run(plan(tmp_path, "replay"), small)
+    np.testing.assert_array_equal(again.logits, done.logits)
+    stored = json.loads((tmp_path / "summary.json").read_text())
+    assert stored["acc_pct"] == again.summary["acc_pct"]
+    assert stored["n_rows"] == done.summary["n_rows"] > 6 * 9
+    assert stored["engine"]["bench.rows"] == 128
+
+
+def test_a_bench_that_fails_is_resumed_by_the_same_plan(small, tmp_path, monkeypatch):
+    whole = run(plan(tmp_path / "whole"), small)
+    broken = ["ok"] * 3 + ["timeout"] * 99
+
+    class Failing(FakeDriver):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more, failures=list(broken))
+
+    monkeypatch.setattr(study, "FakeDriver", Failing)
+    with pytest.raises(BenchError, match="failed 3 times"):
+        run(plan(tmp_path / "cut"), small)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    broken.clear()
+    resumed = run(plan(tmp_path / "cut"), small)
+    assert resumed.summary["n_rows"] == whole.summary["n_rows"]
+
+
+def test_what_was_not_recorded_cannot_be_replayed(small, tmp_path):
+    with pytest.raises(CrossbarError, match="holds no recorded run"):
+        run(plan(tmp_path, "replay"), small)
+    run(plan(tmp_path, "sim", n_test=2), small)
+    with pytest.raises(TraceError, match="measured 0 times"):
+        run(plan(tmp_path, "replay", n_test=4), small)
+    with pytest.raises(TraceError, match="another engine"):
+        run(plan(tmp_path, "sim", device="pcm"), small)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"engine": "hw"}, "choose among sim"), ({"n_test": 0}, "n_test"), ({"n_calib": -1}, "n_calib"),
+     ({"engine": "tcp"}, "port")],
+)  # fmt: skip
+def test_plans_that_cannot_be_are_refused(tmp_path, change, message):
+    with pytest.raises(CrossbarError, match=message):
+        plan(tmp_path, **change)
+
+
+@pytest.mark.parametrize(("code_max", "mode", "bits"), [(255, "analog", 1), (254, "serial", 7), (1, "serial", 1)])
+def test_inputs_are_cut_to_what_the_bench_takes(code_max, mode, bits):
+    found = drive_of(Limits(1, 1, 1, 1, code_max, 1, 1, 1.0))
+    assert (found.mode, found.step_bits) == (mode, bits)
+
+
+def test_the_command_line_says_what_happened(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "crossbar_bench", lambda profile: small)
+    words = ["--folder", str(tmp_path), "--layers", "fc", "--n-test", "3", "--n-calib", "4"]
+    assert study.main(["rehearsal", *words]) == 0
+    assert "acc_pct" in capsys.readouterr().out
+    assert study.main(["replay", *words, "--layers", "stemm"]) == 2
+    assert "nearest: stem" in capsys.readouterr().err
+    assert study.main(["tcp", *words, "--port", "9", "--timeout-s", "0.2"]) == 3
+    assert "run the same command again" in capsys.readouterr().err

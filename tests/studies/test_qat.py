@@ -1,0 +1,198 @@
+"""Quantization-aware training: recipes, runs that resume, distillation, checkpoints, what the notebook shows."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hq_lib import models
+from hq_lib.graph import BitPolicy, calibrate, load_quantized, quantize, save_quantized
+from hq_lib.quantizers import act_quantizer
+from hq_lib.results import paths, store
+from hq_lib.studies.qat import study as qat
+from hq_lib.studies.qat import tables as qat_report
+from hq_lib.studies.qat.figures import fig_pact_alpha
+from hq_lib.training import qat_recipe
+from hq_lib.training.distillation import distillation
+from hq_lib.training.qat_recipes import BY_BITS, METHODS
+
+SMALL_RECORD = {"model": "lenet", "options": {}, "dataset": "mnist", "n_classes": 10, "in_channels": 1}
+
+
+@pytest.fixture
+def lenet():
+    torch.manual_seed(3)
+    return models.build("lenet").eval()
+
+
+def images(n=8, seed=0):
+    return torch.randn(n, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_every_recipe_makes_the_network_it_says(method, bits):
+    recipe = qat_recipe(method, bits, bits, "full", seed=7)
+    assert (recipe.policy.weight.bits, recipe.policy.act.bits) == (bits, bits)
+    quantizers = [like["method"] if isinstance(like, dict) else like for like in METHODS[method]]
+    assert [recipe.policy.weight.method, recipe.policy.act.method] == quantizers
+    assert recipe.config.seed == 7
+    assert recipe.n_train is None
+    assert recipe.config.epochs == BY_BITS[max(bits, 2)].epochs if bits in BY_BITS else True
+
+
+def test_an_unknown_method_or_profile_is_named():
+    with pytest.raises(ValueError, match="did you mean 'pact'"):
+        qat_recipe("pakt", 4, 4, "full")
+    with pytest.raises(ValueError, match="quik"):
+        qat_recipe("pact", 4, 4, "quik")
+
+
+@pytest.mark.parametrize("bits", [0, 17])
+def test_impossible_bits_name_the_key(bits):
+    with pytest.raises(ValueError, match=r"policy\.weight.*" + str(bits)):
+        qat_recipe("lsq", bits, 4, "full")
+
+
+def test_distillation_is_cross_entropy_and_kullback_leibler(lenet):
+    x, labels = images(5), torch.tensor([0, 1, 2, 3, 4])
+    logits = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        target = lenet(x).softmax(1)
+    divergence = (target * (target.log() - logits.log_softmax(1))).sum(1).mean()
+    hard = -logits.log_softmax(1)[torch.arange(5), labels].mean()
+    for share in (0.0, 0.3, 1.0):
+        loss = distillation(lenet, share, 0.0)(logits, labels, x)
+        torch.testing.assert_close(loss, (1 - share) * hard + share * divergence)
+    torch.testing.assert_close(
+        distillation(lenet, 1.0, 0.0)(lenet(x).detach(), labels, x), torch.tensor(0.0), atol=1e-6, rtol=0
+    )
+
+
+def test_distillation_leaves_the_teacher_alone(lenet):
+    student = torch.zeros(2, 10, requires_grad=True)
+    distillation(lenet.train(), 0.5, 0.0)(student, torch.tensor([1, 2]), images(2)).backward()
+    assert not lenet.training
+    assert all(p.grad is None for p in lenet.parameters())
+    assert student.grad is not None
+    with pytest.raises(ValueError, match="share"):
+        distillation(lenet, 1.5, 0.0)
+
+
+def save(tmp_path, lenet, policy):
+    qnet = quantize(lenet, policy, images(1))
+    calibrate(qnet, images())
+    path = tmp_path / "lenet_lsq_w4a4_s0.safetensors"
+    save_quantized(path, qnet, policy, {**SMALL_RECORD, "in_shape": [1, 28, 28]})
+    return path, qnet.eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantized_checkpoint_gives_the_same_network_back(tmp_path, lenet, method):
+    policy = dataclasses.replace(qat_recipe(method, 3, 3, "full").policy, overrides={"fc*": {"weight": 5}})
+    path, qnet = save(tmp_path, lenet, policy)
+    again, record = load_quantized(path)
+    assert torch.equal(again(images(4, seed=5)), qnet(images(4, seed=5)))
+    assert BitPolicy.from_dict(record["policy"]) == policy
+
+
+def test_damaged_and_foreign_quantized_checkpoints_are_refused(tmp_path, lenet):
+    path, _ = save(tmp_path, lenet, BitPolicy("lsq:4", "lsq:4"))
+    record = json.loads(path.with_suffix(".json").read_text())
+    record["policy"]["weight"] = "lsq:2"
+    path.with_suffix(".json").write_text(json.dumps(record))
+    with pytest.raises(models.CheckpointError, match=r"does not fit the policy.*saved lsq:4, here lsq:2"):
+        load_quantized(path)
+    models.save_checkpoint(path, lenet, SMALL_RECORD)
+    with pytest.raises(models.CheckpointError, match=r"models\.load_checkpoint"):
+        load_quantized(path)
+    with pytest.raises(models.CheckpointError, match="in_shape"):
+        save_quantized(path, quantize(lenet, BitPolicy(), images(1)), BitPolicy(), SMALL_RECORD)
+
+
+def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, capsys):
+    rows = qat.run("smoke", methods=["pact"], bits=[(4, 4)])
+    capsys.readouterr()
+    splits = {json.loads(s).get("split", "test"): v for s, v in zip(rows["switches"], rows["value"], strict=True)}
+    assert set(splits) == {"test", "val", "start"}
+    assert min(splits.values()) > 60  # from a float network of 91 %, four bits cannot be near chance
+    clips = qat.clip_history("smoke")
+    assert sorted(set(clips["epoch"])) == [0, 1]
+    assert clips["layer"].nunique() * 2 == len(clips)
+    again = qat.run("smoke", methods=["pact"], bits=[(4, 4)])  # resumes the ended run: evaluation only
+    assert again["value"].tolist() == rows["value"].tolist()
+    for file in (paths.runs_dir("smoke") / "qat" / "resnet20_pact_w4a4_s0").iterdir():
+        file.unlink()
+    file.parent.rmdir()
+    qat.run("smoke", methods=["pact"], bits=[(4, 4)])
+    assert "rows are there already" in capsys.readouterr().out
+    qat_report.baseline("smoke")
+    table = qat_report.methods_table("smoke")
+    line = table.loc[(table["bits"] == "W4A4") & (table["method"] == "PACT")].iloc[0]
+    assert line["ours"] == f"{splits['test']:.2f} (n=1)"
+    assert float(line["gap"]) == pytest.approx(splits["test"] - 91.7, abs=0.006)  # the paper's 91.7 is the best known
+    assert fig_pact_alpha(qat_report.clip_curves("smoke")) is not None
+    assert any(text.startswith("W4A4: PACT") for text in qat_report.findings("smoke"))
+
+
+def test_a_network_without_float_weights_is_skipped(out_dir, capsys):
+    assert qat.run("smoke", names=["resnet56"], methods=["lsq"]).empty
+    assert "no float checkpoint" in capsys.readouterr().out
+
+
+def test_tables_list_what_was_not_run(out_dir):
+    table = qat_report.group_table("mobilenetv2_seed", "smoke")
+    assert set(table["ours"]) == {"n/r"}
+    line = table.loc[(table["bits"] == "W4A4") & (table["method"] == "mPACT")].iloc[0]
+    assert line["published"] == "93.33"
+    assert store.read("qat", profile="smoke").empty
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.45])
+def test_dsq_curve_has_the_published_slopes(alpha):
+    curve = qat_report.dsq_curves(alphas=[alpha], bits=2, n=4001)
+    inside = curve.loc[curve["x"].abs() < 0.999]
+    peak = {0.05: 1.928, 0.2: 1.373}.get(alpha)  # c / (2 tanh(c / 2)) at a threshold
+    if peak:
+        assert inside["slope"].max() == pytest.approx(peak, abs=2e-3)
+    assert curve.loc[curve["x"].abs() > 1.001, "slope"].abs().max() == 0
+    levels = sorted(set(curve["hard"].round(6)))
+    assert levels == pytest.approx([-1, -1 / 3, 1 / 3, 1], abs=1e-5)
+    assert (curve["soft"] - curve["hard"]).abs().max() <= 1 / 3 + 1e-6
+
+
+def test_the_command_line_names_bad_bits(capsys):
+    with pytest.raises(SystemExit):
+        qat.main(["--bits", "4"])
+    assert "as 4,4" in capsys.readouterr().err
+
+
+def test_float_loss_of_zero_share_equals_torch(lenet):
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+    loss = distillation(lenet, 0.0, 0.1)(logits, labels, images(4))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_lsq_may_start_at_the_least_squared_error(bits, signed):
+    x = torch.randn(4_000, generator=torch.Generator().manual_seed(bits))
+    x = x if signed else x.relu()
+    quantizer = act_quantizer("lsq", bits, signed=signed, init="least_error")
+    quantizer.init_from(x)
+
+    def error(step):
+        return (step * (x / step).round().clamp(quantizer.qmin, quantizer.qmax) - x).square().mean()
+
+    least = min(error(step) for step in torch.linspace(0.01, 1.5, 300) * x.abs().max())
+    assert error(quantizer.grid().scale) <= 1.02 * least
+    paper = act_quantizer("lsq", bits, signed=signed)
+    paper.init_from(x)
+    torch.testing.assert_close(paper.grid().scale, 2 * x.abs().mean() / quantizer.qmax**0.5)
+
+
+def test_an_unknown_start_is_named():
+    with pytest.raises(ValueError, match=r"init is 'mse'.*least_error"):
+        act_quantizer("lsq", 4, signed=True, init="mse")

@@ -1,0 +1,133 @@
+"""Noise-aware fine-tuning: noise of the stated size in training only, gradients at the noisy point, resumable."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from hq_lib import data
+from hq_lib.crossbar import CrossbarError
+from hq_lib.training import TrainConfig, fit
+from hq_lib.training.weight_noise import WeightNoise, clip_weights, weight_noise
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+
+def tiny(n, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (n, 3, 8, 8), generator=random, dtype=torch.uint8)
+    return data.ImageSet(pixels, torch.arange(n) % 3, data.SPECS["digits"], "train", torch.arange(n))
+
+
+def test_noise_has_its_size_per_channel_and_no_bias():
+    torch.manual_seed(0)
+    w = torch.tensor([[1.0, -0.5], [10.0, 2.0]]).expand(20_000, 2, 2).permute(1, 2, 0).reshape(2, -1)
+    errors = WeightNoise(0.05)(w) - w
+    n = errors.shape[1]
+    for channel, largest in enumerate((1.0, 10.0)):
+        sd = 0.05 * largest
+        assert abs(float(errors[channel].mean())) < 5 * sd / n**0.5
+        assert abs(float(errors[channel].var()) / sd**2 - 1) < 5 * (2 / n) ** 0.5
+    assert torch.equal(WeightNoise(0.05).eval()(w), w)
+
+
+def test_clean_weights_stay_and_come_back():
+    model = net()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    with weight_noise(model.train(), 0.1) as noisy:
+        assert noisy is model
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+        model.train()
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[key], before[key]) for key in before if "weight" in key)
+
+
+def test_the_gradient_is_that_of_the_noisy_point():
+    layer = nn.Linear(3, 2, bias=False)
+    x = torch.randn(5, 3)
+    with weight_noise(layer, 0.2):
+        torch.manual_seed(3)
+        (layer(x) ** 2).sum().backward()
+        got = layer.parametrizations["weight"].original.grad.clone()  # type: ignore[index]
+    torch.manual_seed(3)
+    noise = 0.2 * layer.weight.detach().abs().amax(1, keepdim=True) * torch.randn_like(layer.weight)
+    point = (layer.weight.detach() + noise).requires_grad_()
+    ((x @ point.T) ** 2).sum().backward()
+    assert torch.allclose(got, point.grad)  # type: ignore[arg-type]
+
+
+def test_clipping_lowers_the_peak_of_clean_weights():
+    model = net()
+    weight = dict(model.named_parameters())["0.weight"]
+    with torch.no_grad():
+        weight[0, 0, 0, 0] = 9.0
+    with weight_noise(model, 0.1):
+        clip_weights(2.0)(model, 0)
+    w = dict(model.named_parameters())["0.weight"].detach()
+    assert float(w.abs().max()) < 9.0
+    assert float(w[0, 0, 0, 0]) == float(w.max())
+
+
+def test_training_with_noise_resumes_bit_identically(tmp_path):
+    config = TrainConfig(epochs=2, batch_size=10, lr=0.05)
+    images = tiny(30)
+
+    def trained(folder, stops=()):
+        model = net()
+        for _ in (*stops, None):
+
+            def stop(module, epoch, stops=stops):
+                clip_weights(3.0)(module, epoch)
+                if epoch in stops and not (folder / "stopped").exists():
+                    (folder / "stopped").touch()
+                    raise KeyboardInterrupt
+
+            try:
+                with weight_noise(model, 0.05):
+                    fit(model, images, images, config, folder, before_epoch=stop, say=None)
+            except KeyboardInterrupt:
+                model = net(seed=9)
+        return model.state_dict()
+
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole, parts = trained(tmp_path / "whole"), trained(tmp_path / "parts", stops=(1,))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_fit_takes_the_noise_as_an_option():
+    images, states = tiny(30), {}
+    config = TrainConfig(epochs=1, batch_size=10, lr=0.05)
+    for name, sigma in (("clean", 0.0), ("option", 0.05), ("by hand", 0.0)):
+        model = net()
+        with weight_noise(model, 0.05) if name == "by hand" else nullcontext():
+            fit(model, images, images, replace(config, weight_noise=sigma), say=None)
+        states[name] = model.state_dict()
+    assert states["option"].keys() == states["clean"].keys()
+    assert all(torch.equal(states["option"][key], states["by hand"][key]) for key in states["option"])
+    assert not torch.equal(states["option"]["0.weight"], states["clean"]["0.weight"])
+    with pytest.raises(ValueError, match=r"TrainConfig\.weight_noise=3"):
+        TrainConfig(epochs=1, lr=0.05, weight_noise=3)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, 5.0])
+def test_percent_for_a_fraction_is_refused(sigma):
+    with pytest.raises(CrossbarError, match="fraction"), weight_noise(net(), sigma):
+        pass
+
+
+def test_networks_without_layers_and_nested_blocks_are_refused():
+    with pytest.raises(CrossbarError, match="no plain convolution"), weight_noise(nn.ReLU(), 0.1):
+        pass
+    model = net()
+    with weight_noise(model, 0.1), pytest.raises(CrossbarError, match="parametrized already"), weight_noise(model, 0.1):
+        pass
