@@ -1,21 +1,26 @@
-"""Time of an image through integer networks, executor beside executor in one process and one thread.
+"""Time of an image through integer networks: the C runtime beside onnxruntime and OpenVINO, in one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/integer.py [--rounds 7] [--numpy-images 1000] [--batches 1 128] [--kernels]
+    OMP_NUM_THREADS=1 python benchmarks/integer.py [--networks resnet20 ...] [--policies w8a8 w4a4] [--batches 1 128]
+                                                   [--threads 1 2] [--rounds 7] [--images 128] [--kernels]
 
-Rounds alternate between the executors, so that a busy machine slows all of them; a figure is the fastest round's CPU
-time per image. Ratios are onnxruntime's time over C's: above 1 C is faster. Networks are the shipped checkpoints, W8A8
-after training (min-max), images from the test set; the C runtime takes one image at a time at every batch size. All
-integer logits are compared with NumPy's on the way. onnxruntime in float runs the same net.
+Every peer reads the ONNX file that ``deploy.onnx`` exports; ranges come from 256 training images, images from the test
+set. The executors take turns, round after round, so that a busy machine slows all of them; a ratio is the peer's time
+over C's of the same round (above 1 C is faster), printed as the median over the rounds and, in brackets, its extremes.
+Time is the processor's on one thread and the clock's on more. The C runtime takes one image at a time at every batch
+size, with more threads one image a thread.
 
-Measured, one thread with AVX-512 VNNI, time over C's (ResNet-20 0.19 ms an image, LeNet 0.039): onnxruntime int8 3.1 at
-batch 1 and 2.3 at batch 128, its float 2.7 and 2.7; LeNet 2.0 and 1.2, its float 0.6 and 0.4 (so small a net is not
-worth quantizing for speed here). Without VNNI (``--kernels``) C takes 4.2 times as long. NumPy: 40 s for 10,000 images.
+"onnxruntime" is ``deploy.onnx.session``, whose logits must equal C's. Without VNNI that session has the option that
+keeps onnxruntime from saturating, and onnxruntime "as it comes", whose logits then differ, has a line of its own.
+OpenVINO promises no bits. Predictions that differ from the integer network's are counted. The first line names the
+processor: figures of one say little of another.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from torch import nn
 
@@ -30,26 +36,41 @@ from hq_lib import data, integer, models
 from hq_lib.deploy import c as export_c
 from hq_lib.deploy import onnx as export_onnx
 from hq_lib.deploy.c.runtime import KERNELS
+from hq_lib.deploy.onnx.runtime import VNNI
 from hq_lib.graph import BitPolicy, calibrate, quantize
-from hq_lib.results import paths
+from hq_lib.integer.record import REQUANTIZERS, IntegerModel, Requantizer
+from hq_lib.results import paths, provenance
 
-Runs = dict[str, Callable[[], Any]]
+try:
+    import openvino
+except ImportError:
+    openvino = None
+
+NETWORKS = ("lenet", "resnet20", "vgg11", "toynet", "mobilenetv2_seed")
+POLICIES = {
+    "w8a8": BitPolicy(bn="fold"),
+    "w4a4": BitPolicy(weight="minmax:4", act="minmax:4", bn="fold"),
+    "dorefa8": BitPolicy(weight="dorefa:8", act="minmax:8", bn="fold"),
+}
+Call = Callable[[], Any]
 
 
-def network(name: str, n_images: int) -> tuple[nn.Module, Any, np.ndarray]:
-    """(float net, its integer record, (n_images, C, H, W) normalised images)."""
+def network(
+    name: str, policy: str, n_images: int, requantizer: Requantizer = "float32"
+) -> tuple[nn.Module, IntegerModel, np.ndarray]:
+    """Return (float net, its integer record, (n_images, C, H, W) normalised test images)."""
     net, record = models.load_checkpoint(paths.checkpoints_dir() / f"{name}_float_s0.safetensors")
     test = data.load(record["dataset"], "test", n=n_images)
     train = data.load(record["dataset"], "train", n=256)
     x = data.normalize(train.images, train.spec)
-    qnet = quantize(net, BitPolicy(bn="fold"), x[:1])
+    qnet = quantize(net, POLICIES[policy], x[:1])
     calibrate(qnet, x)
     images = np.ascontiguousarray(data.normalize(test.images, test.spec).numpy())
-    return net, integer.lower(qnet.eval(), images=test.spec), images
+    return net, integer.lower(qnet.eval(), requantizer=requantizer), images
 
 
-def float_session(net: nn.Module, image: np.ndarray) -> Any | None:
-    """onnxruntime on the float net, batch norms folded by its exporter; None where this torch cannot export it."""
+def float_session(net: nn.Module, image: np.ndarray, n_threads: int) -> Any | None:
+    """Return onnxruntime on the float net, batch norms folded by its exporter; None where torch cannot export it."""
     buffer, example = io.BytesIO(), (torch.from_numpy(image),)
     names: dict[str, Any] = {"input_names": ["x"], "dynamic_axes": {"x": {0: "N"}}, "opset_version": 17}
     try:
@@ -59,90 +80,111 @@ def float_session(net: nn.Module, image: np.ndarray) -> Any | None:
     except (RuntimeError, TypeError, ValueError) as error:
         print(f"onnxruntime float left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
         return None
-    return export_onnx.session(onnx.load_model_from_string(buffer.getvalue()))
+    return export_onnx.session(onnx.load_model_from_string(buffer.getvalue()), n_threads=n_threads)
 
 
-def fastest(runs: Runs, rounds: int) -> dict[str, float]:
-    """Name -> CPU seconds of the fastest of ``rounds`` alternating runs."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds + 1):  # the first warms up
-        for name, call in runs.items():
-            start = time.process_time()
+def as_it_comes(model: onnx.ModelProto, n_threads: int) -> Any:
+    """Return an onnxruntime session with no option set but its threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def openvino_call(model: onnx.ModelProto, x: np.ndarray, batch: int, n_threads: int) -> Call:
+    """Return a call that gives OpenVINO's logits of ``x``, compiled for this batch size."""
+    assert openvino is not None
+    read = openvino.Core().read_model(model.SerializeToString(), b"")
+    read.reshape([batch, *x.shape[1:]])
+    settings = {"INFERENCE_NUM_THREADS": n_threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(read, "CPU", settings).create_infer_request()
+    parts = [x[i : i + batch] for i in range(0, len(x), batch)]
+    return lambda: np.concatenate([request.infer([part])[0] for part in parts])
+
+
+def executors(net: nn.Module, imodel: IntegerModel, x: np.ndarray, batch: int, n_threads: int) -> dict[str, Call]:
+    """Return what each executor makes of ``x``, C first."""
+    model, runtime = export_onnx.export(imodel), export_c.Runtime(imodel)
+    sessions = {"onnxruntime": export_onnx.session(model, n_threads=n_threads)}
+    if not provenance.cpu_flags() & VNNI:
+        sessions["onnxruntime as it comes"] = as_it_comes(model, n_threads)
+    if (plain := float_session(net, x[:1], n_threads)) is not None:
+        sessions["onnxruntime float"] = plain
+    calls: dict[str, Call] = {f"C ({runtime.kernel})": lambda: runtime.run(x)}
+    for key, session in sessions.items():
+        calls[key] = lambda session=session: export_onnx.run(session, x, batch_size=batch)
+    if openvino is not None:
+        calls["OpenVINO"] = openvino_call(model, x, batch, n_threads)
+    return calls
+
+
+def times(calls: dict[str, Call], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Return seconds of ``rounds`` alternating runs of each call."""
+    found: dict[str, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            start = clock()
             call()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
+            found[key].append(clock() - start)
+    return found
 
 
-def compare(name: str, batch: int, options: argparse.Namespace) -> None:
-    """Print ms an image of C, onnxruntime int8 and float, PyTorch at one batch size, and the ratios."""
-    n = max(batch, options.images)
-    net, imodel, x = network(name, n)
-    session, runtime = export_onnx.session(export_onnx.export(imodel)), export_c.Runtime(imodel)
-    plain = float_session(net, x[:1])
+def compare(name: str, policy: str, batch: int, n_threads: int, options: argparse.Namespace) -> None:
+    """Print ms an image of C and its peers at one batch size, their ratios, and how many predictions differ."""
+    net, imodel, x = network(name, policy, -(-max(batch, options.images) // batch) * batch)
+    calls = executors(net, imodel, x, batch, n_threads)
     want = integer.run(imodel, x)
-    assert np.array_equal(runtime.run(x), want)
-    assert np.array_equal(export_onnx.run(session, x, batch_size=batch), want)
-    parts = torch.from_numpy(x).contiguous(memory_format=torch.channels_last).split(batch)
-    runs: Runs = {
-        f"C int8 ({runtime.kernel})": lambda: runtime.run(x),
-        "onnxruntime int8": lambda: export_onnx.run(session, x, batch_size=batch),
-        "PyTorch float": lambda: [net(part) for part in parts],
-    }
-    if plain is not None:
-        runs["onnxruntime float"] = lambda: export_onnx.run(plain, x, batch_size=batch)
-    with torch.inference_mode():
-        found = {key: 1e3 * seconds / n for key, seconds in fastest(runs, options.rounds).items()}
-    c, *others = found
-    print(f"\n{name}, batch {batch}, {n} images, 0 of {want.size} logits differ")
-    print(f"  {c:24s} {found[c]:.4f} ms")
-    for key in others:
-        print(f"  {key:24s} {found[key]:.4f} ms    x{found[key] / found[c]:.2f}")
+    logits = {key: call() for key, call in calls.items()}  # and warms up
+    first = next(iter(calls))
+    assert np.array_equal(logits[first], want)
+    assert np.array_equal(logits["onnxruntime"], want)
+    found = times(calls, options.rounds, time.process_time if n_threads == 1 else time.perf_counter)
+    print(f"\n{name} {policy}, batch {batch}, {n_threads} thread{'s' * (n_threads > 1)}, {len(x)} images", flush=True)
+    for key, seconds in found.items():
+        ratios = sorted(peer / c for peer, c in zip(seconds, found[first], strict=True))
+        spread = f"x{statistics.median(ratios):5.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]" if key != first else ""
+        other = (logits[key].argmax(1) != want.argmax(1)).sum()
+        note = f"  {other} of {len(x)} predictions differ" if other else ""
+        print(f"  {key:24s} {1e3 * min(seconds) / len(x):8.4f} ms  {spread}{note}", flush=True)
 
 
-def kernels(name: str, options: argparse.Namespace) -> None:
+def kernels(name: str, policy: str, options: argparse.Namespace) -> None:
     """Print ms an image of every kernel of the C runtime, with both requantizers."""
-    net, _, x = network(name, options.images)
-    train = data.load("cifar10" if x.shape[1] == 3 else "fashion_mnist", "train", n=256)
-    qnet = quantize(net, BitPolicy(bn="fold"), torch.from_numpy(x[:1]))
-    calibrate(qnet, data.normalize(train.images, train.spec))
-    for requantizer in ("float32", "fixed"):
-        imodel = integer.lower(qnet.eval(), requantizer=requantizer)
+    for requantizer in REQUANTIZERS:
+        _, imodel, x = network(name, policy, options.images, requantizer)
         for kernel in KERNELS[1:]:
             try:
                 runtime = export_c.Runtime(imodel, kernel=kernel)
             except ValueError:
                 continue
-            [seconds] = fastest({kernel: lambda runtime=runtime: runtime.run(x)}, options.rounds).values()
-            print(f"  {name} C {requantizer:8s} {kernel:12s} {1e3 * seconds / len(x):.4f} ms")
-    export_c.Runtime(imodel, kernel="auto")
-
-
-def numpy_time(options: argparse.Namespace) -> None:
-    """Print CPU seconds of the NumPy executor for 10,000 images of ResNet-20, and what it was scaled from."""
-    _, imodel, x = network("resnet20", options.numpy_images)
-    start = time.process_time()
-    integer.run(imodel, x, batch_size=100)
-    seconds = (time.process_time() - start) * 10_000 / len(x)
-    print(f"\nNumPy, ResNet-20: 10,000 images in {seconds:.0f} s (measured on {len(x)})")
+            call = functools.partial(runtime.run, x)
+            seconds = min(times({kernel: call}, options.rounds, time.process_time)[kernel])
+            print(f"  {name} {policy} {requantizer:8s} {kernel:12s} {1e3 * seconds / len(x):8.4f} ms", flush=True)
+        export_c.Runtime(imodel, kernel="auto")
 
 
 def main() -> None:
     """All comparisons of the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "lenet"])
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
+    parser.add_argument("--policies", nargs="+", default=["w8a8", "w4a4"], choices=POLICIES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 128])
-    parser.add_argument("--images", type=int, default=128, help="images a round")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--images", type=int, default=128, help="images a round, at least")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--numpy-images", type=int, default=1000)
-    parser.add_argument("--kernels", action="store_true", help="every kernel of the C runtime too")
+    parser.add_argument("--kernels", action="store_true", help="every kernel of the C runtime, without its peers")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    sets = sorted(flag for flag in provenance.cpu_flags() if flag.startswith(("avx", "sse4", "fma", "amx")))
+    peers = f"onnxruntime {onnxruntime.__version__}; openvino {getattr(openvino, '__version__', 'absent')}"
+    print(f"{provenance.cpu_name()}: {' '.join(sets)}\n{provenance.versions()}; {peers}")
     for name in options.networks:
-        for batch in options.batches:
-            compare(name, batch, options)
-        if options.kernels:
-            kernels(name, options)
-    numpy_time(options)
+        for policy in options.policies:
+            if options.kernels:
+                kernels(name, policy, options)
+                continue
+            for n_threads in options.threads:
+                for batch in options.batches:
+                    compare(name, policy, batch, n_threads, options)
 
 
 if __name__ == "__main__":

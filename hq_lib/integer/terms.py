@@ -202,7 +202,7 @@ def in_storage(term: Product) -> Product:
 def _spare_bits(term: Product) -> int:
     """How many bits the weights may grow: inside their int8 or int16, with every sum of products below 2^30."""
     largest_w = int(np.abs(term.w).max())
-    room = 2**7 - 1 if largest_w < 2**7 else 2**15 - 1
+    room = 2**7 - 1 if term.w.min() >= -(2**7) and term.w.max() < 2**7 else 2**15 - 1
     if largest_w == 0:
         return 0
     sums = int(np.abs(term.w).reshape(len(term.w), -1).sum(1).max()) * max(1, largest(term.x))

@@ -60,12 +60,22 @@ def versions() -> str:
 @cache
 def cpu_name() -> str:
     """The processor's model name, on Linux from ``/proc/cpuinfo``, elsewhere what the platform calls it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine() or "cpu"
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets that the processor has, as Linux names them (``avx2``, ``avx512_vnni``); empty elsewhere."""
+    return frozenset(_cpuinfo("flags").split())
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first core under ``key``; empty where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (models[0] if models else platform.processor()) or platform.machine() or "cpu"
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def device(kind: str = "cpu") -> str:

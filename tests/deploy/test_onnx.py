@@ -8,7 +8,7 @@ from integer_nets import NETS, POLICIES, images, quantized
 from onnx import TensorProto, numpy_helper
 
 from hq_lib import data, models
-from hq_lib.deploy.onnx import ExportError, export, run, save, session
+from hq_lib.deploy.onnx import ExportError, export, run, runtime, save, session
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import ImageError, agreement, lower
 from hq_lib.integer import run as run_numpy
@@ -19,6 +19,19 @@ from hq_lib.integer import run as run_numpy
 def test_onnxruntime_gives_numpy_s_bits(net, policy):
     imodel, x = lower(quantized(net, policy)), images(60, seed=5)
     assert np.array_equal(run(session(export(imodel)), x), run_numpy(imodel, x))
+
+
+@pytest.mark.parametrize(("flags", "exact_by_option"), [
+    ({"avx2"}, True), (set(), True), ({"avx512f", "avx512_vnni"}, False), ({"avx2", "avx_vnni"}, False),
+])  # fmt: skip
+def test_the_slow_exact_kernels_are_asked_for_only_where_the_fast_ones_saturate(flags, exact_by_option, monkeypatch):
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(flags))
+    options = session(export(lower(quantized("residual", "w8a8")))).get_session_options()
+    if exact_by_option:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="x64quantprecision"):  # never set
+            options.get_session_config_entry("session.x64quantprecision")
 
 
 @pytest.mark.slow

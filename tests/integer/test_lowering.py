@@ -87,6 +87,18 @@ def test_low_bit_weights_fill_int8_and_remember_their_step():
     assert all(len(set(row[row != 0])) <= 1 for row in signs)  # a norm may flip a whole channel, no single weight
 
 
+def test_the_least_integer_of_int8_does_not_widen_a_layer():
+    qnet, model = small(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), BitPolicy(weight="lsq_plus:8", first_last_bits=None)
+    )
+    weight = qnet.get_submodule("1").weight
+    with torch.no_grad():
+        weight[:, 0] = -2 * weight.abs().max()  # beyond the calibrated range: the outermost step, -128
+    model = lower(qnet)
+    assert model.op("1").weight.min() == -128
+    assert model.op("1").weight.dtype == np.int8
+
+
 def test_a_grid_without_zero_is_stored_in_int16():
     model = lower(quantized("residual", "dorefa"))
     assert model.op("conv1").weight.dtype == np.int16
