@@ -1,4 +1,4 @@
-"""Converters: column current to integer code, with the three range rules and the converter's own errors.
+"""Converters: column current to integer code, with the four range rules and the converter's own errors.
 
 Currents are in unit currents: one weight step times one input step. code = clip(round(I / step), code_min, code_max).
 A converter loses nothing only if its step is a whole number of unit currents and its codes cover the range.
@@ -22,7 +22,8 @@ class Adc:
     bits: int = 8
     """Code width, 1..16 bits, sign included where currents have both signs (then 2..16)."""
     range: str = "calibrated"
-    """"exact": step = smallest power of two of unit currents that covers all cells full and all inputs full.
+    """"exact": step = one unit current; refused where ``bits`` do not cover all cells full and all inputs full.
+    "whole": step = the smallest power of two of unit currents that covers them (exact where that is one).
     "max": the same range, whatever the step. "calibrated": from measured currents (`SimEngine.calibrate_adc`)."""
     coverage: float | None = 0.9999
     """Share of calibration currents inside the range, in (0, 1]; None: the range of least mean |error| (L1)."""
@@ -35,7 +36,7 @@ class Adc:
 
     def __post_init__(self) -> None:
         check_bit_width(self.bits, "Adc.bits")
-        check_choice(self.range, ("exact", "max", "calibrated"), "Adc.range")
+        check_choice(self.range, ("exact", "whole", "max", "calibrated"), "Adc.range")
         check_fraction(self.gain_sigma, "gain_sigma")
         check_positive(self.offset_sigma_lsb, "offset_sigma_lsb", zero=True)
         check_positive(self.inl_lsb, "inl_lsb", zero=True)
@@ -55,18 +56,27 @@ class Adc:
         return self.gain_sigma == 0 and self.offset_sigma_lsb == 0 and self.inl_lsb == 0
 
     def ruled_step(self, peak: Tensor, signed: bool) -> Tensor:
-        """float64, shape of ``peak``: unit currents per code by the "exact" or "max" rule.
+        """float64, shape of ``peak``: unit currents per code by the "exact", "whole" or "max" rule.
 
         Args:
             peak: largest possible |current| of a column in unit currents, >= 0.
             signed: whether currents have both signs.
+
+        Errors: "exact" with too few bits for it, with the bits that it needs.
         """
         _, top = self.codes(signed)
         least = peak.to(torch.float64).clamp_min(1.0) / top
         if self.range == "max":
             return least
         enough = peak.clamp_min(1.0) / (top + 0.5)  # the last code also holds what rounds to it
-        return torch.exp2(torch.ceil(torch.log2(enough)).clamp_min(0.0))
+        step = torch.exp2(torch.ceil(torch.log2(enough)).clamp_min(0.0))
+        if self.range == "exact" and bool((step > 1).any()):
+            needed = math.ceil(math.log2(float(peak.max()) + 0.5)) + signed
+            raise CrossbarError(
+                f"Adc({self.bits}, 'exact') cannot be exact: currents reach {float(peak.max()):.0f} units, which takes "
+                f"{needed} bits; drive fewer bits (Drive('serial')), lower cell_bits or tile_rows, or use range='whole'"
+            )
+        return step
 
     def fitted_step(self, currents: Tensor, signed: bool) -> float:
         """Current per code by the "calibrated" rule from sample ``currents`` of any shape, in their own unit."""

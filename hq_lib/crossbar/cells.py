@@ -37,6 +37,10 @@ class Cells:
     """uint8 fault codes."""
     order: Tensor
     """int64 (K,): logical row held by each physical row."""
+    name: str
+    """Layer name; with ``seed`` the key of the random streams."""
+    seed: int
+    """Seed of the random streams."""
 
     @classmethod
     def program(cls, plan: Plan, device: Device, faults: Faults, *, name: str, seed: int, remap: str = "none") -> Cells:
@@ -51,23 +55,30 @@ class Cells:
         target = device.g_min_uS + levels / plan.span[None, :, None] * device.window_uS
         g0 = device.program(target, stream(seed, name, "program"))
         nu = device.exponents(target, stream(seed, name, "drift"))
-        return cls(plan, device, target, g0, nu, codes, order)
+        return cls(plan, device, target, g0, nu, codes, order, name, seed)
 
     def conductance(self, t_s: float) -> Tensor:
-        """float64 (K, C, P), uS, physical order, at ``t_s`` seconds: drifted, stuck cells where they are stuck."""
+        """float64 (K, C, P), uS, physical order, as read at ``t_s`` seconds: drifted, stuck cells where they are stuck,
+        with the noise of that read-out. Reading again at one time gives the same; noise per product is apart."""
+        g, g0 = self._settled(t_s)
+        return self.device.read_out(g, g0, t_s, stream(self.seed, self.name, "readout", float(t_s)))
+
+    def _settled(self, t_s: float) -> tuple[Tensor, Tensor]:
+        """(conductance at ``t_s``, what it was when programmed), uS, before any read noise."""
         g = self.device.at(self.g0_uS, self.nu, t_s)
         if not bool((self.codes != OK).any()):
-            return g
+            return g, self.g0_uS
         stuck = torch.where(self.codes == STUCK_HIGH, self.device.g_max_uS, self.device.g_min_uS).to(g.dtype)
-        return torch.where(self.codes == OK, g, stuck)
+        return torch.where(self.codes == OK, g, stuck), torch.where(self.codes == OK, self.g0_uS, stuck)
 
     def fractions(self, t_s: float, wires: WireCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """(fractions, variance) in logical order, (K, C, P): position in the window and read variance at ``t_s``.
+        """(fractions, variance) in logical order, (K, C, P): place in the window, and variance per product, at ``t_s``.
 
         With ``wires`` both are seen through them: variances scale with (G_eff / G)^2, first order in the noise.
         """
-        g = self.conductance(t_s)
-        variance = self.device.read_variance(g, t_s, torch.where(self.codes == OK, self.g0_uS, g))
+        g, (settled, g0) = self.conductance(t_s), self._settled(t_s)
+        std = self.device.read_std(settled, t_s, per="product", g0_uS=g0)
+        variance = None if std is None else std.square()
         if wires is not None:
             seen = self._through(g, wires)
             if variance is not None:

@@ -1,6 +1,7 @@
 """Memory cells: programming error, drift and read noise of one conductance, in microsiemens and seconds.
 
-Order of effects on a cell: target -> programming error -> stuck cell -> drift to time t -> read noise at every use.
+Order of effects on a cell: target -> programming error -> drift to time t -> stuck cell -> read noise, drawn once for
+all products of a read-out (accumulated 1/f noise) or anew for every product.
 Symbols: G conductance (uS), g = G / G_max, nu drift exponent, t seconds since programming.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_fraction, check_positive
+from hq_lib.crossbar.checks import CrossbarError, check_choice, check_fraction, check_positive
 from hq_lib.crossbar.curves import Constant, Curve, Proportional
 
 _TINY_G = 1e-6  # g below this is taken as this: logarithms and negative powers stay finite, the clamps decide anyway
@@ -57,7 +59,10 @@ class Drift:
 
 
 class ReadNoise(ABC):
-    """Fresh Gaussian noise of a cell's conductance at every use."""
+    """Gaussian noise of a cell's conductance when it is read."""
+
+    per: str
+    """How long one draw lasts: a "readout" (all products at one time since programming) or a "product"."""
 
     @abstractmethod
     def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
@@ -70,7 +75,9 @@ class ReadNoise(ABC):
 
 @dataclass(frozen=True)
 class ConstantRead(ReadNoise):
-    """The same read noise for every cell."""
+    """The same read noise for every cell, fresh at every product."""
+
+    per: ClassVar[str] = "product"
 
     fraction: float
     """Standard deviation as a fraction of G_max, in [0, 1); 0.01 is what aihwkit suggests for RRAM."""
@@ -85,7 +92,11 @@ class ConstantRead(ReadNoise):
 @dataclass(frozen=True)
 class FlickerRead(ReadNoise):
     """1/f noise: sigma = G(t) q(g0) sqrt(ln((t + t_r) / (2 t_r))), q(g0) = min(q_scale g0^q_power, q_max), of what was
-    programmed, g0 = G(t0) / G_max: drift makes a cell smaller, not relatively noisier (as in aihwkit)."""
+    programmed, g0 = G(t0) / G_max: drift makes a cell smaller, not relatively noisier (as in aihwkit).
+
+    It is the noise accumulated since programming, slow beside a product: the source (aihwkit's PCM model) draws it
+    once for each time at which cells are read. Draws at different times are independent, as there; real 1/f noise is
+    correlated between them."""
 
     q_scale: float
     """q at g = 1, dimensionless, >= 0."""
@@ -95,6 +106,11 @@ class FlickerRead(ReadNoise):
     """Upper end of q, dimensionless."""
     t_read_s: float
     """Duration t_r of a read, seconds, > 0."""
+    per: str = "readout"
+    """ "readout": as the source draws it. "product": fresh at every product, the same variance without its memory."""
+
+    def __post_init__(self) -> None:
+        check_choice(self.per, ("readout", "product"), "FlickerRead.per")
 
     def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
         g0 = ((g_uS if g0_uS is None else g0_uS) / g_max_uS).clamp_min(_TINY_G)
@@ -120,7 +136,7 @@ class Device:
     drift: Drift | None = None
     """Power-law drift; None: time changes nothing but flicker noise."""
     read: ReadNoise | None = None
-    """Read noise per use; None: reads are noiseless."""
+    """Read noise; None: reads are noiseless."""
     clip_at_zero: bool = True
     """True: a negative draw becomes 0 uS (physical; shifts the mean of cells near 0). False: the bare Gaussian."""
 
@@ -133,6 +149,11 @@ class Device:
     def window_uS(self) -> float:
         """G_max - G_min, uS."""
         return self.g_max_uS - self.g_min_uS
+
+    @property
+    def ages(self) -> bool:
+        """Whether anything depends on the time since programming."""
+        return self.drift is not None or isinstance(self.read, FlickerRead)
 
     @property
     def t0_s(self) -> float:
@@ -163,11 +184,23 @@ class Device:
             raise CrossbarError(f"t_s = {t_s} is before {self.name}'s reference time {self.drift.t0_s} s")
         return g0_uS * torch.exp(-nu * math.log(t_s / self.drift.t0_s))
 
-    def read_variance(self, g_uS: Tensor, t_s: float, g0_uS: Tensor | None = None) -> Tensor | None:
-        """Variance of one read, uS^2, shape of ``g_uS``; None for noiseless reads. ``g0_uS``: see `ReadNoise.std`."""
-        if self.read is None:
+    def read_std(self, g_uS: Tensor, t_s: float, *, per: str, g0_uS: Tensor | None = None) -> Tensor | None:
+        """Standard deviation, uS, shape of ``g_uS``, of the noise drawn ``per`` "readout" or "product"; None: there is
+        none of that kind. ``g0_uS``: see `ReadNoise.std`."""
+        if self.read is None or self.read.per != per:
             return None
-        return self.read.std(g_uS, g_max_uS=self.g_max_uS, t_s=t_s, g0_uS=g0_uS) ** 2
+        return self.read.std(g_uS, g_max_uS=self.g_max_uS, t_s=t_s, g0_uS=g0_uS)
+
+    def read_out(self, g_uS: Tensor, g0_uS: Tensor, t_s: float, generator: Generator) -> Tensor:
+        """``g_uS`` with the noise of one read-out at ``t_s``, uS; itself where noise is none or fresh at every product.
+
+        A negative draw becomes 0 uS where ``clip_at_zero``, as in the source of `FlickerRead`.
+        """
+        std = self.read_std(g_uS, t_s, per="readout", g0_uS=g0_uS)
+        if std is None:
+            return g_uS
+        noisy = g_uS + std * torch.randn(g_uS.shape, generator=generator, dtype=g_uS.dtype)
+        return noisy.clamp_min_(0.0) if self.clip_at_zero else noisy
 
 
 def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:

@@ -69,7 +69,10 @@ class Tile:
     shift: Tensor | None
     """(Q N,), converter offsets in codes, or None."""
     variance: Variance | None
-    """(R, Q N [+ Q]), squared codes per squared input step; the last Q columns are the reference column's."""
+    """(R, Q N [+ Q]), squared codes per squared input step; the last Q columns are the reference column's, in
+    squared fractions of its window."""
+    reference: Tensor | None = None
+    """(Q, N), codes per fraction of the reference column's noise, or None."""
     _ready: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     def currents(self, driven: Operand) -> Tensor:
@@ -77,16 +80,19 @@ class Tile:
         product = self._times(driven, "matrix", self.matrix)
         return product if self.shift is None else product.add_(self.shift)
 
-    def noise(self, power: Callable[[], Operand], normals: Callable[[], Normals]) -> Tensor | None:
-        """(rows, Q N [+ Q]) one draw of read noise in codes, or None for noiseless reads.
+    def add_noise_(self, codes: Tensor, power: Callable[[], Operand], normals: Callable[[], Normals]) -> None:
+        """Nothing; adds one draw of read noise to ``codes`` (rows, Q N).
 
         Args:
             power: gives the squares of the driven inputs; ``normals`` the sequence to draw from.
         """
         if self.variance is None:
-            return None
+            return
         drawn = normals().draw(power().n_rows, self.variance.n_columns, self.matrix.dtype)
-        return self.variance.scale_(drawn, lambda matrix: self._times(power(), "variance", matrix))
+        noise = self.variance.scale_(drawn, lambda matrix: self._times(power(), "variance", matrix))
+        codes += noise[:, : codes.shape[1]]
+        if self.reference is not None:
+            codes -= (noise[:, codes.shape[1] :, None] * self.reference).flatten(1)
 
     def _times(self, driven: Operand, name: str, matrix: Tensor) -> Tensor:
         key = (name, *driven.layout)
@@ -105,8 +111,6 @@ class Reader:
     """Input steps."""
     coefficient: Tensor
     """float64 (Q, N), accumulator units per code."""
-    reference: Tensor | None
-    """(Q, N), codes per fraction of the reference column's noise, or None."""
     offset: Tensor
     """float64 (N,), taken off once per unit of sum(x)."""
     adc: Adc | None
@@ -132,19 +136,11 @@ class Reader:
             power = cache(lambda d=driven, step=step: d if step.mask == 1 else d.map(torch.square))
             for t, tile in enumerate(self.tiles):
                 codes = tile.currents(driven)
-                self._add_noise_(codes, tile.noise(power, lambda b=b, t=t: noise(b, t)))
+                tile.add_noise_(codes, power, lambda b=b, t=t: noise(b, t))
                 if self.adc is not None:
                     n_saturated += self.adc.convert_(codes, self.signed)
                 total.add_(codes, alpha=step.factor)
         return self._combine(x, total), n_saturated
-
-    def _add_noise_(self, codes: Tensor, noise: Tensor | None) -> None:
-        """Nothing; adds ``noise`` (rows, Q N [+ Q]) to ``codes`` (rows, Q N)."""
-        if noise is None:
-            return
-        codes += noise[:, : codes.shape[1]]
-        if self.reference is not None:
-            codes -= (noise[:, codes.shape[1] :, None] * self.reference).flatten(1)
 
     def _combine(self, x: Operand, total: Tensor) -> Tensor:
         """(rows, N) outputs from summed codes (rows, Q N): slices, signs and the digital offset."""

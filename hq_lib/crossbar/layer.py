@@ -134,7 +134,7 @@ class ArrayLayer:
     # -- converters ----------------------------------------------------------------------------------------------------
 
     def _ruled_step(self) -> Tensor | None:
-        """float64 (Q, N) unit currents per code by the "exact" and "max" rules; None if it has to be calibrated."""
+        """float64 (Q, N) unit currents per code by the rules that need no currents; None if it has to be calibrated."""
         adc, handle = self.circuit.adc, self.handle
         if adc is None:
             return torch.ones(self.plan.weight.numel(), self.plan.n_outputs, dtype=torch.float64)
@@ -143,14 +143,17 @@ class ArrayLayer:
             return None
         n_rows = min(self.circuit.mapping.tile_rows, handle.w_int.shape[0])
         peak = self.plan.span[: self.plan.n_outputs] * n_rows * self.circuit.drive.peak(handle.x_bits, handle.x_signed)
-        return adc.ruled_step(peak, self.signed).expand(self.plan.weight.numel(), -1)
+        try:
+            return adc.ruled_step(peak, self.signed).expand(self.plan.weight.numel(), -1)
+        except CrossbarError as error:
+            raise CrossbarError(f"{handle.name}: {error}") from None
 
     def _lossless(self) -> bool:
         """Whether converted reading provably equals the matmul: no converter, or whole codes that cannot saturate."""
         adc = self.circuit.adc
         if adc is None:
             return True
-        if adc.range != "exact" or not adc.perfect or self.variance is not None or self.adc_step is None:
+        if adc.range not in ("exact", "whole") or not adc.perfect or self.variance is not None or self.adc_step is None:
             return False
         return bool((self.adc_step == 1).all()) and is_whole(self.planes)
 
@@ -163,32 +166,29 @@ class ArrayLayer:
         if self.adc_step is None:
             raise CrossbarError(f"{handle.name}: a 'calibrated' ADC range needs calibrate_adc(handle, x) first")
         tiles = self._cast([self._build_tile(rows, self.adc_step) for rows in self._tile_rows()])
-        reference = None
-        if self.shared is not None:
-            reference = (plan.span[: plan.n_outputs] / self.adc_step).to(tiles[0].matrix.dtype)
         return Reader(
             tiles,
             self.circuit.drive.steps(handle.x_bits, handle.x_signed),
             plan.weight[:, None] * self.adc_step / plan.gain,
-            reference,
             plan.offset / plan.gain,
             self.circuit.adc,
             self.signed,
         )
 
     def _build_tile(self, rows: slice, lsb: Tensor) -> Tile:
-        adc, matrix = self.circuit.adc, (self.planes[rows].permute(0, 2, 1) / lsb).flatten(1)
-        variance = shift = None
-        if self.variance is not None:
-            variance = (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
-            if self.shared is not None:
-                variance = torch.cat([variance, self.shared[rows]], 1)
+        adc, shift, variance, reference = self.circuit.adc, None, None, None
         if adc is not None and not adc.perfect:
             generator = stream(self.circuit.seed, self.handle.name, "adc", rows.start)
-            gain, offset = torch.randn(2, matrix.shape[1], generator=generator, dtype=torch.float64)
-            matrix = matrix * (1 + adc.gain_sigma * gain)
-            shift = adc.offset_sigma_lsb * offset if adc.offset_sigma_lsb else None
-        return Tile(rows.start, matrix, shift, None if variance is None else Variance(variance))
+            gain, offset = torch.randn(2, *lsb.shape, generator=generator, dtype=torch.float64)
+            lsb = lsb / (1 + adc.gain_sigma * gain)  # of signal and read noise alike
+            shift = (adc.offset_sigma_lsb * offset).flatten() if adc.offset_sigma_lsb else None
+        matrix = (self.planes[rows].permute(0, 2, 1) / lsb).flatten(1)
+        if self.variance is not None:
+            variance = (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
+        if variance is not None and self.shared is not None:
+            variance = torch.cat([variance, self.shared[rows]], 1)
+            reference = self.plan.span[: self.plan.n_outputs] / lsb
+        return Tile(rows.start, matrix, shift, None if variance is None else Variance(variance), reference)
 
     def _cast(self, tiles: list[Tile]) -> list[Tile]:
         """float64 ``tiles`` in the precision of the circuit; as they are if a whole-number one would lose digits."""
@@ -201,6 +201,7 @@ class ArrayLayer:
                 self._final(t.matrix),
                 None if t.shift is None else t.shift.to(dtype),
                 self._cast_variance(t.variance),
+                None if t.reference is None else t.reference.to(dtype),
             )
             for t in tiles
         ]

@@ -83,9 +83,15 @@ class EngineNetwork:
         return evaluation_of(torch.from_numpy(logits), images.labels)
 
     def set_time(self, t_s: float) -> None:
-        """Nothing; simulated cells, recorded or not, are read ``t_s`` seconds after programming from now on."""
-        found = [simulated(engine, group) for engine, group in self.groups()]
-        for engine in {id(pair[0]): pair[0] for pair in found if pair}.values():
+        """Nothing; simulated cells that time changes are read ``t_s`` seconds after programming from now on.
+
+        Errors: no layer is on such cells.
+        """
+        found = [pair[0] for pair in (simulated(engine, group) for engine, group in self.groups()) if pair]
+        if not found:
+            raise CrossbarError("no layer is on simulated cells: there is no time to set")
+        ageing = [engine for engine in found if engine.circuit.device.ages] or found[:1]
+        for engine in {id(engine): engine for engine in ageing}.values():
             engine.set_time(t_s)
 
     def describe(self) -> dict[str, Any]:

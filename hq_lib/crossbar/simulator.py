@@ -13,6 +13,7 @@ from hq_lib.crossbar.description import flatten
 from hq_lib.crossbar.engine import Engine, Handle
 from hq_lib.crossbar.layer import ArrayLayer
 from hq_lib.crossbar.operands import Operand
+from hq_lib.crossbar.profiles import DEVICES
 from hq_lib.crossbar.streams import Normals, stream
 from hq_lib.crossbar.wires import WireCache
 
@@ -41,10 +42,16 @@ class SimEngine(Engine):
         return self._t_s
 
     def set_time(self, t_s: float) -> None:
-        """Nothing; from now on cells are read as they are ``t_s`` seconds after programming (>= the device's t0)."""
-        t0_s = self.circuit.device.t0_s
-        if not t0_s <= t_s < float("inf"):
-            raise CrossbarError(f"t_s = {t_s} is not a time from {self.circuit.device.name}'s reference {t0_s} s on")
+        """Nothing; from now on cells are read as they are ``t_s`` seconds after programming (>= the device's t0).
+
+        Errors: a device that time does not change, unless ``t_s`` is its t0.
+        """
+        device = self.circuit.device
+        if not device.t0_s <= t_s < float("inf"):
+            raise CrossbarError(f"t_s = {t_s} is not a time from {device.name}'s reference {device.t0_s} s on")
+        if not device.ages and t_s != device.t0_s:
+            drifting = ", ".join(name for name, other in DEVICES.items() if other.ages)
+            raise CrossbarError(f"{device.name} has no model of time: t_s = {t_s} would change nothing; use {drifting}")
         self._t_s = float(t_s)
         for layer in self._layers.values():
             layer.build(self._t_s, self._wires)

@@ -1,5 +1,7 @@
 """Converters: exact where they must be, within half a step elsewhere, monotone, and honest about saturation."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ def engine_and_handle(adc: Adc, **more):
 def test_lossless_size_is_that_of_the_formula():
     """R = 128 rows, 2-bit cells, 1-bit inputs: 385 levels need 9 bits (CROSSBAR model 1.2)."""
     mapping = Mapping(cell_bits=2, subtract="digital", scale="none")
-    nine, eight = (engine_and_handle(Adc(bits, "exact"), mapping=mapping, drive=Drive("serial")) for bits in (9, 8))
+    nine, eight = (engine_and_handle(Adc(bits, "whole"), mapping=mapping, drive=Drive("serial")) for bits in (9, 8))
     np.testing.assert_array_equal(nine[0].mvm(nine[1], X), X @ W)
     assert nine[0].layer(nine[1]).adc_step.unique().tolist() == [1]
     assert eight[0].layer(eight[1]).adc_step.unique().tolist() == [2]
@@ -28,12 +30,25 @@ def test_lossless_size_is_that_of_the_formula():
 
 def test_one_bit_less_errs_by_at_most_half_a_step_times_the_recombination_weight():
     mapping = Mapping(cell_bits=2, subtract="digital", scale="none")
-    engine, handle = engine_and_handle(Adc(8, "exact"), mapping=mapping, drive=Drive("serial"))
+    engine, handle = engine_and_handle(Adc(8, "whole"), mapping=mapping, drive=Drive("serial"))
     plan, n_tiles = engine.layer(handle).plan, 2
     factors = sum(step.factor for step in Drive("serial").steps(8, False))
     bound = 0.5 * 2 * n_tiles * factors * float(plan.weight.abs().sum())
     error = np.abs(engine.mvm(handle, X) - X @ W)
     assert 0 < error.max() <= bound
+
+
+def test_an_exact_range_is_exact_or_refused_with_the_bits_that_it_needs():
+    mapping = Mapping(cell_bits=2, subtract="digital", scale="none")
+    for bits in range(2, 17):
+        for drive in (Drive("serial"), Drive("serial", 3), Drive()):
+            needed = math.ceil(math.log2(128 * 3 * drive.peak(8, False) + 1))
+            if bits < needed:
+                with pytest.raises(CrossbarError, match=f"a: .*takes {needed} bits.*'whole'"):
+                    engine_and_handle(Adc(bits, "exact"), mapping=mapping, drive=drive)
+            else:
+                engine, handle = engine_and_handle(Adc(bits, "exact"), mapping=mapping, drive=drive)
+                np.testing.assert_array_equal(engine.mvm(handle, X), X @ W)
 
 
 @pytest.mark.parametrize("signed", [False, True])

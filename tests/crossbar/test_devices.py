@@ -1,6 +1,7 @@
 """Devices: errors, drift and read noise have the published means and variances; bad tables and rates are refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,11 +173,13 @@ def test_read_noise_of_the_output_is_exact_and_uncorrelated(circuit):
 @pytest.mark.parametrize("drive", [Drive(), Drive("serial")], ids=["analog", "serial"])
 def test_state_dependent_read_noise_has_its_own_variance_per_cell(path, drive):
     """Flicker noise of two cells by hand: one at the top of the window, one idle, in a column of one weight."""
-    circuit = Circuit(Device("f", "t", 0.0, 25.0, read=PCM_NANDAKUMAR.read), drive=drive, path=path)
+    fresh = Device("f", "t", 0.0, 25.0, read=replace(PCM_NANDAKUMAR.read, per="product"))
+    circuit = Circuit(fresh, drive=drive, path=path)
     engine = SimEngine(circuit)
     handle = engine.load(np.array([[7], [3]]), 1.0, "a", w_bits=4, x_bits=4)
     engine.set_time(1000.0)
-    sigma = PCM_NANDAKUMAR.read_variance(torch.tensor([25.0, 25 * 3 / 7], dtype=torch.float64), 1000.0).sqrt() / 25 * 7
+    g_uS = torch.tensor([25.0, 25 * 3 / 7], dtype=torch.float64)
+    sigma = fresh.read_std(g_uS, 1000.0, per="product") / 25 * 7
     power = [5**2, 9**2] if drive.mode == "analog" else [1 + 4**2, 1 + 8**2]
     n = 20_000
     y = engine.measure(handle, np.tile([5, 9], (n, 1)))
@@ -197,7 +200,7 @@ def test_a_shared_reference_column_correlates_all_outputs():
 
 def test_noise_is_fresh_and_programming_is_fixed():
     w, x = np.full((10, 2), 5), np.full((4, 10), 9)
-    noisy = SimEngine(Circuit(PCM_NANDAKUMAR))
+    noisy = SimEngine(Circuit(Device("n", "t", 0.0, 25.0, PCM_JOSHI.error, read=ConstantRead(0.01))))
     handle = noisy.load(w, 1.0, "a")
     first = noisy.measure(handle, x)
     assert not torch.equal(first, noisy.measure(handle, x))
@@ -285,7 +288,7 @@ def test_idle_cells_keep_proportional_error_small():
     """Proportional errors vanish with the weight: the pair's idle cell adds nothing (finding of Xiao et al. 2022)."""
     assert Proportional(0.2).sigma(torch.zeros(3)).tolist() == [0, 0, 0]
     w = np.zeros((5, 2), int)
-    engine = SimEngine(Circuit(proportional(0.2), adc=Adc(8, "exact")))
+    engine = SimEngine(Circuit(proportional(0.2), adc=Adc(8, "whole")))
     assert not engine.mvm(engine.load(w, 1.0, "a"), np.full((1, 5), 255)).any()
     assert IDEAL.window_uS == 25.0
     assert OK == 0

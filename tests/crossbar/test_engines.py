@@ -114,7 +114,7 @@ def test_path_is_chosen_by_what_could_be_lost():
     sliced = Mapping(cell_bits=2)
     for circuit, path in [
         (Circuit(PCM_JOSHI), "collapsed"),
-        (Circuit(IDEAL, adc=Adc(8, "exact")), "analog"),
+        (Circuit(IDEAL, adc=Adc(8, "whole")), "analog"),
         (Circuit(IDEAL, sliced, serial, Adc(9, "exact")), "collapsed"),
         (Circuit(IDEAL, sliced, serial, Adc(9, "max")), "serial"),
         (Circuit(PCM_JOSHI, sliced, serial, Adc(9, "exact")), "serial"),
@@ -138,7 +138,7 @@ def test_path_is_chosen_by_what_could_be_lost():
             NOISY,
             Mapping(cell_bits=2, subtract="digital", tile_rows=16),
             Drive("serial"),
-            Adc(6, "exact"),
+            Adc(6, "whole"),
             precision="float64",
             seed=3,
         ),
