@@ -19,7 +19,7 @@ from hq_lib.crossbar.compensation import Reference, compensate_drift, take_refer
 from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.cost import Cost, count
-from hq_lib.crossbar.curves import Constant, Curve, Polynomial, Proportional, Table, read_table
+from hq_lib.crossbar.curves import Constant, Curve, Polynomial, Proportional
 from hq_lib.crossbar.devices import (
     ConstantRead,
     Device,
@@ -36,9 +36,10 @@ from hq_lib.crossbar.engine import Engine, Handle, IdealEngine
 from hq_lib.crossbar.faults import Faults, load_maps, save_maps
 from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.mapping import Mapping, Plan
+from hq_lib.crossbar.measured import Measured, fit_report, measured_device
 from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.operands import Operand, Patches, Rows, Stencil
-from hq_lib.crossbar.profiles import DEVICES, device, measured_device
+from hq_lib.crossbar.profiles import DEVICES, device
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.crossbar.tcp import BenchServer, TcpDriver
@@ -74,6 +75,7 @@ __all__ = [
     "Limits",
     "LogClamp",
     "Mapping",
+    "Measured",
     "Operand",
     "Patches",
     "Patience",
@@ -87,7 +89,6 @@ __all__ = [
     "Rows",
     "SimEngine",
     "Stencil",
-    "Table",
     "TcpDriver",
     "Trace",
     "TraceError",
@@ -97,11 +98,11 @@ __all__ = [
     "count",
     "device",
     "effective_conductance",
+    "fit_report",
     "load_calibration",
     "load_maps",
     "measured_device",
     "proportional",
-    "read_table",
     "residuals",
     "save_calibration",
     "save_maps",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.devices import Device
@@ -31,6 +31,8 @@ class Cells:
     """Targets, uS."""
     g0_uS: Tensor
     """Programmed conductances at the device's reference time, uS."""
+    xi: Tensor
+    """Standard normals behind the programming errors."""
     nu: Tensor | None
     """Drift exponents, dimensionless, or None."""
     codes: Tensor
@@ -53,32 +55,36 @@ class Cells:
         placed = plan.rows(order)
         levels = partner_levels(placed, codes) if remap in ("partner", "both") else placed.levels
         target = device.g_min_uS + levels / plan.span[None, :, None] * device.window_uS
-        g0 = device.program(target, stream(seed, name, "program"))
+        xi = _normals(device, plan, shape, stream(seed, name, "program"))
+        g0 = device.program(target, xi)
         nu = device.exponents(target, stream(seed, name, "drift"))
-        return cls(plan, device, target, g0, nu, codes, order, name, seed)
+        return cls(plan, device, target, g0, xi, nu, codes, order, name, seed)
 
-    def conductance(self, t_s: float) -> Tensor:
+    def conductance(self, t_s: float, celsius: float = 25.0) -> Tensor:
         """float64 (K, C, P), uS, physical order, as read at ``t_s`` seconds: drifted, stuck cells where they are stuck,
         with the noise of that read-out. Reading again at one time gives the same; noise per product is apart."""
         g, g0 = self._settled(t_s)
-        return self.device.read_out(g, g0, t_s, stream(self.seed, self.name, "readout", float(t_s)))
+        g = self.device.read_out(g, g0, t_s, stream(self.seed, self.name, "readout", float(t_s)))
+        return g * self.device.warmth(celsius) if celsius != 25.0 else g
 
     def _settled(self, t_s: float) -> tuple[Tensor, Tensor]:
         """(conductance at ``t_s``, what it was when programmed), uS, before any read noise."""
-        g = self.device.at(self.g0_uS, self.nu, t_s)
+        g = self.device.at(self.target_uS, self.xi, self.nu, t_s)
         if not bool((self.codes != OK).any()):
             return g, self.g0_uS
         stuck = torch.where(self.codes == STUCK_HIGH, self.device.g_max_uS, self.device.g_min_uS).to(g.dtype)
         return torch.where(self.codes == OK, g, stuck), torch.where(self.codes == OK, self.g0_uS, stuck)
 
-    def fractions(self, t_s: float, wires: WireCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """(fractions, variance) in logical order, (K, C, P): place in the window, and variance per product, at ``t_s``.
+    def fractions(
+        self, t_s: float, wires: WireCache | None = None, celsius: float = 25.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """(fractions, variance) in logical order, (K, C, P): place in the window, and variance per product.
 
         With ``wires`` both are seen through them: variances scale with (G_eff / G)^2, first order in the noise.
         """
-        g, (settled, g0) = self.conductance(t_s), self._settled(t_s)
+        g, (settled, g0) = self.conductance(t_s, celsius), self._settled(t_s)
         std = self.device.read_std(settled, t_s, per="product", g0_uS=g0)
-        variance = None if std is None else std.square()
+        variance = None if std is None else (std * self.device.warmth(celsius)).square()
         if wires is not None:
             seen = self._through(g, wires)
             if variance is not None:
@@ -99,3 +105,18 @@ class Cells:
                 tile = slice(r, r + mapping.tile_rows), slice(c, c + mapping.tile_cols)
                 seen[tile] = torch.from_numpy(wires.effective(flat[tile]))
         return seen.view(g.shape)
+
+
+def _normals(device: Device, plan: Plan, shape: tuple[int, int, int], generator: Generator) -> Tensor:
+    """float64 ``shape`` standard normals; cells of one column or row of an array share a part, as the device says."""
+    xi = torch.randn(shape, generator=generator, dtype=torch.float64)
+    by_column, by_row = device.column_correlation, device.row_correlation
+    if by_column == by_row == 0:
+        return xi
+    n_rows, n_columns = shape[0], shape[1] * shape[2]
+    tile_of_row = torch.arange(n_rows) // plan.mapping.tile_rows
+    tile_of_column = torch.arange(n_columns) // plan.mapping.tile_cols
+    columns = torch.randn(int(tile_of_row[-1]) + 1, n_columns, generator=generator, dtype=torch.float64)
+    rows = torch.randn(n_rows, int(tile_of_column[-1]) + 1, generator=generator, dtype=torch.float64)
+    shared = by_column**0.5 * columns[tile_of_row] + by_row**0.5 * rows[:, tile_of_column]
+    return (1 - by_column - by_row) ** 0.5 * xi + shared.view(shape)

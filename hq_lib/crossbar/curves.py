@@ -5,10 +5,8 @@ Symbols: ``g_uS`` target conductance in microsiemens; ``sigma(g)`` standard devi
 
 from __future__ import annotations
 
-import csv
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +17,15 @@ from hq_lib.crossbar.checks import CrossbarError, check_fraction, check_positive
 
 class Curve(ABC):
     """sigma(G), programming error in uS against target conductance in uS."""
+
+    @property
+    def times_s(self) -> tuple[float, ...]:
+        """Times since programming, seconds, between which the curve knows the cells; one where time changes nothing."""
+        return (1.0,)
+
+    def state(self, target_uS: Tensor, xi: Tensor, t_s: float) -> Tensor:
+        """Conductance in uS of cells aimed at ``target_uS``, ``t_s`` seconds later, with standard normals ``xi``."""
+        return target_uS + self.sigma(target_uS) * xi
 
     @abstractmethod
     def sigma(self, g_uS: Tensor) -> Tensor:
@@ -72,55 +79,3 @@ class Polynomial(Curve):
         for coefficient in reversed(self.coefficients_uS):
             total = total * g + coefficient
         return total.clamp_min(0.0)
-
-
-@dataclass(frozen=True)
-class Table(Curve):
-    """One's own measured sigma(G): linear between the points, constant outside them."""
-
-    g_uS: tuple[float, ...]
-    """Conductances of the points, uS, strictly ascending, >= 0."""
-    sigma_uS: tuple[float, ...]
-    """Standard deviations at the points, uS, >= 0, as many as ``g_uS``."""
-
-    def __post_init__(self) -> None:
-        g, s = np.asarray(self.g_uS, float), np.asarray(self.sigma_uS, float)
-        if g.size == 0 or g.shape != s.shape:
-            raise CrossbarError(f"a sigma table needs as many sigma_uS ({s.size}) as g_uS ({g.size}), at least one")
-        if not (np.isfinite(g).all() and np.isfinite(s).all()) or (g < 0).any() or (s < 0).any():
-            raise CrossbarError("a sigma table holds a negative or non-finite entry; conductance and sigma are >= 0 uS")
-        if (np.diff(g) <= 0).any():
-            row = int(np.argmax(np.diff(g) <= 0)) + 1
-            raise CrossbarError(f"g_uS must ascend strictly; entry {row} ({g[row]:g} uS) does not: sort the table")
-
-    def sigma(self, g_uS: Tensor) -> Tensor:
-        found = np.interp(g_uS.numpy(), self.g_uS, self.sigma_uS)
-        return torch.from_numpy(np.asarray(found)).to(g_uS.dtype)
-
-
-def read_table(path: str | Path) -> Table:
-    """The sigma(G) table of a CSV file with the header ``g_uS,sigma_uS``; lines that start with # are comments.
-
-    Errors: another header, a field that is no number, negative or unsorted entries; each names file and line.
-    """
-    lines = [(n, text) for n, text in enumerate(Path(path).read_text().splitlines(), 1) if _is_data(text)]
-    rows = list(csv.reader(text for _, text in lines))
-    if not rows or [field.strip() for field in rows[0]] != ["g_uS", "sigma_uS"]:
-        raise CrossbarError(f"{path}: the first line must be 'g_uS,sigma_uS'")
-    try:
-        points = [_point(path, n, row) for (n, _), row in zip(lines[1:], rows[1:], strict=True)]
-        return Table(tuple(g for g, _ in points), tuple(s for _, s in points))
-    except CrossbarError as error:
-        raise CrossbarError(error.args[0] if str(path) in str(error) else f"{path}: {error}") from None
-
-
-def _is_data(line: str) -> bool:
-    return bool(line.strip()) and not line.lstrip().startswith("#")
-
-
-def _point(path: str | Path, line: int, row: list[str]) -> tuple[float, float]:
-    try:
-        g, sigma = row
-        return float(g), float(sigma)
-    except ValueError:
-        raise CrossbarError(f"{path}:{line}: expected two numbers, found {','.join(row)!r}") from None

@@ -26,14 +26,14 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
 def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """In words the first setting in which two engines' descriptions differ, or "" where they do not.
 
-    Time ("t_s") and the conditions of a bench ("env.*") may pass.
+    Time ("t_s"), temperature ("celsius") and the conditions of a bench ("env.*") may pass.
 
     Args:
         stored: from JSON. ``present``: from ``describe()``.
     """
     now = json.loads(json.dumps(present))
     for key in sorted(stored.keys() | now.keys()):
-        passing = key == "t_s" or key.startswith("env.")
+        passing = key in ("t_s", "celsius") or key.startswith("env.")
         if not passing and (key not in stored or key not in now or stored[key] != now[key]):
             return f"{key} was {stored.get(key)!r:.80}, here it is {now.get(key)!r:.80}"
     return ""

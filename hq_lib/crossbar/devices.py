@@ -139,11 +139,25 @@ class Device:
     """Read noise; None: reads are noiseless."""
     clip_at_zero: bool = True
     """True: a negative draw becomes 0 uS (physical; shifts the mean of cells near 0). False: the bare Gaussian."""
+    column_correlation: float = 0.0
+    """Correlation of the programming errors (in their sigmas) of any two cells of one column of an array, [0, 1)."""
+    row_correlation: float = 0.0
+    """The same of one row. The sum of both must be below 1."""
+    temperature_per_K: float = 0.0
+    """Relative change of every conductance per kelvin above 25 C: G (1 + temperature_per_K (T - 25))."""
+    iv_cubic: float = 0.0
+    """a of I = G V (1 + a (V / V_max)^2) / (1 + a), > -1/3 (monotone): full drive gives the ohmic current. With one-bit
+    inputs nothing changes; with pulse widths for inputs leave it 0."""
 
     def __post_init__(self) -> None:
         check_positive(self.g_min_uS, "g_min_uS", zero=True)
         if not (math.isfinite(self.g_max_uS) and self.g_max_uS > self.g_min_uS):
             raise CrossbarError(f"g_max_uS = {self.g_max_uS} must exceed g_min_uS = {self.g_min_uS}")
+        for name in ("column_correlation", "row_correlation"):
+            check_fraction(getattr(self, name), name)
+        check_fraction(self.column_correlation + self.row_correlation, "column_correlation + row_correlation")
+        if not (math.isfinite(self.temperature_per_K) and math.isfinite(self.iv_cubic) and self.iv_cubic > -1 / 3):
+            raise CrossbarError(f"temperature_per_K and iv_cubic = {self.iv_cubic} must be finite, iv_cubic > -1/3")
 
     @property
     def window_uS(self) -> float:
@@ -153,20 +167,17 @@ class Device:
     @property
     def ages(self) -> bool:
         """Whether anything depends on the time since programming."""
-        return self.drift is not None or isinstance(self.read, FlickerRead)
+        tabled = self.error is not None and len(self.error.times_s) > 1
+        return self.drift is not None or isinstance(self.read, FlickerRead) or tabled
 
     @property
     def t0_s(self) -> float:
-        """Reference time of the programmed state, seconds (1 for devices without drift)."""
-        return self.drift.t0_s if self.drift else 1.0
+        """Reference time of the programmed state, seconds (1 for devices without a model of time)."""
+        return self.drift.t0_s if self.drift else self.error.times_s[0] if self.error else 1.0
 
-    def program(self, target_uS: Tensor, generator: Generator) -> Tensor:
-        """Programmed conductance G_T + N(0, sigma(G_T)), uS, shape of ``target_uS``."""
-        if self.error is None:
-            return target_uS.clone()
-        xi = torch.randn(target_uS.shape, generator=generator, dtype=target_uS.dtype)
-        g_uS = target_uS + self.error.sigma(target_uS) * xi
-        return g_uS.clamp_min_(0.0) if self.clip_at_zero else g_uS
+    def program(self, target_uS: Tensor, xi: Tensor) -> Tensor:
+        """Programmed conductance G_T + sigma(G_T) xi, uS, shape of ``target_uS``, from standard normals ``xi``."""
+        return self.at(target_uS, xi, None, self.t0_s)
 
     def exponents(self, target_uS: Tensor, generator: Generator) -> Tensor | None:
         """Drift exponents |N(mu(g), s(g))| per cell, dimensionless, or None for a device without drift."""
@@ -176,13 +187,28 @@ class Device:
         xi = torch.randn(target_uS.shape, generator=generator, dtype=target_uS.dtype)
         return (self.drift.mu.at(g) + self.drift.spread.at(g) * xi).abs_()
 
-    def at(self, g0_uS: Tensor, nu: Tensor | None, t_s: float) -> Tensor:
-        """Conductance at ``t_s`` >= t0 seconds, uS: G0 (t / t0)^(-nu); ``g0_uS`` itself without drift."""
-        if nu is None or self.drift is None:
-            return g0_uS
-        if not t_s >= self.drift.t0_s:
-            raise CrossbarError(f"t_s = {t_s} is before {self.name}'s reference time {self.drift.t0_s} s")
-        return g0_uS * torch.exp(-nu * math.log(t_s / self.drift.t0_s))
+    def at(self, target_uS: Tensor, xi: Tensor, nu: Tensor | None, t_s: float) -> Tensor:
+        """Conductance at ``t_s`` >= t0 seconds, uS: (G_T + sigma(G_T) xi) (t / t0)^(-nu), or as `Measured` has it.
+
+        Args:
+            target_uS, xi: targets, and the standard normals of their programming errors.
+            nu: drift exponents; None: no drift.
+        """
+        if not t_s >= self.t0_s:
+            raise CrossbarError(f"t_s = {t_s} is before {self.name}'s reference time {self.t0_s} s")
+        g_uS = target_uS.clone() if self.error is None else self.error.state(target_uS, xi, t_s)
+        g_uS = g_uS.clamp_min_(0.0) if self.clip_at_zero else g_uS
+        return g_uS if nu is None else g_uS * torch.exp(-nu * math.log(t_s / self.t0_s))
+
+    def warmth(self, celsius: float) -> float:
+        """The factor of every conductance at ``celsius``, 1 at 25 C, > 0."""
+        factor = 1 + self.temperature_per_K * (celsius - 25.0)
+        if celsius != 25.0 and (self.temperature_per_K == 0 or not 0 < factor < float("inf")):
+            raise CrossbarError(
+                f"{self.name} at {celsius} C: temperature_per_K = {self.temperature_per_K} changes nothing or leaves "
+                "no conductance; state a coefficient with replace(device, temperature_per_K=...)"
+            )
+        return factor
 
     def read_std(self, g_uS: Tensor, t_s: float, *, per: str, g0_uS: Tensor | None = None) -> Tensor | None:
         """Standard deviation, uS, shape of ``g_uS``, of the noise drawn ``per`` "readout" or "product"; None: there is

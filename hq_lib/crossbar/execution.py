@@ -117,6 +117,8 @@ class Reader:
     """The converter; None reads the currents as they are."""
     signed: bool
     """Whether currents have both signs."""
+    drive: Callable[[Tensor], Tensor]
+    """What a row is driven with for digits of a step."""
 
     @property
     def n_conversions(self) -> int:
@@ -132,7 +134,7 @@ class Reader:
         dtype, n_saturated = self.tiles[0].matrix.dtype, 0
         total = torch.zeros(x.n_rows, self.coefficient.numel(), dtype=self._sum_dtype(dtype))
         for b, step in enumerate(self.steps):
-            driven = x.map(lambda v, step=step: step.digits(v).to(dtype))
+            driven = x.map(lambda v, step=step: self.drive(step.digits(v).to(dtype)))
             power = cache(lambda d=driven, step=step: d if step.mask == 1 else d.map(torch.square))
             for t, tile in enumerate(self.tiles):
                 codes = tile.currents(driven)

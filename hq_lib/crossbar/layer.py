@@ -25,9 +25,12 @@ class ArrayLayer:
         circuit: settings.
         t_s: seconds since programming.
         wires: solver, or None.
+        celsius: temperature of the cells.
     """
 
-    def __init__(self, handle: Handle, circuit: Circuit, t_s: float, wires: WireCache | None) -> None:
+    def __init__(
+        self, handle: Handle, circuit: Circuit, t_s: float, wires: WireCache | None, celsius: float = 25.0
+    ) -> None:
         plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
         self.handle, self.circuit, self.plan = handle, circuit, plan
         self.cells = Cells.program(
@@ -35,12 +38,13 @@ class ArrayLayer:
         )
         self.adc_step = self._ruled_step()
         self.n_conversions = self.n_saturated = 0
-        self.build(t_s, wires)
+        self.bend = self._bend()
+        self.build(t_s, wires, celsius)
 
-    def build(self, t_s: float, wires: WireCache | None) -> None:
+    def build(self, t_s: float, wires: WireCache | None, celsius: float = 25.0) -> None:
         """Nothing; sets planes, variances, effective weight and path for cells as they are at ``t_s`` seconds."""
         plan = self.plan
-        fractions, variance = self.cells.fractions(t_s, wires)
+        fractions, variance = self.cells.fractions(t_s, wires, celsius)
         self.planes = made_whole(plan.planes(fractions))
         self.variance = None if variance is None else plan.plane_variance(variance)
         self.shared = None if variance is None else plan.reference_variance(variance)
@@ -100,10 +104,22 @@ class ArrayLayer:
         for rows in self._tile_rows():
             cells = (self.planes[rows] / span[None, :, None]).to(torch.float32)
             for step in steps:
-                driven = step.digits(wide[:, rows]).to(torch.float32)
+                driven = self.drive(step.digits(wide[:, rows]).to(torch.float32))
                 for q, plane in enumerate(found):
                     plane.append((driven @ cells[..., q]).flatten())
         return [torch.cat(plane) for plane in found]
+
+    def drive(self, digits: Tensor) -> Tensor:
+        """Driven ``digits`` in the units of their full drive, bent as the cells' I-V curve bends them."""
+        if self.bend is None:
+            return digits
+        cubic, peak = self.bend
+        return digits * ((digits / peak).square() * cubic + 1) / (1 + cubic)
+
+    def _bend(self) -> tuple[float, float] | None:
+        """(a, largest digit) of a curved I-V characteristic that this drive can see, or None."""
+        peak = self.circuit.drive.peak(self.handle.x_bits, self.handle.x_signed)
+        return (self.circuit.device.iv_cubic, float(peak)) if self.circuit.device.iv_cubic and peak > 1 else None
 
     # -- what the cells amount to --------------------------------------------------------------------------------------
 
@@ -152,8 +168,10 @@ class ArrayLayer:
         """Whether converted reading provably equals the matmul: no converter, or whole codes that cannot saturate."""
         adc = self.circuit.adc
         if adc is None:
-            return True
-        if adc.range not in ("exact", "whole") or not adc.perfect or self.variance is not None or self.adc_step is None:
+            return self.bend is None or self.circuit.drive.mode == "analog"
+        if adc.range not in ("exact", "whole") or not adc.perfect or self.adc_step is None:
+            return False
+        if self.variance is not None or self.bend is not None:
             return False
         return bool((self.adc_step == 1).all()) and is_whole(self.planes)
 
@@ -173,6 +191,7 @@ class ArrayLayer:
             plan.offset / plan.gain,
             self.circuit.adc,
             self.signed,
+            self.drive,
         )
 
     def _build_tile(self, rows: slice, lsb: Tensor) -> Tile:

@@ -29,6 +29,7 @@ from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
 from hq_lib.crossbar.correction import Correction
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
 from hq_lib.crossbar.recording import simulated
+from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.crossbar.streams import stream
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer.execute import Products, run
@@ -87,12 +88,24 @@ class EngineNetwork:
 
         Errors: no layer is on such cells.
         """
+        found = self._simulators()
+        for engine in [engine for engine in found if engine.circuit.device.ages] or found[:1]:
+            engine.set_time(t_s)
+
+    def set_temperature(self, celsius: float) -> None:
+        """Nothing; all simulated cells are read at ``celsius`` from now on.
+
+        Errors: no layer is on such cells, a device without a temperature coefficient.
+        """
+        for engine in self._simulators():
+            engine.set_temperature(celsius)
+
+    def _simulators(self) -> list[SimEngine]:
+        """The simulators in use, behind recorders too, each once; none is an error."""
         found = [pair[0] for pair in (simulated(engine, group) for engine, group in self.groups()) if pair]
         if not found:
-            raise CrossbarError("no layer is on simulated cells: there is no time to set")
-        ageing = [engine for engine in found if engine.circuit.device.ages] or found[:1]
-        for engine in {id(engine): engine for engine in ageing}.values():
-            engine.set_time(t_s)
+            raise CrossbarError("no layer is on simulated cells: there is no time or temperature to set")
+        return list({id(engine): engine for engine in found}.values())
 
     def describe(self) -> dict[str, Any]:
         """Flat dictionary for result rows: which layers, and every setting of their engines."""

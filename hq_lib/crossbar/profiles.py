@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from hq_lib.crossbar.checks import check_choice
-from hq_lib.crossbar.curves import Polynomial, read_table
+from hq_lib.crossbar.curves import Polynomial
 from hq_lib.crossbar.devices import Device, Drift, FlickerRead, LogClamp
+from hq_lib.crossbar.measured import measured_device
 
 IDEAL = Device("ideal", "no errors; infinite on/off ratio", 0.0, 25.0)
 
@@ -70,11 +71,9 @@ DEVICES: dict[str, Device] = {
 }
 
 
-def device(name: str) -> Device:
-    """The published device called ``name``; an unknown name is refused with the nearest ones."""
-    return DEVICES[check_choice(name, DEVICES, "device")]
-
-
-def measured_device(path: str | Path, *, g_min_uS: float, g_max_uS: float) -> Device:
-    """A device from one's own CSV table of sigma(G) (header ``g_uS,sigma_uS``) and its window in uS."""
-    return Device("table", f"measured sigma(G) table {Path(path).name}", g_min_uS, g_max_uS, read_table(path))
+def device(name: str | Path) -> Device:
+    """The published device called ``name``, or the `measured_device` of a path that ends in .csv; an unknown name is
+    refused with the nearest ones."""
+    if Path(name).suffix == ".csv":
+        return measured_device(name)
+    return DEVICES[check_choice(str(name), DEVICES, "device")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hq_lib.crossbar.checks import CrossbarError
@@ -35,7 +36,7 @@ class SimEngine(Engine):
         self._wires = None if wires is None or wires.ideal else WireCache(wires)
         self._layers: dict[str, ArrayLayer] = {}
         self._streams: dict[tuple[object, ...], Normals] = {}
-        self._t_s = self.circuit.device.t0_s
+        self._t_s, self._celsius = self.circuit.device.t0_s, 25.0
 
     @property
     def time_s(self) -> float:
@@ -49,12 +50,25 @@ class SimEngine(Engine):
         device = self.circuit.device
         if not device.t0_s <= t_s < float("inf"):
             raise CrossbarError(f"t_s = {t_s} is not a time from {device.name}'s reference {device.t0_s} s on")
+        if device.error is not None and len(device.error.times_s) > 1 and t_s > device.error.times_s[-1]:
+            raise CrossbarError(f"{device.name} was measured up to {device.error.times_s[-1]:g} s, not {t_s:g} s")
         if not device.ages and t_s != device.t0_s:
             drifting = ", ".join(name for name, other in DEVICES.items() if other.ages)
             raise CrossbarError(f"{device.name} has no model of time: t_s = {t_s} would change nothing; use {drifting}")
-        self._t_s = float(t_s)
+        self._rebuild(float(t_s), self._celsius)
+
+    def set_temperature(self, celsius: float) -> None:
+        """Nothing; from now on cells are read at ``celsius`` (25 until then), as ``device.temperature_per_K`` says.
+
+        Errors: a device whose coefficient is 0, a temperature that leaves no conductance.
+        """
+        self.circuit.device.warmth(celsius)
+        self._rebuild(self._t_s, float(celsius))
+
+    def _rebuild(self, t_s: float, celsius: float) -> None:
         for layer in self._layers.values():
-            layer.build(self._t_s, self._wires)
+            layer.build(t_s, self._wires, celsius)
+        self._t_s, self._celsius = t_s, celsius
 
     def reset_noise(self) -> None:
         """Nothing; read noise starts again from its first draw."""
@@ -84,18 +98,23 @@ class SimEngine(Engine):
     def describe(self) -> dict[str, Any]:
         settings = flatten("", self.circuit)
         settings.pop("")
-        return {"engine": "sim", "t_s": self._t_s} | {key.removeprefix("."): v for key, v in settings.items()}
+        return {"engine": "sim", "t_s": self._t_s, "celsius": self._celsius} | {
+            key.removeprefix("."): v for key, v in settings.items()
+        }
 
     def effective_weight(self, handle: Handle) -> Tensor | None:
         layer = self.layer(handle)
-        return layer.weight if layer.path == "collapsed" else None
+        return layer.weight if layer.path == "collapsed" and layer.bend is None else None
 
     def add_noise_(self, handle: Handle, x: Operand, raw: Tensor) -> Tensor:
         layer = self.layer(handle)
         if layer.noise is None:
             return raw
         n, drive = layer.plan.n_outputs, self.circuit.drive
-        power = x.map(lambda v: drive.power(v, handle.x_bits, handle.x_signed))
+        if layer.bend is not None:
+            power = x.map(torch.square)  # of currents, not of numbers
+        else:
+            power = x.map(lambda v: drive.power(v, handle.x_bits, handle.x_signed))
         drawn = self._normals(handle.name, "read").draw(x.n_rows, layer.noise.n_columns, layer.noise.matrix.dtype)
         noise = layer.noise.scale_(drawn, power.product)
         raw += noise[:, :n]
@@ -104,13 +123,14 @@ class SimEngine(Engine):
         return raw
 
     def _program(self, handle: Handle) -> None:
-        self._layers[handle.name] = ArrayLayer(handle, self.circuit, self._t_s, self._wires)
+        self._layers[handle.name] = ArrayLayer(handle, self.circuit, self._t_s, self._wires, self._celsius)
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         layer = self.layer(handle)
         if layer.path == "collapsed":
-            analog = self.circuit.drive.mode == "analog"  # then powers are squares of the numbers just converted
-            driven = x.map(lambda v: v.to(layer.weight.dtype)) if analog else x
+            analog, dtype = self.circuit.drive.mode == "analog", layer.weight.dtype
+            # in analog mode powers are squares of the numbers just converted
+            driven = x.map(lambda v: layer.drive(v.to(dtype))) if analog else x
             return self.add_noise_(handle, driven, driven.product(layer.weight))
         y, n_saturated = layer.reader.read(x, lambda b, t: self._normals(handle.name, "read", b, t))
         layer.n_conversions += layer.reader.n_conversions * x.n_rows

@@ -22,11 +22,8 @@ from hq_lib.crossbar import (
     Polynomial,
     Proportional,
     SimEngine,
-    Table,
     device,
-    measured_device,
     proportional,
-    read_table,
     state_independent,
 )
 from hq_lib.crossbar.faults import OK
@@ -45,7 +42,8 @@ SIGMAS = 5  # of the test statistic
 
 
 def sample(dev: Device, g: float, n: int = 20_000) -> torch.Tensor:
-    return dev.program(torch.full((n,), g, dtype=torch.float64), stream(0, dev.name, g))
+    xi = torch.randn(n, generator=stream(0, dev.name, g), dtype=torch.float64)
+    return dev.program(torch.full((n,), g, dtype=torch.float64), xi)
 
 
 @pytest.mark.parametrize(
@@ -109,15 +107,15 @@ def test_drift_exponents_are_never_negative():
 def test_drift_is_a_power_law_and_the_identity_at_its_reference_time():
     narrow = Device("d", "test", 0.0, 25.0, drift=Drift(LogClamp(0, 0.06, 0.06, 0.06), LogClamp(0, 0, 0, 0), 20.0))
     g0 = torch.full((100,), 10.0, dtype=torch.float64)
-    nu = narrow.exponents(g0, stream(0))
-    assert torch.equal(narrow.at(g0, nu, 20.0), g0)
-    assert torch.equal(narrow.at(g0, torch.zeros_like(nu), 1e6), g0)
+    nu, still = narrow.exponents(g0, stream(0)), torch.zeros_like(g0)
+    assert torch.equal(narrow.at(g0, still, nu, 20.0), g0)
+    assert torch.equal(narrow.at(g0, still, torch.zeros_like(nu), 1e6), g0)
     times = np.array([20.0, 2e2, 2e4, 2e7])
-    means = [float(narrow.at(g0, nu, t).mean()) for t in times]
+    means = [float(narrow.at(g0, still, nu, t).mean()) for t in times]
     assert np.polyfit(np.log(times), np.log(means), 1)[0] == pytest.approx(-0.06, abs=1e-9)
     assert means == sorted(means, reverse=True)
     with pytest.raises(CrossbarError, match="before"):
-        narrow.at(g0, nu, 1.0)
+        narrow.at(g0, still, nu, 1.0)
 
 
 def test_time_moves_the_engine_and_back():
@@ -245,43 +243,13 @@ def test_points_of_the_fast_normals_are_standard_and_uncorrelated():
         (lambda: device("rramm"), "nearest: rram"),
         (lambda: Polynomial(()), "one or more"),
         (lambda: ConstantRead(1), "fraction"),
-        (lambda: Table((1.0, 1.0), (0.1, 0.2)), "sort the table"),
-        (lambda: Table((1.0,), (-0.1,)), "negative"),
-        (lambda: Table((1.0, 2.0), (0.1,)), "as many"),
-        (lambda: Table((float("nan"),), (0.1,)), "non-finite"),
+        (lambda: Device("d", "t", 0.0, 5.0, column_correlation=0.6, row_correlation=0.6), "correlation"),
+        (lambda: Device("d", "t", 0.0, 5.0, iv_cubic=-0.5), "iv_cubic"),
     ],
 )
 def test_bad_devices_are_refused(make, message):
     with pytest.raises(CrossbarError, match=message):
         make()
-
-
-def test_own_table_is_read_and_interpolated(tmp_path):
-    path = tmp_path / "sigma.csv"
-    path.write_text("# chip 7, 25 C\ng_uS,sigma_uS\n0,0.2\n10,1.0\n20,0.6\n")
-    table = read_table(path)
-    found = table.sigma(torch.tensor([-1.0, 5.0, 10.0, 15.0, 30.0], dtype=torch.float64))
-    np.testing.assert_allclose(found, [0.2, 0.6, 1.0, 0.8, 0.6], rtol=1e-12)
-    assert measured_device(path, g_min_uS=0, g_max_uS=20).error == table
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("g,sigma\n0,1\n", "first line"),
-        ("g_uS,sigma_uS\n0,1\n5\n", ":3: expected two numbers"),
-        ("g_uS,sigma_uS\n0,1\n5,abc\n", ":3: expected two numbers"),
-        ("g_uS,sigma_uS\n5,1\n0,1\n", "sort the table"),
-        ("g_uS,sigma_uS\n0,-1\n", "negative"),
-        ("g_uS,sigma_uS\n", "at least one"),
-        ("", "first line"),
-    ],
-)
-def test_bad_tables_name_the_file(tmp_path, text, message):
-    (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(CrossbarError, match=message) as error:
-        read_table(tmp_path / "bad.csv")
-    assert "bad.csv" in str(error.value)
 
 
 def test_idle_cells_keep_proportional_error_small():
