@@ -70,7 +70,8 @@ def batches(
     stop = n if generator is None or n < batch_size else n - n % batch_size
     for start in range(0, stop, batch_size):
         chosen = order[start : min(start + batch_size, stop)]
-        x = images.images[chosen]
+        at = chosen.to(images.images.device)
+        x = images.images[at]
         if generator is not None and (pad or flip):
             x = augment(x, generator, pad=pad, flip=flip)
-        yield normalize(x.to(device), images.spec), images.labels[chosen].to(device)
+        yield normalize(x.to(device), images.spec), images.labels[at].to(device)

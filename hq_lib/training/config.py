@@ -11,7 +11,8 @@ from hq_lib.quantizers.base import Tag
 from hq_lib.quantizers.groups import parameter_tags
 
 SCHEDULES = ("cosine", "one_cycle", "step")
-PRECISIONS = ("float32", "bfloat16")
+AUTO = "auto"
+PRECISIONS = ("float32", "bfloat16", AUTO)
 KEEPS = ("last", "best_val")
 
 
@@ -46,12 +47,13 @@ class TrainConfig:
     grad_clip: float | None = None
     """Largest gradient norm, or None."""
     precision: str = "float32"
-    """"float32", or "bfloat16" (autocast: convolutions and linear layers in bfloat16, weights stay float32)."""
+    """"float32", "bfloat16" (autocast: convolutions and linear layers in bfloat16, weights stay float32), or "auto":
+    what ``machine.settled`` chooses when the run begins."""
     weight_noise: float = 0.0
     """Noise-aware training for analog arrays: standard deviation of fresh errors of every convolution's and linear
     layer's weights in each step, a fraction of the largest |w| of the output channel (``crossbar.weight_noise``)."""
-    compile: bool = False
-    """Run the training steps through ``torch.compile`` where a compiler is at hand."""
+    compile: bool | str = False
+    """Run the training steps through ``torch.compile``; "auto" as above."""
     keep: str = "last"
     """Which epoch's weights the run ends with: "last", or "best_val" (by validation accuracy, never by test)."""
     seed: int = 0
@@ -61,6 +63,8 @@ class TrainConfig:
         for key, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("keep", KEEPS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        if self.compile not in (True, False, AUTO):
+            raise ValueError(f"TrainConfig.compile={self.compile!r}: choose True, False or {AUTO!r}")
         for key in ("epochs", "batch_size", "lr"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: must be above 0")

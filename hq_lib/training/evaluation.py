@@ -1,6 +1,6 @@
 """Accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,22 +31,33 @@ def device_of(net: nn.Module | Callable[..., Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def predict(net: nn.Module, images: ImageSet, *, batch_size: int = 500) -> Tensor:
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""(normalised images (B, C, H, W), labels (B,)), batch by batch: a ``DataLoader``, a list, a generator."""
+
+
+def predict(net: nn.Module, images: ImageSet | Batches, *, batch_size: int = 500) -> Tensor:
     """(N, n_classes) float32 logits on the CPU, in the order of ``images``; eval mode, no gradients."""
-    device = device_of(net)
-    with eval_mode(net), torch.inference_mode():
-        logits = [net(x).float().cpu() for x, _ in batches(images, batch_size, device=device)]
-    return torch.cat(logits)
+    return _outputs(net, images, batch_size)[0]
 
 
-def evaluate(net: nn.Module, images: ImageSet, *, batch_size: int = 500) -> Evaluation:
+def evaluate(net: nn.Module, images: ImageSet | Batches, *, batch_size: int = 500) -> Evaluation:
     """Top-1 accuracy (percent) and mean cross entropy (nats) over all images, float32.
 
-    Raises ``ValueError`` for an empty set.
+    ``batch_size`` is for an ``ImageSet``; batches come as they are. Raises ``ValueError`` for an empty set.
     """
-    if len(images) == 0:
-        raise ValueError(f"nothing to evaluate: {images.spec.name} {images.split} is empty")
-    return evaluation_of(predict(net, images, batch_size=batch_size), images.labels)
+    return evaluation_of(*_outputs(net, images, batch_size))
+
+
+def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int) -> tuple[Tensor, Tensor]:
+    device = device_of(net)
+    walk = batches(images, batch_size, device=device) if isinstance(images, ImageSet) else images
+    with eval_mode(net), torch.inference_mode():
+        pairs = [(net(x.to(device)).float().cpu(), y.cpu()) for x, y in walk]
+    if not pairs:
+        named = f"{images.spec.name} {images.split} is empty" if isinstance(images, ImageSet) else "no batch came"
+        raise ValueError(f"nothing to evaluate: {named}")
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
 
 
 def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:

@@ -1,14 +1,15 @@
 """The training loop, for float networks and through quantizers alike.
 
 Everything random of an epoch (order, crops, flips, dropout) comes from ``config.seed`` and the epoch's number, and the
-state is saved after each epoch: a run killed at any moment and started again ends with bit-identical weights.
+state is saved after each epoch: a run killed at any moment and started again, on the same machine with as many threads,
+ends with bit-identical weights.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hq_lib.data import ImageSet, batches
-from hq_lib.training import run_state
-from hq_lib.training.compilation import compiled
+from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
-from hq_lib.training.evaluation import device_of, evaluate
+from hq_lib.training.evaluation import Batches, device_of, evaluate
 
 SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,19 +32,21 @@ class FitResult:
     """What a run did; the network itself is left holding the kept weights."""
 
     history: list[dict[str, float]]
-    """One row an epoch: epoch, train_loss, val_acc_pct, val_loss, lr, seconds."""
+    """One row an epoch: epoch, train_loss, lr, seconds, and with validation images val_acc_pct, val_loss."""
     kept_epoch: int
     """Epoch (1-based) whose weights the network holds now."""
     val_acc_pct: float
-    """Validation accuracy of those weights, percent."""
+    """Validation accuracy of those weights, percent; NaN without validation images."""
     seconds: float
     """Training time over all epochs, resumed ones included."""
+    config: TrainConfig
+    """What was run: as asked for, with the precision and compilation that "auto" came to."""
 
 
 def fit(
     net: nn.Module,
-    train: ImageSet,
-    val: ImageSet,
+    train: ImageSet | Batches,
+    val: ImageSet | Batches | None,
     config: TrainConfig,
     run_dir: Path | None = None,
     *,
@@ -56,18 +58,22 @@ def fit(
 
     Args:
         net:          logits from (B, C, H, W) normalised images; stays on its device.
-        train, val:   training images and the validation images that are evaluated after each epoch.
+        train:        training images, or batches of normalised ones (B, C, H, W) with their labels (B,): anything with
+                      a length that is walked anew in each epoch, as a ``DataLoader``; ``config.batch_size``, ``pad``
+                      and ``flip`` are for images only.
+        val:          validation images or batches, evaluated after each epoch; None where all images are trained on.
         config:       see ``TrainConfig``.
         run_dir:      folder to save to and resume from; None keeps nothing.
-        loss:         (logits (B, K), labels (B,), images (B, C, H, W)) -> scalar; default cross entropy with
-                      ``config.label_smoothing``.
+        loss:         (logits (B, K), labels (B,), images (B, C, H, W)) -> scalar, called under the run's autocast;
+                      default cross entropy with ``config.label_smoothing``.
         before_epoch: called as (net, epoch from 0) before each epoch, the net in train mode already; a module that it
                       puts in eval mode stays there for the epoch.
         say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
 
     Raises:
         FloatingPointError: the loss stopped being finite; names the epoch and the learning rate.
-        ValueError: ``run_dir`` holds a run of another configuration, or a damaged state.
+        ValueError: ``run_dir`` holds a run of another configuration, or a damaged state; batches without a length;
+            ``keep="best_val"`` without validation images.
     """
     with _noisy(net, config.weight_noise):
         return _Run(net, train, val, config, run_dir, loss, before_epoch, say or (lambda _: None)).go()
@@ -95,35 +101,63 @@ def _averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], An
     return torch.no_grad()(update)
 
 
+def _on(images: ImageSet | Batches, device: torch.device) -> ImageSet | Batches:
+    """Images once and for all on the device that trains (a quarter of what they take as float32)."""
+    if not isinstance(images, ImageSet) or device.type == "cpu":
+        return images
+    return replace(images, images=images.images.to(device), labels=images.labels.to(device))
+
+
+def _n_steps(train: ImageSet | Batches, config: TrainConfig) -> int:
+    if isinstance(train, ImageSet):
+        return max(len(train) // config.batch_size, 1)
+    if not isinstance(train, Sized) or isinstance(train, Iterator) or len(train) == 0:
+        raise ValueError("batches to train on are walked once an epoch: pass a DataLoader or a list that is not empty")
+    return len(train)
+
+
+def _size(images: ImageSet | Batches, split: str) -> dict[str, object]:
+    """What tells one run's data from another's, as far as it is known."""
+    if isinstance(images, ImageSet):
+        return {f"n_{split}": len(images), **({"data": images.spec.name} if split == "train" else {})}
+    return {f"n_{split}": f"{len(images)} batches" if isinstance(images, Sized) else "batches"}
+
+
 class _Run:
     """The state of one call of ``fit``."""
 
     def __init__(
         self,
         net: nn.Module,
-        train: ImageSet,
-        val: ImageSet,
+        train: ImageSet | Batches,
+        val: ImageSet | Batches | None,
         config: TrainConfig,
         run_dir: Path | None,
         loss: Loss | None,
         before_epoch: Callable[[nn.Module, int], None] | None,
         say: Callable[[str], None],
     ) -> None:
+        if val is None and config.keep == "best_val":
+            raise ValueError('keep="best_val" needs validation images: pass val, or keep="last"')
+        machine.keep_freed_memory_()
         self.net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.train, self.val, self.config, self.run_dir = train, val, config, run_dir
-        self.loss = loss or (lambda z, y, _: F.cross_entropy(z, y, label_smoothing=config.label_smoothing))
-        self.before_epoch, self.say = before_epoch, say
         self.device = device_of(net)
+        self.train = _on(train, self.device)
+        self.val, self.run_dir, self.before_epoch, self.say = val, run_dir, before_epoch, say
+        self.steps = _n_steps(train, config)
+        self.config = config = machine.settled(
+            config, self.device, n_steps=config.epochs * self.steps, stored=run_state.settings(run_dir), say=say
+        )
+        self.loss = loss or (lambda z, y, _: F.cross_entropy(z, y, label_smoothing=config.label_smoothing))
         self.optimizer = sgd(net, config)
         self.averaged = (
             AveragedModel(net, multi_avg_fn=_averaging(config.ema_decay), use_buffers=True)
             if config.ema_decay
             else None
         )
-        self.forward = compiled(net, self.say) if config.compile else net
+        self.forward = machine.compiled(net) if config.compile else net
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
-        self.steps = max(len(train) // config.batch_size, 1)
 
     def go(self) -> FitResult:
         """All epochs that are still to do, then the kept weights."""
@@ -138,7 +172,7 @@ class _Run:
             self._finish_epoch(epoch, train_loss, start)
         kept = self._keep()
         seconds = sum(row["seconds"] for row in self.history)
-        return FitResult(self.history, kept + 1, self.history[kept]["val_acc_pct"], seconds)
+        return FitResult(self.history, kept + 1, self.history[kept].get("val_acc_pct", math.nan), seconds, self.config)
 
     def _epoch_seed(self, epoch: int) -> int:
         return (self.config.seed * 1_000_003 + epoch) % 2**63
@@ -150,15 +184,10 @@ class _Run:
 
     def _epoch(self, epoch: int) -> float:
         """Mean training loss of one pass."""
-        generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
         total, spoken = torch.zeros((), device=self.device), time.perf_counter()
-        walk = batches(
-            self.train, self.config.batch_size, generator=generator,
-            pad=self.config.pad, flip=self.config.flip, device=self.device,
-        )  # fmt: skip
-        for i, (x, y) in enumerate(walk):
+        for i, (x, y) in enumerate(self._walk(epoch)):
             set_lr(self.optimizer, self.config.lr * lr_factor(epoch * self.steps + i, self.steps, self.config))
-            total += self._step(x, y)
+            total += self._step(x.to(self.device), y.to(self.device))
             if time.perf_counter() - spoken > SAY_EVERY_S:
                 spoken = time.perf_counter()
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
@@ -168,10 +197,17 @@ class _Run:
             raise FloatingPointError(f"loss is {mean} in epoch {epoch + 1} at learning rate {lr:.3g}: lower config.lr")
         return mean
 
+    def _walk(self, epoch: int) -> Batches:
+        if not isinstance(self.train, ImageSet):
+            return self.train
+        return batches(
+            self.train, self.config.batch_size, generator=torch.Generator().manual_seed(self._epoch_seed(epoch)),
+            pad=self.config.pad, flip=self.config.flip, device=self.device,
+        )  # fmt: skip
+
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         with self._autocast():
-            logits = self.forward(x)
-        loss = self.loss(logits.float(), y, x)
+            loss = self.loss(self.forward(x).float(), y, x)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.grad_clip is not None:
@@ -185,31 +221,25 @@ class _Run:
         return self.net if self.averaged is None else self.averaged.module
 
     def _finish_epoch(self, epoch: int, train_loss: float, start: float) -> None:
-        score = evaluate(self._current(), self.val)
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": train_loss,
-            "val_acc_pct": score.acc_pct,
-            "val_loss": score.loss,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": time.perf_counter() - start,
-        }
+        row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": self.optimizer.param_groups[0]["lr"]}
+        validation = ""
+        if self.val is not None:
+            score = evaluate(self._current(), self.val)
+            row |= {"val_acc_pct": score.acc_pct, "val_loss": score.loss}
+            validation = f"validation {score.acc_pct:.2f} %, "
+        row["seconds"] = time.perf_counter() - start
         if self.config.keep == "best_val" and all(row["val_acc_pct"] > r["val_acc_pct"] for r in self.history):
             self.best = {key: value.detach().clone() for key, value in self._current().state_dict().items()}
         self.history.append(row)
         if self.run_dir is not None:
             run_state.save(self.run_dir, self._state())
-        self.say(
-            f"epoch {epoch + 1}/{self.config.epochs}: loss {train_loss:.4f}, validation {score.acc_pct:.2f} %, "
-            f"{row['seconds']:.0f} s"
-        )
+        self.say(f"epoch {epoch + 1}/{self.config.epochs}: loss {train_loss:.4f}, {validation}{row['seconds']:.0f} s")
 
     def _identity(self) -> dict[str, object]:
         return {
             **self.config.as_dict(),
-            "data": self.train.spec.name,
-            "n_train": len(self.train),
-            "n_val": len(self.val),
+            **_size(self.train, "train"),
+            **({"n_val": 0} if self.val is None else _size(self.val, "val")),
             "n_parameters": sum(p.numel() for p in self.net.parameters()),
         }
 
@@ -235,8 +265,8 @@ class _Run:
 
     def _keep(self) -> int:
         """Loads the kept weights into the network; returns their epoch, from 0."""
-        accuracies = [row["val_acc_pct"] for row in self.history]
         if self.best is not None:
+            accuracies = [row["val_acc_pct"] for row in self.history]
             self.net.load_state_dict(self.best)
             return accuracies.index(max(accuracies))
         if self.averaged is not None:

@@ -19,6 +19,12 @@ STATE, LOG, CONFIG = "state.pt", "log.jsonl", "config.json"
 _DEFAULTS = json.loads(json.dumps({f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}))
 
 
+def settings(folder: Path | None) -> dict[str, object]:
+    """What the run of this folder began with; {} where none did."""
+    known = None if folder is None else folder / CONFIG
+    return {**_DEFAULTS, **json.loads(known.read_text())} if known is not None and known.exists() else {}
+
+
 def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
     """The state to resume from, or None for a fresh run.
 

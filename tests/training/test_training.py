@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hq_lib import data
+from hq_lib import data, models
 from hq_lib.graph import BitPolicy, act_quantizers, calibrate, quantize
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
-from hq_lib.training import TrainConfig, evaluate, fit, predict, recipe
-from hq_lib.training.compilation import compiled
+from hq_lib.training import TrainConfig, evaluate, fit, machine, predict, recipe
 from hq_lib.training.config import lr_factor, parameter_groups, sgd
+from hq_lib.training.recipes import RECIPES, find
 
 CONFIG = TrainConfig(epochs=3, lr=0.05, batch_size=50, pad=2, flip=False)
 
@@ -97,23 +97,23 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_training import CONFIG, small_net, dataclasses, data, fit
 net = small_net()
-config = dataclasses.replace(CONFIG, epochs=5, ema_decay=0.9, keep="best_val")
+config = dataclasses.replace(CONFIG, epochs=5, ema_decay=0.9, keep="best_val", compile=sys.argv[3] == "compiled")
 fit(net, data.load("digits", "train", n=400), data.load("digits", "val"), config, Path(sys.argv[1]),
     say=lambda line: print(line, flush=True))
 torch.save(net.state_dict(), sys.argv[2])
 """
 
 
-def child(tmp_path, name):
-    tests = os.path.dirname(__file__)
-    command = [sys.executable, "-c", CHILD.format(tests=tests), str(tmp_path / name), str(tmp_path / f"{name}.pt")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def child(tmp_path, name, how):
+    run = [str(tmp_path / name), str(tmp_path / f"{name}.pt"), how]
+    command = [sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__)), *run]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}  # empty: both processes compile at once
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
 
 
-def test_killed_and_restarted_ends_bit_identical(tmp_path):
-    whole = child(tmp_path, "whole")
-    assert whole.communicate(timeout=120)[0].count("validation") == 5
-    broken = child(tmp_path, "broken")
+@pytest.mark.parametrize("how", ["plain", "compiled"])
+def test_killed_and_restarted_beside_another_run_ends_bit_identical(tmp_path, how):
+    whole, broken = child(tmp_path, "whole", how), child(tmp_path, "broken", how)
     for line in broken.stdout:
         if line.startswith("epoch 2/"):
             time.sleep(0.05)  # somewhere inside epoch 3
@@ -121,9 +121,10 @@ def test_killed_and_restarted_ends_bit_identical(tmp_path):
             break
     broken.wait()
     broken.stdout.close()
+    assert whole.communicate(timeout=240)[0].count("validation") == 5
     assert not (tmp_path / "broken.pt").exists()
-    resumed = child(tmp_path, "broken")
-    assert "resumed after epoch" in resumed.communicate(timeout=120)[0]
+    resumed = child(tmp_path, "broken", how)
+    assert "resumed after epoch" in resumed.communicate(timeout=240)[0]
     a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("whole", "broken"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     log = [json.loads(line) for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
@@ -242,7 +243,8 @@ def test_a_quantizers_parameters_follow_their_tags():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("schedule", "cosin"), ("precision", "fp8"), ("epochs", 0), ("keep", "test")]
+    ("key", "value"),
+    [("schedule", "cosin"), ("precision", "fp8"), ("epochs", 0), ("keep", "test"), ("compile", "yes")],
 )
 def test_bad_configuration_names_the_key(key, value):
     with pytest.raises(ValueError, match=f"TrainConfig.{key}="):
@@ -267,20 +269,88 @@ def test_recipes_know_their_names():
         recipe("resnet20", "fast")
 
 
-def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch):
-    def no_compiler(net):
-        def fail(x):
-            raise RuntimeError("no C++ compiler")
+def test_recipes_build_the_networks_that_they_are_for():
+    for name in RECIPES:
+        found = find(name)
+        spec = data.SPECS[found.dataset]
+        sizes = {"n_classes": spec.n_classes, "in_channels": spec.in_shape[0]}
+        assert models.build(found.network or name, **sizes, **found.options)
 
-        return fail
+
+def test_the_first_seed_is_the_long_run():
+    assert [recipe("resnet20", "full", seed=seed)[1].epochs for seed in (0, 1, 2)] == [200, 100, 100]
+
+
+CPU = torch.device("cpu")
+AUTO = dataclasses.replace(CONFIG, precision="auto", compile="auto")
+
+
+def settled(config, stored=None, n_steps=10**6):
+    said = []
+    return machine.settled(config, CPU, n_steps=n_steps, stored=stored or {}, say=said.append), said
+
+
+def test_auto_becomes_a_choice_and_what_a_run_began_with_stands(monkeypatch):
+    monkeypatch.setattr(machine, "_multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(machine, "_why_not_compiled", lambda device: None)
+    assert settled(AUTO)[0] == dataclasses.replace(AUTO, precision="bfloat16", compile=True)
+    assert settled(AUTO, {"precision": "float32", "compile": False})[0] == CONFIG
+    assert settled(CONFIG, {"precision": "bfloat16", "compile": True})[0] == CONFIG  # asked for by name
+    assert settled(AUTO, n_steps=10)[0].compile is False
+
+
+def test_without_a_compiler_auto_trains_uncompiled_and_says_so(monkeypatch):
+    def no_compiler(net, dynamic):
+        raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    net, said = torch.nn.Linear(3, 2), []
-    forward = compiled(net, said.append)
-    x = torch.randn(4, 3)
-    assert torch.equal(forward(x), net(x))
-    assert torch.equal(forward(x), net(x))
+    machine._why_not_compiled.cache_clear()
+    config, said = settled(AUTO)
+    machine._why_not_compiled.cache_clear()
+    assert config.compile is False
     assert len(said) == 1
     assert "no C++ compiler" in said[0]
-    with pytest.raises(RuntimeError, match="shapes"):
-        forward(torch.randn(4, 5))  # the network's own error stays the network's own
+
+
+def test_a_resumed_run_keeps_the_choice_it_began_with(splits, tmp_path, monkeypatch):
+    config = dataclasses.replace(AUTO, epochs=2)
+    for bfloat16 in (True, False):  # the second call is the run on another machine
+        monkeypatch.setattr(machine, "_multiplies_bfloat16", lambda device, has=bfloat16: has)
+        done = fit(small_net(), *splits, config, tmp_path, say=None)
+        assert (done.config.precision, done.config.compile) == ("bfloat16", False)
+    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
+    assert fit(small_net(), *splits, config, say=None).config.precision == "float32"
+
+
+def test_compiled_and_plain_differ_by_rounding_alone(splits):
+    plain, fast = small_net(), small_net()
+    for net, compile_it in ((plain, False), (fast, True)):
+        net[3].p = 0.0  # compiled code draws other masks
+        fit(net, *splits, dataclasses.replace(CONFIG, epochs=1, compile=compile_it), say=None)
+    for mine, theirs in zip(plain.state_dict().values(), fast.state_dict().values(), strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_serve_as_well_as_images(splits):
+    """A list of the batches of one epoch, against the images themselves."""
+    config = dataclasses.replace(CONFIG, epochs=1, pad=0)
+    train = list(data.batches(splits[0], 50, generator=torch.Generator().manual_seed(0)))
+    val = list(data.batches(splits[1], 64))
+    by_images, by_batches = small_net(), small_net()
+    whole = fit(by_images, *splits, config, say=None)
+    piecewise = fit(by_batches, train, val, config, say=None)
+    assert torch.equal(by_images[0].weight, by_batches[0].weight)
+    assert piecewise.val_acc_pct == whole.val_acc_pct == evaluate(by_batches, val).acc_pct
+    assert torch.equal(predict(by_images, val), predict(by_images, splits[1], batch_size=64))
+    with pytest.raises(ValueError, match="DataLoader or a list"):
+        fit(small_net(), iter(train), val, config, say=None)
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate(by_images, iter([]))
+
+
+def test_all_images_may_be_trained_on(splits, tmp_path):
+    done = fit(small_net(), splits[0], None, dataclasses.replace(CONFIG, epochs=2), tmp_path, say=None)
+    assert math.isnan(done.val_acc_pct)
+    assert "val_acc_pct" not in done.history[0]
+    with pytest.raises(ValueError, match="keep"):
+        fit(small_net(), splits[0], None, dataclasses.replace(CONFIG, keep="best_val"), say=None)
