@@ -90,7 +90,7 @@ def model_file(tmp_path):
     [
         (lambda c: b"", "truncated"),
         (lambda c: b"PK\3\4" + c[4:], "not a .hqm"),
-        (lambda c: c[:4] + b"\2" + c[5:], "another version"),
+        (lambda c: c[:4] + b"\x63" + c[5:], "another version"),
         (lambda c: c[:-1], "truncated"),
         (lambda c: c + b"\0", "not of the size"),
         (lambda c: c[:900] + bytes([c[900] ^ 1]) + c[901:], "CRC-32"),

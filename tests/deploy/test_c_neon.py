@@ -1,6 +1,6 @@
 """The C runtime on 64-bit ARM, cross-compiled and emulated: NumPy's bits from the scalar and the NEON kernels.
 
-A machine with such a processor runs NEON in ``test_export_c.py`` itself, for every policy and requantizer.
+A machine with such a processor runs NEON in ``test_c.py`` itself, for every policy and requantizer.
 """
 
 import shutil

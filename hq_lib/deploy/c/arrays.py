@@ -2,9 +2,8 @@
 
     save_arrays(imodel, "net.c", name="net")    # net_model[], net_model_size, NET_ARENA_SIZE in net.h
 
-The device's program adds ``hqm_open.c hqm_run.c hqm_layer.c hqm_moves.c hqm_kernel.c`` with ``-DHQM_PORTABLE`` (without
-it ``hqm_kernel_x86.c`` and ``hqm_kernel_neon.c`` too: vector units), opens the array where it lies and gives a static
-arena. The bits are NumPy's under ``-ffp-contract=off``, as in the Makefile.
+The device's program adds the files of ``build.RUNTIME``, with ``-DHQM_PORTABLE`` where there is no vector unit, opens
+the array where it lies and gives a static arena. The bits are NumPy's under ``-ffp-contract=off``, as in the Makefile.
 """
 
 from __future__ import annotations

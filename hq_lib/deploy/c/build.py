@@ -13,11 +13,11 @@ from filelock import FileLock
 from hq_lib.results import paths
 
 SOURCES = Path(__file__).resolve().parent / "src"
-FLAGS = ("-std=c99", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC")
+FLAGS = ("-std=c99", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-fno-semantic-interposition")
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RUNTIME = (
     "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c",
-    "hqm_kernel.c", "hqm_kernel_x86.c", "hqm_kernel_neon.c",
+    "hqm_kernel.c", "hqm_kernel_avx2.c", "hqm_kernel_avx512.c", "hqm_kernel_neon.c",
 )  # fmt: skip
 TOOL = ("hqm_images.c", "hqm_main.c")
 

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hq_lib.deploy.c.layout import ALIGNMENT, centred_bias, is_depthwise, packed_weight, plan_arena
+from hq_lib.deploy.c.layout import ALIGNMENT, centred_bias, is_depthwise, packed_weight, plan_arena, weight_storage
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.pixels import pixel_table
 from hq_lib.integer.record import IntegerModel, Op, Requant, TensorSpec
 from hq_lib.results.atomic import write_bytes
 
-MAGIC, VERSION = b"HQM\x1a", 1
+MAGIC, VERSION = b"HQM\x1a", 2
 HEADER_WORDS, TENSOR_WORDS, OP_WORDS = 16, 20, 32
 MAX_BYTES = 2**30
 _DTYPES = {"uint8": 0, "uint16": 1, "int32": 2, "float32": 3}
@@ -138,9 +138,10 @@ class _Writer:
     def _layer(self, op: r.Layer) -> dict[int, list[int]]:
         x = self.model.tensors[op.inputs[0]]
         groups = op.groups if isinstance(op, r.Conv) else 1
+        bits, shift = weight_storage(op)
         weight, bias = self._put(packed_weight(op)), self._put(centred_bias(op, x))
-        where = [weight, op.weight.itemsize, int(is_depthwise(op)), bias]
-        words = {4: where, 13: [op.weight.shape[0], op.weight.shape[1], groups]}
+        where = [weight, bits, int(is_depthwise(op)), bias]
+        words = {4: where, 13: [op.weight.shape[0], op.weight.shape[1], groups], 26: [shift]}
         if op.requant is None:
             return words
         return words | self._requant(op.requant, op.residual.requant if op.residual else None)

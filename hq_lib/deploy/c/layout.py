@@ -21,14 +21,35 @@ def is_depthwise(op: Layer) -> bool:
     return isinstance(op, Conv) and op.weight.shape[1] == 1 and op.groups == len(op.weight) and op.groups > 1
 
 
+def weight_storage(op: Layer) -> tuple[int, int]:
+    """Return (bits of a stored weight: 4, 8 or 16; s): the stored integers times 2^s are ``op.weight``."""
+    narrow = op.weight // op.weight_step
+    if op.weight.dtype == np.int8 and narrow.min() >= -8 and narrow.max() < 8:
+        return 4, op.weight_step.bit_length() - 1
+    return 8 * op.weight.itemsize, 0
+
+
 def packed_weight(op: Layer) -> np.ndarray:
-    """Return the weights of ``op`` as the C kernels read them, flat, in their own dtype.
+    """Return the weights of ``op`` as the C kernels read them, flat: uint8 nibbles, int8 or int16 (``weight_storage``).
 
     Dense: (groups, blocks, runs, run / 4, 16, 4), where a run is what lies side by side in an (H, W, C) image, a kernel
     row of a plain convolution, one kernel place of a grouped or dilated one; zeros fill channels up to 16 and runs up
-    to 4. Depthwise: (blocks, k_h k_w, 16) with all blocks of one kernel place together.
+    to 4. Four int16 of a channel lie as (0, 2), and behind all channels (1, 3). Depthwise: (blocks, k_h k_w, 16) with
+    all blocks of one kernel place together. Nibbles hold w + 8, the first half of 64 (depthwise: 16) the low ones.
     """
-    w = op.weight if op.weight.ndim == 4 else op.weight[:, :, None, None]
+    (bits, shift), depthwise = weight_storage(op), is_depthwise(op)
+    packed = _ordered(op, op.weight >> shift)
+    if bits == 4:
+        halves = (packed.reshape(-1, 2, BLOCK // 2 * (1 if depthwise else 4)) + 8).astype(np.uint8)
+        return (halves[:, 0] | halves[:, 1] << 4).ravel()
+    if bits == 16 and not depthwise:
+        return np.ascontiguousarray(packed.reshape(-1, BLOCK, 2, 2).transpose(0, 3, 1, 2)).ravel()
+    return packed
+
+
+def _ordered(op: Layer, w: np.ndarray) -> np.ndarray:
+    """Return ``w``, shaped as the weights of ``op``, in the order of ``packed_weight``, flat."""
+    w = w if w.ndim == 4 else w[:, :, None, None]
     c_out, _, k_h, k_w = w.shape
     if is_depthwise(op):
         return _filled(w.reshape(c_out, k_h * k_w).T, 1, BLOCK).ravel()

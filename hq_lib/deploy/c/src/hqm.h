@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HQM_VERSION 1u
+#define HQM_VERSION 2u
 #define HQM_MAX_RANK 8
 
 typedef enum {

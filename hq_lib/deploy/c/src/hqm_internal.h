@@ -11,7 +11,7 @@
 #error "float32 must be evaluated in float32: on 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
 
-enum { BLOCK = 16, /* output channels of one weight block */ TILE = 8, /* output places computed together */ SLACK = 64 };
+enum { BLOCK = 16, /* output channels of one weight block */ TILE = 48, /* output places computed together */ SLACK = 64 };
 enum { MAX_ELEMENTS = 1 << 28, MAX_SIZE = 65536, MAX_ARENA = 1 << 30 };
 
 enum header_word {
@@ -23,9 +23,9 @@ enum tensor_word {
     T_WORDS = 20
 };
 enum op_word {
-    O_KIND, O_N_INPUTS, O_INPUTS, O_WEIGHT = 4, O_WEIGHT_BYTES, O_DEPTHWISE, O_BIAS, O_MULTIPLIER, O_MULTIPLIER_FIXED,
+    O_KIND, O_N_INPUTS, O_INPUTS, O_WEIGHT = 4, O_WEIGHT_BITS, O_DEPTHWISE, O_BIAS, O_MULTIPLIER, O_MULTIPLIER_FIXED,
     O_SHIFT, O_MULTIPLIER_2, O_FIXED_2, O_C_OUT, O_C_GROUP, O_GROUPS, O_KERNEL, O_STRIDE = 18, O_PADDING = 20,
-    O_DILATION = 24, O_START = 8, O_STEP = 16, O_AXES = 16, O_BEFORE = 16, O_TABLE = 16, O_OFFSET = 16, O_WORDS = 32
+    O_DILATION = 24, O_WEIGHT_SHIFT = 26, O_START = 8, O_STEP = 16, O_AXES = 16, O_BEFORE = 16, O_TABLE = 16, O_OFFSET = 16, O_WORDS = 32
 };
 enum op_kind { QUANTIZE, CONV, LINEAR, ADD, MAX_POOL, AVG_POOL, CONCAT, RESHAPE, TRANSPOSE, SLICE, PAD, CLIP, N_KINDS };
 
@@ -46,14 +46,17 @@ typedef struct {
     uint32_t kernel[2], stride[2], padding[4], dilation[2];
 } window;
 
-/* Accumulators of up to TILE places by BLOCK channels: acc[p][o] = start[o] + sum w x, modulo 2^32.
- * x: the first place's first element; places are x_step elements apart; a place reads n_rows * n_columns runs of n4 * 4
- * elements. w: [run][n4][BLOCK][4], or depthwise [run][w_step]. */
+/* Accumulators of up to TILE places by BLOCK channels: acc[p][o] = start[o] + (sum w x << shift), modulo 2^32. Place p's
+ * window starts at x + at[p] (elements) and is n_rows * n_columns runs of n4 * 4 elements.
+ * w, 8 bits: [run][n4][BLOCK][4]; 16 bits: [run][n4][2][BLOCK][2], in the order 0 2, 1 3 of the four; depthwise:
+ * [run][w_step]. 4 bits: w + 8 in nibbles, the first half of each 4 * BLOCK (depthwise: BLOCK) weights in the low ones. */
 typedef struct {
     const void *x, *w;
+    const uint32_t *at;
     const int32_t *start;
-    size_t x_step, row_step, column_step, w_step;
-    uint32_t n_rows, n_columns, n4, n_places, n_out;
+    size_t row_step, column_step, w_step;
+    uint32_t n_rows, n_columns, n4, n_places, n_out, shift;
+    uint32_t n_safe; /* 4 bits: so many products of pairs surely fit into 16 bits */
 } product;
 typedef void product_kernel(const product *p, int32_t acc[TILE][BLOCK]);
 
@@ -62,20 +65,21 @@ typedef struct {
     const float *multiplier, *multiplier_2;
     const int32_t *fixed, *fixed_2;
     const uint8_t *shift;
-    uint32_t is_fixed;
+    uint32_t is_fixed, is_shared; /* is_shared: one multiplier for all channels */
     int32_t low, high, zero, residual_zero; /* low, high: of q - zero */
-    hqm_dtype out_dtype, residual_dtype;
+    hqm_dtype residual_dtype;
 } rescale;
 
-/* n <= BLOCK channels of one place to uint8; residual: uint8, or NULL. */
-typedef void rescale_kernel(const int32_t *acc, const rescale *r, uint32_t first, uint32_t n, const uint8_t *residual,
-                            uint8_t *out);
+/* n <= BLOCK channels from `first` on of n_places places, which lie `step` elements apart in out (uint8) and residual
+ * (uint8 or int32, as r says; or NULL). */
+typedef void rescale_kernel(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
+                            const void *residual, uint8_t *out, size_t step);
 
 /* Vector forms of the frequent cases, or NULL: then the portable code runs. */
 typedef struct {
     const char *name;
-    product_kernel *dense, *depthwise; /* uint8 x int8 */
-    rescale_kernel *rescale_u8, *fixed_u8; /* "float32" and "fixed" */
+    product_kernel *dense[3], *depthwise[3]; /* uint8 inputs; weights of 4, 8, 16 bits */
+    rescale_kernel *rescale_u8, *fixed_u8;   /* "float32" and "fixed" */
     /* n elements, float32 Add of uint8 */
     void (*add_u8)(const uint8_t *a, const uint8_t *b, uint32_t n, const float m[2], float offset, int32_t qmin,
                    int32_t qmax, uint8_t *out);
@@ -130,6 +134,10 @@ void run_concat(const hqm_model *m, const uint32_t *op, const tensor *y, void *a
 void run_move(const uint32_t *op, const tensor *x, const tensor *y);
 rescale rescale_of(const hqm_model *m, const uint32_t *op, const tensor *y);
 int64_t rescaled(const rescale *r, uint32_t channel, int64_t acc, int64_t residual);
+void rescale_tile(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
+                  const void *residual, const tensor *y, size_t at, size_t step);
+void rescale_row(int32_t acc[TILE][BLOCK], uint32_t n, const rescale *r, const void *residual, const tensor *y,
+                 size_t at);
 int64_t load_int(const void *data, hqm_dtype dtype, size_t i);
 void store_int(void *data, hqm_dtype dtype, size_t i, int64_t value);
 

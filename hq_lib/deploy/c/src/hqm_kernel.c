@@ -1,13 +1,33 @@
 /* The choice of kernels, made when the program runs. */
 #include "hqm_kernel.h"
 
-static const kernels scalar = {"scalar", NULL, NULL, NULL, NULL, NULL};
+static const kernels scalar = {"scalar", {NULL, NULL, NULL}, {NULL, NULL, NULL}, NULL, NULL, NULL};
 static const kernels *chosen;
 
+/* The fastest first. */
+static const kernels *const all[] = {
+#ifdef HQM_X86
+    &hqm_avx512vnni, &hqm_avx2,
+#endif
+#ifdef HQM_NEON
+    &hqm_neon,
+#endif
+    &scalar};
+
+static int runs_here(const kernels *k) {
+#ifdef HQM_X86
+    if (k == &hqm_avx512vnni)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    if (k == &hqm_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return k != NULL;
+}
+
 static const kernels *find(const char *name) {
-    const kernels *found = vector_kernels(name);
-    if (!found && (!strcmp(name, "scalar") || !strcmp(name, "auto"))) found = &scalar;
-    return found;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if ((!strcmp(name, "auto") || !strcmp(name, all[i]->name)) && runs_here(all[i])) return all[i];
+    return NULL;
 }
 
 const kernels *hqm_kernels(void) {

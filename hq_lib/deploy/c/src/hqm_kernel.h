@@ -1,5 +1,6 @@
 /* What the files of vector kernels share. Each is empty on processors not its own, so that one list of sources serves
- * all; with HQM_PORTABLE every one is empty.
+ * all; with HQM_PORTABLE every one is empty. A kernel reads at most SLACK bytes behind what it is given, and writes the
+ * bytes it is asked for alone.
  */
 #ifndef HQM_KERNEL_H
 #define HQM_KERNEL_H
@@ -9,26 +10,34 @@
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(HQM_PORTABLE)
 #if defined(__x86_64__)
 #define HQM_X86 1
+extern const kernels hqm_avx2, hqm_avx512vnni;
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #define HQM_NEON 1
+extern const kernels hqm_neon;
 #endif
 #endif
 
-#if defined(HQM_X86) || defined(HQM_NEON)
-/* The kernels called `name`, the fastest for "auto"; NULL where this processor has none such. */
-const kernels *vector_kernels(const char *name);
-#else
-static inline const kernels *vector_kernels(const char *name) { return (void)name, NULL; }
-#endif
+#define INLINE static inline __attribute__((always_inline))
 
-/* Adds each channel's start to its sum, modulo 2^32. */
-static inline void add_start(const product *p, int32_t acc[BLOCK]) {
-    for (uint32_t o = 0; o < p->n_out; o++) acc[o] = (int32_t)((uint32_t)acc[o] + (uint32_t)p->start[o]);
+/* The start of each channel of a block, 0 behind the last. */
+static inline void starts(const product *p, int32_t start[BLOCK]) {
+    memset(start, 0, BLOCK * sizeof *start);
+    memcpy(start, p->start, p->n_out * sizeof *start);
 }
 
-/* One element of a rescale_kernel, one at a time behind the last whole vector. */
-static inline uint8_t rescaled_u8(int32_t acc, const rescale *r, uint32_t channel, const uint8_t *residual) {
-    return (uint8_t)rescaled(r, channel, acc, residual ? (int64_t)*residual - r->residual_zero : 0);
+/* The float32 multipliers of n channels from `first` on; 0 behind them, and where there are none. */
+static inline void multipliers(const float *from, const rescale *r, uint32_t first, uint32_t n, float to[BLOCK]) {
+    memset(to, 0, BLOCK * sizeof *to);
+    for (uint32_t o = 0; from && o < n; o++) to[o] = from[r->is_shared ? 0 : first + o];
+}
+
+/* Offsets in x of n kernel places from `first` on; the first place's behind the last, where weights are 0. */
+static inline void tap_offsets(const product *p, uint32_t first, uint32_t n, size_t *offset) {
+    const uint32_t n_taps = p->n_rows * p->n_columns;
+    for (uint32_t t = 0; t < n; t++) {
+        const uint32_t tap = first + t < n_taps ? first + t : 0;
+        offset[t] = tap / p->n_columns * p->row_step + tap % p->n_columns * p->column_step;
+    }
 }
 
 #endif

@@ -7,56 +7,71 @@
  */
 #include "hqm_internal.h"
 
-#define DENSE(NAME, X, W)                                                                                             \
-    static void NAME(const product *p, int32_t acc[TILE][BLOCK]) {                                                    \
+/* Weight k (0..3) of output channel o in a quadruple of inputs. */
+static inline int32_t w4(const void *w, uint32_t o, uint32_t k) {
+    const uint32_t i = 4 * (o % (BLOCK / 2)) + k, byte = ((const uint8_t *)w)[i];
+    return (int32_t)(o < BLOCK / 2 ? byte & 15 : byte >> 4) - 8;
+}
+static inline int32_t w8(const void *w, uint32_t o, uint32_t k) { return ((const int8_t *)w)[4 * o + k]; }
+static inline int32_t w16(const void *w, uint32_t o, uint32_t k) {
+    return ((const int16_t *)w)[(k % 2) * 2 * BLOCK + 2 * o + k / 2];
+}
+/* Weight of channel o of a depthwise block. */
+static inline int32_t v4(const void *w, uint32_t o) {
+    const uint32_t byte = ((const uint8_t *)w)[o % (BLOCK / 2)];
+    return (int32_t)(o < BLOCK / 2 ? byte & 15 : byte >> 4) - 8;
+}
+static inline int32_t v8(const void *w, uint32_t o) { return ((const int8_t *)w)[o]; }
+static inline int32_t v16(const void *w, uint32_t o) { return ((const int16_t *)w)[o]; }
+
+static inline int32_t sum_of(int32_t start, uint32_t sum, uint32_t shift) {
+    return (int32_t)((uint32_t)start + (sum << shift));
+}
+
+/* X: type of the inputs, B: bits of the weights */
+#define PORTABLE(X, B)                                                                                                \
+    static void dense_##X##_##B(const product *p, int32_t acc[TILE][BLOCK]) {                                         \
         for (uint32_t place = 0; place < p->n_places; place++) {                                                      \
-            const X *x0 = (const X *)p->x + place * p->x_step;                                                        \
-            const W *w = p->w;                                                                                        \
+            const uint8_t *w = p->w;                                                                                  \
             uint32_t sum[BLOCK] = {0};                                                                                \
-            for (uint32_t o = 0; o < p->n_out; o++) sum[o] = (uint32_t)p->start[o];                                   \
             for (uint32_t i = 0; i < p->n_rows; i++)                                                                  \
                 for (uint32_t j = 0; j < p->n_columns; j++) {                                                         \
-                    const X *x = x0 + i * p->row_step + j * p->column_step;                                           \
-                    for (uint32_t k = 0; k < p->n4; k++, x += 4, w += 4 * BLOCK)                                      \
+                    const X *x = (const X *)p->x + p->at[place] + i * p->row_step + j * p->column_step;               \
+                    for (uint32_t k = 0; k < p->n4; k++, x += 4, w += 4 * BLOCK * B / 8)                              \
                         for (uint32_t o = 0; o < BLOCK; o++)                                                          \
-                            sum[o] += (uint32_t)(x[0] * w[4 * o]) + (uint32_t)(x[1] * w[4 * o + 1]) +                 \
-                                      (uint32_t)(x[2] * w[4 * o + 2]) + (uint32_t)(x[3] * w[4 * o + 3]);              \
+                            sum[o] += (uint32_t)(x[0] * w##B(w, o, 0)) + (uint32_t)(x[1] * w##B(w, o, 1)) +           \
+                                      (uint32_t)(x[2] * w##B(w, o, 2)) + (uint32_t)(x[3] * w##B(w, o, 3));            \
                 }                                                                                                     \
-            for (uint32_t o = 0; o < BLOCK; o++) acc[place][o] = (int32_t)sum[o];                                     \
+            for (uint32_t o = 0; o < p->n_out; o++) acc[place][o] = sum_of(p->start[o], sum[o], p->shift);            \
         }                                                                                                             \
-    }
-
-#define DEPTHWISE(NAME, X, W)                                                                                         \
-    static void NAME(const product *p, int32_t acc[TILE][BLOCK]) {                                                    \
+    }                                                                                                                 \
+    static void depthwise_##X##_##B(const product *p, int32_t acc[TILE][BLOCK]) {                                     \
         for (uint32_t place = 0; place < p->n_places; place++) {                                                      \
-            const X *x0 = (const X *)p->x + place * p->x_step;                                                        \
-            const W *w = p->w;                                                                                        \
-            for (uint32_t o = 0; o < p->n_out; o++) {                                                                 \
-                uint32_t sum = (uint32_t)p->start[o];                                                                 \
-                for (uint32_t i = 0; i < p->n_rows; i++)                                                              \
-                    for (uint32_t j = 0; j < p->n_columns; j++)                                                       \
-                        sum += (uint32_t)(x0[i * p->row_step + j * p->column_step + o] *                              \
-                                          w[(i * p->n_columns + j) * p->w_step + o]);                                 \
-                acc[place][o] = (int32_t)sum;                                                                         \
-            }                                                                                                         \
+            const uint8_t *w = p->w;                                                                                  \
+            uint32_t sum[BLOCK] = {0};                                                                                \
+            for (uint32_t i = 0; i < p->n_rows; i++)                                                                  \
+                for (uint32_t j = 0; j < p->n_columns; j++, w += p->w_step * B / 8) {                                 \
+                    const X *x = (const X *)p->x + p->at[place] + i * p->row_step + j * p->column_step;               \
+                    for (uint32_t o = 0; o < p->n_out; o++) sum[o] += (uint32_t)(x[o] * v##B(w, o));                  \
+                }                                                                                                     \
+            for (uint32_t o = 0; o < p->n_out; o++) acc[place][o] = sum_of(p->start[o], sum[o], p->shift);            \
         }                                                                                                             \
     }
+PORTABLE(uint8_t, 4)
+PORTABLE(uint8_t, 8)
+PORTABLE(uint8_t, 16)
+PORTABLE(uint16_t, 4)
+PORTABLE(uint16_t, 8)
+PORTABLE(uint16_t, 16)
 
-DENSE(dense_8_8, uint8_t, int8_t)
-DENSE(dense_16_8, uint16_t, int8_t)
-DENSE(dense_8_16, uint8_t, int16_t)
-DENSE(dense_16_16, uint16_t, int16_t)
-DEPTHWISE(depthwise_8_8, uint8_t, int8_t)
-DEPTHWISE(depthwise_16_8, uint16_t, int8_t)
-DEPTHWISE(depthwise_8_16, uint8_t, int16_t)
-DEPTHWISE(depthwise_16_16, uint16_t, int16_t)
-
-static product_kernel *kernel_of(int depthwise, uint32_t x_size, uint32_t w_size) {
-    static product_kernel *const portable[2][2][2] = {
-        {{dense_8_8, dense_8_16}, {dense_16_8, dense_16_16}},
-        {{depthwise_8_8, depthwise_8_16}, {depthwise_16_8, depthwise_16_16}}};
-    product_kernel *fast = depthwise ? hqm_kernels()->depthwise : hqm_kernels()->dense;
-    return fast && x_size == 1 && w_size == 1 ? fast : portable[depthwise][x_size - 1][w_size - 1];
+static product_kernel *kernel_of(uint32_t depthwise, uint32_t x_size, uint32_t bits) {
+    static product_kernel *const portable[2][2][3] = {
+        {{dense_uint8_t_4, dense_uint8_t_8, dense_uint8_t_16}, {dense_uint16_t_4, dense_uint16_t_8, dense_uint16_t_16}},
+        {{depthwise_uint8_t_4, depthwise_uint8_t_8, depthwise_uint8_t_16},
+         {depthwise_uint16_t_4, depthwise_uint16_t_8, depthwise_uint16_t_16}}};
+    const kernels *fast = hqm_kernels();
+    product_kernel *found = x_size > 1 ? NULL : depthwise ? fast->depthwise[bits / 8] : fast->dense[bits / 8];
+    return found ? found : portable[depthwise][x_size - 1][bits / 8];
 }
 
 /* Fills n elements of x's size with the zero point. */
@@ -81,58 +96,17 @@ static const uint8_t *pad_input(const window *v, const tensor *x, uint8_t *scrat
     return scratch;
 }
 
-typedef struct {
-    const tensor *residual, *y;
-    rescale r;
-    uint32_t c_out;
-    rescale_kernel *quick; /* the vector form of requantization, where it applies */
-} sink;
-
-/* Writes n channels from `first` of the places from `place` on. */
-static void write_tile(const sink *s, int32_t acc[TILE][BLOCK], size_t place, uint32_t n_places, uint32_t first,
-                       uint32_t n) {
-    for (uint32_t p = 0; p < n_places; p++) {
-        size_t at = (place + p) * s->c_out + first;
-        if (s->quick) {
-            const uint8_t *other = s->residual ? s->residual->data + at : NULL;
-            s->quick(acc[p], &s->r, first, n, other, s->y->data + at);
-            continue;
-        }
-        if (!s->r.multiplier) {
-            memcpy(s->y->data + at * 4, acc[p], n * sizeof **acc);
-            continue;
-        }
-        for (uint32_t o = 0; o < n; o++) {
-            int64_t other = s->residual ? load_int(s->residual->data, s->residual->dtype, at + o) - s->residual->zero : 0;
-            store_int(s->y->data, s->y->dtype, at + o, rescaled(&s->r, first + o, acc[p][o], other));
-        }
-    }
-}
-
-/* All places of n_out channels from `first` on. */
-static void run_block(const window *v, product p, const uint8_t *x, uint32_t x_size, product_kernel *kernel,
-                      const sink *s, uint32_t first) {
-    int32_t acc[TILE][BLOCK];
-    size_t line = ((size_t)v->width + v->padding[1] + v->padding[3]) * v->channels * v->stride[0];
-    for (uint32_t row = 0; row < v->out_height; row++)
-        for (uint32_t column = 0; column < v->out_width; column += TILE) {
-            p.n_places = at_most(TILE, v->out_width - column);
-            p.x = x + (row * line + column * p.x_step) * x_size;
-            kernel(&p, acc);
-            write_tile(s, acc, (size_t)row * v->out_width + column, p.n_places, first, p.n_out);
-        }
-}
-
-static product product_of(const window *v, const uint32_t *op) {
+static product product_of(const window *v, const uint32_t *op, const tensor *x) {
     product p;
     memset(&p, 0, sizeof p);
     int joined = !op[O_DEPTHWISE] && op[O_GROUPS] == 1 && v->dilation[1] == 1; /* a kernel row is one run */
-    p.x_step = (size_t)v->stride[1] * v->channels;
     p.row_step = ((size_t)v->width + v->padding[1] + v->padding[3]) * v->channels * v->dilation[0];
     p.column_step = (size_t)v->dilation[1] * v->channels;
     p.n_rows = v->kernel[0], p.n_columns = joined ? 1 : v->kernel[1];
     p.n4 = (op[O_C_GROUP] * (joined ? v->kernel[1] : 1) + 3) / 4;
     p.w_step = ((size_t)op[O_C_OUT] + BLOCK - 1) / BLOCK * BLOCK;
+    p.shift = op[O_WEIGHT_SHIFT];
+    p.n_safe = x->qmax ? (uint32_t)(INT16_MAX / 16 / at_most((uint32_t)x->qmax, 255)) : INT16_MAX;
     return p;
 }
 
@@ -144,26 +118,83 @@ static void flatten(window *v) {
     v->height = v->out_height = 1;
 }
 
+/* Kernel rows of output row `row` that do not lie in padding alone: *first <= i < return value. All of them unless
+ * padding holds 0, which adds nothing. */
+static uint32_t rows_inside(const window *v, const tensor *x, uint32_t row, uint32_t *first) {
+    uint32_t top = row * v->stride[0], d = v->dilation[0], n = v->kernel[0];
+    *first = 0;
+    if (x->zero) return n;
+    while (*first + 1 < n && top + *first * d < v->padding[0]) ++*first;
+    while (n > *first + 1 && top + (n - 1) * d >= v->padding[0] + v->height) n--;
+    return n;
+}
+
+typedef struct {
+    const window *v;
+    const tensor *x, *residual, *y;
+    const uint8_t *data; /* of x, padded */
+    const uint8_t *w;
+    const int32_t *start;
+    product_kernel *kernel;
+    rescale r;
+    uint32_t groups, per_group, c_group, depthwise, bits;
+} layer;
+
+/* Every output channel of the places from `place` on that p names, for the kernel rows from `row` on. */
+static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
+    int32_t acc[TILE][BLOCK];
+    const size_t run = (l->depthwise ? p.w_step : (size_t)p.n4 * 4 * BLOCK) * p.n_columns * l->bits / 8;
+    const size_t block = (l->depthwise ? BLOCK * l->bits / 8 : run * l->v->kernel[0]), c_out = l->groups * l->per_group;
+    const uint8_t *w = l->w + row * run;
+    for (uint32_t g = 0; g < l->groups; g++)
+        for (uint32_t b = 0; b < l->per_group; b += BLOCK, w += block) {
+            const uint32_t first = g * l->per_group + b, channel = l->depthwise ? b : g * l->c_group;
+            p.x = l->data + (row * p.row_step + channel) * l->x->size;
+            p.w = w, p.start = l->start + first, p.n_out = at_most(BLOCK, l->per_group - b);
+            l->kernel(&p, acc);
+            if (l->r.multiplier) {
+                const void *other = l->residual ? l->residual->data : NULL;
+                rescale_tile(acc, p.n_places, &l->r, first, p.n_out, other, l->y, place * c_out + first, c_out);
+            } else
+                for (uint32_t k = 0; k < p.n_places; k++)
+                    memcpy(l->y->data + ((place + k) * c_out + first) * 4, acc[k], p.n_out * sizeof **acc);
+        }
+}
+
+/* All tiles: up to TILE places, row after row, that read the same kernel rows. */
+static void run_places(const layer *l, product p) {
+    const window *v = l->v;
+    const size_t line = ((size_t)v->width + v->padding[1] + v->padding[3]) * v->channels * v->stride[0];
+    const uint32_t n = v->out_height * v->out_width, x_step = v->stride[1] * v->channels;
+    uint32_t at[TILE], first = 0, end = p.n_rows, row = 0, column = 0;
+    p.at = at, p.n_places = 0;
+    for (uint32_t place = 0; place <= n; place++) {
+        uint32_t first_here = first, end_here = end;
+        if (!column && place < n) end_here = rows_inside(v, l->x, row, &first_here);
+        if (p.n_places == TILE || place == n || (p.n_places && (first != first_here || end != end_here))) {
+            p.n_rows = end - first;
+            run_tile(l, p, place - p.n_places, first);
+            p.n_places = 0;
+        }
+        first = first_here, end = end_here;
+        at[p.n_places++] = (uint32_t)(row * line + (size_t)column * x_step);
+        if (++column == v->out_width) column = 0, row++;
+    }
+}
+
 void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *residual, const tensor *y,
                void *scratch) {
     window v = window_of(op, x, y);
-    const uint32_t *q = v.padding, size = op[O_WEIGHT_BYTES], depthwise = op[O_DEPTHWISE];
-    const uint8_t *data = q[0] | q[1] | q[2] | q[3] ? pad_input(&v, x, scratch) : x->data;
+    const uint32_t *q = v.padding;
+    layer l;
+    memset(&l, 0, sizeof l);
+    l.v = &v, l.x = x, l.residual = residual, l.y = y, l.r = rescale_of(m, op, y);
+    l.data = q[0] | q[1] | q[2] | q[3] ? pad_input(&v, x, scratch) : x->data;
+    if (residual) l.r.residual_dtype = residual->dtype, l.r.residual_zero = residual->zero;
     flatten(&v);
-    product p = product_of(&v, op);
-    sink s = {residual, y, rescale_of(m, op, y), op[O_C_OUT], NULL};
-    if (residual) s.r.residual_dtype = residual->dtype, s.r.residual_zero = residual->zero;
-    if (s.r.multiplier && y->size == 1 && (!residual || residual->size == 1))
-        s.quick = s.r.is_fixed ? hqm_kernels()->fixed_u8 : hqm_kernels()->rescale_u8;
-    product_kernel *kernel = kernel_of((int)depthwise, x->size, size);
-    uint32_t groups = depthwise ? 1 : op[O_GROUPS], per_group = op[O_C_OUT] / groups;
-    size_t block_bytes = (depthwise ? BLOCK : (size_t)p.n_rows * p.n_columns * p.n4 * 4 * BLOCK) * size;
-    const uint8_t *w = m->bytes + op[O_WEIGHT];
-    for (uint32_t g = 0; g < groups; g++)
-        for (uint32_t b = 0; b < per_group; b += BLOCK, w += block_bytes) {
-            uint32_t first = g * per_group + b;
-            const uint8_t *from = data + (size_t)(depthwise ? b : g * op[O_C_GROUP]) * x->size;
-            p.w = w, p.start = ints_at(m, op[O_BIAS]) + first, p.n_out = at_most(BLOCK, per_group - b);
-            run_block(&v, p, from, x->size, kernel, &s, first);
-        }
+    l.w = m->bytes + op[O_WEIGHT], l.start = ints_at(m, op[O_BIAS]), l.bits = op[O_WEIGHT_BITS];
+    l.depthwise = op[O_DEPTHWISE], l.c_group = op[O_C_GROUP];
+    l.groups = l.depthwise ? 1 : op[O_GROUPS], l.per_group = op[O_C_OUT] / l.groups;
+    l.kernel = kernel_of(l.depthwise, x->size, l.bits);
+    run_places(&l, product_of(&v, op, x));
 }

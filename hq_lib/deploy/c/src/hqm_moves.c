@@ -10,40 +10,63 @@ static uint32_t inside(const window *v, int axis, uint32_t at, uint32_t *first) 
     return (uint32_t)(high < v->kernel[axis] ? high : v->kernel[axis]);
 }
 
-/* Largest integer, or sum, of the window of one output place and channel; padded places do not count. */
-static int64_t pooled(const window *v, const tensor *x, uint32_t row, uint32_t column, uint32_t c, int is_max) {
+/* y[c] = max(y[c], x[c]) and sum[c] += x[c] - zero: channels lie side by side, so that these become vectors. */
+#define CHANNELS(T)                                                                                                   \
+    static void max_##T(T *restrict y, const T *restrict x, size_t n) {                                               \
+        for (size_t c = 0; c < n; c++) y[c] = x[c] > y[c] ? x[c] : y[c];                                              \
+    }                                                                                                                 \
+    static void sum_##T(uint32_t *restrict sum, const T *restrict x, size_t n, uint32_t zero) {                       \
+        for (size_t c = 0; c < n; c++) sum[c] += x[c] - zero;                                                         \
+    }
+CHANNELS(uint8_t)
+CHANNELS(uint16_t)
+
+/* Takes n channels from the tap at element `from` of x into to: y (MAX_POOL), or sums. */
+static void take(const tensor *x, size_t from, size_t n, int is_max, void *to) {
+    const uint8_t *data = x->data + from * x->size;
+    if (is_max && x->size == 1) max_uint8_t(to, data, n);
+    else if (is_max) max_uint16_t(to, (const uint16_t *)(const void *)data, n);
+    else if (x->size == 1) sum_uint8_t(to, data, n, (uint32_t)x->zero);
+    else sum_uint16_t(to, (const uint16_t *)(const void *)data, n, (uint32_t)x->zero);
+}
+
+/* Takes n channels from channel c on of every tap inside the window of one output place; padded taps do not count. */
+static void pool(const window *v, const tensor *x, uint32_t row, uint32_t column, size_t c, size_t n, int is_max,
+                 void *to) {
     uint32_t i0, j0, i1 = inside(v, 0, row, &i0), j1 = inside(v, 1, column, &j0);
-    int64_t result = 0;
     for (uint32_t i = i0; i < i1; i++)
         for (uint32_t j = j0; j < j1; j++) {
             size_t h = (size_t)row * v->stride[0] + (size_t)i * v->dilation[0] - v->padding[0];
             size_t w = (size_t)column * v->stride[1] + (size_t)j * v->dilation[1] - v->padding[1];
-            int64_t q = load_int(x->data, x->dtype, (h * v->width + w) * v->channels + c);
-            if (!is_max) result += q - x->zero;
-            else if (q > result) result = q;
+            take(x, (h * v->width + w) * v->channels + c, n, is_max, to);
         }
-    return result;
 }
 
 void run_max_pool(const uint32_t *op, const tensor *x, const tensor *y) {
     window v = window_of(op, x, y);
-    size_t at = 0;
+    uint8_t *to = y->data;
+    memset(to, 0, (size_t)y->n * y->size);
     for (uint32_t row = 0; row < v.out_height; row++)
-        for (uint32_t column = 0; column < v.out_width; column++)
-            for (uint32_t c = 0; c < v.channels; c++, at++)
-                store_int(y->data, y->dtype, at, pooled(&v, x, row, column, c, 1));
+        for (uint32_t column = 0; column < v.out_width; column++, to += (size_t)v.channels * y->size)
+            pool(&v, x, row, column, 0, v.channels, 1, to);
 }
 
 void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y) {
     window v = window_of(op, x, y);
     rescale r = rescale_of(m, op, y);
-    size_t at = 0;
+    int32_t acc[TILE][BLOCK];
+    size_t at = 0, step;
+    r.is_shared = 1;
     for (uint32_t row = 0; row < v.out_height; row++)
         for (uint32_t column = 0; column < v.out_width; column++)
-            for (uint32_t c = 0; c < v.channels; c++, at++) {
-                int32_t acc = (int32_t)(uint32_t)pooled(&v, x, row, column, c, 0);
-                int64_t q = r.multiplier ? rescaled(&r, 0, acc, 0) : (int64_t)acc + y->zero;
-                store_int(y->data, y->dtype, at, q);
+            for (size_t c = 0; c < v.channels; c += step, at += step) {
+                step = at_most(TILE * BLOCK, (uint32_t)(v.channels - c));
+                memset(acc, 0, sizeof acc);
+                pool(&v, x, row, column, c, step, 0, acc);
+                if (r.multiplier) rescale_row(acc, (uint32_t)step, &r, NULL, y, at);
+                else
+                    for (size_t o = 0; o < step; o++)
+                        store_int(y->data, y->dtype, at + o, (int64_t)acc[o / BLOCK][o % BLOCK] + y->zero);
             }
 }
 
@@ -77,7 +100,13 @@ static size_t place_of(const tensor *t, uint32_t i) {
     return (size_t)(i % plane) * t->shape[0] + i / plane;
 }
 
+static int is_flat(const tensor *t) { return t->rank != 3 || t->shape[0] == 1 || t->n == t->shape[0]; }
+
 static void reshape(const tensor *x, const tensor *y) {
+    if (is_flat(x) && is_flat(y)) {
+        memmove(y->data, x->data, (size_t)x->n * x->size);
+        return;
+    }
     for (uint32_t i = 0; i < x->n; i++)
         memmove(y->data + place_of(y, i) * y->size, x->data + place_of(x, i) * x->size, x->size);
 }

@@ -24,6 +24,20 @@ static hqm_status run_table(const hqm_model *m, const uint32_t *op, const uint8_
     return HQM_OK;
 }
 
+/* The sum as a requantization of a with residual b. */
+static void add_fixed(rescale *r, const tensor *a, const tensor *b, const tensor *y) {
+    int32_t acc[TILE][BLOCK], *q = acc[0];
+    r->is_shared = 1, r->residual_dtype = b->dtype, r->residual_zero = b->zero;
+    for (uint32_t at = 0, n; at < y->n; at += n) {
+        n = at_most(TILE * BLOCK, y->n - at);
+        if (a->size == 1)
+            for (uint32_t i = 0; i < n; i++) q[i] = a->data[at + i] - a->zero;
+        else
+            for (uint32_t i = 0; i < n; i++) q[i] = ((const uint16_t *)(const void *)a->data)[at + i] - a->zero;
+        rescale_row(acc, n, r, b->data, y, at);
+    }
+}
+
 void run_add(const hqm_model *m, const uint32_t *op, const tensor *a, const tensor *b, const tensor *y) {
     rescale r = rescale_of(m, op, y);
     const float ms[2] = {r.multiplier[0], r.multiplier_2[0]}, offset = float_of(op[O_OFFSET]);
@@ -32,12 +46,12 @@ void run_add(const hqm_model *m, const uint32_t *op, const tensor *a, const tens
         fast->add_u8(a->data, b->data, y->n, ms, offset, y->qmin, y->qmax, y->data);
         return;
     }
+    if (r.is_fixed) {
+        add_fixed(&r, a, b, y);
+        return;
+    }
     for (uint32_t i = 0; i < y->n; i++) {
         int64_t qa = load_int(a->data, a->dtype, i), qb = load_int(b->data, b->dtype, i);
-        if (r.is_fixed) {
-            store_int(y->data, y->dtype, i, rescaled(&r, 0, qa - a->zero, qb - b->zero));
-            continue;
-        }
         store_int(y->data, y->dtype, i, added(qa, qb, ms, offset, y->qmin, y->qmax));
     }
 }

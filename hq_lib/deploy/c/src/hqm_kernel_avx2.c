@@ -1,0 +1,238 @@
+/* Kernels for x86-64 with AVX2 and FMA. Attributes, not flags, say what each function is compiled for.
+ *
+ * Products are exact in vpmaddwd, which adds pairs of 16-bit products into 32 bits: of four bytes side by side the even
+ * ones make one pair and the odd ones the other. vpmaddubsw, twice as wide, adds pairs into 16 bits: it serves weights
+ * of 4 bits, whose sums are widened before they could overflow.
+ */
+#include "hqm_kernel.h"
+
+#ifdef HQM_X86
+#include <immintrin.h>
+
+#define ISA __attribute__((target("avx2,fma")))
+
+ISA INLINE __m256i at(const void *from) { return _mm256_loadu_si256(from); }
+ISA INLINE void put(void *to, __m256i v) { _mm256_storeu_si256(to, v); }
+ISA INLINE __m256i four(const uint8_t *x) {
+    int32_t word;
+    memcpy(&word, x, 4);
+    return _mm256_set1_epi32(word);
+}
+ISA INLINE __m256i even_bytes(__m256i bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8); }
+
+/* n places, weights of 8 or 16 bits */
+ISA INLINE void dense_n(const product *p, const uint32_t *place, const int32_t *start, int32_t (*acc)[BLOCK],
+                        const int n, const int bits) {
+    __m256i sum[4][2], w[2][2];
+    const __m256i mask = _mm256_set1_epi16(255);
+    const uint8_t *weights = p->w;
+    for (int q = 0; q < n; q++) sum[q][0] = at(start), sum[q][1] = at(start + 8);
+    for (uint32_t i = 0; i < p->n_rows; i++)
+        for (uint32_t j = 0; j < p->n_columns; j++) {
+            const uint8_t *x = (const uint8_t *)p->x + i * p->row_step + j * p->column_step;
+            for (uint32_t k = 0; k < p->n4; k++, x += 4, weights += 8 * bits) {
+                for (int h = 0; h < 2; h++) {
+                    const __m256i here = at(weights + 32 * h);
+                    w[0][h] = bits == 8 ? even_bytes(here) : here;
+                    w[1][h] = bits == 8 ? _mm256_srai_epi16(here, 8) : at(weights + 64 + 32 * h);
+                }
+                for (int q = 0; q < n; q++) {
+                    const __m256i v = four(x + place[q]), xs[2] = {_mm256_and_si256(v, mask), _mm256_srli_epi16(v, 8)};
+                    for (int e = 0; e < 2; e++)
+                        for (int h = 0; h < 2; h++)
+                            sum[q][h] = _mm256_add_epi32(sum[q][h], _mm256_madd_epi16(xs[e], w[e][h]));
+                }
+            }
+        }
+    for (int q = 0; q < n; q++) put(acc[q], sum[q][0]), put(acc[q] + 8, sum[q][1]);
+}
+
+ISA INLINE void dense(const product *p, int32_t acc[TILE][BLOCK], const int bits) {
+    int32_t start[BLOCK];
+    uint32_t q = 0;
+    starts(p, start);
+    for (; q + 4 <= p->n_places; q += 4) dense_n(p, p->at + q, start, acc + q, 4, bits);
+    for (; q + 2 <= p->n_places; q += 2) dense_n(p, p->at + q, start, acc + q, 2, bits);
+    if (q < p->n_places) dense_n(p, p->at + q, start, acc + q, 1, bits);
+}
+ISA static void dense_8(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 8); }
+ISA static void dense_16(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 16); }
+
+/* Adds 16-bit sums of pairs to acc and clears them. */
+ISA INLINE void widen(__m256i (*sum)[2], int32_t (*acc)[BLOCK], const int n) {
+    for (int q = 0; q < n; q++)
+        for (int h = 0; h < 2; h++) {
+            put(acc[q] + 8 * h, _mm256_add_epi32(at(acc[q] + 8 * h), _mm256_madd_epi16(sum[q][h], _mm256_set1_epi16(1))));
+            sum[q][h] = _mm256_setzero_si256();
+        }
+}
+
+ISA INLINE void nibbles_n(const product *p, const uint32_t *place, const int32_t *start, int32_t (*acc)[BLOCK],
+                          const int n) {
+    __m256i sum[6][2];
+    const __m256i mask = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+    const uint8_t *weights = p->w;
+    uint32_t left = p->n_safe;
+    for (int q = 0; q < n; q++) sum[q][0] = sum[q][1] = _mm256_setzero_si256();
+    memset(acc, 0, (size_t)n * sizeof *acc);
+    for (uint32_t i = 0; i < p->n_rows; i++)
+        for (uint32_t j = 0; j < p->n_columns; j++) {
+            const uint8_t *x = (const uint8_t *)p->x + i * p->row_step + j * p->column_step;
+            for (uint32_t k = 0, stop; k < p->n4;) {
+                stop = k + at_most(p->n4 - k, left);
+                left -= stop - k;
+                for (; k < stop; k++, x += 4, weights += 32) {
+                    const __m256i both = at(weights);
+                    const __m256i low = _mm256_sub_epi8(_mm256_and_si256(both, mask), eight);
+                    const __m256i high = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), eight);
+                    for (int q = 0; q < n; q++) {
+                        const __m256i v = four(x + place[q]);
+                        sum[q][0] = _mm256_add_epi16(sum[q][0], _mm256_maddubs_epi16(v, low));
+                        sum[q][1] = _mm256_add_epi16(sum[q][1], _mm256_maddubs_epi16(v, high));
+                    }
+                }
+                if (!left) widen(sum, acc, n), left = p->n_safe;
+            }
+        }
+    widen(sum, acc, n);
+    for (int q = 0; q < n; q++)
+        for (int h = 0; h < 2; h++) {
+            const __m256i total = _mm256_sll_epi32(at(acc[q] + 8 * h), _mm_cvtsi32_si128((int)p->shift));
+            put(acc[q] + 8 * h, _mm256_add_epi32(total, at(start + 8 * h)));
+        }
+}
+
+ISA static void dense_4(const product *p, int32_t acc[TILE][BLOCK]) {
+    int32_t start[BLOCK];
+    uint32_t q = 0;
+    starts(p, start);
+    for (; q + 6 <= p->n_places; q += 6) nibbles_n(p, p->at + q, start, acc + q, 6);
+    for (; q + 2 <= p->n_places; q += 2) nibbles_n(p, p->at + q, start, acc + q, 2);
+    if (q < p->n_places) nibbles_n(p, p->at + q, start, acc + q, 1);
+}
+
+/* The weights of one kernel place, as bytes. */
+ISA INLINE __m128i tap(const product *p, uint32_t t, const int bits) {
+    const uint8_t *w = (const uint8_t *)p->w + t * p->w_step * (size_t)bits / 8;
+    if (t >= p->n_rows * p->n_columns) return _mm_setzero_si128();
+    if (bits == 8) return _mm_loadu_si128((const __m128i *)(const void *)w);
+    const __m128i both = _mm_loadl_epi64((const __m128i *)(const void *)w), mask = _mm_set1_epi8(15);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+    return _mm_sub_epi8(_mm_unpacklo_epi64(_mm_and_si128(both, mask), high), _mm_set1_epi8(8));
+}
+
+enum { TAPS = 10 }; /* kernel places whose weights stay in registers */
+
+/* Pairs of kernel places: vpmaddwd of (x_a, x_b) and (w_a, w_b) in each channel. */
+ISA INLINE void depthwise(const product *p, int32_t acc[TILE][BLOCK], const int bits) {
+    const __m256i spread = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7, -1, 8, -1, 9, -1, 10,
+                                            -1, 11, -1, 12, -1, 13, -1, 14, -1, 15, -1);
+    const __m128i shift = _mm_cvtsi32_si128((int)p->shift);
+    int32_t start[BLOCK];
+    starts(p, start);
+    for (uint32_t first = 0; first < p->n_rows * p->n_columns; first += TAPS) {
+        size_t offset[TAPS];
+        __m256i w[TAPS / 2][2];
+        tap_offsets(p, first, TAPS, offset);
+        for (uint32_t t = 0; t < TAPS / 2; t++) {
+            const __m128i a = tap(p, first + 2 * t, bits), b = tap(p, first + 2 * t + 1, bits);
+            w[t][0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+            w[t][1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+        }
+        for (uint32_t q = 0; q < p->n_places; q++) {
+            const uint8_t *x = (const uint8_t *)p->x + p->at[q];
+            const int32_t *from = first ? acc[q] : start;
+            __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+            for (int t = 0; t < TAPS / 2; t++) {
+                const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + offset[2 * t])));
+                const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + offset[2 * t + 1])));
+                const __m256i low = _mm256_shuffle_epi8(_mm256_unpacklo_epi8(a, b), spread);
+                const __m256i high = _mm256_shuffle_epi8(_mm256_unpackhi_epi8(a, b), spread);
+                sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(low, w[t][0]));
+                sum[1] = _mm256_add_epi32(sum[1], _mm256_madd_epi16(high, w[t][1]));
+            }
+            for (int h = 0; h < 2; h++)
+                put(acc[q] + 8 * h, _mm256_add_epi32(_mm256_sll_epi32(sum[h], shift), at(from + 8 * h)));
+        }
+    }
+}
+ISA static void depthwise_4(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 4); }
+ISA static void depthwise_8(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 8); }
+
+#define LANES 8
+#define V(name) avx2_##name
+#define vi __m256i
+#define vf __m256
+#define load_i(p) at(p)
+#define load_f(p) _mm256_loadu_ps(p)
+#define set_i(x) _mm256_set1_epi32(x)
+#define set_f(x) _mm256_set1_ps(x)
+#define wide(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p)))
+#define to_f(q) _mm256_cvtepi32_ps(q)
+#define to_i(y) _mm256_cvtps_epi32(y)
+#define add_i(a, b) _mm256_add_epi32(a, b)
+#define sub_i(a, b) _mm256_sub_epi32(a, b)
+#define mul_f(a, b) _mm256_mul_ps(a, b)
+#define add_f(a, b) _mm256_add_ps(a, b)
+#define fma_f(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define clamp_f(y, low, high) _mm256_min_ps(_mm256_max_ps(y, low), high)
+ISA INLINE void narrow(uint8_t *out, __m256i q) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64((__m128i *)(void *)out, _mm_packus_epi16(words, words));
+}
+#include "hqm_vector.h"
+
+/* What "fixed" needs for every second of eight channels, in 64 bits. */
+typedef struct {
+    int64_t multiplier[4], multiplier_2[4], shift[4];
+    int64_t start[4], least[4]; /* 2^63 + half a step: unsigned, so that a logical shift will do; 2^63 >> shift */
+} fixed_4;
+
+static inline void fixed_4_of(fixed_4 f[4], const rescale *r, uint32_t first, uint32_t n, int has_residual) {
+    for (uint32_t o = 0; o < BLOCK; o++) {
+        const uint32_t c = r->is_shared ? 0 : first + at_most(o, n - 1), j = o % 8 / 2;
+        fixed_4 *to = f + o / 8 * 2 + o % 2;
+        to->multiplier[j] = r->fixed[c], to->multiplier_2[j] = has_residual ? r->fixed_2[c] : 0;
+        to->shift[j] = r->shift[c], to->least[j] = (int64_t)(((uint64_t)1 << 63) >> r->shift[c]);
+        to->start[j] = (int64_t)(((uint64_t)1 << 63) + ((uint64_t)1 << (r->shift[c] - 1)));
+    }
+}
+
+/* Clamped to [low, high], in the low half of each 64 bits. */
+ISA INLINE __m256i fixed_of(const fixed_4 *f, __m256i acc, __m256i other, __m256i low, __m256i high) {
+    const __m256i first = _mm256_mul_epi32(acc, at(f->multiplier)), second = _mm256_mul_epi32(other, at(f->multiplier_2));
+    const __m256i sum = _mm256_add_epi64(_mm256_add_epi64(first, second), at(f->start));
+    __m256i y = _mm256_sub_epi64(_mm256_srlv_epi64(sum, at(f->shift)), at(f->least));
+    y = _mm256_blendv_epi8(y, high, _mm256_cmpgt_epi64(y, high));
+    return _mm256_blendv_epi8(y, low, _mm256_cmpgt_epi64(low, y));
+}
+
+ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
+                         const void *residual, uint8_t *out, size_t step) {
+    fixed_4 f[4];
+    uint8_t whole[BLOCK];
+    fixed_4_of(f, r, first, n, residual != NULL);
+    const int size = r->residual_dtype == HQM_UINT8 ? 1 : 4;
+    const __m256i low = _mm256_set1_epi64x(r->low), high = _mm256_set1_epi64x(r->high);
+    const __m256i zero = set_i(r->zero), other_zero = set_i(r->residual_zero);
+    for (uint32_t p = 0; p < n_places; p++, out += step) {
+        for (int h = 0; h < 2; h++) {
+            const __m256i a = at(acc[p] + 8 * h);
+            __m256i b = _mm256_setzero_si256();
+            if (residual) {
+                const uint8_t *from = (const uint8_t *)residual + (p * step + 8 * (size_t)h) * (size_t)size;
+                b = sub_i(size == 1 ? wide(from) : at(from), other_zero);
+            }
+            const __m256i even = fixed_of(f + 2 * h, a, b, low, high);
+            const __m256i odd = fixed_of(f + 2 * h + 1, _mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32), low, high);
+            const __m256i q = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+            narrow((n == BLOCK ? out : whole) + 8 * h, add_i(q, zero));
+        }
+        if (n < BLOCK) memcpy(out, whole, n);
+    }
+}
+
+const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},
+                          avx2_rescale_u8, fixed_u8, avx2_add_u8};
+
+#endif
