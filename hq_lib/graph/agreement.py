@@ -1,4 +1,7 @@
-"""Agreement of two graphs that must compute the same: run both on one example and name the first layer that differs."""
+"""Agreement of two networks that must compute the same: run both on one example and name the first layer that differs.
+
+A graph with its network (``traced``), a changed graph with the one before (``differences``).
+"""
 
 import copy
 from collections.abc import Mapping
@@ -6,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hq_lib.graph.tracing import Example, NodeWatcher, as_inputs, eval_mode
+from hq_lib.graph.inplace import changed_by
+from hq_lib.graph.modes import eval_mode, line_of
+from hq_lib.graph.spec import QuantizeError
+from hq_lib.graph.tracing import Example, LeafModules, NodeWatcher, as_inputs, propagate, trace, unwrap
 
 # largest error that rounding explains, as a part of the largest |y| of the layer
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -28,6 +34,67 @@ class Difference:
     """max |got - want|, in units of the value."""
     rel: float
     """max |got - want| / max |want|."""
+
+
+def traced(
+    net: nn.Module,
+    example: Example | None,
+    *,
+    leaf_modules: LeafModules = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
+    """Return a copy of ``net`` as a graph that knows its shapes and computes what ``net`` does on ``example``.
+
+    Args:
+        example: an input, or tuple of inputs; None: shapes stay unknown and nothing is compared.
+        leaf_modules, concrete_args: see ``tracing.trace``, and its errors.
+
+    Raises:
+        DisagreementError: names the first layer that gives another value than in ``net`` (both in eval mode), and the
+                           lines that change tensors in place.
+        QuantizeError:     a layer whose weight a hook computes, which a copy would lose.
+    """
+    net = unwrap(net)
+    _refuse_weight_hooks(net)
+    gm = trace(copy.deepcopy(net), leaf_modules=leaf_modules, concrete_args=concrete_args)
+    if example is not None:
+        got = _seeded(propagate, gm, example)
+        with eval_mode(net), torch.no_grad():
+            names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+            given = dict(zip(names, as_inputs(example), strict=False)) | dict(concrete_args or {})
+            want = _seeded(net, **tree_map_only(Tensor, Tensor.clone, given))
+        try:
+            _difference(OUTPUT, *([t.nan_to_num() for t in _tensors(value)] for value in (got, want)))
+        except (DisagreementError, ValueError) as error:
+            changing = [line_of(node) for node in gm.graph.nodes if changed_by(node, gm) is not None]
+            cause = (
+                f"tensors change in place at {'; '.join(changing)}" if changing else "it has a state or draws numbers"
+            )
+            raise DisagreementError(
+                f"{type(net).__name__} as a graph is another network ({error}): {cause}; make its output a function of "
+                f"its input alone, out of place"
+            ) from error
+    return gm
+
+
+def _refuse_weight_hooks(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
+                raise QuantizeError(
+                    f"layer {name!r}: a hook of {type(hook).__module__} computes its weight in every call; take it off "
+                    f"first (remove_weight_norm, remove_spectral_norm), or use torch.nn.utils.parametrizations"
+                )
+
+
+def _seeded(function: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return function(*args, **kwargs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def differences(
@@ -51,14 +118,13 @@ def differences(
     found: dict[str, Difference] = {}
 
     def remember(node: fx.Node, value: Any) -> None:
-        if node.name in needed or node.op == OUTPUT:  # cloned: the next layer may work in place
-            wanted[node.name] = [leaf.clone() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        if node.name in needed or node.op == OUTPUT:
+            wanted[node.name] = _tensors(value)
 
     def compare(node: fx.Node, value: Any) -> None:
         layer = OUTPUT if node.op == OUTPUT else str(node.target)
         if node.op == OUTPUT or (node.op == "call_module" and layer in same_value):
-            got = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-            found[layer] = _difference(layer, got, wanted[same_value.get(layer, OUTPUT)])
+            found[layer] = _difference(layer, _tensors(value), wanted[same_value.get(layer, OUTPUT)])
 
     needed = set(same_value.values())
     _run(original, example, remember)
@@ -70,9 +136,8 @@ def _run(gm: fx.GraphModule, example: Example, see: Any) -> None:
     if any(tensor.device.type != "cpu" for tensor in gm.state_dict().values()):
         gm = copy.deepcopy(gm).cpu()
     inputs = tree_map_only(Tensor, torch.Tensor.cpu, as_inputs(example))
-    with torch.no_grad(), eval_mode(gm), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        NodeWatcher(gm, see).run(*(x.clone() for x in inputs))
+    with torch.no_grad(), eval_mode(gm):
+        _seeded(NodeWatcher(gm, see).run, *inputs)
 
 
 def _difference(layer: str, got: list[Tensor], want: list[Tensor]) -> Difference:

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from hq_lib.graph.modes import FollowsMode
+
 Kind = Literal["conv_bn", "linear_bn", "conv_transpose_bn", "bn_conv", "bn_linear"]
 Layer = _ConvNd | nn.Linear
 
@@ -143,7 +145,9 @@ def _is_identity(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target in _DROPOUTS:
         return node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is False
     module = _module(node)
-    return type(module) is nn.Identity or isinstance(module, _DropoutNd)
+    if isinstance(module, FollowsMode):
+        return module.function in _DROPOUTS
+    return isinstance(module, nn.Identity | _DropoutNd)
 
 
 def _leads_to(node: fx.Node, norm: fx.Node) -> bool:

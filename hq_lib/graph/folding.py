@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils import parametrize
 
-from hq_lib.graph.agreement import OUTPUT, Difference, differences
+from hq_lib.graph.agreement import OUTPUT, Difference, differences, traced
 from hq_lib.graph.bn_pairs import Kind, Layer, find_layer, find_norms, find_opaque_norms
-from hq_lib.graph.tracing import Example, LeafModules, propagate, trace
+from hq_lib.graph.layers import make_plain_
+from hq_lib.graph.modes import eval_mode
+from hq_lib.graph.tracing import Example, LeafModules, trace, unwrap
 
 
 class FoldError(ValueError):
@@ -105,15 +106,15 @@ def fold_bn_with_report(
 
     Raises:
         FoldError: names each BN that cannot be folded exactly, if ``on_refusal`` is "raise".
-        agreement.DisagreementError: names the first layer whose error is more than rounding explains.
+        agreement.DisagreementError: names the first layer whose error is more than rounding explains, or says how the
+                                     graph is another network than ``net``.
         tracing.UntraceableError: names the line that cannot be traced.
     """
     if on_refusal not in ("raise", "keep"):
         raise ValueError(f"on_refusal is 'raise' or 'keep', not {on_refusal!r}")
-    original = trace(copy.deepcopy(net).eval(), leaf_modules=leaf_modules, concrete_args=concrete_args)
+    with eval_mode(unwrap(net)):
+        original = traced(net, example, leaf_modules=leaf_modules, concrete_args=concrete_args)
     _drop_unused(original)
-    if example is not None:
-        propagate(original, example)
     folded = trace(original)  # shares all layers; those that change are replaced by copies
     rows, same_value = _fold_all(folded)
     kept = [row for row in rows if row.status == "kept"]
@@ -269,18 +270,10 @@ def _absorbed(layer: nn.Module, bn: nn.Module, kind: Kind) -> nn.Module | None:
     if not (weight.isfinite().all() and bias.isfinite().all()):
         return None
     grad = layer.weight.requires_grad
-    plain = _plain_copy(layer)
+    plain = copy.deepcopy(layer)
+    make_plain_(plain)
     plain.weight, plain.bias = nn.Parameter(weight, grad), nn.Parameter(bias, grad)
     return plain
-
-
-def _plain_copy(layer: nn.Module) -> nn.Module:
-    """Return a copy without parametrizations (weight norm), whose removal would strip the original's class too."""
-    copied = copy.deepcopy(layer)
-    if parametrize.is_parametrized(copied):
-        copied.__class__ = parametrize.type_before_parametrizations(copied)
-        del copied.parametrizations
-    return copied
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -297,4 +290,7 @@ def _kept(bn: str, reason: str) -> FoldRow:
 
 def _refusals(net: str, kept: list[FoldRow]) -> str:
     lines = "\n".join(f"  - {row.bn!r}: {row.reason}" for row in kept)
-    return f"{net} has batch norms that cannot be folded exactly (on_refusal='keep' leaves them running):\n{lines}"
+    return (
+        f"{net} has batch norms that cannot be folded exactly; fold_bn(net, x, on_refusal='keep') and "
+        f"quantize(net, policy, x, on_refusal='keep') leave them running:\n{lines}"
+    )

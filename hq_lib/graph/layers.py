@@ -6,6 +6,20 @@ y = layer(x, Q(w), b)
 from typing import Self
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def make_plain_(layer: nn.Module) -> None:
+    """Give a parametrized ``layer`` (weight norm, spectral norm) the plain weight that it computes with in its mode.
+
+    Not ``parametrize.remove_parametrizations``: that strips the class which a copy shares with its original.
+    """
+    if parametrize.is_parametrized(layer):
+        values = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}  # type: ignore[union-attr]
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, value in values.items():
+            layer.register_parameter(name, nn.Parameter(value))
 
 
 class QuantizedWeight(nn.Module):

@@ -4,7 +4,7 @@
 a layer. A kind says how the values of a node's output relate to the grid of its input:
 
     input     the image                             layer     conv, transposed conv, linear
-    norm      batch norm                            relu      keeps the grid of its input (it only drops values)
+    norm      batch norm, synchronised or not       relu      keeps the grid of its input (it only drops values)
     clip      ReLU6, hardtanh, clamp                act       any other activation function
     add, mul  two or more tensors in, one out       concat    keeps a grid only if all its inputs share it
     avgpool   values between those of its input     pass      max-pool, reshapes, slices, dropout: grid unchanged
@@ -12,15 +12,18 @@ a layer. A kind says how the values of a node's output relate to the grid of its
     param     a constant of the network             other     anything else that makes a tensor
 """
 
+from typing import Any
+
 from torch import fx, nn
 
+from hq_lib.graph.modes import FollowsMode, line_of
 from hq_lib.graph.spec import QuantizeError
 
 QUANTIZER_SUFFIX = "_act_quantizer"
 LAYERS = {"conv2d", "linear", "convtranspose2d"}
 _UNSUPPORTED = {"conv1d", "conv3d", "convtranspose1d", "convtranspose3d", "lstm", "gru", "rnn", "bilinear"}
 _NAMES = {
-    "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d"},
+    "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm"},
     "relu": {"relu"},
     "clip": {"relu6", "hardtanh", "clamp", "clip", "clampmin", "clampmax", "threshold"},
     "act": {
@@ -35,7 +38,8 @@ _NAMES = {
         *("maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax", "identity", "clone", "detach"),
         *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "contiguous", "squeeze"),
         *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
-        *("dropout", "dropout1d", "dropout2d", "featuredropout", "stochasticdepth", "pad", "zeropad2d"),
+        *("dropout", "dropout1d", "dropout2d", "featuredropout", "stochasticdepth", "droppath"),
+        *("alphadropout", "featurealphadropout", "dropout3d", "pad", "zeropad2d"),
         *("channelshuffle", "pixelshuffle", "pixelunshuffle"),
     },
     "shape": {"size", "dim", "numel", "ndimension"},
@@ -47,13 +51,16 @@ _NONNEGATIVE = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus"
 
 def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
     """Return the operation of ``node`` in one spelling: lower case without underscores, e.g. "maxpool2d"."""
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+    target: Any = node.target
+    module = gm.get_submodule(target) if node.op == "call_module" else None
+    if isinstance(module, FollowsMode):
+        target, module = module.function, None
+    if module is not None:
         classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
         found = next(classes, nn.Module)
         name = type(module).__name__ if found is nn.Module else found.__name__
     else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return name.lower().replace("_", "")
 
 
@@ -76,30 +83,54 @@ def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
         return fixed
     if str(node.target).endswith(QUANTIZER_SUFFIX):
         return "quantizer"
+    if node.meta.get("opaque"):  # a leaf that was asked for stays in float, whatever it is
+        return "other"
     name = op_name(node, gm)
-    _refuse(node, name)
+    _refuse(node, name, gm)
     inputs = [known[n] for n in node.all_input_nodes]
     if inputs and all(kind == "shape" for kind in inputs):
         return "shape"
     if name == "getattr":
         return "shape" if node.args[1] in _SHAPE_ATTRIBUTES else "other"
+    if name == "getitem" and inputs[0] == "other" and "shape" not in node.all_input_nodes[0].meta:
+        return "other"  # one of several tensors that an operation has made
     kind = _KIND_OF.get(name, "other")
     if kind in ("add", "mul") and _n_tensors(node, known) < 2:
         return "other"
     return "other" if name == "pad" and _pads_with_a_value(node) else kind
 
 
-def _refuse(node: fx.Node, name: str) -> None:
-    if name in LAYERS and node.op != "call_module":
+def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:
+    stack = [(path, made) for path, made in (node.meta.get("nn_module_stack") or {}).values() if path]
+    owner, made = stack[-1] if stack else ("", nn.Module)
+    who = f"{owner or 'the network'!r}, at {line_of(node)},"
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = None if isinstance(module, FollowsMode) else module
+    leave = f"or leave it in float: quantize(..., leaf_modules=({owner!r},))"
+    if name in LAYERS and module is None:
         raise QuantizeError(
-            f"node {node.name!r} calls {name} as a function, so no layer holds its weight: make it an nn.Conv2d or "
-            f"nn.Linear module, or pass a net traced with leaf_modules naming its owner to leave it in float"
+            f"{who} calls {name} as a function on a weight of its own making, so no layer holds what it multiplies "
+            f"with: make it an nn.Conv2d or nn.Linear module, {leave}"
         )
-    if name in _UNSUPPORTED:
+    if name in _UNSUPPORTED or (
+        type(module).__module__.startswith("torch.nn.modules") and _unknown_weights(module, name)
+    ):
         raise QuantizeError(
-            f"layer {node.target!r}: {name} has no quantized form here (conv2d, linear and convtranspose2d have); "
-            f"write it as one of those, or pass a net traced with leaf_modules naming its owner to leave it in float"
+            f"layer {str(node.target)!r}: {name} has no quantized form here (conv2d, linear and convtranspose2d have); "
+            f"write it as one of those, {leave.replace(repr(owner), repr(str(node.target)))}"
         )
+    if (name == "batchnorm" and module is None) or ("BatchNorm" in made.__name__ and module is None):
+        raise QuantizeError(
+            f"{who} normalises by a function ({made.__name__}), which can be neither folded nor kept with its layer: "
+            f"make it an nn.BatchNorm2d with the same statistics"
+        )
+
+
+def _unknown_weights(module: nn.Module | None, name: str) -> bool:
+    """Whether a module of PyTorch's own multiplies with matrices and is no layer known here."""
+    theirs = module is not None and type(module).__module__.startswith("torch.nn.modules")
+    matrices = [p for p in module.parameters() if p.dim() > 1] if module is not None and theirs else []
+    return bool(matrices) and name not in LAYERS and _KIND_OF.get(name) is None and "norm" not in name
 
 
 def _n_tensors(node: fx.Node, known: dict[fx.Node, str]) -> int:

@@ -1,10 +1,14 @@
-"""Overrides of a bit policy: patterns of layer names, and what they say about weights and activations."""
+"""Overrides of a bit policy: patterns of layer names or types, and what they say about weights and activations.
+
+A pattern is a name with ``*``, or one of the types "first", "last", "depthwise", "linear" (``placement.layer_types``).
+"""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from hq_lib.graph.placement import LAYER_TYPES
 from hq_lib.graph.spec import PolicyError, Spec, parse_spec, unknown_key
 
 KINDS = ("weight", "act")
@@ -33,9 +37,15 @@ def _check_entry(pattern: str, entry: Any) -> dict[str, Any]:
 
 
 def apply_overrides(
-    overrides: Mapping[str, Mapping[str, Any]], weights: dict[str, Spec], acts: dict[str, Spec]
+    overrides: Mapping[str, Mapping[str, Any]],
+    weights: dict[str, Spec],
+    acts: dict[str, Spec],
+    types: Mapping[str, Mapping[str, Collection[str]]],
 ) -> dict[tuple[str, str], str]:
     """Change ``weights`` and ``acts`` in place as ``overrides`` say, in their order.
+
+    Args:
+        types: "weight" and "act" -> name of a tensor -> the layer types it is of.
 
     Returns:
         for each changed tensor (kind, name), the key of the override that spoke last.
@@ -49,7 +59,7 @@ def apply_overrides(
         for said, like in entry.items():
             key = f"policy.overrides[{pattern!r}]" + ("" if said == "both" else f".{said}")
             asked = KINDS if said == "both" else (said,)
-            hits = [(kind, name) for kind in asked for name in tables[kind] if fnmatchcase(name, pattern)]
+            hits = _hits(pattern, key, {kind: tables[kind] for kind in asked}, types)
             if not hits:
                 raise PolicyError(_no_match(pattern, key, {name for kind in asked for name in tables[kind]}, asked))
             for kind, name in hits:
@@ -58,7 +68,24 @@ def apply_overrides(
     return origins
 
 
+def _hits(
+    pattern: str, key: str, tables: Mapping[str, Iterable[str]], types: Mapping[str, Mapping[str, Collection[str]]]
+) -> list[tuple[str, str]]:
+    """Return (kind, name) of the tensors that a pattern means: by name, else by type."""
+    named = [(kind, name) for kind, names in tables.items() for name in names if fnmatchcase(name, pattern)]
+    typed = [(kind, name) for kind, names in tables.items() for name in names if pattern in types[kind].get(name, ())]
+    if named and typed and named != typed:
+        theirs = ", ".join(sorted({name for _, name in typed}))
+        raise PolicyError(
+            f"{key}: {named[0][1]!r} is the name of a layer and the type of others; write {pattern + '*'!r} for "
+            f"the name, or name those of the type: {theirs}"
+        )
+    return named or typed
+
+
 def _no_match(pattern: str, key: str, names: Iterable[str], kinds: Iterable[str]) -> str:
+    if pattern in LAYER_TYPES:
+        return f"{key}: the network has no layer of the type {pattern!r} whose {' or '.join(kinds)} is quantized"
     what = " or ".join({"weight": "weight", "act": "quantized activation"}[kind] for kind in kinds)
     names = sorted(names)
     if any(name.startswith(f"{pattern}.") for name in names):

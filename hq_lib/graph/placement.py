@@ -8,18 +8,21 @@
               function (BRECQ, QDrop). Lowered as one fused conv-add with a single rounding.
 
 Max-pools, reshapes, ReLUs of quantized tensors and concatenations add no quantizer: the grid passes through. The
-tensors that a concatenation joins share one quantizer. The network's output stays in float.
+tensors that a concatenation joins share one quantizer, and so do a quantized tensor and what is clipped from it (its
+ends must be levels). The network's output stays in float.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from hq_lib.graph.blocks import module_path
 from hq_lib.graph.ops import kinds, nonnegative
 from hq_lib.graph.spec import QuantizeError, Spec
 
+LAYER_TYPES = ("first", "last", "depthwise", "linear")
 _SOURCES = {"input", "layer", "norm", "clip", "act", "add", "mul", "avgpool", "other"}
 _FOLLOWERS = {"layer": {"norm", "relu", "clip", "act"}, "avgpool": {"relu", "clip"}}
 _DEFAULT_FOLLOWERS = {"relu", "clip", "act"}
@@ -37,7 +40,7 @@ class Site:
     """fx node whose output is quantized: the last of layer -> batch norm -> activation function"""
 
     role: str
-    """"image", "stem" (first layer's output), "last" (last layer's input), "pool", "pool_last" (both), or "" """
+    """"image", "stem" (output of the first), "last" (input of one that feeds an output), "pool", "pool_last", "" """
 
     signed: bool
     """False where the graph proves the tensor >= 0 (after ReLU, ReLU6, sigmoid, or sums and means of such)"""
@@ -100,7 +103,8 @@ def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
         while (user := _only_user(chain[-1])) is not None and kind_of[user] in followers:
             chain.append(user)
         absorbed.update(chain)
-        if _is_read(chain[-1], kind_of):
+        several = "shape" in next(iter(kind_of)).meta and "shape" not in chain[-1].meta  # tensors, each on its own grid
+        if _is_read(chain[-1], kind_of) and not several:
             tails[node] = chain[-1]
     return tails
 
@@ -160,18 +164,56 @@ def _roles(tails: dict[fx.Node, fx.Node], kind_of: dict[fx.Node, str], *, throug
     if layers[0] in tails:
         roles[tails[layers[0]]] = "stem"
     sites = set(tails.values())
-    node: fx.Node | None = layers[-1].all_input_nodes[0]
-    while node is not None:
-        if node in sites:
-            roles[node] = "pool_last" if roles.get(node) == "pool" else "last"
-            if not (through_pools and roles[node] == "pool_last"):
-                break
-        node = node.all_input_nodes[0] if kind_of[node] in (*_THROUGH, "avgpool") and node.all_input_nodes else None
+    for last in last_layers(kind_of):
+        node: fx.Node | None = last.all_input_nodes[0]
+        while node is not None:
+            if node in sites:
+                roles[node] = "pool_last" if roles.get(node) in ("pool", "pool_last") else "last"
+                if not (through_pools and roles[node] == "pool_last"):
+                    break
+            through = kind_of[node] in (*_THROUGH, "avgpool") and node.all_input_nodes
+            node = node.all_input_nodes[0] if through else None
     return roles | {tail: "image" for tail in sites if kind_of[tail] == "input"}
 
 
+def last_layers(kind_of: dict[fx.Node, str]) -> list[fx.Node]:
+    """Return the layers that feed an output, in execution order: the last one of each of its tensors.
+
+    Seen through whatever is no layer; where tensors are added or multiplied, through the one that is made last.
+    """
+    order = list(kind_of)
+    found: set[fx.Node] = set()
+    waiting = list(order[-1].all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if kind_of[node] == "layer":
+            found.add(node)
+            continue
+        tensors = [n for n in node.all_input_nodes if kind_of[n] not in ("shape", "param")]
+        if kind_of[node] in ("add", "mul"):
+            tensors = [max(tensors, key=order.index)]
+        waiting += tensors
+    return sorted(found, key=order.index)
+
+
+def layer_types(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
+    """Return for each layer by name, in execution order, which of ``LAYER_TYPES`` it is."""
+    kind_of = kinds(gm)
+    layers = [node for node, kind in kind_of.items() if kind == "layer"]
+    last = {str(node.target) for node in last_layers(kind_of)}
+    types: dict[str, frozenset[str]] = {}
+    for node in layers:
+        layer: Any = gm.get_submodule(str(node.target))
+        depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
+        said = {"first": node is layers[0], "last": str(node.target) in last, "depthwise": depthwise}
+        said["linear"] = isinstance(layer, nn.Linear)
+        before = types.get(str(node.target), frozenset())
+        types[str(node.target)] = before | {name for name, holds in said.items() if holds}
+    return types
+
+
 def _groups(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
-    """Return for each quantized tensor the first of those that a concatenation puts on one grid with it."""
+    """Return for each quantized tensor the first of those that share one grid with it: joined, or clipped from it."""
     leader = {tail: tail for tail in tails}
 
     def find(node: fx.Node) -> fx.Node:
@@ -179,10 +221,12 @@ def _groups(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> dict[fx.No
             node = leader[node]
         return node
 
-    for concat in (node for node, kind in kind_of.items() if kind == "concat"):
-        members = sorted({find(tail) for tail in _grid_sources(concat, leader, kind_of)}, key=list(leader).index)
-        for member in members:
-            leader[member] = members[0]
+    for node, kind in kind_of.items():
+        if kind == "concat" or (kind == "clip" and node in leader):
+            sharing = _grid_sources(node, leader, kind_of) | ({node} if kind == "clip" else set())
+            members = sorted({find(tail) for tail in sharing}, key=list(leader).index)
+            for member in members:
+                leader[member] = members[0]
     return {tail: find(tail) for tail in leader}
 
 

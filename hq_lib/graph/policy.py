@@ -1,6 +1,6 @@
 """``BitPolicy``: the one knob. Which method and how many bits, for every weight and every activation of a network."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +69,9 @@ class BitPolicy:
     """default of activations, likewise"""
 
     first_last_bits: int | None = 8
-    """bits of the first and the last layer's weights and of the last layer's input (in ``academic`` placement also of
-    the tensor that is pooled into it, QDrop's a[-1]); 32 = float; None = no exception; says nothing of weights, or
-    activations, that are float by default"""
+    """bits of the weights of the first layer and of every layer that feeds an output, and of the inputs of the latter
+    (in ``academic`` placement also of the tensor that is pooled into one, QDrop's a[-1]); 32 = float; None = no
+    exception; says nothing of weights, or activations, that are float by default"""
 
     stem_out_bits: int | None = None
     """bits of the first layer's output (CaPTQ and BRECQ's dagger rows: 8; QDrop's own: None = as other activations)"""
@@ -83,7 +83,8 @@ class BitPolicy:
     """bits of average-pool outputs; None = by role or as other activations (official QDrop has none there: 32)"""
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """name or pattern with * -> ``{"weight": spec, "act": spec}``, or one spec for both; partial specs keep the rest"""
+    """name, pattern with *, or type ("first", "last", "depthwise", "linear") -> ``{"weight": spec, "act": spec}``, or
+    one spec for both; partial specs keep the rest"""
 
     placement: str = "deploy"
     """"deploy": every tensor that feeds an add is quantized; "academic": adds are float, one quantizer after each"""
@@ -119,8 +120,15 @@ class BitPolicy:
         rule = self.hybrid_rule or HybridRule()
         make_quantizer(rule.settle(spec, kind), kind, key)
 
-    def resolve(self, layers: Sequence[str], sites: "Iterable[Site]") -> tuple[dict[str, Spec], dict[str, Spec]]:
+    def resolve(
+        self, layers: Mapping[str, Collection[str]], sites: "Iterable[Site]"
+    ) -> tuple[dict[str, Spec], dict[str, Spec]]:
         """Return the Spec of each layer's weight and of each activation by name.
+
+        Args:
+            layers: name -> types of each layer, from ``placement.layer_types``.
+            sites:  from ``placement.find_sites``. An activation is of its layer's types, but "last" means the input of
+                    a last layer.
 
         Raises:
             PolicyError: names the override that matches nothing, or the tensor whose bits its method cannot do.
@@ -128,9 +136,11 @@ class BitPolicy:
         sites = list(sites)
         weights: dict[str, Spec] = {name: self.weight for name in layers}  # noqa: C420 (pyright)
         if self.first_last_bits is not None and not self.weight.is_float:
-            weights |= {name: self._with_bits(self.weight, self.first_last_bits) for name in (layers[0], layers[-1])}
+            outer = [name for name, types in layers.items() if {"first", "last"} & set(types)]
+            weights |= {name: self._with_bits(self.weight, self.first_last_bits) for name in outer}
         acts = {site.name: self._by_role(site.role) for site in sites}
-        origins = apply_overrides(self.overrides, weights, acts)
+        made = {site.name: {*layers.get(site.name, ())} - {"last"} | ({"last"} & {site.role[-4:]}) for site in sites}
+        origins = apply_overrides(self.overrides, weights, acts, {"weight": layers, "act": made})
         rule = self.hybrid_rule or HybridRule()
         for kind, specs in (("weight", weights), ("act", acts)):
             for name, spec in specs.items():

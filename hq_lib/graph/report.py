@@ -9,6 +9,7 @@ from torch import fx, nn
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds
 from hq_lib.graph.spec import PolicyError, Spec
+from hq_lib.quantizers import Quantizer
 
 COLUMNS = (
     *("layer", "tensor", "method", "bits", "signed", "scale", "scale_min", "scale_max", "n_scales"),
@@ -19,11 +20,15 @@ COLUMNS = (
 def report(qnet: fx.GraphModule) -> pd.DataFrame:
     """Return one row per layer weight and per activation of ``qnet``, float ones included.
 
+    So are weights that no quantized layer holds, since a function or a module kept as one call multiplies with them:
+    "float" rows without ``macs``, counted in the average.
+
     Columns: ``layer``; ``tensor`` ("weight" or "activation"); ``method`` and ``bits`` ("float", 32 where none);
     ``signed``; ``scale`` (mean), ``scale_min``, ``scale_max`` in real units per step and ``n_scales`` (NaN and 0
     before calibration or in float); ``macs`` of the layer for one image; ``n_params`` (weight elements; biases stay in
     float); ``n_elements`` of the activation for one image; ``size_KiB`` of the weight at its bits. In ``attrs``:
-    ``avg_w_bits`` (weighted by parameters), ``avg_a_bits`` (by elements), ``n_macs``, ``policy`` (one line).
+    ``avg_w_bits`` (weighted by parameters), ``avg_a_bits`` (by elements), ``n_macs`` of the layers known, ``hidden``
+    (names of the weights that no quantized layer holds), ``policy`` (one line).
 
     Raises:
         PolicyError: ``qnet`` is not from ``quantize``.
@@ -31,13 +36,15 @@ def report(qnet: fx.GraphModule) -> pd.DataFrame:
     meta = qnet.meta
     if "sites" not in meta:
         raise PolicyError("report: the network has no policy; pass what quantize(net, policy, example) returned")
-    rows = _weight_rows(qnet) + _act_rows(qnet)
+    hidden = hidden_weights(qnet)
+    rows = _weight_rows(qnet) + [_hidden_row(name, weight) for name, weight in hidden.items()] + _act_rows(qnet)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     weights, acts = table[table.tensor == "weight"], table[table.tensor == "activation"]
     table.attrs = {
         "avg_w_bits": _average(weights.bits, weights.n_params),
         "avg_a_bits": _average(acts.bits, acts.n_elements),
         "n_macs": int(weights.macs.sum()),
+        "hidden": list(hidden),
         "policy": meta["policy"].describe(),
     }
     return table
@@ -57,6 +64,23 @@ def _weight_rows(qnet: fx.GraphModule) -> list[dict[str, Any]]:
         sizes = {"macs": macs[name], "n_params": n_params, "n_elements": 0, "size_KiB": n_params * spec.bits / 8192}
         rows.append({"layer": name, "tensor": "weight", **_quantizer_row(spec, layer.weight_quantizer), **sizes})
     return rows
+
+
+def hidden_weights(qnet: nn.Module) -> dict[str, torch.Tensor]:
+    """Return by name the matrices and kernels of ``qnet`` that are no quantized layer's, so that they stay in float."""
+    others = [m for m in qnet.modules() if isinstance(m, QuantizedWeight | Quantizer) or "Norm" in type(m).__name__]
+    known = {id(p) for module in others for p in module.parameters()}
+    return {
+        name: p
+        for name, p in qnet.named_parameters()
+        if p.dim() > 1 and id(p) not in known and "bias" not in name.rpartition(".")[2]
+    }
+
+
+def _hidden_row(name: str, weight: torch.Tensor) -> dict[str, Any]:
+    n = weight.numel()
+    row = {"layer": name, "tensor": "weight", "n_params": n, "n_elements": 0, "macs": float("nan"), "size_KiB": n / 256}
+    return row | _quantizer_row(Spec(), None)
 
 
 def _act_rows(qnet: fx.GraphModule) -> list[dict[str, Any]]:

@@ -1,20 +1,23 @@
 """``quantize``: one pass that turns any traced CNN into its quantized graph."""
 
-import copy
 import json
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from hq_lib.graph.agreement import traced
 from hq_lib.graph.folding import fold_bn
-from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear
+from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear, make_plain_
+from hq_lib.graph.modes import eval_mode
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
-from hq_lib.graph.placement import Site, find_sites, share_bits
+from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
+from hq_lib.graph.report import hidden_weights
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec, make_quantizer
-from hq_lib.graph.tracing import Example, propagate, trace
+from hq_lib.graph.tracing import Example, LeafModules, propagate, unwrap
 from hq_lib.quantizers import Quantizer
 
 _FORMS: dict[str, type[QuantizedWeight]] = {
@@ -59,7 +62,14 @@ class QuantizedNet(fx.GraphModule):
             )
 
 
-def quantize(net: nn.Module, policy: BitPolicy, example: Example) -> QuantizedNet:
+def quantize(
+    net: nn.Module,
+    policy: BitPolicy,
+    example: Example,
+    *,
+    leaf_modules: LeafModules = (),
+    on_refusal: Literal["raise", "keep"] = "raise",
+) -> QuantizedNet:
     """Return ``net`` quantized by ``policy``: a new graph in the mode of ``net``, which is left as it was.
 
     Layers become ``QuantConv2d``, ``QuantLinear``, ... under their own names, each with a ``weight_quantizer`` (None =
@@ -69,25 +79,50 @@ def quantize(net: nn.Module, policy: BitPolicy, example: Example) -> QuantizedNe
     Args:
         net:     any traceable CNN, see ``hq_lib.graph.tracing.trace``.
         policy:  method and bits per tensor.
-        example: (B, C, H, W), an input that ``net`` accepts, for shapes and operation counts; its values do not matter.
+        example: (B, C, H, W), an input that ``net`` accepts, for shapes, operation counts and a comparison of the graph
+                 with ``net``.
+        leaf_modules: names or classes of modules that stay one call, in float; ``policy.report`` counts their weights.
+        on_refusal:   with ``bn="fold"``: "keep" leaves batch norms running that cannot be folded exactly.
 
     Raises:
         PolicyError:                  names the key of the policy that cannot be carried out.
         QuantizeError:                the net is quantized already, or has a layer without a quantized form.
+        folding.FoldError:            names each batch norm that cannot be folded, and why.
+        agreement.DisagreementError:  the graph computes something else than ``net``; names the line.
         tracing.UntraceableError:     names the line that cannot be traced.
         ValueError:                   the example does not fit the network.
+        TypeError:                    ``net`` is no network, or ``policy`` no ``BitPolicy``.
     """
+    net = unwrap(net)
+    if not isinstance(policy, BitPolicy):
+        raise TypeError(f"policy is {policy!r:.60}: give a BitPolicy, BitPolicy(weight='lsq:4', act='lsq:4') say")
     _refuse_quantized(net)
-    gm = trace(copy.deepcopy(net))
     if policy.bn == "fold":
-        gm = fold_bn(gm, example).train(net.training)
-    propagate(gm, example)
+        gm = fold_bn(net, example, on_refusal=on_refusal, leaf_modules=leaf_modules).train(net.training)
+        propagate(gm, example)
+    else:
+        gm = traced(net, example, leaf_modules=leaf_modules)
+    with eval_mode(gm):
+        for module in gm.modules():
+            make_plain_(module)
     sites = find_sites(gm, placement=policy.placement)
-    weights, acts = policy.resolve(_layer_names(gm), sites)
+    weights, acts = policy.resolve(layer_types(gm), sites)
     share_bits(sites, acts)
     _replace_layers(gm, weights)
     _insert_quantizers(gm, sites, acts)
-    return _finished(gm, policy=policy, sites=tuple(sites), weights=weights, acts=acts)
+    qnet = _finished(gm, policy=policy, sites=tuple(sites), weights=weights, acts=acts)
+    if (hidden := hidden_weights(qnet)) and not leaf_modules and not policy.weight.is_float:
+        readers = {op_name(user, qnet) for user in _readers(qnet, hidden)}
+        warnings.warn(
+            f"{len(hidden)} weights ({sum(w.numel() for w in hidden.values())} numbers, first {next(iter(hidden))!r}) "
+            f"stay in float, read by {', '.join(sorted(readers)) or 'no layer'}: policy.report(qnet) counts them",
+            stacklevel=2,
+        )
+    return qnet
+
+
+def _readers(gm: fx.GraphModule, names: Iterable[str]) -> list[fx.Node]:
+    return [user for node in gm.graph.nodes if node.op == "get_attr" and node.target in names for user in node.users]
 
 
 def _refuse_quantized(net: nn.Module) -> None:
@@ -97,10 +132,6 @@ def _refuse_quantized(net: nn.Module) -> None:
                 f"the net is quantized already (module {name!r} is a {type(module).__name__}): "
                 f"quantize its float net, with one policy for all bits"
             )
-
-
-def _layer_names(gm: fx.GraphModule) -> list[str]:
-    return list(dict.fromkeys(str(node.target) for node, kind in kinds(gm).items() if kind == "layer"))
 
 
 def _replace_layers(gm: fx.GraphModule, weights: Mapping[str, Spec]) -> None:

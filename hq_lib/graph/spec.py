@@ -5,6 +5,7 @@ Written short, a spec is ``"lsq:4"`` (method and bits), ``4`` (bits) or ``"float
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from hq_lib.quantizers import FLOAT_BITS
 from hq_lib.quantizers.affine import MAX_BITS, is_width
 
 HYBRID = "hybrid"
+METHODS = {*quantizers.WEIGHT_METHODS, *quantizers.ACT_METHODS, HYBRID}
 
 
 class PolicyError(ValueError):
@@ -88,6 +90,8 @@ def _from_text(text: str, key: str, base: Spec | None) -> Spec:
 
 def _from_mapping(entries: dict[str, Any], key: str, base: Spec | None) -> Spec:
     method = entries.pop("method", base.method if base else "minmax")
+    if (found := re.fullmatch(r"([a-z_]+?)(\d+)", str(method))) and found[1] in METHODS:
+        raise PolicyError(f"{key}: {method!r} is no method; write '{found[1]}:{found[2]}' (method:bits)")
     if "bits" not in entries and base is None:
         raise PolicyError(f"{key}: no bits given for method {method!r}; write '{method}:4'")
     bits = entries.pop("bits", base.bits if base else FLOAT_BITS)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hq_lib.data import ImageSet
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.spec import PolicyError, QuantizeError
@@ -77,6 +78,9 @@ def calibrate(
         ValueError:    NaN or Inf in an activation, naming the quantizer; images of a size that a layer, which is named,
                        does not accept.
     """
+    if isinstance(batches, ImageSet):
+        raise QuantizeError("calibrate takes normalised images, not a data set with its labels: "
+                            "calibrate(qnet, data.normalize(images.images, images.spec))")  # fmt: skip
     images: list[Tensor] = [batches] if isinstance(batches, Tensor) else list(batches)
     _check_images(images)
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}

@@ -7,9 +7,9 @@ the same names, but its order of execution is a list that folding and quantizati
 import difflib
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +17,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from hq_lib.graph.inplace import changed_by, read_after_change
+from hq_lib.graph.modes import eval_mode, follow_modes, read_modes
+
 Example = Tensor | tuple[Tensor, ...]
 LeafModules = Sequence[str | type[nn.Module]]
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _ATOMS = (_ConvNd, nn.Linear, _BatchNorm)
-_HIDDEN = (os.path.dirname(inspect.getfile(torch)) + os.sep, __file__, "<")  # frames that are not the user's
+_HIDDEN = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")  # not the user's frames
 
 
 class UntraceableError(ValueError):
@@ -36,7 +39,9 @@ def trace(
 
     ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers are looked through, at the top and
     inside. A net that is a graph already is checked, and comes back with a graph of its own (both options then have
-    no effect). What ``forward`` asks of ``self.training`` is answered by the mode at the time of the call.
+    no effect). What ``forward`` asks of ``self.training`` follows the graph's mode; where the network runs other
+    operations in the other mode (an auxiliary head), the graph refuses to run there. What is read after an in-place
+    change is read from it.
 
     Args:
         net:           any module whose ``forward`` has no data-dependent control flow.
@@ -52,20 +57,31 @@ def trace(
     net = unwrap(net)
     if isinstance(net, fx.GraphModule):
         return _checked(net)
+    if isinstance(net, _ATOMS):
+        raise UntraceableError(f"{type(net).__name__} is a lone layer, not a network: wrap it, nn.Sequential(layer)")
     fixed = dict(concrete_args or {})
     _check_known(fixed, inspect.signature(net.forward).parameters, f"argument of {type(net).__name__}.forward")
-    tracer = _Tracer(leaf_modules, dict(net.named_modules()), fixed)
-    try:
-        graph = tracer.trace(net)
-    except Exception as error:
-        raise UntraceableError(_explain(net, tracer.failed_in, error)) from error
-    return _with_modes_of(net, fx.GraphModule(net, graph, class_name=type(net).__name__))
+
+    def traced(more: Sequence[type[nn.Module]]) -> fx.Graph:
+        tracer = _Tracer(leaf_modules, dict(net.named_modules()), fixed, more)
+        try:
+            return tracer.trace(net)
+        except Exception as error:
+            raise UntraceableError(_explain(net, tracer.failed_in, error)) from error
+
+    reading = read_modes(net, traced)
+    gm = _with_modes_of(net, fx.GraphModule(net, reading.graph, class_name=type(net).__name__))
+    follow_modes(gm, net, reading)
+    read_after_change(gm)
+    return gm
 
 
 def unwrap(net: nn.Module) -> nn.Module:
     """Return the network inside ``DataParallel`` and ``torch.compile`` wrappers; refuse what is no Python module."""
     if not isinstance(net, nn.Module):
-        what = "the class itself: call it first" if inspect.isclass(net) else "not a torch.nn.Module"
+        ways = {str: "a text: models.build(name) makes a network", dict: "a state: load it into a network first"}
+        what = next((way for kind, way in ways.items() if isinstance(net, kind)), "not a torch.nn.Module")
+        what = "the class itself: call it first" if inspect.isclass(net) else what
         raise TypeError(f"a network is needed, and {net!r:.80} is {what}")
     while (inner := _inner(net)) is not None:
         net = inner
@@ -74,9 +90,10 @@ def unwrap(net: nn.Module) -> nn.Module:
     return net
 
 
-def propagate(gm: fx.GraphModule, example: Example) -> None:
-    """Write ``meta["shape"]`` (torch.Size) and ``meta["dtype"]`` on every node of ``gm`` whose value is a tensor.
+def propagate(gm: fx.GraphModule, example: Example) -> Any:
+    """Write ``meta["shape"]`` (torch.Size) and ``meta["dtype"]`` on the nodes of ``gm`` that are tensors; its output.
 
+    ``meta["value"]`` on a node that is a size (an int, or some): what a pool over ``y.size(3)`` looks at.
     One forward pass of ``example`` without gradients, in eval mode: no running statistic moves, nor the CPU's random
     state; modes are restored.
 
@@ -84,7 +101,7 @@ def propagate(gm: fx.GraphModule, example: Example) -> None:
         ValueError: names the layer that does not accept its input, and that input's shape.
     """
     with eval_mode(gm), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        NodeWatcher(gm, _write_shape).run(*as_inputs(example))
+        return NodeWatcher(gm, _write_shape).run(*as_inputs(example))
 
 
 def as_inputs(example: Example) -> tuple[Tensor, ...]:
@@ -92,19 +109,11 @@ def as_inputs(example: Example) -> tuple[Tensor, ...]:
     return tuple(example) if isinstance(example, (tuple, list)) else (example,)
 
 
-@contextmanager
-def eval_mode(net: nn.Module):
-    """Put every module of ``net`` in eval mode inside the ``with`` block and restore each one's own mode after it."""
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        yield net.eval()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 class NodeWatcher(fx.Interpreter):
-    """Runs a graph and shows each node with its value to ``see``; errors name the layer and its input shapes."""
+    """Runs a graph and shows each node with its value to ``see``; errors name the layer and its input shapes.
+
+    Nothing is changed in place: values shown stay as they are, those of an input too.
+    """
 
     def __init__(self, gm: fx.GraphModule, see: Callable[[fx.Node, Any], None]):
         super().__init__(gm)
@@ -113,6 +122,8 @@ class NodeWatcher(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of node ``n`` after showing it."""
+        if (source := changed_by(n, self.module)) is not None and isinstance(self.env[source], Tensor):  # type: ignore[arg-type]
+            self.env[source] = self.env[source].clone()
         try:
             value = super().run_node(n)
         except Exception as error:
@@ -123,18 +134,28 @@ class NodeWatcher(fx.Interpreter):
 
 
 def _write_shape(node: fx.Node, value: Any) -> None:
-    for key in ("shape", "dtype"):
+    for key in ("shape", "dtype", "value"):
         node.meta.pop(key, None)
-        if isinstance(value, Tensor):
-            node.meta[key] = getattr(value, key)
+    if isinstance(value, Tensor):
+        node.meta |= {"shape": value.shape, "dtype": value.dtype}
+    elif isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(v, int) for v in value)):
+        node.meta["value"] = value
 
 
 class _Tracer(fx.Tracer):
     """fx's tracer that looks through wrappers, keeps named leaves, and remembers in which module it failed."""
 
-    def __init__(self, leaf_modules: LeafModules, modules: Mapping[str, nn.Module], fixed: Mapping[str, Any]):
-        super().__init__()
-        self.fixed = fixed
+    def __init__(
+        self,
+        leaf_modules: LeafModules,
+        modules: Mapping[str, nn.Module],
+        fixed: Mapping[str, Any],
+        more: Sequence[type[nn.Module]],
+    ):
+        vision: Any = sys.modules.get("torchvision.ops")  # its own modules wrap this function, a user's do not
+        super().__init__(autowrap_functions=(vision.stochastic_depth,) if vision else ())
+        self._autowrap_search += [vision] if vision else []
+        self.fixed, self.more = fixed, tuple(more)
         names = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
         _check_known(names, modules, "module")
         self.leaves = [modules[name] for name in names]
@@ -154,16 +175,33 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` stays one call: torch.nn's own, asked for, or a plain subclass of conv, linear or BN."""
-        plain = isinstance(m, _ATOMS) and type(m).forward.__module__.startswith("torch.nn")
-        asked = isinstance(m, self.leaf_types) or any(m is leaf for leaf in self.leaves)
-        return plain or asked or super().is_leaf_module(m, module_qualified_name)
+        own = (type(m).forward, getattr(type(m), "_conv_forward", nn.Module.forward))
+        plain = isinstance(m, _ATOMS) and all(f.__module__.startswith("torch.nn") for f in own)
+        theirs = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _ATOMS)
+        return plain or theirs or self._asked(m) or isinstance(m, self.more)
+
+    def _asked(self, m: nn.Module) -> bool:
+        return isinstance(m, self.leaf_types) or any(m is leaf for leaf in self.leaves)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Return the new node with the line of the user's code that made it in ``meta["line"]``."""
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe()
+        while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
+            frame = frame.f_back
+        if frame is not None:
+            node.meta["line"] = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict) -> Any:
         """Record the call of ``m``, or of what it wraps."""
         while (inner := _inner(m)) is not None:
             m, forward = inner, inner.forward
         try:
-            return super().call_module(m, forward, args, kwargs)
+            made = super().call_module(m, forward, args, kwargs)
+            if self._asked(m) and isinstance(made, fx.Proxy):
+                made.node.meta["opaque"] = True
+            return made
         except Exception:
             if self.failed_in is None:
                 self.failed_in = self.path_of_module(m) if any(m is x for x in self.root.modules()) else ""
@@ -190,6 +228,7 @@ def _checked(gm: fx.GraphModule) -> fx.GraphModule:
         checked = fx.GraphModule(gm, copied, class_name=type(gm).__name__)
     except Exception as error:
         raise UntraceableError(f"{type(gm).__name__} is a broken graph ({error}): pass the original module") from error
+    read_after_change(checked)
     return _with_modes_of(gm, checked)
 
 
@@ -217,7 +256,7 @@ def _explain(net: nn.Module, failed_in: str | None, error: Exception) -> str:
     return (
         f"{type(net).__name__} cannot be traced: {error}{where}\n"
         f"  in module {failed_in or '(the network itself)'}. If that line depends on the data, choose:\n"
-        f"  - tracing.trace(net, leaf_modules=({leaf},)) keeps that module as one opaque call, in float;\n"
+        f"  - leaf_modules=({leaf},), of trace, fold_bn and quantize, keeps that module as one call, in float;\n"
         f"  - tracing.trace(net, concrete_args={{{fix}}}) fixes arguments of forward that are flags, not tensors;\n"
         "    pass what it returns in place of the net;\n"
         "  - or rewrite the line so that it does not depend on a tensor's values."

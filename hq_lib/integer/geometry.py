@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from hq_lib.graph import op_name
 
@@ -47,7 +48,8 @@ def arguments(node: fx.Node, gm: fx.GraphModule) -> dict[str, Any]:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         return _DEFAULTS | {key: getattr(module, key) for key in names if hasattr(module, key)}
-    return _DEFAULTS | dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    return _DEFAULTS | map_aggregate(given, lambda v: v.meta.get("value", v) if isinstance(v, fx.Node) else v)
 
 
 def two(value: Any) -> tuple[int, int]:

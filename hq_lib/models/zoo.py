@@ -73,4 +73,6 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     offered = sorted(set(known) - fixed - {"n_classes", "in_channels"})
     for key in options:
         if key not in offered:
+            if key == "num_classes":
+                raise ValueError(f"{name} has no option 'num_classes': say n_classes={options[key]!r}")
             raise ValueError(f"{name} has no option {key!r}: it has {', '.join(offered) or 'none'}")

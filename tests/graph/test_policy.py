@@ -5,7 +5,7 @@ import pytest
 from hq_lib import models
 from hq_lib.graph import BitPolicy, PolicyError, Site, Spec
 
-LAYERS = ["stem", "layer1.0.conv1", "layer1.0.conv2", "fc"]
+LAYERS = {"stem": {"first"}, "layer1.0.conv1": set(), "layer1.0.conv2": set(), "fc": {"last", "linear"}}
 
 
 def site(name: str, role: str = "") -> Site:
@@ -178,14 +178,13 @@ def test_the_method_hybrid_without_a_rule_is_refused():
 
 
 def resolved(name: str, a: list[int], w: list[int]) -> tuple[dict[str, int], dict[str, int]]:
-    from hq_lib.graph.placement import find_sites
+    from hq_lib.graph.placement import find_sites, layer_types
     from hq_lib.graph.tracing import trace
 
     net = models.build(name).eval()
     policy = BitPolicy.from_lists(net, a, w)
     gm = trace(net)
-    layers = [n for n, m in net.named_modules() if type(m).__name__ in ("Conv2d", "Linear")]
-    weights, acts = policy.resolve(layers, find_sites(gm))
+    weights, acts = policy.resolve(layer_types(gm), find_sites(gm))
     return {n: s.bits for n, s in weights.items()}, {n: s.bits for n, s in acts.items()}
 
 

@@ -224,7 +224,7 @@ def test_an_untraceable_net_names_its_line():
         def forward(self, x):
             return self.conv(x) if x.sum() > 0 else x
 
-    with pytest.raises(UntraceableError, match=r"(?s)test_graph_rewrite\.py:\d+.*leaf_modules"):
+    with pytest.raises(UntraceableError, match=r"(?s)test_rewrite\.py:\d+.*leaf_modules"):
         quantize(Loop(), BitPolicy(), images())
 
 

@@ -59,7 +59,7 @@ def test_error_names_file_line_module_and_the_ways_out() -> None:
     assert f"{__file__}:{line}" in message
     assert "if x.sum() > 0" in message
     assert "in module 1.0" in message
-    assert "tracing.trace(net, leaf_modules=('1.0',))" in message
+    assert "leaf_modules=('1.0',)" in message
     assert "in place of the net" in message
     assert "concrete_args" in message
 

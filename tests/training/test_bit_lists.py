@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hq_lib import models
-from hq_lib.graph.placement import find_sites
+from hq_lib.graph.placement import find_sites, layer_types
 from hq_lib.graph.tracing import trace
 from hq_lib.results import store
 from hq_lib.studies.qat import study as qat
@@ -18,8 +18,8 @@ EVERY = [(model, name) for model, lists in BIT_LISTS.items() for name in lists]
 def bits_of(model: str, name: str) -> tuple[list[int], dict[str, int]]:
     net = models.build(model).eval()
     policy = list_recipe(net, model, name, "mpact", "full").policy
-    layers = [n for n, m in net.named_modules() if type(m).__name__ in ("Conv2d", "Linear")]
-    weights, acts = policy.resolve(layers, find_sites(trace(net), placement="academic"))
+    gm = trace(net)
+    weights, acts = policy.resolve(layer_types(gm), find_sites(gm, placement="academic"))
     return [spec.bits for spec in weights.values()], {n: spec.bits for n, spec in acts.items()}
 
 

@@ -1,0 +1,188 @@
+"""What a forward asks of ``self.training``: a graph, traced in one mode, that does the right thing in both.
+
+A network is traced as it is and again with every module in its other mode. Calls that differ in a flag alone
+(``F.dropout(x, training=self.training)``) become modules that follow the mode; small modules that do something else
+altogether in the other mode (a DropPath) stay one call. What differs beyond that runs in the traced mode only.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+Place = int | str
+Traced = Callable[[Sequence[type[nn.Module]]], fx.Graph]
+Pair = tuple[fx.Node | None, fx.Node | None]
+
+
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
+    """Put every module of ``net`` in eval mode inside the ``with`` block and restore each one's own mode after it."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        yield net.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class FollowsMode(nn.Module):
+    """A function some of whose flags are ``self.training``, or its opposite, of the module that called it."""
+
+    def __init__(self, function: Callable[..., Any] | str, in_training: dict[Place, bool]) -> None:
+        """``function``: or a tensor's method by name; ``in_training``: flag (position or name) -> value in training."""
+        super().__init__()
+        self.function, self.in_training = function, in_training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function does in this module's mode."""
+        values = {place: value == self.training for place, value in self.in_training.items()}
+        args = tuple(values.get(i, arg) for i, arg in enumerate(args))
+        kwargs = {key: values.get(key, arg) for key, arg in kwargs.items()}
+        if isinstance(self.function, str):
+            return getattr(args[0], self.function)(*args[1:], **kwargs)
+        return self.function(*args, **kwargs)
+
+
+class OneMode(nn.Identity):
+    """An identity that refuses the mode in which the network runs other operations than the graph it stands in."""
+
+    def __init__(self, net: str, traced_in_training: bool, where: str) -> None:
+        """``net``: its class; ``where``: the first line that differs in the other mode."""
+        super().__init__()
+        self.net, self.traced_in_training, self.where = net, traced_in_training, where
+
+    def forward(self, input: Any) -> Any:
+        """Return ``input``; RuntimeError in the other mode."""
+        if self.training != self.traced_in_training:
+            now, then = ("training", "eval") if self.training else ("eval", "training")
+            raise RuntimeError(
+                f"{self.net} was traced in {then} mode, and runs other operations in {now} mode (first {self.where}): "
+                f"trace or quantize it in {now} mode, or switch that part off before"
+            )
+        return input
+
+
+class ModeReading(NamedTuple):
+    """A graph and what its network does in the other mode."""
+
+    graph: fx.Graph
+    flags: list[tuple[fx.Node, dict[Place, bool]]]
+    """calls and those of their flags, with the values traced, that the other mode turns over"""
+    only_here: str | None
+    """where the network runs other operations in the other mode; None where it does not"""
+
+
+def read_modes(net: nn.Module, traced: Traced) -> ModeReading:
+    """Return the graph of ``net`` in its own modes, in which it is left, and how the other modes differ.
+
+    Args:
+        net:    the network.
+        traced: makes a graph of ``net`` that keeps modules of the classes given as one call.
+    """
+    leaves: list[type[nn.Module]] = []
+    while True:
+        graph = traced(leaves)
+        try:
+            with _other_mode(net):
+                other = traced(leaves)
+        except ValueError as error:  # of the tracer
+            return ModeReading(graph, [], f"cannot be traced there: {error}".splitlines()[0])
+        found = _compared(graph, other)
+        if isinstance(found, list):
+            return ModeReading(graph, found, None)
+        small = _small_module(net, found, leaves)
+        if small is None:
+            return ModeReading(graph, [], _where(found))
+        leaves.append(small)
+
+
+def follow_modes(gm: fx.GraphModule, net: nn.Module, reading: ModeReading) -> None:
+    """Make ``gm``, the graph of ``reading``, follow modes as ``net`` does, in place; or refuse the other mode."""
+    for node, flags in reading.flags:
+        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        owner = stack[-1] if stack else ""
+        training = net.get_submodule(owner).training
+        module = FollowsMode(node.target, {place: value == training for place, value in flags.items()})  # type: ignore[arg-type]
+        node.op, node.target = "call_module", f"{owner}.{node.name}".lstrip(".")
+        gm.add_submodule(node.target, module.train(training))
+    if reading.only_here is not None:
+        image = next(node for node in gm.graph.nodes if node.op == "placeholder")
+        gm.add_submodule("one_mode", OneMode(type(net).__name__, net.training, reading.only_here).train(net.training))
+        with gm.graph.inserting_after(image):
+            guard = gm.graph.call_module("one_mode", (image,))
+        image.replace_all_uses_with(guard, delete_user_cb=lambda user: user is not guard)
+    if reading.flags or reading.only_here is not None:
+        gm.recompile()
+
+
+@contextmanager
+def _other_mode(net: nn.Module) -> Iterator[None]:
+    modules, before = list(net.modules()), set(net.__dict__) | set(net._buffers)
+    try:
+        for module in modules:
+            module.training = not module.training
+        yield
+    finally:
+        for module in modules:
+            module.training = not module.training
+        for name in (set(net.__dict__) | set(net._buffers)) - before:  # constants that only this tracing needed
+            delattr(net, name)
+
+
+def _compared(own: fx.Graph, other: fx.Graph) -> list[tuple[fx.Node, dict[Place, bool]]] | Pair:
+    """Return the nodes that differ in flags alone, with those; or the first two nodes that differ otherwise."""
+    ours, theirs = [*own.nodes, None], [*other.nodes, None]
+    back: dict[Any, fx.Node] = {}
+    found = []
+    for a, b in zip(ours, theirs, strict=False):
+        if a is None or b is None:
+            return found if a is b else (a, b)
+        args, kwargs = (map_arg(arg, lambda n: back.get(n, n)) for arg in (b.args, b.kwargs))
+        flags = _flags(a, args, kwargs) if _same_call(a, b) else None
+        if flags is None:
+            return a, b
+        found += [(a, flags)] if flags else []
+        back[b] = a
+    return found
+
+
+def _same_call(a: fx.Node, b: fx.Node) -> bool:
+    constants = all(n.op == "get_attr" and "_tensor_constant" in str(n.target) for n in (a, b))
+    return a.op == b.op and (a.target == b.target or constants)
+
+
+def _flags(node: fx.Node, args: Any, kwargs: Any) -> dict[Place, bool] | None:
+    """Return the flags of ``node`` that (args, kwargs) turn over, with its own value; None where more differs."""
+    if len(node.args) != len(args) or node.kwargs.keys() != kwargs.keys():
+        return None
+    flags: dict[Place, bool] = {}
+    for place, mine in [*enumerate(node.args), *node.kwargs.items()]:
+        theirs = args[place] if isinstance(place, int) else kwargs[place]
+        if isinstance(mine, bool) and isinstance(theirs, bool) and mine is not theirs:
+            flags[place] = mine
+        elif repr(mine) != repr(theirs):
+            return None
+    return flags
+
+
+def _small_module(net: nn.Module, apart: Pair, leaves: Sequence[type[nn.Module]]) -> type[nn.Module] | None:
+    """Return the class of the innermost module behind two differing nodes that holds neither weights nor modules."""
+    for node in apart:
+        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()] if node is not None else []
+        for module in (net.get_submodule(path) for path in reversed(stack) if path):
+            if type(module) not in leaves and not (module._parameters or module._buffers or module._modules):
+                return type(module)
+    return None
+
+
+def _where(apart: Pair) -> str:
+    node = apart[1] or apart[0]
+    return f"at {line_of(node)}" if node is not None else "in its output"
+
+
+def line_of(node: fx.Node) -> str:
+    """Return the line of the user's code that made ``node`` where ``tracing.trace`` saw it, else the node's name."""
+    return node.meta.get("line") or f"node {node.name!r}"
