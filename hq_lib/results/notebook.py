@@ -1,14 +1,18 @@
 """What every notebook calls first: are the parameters known, which profile is this, where do outputs go."""
 
 import ast
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
+from IPython.display import display
+from matplotlib.figure import Figure
 
-from hq_lib.results import paths
+from hq_lib.results import figures, paths, tables
+from hq_lib.results.hints import nearest
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill inserts after the parameters cell
 
@@ -23,8 +27,50 @@ class Session:
     """Folder of result rows."""
     figures: Path
     """Folder of figures and tables."""
-    device: torch.device
-    """The GPU where there is one, else the CPU."""
+    device: str
+    """"cuda" where there is a GPU, else "cpu"."""
+
+    def show(
+        self,
+        name: str,
+        thing: pd.DataFrame | Callable[[], Figure],
+        rows: pd.DataFrame,
+        *,
+        claim: str,
+        n: str | None = None,
+        note: str = "",
+        switches: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
+        """Writes a table or figure with its caption into the profile's folder, and displays it.
+
+        Args:
+            name:     id of the output (DESIGN.md), ``tab_...`` or ``fig_...``.
+            thing:    a DataFrame, or a function that draws a Figure; where there are no rows it is not called, and
+                      the cell says n/r.
+            rows:     the rows behind it: the caption takes images, seeds and data set from them.
+            claim:    one sentence, what the reader should see.
+            n:        what each number is measured on, where that is not the rows' test images.
+            note:     what else the caption has to state.
+            switches: settings printed under a table, the usual cause of numbers that cannot be reproduced.
+            facts:    ``seeds`` or ``dataset``, where the rows do not tell.
+        """
+        if rows.empty and not isinstance(thing, pd.DataFrame):
+            print(f"{name}: n/r in profile {self.profile}, nothing is drawn")
+            return
+        told = {
+            "seeds": sorted({int(s) for s in _column(rows, "seed")} - {-1}),
+            "dataset": _joined(_column(rows, "dataset")),
+        }
+        told |= facts
+        counted = n or _images(_column(rows, "n_test"))
+        caption = figures.caption(claim, profile=self.profile, n=counted, switches=note, **told)
+        shown = thing if isinstance(thing, pd.DataFrame) else thing()
+        if isinstance(shown, pd.DataFrame):
+            tables.write(shown, name, profile=self.profile, caption=caption, switches=switches or {})
+        else:
+            figures.save(shown, name, self.profile, caption=caption)
+        display(shown)
 
 
 def start(cells: Sequence[str], profile: str) -> Session:
@@ -40,7 +86,7 @@ def start(cells: Sequence[str], profile: str) -> Session:
     """
     check_parameters([cell for cell in cells if cell.strip()])
     paths.check_profile(profile)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     session = Session(profile, paths.results_dir(profile), paths.figures_dir(profile), device)
     folders = f"rows in {_short(session.results)}, figures in {_short(session.figures)}"
     print(f"profile {profile}; {folders}; device {device}")
@@ -54,9 +100,7 @@ def check_parameters(cells: Sequence[str]) -> None:
     valid = assigned_names(cells[0])
     for name in assigned_names(cells[1]):
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown parameter {name!r}: this notebook has {', '.join(valid)}{hint}")
+            raise ValueError(f"unknown parameter {name!r}: this notebook has {', '.join(valid)}{nearest(name, valid)}")
 
 
 def assigned_names(source: str) -> list[str]:
@@ -67,3 +111,17 @@ def assigned_names(source: str) -> list[str]:
 
 def _short(folder: Path) -> Path:
     return folder.relative_to(paths.ROOT) if folder.is_relative_to(paths.ROOT) else folder
+
+
+def _column(rows: pd.DataFrame, name: str) -> list[Any]:
+    return list(rows[name]) if name in rows else []
+
+
+def _joined(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values) - {"-"}))
+
+
+def _images(counts: Iterable[int]) -> str:
+    """``10,000 test images``, or what the numbers were measured on where that varies."""
+    known = sorted({int(count) for count in counts} - {0})
+    return f"{' and '.join(f'{n:,}' for n in known)} test images" if known else "no images"

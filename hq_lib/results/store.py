@@ -1,7 +1,7 @@
 """The memory of the workbook: tidy CSV files of measured numbers, one file per study, written whole or not at all.
 
-``append`` adds or replaces rows under a lock shared by all processes; ``read`` and ``done`` let a killed run resume;
-``promote`` keeps in ``data/results/`` the longest honest run of each cell. The columns are those of ``rows.Row``.
+``append`` adds or replaces rows under a lock shared by all processes; ``read`` and ``done`` let a killed run resume.
+The columns are those of ``rows.Row``.
 """
 
 import csv
@@ -32,7 +32,13 @@ def path_of(name: str, *, profile: str) -> Path:
     return paths.results_dir(profile) / f"{name}.csv"
 
 
-def append(name: str, rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame, *, profile: str) -> int:
+def append(
+    name: str,
+    rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame,
+    *,
+    profile: str,
+    folder: Path | None = None,
+) -> int:
     """Number of rows in the file afterwards; rows whose key is already there replace the old ones.
 
     Two processes may append to one file at once: they wait for each other and nothing is lost. Provenance columns that
@@ -42,6 +48,7 @@ def append(name: str, rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame, *,
         name: study, e.g. ``"qat"``.
         rows: ``Row`` objects, dicts of their columns (``switches`` may be a dict), or a DataFrame of them.
         profile: profile of the run, which chooses the folder; a row that states another one is refused.
+        folder: another folder for the file, where no two processes may write one: ``<folder>/<name>.csv``.
 
     Raises:
         RowError: a row is malformed, or two rows of this call share a key.
@@ -49,6 +56,7 @@ def append(name: str, rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame, *,
     """
     fresh = _by_key(_completed(row, profile) for row in _each(rows))
     path = path_of(name, profile=profile)
+    path = path if folder is None else folder / path.name
     with _locked(path):
         known = _load(path)
         _check_units([*known.values(), *fresh.values()], path)
@@ -60,9 +68,14 @@ def append(name: str, rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame, *,
 def read(name: str, *, profile: str) -> pd.DataFrame:
     """All rows of the study, sorted by key, with the types of ``rows.DTYPES``; no rows where nothing was run yet.
 
-    ``profile="full"`` reads the reference folder, which may hold promoted quick rows: their ``profile`` column says so.
+    ``profile="full"`` reads the reference folder: the ``profile`` column of each row says how it was made.
     """
     return schema.frame(_load(path_of(name, profile=profile)).values())
+
+
+def read_file(path: Path) -> pd.DataFrame:
+    """All rows of one file, wherever it lies; none where it is absent. ``ResultsError`` names a damaged line."""
+    return schema.frame(_load(path).values())
 
 
 def done(name: str, key: Mapping[str, Any], *, profile: str) -> bool:
@@ -74,42 +87,6 @@ def done(name: str, key: Mapping[str, Any], *, profile: str) -> bool:
     schema.check_columns(key)
     wanted = {c: schema.clean_cell(c, v) for c, v in {**key, "profile": profile}.items()}
     return any(all(row[c] == v for c, v in wanted.items()) for row in _load(path_of(name, profile=profile)).values())
-
-
-def longest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each cell only the rows of its longest protocol: full before quick, then epochs, iterations, n_train, n_test.
-
-    A cell is everything that identifies a number but its seed and protocol (``rows.CELL``). All seeds of the winning
-    protocol stay, no row of another one does, so a mean over seeds never mixes protocols.
-    """
-    records = rows.to_dict("records")
-    best: dict[tuple[Any, ...], tuple[int, ...]] = {}
-    for row in records:
-        cell = tuple(row[c] for c in schema.CELL)
-        best[cell] = max(best.get(cell, _rank(row)), _rank(row))
-    return schema.frame(r for r in records if _rank(r) == best[tuple(r[c] for c in schema.CELL)])
-
-
-def promote(name: str, *, from_profile: str = "quick") -> int:
-    """Number of reference rows after the ``from_profile`` rows were weighed against those in ``data/results/``.
-
-    Each cell keeps its ``longest`` run; every row keeps its own profile, so a table can refuse to mix them.
-    ``from_profile="full"`` only drops what longer runs have superseded. Smoke rows are never promoted.
-    """
-    if paths.check_profile(from_profile) == "smoke":
-        raise ResultsError("smoke rows prove that code runs, not what it yields: promote quick or full")
-    source, target = path_of(name, profile=from_profile), path_of(name, profile="full")
-    with _locked(target):
-        fresh = _load(source)
-        if not fresh:
-            raise ResultsError(f"{source} holds no rows to promote: run the {from_profile} profile first")
-        kept = longest(schema.frame({**_load(target), **fresh}.values()))
-        atomic.write_text(target, schema.to_csv(kept.to_dict("records")))
-    return len(kept)
-
-
-def _rank(row: Mapping[str, Any]) -> tuple[int, ...]:
-    return (paths.PROFILES.index(row["profile"]), *(row[c] for c in schema.PROTOCOL if c != "profile"))
 
 
 def _each(rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame) -> list[Row | Mapping[str, Any]]:

@@ -21,7 +21,7 @@ from hq_lib.crossbar import (
 from hq_lib.data import normalize
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import lower, run
-from hq_lib.studies.float_training.study import shipped
+from hq_lib.studies.bench import shipped
 
 LAYER = "layer2.0.conv1"
 RRAM = device("rram")

@@ -122,7 +122,7 @@ def test_the_cuts_of_a_quantized_net_are_those_of_its_float_net():
 
 
 def test_the_shipped_network_cut_on_real_images(cifar10_test):
-    from hq_lib.studies.float_training.study import shipped
+    from hq_lib.studies.bench import shipped
 
     path = shipped("resnet20")
     if path is None:

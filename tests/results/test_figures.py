@@ -91,8 +91,8 @@ def test_drawing_and_saving_twice_gives_the_same_bytes(out, name):
 def test_another_process_with_other_settings_draws_the_same_bytes(out):
     program = (
         "import matplotlib as mpl; mpl.rcParams.update({'font.size': 30, 'lines.linewidth': 9})\n"
-        "import sys; sys.path.insert(0, 'tests'); import test_plotting as t\n"
-        "from hq_lib import plotting; plotting.save(t.FIGURES['fig_bn_ranges'](), 'fig_bn_ranges', 'full')"
+        "import sys; sys.path.insert(0, 'tests/results'); import test_figures as t\n"
+        "from hq_lib.results import figures; figures.save(t.FIGURES['fig_bn_ranges'](), 'fig_bn_ranges', 'full')"
     )
     from hq_lib.results import paths
 
@@ -116,7 +116,7 @@ def test_nothing_is_left_behind_in_matplotlib():
         "mpl.rcParams['font.size'] = 17.5\n"
         "settings = lambda: {k: v for k, v in mpl.rcParams.copy().items() if k != 'backend'}\n"
         "before = settings()\n"
-        "sys.path.insert(0, 'tests'); import test_plotting as t\n"
+        "sys.path.insert(0, 'tests/results'); import test_figures as t\n"
         "[(f := draw())._repr_png_() for draw in t.FIGURES.values()]\n"
         "assert settings() == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules"

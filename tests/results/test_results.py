@@ -319,67 +319,6 @@ def test_left_over_temporary_files_are_swept_by_the_next_append():
     assert not stale.exists()
 
 
-# --- promotion -------------------------------------------------------------------------------------------------------
-
-
-def test_longest_agrees_with_a_groupby_and_keeps_all_seeds_of_the_winner():
-    generator = np.random.default_rng(1)
-    many = {}
-    for _ in range(300):
-        row = rows.clean(
-            {
-                **vars(a_row(git_sha="x", versions="x", device="x")),
-                "method": str(generator.choice(["pact", "lsq", "dsq"])), "w_bits": int(generator.integers(2, 4)),
-                "seed": int(generator.integers(3)), "epochs": int(generator.integers(1, 4)),
-                "profile": str(generator.choice(["quick", "full"])), "value": float(generator.uniform(0, 100)),
-            }
-        )  # fmt: skip
-        many[rows.key(row)] = row
-    frame = rows.frame(many.values())
-    ranked = frame.assign(rank=(frame["profile"] == "full") * 1000 + frame["epochs"])
-    expected = ranked[ranked["rank"] == ranked.groupby(["method", "w_bits"])["rank"].transform("max")].drop(
-        columns="rank"
-    )
-    pd.testing.assert_frame_equal(store.longest(frame), expected.reset_index(drop=True))
-    assert len(expected) < len(frame)
-
-
-def test_promotion_prefers_full_to_quick_and_long_to_short():
-    store.append("qat", [a_row(method=m, epochs=9, seed=s) for m in ("pact", "lsq") for s in range(2)], profile="quick")
-    store.append("qat", [a_row(method="pact", epochs=2, value=50.0)], profile="full")
-    assert store.promote("qat") == 3
-    reference = store.read("qat", profile="full")
-    assert reference.groupby("method")["profile"].unique().map(list).to_dict() == {"lsq": ["quick"], "pact": ["full"]}
-    store.append("qat", [a_row(method="lsq", epochs=20, value=60.0)], profile="quick")
-    assert store.promote("qat") == 2
-    assert store.read("qat", profile="full").query("method == 'lsq'")["epochs"].tolist() == [20]
-    once = the_file("full").read_bytes()
-    store.promote("qat")
-    assert the_file("full").read_bytes() == once
-
-
-def test_a_quick_row_measured_again_replaces_its_reference():
-    for value in (70.0, 80.0):
-        store.append("qat", [a_row(value=value)], profile="quick")
-        store.promote("qat")
-    assert store.read("qat", profile="full")["value"].tolist() == [80.0]
-
-
-def test_promoting_full_drops_what_is_superseded():
-    store.append("qat", [a_row(epochs=e, value=float(e)) for e in (1, 5, 3)], profile="full")
-    assert store.promote("qat", from_profile="full") == 1
-    assert store.read("qat", profile="full")["epochs"].tolist() == [5]
-
-
-def test_smoke_and_nothing_are_not_promoted():
-    store.append("qat", [a_row()], profile="smoke")
-    with pytest.raises(ResultsError, match="smoke"):
-        store.promote("qat", from_profile="smoke")
-    with pytest.raises(ResultsError, match="no rows to promote"):
-        store.promote("qat")
-    assert not the_file("full").exists()
-
-
 def test_committed_reference_rows_are_sound(monkeypatch):
     monkeypatch.delenv("HQ_OUT")
     for path in sorted(paths.results_dir("full").glob("*.csv")):

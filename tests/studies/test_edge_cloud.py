@@ -11,11 +11,11 @@ from hq_lib.data import normalize
 from hq_lib.deploy.edge_cloud import HEADER_BYTES, integer_edge, run_edge
 from hq_lib.integer.execute import real_values
 from hq_lib.results import store
+from hq_lib.studies.bench import shipped
 from hq_lib.studies.edge_cloud import bench as edge_cloud_bench
 from hq_lib.studies.edge_cloud import study as edge_cloud
 from hq_lib.studies.edge_cloud import tables as edge_cloud_report
 from hq_lib.studies.edge_cloud.figures import fig_edge_cloud
-from hq_lib.studies.float_training.study import shipped
 
 CUT = "layer3.2"
 

@@ -40,7 +40,7 @@ def test_every_recipe_makes_the_network_it_says(method, bits):
     assert [recipe.policy.weight.method, recipe.policy.act.method] == quantizers
     assert recipe.config.seed == 7
     assert recipe.n_train is None
-    assert recipe.config.epochs == BY_BITS[bits].epochs if bits in BY_BITS else True
+    assert recipe.config.epochs == BY_BITS[max(key for key in BY_BITS if key <= bits)].epochs
 
 
 def test_an_unknown_method_or_profile_is_named():

@@ -1,15 +1,10 @@
-"""Seed 001's configurations: the bits of every layer, a run of one, and its table beside the published numbers."""
-
-import json
+"""Seed 001's configurations: the bits of every layer."""
 
 import pytest
 
 from hq_lib import models
 from hq_lib.graph.placement import find_sites, layer_types
 from hq_lib.graph.tracing import trace
-from hq_lib.results import store
-from hq_lib.studies.qat import study as qat
-from hq_lib.studies.qat import tables as qat_report
 from hq_lib.training.bit_lists import BIT_LISTS, find_lists, least_bits, list_recipe, widths
 
 EVERY = [(model, name) for model, lists in BIT_LISTS.items() for name in lists]
@@ -49,17 +44,3 @@ def test_only_the_configurations_that_a_network_has_are_run():
         widths("vgg11", ("cfg-1",), ())
     with pytest.raises(ValueError, match="'lsq' has options"):
         list_recipe(models.build("resnet20"), "resnet20", "cfg-1", "lsq", "full")
-
-
-def test_a_run_has_rows_of_its_own_and_leaves_the_other_tables_alone(out_dir, cifar10_train):
-    rows = qat.run("smoke", methods=["mpact"], lists=["cfg-1"])
-    assert {json.loads(text)["lists"] for text in rows["switches"]} == {"cfg-1"}
-    assert set(rows["w_bits"]) == {8}
-    value = rows.loc[~rows["switches"].str.contains("split"), "value"].item()
-    assert value > 60
-    line = qat_report.lists_table("resnet20", "smoke").query("method == 'mPACT'").iloc[0]
-    assert line["ours"] == f"{value:.2f} (n=1)"
-    assert qat_report.scores("smoke").empty
-    assert qat_report.curves("smoke").empty
-    assert set(qat_report.methods_table("smoke")["ours"]) == {"n/r"}
-    assert len(store.read("qat", profile="smoke")) == 3

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from hq_lib import data, models
 from hq_lib.graph.folding import fold_bn, per_channel_ranges
 from hq_lib.results import figures, labels, paths, store, tables
+from hq_lib.studies.bench import shipped
 from hq_lib.studies.bn_fold.figures import summary
-from hq_lib.studies.float_training import study as float_training
 from hq_lib.training import predict
 
 STUDY, RANGES = "bn_fold", "bn_ranges"
+N_TEST = {"smoke": 200, "quick": None, "full": None}
 TRAINED = ("resnet20", "toynet", "lenet")
 UNTRAINED = (
     "resnet56", "vgg11", "vgg_small", "mobilenetv2", "mobilenetv2_seed", "resnet18", "resnet50", "resnet101",
@@ -34,7 +35,7 @@ def run(profile: str, *, trained: Sequence[str] = TRAINED, untrained: Sequence[s
     """Folds every network and appends the errors (and accuracies) to ``bn_fold.csv``; returns its rows."""
     smoke = paths.check_profile(profile) == "smoke"
     for name in SMOKE if smoke else (*trained, *untrained):
-        if float_training.shipped(name) is not None:
+        if shipped(name) is not None:
             _trained(name, profile)
         else:
             _untrained(name, profile)
@@ -52,10 +53,10 @@ def _untrained(name: str, profile: str) -> None:
 
 
 def _trained(name: str, profile: str) -> None:
-    path = float_training.shipped(name)
+    path = shipped(name)
     assert path is not None
     net, record = models.load_checkpoint(path)
-    test = data.load_or_embedded(record["dataset"], "test", n=float_training.N_TEST[profile])
+    test = data.load_or_embedded(record["dataset"], "test", n=N_TEST[profile])
     if test.spec.in_shape != data.SPECS[record["dataset"]].in_shape:
         print(f"{name}: skipped, the embedded digits do not fit it")
         return

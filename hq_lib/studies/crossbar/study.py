@@ -29,8 +29,8 @@ from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer import IntegerModel, lower
 from hq_lib.results import paths, provenance, store
 from hq_lib.results import rows as rows_schema
+from hq_lib.studies.bench import shipped
 from hq_lib.studies.crossbar.points import SIZES, STUDIES, Point, Size, points
-from hq_lib.studies.float_training import study as float_training
 from hq_lib.training.evaluation import evaluation_of
 
 STUDY, MODEL = "crossbar", "resnet20"
@@ -73,7 +73,7 @@ def crossbar_bench(profile: str, bits: int = 8, per_layer: bool = False) -> Cros
     are the embedded digits: the program runs, but accuracies mean nothing, and the rows name the data set.
     """
     size = SIZES[paths.check_profile(profile)]
-    path = float_training.shipped(MODEL)
+    path = shipped(MODEL)
     if path is None:
         raise FileNotFoundError(f"no float checkpoint of {MODEL} in {paths.checkpoints_dir()}: run notebook 01 in full")
     net, record = models.load_checkpoint(path)

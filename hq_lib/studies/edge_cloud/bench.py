@@ -17,7 +17,7 @@ from hq_lib.integer import IntegerModel, lower
 from hq_lib.integer.execute import Products
 from hq_lib.integer.sums import products as exact_products
 from hq_lib.results import paths
-from hq_lib.studies.float_training import study as float_training
+from hq_lib.studies.bench import shipped
 
 MODEL = "resnet20"
 EDGE_BITS = 8
@@ -103,7 +103,7 @@ def workbench(profile: str) -> Workbench:
     Without CIFAR-10 the images are the embedded digits: everything runs, but accuracies mean nothing, and the rows name
     the data set.
     """
-    size, path = SIZES[paths.check_profile(profile)], float_training.shipped(MODEL)
+    size, path = SIZES[paths.check_profile(profile)], shipped(MODEL)
     if path is None:
         raise FileNotFoundError(f"no float checkpoint of {MODEL} in {paths.checkpoints_dir()}: run notebook 01 in full")
     net, record = models.load_checkpoint(path)

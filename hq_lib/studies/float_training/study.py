@@ -1,252 +1,226 @@
 """Float training: the networks that everything else starts from (notebook 01).
 
-    python -m hq_lib.studies.float_training.study --profile full --models resnet20 --seeds 0
-
-trains (or resumes) the recipe of a profile, appends rows to ``float_training.csv`` and the learning curve to
-``float_history.csv``; ``--ship`` also writes the checkpoint with its run record into ``data/checkpoints``.
+``hq study float_training --profile full`` trains (or resumes) each network's recipe and leaves its checkpoint and run
+record in the folder of runs, where the other studies find it; ``hq study float_reference`` evaluates what is shipped.
+Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.csv``.
 """
 
-import argparse
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 
 from hq_lib import data, models
-from hq_lib.results import figures, labels, paths, provenance, published, store, tables
-from hq_lib.results import rows as rows_schema
-from hq_lib.training import FitResult, evaluate, fit, recipe
+from hq_lib.data import ImageSet
+from hq_lib.results import provenance
+from hq_lib.studies.bench import Bench, made_dir, net_switch, open_bench, shipped
+from hq_lib.studies.study import Found, Point, Row, Run, Study
+from hq_lib.training import FitResult, TrainConfig, evaluate, fit, recipe
 from hq_lib.training.recipes import find
 
-STUDY, HISTORY, REFERENCE = "float_training", "float_history", "float_reference"
-MODELS = ("resnet20", "lenet", "toynet")
-SEEDS = {"smoke": (0,), "quick": (0,), "full": (0, 1, 2)}
-N_TEST = {"smoke": 200, "quick": None, "full": None}
+HISTORY = "float_history"
+MODELS = ("resnet20", "lenet", "toynet", "vgg11", "mobilenetv2_seed")
 MAX_BYTES = 4_000_000  # of a checkpoint in float32; a larger one is stored in float16
 CURVES = {"train_loss": "nat", "val_acc_pct": "%", "lr": "1"}
+MINUTES = {"resnet20": 4.5, "toynet": 3.5, "mobilenetv2_seed": 10.0, "vgg11": 2.0, "lenet": 0.2}
+"""Rough cost of an epoch on one thread."""
 
 
-def run(
-    profile: str, *, names: Sequence[str] = MODELS, seeds: Sequence[int] | None = None, device: str = "cpu"
-) -> pd.DataFrame:
-    """Trains each network with each seed from scratch; the study's rows.
+@dataclass(frozen=True)
+class Plan:
+    """How much of the study a profile runs."""
 
-    Args:
-        profile: chooses recipe, images and output folders; a run that was killed resumes from its last epoch.
-        names:   networks, as in ``recipes.RECIPES``.
-        seeds:   default: one in smoke and quick, three in full.
-        device:  "cpu" or "cuda".
-    """
-    for name in names:
-        for seed in SEEDS[paths.check_profile(profile)] if seeds is None else seeds:
-            train_one(name, profile, seed, device=device)
-    return store.read(STUDY, profile=profile)
+    profile: str
+    """Which cut of the recipes is trained."""
+    models: tuple[str, ...] = ("resnet20", "lenet")
+    """Networks, keys of ``recipes.RECIPES``."""
+    seeds: tuple[int, ...] = (0,)
+    """Of weights, order and augmentation."""
+    n_test: int | None = None
+    """Test images; None = all."""
 
 
-def train_one(name: str, profile: str, seed: int, *, device: str = "cpu", short: bool = False) -> nn.Module | None:
-    """One network trained (or resumed) and its rows appended; None where the embedded data do not fit the network.
+PLANS = {
+    "smoke": Plan("smoke", n_test=200),
+    "quick": Plan("quick"),
+    "full": Plan("full", models=MODELS, seeds=(0, 1, 2)),
+}
 
-    ``short`` takes the few-epoch recipe, with its own run folder and network options.
-    """
-    dataset, config, n_train = recipe(name, profile, seed=seed, short=short)
-    train = data.load_or_embedded(dataset, "train", n=n_train)
-    if train.spec.name != dataset and train.spec.in_shape != data.SPECS[dataset].in_shape:
-        print(f"{name}: skipped, {dataset} is not available and the embedded digits do not fit it")
-        return None
-    val = data.load(train.spec.name, "val")
-    test = data.load(train.spec.name, "test", n=N_TEST[profile])
-    torch.manual_seed(seed)
-    options = find(name, short=short).options
-    net = models.build(name, n_classes=train.spec.n_classes, in_channels=train.spec.in_shape[0], **options).to(device)
-    print(f"{name}, seed {seed}: {config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
-    done = fit(net, train, val, config, run_dir(name, profile, seed, short=short))
-    score = evaluate(net, test)
-    print(f"{name}, seed {seed}: test {score.acc_pct:.2f} % of {score.n} images", flush=True)
-    common = {
-        "experiment": STUDY, "model": name, "dataset": train.spec.name, "method": "float", "seed": seed,
-        "epochs": config.epochs, "n_train": len(train), "switches": _switches(config.precision, options, short),
-        "seconds": round(done.seconds, 1), **provenance.stamp(device),
+
+@dataclass(frozen=True)
+class Training(Point):
+    """One network trained with one seed."""
+
+    model: str
+    """Network."""
+    seed: int
+    """See ``Plan``."""
+    dataset: str
+    """Data set of its recipe."""
+    config: TrainConfig
+    """How it is trained."""
+    n_train: int | None
+    """Training images, balanced over classes; None = all."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``resnet20_float_s0``."""
+        return f"{self.model}_float_s{self.seed}"
+
+    @property
+    def bench(self) -> Hashable:
+        """Its images."""
+        return self.dataset, self.n_train
+
+    @property
+    def minutes(self) -> float:
+        """See ``MINUTES``."""
+        return MINUTES.get(self.model, 5.0) * self.config.epochs
+
+
+def points(plan: Plan) -> list[Training]:
+    """Every network with its first seed, then the other seeds; ``ValueError`` for one without a recipe."""
+    pairs = [(model, seed) for seed in plan.seeds for model in plan.models]
+    return [Training(model, seed, *recipe(model, plan.profile, seed=seed)) for model, seed in pairs]
+
+
+def key(run: Run[Plan], point: Training) -> Row:
+    """What names a training in the rows."""
+    return {
+        "experiment": run.study, "model": point.model, "method": "float", "seed": point.seed,
+        "epochs": point.config.epochs, "metric": "acc_pct",
     }  # fmt: skip
-    store.append(STUDY, _score_rows(common, done, score.acc_pct, score.n, len(val)), profile=profile)
-    store.append(HISTORY, _history_rows(common, done), profile=profile)
-    return net
 
 
-def run_dir(name: str, profile: str, seed: int, *, short: bool = False) -> Path:
-    """The folder of a run: its state, configuration and log."""
-    return paths.runs_dir(profile) / STUDY / f"{name}{'_short' * short}_s{seed}"
+def open_images(run: Run[Plan], needed: Any) -> tuple[ImageSet, ImageSet, ImageSet] | None:
+    """Training, validation and test images, or the embedded digits where they fit."""
+    dataset, n_train = needed
+    train = data.load_or_embedded(dataset, "train", n=n_train)
+    if train.spec.in_shape != data.SPECS[dataset].in_shape:
+        print(f"{dataset} is not available and the embedded digits do not fit its networks: not run")
+        return None
+    return train, data.load(train.spec.name, "val"), data.load(train.spec.name, "test", n=run.plan.n_test)
 
 
-def _is_short(switches: str) -> bool:
-    return json.loads(switches).get("recipe") == "short"
+def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet, ImageSet], point: Training) -> Iterator[Found]:
+    """Trains (or resumes) the network; its learning curve, and accuracies on validation and, once, on test images."""
+    train, val, test = images
+    torch.manual_seed(point.seed)
+    options = find(point.model).options
+    sizes = {"n_classes": train.spec.n_classes, "in_channels": train.spec.in_shape[0]}
+    net = models.build(point.model, **sizes, **options).to(run.device)
+    print(f"{point.name}: {point.config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
+    done = fit(net, train, val, point.config, run.folder / point.name)
+    score = evaluate(net, test)
+    common: Row = {
+        "dataset": train.spec.name, "n_train": len(train), "seconds": round(done.seconds, 1),
+        "switches": {"precision": point.config.precision, **options},
+    }  # fmt: skip
+    accuracies = {"test": (score.acc_pct, score.n), "val": (done.val_acc_pct, len(val))}
+    if run.profile == "full":
+        _keep(run, point, net, common, accuracies)
+    yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY))
+    for split, (acc_pct, n) in accuracies.items():
+        where = {} if split == "test" else {"split": split}
+        yield {**common, "value": acc_pct, "unit": "%", "n_test": n, "switches": {**common["switches"], **where}}
 
 
-def _switches(precision: str, options: Mapping[str, Any], short: bool) -> dict[str, Any]:
-    return {"precision": precision, **({"recipe": "short", **options} if short else {})}
+def history_rows(common: Row, done: FitResult, experiment: str) -> Iterator[Row]:
+    """The learning curve, one row an epoch and number."""
+    for row in done.history:
+        for metric, unit in CURVES.items():
+            switches = {**common["switches"], "epoch": int(row["epoch"])}
+            yield {
+                **common, "experiment": experiment, "metric": metric, "value": row[metric], "unit": unit,
+                "switches": switches, "seconds": round(row["seconds"], 1),
+            }  # fmt: skip
 
 
-def _score_rows(common: dict, done: FitResult, test_acc_pct: float, n_test: int, n_val: int) -> list[dict]:
-    val = {**common, "switches": {**common["switches"], "split": "val"}}
-    return [
-        {**common, "metric": "acc_pct", "value": test_acc_pct, "unit": "%", "n_test": n_test},
-        {**val, "metric": "acc_pct", "value": done.val_acc_pct, "unit": "%", "n_test": n_val},
-    ]
-
-
-def _history_rows(common: dict, done: FitResult) -> list[dict]:
-    return [
-        {
-            **common, "experiment": HISTORY, "metric": metric, "value": row[metric], "unit": unit,
-            "switches": {**common["switches"], "epoch": int(row["epoch"])},
-            "seconds": round(row["seconds"], 1),
-        }
-        for row in done.history
-        for metric, unit in CURVES.items()
-    ]  # fmt: skip
-
-
-def history(profile: str) -> pd.DataFrame:
-    """The learning curves of a profile: columns model, dataset, seed, epoch, train_loss, val_acc_pct, lr.
-
-    Of a network trained by both recipes, the full one's.
-    """
-    rows = store.read(HISTORY, profile=profile)
-    rows = rows.loc[rows["profile"] == profile]
-    rows = rows.assign(epoch=[json.loads(s)["epoch"] for s in rows["switches"]], short=rows["switches"].map(_is_short))
-    rows = rows.loc[rows["short"] == rows.groupby(["model", "dataset", "seed"])["short"].transform("min")]
-    wide = rows.pivot_table(index=["model", "dataset", "seed", "epoch"], columns="metric", values="value")
-    return wide.reset_index().rename_axis(columns=None)
-
-
-def reference(profile: str, *, names: Sequence[str] = MODELS, device: str = "cpu") -> pd.DataFrame:
-    """The shipped checkpoints evaluated on test; rows of ``float_reference.csv``.
-
-    Skips, with a line, a network that ships no checkpoint or whose data set is not available.
-    """
-    for name in names:
-        path = shipped(name)
-        if path is None:
-            print(f"{name}: no checkpoint is shipped")
-            continue
-        net, record = models.load_checkpoint(path)
-        try:
-            test = data.load(record["dataset"], "test", n=N_TEST[profile])
-        except data.DataUnavailableError:
-            print(f"{name}: {record['dataset']} is not available, its checkpoint is not evaluated")
-            continue
-        with provenance.stopwatch(device) as watch:
-            score = evaluate(net.to(device), test)
-        row = {
-            "experiment": REFERENCE, "model": name, "dataset": record["dataset"], "method": "float",
-            "seed": record["seed"], "epochs": record["config"]["epochs"], "n_train": record["n_train"],
-            "n_test": score.n, "metric": "acc_pct", "value": score.acc_pct, "unit": "%", "seconds": watch.seconds,
-            "switches": {"checkpoint": path.name}, **provenance.stamp(device),
-        }  # fmt: skip
-        store.append(REFERENCE, [row], profile=profile)
-    return store.read(REFERENCE, profile=profile)
-
-
-def shipped(name: str, *, seed: int = 0) -> Path | None:
-    """The committed float checkpoint of a network, or None."""
-    path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
-    return path if path.exists() else None
-
-
-def ship(name: str, net: nn.Module, profile: str, seed: int, *, short: bool = False) -> Path:
-    """Writes the trained network and its run record into ``data/checkpoints``; returns the path.
+def _keep(
+    run: Run[Plan], point: Training, net: nn.Module, common: Row, accuracies: dict[str, tuple[float, int]]
+) -> None:
+    """Writes the trained network and its run record where the other studies look for it.
 
     A network beyond ``MAX_BYTES`` in float32 is stored in float16, and the record's accuracies are those of the weights
     as stored.
     """
-    dataset, config, _ = recipe(name, profile, seed=seed, short=short)
-    rows, options = store.read(STUDY, profile=profile), dict(find(name, short=short).options)
-    rows = rows.loc[(rows["model"] == name) & (rows["seed"] == seed) & (rows["epochs"] == config.epochs)]
-    scores = [row for row in rows.to_dict("records") if _is_short(row["switches"]) == short]
-    acc_pct = {"val" if "split" in row["switches"] else "test": row["value"] for row in scores}
-    record: dict[str, Any] = {
-        "model": name, "options": options, "n_classes": data.SPECS[dataset].n_classes,
-        "in_channels": data.SPECS[dataset].in_shape[0], "dataset": dataset, "seed": seed, "profile": profile,
-        "recipe": "short" if short else "full", "config": config.as_dict(), "n_train": scores[0]["n_train"],
-        "acc_pct": acc_pct, "kept": f"{config.keep} epoch; test was seen once, after training",
-        **{key: scores[0][key] for key in rows_schema.PROVENANCE},
+    spec = data.SPECS[common["dataset"]]
+    acc_pct = {split: value for split, (value, _) in accuracies.items()}
+    record: Row = {
+        "model": point.model, "options": dict(find(point.model).options), "n_classes": spec.n_classes,
+        "in_channels": spec.in_shape[0], "dataset": spec.name, "seed": point.seed, "profile": run.profile,
+        "config": point.config.as_dict(), "n_train": common["n_train"], "acc_pct": acc_pct,
+        "kept": f"{point.config.keep} epoch; test was seen once, after training",
+        "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
     dtype = torch.float16 if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES else None
     if dtype is not None:
         net = models.rounded_to(net, dtype)
-        stored = {split: evaluate(net, data.load(dataset, split)).acc_pct for split in ("val", "test")}
+        stored = {split: evaluate(net, data.load(spec.name, split)).acc_pct for split in ("val", "test")}
         record |= {"acc_pct": stored, "stored_as": "float16", "acc_pct_before_rounding": acc_pct}
-    path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
-    models.save_checkpoint(path, net, record, dtype=dtype)
-    return path
+    models.save_checkpoint(made_dir() / f"{point.name}.safetensors", net, record, dtype=dtype)
 
 
-def table(profile: str) -> pd.DataFrame:
-    """tab_float_training: the shipped networks, size, epochs and test accuracy beside the group's published one."""
-    rows = store.read(REFERENCE, profile=profile)
-    if rows.empty:
-        return pd.DataFrame({"model": list(MODELS), "ours": tables.NOT_RUN})
-    compared = published.load().query("table == 'seed001' and method == 'float' and model in @rows.model.unique()")
-    out = tables.build(rows, compared, index=["model", "dataset"])
-    sizes = {labels.printed("model", name): _parameters(name) for name in set(rows["model"])}
-    out.insert(2, "parameters", [sizes.get(name, tables.NOT_RUN) for name in out["model"]])
-    epochs = {labels.printed("model", row["model"]): str(row["epochs"]) for row in rows.to_dict("records")}
-    out.insert(3, "epochs", [epochs.get(name, tables.NOT_RUN) for name in out["model"]])
-    return out
+STUDY = Study("float_training", PLANS, points=points, key=key, open_bench=open_images, measure=measure)
 
 
-def _parameters(name: str) -> str:
-    path = shipped(name)
-    return tables.NOT_RUN if path is None else f"{models.count_parameters(models.load_checkpoint(path)[0]):,}"
+@dataclass(frozen=True)
+class Shipped(Point):
+    """One shipped checkpoint, evaluated."""
+
+    model: str
+    """Network."""
+
+    @property
+    def name(self) -> str:
+        """The network's."""
+        return self.model
+
+    @property
+    def bench(self) -> Hashable:
+        """The network with its images."""
+        return self.model
 
 
-def caption(profile: str) -> str:
-    """What tab_float_training shows, with profile, images and seeds."""
-    rows = store.read(REFERENCE, profile=profile)
-    counted = " and ".join(sorted({f"{n:,} test images" for n in rows["n_test"]})) or tables.NOT_RUN
-    claim = "Float test accuracy in percent of the shipped checkpoints, beside the group's published one"
-    return figures.caption(claim, profile=profile, n=counted, seeds=sorted(set(rows["seed"])))
+def shipped_points(plan: Plan) -> list[Shipped]:
+    """The networks of a plan."""
+    return [Shipped(find_model(name)) for name in plan.models]
 
 
-def findings(profile: str) -> list[str]:
-    """The sentences that the rows of a profile support."""
-    lines = []
-    for row in store.read(REFERENCE, profile=profile).to_dict("records"):
-        share = row["value"] / 100
-        error = 100 * (share * (1 - share) / row["n_test"]) ** 0.5
-        lines.append(
-            f"{row['model']}: {row['value']:.2f} % of {row['n_test']:,} {row['dataset']} test images "
-            f"(standard error {error:.2f}), one seed, {row['epochs']} epochs on {row['n_train']:,} images"
-        )
-    for _, curve in history(profile).groupby(["model", "dataset", "seed"]):
-        first, last = curve.to_dict("records")[0], curve.to_dict("records")[-1]
-        lines.append(
-            f"{last['model']}, seed {last['seed']}, trained here for {last['epoch']} epochs on {last['dataset']}: "
-            f"loss {first['train_loss']:.3f} -> {last['train_loss']:.3f}, "
-            f"validation {first['val_acc_pct']:.2f} -> {last['val_acc_pct']:.2f} %"
-        )
-    return lines
+def find_model(name: str) -> str:
+    """The name itself where networks have it, else ``ValueError`` that names the nearest."""
+    models.build(name)
+    return name
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m hq_lib.studies.float_training.study", description=run.__doc__)
-    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="N")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--short", action="store_true", help="the few-epoch recipe (networks of recipes.SHORT)")
-    parser.add_argument("--ship", action="store_true", help="write data/checkpoints/<model>_float_s<seed>.safetensors")
-    options = parser.parse_args(arguments)
-    for name in options.models:
-        for seed in options.seeds or SEEDS[options.profile]:
-            net = train_one(name, options.profile, seed, device=options.device, short=options.short)
-            if options.ship and net is not None:
-                print(f"shipped {ship(name, net, options.profile, seed, short=options.short).name}")
+def shipped_key(run: Run[Plan], point: Shipped) -> Row:
+    """What names the evaluation of a checkpoint; the file's own hash, once it is not the first one."""
+    path = shipped(point.model)
+    file = {} if path is None else {"checkpoint": path.name, **net_switch(point.model)}
+    return {
+        "experiment": run.study, "model": point.model, "method": "float", "metric": "acc_pct",
+        **({"switches": file} if file else {}),
+    }  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+def measure_shipped(run: Run[Plan], bench: Bench, point: Shipped) -> Iterator[Found]:
+    """Test accuracy of the checkpoint."""
+    score, record = evaluate(bench.net, bench.test), bench.record
+    yield {
+        "dataset": bench.dataset, "seed": record["seed"], "epochs": record["config"]["epochs"],
+        "n_train": record["n_train"], "n_test": score.n, "value": score.acc_pct, "unit": "%",
+    }  # fmt: skip
+
+
+REFERENCE = Study(
+    "float_reference",
+    {"smoke": Plan("smoke", MODELS, n_test=200), "quick": Plan("quick", MODELS), "full": Plan("full", MODELS)},
+    points=shipped_points,
+    key=shipped_key,
+    open_bench=lambda run, name: open_bench(str(name), n_test=run.plan.n_test, device=run.device),
+    measure=measure_shipped,
+    after=(STUDY.name,),
+)
+STUDIES = (STUDY, REFERENCE)

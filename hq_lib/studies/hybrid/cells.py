@@ -19,7 +19,7 @@ from hq_lib.graph import BitPolicy, QuantizedNet, act_quantizers, calibrate, qua
 from hq_lib.ptq.bits import correct_means
 from hq_lib.quantizers import FLOAT_BITS, Quantizer
 from hq_lib.results import paths, provenance, store
-from hq_lib.studies.float_training import study as float_training
+from hq_lib.studies.bench import shipped
 from hq_lib.training import TrainConfig, evaluate, fit
 
 STUDY = "hybrid_bits"
@@ -63,7 +63,7 @@ class Bench:
 
 def bench(*, n_val: int | None, n_test: int | None, device: str = "cpu") -> Bench:
     """The shipped ResNet-20 and its images, or the embedded digits (on which its accuracy means nothing)."""
-    path = float_training.shipped(MODEL)
+    path = shipped(MODEL)
     if path is None:
         raise models.CheckpointError(f"{MODEL}: no float checkpoint is shipped in {paths.checkpoints_dir()}")
     net, record = models.load_checkpoint(path)

@@ -15,7 +15,7 @@ from hq_lib.graph import BitPolicy, quantize, save_quantized
 from hq_lib.integer.record import Requantizer
 from hq_lib.ptq.ranges import Method
 from hq_lib.results import paths
-from hq_lib.studies.float_training import study as float_training
+from hq_lib.studies.bench import shipped
 from hq_lib.studies.integer_export.executors import ENDINGS
 
 STUDY = "integer_export"
@@ -104,7 +104,7 @@ class Job:
 
 def job(name: str, profile: str, w_bits: int, a_bits: int) -> Job | None:
     """The job; None, with a line that says why, where the network has no checkpoint or no images that fit it."""
-    path, plan = float_training.shipped(name), PLAN[profile]
+    path, plan = shipped(name), PLAN[profile]
     if path is None:
         print(f"{name}: no checkpoint is shipped, skipped")
         return None

@@ -1,174 +1,200 @@
 """Quantization-aware training from the shipped float networks (notebook 03).
 
-    python -m hq_lib.studies.qat.study --profile full --models resnet20 --methods lsq pact dsq --bits 4,4 2,2 --ship
-
-fine-tunes (or resumes) each method at each bit width, appends rows to ``qat.csv``, the learning curve to
-``qat_history.csv`` and every learned PACT clip to ``qat_clips.csv``; ``--ship`` also writes the quantized network with
-its run record into ``data/checkpoints``.
+``hq study qat --profile full`` fine-tunes (or resumes) each method at each bit width, appends rows to ``qat.csv``, the
+learning curve to ``qat_history.csv`` and every learned PACT clip to ``qat_clips.csv``, and leaves the quantized network
+with its run record in the folder of runs.
 """
 
-import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
-import pandas as pd
 from torch import fx, nn
 
-from hq_lib import data, models
+from hq_lib import data
 from hq_lib.data import ImageSet
+from hq_lib.data.sets import SPLIT_SEED
 from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, save_quantized
 from hq_lib.quantizers.pact import PACT
-from hq_lib.results import paths, provenance, store
-from hq_lib.results import rows as rows_schema
-from hq_lib.studies.float_training import study as float_training
+from hq_lib.results import provenance
+from hq_lib.studies.bench import Bench, made_dir, net_switch, open_bench
+from hq_lib.studies.float_training.study import MINUTES, history_rows
+from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
 from hq_lib.training.bit_lists import list_recipe, widths
 from hq_lib.training.distillation import distillation
 
-STUDY, HISTORY, CLIPS = "qat", "qat_history", "qat_clips"
-PLAN: dict[str, dict[str, Any]] = {
-    "smoke": {"methods": ("pact", "dsq"), "bits": ((4, 4),), "seeds": (0,), "n_test": 200, "n_val": 200},
-    "quick": {
-        "methods": ("ste", "dorefa", "pact", "lsq", "dsq"), "bits": ((4, 4), (2, 2)), "seeds": (0,),
-        "n_test": 2_000, "n_val": 1_000,
-    },
-    "full": {
-        "methods": ("ste", "dorefa", "pact", "mpact", "lsq", "dsq"), "bits": ((8, 8), (4, 4), (3, 3), (2, 2)),
-        "seeds": (0, 1, 2), "n_test": None, "n_val": None,
-    },
-}  # fmt: skip
-"""Profile -> what is run by default, and on how many images it is evaluated."""
+HISTORY, CLIPS = "qat_history", "qat_clips"
+FLOAT = "float"
 N_CALIB = 512
 """Training images that the activation quantizers are fitted to before training."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of the study."""
+@dataclass(frozen=True)
+class Plan:
+    """How much of the study a profile runs."""
 
+    profile: str
+    """Which cut of the recipes is trained."""
+    methods: tuple[str, ...]
+    """Keys of ``qat_recipes.METHODS``."""
+    bits: tuple[tuple[int, int], ...]
+    """(weights, activations) between first and last layer."""
+    models: tuple[str, ...] = ("resnet20",)
+    """Networks with a float checkpoint."""
+    seeds: tuple[int, ...] = (0,)
+    """Of batch order, augmentation and calibration images."""
+    lists: tuple[str, ...] = ()
+    """Seed 001's configurations, keys of ``bit_lists.BIT_LISTS``, run besides ``bits`` where a network has them."""
+    binary: tuple[str, ...] = ()
+    """Methods that are run at one bit; () = all of them."""
+    distill: float = 0.0
+    """Share of the loss that is the distance to the float network's logits, in [0, 1]; 0 in every paper table."""
+    epochs: int | None = None
+    """In place of the recipe's."""
+    lr: float | None = None
+    """In place of the recipe's."""
+    n_test: int | None = None
+    """Test images; None = all."""
+    n_val: int | None = None
+    """Validation images; None = all."""
+
+
+PLANS = {
+    "smoke": Plan("smoke", ("pact", "dsq"), ((4, 4),), n_test=200, n_val=200),
+    "quick": Plan("quick", ("ste", "dorefa", "pact", "lsq", "dsq"), ((4, 4), (2, 2)), n_test=2_000, n_val=1_000),
+    "full": Plan(
+        "full",
+        ("pact", "lsq", "dsq", "dorefa", "mpact", "ste"),
+        ((4, 4), (3, 3), (2, 2), (8, 8), (1, 32), (1, 1)),
+        seeds=(0, 1, 2),
+        binary=("dsq", "dorefa", "ste"),
+    ),
+}
+GROUP = ("toynet", "mobilenetv2_seed", "resnet20")
+GROUP_PLANS = {
+    "smoke": Plan("smoke", ("dorefa_hw",), (), ()),
+    "quick": Plan("quick", ("dorefa_hw", "mpact"), (), ("toynet",), lists=("cfg-3",), n_test=2_000, n_val=1_000),
+    "full": Plan(
+        "full", ("dorefa_hw", "pact", "mpact"), ((8, 8), (4, 4)), GROUP, lists=("cfg-1", "cfg-1*", "cfg-2", "cfg-3")
+    ),
+}
+"""The networks and configurations of the group whose tables (seed 001) are filled."""
+
+
+@dataclass(frozen=True)
+class Training(Point):
+    """One run of the study, or (method "float") the network that it starts from, judged on the same images."""
+
+    plan: Plan
+    """What all points share."""
     model: str
     """Network, as in ``models.names``."""
     method: str
-    """Key of ``qat_recipes.METHODS``."""
-    w_bits: int
+    """Key of ``qat_recipes.METHODS``, or "float"."""
+    w_bits: int = 32
     """Bits of the weights between first and last layer."""
-    a_bits: int
-    """Bits of the activations between first and last layer."""
+    a_bits: int = 32
+    """Bits of the activations there."""
     seed: int = 0
-    """Decides batch order, augmentation and the calibration images."""
-    distill: float = 0.0
-    """Share of the loss that is the distance to the float network's logits, in [0, 1]; 0 in every paper table."""
+    """See ``Plan``."""
     lists: str = ""
-    """Seed 001's bits for each layer, key of ``bit_lists.BIT_LISTS``; bits above are then the fewest among them."""
+    """Seed 001's bits for each layer; bits above are then the fewest among them."""
 
-    def recipe(self, profile: str) -> QatRecipe:
-        """How it is trained."""
-        if self.lists:
-            net = models.load_checkpoint(_float_path(self.model))[0]
-            return list_recipe(net, self.model, self.lists, self.method, profile, seed=self.seed)
-        return qat_recipe(self.method, self.w_bits, self.a_bits, profile, seed=self.seed)
-
+    @property
     def name(self) -> str:
         """Folder of the run and stem of its checkpoint, e.g. ``resnet20_lsq_w4a4_s0``."""
-        tail = f"_kd{self.distill:g}" if self.distill else ""
+        tail = f"_kd{self.plan.distill:g}" if self.plan.distill else ""
         tail += f"_{self.lists.replace('*', 'star')}" if self.lists else ""
         return f"{self.model}_{self.method}_w{self.w_bits}a{self.a_bits}_s{self.seed}{tail}"
 
+    @property
+    def bench(self) -> Hashable:
+        """The float network and the images that its recipe trains on."""
+        return self.model
 
-def run(
-    profile: str,
-    *,
-    names: Sequence[str] = ("resnet20",),
-    methods: Sequence[str] | None = None,
-    bits: Sequence[Sequence[int]] | None = None,
-    seeds: Sequence[int] | None = None,
-    distill: float = 0.0,
-    lists: Sequence[str] = (),
-    device: str = "cpu",
-    ship_them: bool = False,
-) -> pd.DataFrame:
-    """Fine-tunes each network with each method, bits and seed; the study's rows of this profile.
+    @property
+    def minutes(self) -> float:
+        """Rough cost: twice a float epoch's."""
+        return 1.0 if self.method == FLOAT else 1.5 * MINUTES.get(self.model, 5.0) * self.settings().config.epochs
 
-    Args:
-        profile: chooses recipe, images and output folders; a run that was killed resumes from its last epoch, and one
-            that has its rows is not run again.
-        names:   networks with a shipped float checkpoint; others are skipped with a line.
-        methods: keys of ``qat_recipes.METHODS``; default: the profile's ``PLAN``.
-        bits:    (weight bits, activation bits) pairs; default likewise.
-        seeds:   default likewise.
-        distill: see ``Point``.
-        lists:   configurations of seed 001 in place of ``bits``, those that a network has.
-        device:  "cpu" or "cuda".
-        ship_them: also write checkpoint and record into ``data/checkpoints``.
-    """
-    plan = PLAN[paths.check_profile(profile)]
-    points = [
-        Point(name, method, int(w_bits), int(a_bits), seed, distill, named)
-        for name in names
-        for named, (w_bits, a_bits) in widths(name, lists, plan["bits"] if bits is None else bits)
-        for seed in (plan["seeds"] if seeds is None else seeds)
-        for method in (plan["methods"] if methods is None else methods)
-    ]
-    for i, point in enumerate(points):
-        print(f"[{i + 1}/{len(points)}] {point.name()}", flush=True)
-        qnet = train_one(point, profile, device=device)
-        if ship_them and qnet is not None:
-            print(f"shipped {ship(point, qnet, profile).name}", flush=True)
-    return store.read(STUDY, profile=profile)
+    def settings(self, net: nn.Module | None = None) -> QatRecipe:
+        """Policy and training; seed 001's lists need the float network to speak of its layers."""
+        plan = self.plan
+        recipe = qat_recipe(self.method, self.w_bits, self.a_bits, plan.profile, seed=self.seed)
+        if self.lists and net is not None:
+            recipe = list_recipe(net, self.model, self.lists, self.method, plan.profile, seed=self.seed)
+        changes = {"epochs": plan.epochs, "lr": plan.lr}
+        config = dataclasses.replace(recipe.config, **{k: v for k, v in changes.items() if v is not None})
+        return dataclasses.replace(recipe, config=config)
 
 
-def train_one(point: Point, profile: str, *, device: str = "cpu") -> fx.GraphModule | None:
-    """One network fine-tuned (or resumed) and its rows appended; the quantized network.
+def points(plan: Plan) -> list[Training]:
+    """Every network's float line, then seed by seed and width by width every method; ``ValueError`` for an unknown."""
+    found = []
+    for model in plan.models:
+        wanted = [("", pair) for pair in plan.bits] + (widths(model, plan.lists, ()) if plan.lists else [])
+        trained = [
+            Training(plan, model, method, int(w_bits), int(a_bits), seed, lists)
+            for seed in plan.seeds
+            for lists, (w_bits, a_bits) in wanted
+            for method in plan.methods
+            if w_bits > 1 or method in (plan.binary or plan.methods)
+        ]
+        for point in trained:
+            point.settings()
+        found += [Training(plan, model, FLOAT), *trained]
+    return found
 
-    None where it was done before (the rows are there, the run's folder is not), where the float network is not shipped,
-    or where the embedded data do not fit it.
-    """
-    if float_training.shipped(point.model) is None:
-        print(f"{point.model}: no float checkpoint is shipped, nothing to start from")
-        return None
-    recipe, folder = point.recipe(profile), run_dir(point, profile)
-    if store.done(STUDY, _key(point, recipe), profile=profile) and not folder.exists():
-        print(f"{point.name()}: its rows are there already")
-        return None
-    start = _start(point, recipe, profile)
-    if start is None:
-        return None
-    net, train = start
-    n_test, n_val = PLAN[profile]["n_test"], PLAN[profile]["n_val"]
-    val, test = (data.load(train.spec.name, split, n=n) for split, n in (("val", n_val), ("test", n_test)))
-    qnet = quantized(net, recipe, train, seed=point.seed).to(device)
-    common = {
-        **_key(point, recipe), "dataset": train.spec.name, "n_train": len(train), "n_calib": min(N_CALIB, len(train)),
-        "placement": recipe.policy.placement, **provenance.stamp(device),
+
+def key(run: Run[Plan], point: Training) -> Row:
+    """What names a run in the rows: network, method, bits, seed, length, and what else a table could mix up."""
+    named = {"experiment": run.study, "model": point.model, "method": point.method, "metric": "acc_pct"}
+    if point.method == FLOAT:
+        return {**named, "switches": {"checkpoint": f"{point.model}_float_s0.safetensors", **net_switch(point.model)}}
+    recipe = point.settings()
+    return {
+        **named, "w_bits": point.w_bits, "a_bits": point.a_bits, "seed": point.seed, "epochs": recipe.config.epochs,
+        "switches": {
+            "first_last_bits": recipe.policy.first_last_bits, "precision": recipe.config.precision,
+            "lr": recipe.config.lr, "weight_decay": recipe.config.weight_decay,
+            **({"distill": point.plan.distill} if point.plan.distill else {}),
+            **({"lists": point.lists} if point.lists else {}), **net_switch(point.model),
+        },
+    }  # fmt: skip
+
+
+def measure(run: Run[Plan], bench: Bench, point: Training) -> Iterator[Found]:
+    """Fine-tunes (or resumes) the network; its curve, clips, and accuracies before, after (validation) and on test."""
+    if point.method == FLOAT:
+        yield from _float_row(bench)
+        return
+    recipe = point.settings(bench.net)
+    train, few = bench.train, recipe.n_train
+    train = train if few is None or few >= len(train) else train.balanced(few, SPLIT_SEED)
+    qnet = quantized(bench.net, recipe, train, seed=point.seed).to(run.device)
+    common: Row = {
+        **key(run, point), "dataset": bench.dataset, "n_train": len(train), "n_calib": min(N_CALIB, len(train)),
+        "placement": recipe.policy.placement,
     }  # fmt: skip
 
     def keep_clips(module: nn.Module, epoch: int) -> None:
-        if rows := [_clip_row(common, epoch, layer, clip) for layer, clip in _clips(module).items()]:
-            store.append(CLIPS, rows, profile=profile)
+        run.append((CLIPS, _clip_row(common, epoch, layer, clip)) for layer, clip in _clips(module).items())
 
-    before = evaluate(qnet, val)
-    teach = distillation(net.to(device), point.distill, recipe.config.label_smoothing) if point.distill else None
-    done = fit(qnet, train, val, recipe.config, folder, loss=teach, before_epoch=keep_clips)
+    before = evaluate(qnet, bench.val)
+    share, smoothing = point.plan.distill, recipe.config.label_smoothing
+    teach = distillation(bench.net, share, smoothing) if share else None
+    done = fit(qnet, train, bench.val, recipe.config, run.folder / point.name, loss=teach, before_epoch=keep_clips)
     keep_clips(qnet, recipe.config.epochs)
-    score = evaluate(qnet, test)
-    print(f"{point.name()}: validation {before.acc_pct:.2f} -> {done.val_acc_pct:.2f} %, test {score.acc_pct:.2f} %")
+    score = evaluate(qnet, bench.test)
     common["seconds"] = round(done.seconds, 1)
-    scores = {
-        "test": (score.acc_pct, score.n),
-        "val": (done.val_acc_pct, len(val)),
-        "start": (before.acc_pct, len(val)),
-    }
-    store.append(STUDY, [_score_row(common, *item) for item in scores.items()], profile=profile)
-    store.append(HISTORY, _history_rows(common, done.history), profile=profile)
-    return qnet
-
-
-def run_dir(point: Point, profile: str) -> Path:
-    """The folder of a run: its state, configuration and log."""
-    return paths.runs_dir(profile) / STUDY / point.name()
+    if run.profile == "full":
+        _keep(run, bench, point, recipe, qnet, common, {"test": score.acc_pct, "val": done.val_acc_pct})
+    yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY) if row["metric"] != "lr")
+    scores = {"start": (before.acc_pct, len(bench.val)), "val": (done.val_acc_pct, len(bench.val))}
+    for split, (acc_pct, n) in {**scores, "test": (score.acc_pct, score.n)}.items():
+        switches = {**common["switches"], **({} if split == "test" else {"split": split})}
+        yield {**common, "value": acc_pct, "unit": "%", "n_test": n, "switches": switches}
 
 
 def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) -> fx.GraphModule:
@@ -180,81 +206,27 @@ def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) 
     return qnet
 
 
-def ship(point: Point, qnet: fx.GraphModule, profile: str) -> Path:
-    """Writes the quantized network and its run record into ``data/checkpoints``; returns the path."""
-    recipe = point.recipe(profile)
-    rows = store.read(STUDY, profile=profile)
-    key = {c: v for c, v in _key(point, recipe).items() if c != "switches"}
-    mine = rows.loc[(rows[list(key)] == list(key.values())).all(axis=1)].to_dict("records")
-    _, float_record = models.read_checkpoint(_float_path(point.model))
+def _float_row(bench: Bench) -> Iterator[Row]:
+    score, record = evaluate(bench.net, bench.test), bench.record
+    yield {
+        "dataset": bench.dataset, "seed": record["seed"], "n_train": record["n_train"], "n_test": score.n,
+        "value": score.acc_pct, "unit": "%", "epochs": record["config"]["epochs"],
+    }  # fmt: skip
+
+
+def _keep(
+    run: Run[Plan], bench: Bench, point: Training, recipe: QatRecipe, qnet: fx.GraphModule, common: Row,
+    acc_pct: dict[str, float],
+) -> None:  # fmt: skip
+    """Writes the quantized network and its run record where the other studies look for it."""
     record = {
-        **{k: float_record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
-        "seed": point.seed, "profile": profile, "method": point.method,
-        "in_shape": data.SPECS[float_record["dataset"]].in_shape,
-        "config": recipe.config.as_dict(), "n_train": mine[0]["n_train"], "start": _float_path(point.model).name,
-        "acc_pct": {_split(row): row["value"] for row in mine},
-        "kept": f"{recipe.config.keep} epoch; test was seen once, after training",
-        **{k: mine[0][k] for k in rows_schema.PROVENANCE},
+        **{k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
+        "seed": point.seed, "profile": run.profile, "method": point.method, "in_shape": bench.test.spec.in_shape,
+        "config": recipe.config.as_dict(), "n_train": common["n_train"], "start": bench.record["sha256"],
+        "acc_pct": acc_pct, "kept": f"{recipe.config.keep} epoch; test was seen once, after training",
+        "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
-    path = paths.checkpoints_dir() / f"{point.name()}.safetensors"
-    save_quantized(path, qnet, recipe.policy, record)
-    return path
-
-
-def clip_history(profile: str) -> pd.DataFrame:
-    """The learned PACT clips: rows of ``qat_clips.csv`` of this profile with columns ``epoch`` and ``layer``."""
-    rows = store.read(CLIPS, profile=profile)
-    rows = rows.loc[rows["profile"] == profile]
-    return rows.assign(**{name: [json.loads(text)[name] for text in rows["switches"]] for name in ("epoch", "layer")})
-
-
-def _start(point: Point, recipe: QatRecipe, profile: str) -> tuple[nn.Module, ImageSet] | None:
-    net, record = models.load_checkpoint(_float_path(point.model))
-    train = data.load_or_embedded(record["dataset"], "train", n=recipe.n_train)
-    if train.spec.in_shape != data.SPECS[record["dataset"]].in_shape:
-        print(f"{point.model}: skipped, {record['dataset']} is not available and the embedded digits do not fit it")
-        return None
-    return net, train
-
-
-def _float_path(model: str) -> Path:
-    path = float_training.shipped(model)
-    if path is None:
-        raise models.CheckpointError(f"{model}: no float checkpoint is shipped in {paths.checkpoints_dir()}")
-    return path
-
-
-def _key(point: Point, recipe: QatRecipe) -> dict[str, Any]:
-    switches = {
-        "first_last_bits": recipe.policy.first_last_bits, "precision": recipe.config.precision, "lr": recipe.config.lr,
-        "weight_decay": recipe.config.weight_decay, **({"distill": point.distill} if point.distill else {}),
-        **({"lists": point.lists} if point.lists else {}),
-    }  # fmt: skip
-    return {
-        "experiment": STUDY, "model": point.model, "method": point.method, "w_bits": point.w_bits,
-        "a_bits": point.a_bits, "seed": point.seed, "epochs": recipe.config.epochs, "switches": switches,
-    }  # fmt: skip
-
-
-def _score_row(common: dict[str, Any], split: str, score: tuple[float, int]) -> dict[str, Any]:
-    switches = common["switches"] if split == "test" else {**common["switches"], "split": split}
-    return {**common, "metric": "acc_pct", "value": score[0], "unit": "%", "n_test": score[1], "switches": switches}
-
-
-def _split(row: dict[str, Any]) -> str:
-    return json.loads(row["switches"]).get("split", "test")
-
-
-def _history_rows(common: dict[str, Any], history: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    return [
-        {
-            **common, "experiment": HISTORY, "metric": metric, "value": row[metric], "unit": unit,
-            "switches": {**common["switches"], "epoch": int(row["epoch"])}, "seconds": round(row["seconds"], 1),
-        }
-        for row in history
-        for metric, unit in float_training.CURVES.items()
-        if metric != "lr"
-    ]  # fmt: skip
+    save_quantized(made_dir() / f"{point.name}.safetensors", qnet, recipe.policy, record)
 
 
 def _clips(module: nn.Module) -> dict[str, float]:
@@ -262,37 +234,17 @@ def _clips(module: nn.Module) -> dict[str, float]:
     return {name.removesuffix(QUANTIZER_SUFFIX): q.clip().item() for name, q in quantizers if isinstance(q, PACT)}
 
 
-def _clip_row(common: dict[str, Any], epoch: int, layer: str, clip: float) -> dict[str, Any]:
+def _clip_row(common: Row, epoch: int, layer: str, clip: float) -> Row:
     switches = {**common["switches"], "epoch": epoch, "layer": layer}
     return {**common, "experiment": CLIPS, "metric": "alpha", "value": clip, "unit": "1", "switches": switches}
 
 
-def _bits(text: str) -> tuple[int, int]:
-    try:
-        w_bits, a_bits = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write weight and activation bits as 4,4") from None
-    return w_bits, a_bits
+def _open(run: Run[Plan], name: Hashable) -> Bench | None:
+    return open_bench(str(name), n_val=run.plan.n_val, n_test=run.plan.n_test, device=run.device)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m hq_lib.studies.qat.study", description=run.__doc__)
-    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    parser.add_argument("--models", nargs="+", default=["resnet20"], metavar="NAME")
-    parser.add_argument("--methods", nargs="+", default=None, metavar="NAME")
-    parser.add_argument("--bits", nargs="+", type=_bits, default=None, metavar="W,A")
-    parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="N")
-    parser.add_argument("--distill", type=float, default=0.0, metavar="SHARE", help="teacher's share of the loss")
-    parser.add_argument("--lists", nargs="+", default=(), metavar="CFG", help="seed 001's bits by layer, as cfg-1")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--ship", action="store_true", help="write the checkpoints into data/checkpoints")
-    options = parser.parse_args(arguments)
-    run(
-        options.profile, names=options.models, methods=options.methods, bits=options.bits, seeds=options.seeds,
-        distill=options.distill, lists=options.lists, device=options.device, ship_them=options.ship,
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+STUDY, GROUP_STUDY = (
+    Study(name, plans, points=points, key=key, open_bench=_open, measure=measure, after=("float_training",))
+    for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
+)
+STUDIES = (STUDY, GROUP_STUDY)

@@ -21,7 +21,7 @@ from hq_lib.graph import BitPolicy, quantize
 from hq_lib.models import efficientnet_lite
 from hq_lib.ptq.ranges import Method
 from hq_lib.results import paths
-from hq_lib.studies.float_training import study as float_training
+from hq_lib.studies.bench import shipped
 from hq_lib.training import TrainConfig, fit, predict
 
 Bits = tuple[int, int]
@@ -139,7 +139,7 @@ def _imagenet_bench(root: Path, n_common: int, n_test: int | None, device: str) 
 
 
 def _shipped_net() -> nn.Module:
-    path = float_training.shipped(MODEL["cifar10"])
+    path = shipped(MODEL["cifar10"])
     assert path is not None, "the repository ships data/checkpoints/resnet20_float_s0.safetensors"
     return models.load_checkpoint(path)[0]
 

@@ -1,0 +1,96 @@
+"""The shipped networks with their images: what nearly every study measures on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hq_lib import data, models
+from hq_lib.data import ImageSet
+from hq_lib.results import paths
+
+FIRST = frozenset({"8f3b316e", "8244b673", "4d496ff8", "8cbdbed1", "69574edb"})
+"""Float checkpoints (first digits of their SHA-256) whose rows were written before rows named the network."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A float network in evaluation mode, and images to train, choose and judge on."""
+
+    net: nn.Module
+    """The network."""
+    record: dict[str, Any]
+    """Its run record."""
+    train: ImageSet
+    """Images to train and calibrate on."""
+    val: ImageSet
+    """Images to choose on."""
+    test: ImageSet
+    """Images of final accuracies."""
+
+    @property
+    def model(self) -> str:
+        """Name of the network."""
+        return self.record["model"]
+
+    @property
+    def dataset(self) -> str:
+        """The data set, which is the embedded digits where the network's own cannot be had."""
+        return self.test.spec.name
+
+    def calibration(self, n: int, seed: int) -> Tensor:
+        """``n`` training images (all where there are fewer), balanced over classes, normalised: (n, C, H, W)."""
+        few = self.train.balanced(min(n, len(self.train)), seed)
+        return data.normalize(few.images, few.spec)
+
+
+def shipped(name: str, *, seed: int = 0) -> Path | None:
+    """The float checkpoint of a network, or None: one that a run here has made in profile full, else the committed."""
+    file = f"{name}_float_s{seed}.safetensors"
+    for folder in (made_dir(), paths.checkpoints_dir()):
+        if (folder / file).exists():
+            return folder / file
+    return None
+
+
+def made_dir() -> Path:
+    """Checkpoints that runs of profile full have made here and that are not committed yet."""
+    return paths.runs_dir("full") / "checkpoints"
+
+
+def open_bench(
+    name: str,
+    *,
+    n_train: int | None = None,
+    n_val: int | None = None,
+    n_test: int | None = None,
+    device: str = "cpu",
+) -> Bench | None:
+    """The shipped network with its images (None: all); None, after a line that says why, where they cannot be had.
+
+    Without the network's data set the embedded digits take its place if they fit: the program runs, but accuracies mean
+    nothing, and rows name the data set.
+    """
+    path = shipped(name)
+    if path is None:
+        print(f"{name}: no float checkpoint in {paths.checkpoints_dir()}, not run (notebook 01 in profile full ships)")
+        return None
+    net, record = models.load_checkpoint(path)
+    test = data.load_or_embedded(record["dataset"], "test", n=n_test)
+    if test.spec.in_shape != data.SPECS[record["dataset"]].in_shape:
+        print(f"{name}: {record['dataset']} is not available and the embedded digits do not fit it, not run")
+        return None
+    n_val = None if n_val and 0 < test.spec.n_val < n_val else n_val  # of the digits there are few
+    train, val = (data.load(test.spec.name, split, n=n) for split, n in (("train", n_train), ("val", n_val)))
+    return Bench(net.to(device).eval(), record, train, val, test)
+
+
+def net_switch(name: str, *, seed: int = 0) -> dict[str, str]:
+    """The switch of a row that names the float network it stands on; {} for those that the first rows stand on."""
+    path = shipped(name, seed=seed)
+    if path is None:
+        return {}
+    sha = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"][:8]
+    return {} if sha in FIRST else {"net": sha}

@@ -1,0 +1,49 @@
+"""What notebook 01 shows: the shipped networks beside the published ones, and learning curves; rows in, frames out."""
+
+import json
+
+import pandas as pd
+
+from hq_lib import models
+from hq_lib.results import labels, published, tables
+from hq_lib.studies.bench import shipped
+
+
+def main_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_float_training, from rows of ``float_reference``: size, epochs, test accuracy beside the group's own."""
+    compared = published.load().query("table == 'seed001' and method == 'float' and model in @rows.model.unique()")
+    out = tables.build(rows, compared, index=["model", "dataset"])
+    sizes = {labels.printed("model", name): _parameters(name) for name in set(rows["model"])}
+    out.insert(2, "parameters", [sizes.get(name, tables.NOT_RUN) for name in out["model"]])
+    epochs = {labels.printed("model", row["model"]): str(row["epochs"]) for row in rows.to_dict("records")}
+    out.insert(3, "epochs", [epochs.get(name, tables.NOT_RUN) for name in out["model"]])
+    return out
+
+
+def _parameters(name: str) -> str:
+    path = shipped(name)
+    return tables.NOT_RUN if path is None else f"{models.count_parameters(models.load_checkpoint(path)[0]):,}"
+
+
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """The learning curves, from rows of ``float_history``: model, dataset, seed, epoch, train_loss, val_acc_pct, lr.
+
+    Of a network and seed trained more than once, the longest run.
+    """
+    rows = rows.assign(epoch=[json.loads(text)["epoch"] for text in rows["switches"]])
+    rows = rows.loc[rows["epochs"] == rows.groupby(["model", "dataset", "seed"])["epochs"].transform("max")]
+    wide = rows.pivot_table(index=["model", "dataset", "seed", "epoch"], columns="metric", values="value")
+    return wide.reset_index().rename_axis(columns=None)
+
+
+def standard_errors(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each accuracy with the standard error of its test images, 100 sqrt(p (1 - p) / n), percent."""
+    share = rows["value"] / 100
+    error = 100 * (share * (1 - share) / rows["n_test"]) ** 0.5
+    return rows[["model", "dataset", "epochs", "n_train", "n_test", "value"]].assign(standard_error=error.round(2))
+
+
+def progress(found: pd.DataFrame) -> pd.DataFrame:
+    """First and last epoch of each run of ``curves``: loss, nat, and validation accuracy, percent."""
+    ends = found.groupby(["model", "dataset", "seed"])[["epoch", "train_loss", "val_acc_pct"]].agg(["first", "last"])
+    return pd.DataFrame(ends).round(3)

@@ -1,0 +1,260 @@
+"""The one mechanism of the studies: a plan gives points, points that share a bench are measured on it, rows are kept.
+
+    STUDY = Study("qat", PLANS, points=points, key=key, open_bench=open_bench, measure=measure)
+    STUDY.run("quick", methods=["lsq"], bits=[[2, 2]])                  # a notebook: the profile's plan, changed
+    hq study qat --profile full --unit resnet20_lsq_w2a2_s0             # a batch engine: one unit, rows to a part file
+
+A *plan* is a frozen dataclass, one a profile. A *point* is one measurement; its *key*, the columns that name it in the
+rows, is its identity: what has a row is not measured again, so a killed run goes on where it stopped. A *bench* is the
+network with its images, opened once for all points that share it. A *unit* is what a batch engine runs in one process.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
+
+from hq_lib.results import paths, provenance, rows, store
+from hq_lib.results.hints import nearest
+
+SAY_EVERY_S = 10.0
+Plan = TypeVar("Plan")
+Bench = TypeVar("Bench")
+Row = dict[str, Any]
+Found = Row | tuple[str, Row]
+"""What ``measure`` yields: a row of the study's own file, or (name of another file, its row)."""
+
+
+class StudyError(ValueError):
+    """A plan, unit or state of the code that a study cannot be run with; the message names it and the mend."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement; a subclass adds what varies."""
+
+    @property
+    def name(self) -> str:
+        """In words, unique within the study; what progress lines call it."""
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> str:
+        """The process it is measured in by a batch engine; a file name."""
+        return self.name
+
+    @property
+    def bench(self) -> Hashable:
+        """What has to be open to measure it."""
+        return None
+
+    @property
+    def minutes(self) -> float:
+        """Rough cost on one thread in profile full."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Run(Generic[Plan]):
+    """One call of a study: what its functions go by."""
+
+    study: str
+    """Name of the study."""
+    profile: str
+    """smoke, quick or full."""
+    plan: Plan
+    """The profile's plan, with the caller's changes."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
+    part: Path | None = None
+    """Folder that rows go to in place of the shared files; None = the shared files."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the study keeps states and files of its own; git ignores it."""
+        return paths.runs_dir(self.profile) / self.study
+
+    def append(self, found: Iterable[Found]) -> list[Row]:
+        """Stores rows at once, each in its file, provenance filled in; returns them."""
+        files: dict[str, list[Row]] = {}
+        for item in found:
+            name, row = (self.study, item) if isinstance(item, dict) else item
+            files.setdefault(name, []).append({**provenance.stamp(self.device), **row})
+        for name, own in files.items():
+            store.append(name, own, profile=self.profile, folder=self.part)
+        return [row for own in files.values() for row in own]
+
+
+P = TypeVar("P", bound=Point)
+
+
+@dataclass(frozen=True)
+class Study(Generic[Plan, P, Bench]):
+    """A study as data and four functions."""
+
+    name: str
+    """Its command and the CSV that it appends to."""
+    plans: Mapping[str, Plan]
+    """Profile -> plan."""
+    points: Callable[[Plan], Sequence[P]]
+    """All points of a plan, those of one bench and unit adjoining; raises ``StudyError`` for what does not exist."""
+    key: Callable[[Run[Plan], P], Row]
+    """The columns that identify a point's rows, protocol included."""
+    open_bench: Callable[[Run[Plan], Hashable], Bench | None]
+    """The bench; None, after a line that says why, where this machine cannot have it: its points are n/r."""
+    measure: Callable[[Run[Plan], Bench, P], Iterator[Found]]
+    """Metric, value, unit (and whatever else differs from the key) of each row of a point."""
+    after: tuple[str, ...] = ()
+    """Studies whose rows it reads: a batch engine runs them first."""
+
+    def plan(self, profile: str, **changes: Any) -> Plan:
+        """The profile's plan with some fields changed, lists as tuples.
+
+        Raises:
+            StudyError: no such field (the nearest is named), or one value where the plan has a list.
+        """
+        plan: Any = self.plans[paths.check_profile(profile)]
+        known = [f.name for f in dataclasses.fields(plan)]
+        for name, value in changes.items():
+            if name not in known:
+                raise StudyError(f"{self.name} has no {name!r}: it has {', '.join(known)}{nearest(name, known)}")
+            if isinstance(getattr(plan, name), tuple) and not isinstance(value, list | tuple):
+                raise StudyError(
+                    f"{name} is a list, not {value!r}: write [{value}] (papermill: -y '{name}: [{value}]')"
+                )
+        return dataclasses.replace(plan, **{name: _as_tuple(value) for name, value in changes.items()})
+
+    def run(
+        self,
+        profile: str,
+        *,
+        device: str = "cpu",
+        unit: str | None = None,
+        allow_dirty: bool = False,
+        **changes: Any,
+    ) -> pd.DataFrame:
+        """Measures every point that has no row yet; all rows of the study in this profile.
+
+        Args:
+            profile:     smoke, quick or full.
+            device:      "cpu" or "cuda".
+            unit:        only this unit, and its rows into a part file of its own, which ``gather`` brings in.
+            allow_dirty: in profile full, measure although tracked code differs from its commit; the rows say "-dirty".
+            changes:     fields of the plan, see ``plan``.
+
+        Raises:
+            StudyError: see ``plan``; an unknown unit; uncommitted code in profile full.
+        """
+        plan = self.plan(profile, **changes)
+        run = Run(self.name, profile, plan, device, None if unit is None else self._part(profile, unit))
+        wanted = [point for point in self.points(plan) if unit in (None, point.unit)]
+        if unit is not None and not wanted:
+            units = sorted({point.unit for point in self.points(plan)})
+            raise StudyError(f"{self.name} has no unit {unit!r} in profile {profile}{nearest(unit, units)}")
+        todo = self._todo(run, wanted)
+        if todo and profile == "full" and provenance.git_sha().endswith("-dirty") and not allow_dirty:
+            raise StudyError(f"{self.name}: tracked files differ from the commit, so {len(todo)} rows of profile full "
+                             "would come from code that nobody can find: commit, or say --allow-dirty")  # fmt: skip
+        self._measure(run, todo)
+        return self.rows(profile)
+
+    def rows(self, profile: str) -> pd.DataFrame:
+        """The rows of this profile that are there."""
+        return profile_rows(self.name, profile)
+
+    def todo(self, profile: str, **changes: Any) -> list[P]:
+        """The points that have no row yet."""
+        plan = self.plan(profile, **changes)
+        return self._todo(Run(self.name, profile, plan), self.points(plan))
+
+    def units(self, profile: str, **changes: Any) -> list[Row]:
+        """The units with something to measure, as plain data: study, unit, number of points, minutes, after."""
+        groups: dict[str, list[P]] = {}
+        for point in self.todo(profile, **changes):
+            groups.setdefault(point.unit, []).append(point)
+        return [
+            {"study": self.name, "unit": unit, "n_points": len(own), "minutes": round(sum(p.minutes for p in own), 1),
+             "after": list(self.after)}
+            for unit, own in groups.items()
+        ]  # fmt: skip
+
+    def gather(self, profile: str) -> int:
+        """Brings the rows of all part files into the shared ones, then removes the parts; the number of rows."""
+        n, folder = 0, self._part(profile, "")
+        for part in sorted(folder.glob("*/*.csv")):
+            found = store.read_file(part)
+            store.append(part.stem, found, profile=profile)
+            n += len(found)
+        shutil.rmtree(folder, ignore_errors=True)
+        return n
+
+    def _part(self, profile: str, unit: str) -> Path:
+        return paths.runs_dir(profile) / self.name / "parts" / unit
+
+    def _todo(self, run: Run[Plan], wanted: Sequence[P]) -> list[P]:
+        known = _Known(store.read(self.name, profile=run.profile))
+        if run.part is not None:
+            known.add(store.read_file(run.part / f"{self.name}.csv"))
+        return [point for point in wanted if not known.has({**self.key(run, point), "profile": run.profile})]
+
+    def _measure(self, run: Run[Plan], todo: Sequence[P]) -> None:
+        started = said = time.perf_counter()
+        n = 0
+        for needed, group in groupby(todo, key=lambda point: point.bench):
+            bench = self.open_bench(run, needed)
+            for point in group:
+                n += 1
+                if bench is None:
+                    continue
+                measured = self._measure_point(run, bench, point)
+                if n in (1, len(todo)) or time.perf_counter() - said > SAY_EVERY_S:
+                    said = time.perf_counter()
+                    print(f"[{n}/{len(todo)}, {said - started:.0f} s] {point.name}: {_shown(measured)}", flush=True)
+
+    def _measure_point(self, run: Run[Plan], bench: Bench, point: P) -> list[Row]:
+        key, started = self.key(run, point), time.perf_counter()
+        found = [(self.name, item) if isinstance(item, dict) else item for item in self.measure(run, bench, point)]
+        seconds = round(time.perf_counter() - started, 3)
+        # the point's own rows last: they say that it is done
+        ordered = sorted(found, key=lambda item: item[0] == self.name)
+        return run.append((name, {**key, "seconds": seconds, **row}) for name, row in ordered)
+
+
+def profile_rows(name: str, profile: str) -> pd.DataFrame:
+    """The rows of one file that belong to this very profile."""
+    found = store.read(name, profile=profile)
+    return found.loc[found["profile"] == profile].reset_index(drop=True)
+
+
+class _Known:
+    """Which keys have a row; the rows are looked through once for each set of columns."""
+
+    def __init__(self, found: pd.DataFrame) -> None:
+        self.rows: list[Any] = found.to_dict("records")
+        self.by_columns: dict[tuple[str, ...], set[tuple[Any, ...]]] = {}
+
+    def add(self, found: pd.DataFrame) -> None:
+        self.rows += found.to_dict("records")
+        self.by_columns.clear()
+
+    def has(self, key: Row) -> bool:
+        rows.check_columns(key)
+        columns = tuple(sorted(key))
+        if columns not in self.by_columns:
+            self.by_columns[columns] = {tuple(row[c] for c in columns) for row in self.rows}
+        return tuple(rows.clean_cell(c, key[c]) for c in columns) in self.by_columns[columns]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _shown(measured: Sequence[Row]) -> str:
+    """The first few numbers of a point, for a line of progress."""
+    return ", ".join(f"{row['metric']} {row['value']:.5g} {row['unit']}".removesuffix(" 1") for row in measured[-3:])

@@ -1,0 +1,163 @@
+"""The mechanism of the studies: identity, resuming, benches, parts, refusals; on a study of a few numbers."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from hq_lib import studies
+from hq_lib.__main__ import app
+from hq_lib.results import provenance, store
+from hq_lib.studies.study import Point, Study, StudyError, profile_rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    bits: tuple = (2, 4)
+    seeds: tuple = (0, 1)
+    n_test: int = 7
+
+
+@dataclass(frozen=True)
+class Number(Point):
+    bits: int
+    seed: int
+
+    @property
+    def name(self):
+        return f"b{self.bits}_s{self.seed}"
+
+    @property
+    def bench(self):
+        return self.bits
+
+
+class Killed(BaseException):
+    """What stops a process, as no library error does."""
+
+
+@pytest.fixture
+def toy(out_dir):
+    opened, measured, kill_at = [], [], []
+
+    def key(run, point):
+        named = {"experiment": run.study, "model": "m", "method": "pact", "metric": "acc_pct"}
+        return {**named, "w_bits": point.bits, "seed": point.seed, "switches": {"n": run.plan.n_test}}
+
+    def open_bench(run, bits):
+        opened.append(bits)
+        return None if bits == 3 else 10 * bits
+
+    def measure(run, bench, point):
+        if point.name in kill_at:
+            raise Killed
+        measured.append(point.name)
+        yield "toy_more", {"experiment": "toy_more", "dataset": "d", "metric": "loss", "value": 0.5, "unit": "nat"}
+        yield {"dataset": "d", "value": bench + point.seed, "unit": "%"}
+
+    plans = {"smoke": Plan(), "quick": Plan(), "full": Plan()}
+    points = lambda plan: [Number(b, s) for b in plan.bits for s in plan.seeds]  # noqa: E731
+    study = Study("toy", plans, points=points, key=key, open_bench=open_bench, measure=measure)
+    return study, opened, measured, kill_at
+
+
+def test_a_bench_is_opened_once_for_its_points_and_rows_carry_key_and_provenance(toy):
+    study, opened, measured, _ = toy
+    rows = study.run("smoke")
+    assert opened == [2, 4]
+    assert measured == ["b2_s0", "b2_s1", "b4_s0", "b4_s1"]
+    assert sorted(rows["value"]) == [20, 21, 40, 41]
+    assert set(rows["git_sha"]) == {provenance.git_sha()}
+    assert {json.loads(s)["n"] for s in rows["switches"]} == {7}
+    assert len(profile_rows("toy_more", "smoke")) == 4
+
+
+def test_what_has_a_row_is_not_measured_again_and_another_plan_is_another_point(toy):
+    study, opened, measured, _ = toy
+    study.run("smoke", bits=[2])
+    study.run("smoke")
+    assert measured == ["b2_s0", "b2_s1", "b4_s0", "b4_s1"]
+    assert opened == [2, 4]
+    study.run("smoke", bits=[2], seeds=[0], n_test=9)
+    assert measured[-1] == "b2_s0"
+    assert len(study.rows("smoke")) == 5
+
+
+def test_a_killed_run_goes_on_where_it_stopped(toy):
+    study, _, measured, kill_at = toy
+    kill_at.append("b4_s0")
+    with pytest.raises(Killed):
+        study.run("smoke")
+    kill_at.clear()
+    assert [p.name for p in study.todo("smoke")] == ["b4_s0", "b4_s1"]
+    study.run("smoke")
+    assert measured == ["b2_s0", "b2_s1", "b4_s0", "b4_s1"]
+
+
+def test_a_bench_that_cannot_be_had_leaves_its_points_out(toy):
+    study, _, measured, _ = toy
+    assert sorted(study.run("smoke", bits=[3, 4], seeds=[0])["w_bits"]) == [4]
+    assert measured == ["b4_s0"]
+
+
+def test_units_write_parts_of_their_own_that_are_gathered_once(toy):
+    study, _, measured, _ = toy
+    assert [u["unit"] for u in study.units("smoke")] == ["b2_s0", "b2_s1", "b4_s0", "b4_s1"]
+    for unit in ("b4_s1", "b2_s0"):
+        study.run("smoke", unit=unit)
+    study.run("smoke", unit="b2_s0")  # its part is there: nothing to do
+    assert measured == ["b4_s1", "b2_s0"]
+    assert study.rows("smoke").empty
+    assert study.gather("smoke") == 4
+    assert study.gather("smoke") == 0
+    assert sorted(study.rows("smoke")["value"]) == [20, 41]
+    assert [u["unit"] for u in study.units("smoke")] == ["b2_s1", "b4_s0"]
+
+
+def test_what_a_plan_does_not_have_is_named(toy):
+    study, *_ = toy
+    with pytest.raises(StudyError, match=r"no 'sedes'.*did you mean 'seeds'"):
+        study.run("smoke", sedes=[0])
+    with pytest.raises(StudyError, match=r"seeds is a list.*\[0\]"):
+        study.run("smoke", seeds=0)
+    with pytest.raises(StudyError, match=r"no unit 'b2_s7'.*did you mean 'b2_s"):
+        study.run("smoke", unit="b2_s7")
+
+
+def test_full_rows_come_from_committed_code_or_say_so(toy, monkeypatch):
+    study, _, measured, _ = toy
+    monkeypatch.setattr(provenance, "git_sha", lambda: "0123456789ab-dirty")
+    with pytest.raises(StudyError, match=r"4 rows of profile full.*--allow-dirty"):
+        study.run("full")
+    assert measured == []
+    rows = study.run("full", allow_dirty=True)
+    assert set(rows["git_sha"]) == {"0123456789ab-dirty"}
+    study.run("full")  # nothing is left to measure, so nothing to refuse
+
+
+def test_every_study_lists_points_of_its_own_name_in_all_profiles(out_dir):
+    for name, study in studies.every().items():
+        assert study.name == name
+        for profile in ("smoke", "quick", "full"):
+            points = study.points(study.plan(profile))
+            assert len({p.name for p in points}) == len(points), name
+        assert all(u["minutes"] > 0 for u in study.units("smoke"))
+
+
+def test_the_command_lists_units_as_json_and_names_an_unknown_study(out_dir):
+    from typer.testing import CliRunner
+
+    found = CliRunner().invoke(app, ["study", "qat", "--profile", "smoke", "--list"])
+    assert [json.loads(line)["study"] for line in found.output.splitlines()] == ["qat"] * 3
+    wrong = CliRunner().invoke(app, ["study", "qta"])
+    assert wrong.exit_code == 2
+    assert "qat" in wrong.output
+
+
+def test_a_row_in_a_part_keeps_the_text_that_the_shared_file_will_hold(toy, tmp_path):
+    study, *_ = toy
+    study.run("smoke", unit="b2_s0")
+    part = next((tmp_path / "out").rglob("parts/b2_s0/toy.csv"))
+    before = store.read_file(part)
+    study.gather("smoke")
+    assert study.rows("smoke").equals(before)
