@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND := Agg
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup paper test smoke lab share lint
+.PHONY: help setup paper reference test smoke lab share lint
 .DEFAULT_GOAL := help
 
 help: ## what each word does
@@ -32,6 +32,9 @@ $(READY): pyproject.toml constraints.txt
 
 paper: $(READY) ## regenerate every table, figure and rendered notebook (PROFILE=quick or full)
 	$(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --config profile=$(PROFILE)
+
+reference: $(READY) ## the next unfinished runs of the reference, two side by side, until all are done or it is stopped
+	$(BIN)/snakemake --workflow-profile profiles/local --jobs 2 --config profile=full --keep-going reference
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest

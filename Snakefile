@@ -1,6 +1,11 @@
 """From parameters to every table and figure of the paper: one rule a notebook, then one for the pages to share.
 
     snakemake --workflow-profile profiles/local --config profile=quick      (what `make paper` runs)
+    snakemake --workflow-profile profiles/local --config profile=full reference    (what `make reference` runs)
+
+In profile full each unit of a study (one training, or the points that share a bench) is a job of its own, on one thread
+and with rows in a part file of its own: no two jobs write one file, and many nodes can share them. What has its rows is
+no job. The notebook then gathers the parts and only draws.
 
 Result rows (data/results/**.csv) are deliberately not declared as outputs: Snakemake deletes the outputs of a failed
 job, and rows that a long run has already written must survive it. Tables and figures are built from those rows.
@@ -12,6 +17,17 @@ PROFILE = paths.check_profile(config.get("profile", "quick"))
 BUILD = str(paths.build_dir(PROFILE))
 MAKERS = outputs.written()
 READERS = ["00_map", "10_gallery"]  # these only read what the others made
+UNITS = []
+if PROFILE == "full":
+    from hq_lib import studies
+
+    UNITS = [unit for study in studies.every().values() for unit in study.units(PROFILE)]
+    print(f"{len(UNITS)} units, {sum(unit['minutes'] for unit in UNITS) / 60:.0f} hours of one thread to go", flush=True)
+
+
+def done_file(unit):
+    """The mark that a unit has ended; its rows are in its part."""
+    return f"{BUILD}/units/{unit['study']}/{unit['unit']}.done"
 
 
 def made_by(notebook):
@@ -24,8 +40,17 @@ def needs(notebook):
     return [f"notebooks/{notebook}.ipynb", *dependencies.of_notebook(f"notebooks/{notebook}.ipynb")]
 
 
+def units_of(notebook):
+    """The marks of all units whose study is in a folder that the notebook imports."""
+    imported = "\n".join(needs(notebook))
+    return [done_file(unit) for unit in UNITS if f"/{unit['folder']}/study.py" in imported]
+
+
 # `log` is the executed copy, kept when the notebook fails
-EXECUTE = "papermill --log-output --no-progress-bar notebooks/{params.notebook}.ipynb {log} -p profile {params.profile}"
+GATHER = "python -m hq_lib study all --profile {params.profile} --gather && " if PROFILE == "full" else ""
+EXECUTE = GATHER + (
+    "papermill --log-output --no-progress-bar notebooks/{params.notebook}.ipynb {log:q} -p profile {params.profile}"
+)
 
 
 rule all:
@@ -33,14 +58,34 @@ rule all:
         f"{BUILD}/share/index.html",
 
 
+rule reference:
+    input:
+        [done_file(unit) for unit in UNITS],
+
+
+for place, unit in enumerate(UNITS):
+
+    rule:
+        name: f"unit_{unit['study']}_{unit['unit']}".replace("-", "_").replace(".", "_")
+        input: [done_file(other) for other in UNITS if other["unit"] in unit["after"]]
+        output: touch(done_file(unit))
+        params: study=unit["study"], unit=unit["unit"], profile=PROFILE
+        threads: 1
+        priority: len(UNITS) - place
+        resources: mem_mb=4000, runtime=int(60 + 4 * unit["minutes"])
+        message: f"measuring {unit['study']}: {unit['unit']}, about {unit['minutes'] / 60:.1f} h of one thread"
+        shell: "OMP_NUM_THREADS=1 python -m hq_lib study {params.study} --profile {params.profile} --unit {params.unit:q}"
+
+
 for notebook in MAKERS:
 
     rule:
         name: f"notebook_{notebook}"
-        input: needs(notebook)
+        input: needs(notebook), units_of(notebook)
         output: made_by(notebook)
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
         params: notebook=notebook, profile=PROFILE
+        threads: 1
         message: "running notebook {params.notebook} ({params.profile})"
         shell: EXECUTE
 
@@ -53,6 +98,7 @@ for notebook in READERS:
         output: touch(f"{BUILD}/notebooks/{notebook}.done")
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
         params: notebook=notebook, profile=PROFILE
+        threads: 1
         message: "running notebook {params.notebook} ({params.profile})"
         shell: EXECUTE
 

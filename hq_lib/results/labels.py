@@ -16,7 +16,8 @@ METHOD_LABELS = {
     "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime",
 }  # fmt: skip
 MODEL_LABELS = {
-    "lenet": "LeNet", "vgg_small": "VGG-Small", "vgg11": "VGG-11", "resnet20": "ResNet-20", "resnet32": "ResNet-32",
+    "lenet": "LeNet", "lenet_relu1": "LeNet (ReLU1)", "lenet_mnist": "LeNet (MNIST)",
+    "vgg_small": "VGG-Small", "vgg11": "VGG-11", "resnet20": "ResNet-20", "resnet32": "ResNet-32",
     "resnet44": "ResNet-44", "resnet56": "ResNet-56", "toynet": "ToyNet", "mobilenetv2": "MobileNetV2",
     "mobilenetv2_seed": "MobileNetV2 (seed form)", "mobilenetv2_imagenet": "MobileNetV2 (ImageNet)",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnet101": "ResNet-101", "regnetx_600m": "RegNetX-600M",

@@ -16,7 +16,7 @@ from hq_lib.results import paths
 UNKNOWN_SHA = "unknown"
 PACKAGES = ("torch", "torchvision", "numpy", "pandas")
 # What runs write is no part of the code that wrote it, so it does not make a commit "dirty".
-OUTPUTS = ("data/results", "figures")
+OUTPUTS = ("data/results", "data/checkpoints", "figures")
 
 
 def _git(root: Path, *words: str) -> str | None:

@@ -47,17 +47,9 @@ class Bench:
 
 
 def shipped(name: str, *, seed: int = 0) -> Path | None:
-    """The float checkpoint of a network, or None: one that a run here has made in profile full, else the committed."""
-    file = f"{name}_float_s{seed}.safetensors"
-    for folder in (made_dir(), paths.checkpoints_dir()):
-        if (folder / file).exists():
-            return folder / file
-    return None
-
-
-def made_dir() -> Path:
-    """Checkpoints that runs of profile full have made here and that are not committed yet."""
-    return paths.runs_dir("full") / "checkpoints"
+    """The committed float checkpoint of a network, or None. Profile full writes it there."""
+    path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
+    return path if path.exists() else None
 
 
 def open_bench(

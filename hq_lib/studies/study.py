@@ -55,6 +55,11 @@ class Point:
         return None
 
     @property
+    def after(self) -> tuple[str, ...]:
+        """Units, of whatever study, whose result it stands on: a batch engine runs them first."""
+        return ()
+
+    @property
     def minutes(self) -> float:
         """Rough cost on one thread in profile full."""
         return 1.0
@@ -110,8 +115,6 @@ class Study(Generic[Plan, P, Bench]):
     """The bench; None, after a line that says why, where this machine cannot have it: its points are n/r."""
     measure: Callable[[Run[Plan], Bench, P], Iterator[Found]]
     """Metric, value, unit (and whatever else differs from the key) of each row of a point."""
-    after: tuple[str, ...] = ()
-    """Studies whose rows it reads: a batch engine runs them first."""
 
     def plan(self, profile: str, **changes: Any) -> Plan:
         """The profile's plan with some fields changed, lists as tuples.
@@ -174,13 +177,16 @@ class Study(Generic[Plan, P, Bench]):
         return self._todo(Run(self.name, profile, plan), self.points(plan))
 
     def units(self, profile: str, **changes: Any) -> list[Row]:
-        """The units with something to measure, as plain data: study, unit, number of points, minutes, after."""
+        """The units with something to measure, as plain data: study, folder, unit, n_points, minutes, after."""
         groups: dict[str, list[P]] = {}
         for point in self.todo(profile, **changes):
             groups.setdefault(point.unit, []).append(point)
+        folder = self.points.__module__.split(".")[-2]
         return [
-            {"study": self.name, "unit": unit, "n_points": len(own), "minutes": round(sum(p.minutes for p in own), 1),
-             "after": list(self.after)}
+            {
+                "study": self.name, "folder": folder, "unit": unit, "n_points": len(own),
+                "minutes": round(sum(p.minutes for p in own), 1), "after": sorted({u for p in own for u in p.after}),
+            }
             for unit, own in groups.items()
         ]  # fmt: skip
 

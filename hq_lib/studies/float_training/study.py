@@ -1,7 +1,7 @@
 """Float training: the networks that everything else starts from (notebook 01).
 
 ``hq study float_training --profile full`` trains (or resumes) each network's recipe and leaves its checkpoint and run
-record in the folder of runs, where the other studies find it; ``hq study float_reference`` evaluates what is shipped.
+record in ``data/checkpoints``, where the other studies find it; ``hq study float_reference`` evaluates what is shipped.
 Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.csv``.
 """
 
@@ -14,17 +14,20 @@ from torch import nn
 
 from hq_lib import data, models
 from hq_lib.data import ImageSet
-from hq_lib.results import provenance
-from hq_lib.studies.bench import Bench, made_dir, net_switch, open_bench, shipped
+from hq_lib.results import paths, provenance
+from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import FitResult, TrainConfig, evaluate, fit, recipe
 from hq_lib.training.recipes import find
 
 HISTORY = "float_history"
 MODELS = ("resnet20", "lenet", "toynet", "vgg11", "mobilenetv2_seed")
+LENETS = ("lenet_relu1", "lenet_mnist")
 MAX_BYTES = 4_000_000  # of a checkpoint in float32; a larger one is stored in float16
 CURVES = {"train_loss": "nat", "val_acc_pct": "%", "lr": "1"}
-MINUTES = {"resnet20": 4.5, "toynet": 3.5, "mobilenetv2_seed": 10.0, "vgg11": 2.0, "lenet": 0.2}
+MINUTES = {"resnet20": 4.5, "toynet": 3.5, "mobilenetv2_seed": 10.0, "vgg11": 2.0} | dict.fromkeys(
+    ("lenet", *LENETS), 0.2
+)
 """Rough cost of an epoch on one thread."""
 
 
@@ -38,6 +41,8 @@ class Plan:
     """Networks, keys of ``recipes.RECIPES``."""
     seeds: tuple[int, ...] = (0,)
     """Of weights, order and augmentation."""
+    repeated: tuple[str, ...] = ()
+    """Networks that are trained with every seed, the others with the first alone; () = all of them."""
     n_test: int | None = None
     """Test images; None = all."""
 
@@ -45,7 +50,12 @@ class Plan:
 PLANS = {
     "smoke": Plan("smoke", n_test=200),
     "quick": Plan("quick"),
-    "full": Plan("full", models=MODELS, seeds=(0, 1, 2)),
+    "full": Plan(
+        "full",
+        models=("resnet20", "toynet", "mobilenetv2_seed", "vgg11", "lenet", *LENETS),
+        seeds=(0, 1, 2),
+        repeated=("resnet20",),
+    ),
 }
 
 
@@ -63,6 +73,8 @@ class Training(Point):
     """How it is trained."""
     n_train: int | None
     """Training images, balanced over classes; None = all."""
+    split: str
+    """"train", or "trainval": all images, nothing is then left to validate on."""
 
     @property
     def name(self) -> str:
@@ -72,7 +84,7 @@ class Training(Point):
     @property
     def bench(self) -> Hashable:
         """Its images."""
-        return self.dataset, self.n_train
+        return self.dataset, self.n_train, self.split
 
     @property
     def minutes(self) -> float:
@@ -82,8 +94,16 @@ class Training(Point):
 
 def points(plan: Plan) -> list[Training]:
     """Every network with its first seed, then the other seeds; ``ValueError`` for one without a recipe."""
-    pairs = [(model, seed) for seed in plan.seeds for model in plan.models]
-    return [Training(model, seed, *recipe(model, plan.profile, seed=seed)) for model, seed in pairs]
+    repeated = plan.repeated or plan.models
+    pairs = [(m, s) for s in plan.seeds for m in plan.models if s == plan.seeds[0] or m in repeated]
+    return [
+        Training(model, seed, *recipe(model, plan.profile, seed=seed), _split(model, plan.profile))
+        for model, seed in pairs
+    ]
+
+
+def _split(model: str, profile: str) -> str:
+    return find(model).split if profile == "full" else "train"
 
 
 def key(run: Run[Plan], point: Training) -> Row:
@@ -94,33 +114,34 @@ def key(run: Run[Plan], point: Training) -> Row:
     }  # fmt: skip
 
 
-def open_images(run: Run[Plan], needed: Any) -> tuple[ImageSet, ImageSet, ImageSet] | None:
-    """Training, validation and test images, or the embedded digits where they fit."""
-    dataset, n_train = needed
-    train = data.load_or_embedded(dataset, "train", n=n_train)
+def open_images(run: Run[Plan], needed: Any) -> tuple[ImageSet, ImageSet | None, ImageSet] | None:
+    """Training, validation (where any are set aside) and test images, or the embedded digits where they fit."""
+    dataset, n_train, split = needed
+    train = data.load_or_embedded(dataset, split, n=n_train)
     if train.spec.in_shape != data.SPECS[dataset].in_shape:
         print(f"{dataset} is not available and the embedded digits do not fit its networks: not run")
         return None
-    return train, data.load(train.spec.name, "val"), data.load(train.spec.name, "test", n=run.plan.n_test)
+    val = None if split == "trainval" else data.load(train.spec.name, "val")
+    return train, val, data.load(train.spec.name, "test", n=run.plan.n_test)
 
 
-def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet, ImageSet], point: Training) -> Iterator[Found]:
+def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], point: Training) -> Iterator[Found]:
     """Trains (or resumes) the network; its learning curve, and accuracies on validation and, once, on test images."""
     train, val, test = images
     torch.manual_seed(point.seed)
-    options = find(point.model).options
+    found = find(point.model)
     sizes = {"n_classes": train.spec.n_classes, "in_channels": train.spec.in_shape[0]}
-    net = models.build(point.model, **sizes, **options).to(run.device)
+    net = models.build(found.network or point.model, **sizes, **found.options).to(run.device)
     print(f"{point.name}: {point.config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
     done = fit(net, train, val, point.config, run.folder / point.name)
     score = evaluate(net, test)
     common: Row = {
         "dataset": train.spec.name, "n_train": len(train), "seconds": round(done.seconds, 1),
-        "switches": {"precision": point.config.precision, **options},
+        "switches": {"precision": done.config.precision, "compile": done.config.compile, **found.options},
     }  # fmt: skip
-    accuracies = {"test": (score.acc_pct, score.n), "val": (done.val_acc_pct, len(val))}
+    accuracies = {"test": (score.acc_pct, score.n), **({} if val is None else {"val": (done.val_acc_pct, len(val))})}
     if run.profile == "full":
-        _keep(run, point, net, common, accuracies)
+        _keep(run, point, net, common, done, accuracies)
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY))
     for split, (acc_pct, n) in accuracies.items():
         where = {} if split == "test" else {"split": split}
@@ -131,6 +152,8 @@ def history_rows(common: Row, done: FitResult, experiment: str) -> Iterator[Row]
     """The learning curve, one row an epoch and number."""
     for row in done.history:
         for metric, unit in CURVES.items():
+            if metric not in row:
+                continue  # no validation images
             switches = {**common["switches"], "epoch": int(row["epoch"])}
             yield {
                 **common, "experiment": experiment, "metric": metric, "value": row[metric], "unit": unit,
@@ -139,28 +162,31 @@ def history_rows(common: Row, done: FitResult, experiment: str) -> Iterator[Row]
 
 
 def _keep(
-    run: Run[Plan], point: Training, net: nn.Module, common: Row, accuracies: dict[str, tuple[float, int]]
-) -> None:
+    run: Run[Plan], point: Training, net: nn.Module, common: Row, done: FitResult,
+    accuracies: dict[str, tuple[float, int]],
+) -> None:  # fmt: skip
     """Writes the trained network and its run record where the other studies look for it.
 
     A network beyond ``MAX_BYTES`` in float32 is stored in float16, and the record's accuracies are those of the weights
     as stored.
     """
-    spec = data.SPECS[common["dataset"]]
+    spec, found = data.SPECS[common["dataset"]], find(point.model)
     acc_pct = {split: value for split, (value, _) in accuracies.items()}
     record: Row = {
-        "model": point.model, "options": dict(find(point.model).options), "n_classes": spec.n_classes,
+        "model": found.network or point.model, "options": dict(found.options), "n_classes": spec.n_classes,
         "in_channels": spec.in_shape[0], "dataset": spec.name, "seed": point.seed, "profile": run.profile,
-        "config": point.config.as_dict(), "n_train": common["n_train"], "acc_pct": acc_pct,
-        "kept": f"{point.config.keep} epoch; test was seen once, after training",
+        "config": done.config.as_dict(), "trained_on": point.split, "n_train": common["n_train"], "acc_pct": acc_pct,
+        "kept": f"{done.config.keep} epoch; test was seen once, after training",
         "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
     dtype = torch.float16 if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES else None
     if dtype is not None:
         net = models.rounded_to(net, dtype)
-        stored = {split: evaluate(net, data.load(spec.name, split)).acc_pct for split in ("val", "test")}
+        stored = {split: evaluate(net, data.load(spec.name, split)).acc_pct for split in acc_pct}
         record |= {"acc_pct": stored, "stored_as": "float16", "acc_pct_before_rounding": acc_pct}
-    models.save_checkpoint(made_dir() / f"{point.name}.safetensors", net, record, dtype=dtype)
+    models.save_checkpoint(
+        paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors", net, record, dtype=dtype
+    )
 
 
 STUDY = Study("float_training", PLANS, points=points, key=key, open_bench=open_images, measure=measure)
@@ -221,6 +247,5 @@ REFERENCE = Study(
     key=shipped_key,
     open_bench=lambda run, name: open_bench(str(name), n_test=run.plan.n_test, device=run.device),
     measure=measure_shipped,
-    after=(STUDY.name,),
 )
 STUDIES = (STUDY, REFERENCE)

@@ -2,7 +2,7 @@
 
 ``hq study qat --profile full`` fine-tunes (or resumes) each method at each bit width, appends rows to ``qat.csv``, the
 learning curve to ``qat_history.csv`` and every learned PACT clip to ``qat_clips.csv``, and leaves the quantized network
-with its run record in the folder of runs.
+with its run record in ``data/checkpoints``.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from hq_lib.data import ImageSet
 from hq_lib.data.sets import SPLIT_SEED
 from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, save_quantized
 from hq_lib.quantizers.pact import PACT
-from hq_lib.results import provenance
-from hq_lib.studies.bench import Bench, made_dir, net_switch, open_bench
+from hq_lib.results import paths, provenance
+from hq_lib.studies.bench import Bench, net_switch, open_bench
 from hq_lib.studies.float_training.study import MINUTES, history_rows
 from hq_lib.studies.study import Found, Point, Row, Run, Study
-from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
+from hq_lib.training import FitResult, QatRecipe, evaluate, fit, qat_recipe
 from hq_lib.training.bit_lists import list_recipe, widths
 from hq_lib.training.distillation import distillation
 
@@ -114,6 +114,11 @@ class Training(Point):
         return self.model
 
     @property
+    def after(self) -> tuple[str, ...]:
+        """The float network that it starts from."""
+        return (f"{self.model}_float_s0",)
+
+    @property
     def minutes(self) -> float:
         """Rough cost: twice a float epoch's."""
         return 1.0 if self.method == FLOAT else 1.5 * MINUTES.get(self.model, 5.0) * self.settings().config.epochs
@@ -188,8 +193,11 @@ def measure(run: Run[Plan], bench: Bench, point: Training) -> Iterator[Found]:
     keep_clips(qnet, recipe.config.epochs)
     score = evaluate(qnet, bench.test)
     common["seconds"] = round(done.seconds, 1)
+    common["device"] = (
+        f"{provenance.device(run.device)}, {done.config.precision}{', compiled' * bool(done.config.compile)}"
+    )
     if run.profile == "full":
-        _keep(run, bench, point, recipe, qnet, common, {"test": score.acc_pct, "val": done.val_acc_pct})
+        _keep(run, bench, point, recipe, qnet, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY) if row["metric"] != "lr")
     scores = {"start": (before.acc_pct, len(bench.val)), "val": (done.val_acc_pct, len(bench.val))}
     for split, (acc_pct, n) in {**scores, "test": (score.acc_pct, score.n)}.items():
@@ -216,17 +224,19 @@ def _float_row(bench: Bench) -> Iterator[Row]:
 
 def _keep(
     run: Run[Plan], bench: Bench, point: Training, recipe: QatRecipe, qnet: fx.GraphModule, common: Row,
-    acc_pct: dict[str, float],
+    done: FitResult, acc_pct: dict[str, float],
 ) -> None:  # fmt: skip
     """Writes the quantized network and its run record where the other studies look for it."""
     record = {
         **{k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
         "seed": point.seed, "profile": run.profile, "method": point.method, "in_shape": bench.test.spec.in_shape,
-        "config": recipe.config.as_dict(), "n_train": common["n_train"], "start": bench.record["sha256"],
-        "acc_pct": acc_pct, "kept": f"{recipe.config.keep} epoch; test was seen once, after training",
+        "config": done.config.as_dict(), "n_train": common["n_train"], "start": bench.record["sha256"],
+        "acc_pct": acc_pct, "kept": f"{done.config.keep} epoch; test was seen once, after training",
         "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
-    save_quantized(made_dir() / f"{point.name}.safetensors", qnet, recipe.policy, record)
+    save_quantized(
+        paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors", qnet, recipe.policy, record
+    )
 
 
 def _clips(module: nn.Module) -> dict[str, float]:
@@ -244,7 +254,7 @@ def _open(run: Run[Plan], name: Hashable) -> Bench | None:
 
 
 STUDY, GROUP_STUDY = (
-    Study(name, plans, points=points, key=key, open_bench=_open, measure=measure, after=("float_training",))
+    Study(name, plans, points=points, key=key, open_bench=_open, measure=measure)
     for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
 )
 STUDIES = (STUDY, GROUP_STUDY)
