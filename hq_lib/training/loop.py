@@ -145,8 +145,9 @@ class _Run:
         self.train = _on(train, self.device)
         self.val, self.run_dir, self.before_epoch, self.say = val, run_dir, before_epoch, say
         self.steps = _n_steps(train, config)
+        self.config = config
         self.config = config = machine.settled(
-            config, self.device, n_steps=config.epochs * self.steps, stored=run_state.settings(run_dir), say=say
+            config, net, self._first, n_steps=config.epochs * self.steps, stored=run_state.settings(run_dir), say=say
         )
         self.loss = loss or (lambda z, y, _: F.cross_entropy(z, y, label_smoothing=config.label_smoothing))
         self.optimizer = sgd(net, config)
@@ -177,10 +178,9 @@ class _Run:
     def _epoch_seed(self, epoch: int) -> int:
         return (self.config.seed * 1_000_003 + epoch) % 2**63
 
-    def _autocast(self) -> Any:
-        if self.config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def _first(self) -> tuple[Tensor, Tensor]:
+        x, y = next(iter(self._walk(0)))
+        return x.to(self.device), y.to(self.device)
 
     def _epoch(self, epoch: int) -> float:
         """Mean training loss of one pass."""
@@ -206,7 +206,7 @@ class _Run:
         )  # fmt: skip
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
-        with self._autocast():
+        with machine.autocast(self.device, self.config.precision):
             loss = self.loss(self.forward(x).float(), y, x)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,71 +1,116 @@
 """How a run uses the machine: precision, compilation, freed memory. None of it changes a result beyond rounding.
 
-What "auto" means is a rule and no measurement, so that a run says beforehand what it will do;
-``benchmarks/training.py`` measures every choice beside the others and so holds the rule to account.
+``benchmarks/training.py`` prints every choice beside the others.
 """
 
+import copy
 import ctypes
 import dataclasses
-import functools
 import platform
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.training.config import AUTO, TrainConfig
+from hq_lib.training.evaluation import device_of
 
 WORTH_COMPILING = 2_000
-"""Steps from which a run wins back the minute or two that compiling a network takes."""
+"""Steps from which a run wins back the minutes that compiling a network and trying it out take."""
+GAIN = 1.03
+"""How much faster a compiled step must be: below, what was measured may be chance."""
+ROUNDS = 3
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def settled(
-    config: TrainConfig, device: torch.device, *, n_steps: int, stored: Mapping[str, Any], say: Callable[[str], None]
+    config: TrainConfig,
+    net: nn.Module,
+    batch: Callable[[], tuple[Tensor, Tensor]],
+    *,
+    n_steps: int,
+    stored: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> TrainConfig:
     """``config`` with a concrete choice in place of every "auto".
 
-    precision: bfloat16 where the processor multiplies matrices in it (AMX, or a GPU that has it), else float32. Without
-               such units bfloat16 is emulated: slower than float32, on processors without AVX-512 many times.
-    compile:   where a compiler works and the run is long enough to win back the time that compiling takes.
+    precision: by a rule. bfloat16 where the processor multiplies matrices in it (AMX, or a GPU that has it), else
+               float32: emulated bfloat16 is slower, ten times on a processor without AVX-512.
+    compile:   by measurement, a few steps of a copy of ``net`` either way; never in short runs.
 
     Args:
         config:  asks for "auto" or not.
-        device:  where the network trains.
+        net:     what is trained, on its device.
+        batch:   gives images (B, C, H, W) and labels (B,) to try it with.
         n_steps: of the whole run.
         stored:  the settings that the run began with, {} for a fresh one: they stand, on another machine too.
-        say:     told why a long run is not compiled.
+        say:     told what a long run chose and why.
     """
     chosen = {key: stored[key] for key in ("precision", "compile") if getattr(config, key) == AUTO and key in stored}
     config = dataclasses.replace(config, **chosen)
     if config.precision == AUTO:
-        config = dataclasses.replace(config, precision="bfloat16" if _multiplies_bfloat16(device) else "float32")
+        precision = "bfloat16" if multiplies_bfloat16(device_of(net)) else "float32"
+        config = dataclasses.replace(config, precision=precision)
     if config.compile == AUTO:
-        why_not = _why_not_compiled(device.type) if n_steps >= WORTH_COMPILING else None
-        if why_not:
-            say(f"torch.compile is not to be had here ({why_not}); training without it")
-        config = dataclasses.replace(config, compile=n_steps >= WORTH_COMPILING and why_not is None)
+        wins = n_steps >= WORTH_COMPILING and compiling_wins(net, *batch(), precision=config.precision, say=say)
+        config = dataclasses.replace(config, compile=wins)
     return config
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for products of bfloat16 matrices."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     processor = Path("/proc/cpuinfo")
     return processor.exists() and "amx_bf16" in processor.read_text()
 
 
-@functools.cache
-def _why_not_compiled(device: str) -> str | None:
-    """None where a small function compiles, else the reason."""
+def compiling_wins(net: nn.Module, x: Tensor, y: Tensor, *, precision: str, say: Callable[[str], None]) -> bool:
+    """Whether forward and backward passes of a copy of ``net`` take less time compiled; False where it cannot be."""
+    trial = copy.deepcopy(net).train()
+
+    def seconds(forward: Callable[[Tensor], Tensor]) -> float:
+        start = _clock(x.device)
+        with autocast(x.device, precision):
+            loss = F.cross_entropy(forward(x).float(), y)
+        loss.backward()
+        trial.zero_grad()
+        return _clock(x.device) - start
+
+    plain, fast = [seconds(trial) for _ in range(2)], []
     try:
-        compiled(nn.Sigmoid())(torch.ones(16, device=device))
-    except Exception as error:  # no C++ compiler, no headers, unsupported device: all mean "not here"
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-    return None
+        forward = compiled(trial)
+        for _ in range(2):  # compiles, warms up
+            seconds(forward)
+        for _ in range(ROUNDS):
+            plain.append(seconds(trial))
+            fast.append(seconds(forward))
+    except Exception as error:  # no C++ compiler, no headers, a network that it refuses: all mean "not here"
+        reason = (str(error).splitlines() or [""])[0]
+        say(f"torch.compile is not to be had here ({type(error).__name__}: {reason[:120]}); training without it")
+        return False
+    gain = min(plain) / min(fast)
+    say(f"compiled steps are {gain:.2f} times as fast as plain ones: {'' if gain > GAIN else 'not '}compiled")
+    return gain > GAIN
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds that this process used, which other processes disturb less; on a GPU, when its work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context that a step's forward pass and loss run in."""
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:

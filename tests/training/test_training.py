@@ -281,22 +281,48 @@ def test_the_first_seed_is_the_long_run():
     assert [recipe("resnet20", "full", seed=seed)[1].epochs for seed in (0, 1, 2)] == [200, 100, 100]
 
 
-CPU = torch.device("cpu")
 AUTO = dataclasses.replace(CONFIG, precision="auto", compile="auto")
 
 
 def settled(config, stored=None, n_steps=10**6):
-    said = []
-    return machine.settled(config, CPU, n_steps=n_steps, stored=stored or {}, say=said.append), said
+    said, net = [], nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    batch = torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 1])
+    return machine.settled(config, net, lambda: batch, n_steps=n_steps, stored=stored or {}, say=said.append), said
 
 
 def test_auto_becomes_a_choice_and_what_a_run_began_with_stands(monkeypatch):
-    monkeypatch.setattr(machine, "_multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr(machine, "_why_not_compiled", lambda device: None)
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(machine, "compiling_wins", lambda *_, **__: True)
     assert settled(AUTO)[0] == dataclasses.replace(AUTO, precision="bfloat16", compile=True)
     assert settled(AUTO, {"precision": "float32", "compile": False})[0] == CONFIG
     assert settled(CONFIG, {"precision": "bfloat16", "compile": True})[0] == CONFIG  # asked for by name
     assert settled(AUTO, n_steps=10)[0].compile is False
+
+
+@pytest.mark.parametrize(("slowness", "wins"), [(0.5, True), (2.0, False)])
+def test_the_faster_of_plain_and_compiled_is_taken(monkeypatch, slowness, wins):
+    """On a clock that ticks once a plain forward pass, and ``slowness`` times in a compiled one."""
+    now = [0.0]
+
+    def tick(by):
+        now[0] += by
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            tick(1.0)
+            return super().forward(x)
+
+    def compiled(net):
+        return lambda x: (tick(slowness - 1.0), net(x))[1]
+
+    monkeypatch.setattr(machine, "compiled", compiled)
+    monkeypatch.setattr(machine, "_clock", lambda device: now[0])
+    net, x = Net(4, 2), torch.randn(3, 4)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    got = machine.compiling_wins(net, x, torch.tensor([0, 1, 1]), precision="float32", say=lambda _: None)
+    assert got is wins
+    assert net.weight.grad is None
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
 def test_without_a_compiler_auto_trains_uncompiled_and_says_so(monkeypatch):
@@ -304,9 +330,7 @@ def test_without_a_compiler_auto_trains_uncompiled_and_says_so(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    machine._why_not_compiled.cache_clear()
     config, said = settled(AUTO)
-    machine._why_not_compiled.cache_clear()
     assert config.compile is False
     assert len(said) == 1
     assert "no C++ compiler" in said[0]
@@ -315,7 +339,7 @@ def test_without_a_compiler_auto_trains_uncompiled_and_says_so(monkeypatch):
 def test_a_resumed_run_keeps_the_choice_it_began_with(splits, tmp_path, monkeypatch):
     config = dataclasses.replace(AUTO, epochs=2)
     for bfloat16 in (True, False):  # the second call is the run on another machine
-        monkeypatch.setattr(machine, "_multiplies_bfloat16", lambda device, has=bfloat16: has)
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device, has=bfloat16: has)
         done = fit(small_net(), *splits, config, tmp_path, say=None)
         assert (done.config.precision, done.config.compile) == ("bfloat16", False)
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
