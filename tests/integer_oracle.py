@@ -77,6 +77,13 @@ def element(op, inputs, specs, out, place, requantizer) -> int | None:
         return layer(op, inputs, specs, out, place, requantizer)
     if isinstance(op, r.Add):
         return add(op, inputs, specs, out, place, requantizer)
+    if isinstance(op, r.Table):
+        return int(op.values[x[place]])
+    if isinstance(op, r.Mul):
+        other = int(inputs[1][tuple(i if n > 1 else 0 for i, n in zip(place, inputs[1].shape, strict=True))])
+        acc = (int(x[place]) - spec.zero_point) * (other - specs[1].zero_point)
+        assert abs(acc) < 2**31
+        return requantized([(acc, op.requant)], out, 0, requantizer)
     if isinstance(op, r.MaxPool):
         return max(q for q, _ in window(op, x, place, op.dilation))
     if isinstance(op, r.AvgPool):

@@ -32,6 +32,7 @@ from hq_lib.crossbar.recording import simulated
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.crossbar.streams import stream
 from hq_lib.data import ImageSet, normalize
+from hq_lib.integer.check import need_model
 from hq_lib.integer.execute import Products, run
 from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
 from hq_lib.integer.sums import products as exact_products
@@ -55,6 +56,7 @@ class EngineNetwork:
     """
 
     def __init__(self, model: IntegerModel, engines: Engine | Mapping[str, Engine]) -> None:
+        need_model(model)
         self.model = model
         chosen = _choose([op.name for op in model.layers()], {"*": engines} if isinstance(engines, Engine) else engines)
         self.layers: dict[str, Engine] = chosen

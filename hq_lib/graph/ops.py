@@ -7,7 +7,8 @@ a layer. A kind says how the values of a node's output relate to the grid of its
     norm      batch norm, synchronised or not       relu      keeps the grid of its input (it only drops values)
     clip      ReLU6, hardtanh, clamp                act       any other activation function
     add, mul  two or more tensors in, one out       concat    keeps a grid only if all its inputs share it
-    avgpool   values between those of its input     pass      max-pool, reshapes, slices, dropout: grid unchanged
+              (add: differences too)                pass      max-pool, reshapes, slices, dropout, nearest upsampling:
+    avgpool   values between those of its input               grid unchanged
     shape     an integer, not a tensor              quantizer an activation quantizer
     param     a constant of the network             other     anything else that makes a tensor
 """
@@ -30,7 +31,7 @@ _NAMES = {
         *("sigmoid", "hardsigmoid", "silu", "hardswish", "gelu", "elu", "selu", "celu", "leakyrelu", "prelu", "rrelu"),
         *("tanh", "mish", "softplus", "softmax", "logsoftmax", "softsign", "tanhshrink", "logsigmoid", "glu"),
     },
-    "add": {"add", "iadd"},
+    "add": {"add", "iadd", "sub", "isub", "subtract"},
     "mul": {"mul", "imul"},
     "concat": {"cat", "concat", "concatenate"},
     "avgpool": {"avgpool1d", "avgpool2d", "adaptiveavgpool1d", "adaptiveavgpool2d", "mean"},
@@ -40,7 +41,7 @@ _NAMES = {
         *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
         *("dropout", "dropout1d", "dropout2d", "featuredropout", "stochasticdepth", "droppath"),
         *("alphadropout", "featurealphadropout", "dropout3d", "pad", "zeropad2d"),
-        *("channelshuffle", "pixelshuffle", "pixelunshuffle"),
+        *("channelshuffle", "pixelshuffle", "pixelunshuffle", "upsamplingnearest2d"),
     },
     "shape": {"size", "dim", "numel", "ndimension"},
 }
@@ -97,7 +98,9 @@ def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
     kind = _KIND_OF.get(name, "other")
     if kind in ("add", "mul") and _n_tensors(node, known) < 2:
         return "other"
-    return "other" if name == "pad" and _pads_with_a_value(node) else kind
+    if name in ("interpolate", "upsample"):
+        return "pass" if _option(node, gm, "mode", 3, "nearest").startswith("nearest") else "other"
+    return "other" if name == "pad" and _option(node, gm, "value", 3, 0) else kind
 
 
 def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:
@@ -137,9 +140,16 @@ def _n_tensors(node: fx.Node, known: dict[fx.Node, str]) -> int:
     return sum(isinstance(arg, fx.Node) and known[arg] not in ("shape", "param") for arg in node.args)
 
 
-def _pads_with_a_value(node: fx.Node) -> bool:
-    value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0)
-    return bool(value)
+def _option(node: fx.Node, gm: fx.GraphModule, name: str, position: int, default: Any) -> Any:
+    """Return option ``name`` of a module or of a function, whose argument number ``position`` it is."""
+    if node.op == "call_module":
+        return getattr(gm.get_submodule(str(node.target)), name, default)
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+
+
+def is_difference(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Return whether an "add" node subtracts its second tensor: ``a - b``, or ``torch.add`` with a negative alpha."""
+    return ("sub" in op_name(node, gm)) != (_option(node, gm, "alpha", 2, 1) < 0)
 
 
 def lower_bound(node: fx.Node, gm: fx.GraphModule) -> float | None:
@@ -168,5 +178,6 @@ def nonnegative(gm: fx.GraphModule, kind_of: dict[fx.Node, str]) -> dict[fx.Node
             bound = lower_bound(node, gm)
             proved[node] = inherited or (bound is not None and bound >= 0)
         else:
-            proved[node] = inherited and kind in ("pass", "avgpool", "add", "mul", "concat", "quantizer")
+            keeps = kind in ("pass", "avgpool", "mul", "concat", "quantizer")
+            proved[node] = inherited and (keeps or (kind == "add" and not is_difference(node, gm)))
     return proved

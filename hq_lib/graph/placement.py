@@ -1,7 +1,8 @@
 """Where activation quantizers sit, and what the graph alone says about each tensor they quantize.
 
-    deploy    after the image, after each layer with its batch norm and activation function, after each add or product
-              with its activation function, after average pools: every tensor that feeds an add is on a grid.
+    deploy    after the image, after each layer with its batch norm and ReLU or clip, after each add or product with
+              its ReLU or clip, after average pools: every tensor that feeds an add is on a grid. Any other activation
+              function has a quantizer before it and one after it: on integers it is a table from grid to grid.
               ONNX and accelerators execute this form.
     academic  as deploy, but an add is float: a layer whose output only feeds adds (the last convolution of a block,
               the downsampling convolution) has no quantizer of its own; one sits after the add with its activation
@@ -24,8 +25,8 @@ from hq_lib.graph.spec import QuantizeError, Spec
 
 LAYER_TYPES = ("first", "last", "depthwise", "linear")
 _SOURCES = {"input", "layer", "norm", "clip", "act", "add", "mul", "avgpool", "other"}
-_FOLLOWERS = {"layer": {"norm", "relu", "clip", "act"}, "avgpool": {"relu", "clip"}}
-_DEFAULT_FOLLOWERS = {"relu", "clip", "act"}
+_FOLLOWERS = {"layer": {"norm", "relu", "clip"}}
+_DEFAULT_FOLLOWERS = {"relu", "clip"}
 _THROUGH = {"pass", "concat", "relu"}
 
 
@@ -37,7 +38,7 @@ class Site:
     """dotted name: of the layer or pool that makes it, of the block and operation ("layer1.0.add"), or "input" """
 
     node: str
-    """fx node whose output is quantized: the last of layer -> batch norm -> activation function"""
+    """fx node whose output is quantized: the last of layer -> batch norm -> ReLU or clip"""
 
     role: str
     """"image", "stem" (output of the first), "last" (input of one that feeds an output), "pool", "pool_last", "" """
@@ -92,7 +93,7 @@ def share_bits(sites: Iterable[Site], acts: dict[str, Spec]) -> None:
 
 
 def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
-    """Return for each operation that makes new values the last node of its chain (batch norm, activation function)."""
+    """Return for each operation that makes new values the last node of its chain (batch norm, ReLU or clip)."""
     tails: dict[fx.Node, fx.Node] = {}
     absorbed: set[fx.Node] = set()
     for node, kind in kind_of.items():
@@ -151,7 +152,9 @@ def _base_name(node: fx.Node, kind: str) -> str:
     if node.op == "call_module":
         return str(node.target)
     spelled = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-    operation = kind if kind in ("add", "mul") else spelled.strip("_")
+    operation = spelled.strip("_")
+    if kind in ("add", "mul"):
+        operation = "sub" if "sub" in spelled else kind
     path = module_path(node)
     return f"{path[-1][0]}.{operation}" if path else operation
 

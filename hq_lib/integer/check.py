@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hq_lib.integer import record as r
-from hq_lib.integer.proof import prove_accumulator, prove_add
+from hq_lib.integer.proof import prove_accumulator, prove_add, prove_product
 from hq_lib.integer.requant import MAX_SHIFT, RecordError
 
 RANGES = {"uint8": (0, 2**8 - 1), "uint16": (0, 2**16 - 1), "int32": (-(2**31), 2**31 - 1), "float32": (0, 0)}
@@ -18,12 +18,19 @@ MAX_ELEMENTS = 2**28
 MAX_NAME = 300
 
 
+def need_model(model: object) -> None:
+    """Raise RecordError, naming the way out, unless ``model`` is an integer model."""
+    if not isinstance(model, r.IntegerModel):
+        raise RecordError(f"{type(model).__name__} is no integer model: make one with integer.lower(qnet) first")
+
+
 def check(model: r.IntegerModel) -> r.IntegerModel:
     """Return ``model`` if it is consistent: shapes, dtypes, ranges, order of execution, multipliers, overflow proofs.
 
     Raises:
         RecordError: names the tensor or operation, and what is wrong with it.
     """
+    need_model(model)
     _need(model.requantizer in r.REQUANTIZERS, f"requantizer {model.requantizer!r}: one of {r.REQUANTIZERS}")
     for name, spec in model.tensors.items():
         _check_spec(name, spec)
@@ -101,7 +108,7 @@ def _check_requant(requant: r.Requant, n: int, what: str, *, top: int = 31) -> N
 
 def _check_op(op: r.Op, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
     _need(type(op) in _CHECKS, f"{op.name!r}: unknown operation {type(op).__name__}")
-    arity = {r.Add: (2, 2), r.Concat: (1, 64), r.Conv: (1, 2), r.Linear: (1, 2)}.get(type(op), (1, 1))
+    arity = {r.Add: (2, 2), r.Mul: (2, 2), r.Concat: (1, 64), r.Conv: (1, 2), r.Linear: (1, 2)}.get(type(op), (1, 1))
     _need(arity[0] <= len(inputs) <= arity[1], f"{op.name!r}: {len(inputs)} inputs")
     for i, spec in enumerate(inputs):
         allowed = {"float32"} if isinstance(op, r.Quantize) else {"uint8", "uint16"}
@@ -261,8 +268,26 @@ def _clip(op: r.Clip, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[in
     return inputs[0].shape
 
 
+def _table(op: r.Table, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    _need(out.dtype in ("uint8", "uint16"), f"{op.name!r}: writes {out.dtype}")
+    _check_array(op.values, out.dtype, [(inputs[0].qmax + 1,)], f"{op.name!r}, table")
+    ends = int(op.values.min()), int(op.values.max())
+    _need(out.qmin <= ends[0] and ends[1] <= out.qmax, f"{op.name!r}: its table goes from {ends[0]} to {ends[1]}")
+    return inputs[0].shape
+
+
+def _mul(op: r.Mul, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
+    a, b = inputs
+    fits = len(a.shape) == len(b.shape) and all(m in (1, n) for n, m in zip(a.shape, b.shape, strict=True))
+    _need(fits, f"{op.name!r}: {b.shape} cannot be repeated to {a.shape}")
+    _need(out.dtype in ("uint8", "uint16"), f"{op.name!r}: writes {out.dtype}")
+    _check_requant(op.requant, 1, repr(op.name))
+    prove_product(op, a, b)
+    return a.shape
+
+
 _CHECKS: dict[type[r.Op], Callable[..., tuple[int, ...]]] = {
     r.Quantize: _quantize, r.Conv: _conv, r.Linear: _linear, r.Add: _add, r.MaxPool: _max_pool,
     r.AvgPool: _avg_pool, r.Concat: _concat, r.Reshape: _reshape, r.Transpose: _transpose, r.Slice: _slice,
-    r.Pad: _pad, r.Clip: _clip,
+    r.Pad: _pad, r.Clip: _clip, r.Table: _table, r.Mul: _mul,
 }  # fmt: skip

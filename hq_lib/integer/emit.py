@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from hq_lib.integer import record as r
-from hq_lib.integer.geometry import LowerError
+from hq_lib.integer.execute import to_grid
+from hq_lib.integer.geometry import LowerError, Run, Window
 from hq_lib.integer.proof import prove_accumulator
 from hq_lib.integer.record import TensorSpec
 from hq_lib.integer.requant import pair, single
-from hq_lib.integer.terms import Average, Image, Pending, Product, Sum, in_storage
+from hq_lib.integer.terms import Average, Function, Image, Patches, Pending, Product, Sum, Times, in_storage, unchanged
 
 INT32 = (-(2**31), 2**31 - 1)
 
@@ -51,8 +52,14 @@ class Writer:
             return self.write(r.Quantize, out.name, [term.x], out)
         if isinstance(term, Average):
             return self._average(term, out)
+        if isinstance(term, Patches):
+            return self._patches(term, out)
         if isinstance(term, Sum):
             return self._sum(term, out)
+        if isinstance(term, Times):
+            return self._times(term, out)
+        if isinstance(term, Function):
+            return self.table(term.name, term.x, to_grid(term.real.copy(), out), out)
         return self._layer(in_storage(term), out)
 
     def _layer(self, term: Product, out: TensorSpec) -> TensorSpec:
@@ -94,15 +101,18 @@ class Writer:
         acc = self.sums[id(term)]
         if not value.clipped:
             return acc
-        if (value.low, value.high) != (0.0, float("inf")):
+        ends = {(0.0, math.inf): {"qmin": 0}, (-math.inf, 0.0): {"qmax": 0}}.get((value.low, value.high))
+        if ends is None:
             raise LowerError(f"{term.name!r}: its clip at {value.high} goes into an addition without a quantizer")
-        return self.write(r.Clip, f"{term.name}.relu", [acc], replace(acc, name=f"{acc.name}.relu", qmin=0))
+        return self.write(r.Clip, f"{term.name}.relu", [acc], replace(acc, name=f"{acc.name}.relu", **ends))
 
     def _sum(self, term: Sum, out: TensorSpec) -> TensorSpec:
         a, b = term.operands
         if isinstance(a, TensorSpec) and isinstance(b, TensorSpec):
             return self._add(term.name, a, b, out)
         main, other = (a, b) if isinstance(a, Pending) and _is_plain_layer(a) else (b, a)
+        if isinstance(other, TensorSpec) and not _is_plain_layer(main) and len(other.shape) == 3:
+            main, other = Pending(unchanged(term.name, other)), main  # the clipped layer is the residual
         if not isinstance(main, Pending) or not _is_plain_layer(main):
             raise LowerError(f"{term.name!r} adds tensors without quantizers, of which none is a plain layer's output")
         rest = other if isinstance(other, TensorSpec) else self.accumulators(other)
@@ -125,6 +135,56 @@ class Writer:
         product_b = np.float32(m_b * np.float32(b.zero_point))
         both = np.float32(np.float64(m_a) * a.zero_point + np.float64(product_b))
         return self.write(r.Add, name, [a, b], out, requants=requants, offset=np.float32(np.float32(z_y) - both))
+
+    def _times(self, term: Times, out: TensorSpec) -> TensorSpec:
+        s_y, scales = np.float32(out.scale), [np.float32(spec.scale) for spec in (term.a, term.b)]
+        exact = np.float64(scales[0]) * np.float64(scales[1]) / np.float64(s_y)
+        requant = single((scales[0] * scales[1] / s_y).reshape(1), exact.reshape(1))
+        return self.write(r.Mul, term.name, [term.a, term.b], out, requant=requant)
+
+    def table(self, name: str, x: TensorSpec, values: np.ndarray, out: TensorSpec) -> TensorSpec:
+        """Write ``out``, whose integer for integer q of ``x`` is values[q] clipped to its range; q = 0 .. x.qmax."""
+        return self.write(r.Table, name, [x], out, values=np.clip(values, out.qmin, out.qmax).astype(out.dtype))
+
+    def negated(self, value: TensorSpec | Pending, name: str) -> TensorSpec | Pending:
+        """Return ``value`` with the other sign, exactly: a layer by its weights, a known tensor by a table."""
+        if isinstance(value, Pending):
+            assert isinstance(value.term, Product)  # what else is pending has no integers to add
+            return Pending(replace(value.term, w=-value.term.w, bias=-value.term.bias), -value.high, -value.low)
+        top = max(value.qmax, value.zero_point)
+        ends = {"qmin": top - value.qmax, "qmax": top - value.qmin, "zero_point": top - value.zero_point}
+        out = replace(value, name=f"{name}.negated", **ends)
+        return self.table(out.name, value, top - np.arange(value.qmax + 1), out)
+
+    def _patches(self, term: Patches, out: TensorSpec) -> TensorSpec:
+        """Write a pool of unequal windows piece by piece, each with its own divisor, and join the pieces."""
+        rows = []
+        for i, row in enumerate(term.rows):
+            pieces = [
+                self._patch(term, row, column, f"{out.name}.{i}.{j}", out) for j, column in enumerate(term.columns)
+            ]
+            rows.append(self._joined(pieces, 2, f"{out.name}.{i}" if len(term.rows) > 1 else out.name))
+        return self._joined(rows, 1, out.name)
+
+    def _patch(self, term: Patches, row: Run, column: Run, name: str, out: TensorSpec) -> TensorSpec:
+        start, stop = (0, row.start, column.start), (term.x.shape[0], row.stop, column.stop)
+        shape = tuple(b - a for a, b in zip(start, stop, strict=True))
+        part = replace(term.x, name=f"{name}.part", shape=shape)
+        if shape != term.x.shape:
+            part = self.write(r.Slice, part.name, [term.x], part, start=start, stop=stop, step=(1, 1, 1))
+        else:
+            part = term.x
+        kernel, stride, n = (row.kernel, column.kernel), (row.stride, column.stride), row.divisor * column.divisor
+        return self._average(
+            Average(name, part, Window(kernel, stride, (0, 0, 0, 0), (1, 1), n, False)), replace(out, name=name)
+        )
+
+    def _joined(self, parts: list[TensorSpec], axis: int, name: str) -> TensorSpec:
+        if len(parts) == 1:
+            return parts[0]
+        shape = [*parts[0].shape]
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        return self.write(r.Concat, name, parts, replace(parts[0], name=name, shape=tuple(shape)), axis=axis)
 
     def _average(self, term: Average, out: TensorSpec) -> TensorSpec:
         s_x, s_y, n = np.float32(term.x.scale), np.float32(out.scale), np.float32(term.window.n)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hq_lib.integer import record as r
+from hq_lib.integer.check import need_model
 from hq_lib.integer.record import IntegerModel, Requant, TensorSpec
 from hq_lib.integer.sums import FLOAT32_EXACT, centred, padded, products, taps
 
@@ -41,8 +42,9 @@ def run(
                     returns (not None) take their place.
 
     Raises:
-        ImageError: names what the model takes and what came.
+        ImageError: names what the model takes and what came. RecordError: ``model`` is a graph: lower it first.
     """
+    need_model(model)
     images = _as_images(model, images)
     parts = [_run_batch(model, images[i : i + batch_size], products, watch) for i in range(0, len(images), batch_size)]
     return np.concatenate(parts)
@@ -88,7 +90,7 @@ def _run_batch(model: IntegerModel, images: np.ndarray, products: Products, watc
         inputs, out = [values[t] for t in op.inputs], model.tensors[op.output]
         if isinstance(op, r.Layer):
             values[op.output] = _layer(op, inputs, specs, out, model.requantizer, products)
-        elif isinstance(op, r.Add | r.AvgPool):
+        elif isinstance(op, r.Add | r.AvgPool | r.Mul):
             values[op.output] = _SUMS[type(op)](op, inputs, specs, out, model.requantizer)
         else:
             values[op.output] = _MOVES[type(op)](op, inputs, specs, out)
@@ -182,6 +184,13 @@ def _avg_pool(
     return requantize([(acc, op.requant)], out, requantizer)
 
 
+def _mul(
+    op: r.Mul, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec, requantizer: r.Requantizer
+) -> np.ndarray:
+    a, b = (centred(x, spec, np.int32) for x, spec in zip(inputs, specs, strict=True))
+    return requantize([(a * b, op.requant)], out, requantizer)
+
+
 def _quantize(op: r.Op, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
     return to_grid(inputs[0], out)
 
@@ -220,8 +229,12 @@ def _clip(op: r.Clip, inputs: list[np.ndarray], specs: list[TensorSpec], out: Te
     return np.clip(inputs[0], out.qmin, out.qmax)
 
 
-_SUMS: dict[type[r.Op], Callable[..., np.ndarray]] = {r.Add: _add, r.AvgPool: _avg_pool}
+def _table(op: r.Table, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
+    return op.values[inputs[0]]
+
+
+_SUMS: dict[type[r.Op], Callable[..., np.ndarray]] = {r.Add: _add, r.AvgPool: _avg_pool, r.Mul: _mul}
 _MOVES: dict[type[r.Op], Callable[..., np.ndarray]] = {
     r.Quantize: _quantize, r.MaxPool: _max_pool, r.Concat: _concat, r.Reshape: _reshape, r.Transpose: _transpose,
-    r.Slice: _slice, r.Pad: _pad, r.Clip: _clip,
+    r.Slice: _slice, r.Pad: _pad, r.Clip: _clip, r.Table: _table,
 }  # fmt: skip

@@ -37,19 +37,32 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "concat": ("dim",),
     "concatenate": ("dim",),
     "transpose": ("dim0", "dim1"),
+    "interpolate": ("size", "scale_factor", "mode", "align_corners"),
+    "upsample": ("size", "scale_factor", "mode", "align_corners"),
+    "pixelshuffle": ("upscale_factor",),
+    "pixelunshuffle": ("downscale_factor",),
+    "channelshuffle": ("groups",),
 }
 _DEFAULTS = {"dilation": 1, "padding": 0, "ceil_mode": False, "count_include_pad": True, "dim": None, "keepdim": False}
 
 
 def arguments(node: fx.Node, gm: fx.GraphModule) -> dict[str, Any]:
-    """Return the options of ``node`` by PyTorch's name, defaults filled in; the tensors it reads are left out."""
+    """Return the options of ``node`` by PyTorch's name, defaults filled in; the tensors it reads are left out.
+
+    Sizes that the graph computes (``y.size(3)``, ``x.shape[2] // 2``) are the numbers they were on the example.
+    """
     name = op_name(node, gm)
     names = _PARAMETERS.get(name, ())
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         return _DEFAULTS | {key: getattr(module, key) for key in names if hasattr(module, key)}
     given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-    return _DEFAULTS | map_aggregate(given, lambda v: v.meta.get("value", v) if isinstance(v, fx.Node) else v)
+    return _DEFAULTS | known_sizes(given)
+
+
+def known_sizes(value: Any) -> Any:
+    """Return ``value`` (any nesting) with each node that is a size, or a number of sizes, replaced by its value."""
+    return map_aggregate(value, lambda v: v.meta.get("value", v) if isinstance(v, fx.Node) else v)
 
 
 def two(value: Any) -> tuple[int, int]:
@@ -77,11 +90,11 @@ class Window:
     """whether rows and columns disappear: (C, 1, 1) becomes (C,)"""
 
 
-def window(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> Window:
+def window(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> Window | None:
     """Return the window of a pool (average, max, adaptive, ``mean``, ``amax``) over a tensor of ``shape`` (C, H, W).
 
-    Raises:
-        LowerError: windows that are no rectangle of equal weights (see the message).
+    None where its windows differ: an adaptive pool to a size that does not divide its input, an average that leaves
+    padding out, or whose ceil_mode windows are cut. Raises LowerError for other axes than rows and columns.
     """
     name, options = op_name(node, gm), arguments(node, gm)
     if len(shape) != 3:
@@ -91,8 +104,57 @@ def window(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> Window:
     if name in ("mean", "amax"):
         return _reduction(node, options, shape)
     if name.startswith("adaptive"):
-        return _adaptive(node, options, shape)
+        return _adaptive(options, shape)
     return _fixed(node, options, shape, average=name.startswith("avg"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring places of one axis of an average pool whose windows are of equal length and equally far apart."""
+
+    start: int
+    """first input place that the first window reads"""
+    stop: int
+    """end of the last window"""
+    kernel: int
+    """places that each window reads: padding and what lies outside are left out"""
+    stride: int
+    """input places from window to window"""
+    divisor: int
+    """what this axis contributes to the number that the sum is divided by"""
+
+
+def uneven_runs(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> tuple[list[Run], list[Run]]:
+    """Return the runs of rows and of columns of an average pool for which ``window`` gives None."""
+    options, n_out = arguments(node, gm), node.meta["shape"][2:]
+    if "output_size" in options:
+        axes = [[(k * n // m, -(-(k + 1) * n // m)) for k in range(m)] for n, m in zip(shape[1:], n_out, strict=True)]
+        rows, columns = ([(a, b, b - a) for a, b in axis] for axis in axes)
+        return _runs(rows), _runs(columns)
+    kernel, padding, override = two(options["kernel_size"]), two(options["padding"]), options.get("divisor_override")
+    stride = kernel if options.get("stride") in (None, (), []) else two(options["stride"])
+    axes = []
+    for n, m, k, s, p in zip(shape[1:], n_out, kernel, stride, padding, strict=True):
+        whole = [(j * s - p, min(j * s - p + k, n + p)) for j in range(m)]
+        ends = [(max(a, 0), min(b, n)) for a, b in whole]
+        counted = whole if options["count_include_pad"] else ends
+        divisors = [override if override and not axes else 1 if override else b - a for a, b in counted]
+        axes.append(_runs([(*each, d) for each, d in zip(ends, divisors, strict=True)]))
+    return axes[0], axes[1]
+
+
+def _runs(windows: list[tuple[int, int, int]]) -> list[Run]:
+    """Return (first, end, divisor) of one window after another joined to runs."""
+    groups: list[list[tuple[int, int, int]]] = []
+    for a, b, d in windows:
+        last = groups[-1] if groups else []
+        alike = bool(last) and (b - a, d) == (last[0][1] - last[0][0], last[0][2]) and a > last[-1][0]
+        if alike and (len(last) == 1 or a - last[-1][0] == last[1][0] - last[0][0]):
+            last.append((a, b, d))
+        else:
+            groups.append([(a, b, d)])
+    strides = [g[1][0] - g[0][0] if len(g) > 1 else 1 for g in groups]
+    return [Run(g[0][0], g[-1][1], g[0][1] - g[0][0], s, g[0][2]) for g, s in zip(groups, strides, strict=True)]
 
 
 def _reduction(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...]) -> Window:
@@ -103,10 +165,10 @@ def _reduction(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...]) -
     return Window(two(shape[1:]), (1, 1), (0, 0, 0, 0), (1, 1), shape[1] * shape[2], not options["keepdim"])
 
 
-def _adaptive(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...]) -> Window:
+def _adaptive(options: dict[str, Any], shape: tuple[int, ...]) -> Window | None:
     size = [s if s is not None else n for s, n in zip(two_or_none(options["output_size"]), shape[1:], strict=True)]
     if any(n % s for n, s in zip(shape[1:], size, strict=True)):
-        raise LowerError(f"{node.name!r}: an adaptive pool from {shape[1:]} to {tuple(size)} has unequal windows")
+        return None
     kernel = (shape[1] // size[0], shape[2] // size[1])
     return Window(kernel, kernel, (0, 0, 0, 0), (1, 1), kernel[0] * kernel[1], False)
 
@@ -116,7 +178,7 @@ def two_or_none(value: Any) -> tuple[int | None, int | None]:
     return (value[0], value[-1]) if isinstance(value, Sequence) else (value, value)
 
 
-def _fixed(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...], *, average: bool) -> Window:
+def _fixed(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...], *, average: bool) -> Window | None:
     kernel, dilation = two(options["kernel_size"]), two(options["dilation"])
     stride = kernel if options.get("stride") in (None, (), []) else two(options["stride"])
     rows, columns = two(options["padding"])
@@ -125,18 +187,11 @@ def _fixed(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...], *, av
         max(0, (size - 1) * s + span - (n + 2 * p))
         for size, s, span, n, p in zip(node.meta["shape"][2:], stride, spans, shape[1:], (rows, columns), strict=True)
     ]
-    if average:
-        _check_average(node, options, extra, (rows, columns))
+    if average and (any(extra) or ((rows or columns) and not options["count_include_pad"])):
+        return None
     n = options.get("divisor_override") or kernel[0] * kernel[1]
     padding = (rows, columns, rows + extra[0], columns + extra[1])
     return Window(kernel, stride, padding, dilation, n, False)
-
-
-def _check_average(node: fx.Node, options: dict[str, Any], extra: list[int], padding: tuple[int, int]) -> None:
-    if any(extra):
-        raise LowerError(f"{node.name!r}: an average pool whose ceil_mode cuts windows has no integer form")
-    if any(padding) and not options["count_include_pad"]:
-        raise LowerError(f"{node.name!r}: an average pool with padding needs count_include_pad=True")
 
 
 def pads(node: fx.Node, gm: fx.GraphModule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -167,7 +222,7 @@ def pieces(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> tuple[i
 
 def slices(node: fx.Node, shape: tuple[int, ...]) -> list[slice]:
     """Return the slices, with their ends filled in, that an indexing such as ``x[:, :, ::2, ::2]`` takes per axis."""
-    index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    index: Any = known_sizes(node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
     simple = all(isinstance(i, slice) for i in index) and index[:1] == (slice(None),) and len(index) <= len(shape) + 1
     if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
         raise LowerError(f"{node.name!r}: only slices such as x[:, :, ::2, ::2] have an integer form, not {index}")
@@ -191,7 +246,7 @@ def permutation(node: fx.Node, gm: fx.GraphModule, rank: int) -> tuple[int, ...]
         axes = list(range(rank))
         axes[first], axes[second] = second, first
         return tuple(axes)
-    dims: Any = node.kwargs.get("dims", node.args[1:])
+    dims: Any = known_sizes(node.kwargs.get("dims", node.args[1:]))
     dims = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else list(dims)
     if dims[0] % (rank + 1) != 0:
         raise LowerError(f"{node.name!r}: moves the batch axis")

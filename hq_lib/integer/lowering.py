@@ -2,7 +2,8 @@
 
 The graph is walked once. Between a layer and the quantizer behind it, values are pending (``terms``): batch norms,
 ReLUs, clips and additions are absorbed, and the quantizer's grid turns the lot into one operation with one rounding.
-A signed grid is moved to unsigned integers; real values stay.
+A signed grid is moved to unsigned integers; real values stay. A function of one element between two grids becomes a
+table of all its integers, made by the graph's own operation and quantizer.
 """
 
 from __future__ import annotations
@@ -12,18 +13,33 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from hq_lib.data import DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
+from hq_lib.graph.ops import is_difference
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.integer import geometry, moves
+from hq_lib.integer import functions, geometry, moves, resampling
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.emit import Writer
+from hq_lib.integer.execute import real_values, to_grid
 from hq_lib.integer.geometry import LowerError
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.integer.terms import Average, Image, Pending, Sum, norm_product, product, with_norm
+from hq_lib.integer.terms import (
+    Average,
+    Function,
+    Image,
+    Patches,
+    Pending,
+    Product,
+    Sum,
+    Times,
+    norm_product,
+    product,
+    with_norm,
+)  # fmt: skip
 from hq_lib.results import provenance
 
 Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
@@ -42,7 +58,8 @@ def lower(
         qnet:        from ``graph.quantize``, calibrated or trained; it is not changed. Any batch-norm mode.
         requantizer: "float32" (onnxruntime's arithmetic) or "fixed" (integers only); see ``record``.
         images:      the data set it was trained on; its mean and std go into the record, so that executors can take
-                     raw pixels (see ``pixels.pixel_table``).
+                     raw pixels (see ``pixels.pixel_table``). An image without a quantizer ("academic" policies leave it
+                     in float) is rounded to the 8-bit grid that spans their pixels: a rounding the graph does not have.
 
     Raises:
         LowerError:  names the tensor without a quantizer, the layer in float, or the operation without an integer form.
@@ -55,7 +72,7 @@ def lower(
             f"{type(qnet).__name__} is no quantized graph: make one with graph.quantize(net, policy, example)"
         )
     with eval_mode(qnet):
-        walk = _Walk(qnet, requantizer, tensor_names(qnet))
+        walk = _Walk(qnet, requantizer, tensor_names(qnet), images)
         image, output = walk.run()
     meta: dict[str, Any] = {"policy": _policy_line(qnet), "git_sha": provenance.git_sha()}
     if images is not None:
@@ -78,14 +95,17 @@ def _policy_line(qnet: fx.GraphModule) -> str:
 class _Walk:
     """One pass over the graph; ``values`` holds what each node has become."""
 
-    def __init__(self, gm: fx.GraphModule, requantizer: r.Requantizer, names: dict[str, str]) -> None:
-        self.gm, self.names, self.kinds = gm, names, kinds(gm)
+    def __init__(
+        self, gm: fx.GraphModule, requantizer: r.Requantizer, names: dict[str, str], images: DataSpec | None
+    ) -> None:
+        self.gm, self.names, self.kinds, self.images = gm, names, kinds(gm), images
         self.writer = Writer(requantizer)
         self.values: dict[fx.Node, Value] = {}
         self.handlers: dict[str, Callable[[fx.Node], Value]] = {
             "input": self.image, "layer": self.layer, "norm": self.norm, "relu": self.clip, "clip": self.clip,
-            "add": self.add, "concat": self.concat, "avgpool": self.average, "pass": self.move,
-            "quantizer": self.quantizer, "shape": lambda node: None, "param": lambda node: None,
+            "add": self.add, "mul": self.mul, "concat": self.concat, "avgpool": self.average, "pass": self.move,
+            "act": self.function, "other": self.function, "quantizer": self.quantizer,
+            "shape": lambda node: None, "param": lambda node: None,
         }  # fmt: skip
 
     def run(self) -> tuple[str, str]:
@@ -94,18 +114,12 @@ class _Walk:
         for node, kind in self.kinds.items():
             if kind == "output":
                 output = self.output(node)
-            elif kind in self.handlers:
-                self.values[node] = self.handlers[kind](node)
             else:
-                what = "multiplies tensors, which" if kind == "mul" else f"is {op_name(node, self.gm)}, which"
-                raise LowerError(f"{node.name!r} {what} has no integer form")
+                self.values[node] = self.handlers[kind](node)
         images = [node for node, kind in self.kinds.items() if kind == "input"]
         if len(images) != 1:
             raise LowerError(f"the network has {len(images)} inputs; one image is what executors take")
-        pending = self.values[images[0]]
-        assert isinstance(pending, Pending)
-        assert isinstance(pending.term, Image)
-        return pending.term.x.name, output
+        return next(iter(self.writer.tensors)), output  # the image is written first
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Return the shape that ``node`` had when the graph was made, without the batch."""
@@ -121,9 +135,12 @@ class _Walk:
         if isinstance(value, Pending) and isinstance(value.term, Average) and not value.clipped:
             self.values[node] = found = self.writer.exact_average(value.term, node.name)
             return found
+        if isinstance(value, Pending) and isinstance(value.term, Image) and self.images is not None:
+            self.values[node] = found = self.writer.finish(value, pixel_grid(value.term.x.shape, self.images))
+            return found
         if self.kinds[node] == "quantizer":  # switched off
             node = node.all_input_nodes[0]
-        bits = "policy.input_bits" if self.kinds[node] == "input" else "the policy"
+        bits = "policy.input_bits (or lower it with images=spec)" if self.kinds[node] == "input" else "the policy"
         raise LowerError(
             f"tensor {node.name!r} has no quantizer (or it is switched off), and {reader.name!r} reads it: "
             f"give it 16 bits or fewer in {bits}"
@@ -134,12 +151,15 @@ class _Walk:
         return Pending(Image(self.writer.add(spec)))
 
     def layer(self, node: fx.Node) -> Value:
-        x = self.known(node.all_input_nodes[0], node)
-        return Pending(product(str(node.target), self.gm.get_submodule(str(node.target)), x))
+        x, layer = self.known(node.all_input_nodes[0], node), self.gm.get_submodule(str(node.target))
+        term = product(str(node.target), layer, x)
+        if isinstance(layer, torch.nn.ConvTranspose2d):
+            term = resampling.transposed(self.writer, layer, node, x, term)
+        return Pending(term)
 
     def norm(self, node: fx.Node) -> Value:
         module, value = self.gm.get_submodule(str(node.target)), self.values[node.all_input_nodes[0]]
-        if isinstance(value, Pending) and not value.clipped and not isinstance(value.term, Average | Sum | Image):
+        if isinstance(value, Pending) and not value.clipped and isinstance(value.term, Product):
             return Pending(with_norm(value.term, module))
         return Pending(norm_product(str(node.target), module, self.known(node.all_input_nodes[0], node)))
 
@@ -155,30 +175,74 @@ class _Walk:
         return self.writer.write(r.Clip, node.name, [x], replace(x, name=node.name, qmin=qmin, qmax=qmax))
 
     def add(self, node: fx.Node) -> Value:
-        if node.kwargs.get("alpha", 1) != 1:
-            raise LowerError(f"{node.name!r}: an addition with alpha has no integer form")
+        alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
+        if alpha not in (1, -1):
+            raise LowerError(f"{node.name!r}: an addition with alpha={alpha}; multiply outside of it, or use 1 or -1")
         operands = []
         for arg in node.args[:2]:
             assert isinstance(arg, fx.Node)  # ``kinds`` calls it an add because two tensors meet
             value = self.values[arg]
-            is_layer = isinstance(value, Pending) and not isinstance(value.term, Average | Sum | Image)
+            is_layer = isinstance(value, Pending) and isinstance(value.term, Product)
             operands.append(value if is_layer else self.known(arg, node))
+        if is_difference(node, self.gm):
+            operands[1] = self.writer.negated(operands[1], node.name)
         return Pending(Sum(node.name, (operands[0], operands[1])))
 
+    def mul(self, node: fx.Node) -> Value:
+        a, b = (self.known(arg, node) for arg in node.args[:2] if isinstance(arg, fx.Node))
+        shape = self.shape(node)
+        a, b = (a, b) if a.shape == shape else (b, a)
+        if a.shape != shape or len(b.shape) != len(shape):
+            raise LowerError(f"{node.name!r} multiplies {a.shape} by {b.shape}; one of them must have all {shape}")
+        return Pending(Times(node.name, a, b))
+
+    def function(self, node: fx.Node) -> Value:
+        """A function of one element, as its value at every integer of its input."""
+        source = functions.source_of(node, self.gm, self.kinds)
+        value = self.values[source]
+        if op_name(node, self.gm) in functions.RESIZES:
+            return Pending(resampling.bilinear(self.writer, node, self.gm, self.known(source, node)))
+        if isinstance(value, Pending) and isinstance(value.term, Function):
+            x, real = value.term.x, np.clip(value.term.real, value.low, value.high)
+        else:
+            x = self.known(source, node)
+            real = real_values(x, np.arange(x.qmax + 1))
+        return Pending(Function(node.name, x, functions.computed(node, self.gm, source, real)))
+
     def concat(self, node: fx.Node) -> Value:
-        parts = [self.known(n, node) for n in node.all_input_nodes]
+        parts = [self.known(n, node) for n in node.all_input_nodes if "shape" in n.meta]
+        if len({(float(p.scale), p.zero_point, p.dtype) for p in parts}) > 1:
+            parts = self._on_one_grid(parts, node.name)
         first, dim = parts[0], geometry.arguments(node, self.gm)["dim"]
         axis = geometry.axis_of(dim or 0, len(first.shape), node)
-        if len({(float(p.scale), p.zero_point, p.dtype) for p in parts}) > 1:
-            raise LowerError(f"{node.name!r} joins tensors on different grids: {', '.join(p.name for p in parts)}")
         shape = [*first.shape[:axis], sum(p.shape[axis] for p in parts), *first.shape[axis + 1 :]]
         ends = min(p.qmin for p in parts), max(p.qmax for p in parts)
         out = replace(first, name=node.name, shape=tuple(shape), qmin=ends[0], qmax=ends[1])
         return self.writer.write(r.Concat, node.name, parts, out, axis=axis)
 
+    def _on_one_grid(self, parts: list[TensorSpec], name: str) -> list[TensorSpec]:
+        """Bring tensors to a grid that spans them all, as many bits as the widest: a rounding the graph has not."""
+        bits = max(p.bits for p in parts)
+        low = min(0.0, *(float(p.scale) * (p.qmin - p.zero_point) for p in parts))
+        high = max(0.0, *(float(p.scale) * (p.qmax - p.zero_point) for p in parts))
+        scale = np.asarray((high - low) / (2**bits - 1), np.float32)
+        dtype, zero = "uint8" if bits <= 8 else "uint16", round(-low / float(scale))
+        moved = []
+        for i, part in enumerate(parts):
+            out = TensorSpec(f"{name}.{i}", part.shape, dtype, bits, 0, 2**bits - 1, scale, zero)
+            moved.append(self._moved(part, out))
+        return moved
+
+    def _moved(self, x: TensorSpec, out: TensorSpec) -> TensorSpec:
+        """Write ``x`` on the grid of ``out``."""
+        return self.writer.table(out.name, x, to_grid(real_values(x, np.arange(x.qmax + 1)), out), out)
+
     def average(self, node: fx.Node) -> Value:
         x = self.known(node.all_input_nodes[0], node)
-        return Pending(Average(node.name, x, geometry.window(node, self.gm, x.shape)))
+        window = geometry.window(node, self.gm, x.shape)
+        if window is None:
+            return Pending(Patches(node.name, x, *geometry.uneven_runs(node, self.gm, x.shape)))
+        return Pending(Average(node.name, x, window))
 
     def quantizer(self, node: fx.Node) -> Value:
         module = self.gm.get_submodule(str(node.target))
@@ -188,11 +252,20 @@ class _Walk:
         spec = on_grid(self.names[node.name], module, self.shape(node))
         if isinstance(value, Pending):
             qmin, qmax = clipped_range(spec, value.low, value.high)
-            return self.writer.finish(value, replace(spec, qmin=qmin, qmax=qmax))
+            spec = replace(spec, qmin=qmin, qmax=qmax)
+            if isinstance(value.term, Function):
+                return self._table(value.term, module, spec)
+            return self.writer.finish(value, spec)
         x = self.known(node.all_input_nodes[0], node)
         if (x.scale, x.zero_point, x.dtype) == (spec.scale, spec.zero_point, spec.dtype) and x.qmax <= spec.qmax:
             return x
-        raise LowerError(f"tensor {x.name!r} is quantized a second time, on another grid, by {node.name!r}")
+        return self._table(Function(node.name, x, real_values(x, np.arange(x.qmax + 1))), module, spec)
+
+    def _table(self, term: Function, quantizer: Any, spec: TensorSpec) -> TensorSpec:
+        """Write what ``quantizer`` makes of ``term`` at every integer of its input."""
+        device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+        x_int = quantizer.to_int(torch.from_numpy(term.real).to(device)).cpu().numpy()
+        return self.writer.table(term.name, term.x, x_int - int(quantizer.grid().qmin), spec)
 
     def move(self, node: fx.Node) -> Value:
         """Handle what keeps the grid: max-pools, reshapes, transposes, slices, padding."""
@@ -202,7 +275,7 @@ class _Walk:
         if name == "getitem" and isinstance(self.values[source], tuple):
             return self.values[source][node.args[1]]  # type: ignore[index]
         value = self.values[source]
-        if name in moves.RESHAPES and isinstance(value, Pending) and not isinstance(value.term, Average | Sum | Image):
+        if name in moves.RESHAPES and isinstance(value, Pending) and isinstance(value.term, Product):
             return self._flat_logits(node, value)
         x = self.known(source, node)
         return moves.move(self.writer, self.gm, node, x, self.shape(node) if name not in moves.SPLITS else ())
@@ -237,6 +310,14 @@ def on_grid(name: str, quantizer: Any, shape: tuple[int, ...]) -> TensorSpec:
     top = grid.qmax - grid.qmin
     scale = np.asarray(grid.scale.cpu().numpy(), np.float32).reshape(())
     return TensorSpec(name, shape, "uint8" if top < 2**8 else "uint16", quantizer.bits, 0, top, scale, z)
+
+
+def pixel_grid(shape: tuple[int, ...], images: DataSpec) -> TensorSpec:
+    """Return the 8-bit grid that spans the normalised pixels 0 .. 255 of every channel of ``images``."""
+    ends = [(end - mean) / std for mean, std in zip(images.mean, images.std, strict=True) for end in (0.0, 1.0)]
+    scale = np.float32((max(ends) - min(ends)) / 255)
+    zero = min(255, max(0, round(-min(ends) / float(scale))))
+    return TensorSpec("input", shape, "uint8", 8, 0, 255, np.asarray(scale), zero)
 
 
 def clipped_range(spec: TensorSpec, low: float, high: float) -> tuple[int, int]:

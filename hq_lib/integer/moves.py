@@ -55,6 +55,10 @@ def _write(
 
 def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
     w = geometry.window(node, gm, x.shape)
+    if w is None:
+        raise LowerError(
+            f"{node.name!r}: a max-pool from {x.shape[1:]} to a size that does not divide it; use one that does"
+        )
     fields = {"kernel": w.kernel, "stride": w.stride, "padding": w.padding, "dilation": w.dilation}
     if not w.squeeze:
         return _write(writer, r.MaxPool, node, x, (x.shape[0], *node.meta["shape"][2:]), **fields)
@@ -92,10 +96,44 @@ def _pad(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> Te
     return _write(writer, r.Pad, node, wider, shape, before=before, after=after)
 
 
+def _resize(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
+    """Nearest upsampling by whole factors: each row, then each column, beside itself."""
+    sizes = tuple(node.meta["shape"][2:])
+    factors = [m // n for n, m in zip(x.shape[1:], sizes, strict=True)]
+    if (x.shape[1] * factors[0], x.shape[2] * factors[1]) != sizes:
+        raise LowerError(f"{node.name!r}: nearest upsampling from {x.shape[1:]} to {sizes}; only whole factors can be")
+    for axis, factor in ((2, factors[1]), (1, factors[0])):
+        if factor == 1:
+            continue
+        beside = _write(writer, r.Reshape, node, x, (*x.shape[: axis + 1], 1, *x.shape[axis + 1 :]))
+        shape = [*beside.shape[: axis + 1], factor, *x.shape[axis + 1 :]]
+        joined = replace(x, name=node.name, shape=tuple(shape))
+        joined = writer.write(r.Concat, node.name, [beside] * factor, joined, axis=axis + 1)
+        x = _write(writer, r.Reshape, node, joined, (*x.shape[:axis], x.shape[axis] * factor, *x.shape[axis + 1 :]))
+    return x
+
+
+def _shuffle(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
+    """Channel shuffle, pixel shuffle and its inverse: a reshape, a transpose, a reshape."""
+    (c, h, w), kind = x.shape, op_name(node, gm)
+    option = {"channelshuffle": "groups", "pixelshuffle": "upscale_factor", "pixelunshuffle": "downscale_factor"}[kind]
+    n = geometry.arguments(node, gm)[option]
+    split, axes = {
+        "channelshuffle": ((n, c // n, h, w), (1, 0, 2, 3)),
+        "pixelshuffle": ((c // n**2, n, n, h, w), (0, 3, 1, 4, 2)),
+        "pixelunshuffle": ((c, h // n, n, w // n, n), (0, 2, 4, 1, 3)),
+    }[kind]
+    apart = _write(writer, r.Reshape, node, x, split)
+    turned = _write(writer, r.Transpose, node, apart, tuple(split[a] for a in axes), axes=axes)
+    return _write(writer, r.Reshape, node, turned, tuple(node.meta["shape"][1:]))
+
+
 _MOVES: dict[str, Callable[[Writer, fx.GraphModule, fx.Node, TensorSpec], Moved]] = {
     **dict.fromkeys(("maxpool2d", "adaptivemaxpool2d", "amax"), _max_pool),
     **dict.fromkeys(("chunk", "split"), _pieces),
     **dict.fromkeys(("transpose", "permute"), _transpose),
     **dict.fromkeys(("pad", "zeropad2d"), _pad),
+    **dict.fromkeys(("interpolate", "upsample", "upsamplingnearest2d"), _resize),
+    **dict.fromkeys(("channelshuffle", "pixelshuffle", "pixelunshuffle"), _shuffle),
     "getitem": _index,
 }

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from hq_lib.integer.record import ACC_MAX, Add, AvgPool, Layer, TensorSpec
+from hq_lib.integer.record import ACC_MAX, Add, AvgPool, Layer, Mul, TensorSpec
 from hq_lib.integer.requant import RecordError
 
 
@@ -49,3 +49,13 @@ def prove_add(op: Add, a: TensorSpec, b: TensorSpec) -> None:
     last_bits = [math.frexp(value)[1] - 24 for value in (*(m for _, m in terms), float(op.offset)) if value]
     if last_bits and math.frexp(largest_sum)[1] - min(last_bits) > 53:
         raise RecordError(f"{op.name!r}: the scales of its two inputs and of its output lie too far apart for one sum")
+
+
+def prove_product(op: Mul, a: TensorSpec, b: TensorSpec) -> None:
+    """Raise RecordError, naming the operation and its bound, unless every product of ``a`` and ``b`` fits int32."""
+    bound = largest(a) * largest(b)
+    if bound > ACC_MAX:
+        raise RecordError(
+            f"{op.name!r}: the product of {a.name!r} ({a.bits} bit) and {b.name!r} ({b.bits} bit) can reach {bound:,}, "
+            f"beyond int32's {ACC_MAX:,}; give one of them fewer bits"
+        )

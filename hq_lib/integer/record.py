@@ -246,8 +246,27 @@ class Clip(Op):
     """q_y = clamp(q): a ReLU or clip of integers that exist already, int32 residuals included; the grid stays."""
 
 
+@dataclass(frozen=True, eq=False)
+class Table(Op):
+    """q_y = values[q]: any function of one element, and the move of a tensor to another grid."""
+
+    values: np.ndarray
+    """dtype of the output, (qmax + 1,) of the input: the integer for each of its integers 0 .. qmax"""
+
+
+@dataclass(frozen=True, eq=False)
+class Mul(Op):
+    """acc = (q_a - z_a) (q_b - z_b), int32, requantized with n = 1, m = f32(f32(s_a s_b) / s_y).
+
+    Axes of length 1 of the second input are repeated: a gate (C, 1, 1) multiplies every place of its channel.
+    """
+
+    requant: Requant
+    """(1,)"""
+
+
 OPS: tuple[type[Op], ...] = (
-    Quantize, Conv, Linear, Add, MaxPool, AvgPool, Concat, Reshape, Transpose, Slice, Pad, Clip,
+    Quantize, Conv, Linear, Add, MaxPool, AvgPool, Concat, Reshape, Transpose, Slice, Pad, Clip, Table, Mul,
 )  # fmt: skip
 
 
@@ -277,5 +296,6 @@ class IntegerModel:
         return [op for op in self.ops if isinstance(op, Layer)]
 
     def size_KiB(self) -> float:
-        """Return the size of all weights as their bits ask, biases at 32 bits and multipliers at 32: KiB."""
-        return sum(op.weight.size * op.weight_bits + 64 * op.bias.size for op in self.layers()) / 8 / 1024
+        """Return the size of all weights as their bits ask, biases at 32 bits, multipliers at 32, and tables: KiB."""
+        tables = sum(8 * op.values.nbytes for op in self.ops if isinstance(op, Table))
+        return (tables + sum(op.weight.size * op.weight_bits + 64 * op.bias.size for op in self.layers())) / 8 / 1024

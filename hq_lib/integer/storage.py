@@ -29,7 +29,7 @@ from hq_lib.results.atomic import write_bytes
 MANIFEST = "manifest.json"
 FORMAT = "hq_lib integer model"
 MAX_MANIFEST = 64 << 20
-_DTYPES = ("int8", "int16", "int32", "uint8", "float32")
+_DTYPES = ("int8", "int16", "int32", "uint8", "uint16", "float32")
 _OPS = {kind.__name__: kind for kind in record.OPS}
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _UNREADABLE = (

@@ -1,7 +1,8 @@
 """Real values that no quantizer has rounded yet: what ``lower`` holds between a layer and the grid that ends it.
 
 A ``Product`` is a layer's result ``s_x w_scale_c sum w (q - z) + bias_c``: batch norms behind it only change w_scale
-and bias. ``Sum`` adds two of those or of known tensors; ``Average`` is a pool; ``Image`` the input.
+and bias. ``Sum`` adds two of those or of known tensors; ``Times`` multiplies two known ones; ``Average`` is a pool,
+``Patches`` one of unequal windows; ``Function`` any function of one element; ``Image`` the input.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from hq_lib.graph import QuantizedWeight
-from hq_lib.integer.geometry import LowerError, Window
+from hq_lib.integer.geometry import LowerError, Run, Window
 from hq_lib.integer.proof import largest
 from hq_lib.integer.record import TensorSpec
 
@@ -70,6 +71,44 @@ class Sum:
 
 
 @dataclass(frozen=True, eq=False)
+class Patches:
+    """An average pool of unequal windows that waits for the grid of its output."""
+
+    name: str
+    """node"""
+    x: TensorSpec
+    """its input"""
+    rows: list[Run]
+    """windows of equal height, run after run"""
+    columns: list[Run]
+    """likewise"""
+
+
+@dataclass(frozen=True, eq=False)
+class Times:
+    """A product of two known tensors that waits for the grid of its output."""
+
+    name: str
+    """node"""
+    a: TensorSpec
+    """of the output's shape"""
+    b: TensorSpec
+    """axes of length 1 are repeated"""
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function of one element that waits for the grid of its output: a table."""
+
+    name: str
+    """node"""
+    x: TensorSpec
+    """its input"""
+    real: np.ndarray
+    """float32 (x.qmax + 1,): its value at each integer 0 .. qmax"""
+
+
+@dataclass(frozen=True, eq=False)
 class Image:
     """The float input."""
 
@@ -81,7 +120,7 @@ class Image:
 class Pending:
     """A term and the clips (ReLU, ReLU6, ...) that its real value passes before it is rounded."""
 
-    term: Product | Average | Sum | Image
+    term: Product | Average | Patches | Sum | Times | Function | Image
     """what is computed"""
     low: float = -float("inf")
     """least real value after the clips"""
@@ -99,13 +138,13 @@ class Pending:
 
 
 def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
-    """Return the term of quantized ``layer`` (conv2d or linear) on tensor ``x``.
+    """Return the term of quantized ``layer`` (conv2d, linear, convtranspose2d on a spread input) on tensor ``x``.
 
     Raises:
-        LowerError: its weight is in float, its quantizer is switched off, or it is a transposed convolution.
+        LowerError: its weight is in float, or its quantizer is switched off.
     """
-    if not isinstance(layer, QuantizedWeight) or isinstance(layer, nn.ConvTranspose2d):
-        raise LowerError(f"layer {name!r}: {type(layer).__name__} has no integer form (conv2d and linear have)")
+    if not isinstance(layer, QuantizedWeight):
+        raise LowerError(f"layer {name!r}: {type(layer).__name__} is in float; name it a weight in the policy")
     quantizer = layer.weight_quantizer
     if quantizer is None or not getattr(quantizer, "enabled", True):
         raise LowerError(
@@ -115,10 +154,20 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
     weight = layer.weight.detach()
     w_int, grid = quantizer.integers(weight)  # type: ignore[operator]
     w = _numpy(w_int, np.int64) - _numpy(grid.zero_point, np.int64)
+    if isinstance(layer, nn.ConvTranspose2d):
+        w = turned(w, layer.groups)
     scale = np.broadcast_to(_per_channel(grid.scale, name), len(w)).astype(np.float32)
     bias = layer.bias
     real_bias = np.zeros(len(w)) if bias is None else _numpy(bias, np.float64)
     return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(layer))  # type: ignore[arg-type]
+
+
+def turned(w: np.ndarray, groups: int) -> np.ndarray:
+    """Return the weight (C_in, C_out / groups, k_h, k_w) of a transposed convolution as that of the convolution of a
+    spread input: (C_out, C_in / groups, k_h, k_w), turned by half a turn."""
+    c_in, per_group, *kernel = w.shape
+    split = w.reshape(groups, c_in // groups, per_group, *kernel).swapaxes(1, 2)
+    return np.ascontiguousarray(split.reshape(groups * per_group, c_in // groups, *kernel)[:, :, ::-1, ::-1])
 
 
 def _numpy(values: torch.Tensor, dtype: type) -> np.ndarray:
@@ -127,12 +176,14 @@ def _numpy(values: torch.Tensor, dtype: type) -> np.ndarray:
 
 def _per_channel(scale: torch.Tensor, name: str) -> np.ndarray:
     values = _numpy(scale, np.float32)
-    if values.size > 1 and values.shape[0] != values.size:
+    if values.size > 1 and values.size not in values.shape[:2]:
         raise LowerError(f"layer {name!r}: weight scales of shape {values.shape} are not one per output channel")
     return values.reshape(-1)
 
 
 def _geometry(layer: nn.Module) -> dict[str, Any] | None:
+    if isinstance(layer, nn.ConvTranspose2d):
+        return {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": tuple(layer.dilation), "groups": layer.groups}
     if not isinstance(layer, nn.Conv2d):
         return None
     if layer.padding_mode != "zeros":
@@ -176,11 +227,16 @@ def norm_product(name: str, norm: nn.Module, x: TensorSpec) -> Product:
     """Return a batch norm that reads a known tensor, as a 1x1 depthwise convolution with weights +-NORM_STEPS."""
     if len(x.shape) != 3:
         raise LowerError(f"batch norm {name!r} reads a tensor of shape {x.shape}; put it behind a layer, or fold it")
+    plain = unchanged(name, x)
+    steps = replace(plain, w=plain.w * NORM_STEPS, w_scale=plain.w_scale / np.float32(NORM_STEPS))
+    return with_norm(steps, norm)
+
+
+def unchanged(name: str, x: TensorSpec) -> Product:
+    """Return ``x`` (C, H, W) itself as a 1x1 depthwise convolution."""
     n = x.shape[0]
     geometry = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": n}
-    w = np.full((n, 1, 1, 1), NORM_STEPS, np.int64)
-    plain = Product(name, x, w, np.full(n, 1 / NORM_STEPS, np.float32), np.zeros(n), 8, geometry)
-    return with_norm(plain, norm)
+    return Product(name, x, np.ones((n, 1, 1, 1), np.int64), np.ones(n, np.float32), np.zeros(n), 8, geometry)
 
 
 def in_storage(term: Product) -> Product:

@@ -4,7 +4,7 @@
     ptq.fit_weights(qnet, "mse")                              # a grid per output channel
     ptq.fit_acts(qnet, images[:256], "mse")                   # one-shot, from float activations
     ptq.reconstruct(qnet, images, ptq.qdrop(iterations=500), folder=run_folder, progress=print)
-    integer.lower(qnet)
+    integer.lower(qnet, images=spec)                          # the image, float in this policy, on 8 bits
 
 ``ranges`` method name -> grids; ``rounding`` AdaRound's quantizer; ``config`` every switch, and AdaRound, BRECQ and
 QDrop as settings of it; ``reconstruction`` the loop; ``units`` its regions; ``cache`` its activations inside a memory

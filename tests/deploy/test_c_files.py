@@ -63,8 +63,10 @@ def call(tool: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("requantizer", ["float32", "fixed"])
-@pytest.mark.parametrize(("net", "policy"), [("residual", "academic"), ("mobile", "w8a8"), ("joined", "a16"),
-                                             ("preactivation", "w4a4")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("net", "policy"),
+    [("residual", "academic"), ("mobile", "w8a8"), ("joined", "a16"), ("preactivation", "w4a4"), ("gated", "w8a8")],
+)
 def test_mutated_containers_never_leave_their_memory(net, policy, requantizer, tmp_path, sanitized):
     content = to_bytes(lower(quantized(net, policy), requantizer=requantizer))
     corpus = [content, *mutations(content, 250, seed=len(net))]

@@ -16,7 +16,7 @@ SOURCES = Path(__file__).resolve().parent / "src"
 FLAGS = ("-std=c99", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-fno-semantic-interposition")
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RUNTIME = (
-    "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c",
+    "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c", "hqm_table.c",
     "hqm_kernel.c", "hqm_kernel_avx2.c", "hqm_kernel_avx512.c", "hqm_kernel_neon.c",
 )  # fmt: skip
 TOOL = ("hqm_images.c", "hqm_main.c")

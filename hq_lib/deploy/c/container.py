@@ -122,6 +122,13 @@ class _Writer:
                 return _window(op) | (self._requant(op.requant) if op.requant else {})
             case r.Add():
                 return self._requant(*op.requants) | {16: [int(np.float32(op.offset).view(np.uint32))]}
+            case r.Table():
+                x = self.model.tensors[op.inputs[0]]
+                values = np.zeros(2 ** (8 * np.dtype(x.dtype).itemsize), np.uint16)
+                values[: op.values.size] = op.values
+                return {16: [self._put(values)]}
+            case r.Mul():
+                return self._requant(op.requant)
             case r.Concat():
                 return {16: [op.axis]}
             case r.Transpose():

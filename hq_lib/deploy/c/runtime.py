@@ -53,7 +53,7 @@ class Runtime:
             ContainerError: what the runtime says of the container. ValueError: no such kernel on this processor.
             CompilerError: the runtime cannot be compiled here.
         """
-        content = to_bytes(model) if isinstance(model, IntegerModel) else model
+        content = model if isinstance(model, bytes | Path | str) else to_bytes(model)
         content = content if isinstance(content, bytes) else Path(content).read_bytes()
         self._lib = _library(library())
         if not self._lib.hqm_use_kernel(kernel.encode()):

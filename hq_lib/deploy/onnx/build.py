@@ -38,11 +38,11 @@ def export(imodel: IntegerModel, *, weights: Literal["int8", "int4"] = "int8") -
     Raises:
         ExportError: a "fixed" record, or an unknown storage.
     """
+    check(imodel)
     if imodel.requantizer != "float32":
         raise ExportError("onnxruntime multiplies in float32: lower the network with requantizer='float32'")
     if weights not in ("int8", "int4"):
         raise ExportError(f"weights {weights!r}: choose 'int8' or 'int4'")
-    check(imodel)
     graph = Graph()
     for op in imodel.ops:
         _write(graph, op, [imodel.tensors[t] for t in op.inputs], imodel.tensors[op.output], int4=weights == "int4")
@@ -168,7 +168,17 @@ def _clip(graph: Graph, op: r.Clip, inputs: list[TensorSpec], out: TensorSpec) -
     _through_float(graph, "Clip", inputs[0], out, ends, name=op.name)
 
 
+def _table(graph: Graph, op: r.Table, inputs: list[TensorSpec], out: TensorSpec) -> None:
+    values = graph.constant(op.values, out.dtype, name=f"{op.name}:table")
+    graph.node("Gather", [values, graph.cast(inputs[0].name, "int32")], output=out.name, name=op.name)
+
+
+def _mul(graph: Graph, op: r.Mul, inputs: list[TensorSpec], out: TensorSpec) -> None:
+    explicit.requantize(graph, op, explicit.product(graph, *inputs), None, out)
+
+
 _WRITERS: dict[type[r.Op], Callable[..., None]] = {
     r.Quantize: _quantize, r.Conv: _layer, r.Linear: _layer, r.Add: _add, r.AvgPool: _avg_pool, r.MaxPool: _max_pool,
     r.Concat: _concat, r.Reshape: _reshape, r.Transpose: _transpose, r.Slice: _slice, r.Pad: _pad, r.Clip: _clip,
+    r.Table: _table, r.Mul: _mul,
 }  # fmt: skip

@@ -82,7 +82,9 @@ def _column(values: np.ndarray, op: r.Op) -> np.ndarray:
     return values[:, None, None] if isinstance(op, r.Conv) else values
 
 
-def requantize(graph: Graph, op: r.Layer | r.AvgPool, acc: str, residual: TensorSpec | None, out: TensorSpec) -> None:
+def requantize(
+    graph: Graph, op: r.Layer | r.AvgPool | r.Mul, acc: str, residual: TensorSpec | None, out: TensorSpec
+) -> None:
     """Write ``out`` = clamp(rint(f32(acc) m [+ f32(r - z_r) n]) + z), each step a float32 operator."""
     assert op.requant is not None  # the caller writes accumulators otherwise
     m = graph.constant(_column(op.requant.multiplier, op), "float32", name=f"{op.name}:multiplier")
@@ -113,12 +115,20 @@ def quantize(graph: Graph, x: TensorSpec, out: TensorSpec) -> None:
 def add(graph: Graph, op: r.Add, a: TensorSpec, b: TensorSpec, out: TensorSpec) -> None:
     """Write ``out`` by the record's two fused multiply-adds: exact in double, rounded to float after each."""
     total = graph.constant(np.float64(op.offset), "float64")
-    for spec, requant in ((b, op.requants[1]), (a, op.requants[0])):
+    for last, spec, requant in ((False, b, op.requants[1]), (True, a, op.requants[0])):
         m = graph.constant(np.float64(requant.multiplier[0]), "float64")
         term = graph.node("Mul", [graph.cast(spec.name, "float64"), m])
         rounded = graph.cast(graph.node("Add", [term, total]), "float32")
-        total = graph.cast(rounded, "float64") if spec is b else rounded
+        total = rounded if last else graph.cast(rounded, "float64")
     round_to(graph, total, out, zero_included=True)
+
+
+def product(graph: Graph, a: TensorSpec, b: TensorSpec) -> str:
+    """Return int32 (q_a - z_a) (q_b - z_b)."""
+    centred = [
+        graph.node("Sub", [graph.cast(spec.name, "int32"), graph.constant(spec.zero_point, "int32")]) for spec in (a, b)
+    ]
+    return graph.node("Mul", centred)
 
 
 def window_sums(graph: Graph, op: r.AvgPool, x: TensorSpec) -> str:

@@ -26,8 +26,15 @@ def fits(op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> bool:
         plain = op.weight.dtype == np.int8 and op.requant is not None and op.residual is None
         return plain and (isinstance(op, r.Conv) or len(out.shape) == 1)
     if isinstance(op, r.AvgPool):
-        return op.requant is not None and op.kernel == inputs[0].shape[1:] and not any(op.padding)
+        if op.requant is None or op.kernel != inputs[0].shape[1:] or any(op.padding):
+            return False
+        return bool(op.requant.multiplier[0] == _mean(inputs[0], out))  # it divides by as many as it sums
     return isinstance(op, r.Add)
+
+
+def _mean(x: TensorSpec, out: TensorSpec) -> np.float32:
+    """The multiplier of a global average pool of ``x`` on the grid of ``out``."""
+    return np.float32(x.scale) / (np.float32(x.shape[1] * x.shape[2]) * np.float32(out.scale))
 
 
 def write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec, *, int4: bool = False) -> None:

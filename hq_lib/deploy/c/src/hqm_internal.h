@@ -27,7 +27,7 @@ enum op_word {
     O_SHIFT, O_MULTIPLIER_2, O_FIXED_2, O_C_OUT, O_C_GROUP, O_GROUPS, O_KERNEL, O_STRIDE = 18, O_PADDING = 20,
     O_DILATION = 24, O_WEIGHT_SHIFT = 26, O_START = 8, O_STEP = 16, O_AXES = 16, O_BEFORE = 16, O_TABLE = 16, O_OFFSET = 16, O_WORDS = 32
 };
-enum op_kind { QUANTIZE, CONV, LINEAR, ADD, MAX_POOL, AVG_POOL, CONCAT, RESHAPE, TRANSPOSE, SLICE, PAD, CLIP, N_KINDS };
+enum op_kind { QUANTIZE, CONV, LINEAR, ADD, MAX_POOL, AVG_POOL, CONCAT, RESHAPE, TRANSPOSE, SLICE, PAD, CLIP, TABLE, MUL, N_KINDS };
 
 /* One tensor. Rank 3 lies as (H, W, C) in the arena, every other rank in row-major order. */
 typedef struct {
@@ -132,6 +132,8 @@ void run_max_pool(const uint32_t *op, const tensor *x, const tensor *y);
 void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y);
 void run_concat(const hqm_model *m, const uint32_t *op, const tensor *y, void *arena);
 void run_move(const uint32_t *op, const tensor *x, const tensor *y);
+void run_lookup(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y);
+void run_mul(const hqm_model *m, const uint32_t *op, const tensor *a, const tensor *b, const tensor *y);
 rescale rescale_of(const hqm_model *m, const uint32_t *op, const tensor *y);
 int64_t rescaled(const rescale *r, uint32_t channel, int64_t acc, int64_t residual);
 void rescale_tile(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,

@@ -185,11 +185,26 @@ static int quantize_is_sound(const hqm_model *m, const uint32_t *op, const tenso
     return !op[O_TABLE] || holds(m, op[O_TABLE], times(x->shape[0], 256), 2);
 }
 
+/* One value for every integer that memory can hold, so that no content of a tensor leads outside. */
+static int table_is_sound(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y) {
+    if (!is_narrow(x) || !is_narrow(y) || x->rank != y->rank || memcmp(x->shape, y->shape, sizeof x->shape)) return 0;
+    return holds(m, op[O_TABLE], x->size == 1 ? 256 : 65536, 2);
+}
+
+static int mul_is_sound(const hqm_model *m, const uint32_t *op, const tensor *a, const tensor *b, const tensor *y) {
+    if (!is_narrow(a) || !is_narrow(b) || !is_narrow(y) || a->rank != y->rank || b->rank != y->rank) return 0;
+    if (memcmp(a->shape, y->shape, sizeof a->shape)) return 0;
+    for (uint32_t k = 0; k < y->rank; k++)
+        if (b->shape[k] != 1 && b->shape[k] != y->shape[k]) return 0;
+    return !op[O_MULTIPLIER_2] && requant_is_sound(m, op, 1, op + O_MULTIPLIER, 0);
+}
+
 static int op_is_sound(const hqm_model *m, uint32_t i) {
     const uint32_t *op = op_at(m, i);
     uint32_t n = op[O_N_INPUTS], kind = op[O_KIND];
     if (kind >= N_KINDS || !holds(m, op[O_INPUTS], n, 4) || (i == 0 && kind != QUANTIZE)) return 0;
-    uint32_t least = kind == ADD ? 2 : 1, most = kind == CONCAT ? 64 : kind == CONV || kind == LINEAR || kind == ADD ? 2 : 1;
+    uint32_t least = kind == ADD || kind == MUL ? 2 : 1;
+    uint32_t most = kind == CONCAT ? 64 : kind == CONV || kind == LINEAR || kind == ADD || kind == MUL ? 2 : 1;
     if (n < least || n > most) return 0;
     for (uint32_t k = 0; k < n; k++) /* operation i writes tensor i + 1 and reads what is written; the image once */
         if (input_of(m, op, k) > i || (input_of(m, op, k) == 0) != (kind == QUANTIZE)) return 0;
@@ -200,6 +215,8 @@ static int op_is_sound(const hqm_model *m, uint32_t i) {
     case CONV: case LINEAR: return layer_is_sound(m, op, &x, n > 1 ? &second : NULL, &y);
     case ADD: return add_is_sound(m, op, &x, &second, &y);
     case MAX_POOL: case AVG_POOL: return pool_is_sound(m, op, &x, &y);
+    case TABLE: return table_is_sound(m, op, &x, &y);
+    case MUL: return mul_is_sound(m, op, &x, &second, &y);
     case CONCAT: return concat_is_sound(m, op, &y);
     default: return move_is_sound(op, &x, &y);
     }

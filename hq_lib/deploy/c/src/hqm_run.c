@@ -81,6 +81,8 @@ static hqm_status run_all(const hqm_model *m, void *arena, const float *image, c
         case QUANTIZE: status = image ? run_quantize(image, &y) : run_table(m, op, pixels, &y); break;
         case CONV: case LINEAR: run_layer(m, op, &x, has_second ? &second : NULL, &y, arena); break;
         case ADD: run_add(m, op, &x, &second, &y); break;
+        case TABLE: run_lookup(m, op, &x, &y); break;
+        case MUL: run_mul(m, op, &x, &second, &y); break;
         case MAX_POOL: run_max_pool(op, &x, &y); break;
         case AVG_POOL: run_avg_pool(m, op, &x, &y); break;
         case CONCAT: run_concat(m, op, &y, arena); break;
