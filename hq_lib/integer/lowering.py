@@ -45,7 +45,7 @@ from hq_lib.results import provenance
 Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
 _SAME = {
     "identity", "clone", "detach", "contiguous", "dropout", "dropout1d", "dropout2d", "featuredropout",
-    "stochasticdepth", "alphadropout",
+    "dropout3d", "featurealphadropout", "stochasticdepth", "droppath", "alphadropout",
 }  # fmt: skip
 
 
