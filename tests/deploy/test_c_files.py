@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from integer_nets import images, quantized
 
-from hq_lib.deploy.c import ExportError, compiler, program, save_arrays, to_bytes
-from hq_lib.deploy.c.build import FLAGS, RUNTIME, SOURCES, CompilerError, fuzzer
+from hq_lib.deploy.c import compiler, program, to_bytes
+from hq_lib.deploy.c.build import CompilerError, fuzzer
 from hq_lib.integer import lower, run
 
 try:
@@ -182,45 +182,3 @@ def test_cifar10_and_idx_files(cifar10_test, tmp_path, sanitized):
     for name, kind in (("cut.bin", "--cifar10"), ("evil.bin", "--cifar10"), ("cut.idx", "--idx"), ("huge.idx", "--idx"),
                        ("batch.bin", "--idx"), ("labels.idx", "--idx")):  # fmt: skip
         assert call(sanitized, tmp_path / "net.hqm", kind, tmp_path / name).returncode == 5, name
-
-
-DEVICE = """
-#include <stdio.h>
-#include "hqm.h"
-#include "net.h"
-static uint32_t arena[NET_ARENA_SIZE / 4];
-int main(void) {
-    static float image[3 * 12 * 12], logits[5];
-    hqm_model model;
-    if (fread(image, 4, 432, stdin) != 432) return 1;
-    if (hqm_open(&model, net_model, sizeof net_model) || hqm_run(&model, arena, image, logits)) return 2;
-    return fwrite(logits, 4, 5, stdout) != 5;
-}
-"""
-
-
-@pytest.mark.parametrize("requantizer", ["float32", "fixed"])
-def test_a_model_compiled_in_needs_no_file_and_no_heap(requantizer, tmp_path):
-    imodel, x = lower(quantized("residual", "w4a4"), requantizer=requantizer), images(1).numpy()
-    source, header = save_arrays(imodel, tmp_path / "net.c", name="net")
-    (tmp_path / "main.c").write_text(DEVICE)
-    files = [tmp_path / "main.c", source, *(SOURCES / name for name in RUNTIME)]
-    command = [
-        compiler(),
-        *FLAGS,
-        "-DHQM_PORTABLE",
-        f"-I{SOURCES}",
-        f"-I{header.parent}",
-        *files,
-        "-o",
-        tmp_path / "net",
-    ]
-    built = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(tmp_path / "net")], input=x.tobytes(), capture_output=True, check=False)
-    assert done.returncode == 0
-    assert np.array_equal(np.frombuffer(done.stdout, np.float32), run(imodel, x)[0])
-    for word in ("malloc", "calloc", "fopen"):  # the runtime itself
-        assert not any(word in (SOURCES / name).read_text() for name in RUNTIME)
-    with pytest.raises(ExportError, match="lower-case"):
-        save_arrays(imodel, tmp_path / "net.c", name="no identifier")

@@ -2,13 +2,13 @@
 
     save(imodel, "net.hqm")                     # one container, checked by the runtime when it opens it
     Runtime(imodel).run(images)                 # through ctypes; compiled by the system's cc on first use
-    save_arrays(imodel, "net.c", name="net")    # the same as a const array, for microcontrollers
+    export_folder(imodel, "firmware", image)    # sources, network and image as constants, Makefile: for a board
     program()                                   # the command-line tool: hqm net.hqm --cifar10 test_batch.bin
 
-The sources and a Makefile are in ``hq_lib/c``.
+The sources and a Makefile are in ``src``.
 """
 
-from hq_lib.deploy.c.arrays import save_arrays
+from hq_lib.deploy.c.board import export_folder
 from hq_lib.deploy.c.build import CompilerError, compiler, library, program
 from hq_lib.deploy.c.container import ExportError, save, to_bytes
 from hq_lib.deploy.c.runtime import ContainerError, Runtime
@@ -19,9 +19,9 @@ __all__ = [
     "ExportError",
     "Runtime",
     "compiler",
+    "export_folder",
     "library",
     "program",
     "save",
-    "save_arrays",
     "to_bytes",
 ]

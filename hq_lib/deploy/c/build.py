@@ -13,7 +13,17 @@ from filelock import FileLock
 from hq_lib.results import paths
 
 SOURCES = Path(__file__).resolve().parent / "src"
-FLAGS = ("-std=c99", "-O3", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-fno-semantic-interposition")
+FLAGS = (
+    "-std=c99",
+    "-O3",
+    "-Wall",
+    "-Wextra",
+    "-pedantic",
+    "-Werror",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fno-semantic-interposition",
+)
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RUNTIME = (
     "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c", "hqm_table.c",

@@ -13,6 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define HQM_VERSION 2u
 #define HQM_MAX_RANK 8
 
@@ -61,5 +65,9 @@ size_t hqm_model_size(void); /* sizeof(hqm_model), for callers in other language
  * Names: "auto", "scalar", "avx2", "avx512vnni" (x86-64), "neon" (64-bit ARM). All give the same bits. Process-wide. */
 int hqm_use_kernel(const char *name);
 const char *hqm_kernel_name(void);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

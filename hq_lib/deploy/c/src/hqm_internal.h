@@ -11,7 +11,12 @@
 #error "float32 must be evaluated in float32: on 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
 
-enum { BLOCK = 16, /* output channels of one weight block */ TILE = 48, /* output places computed together */ SLACK = 64 };
+#ifdef HQM_PORTABLE
+enum { TILE = 8 }; /* for the stack of a small device */
+#else
+enum { TILE = 48 }; /* output places computed together */
+#endif
+enum { BLOCK = 16 /* output channels of one weight block */, SLACK = 64 };
 enum { MAX_ELEMENTS = 1 << 28, MAX_SIZE = 65536, MAX_ARENA = 1 << 30 };
 
 enum header_word {

@@ -176,9 +176,10 @@ ISA static void depthwise_8(const product *p, int32_t acc[TILE][BLOCK]) { depthw
 #define add_f(a, b) _mm256_add_ps(a, b)
 #define fma_f(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define clamp_f(y, low, high) _mm256_min_ps(_mm256_max_ps(y, low), high)
-ISA INLINE void narrow(uint8_t *out, __m256i q) {
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-    _mm_storel_epi64((__m128i *)(void *)out, _mm_packus_epi16(words, words));
+ISA INLINE void narrow(uint8_t *out, const __m256i q[2]) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(q[0], q[1]), 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i *)(void *)out, bytes);
 }
 #include "hqm_vector.h"
 
@@ -198,38 +199,56 @@ static inline void fixed_4_of(fixed_4 f[4], const rescale *r, uint32_t first, ui
     }
 }
 
-/* Clamped to [low, high], in the low half of each 64 bits. */
-ISA INLINE __m256i fixed_of(const fixed_4 *f, __m256i acc, __m256i other, __m256i low, __m256i high) {
+/* In the low half of each 64 bits, unclamped. */
+ISA INLINE __m256i fixed_of(const fixed_4 *f, __m256i acc, __m256i other) {
     const __m256i first = _mm256_mul_epi32(acc, at(f->multiplier)), second = _mm256_mul_epi32(other, at(f->multiplier_2));
     const __m256i sum = _mm256_add_epi64(_mm256_add_epi64(first, second), at(f->start));
-    __m256i y = _mm256_sub_epi64(_mm256_srlv_epi64(sum, at(f->shift)), at(f->least));
-    y = _mm256_blendv_epi8(y, high, _mm256_cmpgt_epi64(y, high));
-    return _mm256_blendv_epi8(y, low, _mm256_cmpgt_epi64(low, y));
+    return _mm256_sub_epi64(_mm256_srlv_epi64(sum, at(f->shift)), at(f->least));
+}
+
+ISA INLINE __m256i clamp_64(__m256i y, int64_t low, int64_t high) {
+    const __m256i lows = _mm256_set1_epi64x(low), highs = _mm256_set1_epi64x(high);
+    y = _mm256_blendv_epi8(y, highs, _mm256_cmpgt_epi64(y, highs));
+    return _mm256_blendv_epi8(y, lows, _mm256_cmpgt_epi64(lows, y));
+}
+
+/* fits: whether every shifted sum fits into 32 bits */
+ISA INLINE void fixed_sized(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, const fixed_4 f[4], uint32_t n,
+                            const uint8_t *residual, uint8_t *out, size_t step, const int fits) {
+    uint8_t whole[BLOCK];
+    const size_t size = r->residual_dtype == HQM_UINT8 ? 1 : 4;
+    const __m256i zero = set_i(r->zero), other_zero = set_i(r->residual_zero);
+    for (uint32_t p = 0; p < n_places; p++, out += step) {
+        __m256i all[2];
+        for (size_t h = 0; h < 2; h++) {
+            const __m256i a = at(acc[p] + 8 * h);
+            __m256i b = _mm256_setzero_si256();
+            if (residual) {
+                const uint8_t *from = residual + (p * step + 8 * h) * size;
+                b = sub_i(size == 1 ? wide(from) : at(from), other_zero);
+            }
+            __m256i even = fixed_of(f + 2 * h, a, b);
+            __m256i odd = fixed_of(f + 2 * h + 1, _mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+            if (!fits) even = clamp_64(even, r->low, r->high), odd = clamp_64(odd, r->low, r->high);
+            __m256i q = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+            if (fits) q = _mm256_min_epi32(_mm256_max_epi32(q, set_i(r->low)), set_i(r->high));
+            all[h] = add_i(q, zero);
+        }
+        narrow(n == BLOCK ? out : whole, all);
+        if (n < BLOCK) memcpy(out, whole, n);
+    }
 }
 
 ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
                          const void *residual, uint8_t *out, size_t step) {
     fixed_4 f[4];
-    uint8_t whole[BLOCK];
     fixed_4_of(f, r, first, n, residual != NULL);
-    const int size = r->residual_dtype == HQM_UINT8 ? 1 : 4;
-    const __m256i low = _mm256_set1_epi64x(r->low), high = _mm256_set1_epi64x(r->high);
-    const __m256i zero = set_i(r->zero), other_zero = set_i(r->residual_zero);
-    for (uint32_t p = 0; p < n_places; p++, out += step) {
-        for (int h = 0; h < 2; h++) {
-            const __m256i a = at(acc[p] + 8 * h);
-            __m256i b = _mm256_setzero_si256();
-            if (residual) {
-                const uint8_t *from = (const uint8_t *)residual + (p * step + 8 * (size_t)h) * (size_t)size;
-                b = sub_i(size == 1 ? wide(from) : at(from), other_zero);
-            }
-            const __m256i even = fixed_of(f + 2 * h, a, b, low, high);
-            const __m256i odd = fixed_of(f + 2 * h + 1, _mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32), low, high);
-            const __m256i q = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-            narrow((n == BLOCK ? out : whole) + 8 * h, add_i(q, zero));
-        }
-        if (n < BLOCK) memcpy(out, whole, n);
-    }
+    /* 31 bits of acc times 31 of M; with a residual twice 31 times 30; an Add of 16-bit integers twice 17 times 30 */
+    const uint32_t enough = !residual ? 31 : r->is_shared ? 18 : 32;
+    int fits = 1;
+    for (uint32_t o = 0; o < n; o++) fits &= r->shift[r->is_shared ? 0 : first + o] >= enough;
+    if (fits) fixed_sized(acc, n_places, r, f, n, residual, out, step, 1);
+    else fixed_sized(acc, n_places, r, f, n, residual, out, step, 0);
 }
 
 const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},

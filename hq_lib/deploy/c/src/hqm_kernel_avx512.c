@@ -136,7 +136,7 @@ ISA static void depthwise_8(const product *p, int32_t acc[TILE][BLOCK]) { depthw
 #define add_f(a, b) _mm512_add_ps(a, b)
 #define fma_f(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define clamp_f(y, low, high) _mm512_min_ps(_mm512_max_ps(y, low), high)
-#define narrow(out, q) _mm_storeu_si128((__m128i *)(void *)(out), _mm512_cvtepi32_epi8(q))
+#define narrow(out, q) _mm_storeu_si128((__m128i *)(void *)(out), _mm512_cvtepi32_epi8((q)[0]))
 #include "hqm_vector.h"
 
 /* The "fixed" requantizer on 8 channels at a time: int64 sums, arithmetic shift. */

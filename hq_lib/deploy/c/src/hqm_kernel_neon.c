@@ -52,10 +52,10 @@ static inline int32x4_t neon_wide(const uint8_t *q) {
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word)))));
 }
 
-static inline void neon_narrow(uint8_t *out, int32x4_t q) {
-    const uint16x4_t words = vqmovun_s32(q);
-    const uint32_t bytes = vget_lane_u32(vreinterpret_u32_u8(vqmovn_u16(vcombine_u16(words, words))), 0);
-    memcpy(out, &bytes, 4);
+static inline void neon_narrow(uint8_t *out, const int32x4_t q[4]) {
+    const uint16x8_t low = vcombine_u16(vqmovun_s32(q[0]), vqmovun_s32(q[1]));
+    const uint16x8_t high = vcombine_u16(vqmovun_s32(q[2]), vqmovun_s32(q[3]));
+    vst1q_u8(out, vcombine_u8(vqmovn_u16(low), vqmovn_u16(high)));
 }
 
 #define ISA

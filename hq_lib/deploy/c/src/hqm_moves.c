@@ -51,23 +51,32 @@ void run_max_pool(const uint32_t *op, const tensor *x, const tensor *y) {
             pool(&v, x, row, column, 0, v.channels, 1, to);
 }
 
+/* Writes n sums as y's elements from `at` on. */
+static void write_sums(int32_t acc[TILE][BLOCK], uint32_t n, const rescale *r, const tensor *y, size_t at) {
+    if (r->multiplier) rescale_row(acc, n, r, NULL, y, at);
+    else
+        for (uint32_t o = 0; o < n; o++)
+            store_int(y->data, y->dtype, at + o, (int64_t)acc[o / BLOCK][o % BLOCK] + y->zero);
+}
+
+/* Sums of as many places as fit (or of as many channels) are written together. */
 void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y) {
     window v = window_of(op, x, y);
     rescale r = rescale_of(m, op, y);
     int32_t acc[TILE][BLOCK];
-    size_t at = 0, step;
+    size_t at = 0;
+    uint32_t n = 0, step;
     r.is_shared = 1;
     for (uint32_t row = 0; row < v.out_height; row++)
         for (uint32_t column = 0; column < v.out_width; column++)
-            for (size_t c = 0; c < v.channels; c += step, at += step) {
-                step = at_most(TILE * BLOCK, (uint32_t)(v.channels - c));
-                memset(acc, 0, sizeof acc);
-                pool(&v, x, row, column, c, step, 0, acc);
-                if (r.multiplier) rescale_row(acc, (uint32_t)step, &r, NULL, y, at);
-                else
-                    for (size_t o = 0; o < step; o++)
-                        store_int(y->data, y->dtype, at + o, (int64_t)acc[o / BLOCK][o % BLOCK] + y->zero);
+            for (uint32_t c = 0; c < v.channels; c += step) {
+                step = at_most(TILE * BLOCK, v.channels - c);
+                if (n + step > TILE * BLOCK) write_sums(acc, n, &r, y, at), at += n, n = 0;
+                memset(acc[0] + n, 0, step * sizeof **acc);
+                pool(&v, x, row, column, c, step, 0, acc[0] + n);
+                n += step;
             }
+    write_sums(acc, n, &r, y, at);
 }
 
 /* Copies shape[0] x ... elements between two places of the arena, each with its own steps (in elements). */

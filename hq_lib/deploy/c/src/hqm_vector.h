@@ -3,7 +3,8 @@
  *     LANES, V(name), ISA                  lanes of 32 bits; the name of a function; its attributes
  *     vi, vf                               vectors of int32 and float32
  *     load_i load_f set_i set_f wide       from memory, one value, LANES uint8 from memory as int32
- *     to_f to_i narrow                     conversions (to_i rounds half to even); LANES int32 in 0..255 to memory
+ *     to_f to_i                            conversions (to_i rounds half to even)
+ *     narrow                               BLOCK int32 in 0..255, as an array of vectors, to memory as uint8
  *     add_i sub_i mul_f add_f fma_f        fma_f(a, b, c) = a * b + c, one rounding
  *     clamp_f                              within [low, high], NaN gives low
  */
@@ -19,6 +20,7 @@ ISA INLINE void V(rescale_sized)(int32_t acc[TILE][BLOCK], uint32_t n_places, co
     const vi zero = set_i(r->zero), other_zero = set_i(r->residual_zero);
     for (uint32_t p = 0; p < n_places; p++, out += step) {
         uint8_t *to = n == BLOCK ? out : whole;
+        vi all[BLOCK / LANES];
         for (int o = 0; o < BLOCK; o += LANES) {
             vf y = mul_f(to_f(load_i(acc[p] + o)), load_f(m + o));
             if (size) {
@@ -26,8 +28,9 @@ ISA INLINE void V(rescale_sized)(int32_t acc[TILE][BLOCK], uint32_t n_places, co
                 const vi q = size == 1 ? wide(from) : load_i((const int32_t *)(const void *)from);
                 y = add_f(y, mul_f(to_f(sub_i(q, other_zero)), load_f(m2 + o)));
             }
-            narrow(to + o, add_i(to_i(clamp_f(y, low, high)), zero));
+            all[o / LANES] = add_i(to_i(clamp_f(y, low, high)), zero);
         }
+        narrow(to, all);
         if (n == BLOCK / 2) memcpy(out, whole, BLOCK / 2);
         else if (n < BLOCK) memcpy(out, whole, n);
     }
@@ -45,9 +48,13 @@ ISA static void V(add_u8)(const uint8_t *a, const uint8_t *b, uint32_t n, const 
     const vf ma = set_f(m[0]), mb = set_f(m[1]), start = set_f(offset), low = set_f((float)qmin);
     const vf high = set_f((float)qmax);
     uint32_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const vf inner = fma_f(to_f(wide(b + i)), mb, start);
-        narrow(out + i, to_i(clamp_f(fma_f(to_f(wide(a + i)), ma, inner), low, high)));
+    for (; i + BLOCK <= n; i += BLOCK) {
+        vi all[BLOCK / LANES];
+        for (int o = 0; o < BLOCK; o += LANES) {
+            const vf inner = fma_f(to_f(wide(b + i + o)), mb, start);
+            all[o / LANES] = to_i(clamp_f(fma_f(to_f(wide(a + i + o)), ma, inner), low, high));
+        }
+        narrow(out + i, all);
     }
     for (; i < n; i++) out[i] = (uint8_t)added(a[i], b[i], m, offset, qmin, qmax);
 }

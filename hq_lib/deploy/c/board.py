@@ -1,0 +1,171 @@
+"""A network on its way to a board: one folder of C that builds as it is and proves itself on one image.
+
+    export_folder(imodel, "firmware", images[0])     # then, there: make run
+    make CC=arm-linux-gnueabi-gcc CFLAGS="-Os -DHQM_PORTABLE" LDFLAGS=-static
+
+A processor without a floating-point unit wants a record made with ``lower(..., requantizer="fixed")``: floats are then
+left in ``hqm_open``'s checks and in the logits alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hq_lib.deploy.c.build import FLAGS, RUNTIME, SOURCES
+from hq_lib.deploy.c.container import ExportError, to_bytes
+from hq_lib.integer.execute import ImageError, run
+from hq_lib.integer.pixels import quantize_pixels
+from hq_lib.integer.record import IntegerModel
+from hq_lib.results.atomic import write_text
+
+STACK_BYTES = 4096
+"""more than any function of the runtime and all that it calls take with ``-DHQM_PORTABLE``"""
+
+_HEADER = """\
+/* The network and one image: constants. */
+#ifndef {upper}_H
+#define {upper}_H
+
+#include <stdint.h>
+
+#define {upper}_ARENA_SIZE {arena}u
+#define {upper}_N_LOGITS {n_logits}u
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+extern const uint32_t {name}_model[{n_words}];
+extern const {type} {name}_image[{n_values}];
+extern const uint32_t {name}_logits[{n_logits}]; /* the bits of what the image's float32 logits must be */
+#ifdef __cplusplus
+}}
+#endif
+
+#endif
+"""
+
+_MAIN = """\
+/* Runs the network on one image and prints its class; 1: the network cannot run here, 2: other logits than NumPy's. */
+#include <stdio.h>
+#include <string.h>
+
+#include "hqm.h"
+#include "{name}.h"
+
+static uint32_t arena[{upper}_ARENA_SIZE / 4];
+
+int main(void) {{
+    static float logits[{upper}_N_LOGITS];
+    hqm_model model;
+    unsigned best = 0;
+    hqm_status status = hqm_open(&model, {name}_model, sizeof {name}_model);
+    if (status == HQM_OK) status = {call}(&model, arena, {name}_image, logits);
+    if (status != HQM_OK) {{
+        printf("%s\\n", hqm_message(status));
+        return 1;
+    }}
+    for (unsigned k = 1; k < {upper}_N_LOGITS; k++)
+        if (logits[k] > logits[best]) best = k;
+    printf("class %u\\n", best);
+    if (!memcmp(logits, {name}_logits, sizeof logits)) return 0;
+    printf("the logits are not those of the network\\n");
+    return 2;
+}}
+"""
+
+_MAKEFILE = """\
+# make [CC=...] [CFLAGS=...] [LDFLAGS=...]     builds {name};     make run [RUN=qemu-arm]     builds and runs it
+CC     ?= cc
+CFLAGS ?= -O3
+FLAGS  := {flags}
+
+{name}: $(wildcard *.c *.h)
+	$(CC) $(FLAGS) $(CFLAGS) $(wildcard *.c) $(LDFLAGS) -o $@
+
+run: {name}
+	$(RUN) ./{name}
+
+.PHONY: run
+"""
+
+_README = """\
+# {name}: an integer network in C99
+
+`make run` builds and runs `main.c`: one image through the network, its class, and whether the logits are bit for bit
+those of the NumPy executor (here: class {label}).
+
+| | bytes |
+|---|---|
+| flash, constants (`{name}_model`) | {n_bytes:,} |
+| flash, code | `size *.o` of your compiler tells |
+| RAM, working memory (`arena` in `main.c`) | {arena:,} |
+| RAM, stack, with `-DHQM_PORTABLE` | under {stack:,} |
+
+Flags: `{flags}`; `-ffp-contract=off` is what keeps the bits. `-DHQM_PORTABLE` leaves out the vector kernels of x86-64
+and 64-bit ARM, and computes fewer places together, which takes less stack. Little-endian processors alone.
+The requantizer of this network is `{requantizer}`{advice}.
+No heap, no file, no library beyond C99's; `hqm.h` says how to call the runtime, from C++ too.
+"""
+
+
+def export_folder(model: IntegerModel, folder: Path | str, example: Any, *, name: str = "net") -> Path:
+    """Write C sources, the network as a const array and a ``main.c`` that runs ``example``, and return ``folder``.
+
+    Args:
+        folder:  made if need be; files of the same names are replaced, others stay.
+        example: one image, (C, H, W): uint8 pixels where the record knows mean and std, or float32 as in training.
+        name:    of program and array, a C identifier.
+
+    Raises:
+        ExportError: ``name`` is none, or no container holds the record. ImageError: ``example`` does not fit it.
+        RecordError: pixels for a record without ``meta["image"]``: give ``images=`` to ``lower``, or a float image.
+    """
+    folder, image = Path(folder), np.ascontiguousarray(np.asarray(example))
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name) or name in ("main", "hqm") or name.startswith("hqm_"):
+        raise ExportError(f"{name!r}: a name of lower-case letters, digits and _ is needed, not main or hqm")
+    content, logits = to_bytes(model), _logits(model, image)
+    words = np.frombuffer(content, "<u4")
+    (arena,) = struct.unpack_from("<I", content, 36)
+    is_pixels, fixed = image.dtype == np.uint8, model.requantizer == "fixed"
+    facts = {
+        "name": name, "upper": name.upper(), "arena": arena, "n_bytes": len(content), "n_words": len(words),
+        "n_values": image.size, "n_logits": logits.size, "type": "uint8_t" if is_pixels else "float",
+        "call": "hqm_run_pixels" if is_pixels else "hqm_run", "label": int(logits.argmax()), "stack": STACK_BYTES,
+        "flags": " ".join(flag for flag in FLAGS if not flag.startswith(("-O", "-fPIC", "-fno-sem"))),
+        "requantizer": model.requantizer,
+        "advice": "" if fixed else '; without a floating-point unit export `lower(..., requantizer="fixed")`',
+    }  # fmt: skip
+    arrays = [
+        _array("uint32_t", f"{name}_model", [f"0x{word:08x}" for word in words]),
+        _array(facts["type"], f"{name}_image", [str(v) if is_pixels else f"{float(v).hex()}f" for v in image.ravel()]),
+        _array("uint32_t", f"{name}_logits", [f"0x{word:08x}" for word in logits.ravel().view(np.uint32)]),
+    ]
+    write_text(folder / f"{name}.c", f'#include "{name}.h"\n\n' + "\n".join(arrays))
+    texts = {f"{name}.h": _HEADER, "main.c": _MAIN, "Makefile": _MAKEFILE, "README.md": _README}
+    for file, text in texts.items():
+        write_text(folder / file, text.format(**facts))
+    for file in (*RUNTIME, *(path.name for path in SOURCES.glob("*.h") if path.name != "hqm_images.h")):
+        shutil.copyfile(SOURCES / file, folder / file)
+    return folder
+
+
+def _logits(model: IntegerModel, image: np.ndarray) -> np.ndarray:
+    """Return NumPy's logits of one image, float32 pixels or uint8."""
+    shape = model.tensors[model.input].shape
+    if image.dtype not in (np.uint8, np.float32) or image.shape != shape:
+        raise ImageError(f"the model takes one image {shape}, uint8 or float32, not {image.dtype} {image.shape}")
+    if image.dtype == np.float32:
+        return run(model, image[None])
+    integers = quantize_pixels(model, image[None])
+    return run(model, np.zeros((1, *shape), np.float32), watch=lambda op, _: integers if op is model.ops[0] else None)
+
+
+def _array(kind: str, name: str, values: list[str]) -> str:
+    lines = [", ".join(values[i : i + 10]) for i in range(0, len(values), 10)]
+    return f"const {kind} {name}[{len(values)}] = {{\n    " + ",\n    ".join(lines) + "};\n"
