@@ -4,18 +4,19 @@ policy = BitPolicy(weight="lsq:4", act="lsq:4", first_last_bits=8)
 qnet = quantize(net, policy, images[:1])     # a torch.fx graph: QuantConv2d, QuantLinear, <node>_act_quantizer
 calibrate(qnet, images)                      # fit all grids; or train, which fits them on its first batch
 policy.report(qnet)                          # layer, method, bits, scale, MACs, parameters, average bits
+save(qnet, "net.safetensors")                # and load: frozen integers, or trainable
 """
 
 from hq_lib.graph.blocks import Block, blocks, extract_block
-from hq_lib.graph.checkpoints import load_quantized, save_quantized
 from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear
+from hq_lib.graph.network_file import load, save
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, lower_bound, op_name
 from hq_lib.graph.placement import Site, find_sites
 from hq_lib.graph.policy import BitPolicy, HybridRule
 from hq_lib.graph.report import layer_macs, report
 from hq_lib.graph.rewrite import QuantizedNet, quantize
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
-from hq_lib.graph.state import act_quantizers, calibrate, load_state, set_quantization, weight_layers
+from hq_lib.graph.state import act_quantizers, calibrate, set_quantization, weight_layers
 
 __all__ = [
     "QUANTIZER_SUFFIX",
@@ -38,13 +39,12 @@ __all__ = [
     "find_sites",
     "kinds",
     "layer_macs",
-    "load_quantized",
-    "load_state",
+    "load",
     "lower_bound",
     "op_name",
     "quantize",
     "report",
-    "save_quantized",
+    "save",
     "set_quantization",
     "weight_layers",
 ]

@@ -11,9 +11,10 @@ without) are one block. No class is known by name.
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
-from hq_lib.graph.ops import kinds
+from hq_lib.graph.ops import kinds, module_path
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import trace
 
@@ -144,21 +145,15 @@ def _block(region: list[fx.Node], before: fx.Node, kind_of: dict[fx.Node, str], 
     )
 
 
-def module_path(node: fx.Node) -> list[tuple[str, type]]:
-    """Return (dotted path, class) of the modules whose ``forward`` made ``node``, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [(path, kind) for path, kind in stack.values() if path]
-
-
 def scopes_with_joins(gm: fx.GraphModule) -> frozenset[str]:
     """Return the paths of all modules of every class that somewhere adds or concatenates (a residual block's class)."""
     kind_of = kinds(gm)
     joining = {
         path[-1][1]
         for node, kind in kind_of.items()
-        if kind in ("add", "concat") and (path := module_path(node)) and path[-1][1] is not nn.Sequential
+        if kind in ("add", "concat") and (path := module_path(node)) and path[-1][1] != torch.typename(nn.Sequential)
     }
-    everywhere: Iterable[tuple[str, type]] = (entry for node in kind_of for entry in module_path(node))
+    everywhere: Iterable[tuple[str, str]] = (entry for node in kind_of for entry in module_path(node))
     return frozenset(path for path, kind in everywhere if kind in joining)
 
 

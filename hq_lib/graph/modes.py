@@ -36,6 +36,10 @@ class FollowsMode(nn.Module):
         super().__init__()
         self.function, self.in_training = function, in_training
 
+    def extra_repr(self) -> str:
+        """Return the function and its flags, for ``print``."""
+        return f"{getattr(self.function, '__name__', self.function)}, {self.in_training}"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function does in this module's mode."""
         values = {place: value == self.training for place, value in self.in_training.items()}
@@ -53,6 +57,10 @@ class OneMode(nn.Identity):
         """``net``: its class; ``where``: the first line that differs in the other mode."""
         super().__init__()
         self.net, self.traced_in_training, self.where = net, traced_in_training, where
+
+    def extra_repr(self) -> str:
+        """Return the mode that it allows, for ``print``."""
+        return f"training={self.traced_in_training}"
 
     def forward(self, input: Any) -> Any:
         """Return ``input``; RuntimeError in the other mode."""

@@ -15,6 +15,7 @@ a layer. A kind says how the values of a node's output relate to the grid of its
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from hq_lib.graph.modes import FollowsMode, line_of
@@ -104,8 +105,8 @@ def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
 
 
 def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:
-    stack = [(path, made) for path, made in (node.meta.get("nn_module_stack") or {}).values() if path]
-    owner, made = stack[-1] if stack else ("", nn.Module)
+    owner, made = (module_path(node) or [("", "Module")])[-1]
+    made = made.rpartition(".")[2]
     who = f"{owner or 'the network'!r}, at {line_of(node)},"
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     module = None if isinstance(module, FollowsMode) else module
@@ -122,11 +123,17 @@ def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:
             f"layer {str(node.target)!r}: {name} has no quantized form here (conv2d, linear and convtranspose2d have); "
             f"write it as one of those, {leave.replace(repr(owner), repr(str(node.target)))}"
         )
-    if (name == "batchnorm" and module is None) or ("BatchNorm" in made.__name__ and module is None):
+    if (name == "batchnorm" and module is None) or ("BatchNorm" in made and module is None):
         raise QuantizeError(
-            f"{who} normalises by a function ({made.__name__}), which can be neither folded nor kept with its layer: "
+            f"{who} normalises by a function ({made}), which can be neither folded nor kept with its layer: "
             f"make it an nn.BatchNorm2d with the same statistics"
         )
+
+
+def module_path(node: fx.Node) -> list[tuple[str, str]]:
+    """Return (dotted path, name of the class) of the modules whose ``forward`` made ``node``, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(path, kind if isinstance(kind, str) else torch.typename(kind)) for path, kind in stack.values() if path]
 
 
 def _unknown_weights(module: nn.Module | None, name: str) -> bool:

@@ -19,8 +19,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from hq_lib.graph.blocks import module_path
-from hq_lib.graph.ops import kinds, nonnegative
+from hq_lib.graph.ops import kinds, module_path, nonnegative
 from hq_lib.graph.spec import QuantizeError, Spec
 
 LAYER_TYPES = ("first", "last", "depthwise", "linear")

@@ -1,24 +1,28 @@
 """``quantize``: one pass that turns any traced CNN into its quantized graph."""
 
+import importlib
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear, make_plain_
 from hq_lib.graph.modes import eval_mode
-from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
+from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, module_path, op_name
 from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.report import hidden_weights
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec, make_quantizer
 from hq_lib.graph.tracing import Example, LeafModules, propagate, unwrap
 from hq_lib.quantizers import Quantizer
+from hq_lib.quantizers.base import as_bytes
 
 _FORMS: dict[str, type[QuantizedWeight]] = {
     "conv2d": QuantConv2d,
@@ -30,13 +34,20 @@ _FORMS: dict[str, type[QuantizedWeight]] = {
 class QuantizedNet(fx.GraphModule):
     """A quantized network as a graph. Its state dict carries its bits, and refuses a state with other bits.
 
-    What the policy became is in ``meta``: "policy", "sites" (tuple of ``Site``), "weights" and "acts" (name -> Spec).
+    What it was made of is in ``meta``: "network" (its class), how it was traced ("traced_training",
+    "leaf_modules", "on_refusal"), "policy", "sites" (tuple of ``Site``), "weights" and "acts" (name -> Spec).
+    It can be copied and pickled.
     """
 
     @property
     def policy(self) -> BitPolicy:
         """The policy that made this network."""
         return self.meta["policy"]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the file says that this network was loaded from (see ``graph.save``); {} where there was none."""
+        return self.meta.get("record", {})
 
     def bits_record(self) -> dict[str, str]:
         """Return "weight <layer>" and "act <tensor>" -> spec as text: what a saved state must agree with."""
@@ -45,8 +56,7 @@ class QuantizedNet(fx.GraphModule):
 
     def get_extra_state(self) -> Tensor:
         """Return ``bits_record`` as UTF-8 bytes in a uint8 tensor, which every checkpoint format can hold."""
-        text = json.dumps(self.bits_record(), sort_keys=True)
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return as_bytes(json.dumps(self.bits_record(), sort_keys=True))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Check a loaded record against this network's; ``PolicyError`` names the first tensors that differ."""
@@ -60,6 +70,72 @@ class QuantizedNet(fx.GraphModule):
                 f"the state was saved under another policy ({'; '.join(pairs)}{more}): "
                 f"quantize the float net with the policy it was saved with, then load"
             )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the ``state_dict()`` of a network made alike: same policy, same steps of PTQ.
+
+        Raises:
+            PolicyError: the state was saved under other bits, holds quantizers of another kind, or has other keys, as
+                         another ``bn`` mode or ``ptq`` makes them; names the first tensors that differ.
+        """
+        if (record := state_dict.get("_extra_state")) is not None:
+            self.set_extra_state(record)  # only compares the bits: they say more than the keys below
+        ours = self.state_dict().keys()
+        if strict and (apart := ours ^ state_dict.keys()):
+            raise PolicyError(
+                f"the state is of another network, another policy.bn or placement, or of quantizers that ptq has "
+                f"replaced: {min(apart)!r} and {len(apart) - 1} more keys are in one of the two only; load it into a "
+                f"network made alike, or save the network itself by graph.save"
+            )
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except ValueError as error:
+            raise error if isinstance(error, PolicyError) else PolicyError(str(error)) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the graph as it is: fx would trace its code anew, and lose names and shapes."""
+        body = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code", "_tracer_cls")}
+        nodes = [
+            (n.op, _place(n.target), fx.map_arg(n.args, _named), fx.map_arg(n.kwargs, _named), n.name, _plain_meta(n))
+            for n in self.graph.nodes
+        ]
+        return _unpickled, (body, nodes, type(self).__name__)
+
+
+class _Named(str):
+    """The name of a node, in place of the node, while a graph is pickled."""
+
+    __slots__ = ()
+
+
+def _place(target: Any) -> Any:
+    """Return where a function is found; some of torch's are local to the function that made them, for pickle."""
+    place = getattr(target, "__module__", None), getattr(target, "__name__", None)
+    return place if getattr(sys.modules.get(place[0] or ""), place[1] or "", None) is target else target
+
+
+def _named(node: fx.Node) -> Any:
+    return _Named(node.name)
+
+
+def _plain_meta(node: fx.Node) -> dict[str, Any]:
+    """Return the meta that this library reads; classes by name, so that a notebook's own need not be importable."""
+    known = {key: node.meta[key] for key in ("shape", "dtype", "value", "line") if key in node.meta}
+    return known | {"nn_module_stack": {path: (path, name) for path, name in module_path(node)}}
+
+
+def _unpickled(body: dict[str, Any], nodes: list[tuple[Any, ...]], class_name: str) -> QuantizedNet:
+    root, graph = nn.Module(), fx.Graph()
+    root.__dict__.update(body)
+    made: dict[str, fx.Node] = {}
+    for op, target, args, kwargs, name, meta in nodes:
+        args, kwargs = (
+            map_aggregate(part, lambda v: made[v] if isinstance(v, _Named) else v) for part in (args, kwargs)
+        )
+        target = getattr(importlib.import_module(target[0]), target[1]) if isinstance(target, tuple) else target
+        made[name] = graph.create_node(op, target, args, kwargs, name=name)  # type: ignore[arg-type]
+        made[name].meta = meta
+    return _with_graph(root, graph, class_name, body["meta"])
 
 
 def quantize(
@@ -94,6 +170,25 @@ def quantize(
         TypeError:                    ``net`` is no network, or ``policy`` no ``BitPolicy``.
     """
     net = unwrap(net)
+    qnet = unfitted(net, policy, example, leaf_modules=leaf_modules, on_refusal=on_refusal)
+    for layer in qnet.modules():
+        if isinstance(layer, QuantizedWeight) and isinstance(layer.weight_quantizer, Quantizer):
+            layer.weight_quantizer.init_from(layer.weight)
+    if (hidden := hidden_weights(qnet)) and not leaf_modules and not policy.weight.is_float:
+        readers = {op_name(user, qnet) for user in _readers(qnet, hidden)}
+        warnings.warn(
+            f"{len(hidden)} weights ({sum(w.numel() for w in hidden.values())} numbers, first {next(iter(hidden))!r}) "
+            f"stay in float, read by {', '.join(sorted(readers)) or 'no layer'}: policy.report(qnet) counts them",
+            stacklevel=2,
+        )
+    return qnet
+
+
+def unfitted(
+    net: nn.Module, policy: BitPolicy, example: Example, *, leaf_modules: LeafModules = (),
+    on_refusal: Literal["raise", "keep"] = "raise",
+) -> QuantizedNet:  # fmt: skip
+    """As ``quantize``, with weight quantizers that are not fitted yet: what ``graph.load`` fills."""
     if not isinstance(policy, BitPolicy):
         raise TypeError(f"policy is {policy!r:.60}: give a BitPolicy, BitPolicy(weight='lsq:4', act='lsq:4') say")
     _refuse_quantized(net)
@@ -110,15 +205,14 @@ def quantize(
     share_bits(sites, acts)
     _replace_layers(gm, weights)
     _insert_quantizers(gm, sites, acts)
-    qnet = _finished(gm, policy=policy, sites=tuple(sites), weights=weights, acts=acts)
-    if (hidden := hidden_weights(qnet)) and not leaf_modules and not policy.weight.is_float:
-        readers = {op_name(user, qnet) for user in _readers(qnet, hidden)}
-        warnings.warn(
-            f"{len(hidden)} weights ({sum(w.numel() for w in hidden.values())} numbers, first {next(iter(hidden))!r}) "
-            f"stay in float, read by {', '.join(sorted(readers)) or 'no layer'}: policy.report(qnet) counts them",
-            stacklevel=2,
-        )
-    return qnet
+    kept = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
+    classes = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
+    kept += [name for name, module in net.named_modules() if isinstance(module, classes)]
+    made = {
+        "policy": policy, "sites": tuple(sites), "weights": weights, "acts": acts, "network": type(net).__name__,
+        "traced_training": net.training, "leaf_modules": kept, "on_refusal": on_refusal,
+    }  # fmt: skip
+    return _with_graph(gm, gm.graph, f"Quantized{type(net).__name__}", {**gm.meta, **made})
 
 
 def _readers(gm: fx.GraphModule, names: Iterable[str]) -> list[fx.Node]:
@@ -139,16 +233,16 @@ def _replace_layers(gm: fx.GraphModule, weights: Mapping[str, Spec]) -> None:
     for name, spec in weights.items():
         layer = gm.get_submodule(name)
         key = f"policy, weight of {name!r}"
-        quantizer = make_quantizer(spec, "weight", key, **_weight_axis(layer))
+        quantizer = make_quantizer(spec, "weight", key, **weight_axis(layer))
         quantized = forms[name].from_float(layer)
         if quantizer is not None:
             quantizer.owner = name
-            quantizer.to(quantized.weight.device).train(layer.training).init_from(quantized.weight)
+            quantizer.to(quantized.weight.device).train(layer.training)
         quantized.weight_quantizer = quantizer
         _set_submodule(gm, name, quantized)
 
 
-def _weight_axis(layer: nn.Module) -> dict[str, Any]:
+def weight_axis(layer: nn.Module) -> dict[str, Any]:
     """Return the option that puts per-channel scales of a transposed convolution on its output channels."""
     if not isinstance(layer, nn.ConvTranspose2d):
         return {}
@@ -180,11 +274,10 @@ def _insert_quantizers(gm: fx.GraphModule, sites: list[Site], acts: Mapping[str,
         inserted.meta = {key: node.meta[key] for key in ("nn_module_stack", "shape", "dtype") if key in node.meta}
 
 
-def _finished(gm: fx.GraphModule, **meta: Any) -> QuantizedNet:
-    gm.graph.lint()
-    modes = {name: module.training for name, module in gm.named_modules()}
-    qnet = QuantizedNet(gm, gm.graph, class_name=f"Quantized{type(gm).__name__}")
-    for name, module in qnet.named_modules():
-        module.training = modes[name]
-    qnet.meta = {**gm.meta, **meta}
+def _with_graph(root: nn.Module, graph: fx.Graph, class_name: str, meta: dict[str, Any]) -> QuantizedNet:
+    graph.lint()
+    qnet = QuantizedNet(root, graph, class_name=class_name)
+    for name, module in qnet.named_modules():  # fx makes the folders between layers anew, in train mode
+        module.training = root.get_submodule(name).training
+    qnet.meta = meta
     return qnet

@@ -51,9 +51,9 @@ class Spec:
         return f"{self.method}:{self.bits}{options}"
 
     def to_plain(self) -> "str | dict[str, Any]":
-        """Return the spec as plain data: ``"lsq:4"``, or a dict where it has options."""
+        """Return the spec as plain data: ``"lsq:4"`` (``"lsq:32"`` in float), or a dict where it has options."""
         if not self.options:
-            return "float" if self.is_float else f"{self.method}:{self.bits}"
+            return f"{self.method}:{self.bits}"
         return {"method": self.method, "bits": self.bits, **self.options}
 
 

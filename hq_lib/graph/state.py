@@ -1,6 +1,6 @@
 """What is done to a quantized network as a whole: fitting its grids, bypassing them, ending batch-norm updates."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from hq_lib.data import ImageSet
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
-from hq_lib.graph.spec import PolicyError, QuantizeError
+from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import NodeWatcher, eval_mode
 
 BUDGET_MIB = 1024
@@ -158,21 +158,3 @@ def _collect(qnet: fx.GraphModule, images: list[Tensor], targets: list[str]) -> 
     for batch in images:
         NodeWatcher(qnet, look).run(batch.to(device))
     return seen
-
-
-def load_state(qnet: fx.GraphModule, state: Mapping[str, Any]) -> None:
-    """Load ``state`` (of ``qnet.state_dict()``) into ``qnet``, strictly.
-
-    Raises:
-        PolicyError: the state was saved under other bits, or has other keys, as another ``bn`` mode or ``ptq`` makes
-                     them; names the first tensors that differ.
-    """
-    if (record := state.get("_extra_state")) is not None:
-        qnet.set_extra_state(record)  # only compares the bits: they say more than the keys below
-    ours = qnet.state_dict().keys()
-    if apart := [*(key for key in ours if key not in state), *(key for key in state if key not in ours)]:
-        raise PolicyError(
-            f"the state is of another network, another policy.bn or placement, or of quantizers that ptq has replaced: "
-            f"{apart[0]!r} and {len(apart) - 1} more keys are in one of the two only; load it into a network made alike"
-        )
-    qnet.load_state_dict(dict(state))

@@ -147,15 +147,15 @@ class _Tracer(fx.Tracer):
 
     def __init__(
         self,
-        leaf_modules: LeafModules,
-        modules: Mapping[str, nn.Module],
-        fixed: Mapping[str, Any],
-        more: Sequence[type[nn.Module]],
-    ):
+        leaf_modules: LeafModules = (),
+        modules: Mapping[str, nn.Module] | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        more: Sequence[type[nn.Module]] = (),
+    ) -> None:  # all optional: fx makes one without arguments where it unpickles a graph
         vision: Any = sys.modules.get("torchvision.ops")  # its own modules wrap this function, a user's do not
         super().__init__(autowrap_functions=(vision.stochastic_depth,) if vision else ())
         self._autowrap_search += [vision] if vision else []
-        self.fixed, self.more = fixed, tuple(more)
+        modules, self.fixed, self.more = modules or {}, fixed or {}, tuple(more)
         names = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
         _check_known(names, modules, "module")
         self.leaves = [modules[name] for name in names]

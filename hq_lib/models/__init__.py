@@ -4,7 +4,14 @@
 >>> net = models.build("resnet20", option="B")
 """
 
-from hq_lib.models.checkpoints import build_recorded, load_checkpoint, read_checkpoint, rounded_to, save_checkpoint
+from hq_lib.models.checkpoints import (
+    build_recorded,
+    load_checkpoint,
+    read_checkpoint,
+    rounded_to,
+    save_checkpoint,
+    write_checkpoint,
+)
 from hq_lib.models.counting import count_macs, count_madds_thop, count_parameters
 from hq_lib.models.public import IMAGENET_MEAN_STD, CheckpointError, load_public, resnet20_akamaster
 from hq_lib.models.zoo import build, imagenet_names, names
@@ -25,4 +32,5 @@ __all__ = [
     "resnet20_akamaster",
     "rounded_to",
     "save_checkpoint",
+    "write_checkpoint",
 ]

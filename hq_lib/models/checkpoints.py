@@ -1,8 +1,9 @@
-"""The project's own weights on disk: safetensors, which hold tensors only, beside a run record."""
+"""The project's own files of weights: safetensors, which hold tensors only, with the run record and a hash inside."""
 
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from hq_lib.models.zoo import build
 from hq_lib.results import atomic
 
 REQUIRED = ("model", "options", "dataset", "n_classes", "in_channels")
+_RECORD = "hq_record"
+"""Key of the file's metadata: 64 hexadecimal digits of SHA-256, then the record as JSON."""
 
 
-def save_checkpoint(path: Path, net: nn.Module, record: Mapping[str, Any], *, dtype: torch.dtype | None = None) -> None:
-    """Writes the network's state to ``path`` (.safetensors) and its run record to the same name with .json.
+def save_checkpoint(
+    path: str | os.PathLike, net: nn.Module, record: Mapping[str, Any], *, dtype: torch.dtype | None = None
+) -> None:
+    """Writes the float network's state and its run record to ``path``.
 
     Args:
         path:   ends in ``.safetensors``.
@@ -31,14 +36,37 @@ def save_checkpoint(path: Path, net: nn.Module, record: Mapping[str, Any], *, dt
     """
     missing = [key for key in REQUIRED if key not in record]
     if missing:
-        raise CheckpointError(f"the record of {path.name} lacks {', '.join(missing)}")
-    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+        raise CheckpointError(f"the record of {Path(path).name} lacks {', '.join(missing)}")
+    state = net.state_dict()
     if dtype is not None:
         state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    weights = safetensors.torch.save(state)
-    atomic.write_bytes(path, weights)
-    full = {**record, "sha256": hashlib.sha256(weights).hexdigest()}  # ties the two files together
-    atomic.write_text(path.with_suffix(".json"), json.dumps(full, indent=1) + "\n")
+    write_checkpoint(path, state, {key: value for key, value in record.items() if key != "sha256"})
+
+
+def write_checkpoint(path: str | os.PathLike, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Writes tensors, a record of plain data and the SHA-256 of both to ``path`` (.safetensors), whole or not at all.
+
+    Raises ``CheckpointError`` for another ending, a tensor that is none, or a record that is no plain data.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path.name}: the file's name has to end in .safetensors")
+    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{path.name}: {odd[0]!r} of the state is a {type(state[odd[0]]).__name__}, no tensor")
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    try:
+        text = json.dumps(dict(record), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.name}: its record has to be plain data that JSON holds: {error}") from error
+    atomic.write_bytes(path, safetensors.torch.save(plain, {_RECORD: _digest(text, plain) + text}))
+
+
+def _digest(text: str, state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for key in sorted(state):
+        digest.update(f"{key} {state[key].dtype} {tuple(state[key].shape)}".encode())
+        digest.update(state[key].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def rounded_to(net: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -55,38 +83,52 @@ def rounded_to(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     return rounded
 
 
-def load_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(network in eval mode, run record) of a checkpoint written by ``save_checkpoint``.
+def load_checkpoint(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]:
+    """(float network in eval mode, run record) of a checkpoint written by ``save_checkpoint``.
 
-    Raises ``CheckpointError`` where a file is missing or damaged, or the weights are those of another network.
+    Raises ``CheckpointError`` where the file is missing or damaged, of a quantized network, or the weights are those of
+    another network.
     """
+    path = Path(path)
     state, record = read_checkpoint(path)
+    if "policy" in record:
+        raise CheckpointError(f"{path.name} holds a quantized network ({record.get('form')}): graph.load opens it")
+    if absent := [key for key in REQUIRED if key not in record]:
+        raise CheckpointError(f"the record of {path.name} lacks {', '.join(absent)}: no network can be built from it")
     net = build_recorded(record)
     load_state(net, state, source=path.name)
     return net.eval(), record
 
 
 def build_recorded(record: Mapping[str, Any]) -> nn.Module:
-    """The untrained float network that a run record speaks of."""
-    sizes = {"n_classes": record["n_classes"], "in_channels": record["in_channels"]}
-    return build(record["model"], **sizes, **record["options"])
+    """The untrained float network that a run record speaks of; ``CheckpointError`` where there is none of that name."""
+    sizes = {"n_classes": record.get("n_classes"), "in_channels": record.get("in_channels")}
+    try:
+        return build(record["model"], **sizes, **record.get("options") or {})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"the network of the record cannot be built: {error}") from error
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state, run record) of a checkpoint, certain to belong together; ``CheckpointError`` as ``load_checkpoint``."""
-    record_path = path.with_suffix(".json")
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, record) of a file written by ``write_checkpoint``, float or quantized, certain to be what was written.
+
+    The record's ``sha256`` is that of the content; files shipped before the record was inside keep that of their first
+    form, by which rows know them.
+
+    Raises ``CheckpointError`` naming a file that is missing, damaged, or of another kind.
+    """
+    path = Path(path)
     try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        absent = [key for key in (*REQUIRED, "sha256") if key not in record]
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{record_path} is missing or not JSON: restore it from the repository") from error
-    if absent:
-        raise CheckpointError(f"{record_path} lacks {', '.join(absent)}: it is no run record")
-    try:
-        weights = path.read_bytes()
-        state = safetensors.torch.load(weights)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}): restore it from the repository") from error
-    if hashlib.sha256(weights).hexdigest() != record["sha256"]:
-        raise CheckpointError(f"{path.name} and {record_path.name} are of different runs: restore both, or ship again")
-    return state, record
+        raw = path.read_bytes()
+        state = safetensors.torch.load(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path} is missing, damaged or no safetensors file ({error}): write it again") from error
+    found = header.get("__metadata__", {}).get(_RECORD)
+    if found is None:
+        raise CheckpointError(f"{path.name} holds tensors without a record of how to build their network: build the "
+                              "net, then net.load_state_dict(safetensors.torch.load_file(path))")  # fmt: skip
+    digest, text = found[:64], found[64:]
+    if digest != _digest(text, state):
+        raise CheckpointError(f"{path.name} is damaged: its content does not match its SHA-256; write it again")
+    return state, {"sha256": digest, **json.loads(text)}

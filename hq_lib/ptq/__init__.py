@@ -6,22 +6,21 @@
     ptq.reconstruct(qnet, images, ptq.qdrop(iterations=500), folder=run_folder, progress=print)
     integer.lower(qnet, images=spec)                          # the image, float in this policy, on 8 bits
 
-``ranges`` method name -> grids; ``rounding`` AdaRound's quantizer; ``config`` every switch, and AdaRound, BRECQ and
+``ranges`` method name -> grids; ``rounding`` AdaRound put in place; ``config`` every switch, and AdaRound, BRECQ and
 QDrop as settings of it; ``reconstruction`` the loop; ``units`` its regions; ``cache`` its activations inside a memory
 budget; ``dropping`` QDrop's masks; ``fisher`` BRECQ's weights of the loss; ``progress`` reports and the files of a run;
 ``allocation`` ACIQ's bits per channel and its correction of moments; ``errors`` how the error grows block by block.
 """
 
-from hq_lib.ptq.allocation import CorrectedWeight, correct_moments, fit_allocated
+from hq_lib.ptq.allocation import correct_moments, fit_allocated
 from hq_lib.ptq.config import ReconstructionConfig, adaround, brecq, qdrop
 from hq_lib.ptq.errors import BlockError, block_errors
 from hq_lib.ptq.progress import ReconstructionError, UnitReport
 from hq_lib.ptq.ranges import find_grid, fit_acts, fit_weights
 from hq_lib.ptq.reconstruction import reconstruct
-from hq_lib.ptq.rounding import AdaRound, GridWeight
 
 __all__ = [
-    "AdaRound", "BlockError", "CorrectedWeight", "GridWeight", "ReconstructionConfig", "ReconstructionError",
+    "BlockError", "ReconstructionConfig", "ReconstructionError",
     "UnitReport", "adaround", "block_errors", "brecq", "correct_moments", "find_grid", "fit_acts", "fit_allocated",
     "fit_weights", "qdrop", "reconstruct",
 ]  # fmt: skip

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from hq_lib.graph import QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
-from hq_lib.ptq.rounding import GridWeight, take_place
-from hq_lib.quantizers import Grid, Quantizer, aciq
+from hq_lib.ptq.rounding import take_place
+from hq_lib.quantizers import FixedGrid, FrozenWeight, Grid, Quantizer, aciq
 from hq_lib.quantizers.observers.ranges import MIN_SCALE, minmax_range, rows
 
 EDGE = 0.499
@@ -54,7 +54,7 @@ def fit_allocated(qnet: fx.GraphModule, *, spread: Literal["sigma", "range"] = "
         values = rows(w, 0)
         bits = aciq.allocate_bits(values.std(1) if spread == "sigma" else values.amax(1) - values.amin(1), old.bits,
                                   quota="mean")  # fmt: skip
-        take_place(layer, GridWeight(channel_grid(w, bits), bits=old.bits, axis=0))
+        take_place(layer, FixedGrid(channel_grid(w, bits), bits=old.bits, axis=0))
         found[name] = bits
     return found
 
@@ -76,31 +76,13 @@ def channel_grid(w: Tensor, bits: Tensor) -> Grid:
     return Grid(scale.float().reshape(shape), zero_point.float().reshape(shape), 0, widest)
 
 
-class CorrectedWeight(GridWeight):
-    """A weight whose integers are given and whose scales have been stretched since; it belongs to one tensor."""
-
-    method = "corrected"
-    x_int: Tensor
-
-    def __init__(self, x_int: Tensor, grid: Grid, *, bits: int, axis: int | None = 0) -> None:
-        """``x_int``: (*shape), integers on ``grid``."""
-        super().__init__(grid, bits=bits, axis=axis)
-        self.register_buffer("x_int", x_int.to(torch.int32))
-
-    def _quantize(self, x: Tensor) -> Tensor:
-        return (self.scale * (self.x_int - self.zero_point)).to(x.dtype)
-
-    def _to_int(self, x: Tensor) -> Tensor:
-        return self.x_int
-
-
 @torch.no_grad()
 def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Correction]:
     """Restore mean and norm of each output channel's weights by scale and bias alone, in place; return what was done.
 
     gain * w_hat + offset (``aciq.bias_correction``): the gain goes into the channel's scale, the offset times the mean
     window sum of the layer's (quantized) input goes into its bias, layer after layer in one pass, each behind the
-    corrected ones before it. The integers stay, so it survives ``integer.lower``.
+    corrected ones before it. The integers stay, as a ``FrozenWeight``, so it survives ``integer.lower``.
 
     Args:
         qnet:   from ``graph.quantize`` (batch norms folded), grids fitted; its quantizers as they are switched.
@@ -143,6 +125,6 @@ def _correct(layer: QuantizedWeight, x: Tensor) -> aciq.Correction:
         correction, scale=grid.scale.flatten(), bias=layer.bias, window_sum=aciq.window_sum_mean(x, layer)
     )
     shape = (-1, *[1] * (w.dim() - 1))
-    take_place(layer, CorrectedWeight(x_int, grid._replace(scale=scale.reshape(shape)), bits=old.bits, axis=0))
+    take_place(layer, FrozenWeight(x_int, grid._replace(scale=scale.reshape(shape)), bits=old.bits, axis=0))
     layer.bias = nn.Parameter(bias)
     return correction

@@ -8,7 +8,7 @@
                  among them the table's error is within 2 % of the least)
     aciq_official  the same as published: spread of the rectified values, the table's constants at every width
 
-Weights get a grid of their own per output channel (``GridWeight``), activations keep their quantizer and get its scale.
+Weights get a grid of their own per output channel (``FixedGrid``), activations keep their quantizer and get its scale.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
-from hq_lib.ptq.rounding import ON_GRID, GridWeight, take_place
-from hq_lib.quantizers import LSQ, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
+from hq_lib.ptq.rounding import ON_GRID, take_place
+from hq_lib.quantizers import LSQ, FixedGrid, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
 from hq_lib.quantizers.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
 from hq_lib.quantizers.observers.ranges import QParams, Scheme
 
@@ -82,7 +82,7 @@ def fit_weights(
     scheme: Scheme = "affine",
     only: Callable[[torch.nn.Module], bool] | None = None,
 ) -> None:
-    """Give each quantized weight of ``qnet`` the grid that ``method`` chooses; its quantizer becomes a ``GridWeight``.
+    """Give each quantized weight of ``qnet`` the grid that ``method`` chooses; its quantizer becomes a ``FixedGrid``.
 
     Args:
         qnet:   from ``graph.quantize``; changed in place. Axes and bits are those of its policy.
@@ -110,7 +110,7 @@ def fit_weights(
         except ValueError as error:
             raise QuantizeError(f"weight of layer {name!r}: {error}") from error
         found = found if old.axis is None else found.broadcast(w.dim(), old.axis)
-        take_place(layer, GridWeight(Grid(*found), bits=old.bits, axis=old.axis))
+        take_place(layer, FixedGrid(Grid(*found), bits=old.bits, axis=old.axis))
 
 
 def fit_acts(

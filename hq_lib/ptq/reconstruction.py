@@ -25,8 +25,9 @@ from hq_lib.ptq.config import ReconstructionConfig
 from hq_lib.ptq.dropping import drop, dropping
 from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
-from hq_lib.ptq.rounding import AdaRound, install
+from hq_lib.ptq.rounding import install
 from hq_lib.ptq.units import Unit, chain, cut, switched, units
+from hq_lib.quantizers import AdaRound
 
 Progress = Callable[[UnitReport], None]
 _CHECK_EVERY = 100

@@ -31,7 +31,7 @@ class Quantizer(nn.Module):
     A weight quantizer fits itself on its first use. An activation quantizer fits itself on its first *training* batch
     and raises RuntimeError when it is evaluated before that. NaN and Inf raise ValueError in every fit; later, forward
     propagates NaN and clips Inf (a grid that follows its tensor becomes NaN or Inf with it). The state dict remembers
-    the fit and refuses other bits.
+    the fit and refuses another kind of quantizer, other bits or another sign.
     """
 
     method: ClassVar[str] = ""
@@ -39,7 +39,7 @@ class Quantizer(nn.Module):
     tags: ClassVar[dict[str, Tag]] = {}
     """Parameter name to optimiser treatment; every learned parameter has one."""
     initialised: Tensor
-    spec: Tensor
+    spec: Tensor  # what it is, as text: two kinds may share all their other keys
 
     def __init__(self, bits: int, *, signed: bool, axis: int | None, role: Role) -> None:
         """Remember ``bits`` (1 to 16), ``signed`` (the data has negative values), ``axis`` (None per tensor, else the
@@ -54,7 +54,7 @@ class Quantizer(nn.Module):
         """The layer or activation it belongs to, for messages; ``graph.quantize`` sets it."""
         self._ready = False
         self.register_buffer("initialised", torch.tensor(False))
-        self.register_buffer("spec", torch.tensor([bits, int(signed)]))
+        self.register_buffer("spec", as_bytes(f"{type(self).__name__} of {bits} bits, signed={signed}"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid: (*shape), real units, ``x``'s dtype; the gradient is the method's own."""
@@ -125,9 +125,10 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         theirs = state_dict.get(prefix + "spec")
         if theirs is not None and theirs.tolist() != self.spec.tolist():
+            said = bytes(theirs.tolist()).decode() if theirs.dtype == torch.uint8 else "quantizer of an older version"
             raise ValueError(
-                f"{prefix}: the state holds a quantizer of {theirs[0]} bits, signed={bool(theirs[1])}, "
-                f"this one is {self}; build the net with the policy it was trained with"
+                f"{prefix}: the state holds a {said}, this one is a {bytes(self.spec.tolist()).decode()}: their equal "
+                f"keys mean other things. Make the net as the saved one was made, or use graph.save and graph.load"
             )
         for name, own in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
             saved = state_dict.get(prefix + name)
@@ -148,6 +149,11 @@ def _first_fit(quantizer: Quantizer, x: Tensor) -> None:
             f"call init_from(batch), before evaluating"
         )
     quantizer.init_from(x)
+
+
+def as_bytes(text: str) -> Tensor:
+    """Return ``text`` as UTF-8 in a uint8 tensor, which every state dict and file format can hold."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def positive(value: Tensor, *, floor: float) -> Tensor:

@@ -1,6 +1,5 @@
 """The shipped networks with their images: what nearly every study measures on."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,5 +83,5 @@ def net_switch(name: str, *, seed: int = 0) -> dict[str, str]:
     path = shipped(name, seed=seed)
     if path is None:
         return {}
-    sha = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"][:8]
+    sha = models.read_checkpoint(path)[1]["sha256"][:8]
     return {} if sha in FIRST else {"net": sha}

@@ -18,7 +18,6 @@ from hq_lib.graph import (
     act_quantizers,
     calibrate,
     kinds,
-    load_state,
     op_name,
     quantize,
     weight_layers,
@@ -173,7 +172,7 @@ def test_copies_and_checkpoints(tmp_path):
     assert qnet.stem.weight.abs().sum() > 0
     torch.save(qnet.state_dict(), tmp_path / "state.pt")
     fresh = quantize(net, qnet.policy, x)
-    load_state(fresh, torch.load(tmp_path / "state.pt", weights_only=True))
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(fresh(x), qnet(x))
 
 
@@ -182,7 +181,7 @@ def test_a_state_of_another_policy_is_refused_by_tensor():
     state = quantize(net, BitPolicy("lsq:4", "lsq:4"), x).state_dict()
     other = quantize(net, BitPolicy("lsq:4", "lsq:4", overrides={"blocks.1.project": {"weight": "lsq:3"}}), x)
     with pytest.raises(PolicyError, match=r"another policy \(weight blocks\.1\.project: saved lsq:4, here lsq:3\)"):
-        load_state(other, state)
+        other.load_state_dict(state)
     with pytest.raises(PolicyError, match=r"and \d+ more"):
         quantize(net, FLOAT, x).load_state_dict(state)
 
@@ -191,19 +190,19 @@ def test_a_state_of_other_batch_norms_or_of_rounded_weights_is_refused_in_words(
     net, x = trained_like(Tiny()), images()
     made_so = [quantize(net, BitPolicy("minmax:4", "minmax:4", bn=bn), x) for bn in ("fold", "keep")]
     with pytest.raises(PolicyError, match=r"policy\.bn.*keys are in one of the two only"):
-        load_state(made_so[0], made_so[1].state_dict())
+        made_so[0].load_state_dict(made_so[1].state_dict())
     rounded = copy.deepcopy(made_so[0])
     ptq.fit_acts(rounded, x)
     ptq.reconstruct(rounded, x, ptq.adaround(iterations=0, n_images=None))
     with pytest.raises(PolicyError, match="quantizers that ptq has replaced"):
-        load_state(made_so[0], rounded.state_dict())
+        made_so[0].load_state_dict(rounded.state_dict())
 
 
 def test_the_same_bits_said_in_other_words_are_the_same_policy_to_a_state():
     net, x = trained_like(Tiny()), images()
     state = quantize(net, BitPolicy("lsq:4", "lsq:8"), x).state_dict()
     overrides = {"*": {"act": "lsq:8"}, "input": {"act": "minmax:8"}}
-    load_state(quantize(net, BitPolicy("lsq:4", "lsq:4", overrides=overrides), x), state)
+    quantize(net, BitPolicy("lsq:4", "lsq:4", overrides=overrides), x).load_state_dict(state)
 
 
 def test_quantizing_twice_is_refused():
@@ -283,7 +282,7 @@ def test_states_fit_safetensors(tmp_path):
     qnet = made(net, BitPolicy("lsq:4", "lsq:4"), x)
     save_file(qnet.state_dict(), tmp_path / "state.safetensors")
     fresh = quantize(net, qnet.policy, x)
-    load_state(fresh, load_file(tmp_path / "state.safetensors"))
+    fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert torch.equal(fresh(x), qnet(x))
 
 

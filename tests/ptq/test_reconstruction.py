@@ -13,6 +13,7 @@ from hq_lib.ptq.cache import Stream, UnitCache
 from hq_lib.ptq.dropping import drop, dropping, keep_mask
 from hq_lib.ptq.reconstruction import batch_indices
 from hq_lib.ptq.units import chain, cut, units
+from hq_lib.quantizers import AdaRound
 
 N = 32
 SMALL = ptq.ReconstructionConfig(iterations=30, batch_size=8, n_images=N, rounding_lr=5e-2, keep_probability=1.0)
@@ -110,7 +111,7 @@ def test_every_method_lowers_the_error_of_the_logits(passes):
     before = (qnet(x) - target).square().mean()
     reports = ptq.reconstruct(qnet, x, passes(iterations=100, batch_size=8, n_images=N, rounding_lr=5e-2))
     assert (qnet(x) - target).square().mean() < before
-    assert all(isinstance(layer.weight_quantizer, ptq.AdaRound) for layer in weight_layers(qnet).values())
+    assert all(isinstance(layer.weight_quantizer, AdaRound) for layer in weight_layers(qnet).values())
     assert {report.cache for report in reports} == {"float32"}
 
 

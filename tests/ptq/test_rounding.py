@@ -6,8 +6,8 @@ from graph_nets import Tiny, images, trained_like
 
 from hq_lib import ptq
 from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, weight_layers
-from hq_lib.ptq.rounding import logits_of, rectified_sigmoid, rounding_penalty
-from hq_lib.quantizers import Grid, dequantize
+from hq_lib.quantizers import AdaRound, FixedGrid, Grid, dequantize
+from hq_lib.quantizers.fixed import logits_of, rectified_sigmoid, rounding_penalty
 from hq_lib.quantizers.observers import lp_search
 
 WEIGHT = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -19,7 +19,7 @@ def between(low, high):
 
 
 def test_it_starts_at_the_float_weight_where_that_is_not_clipped():
-    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    q = AdaRound(WEIGHT, GRID, bits=3)
     q.soft = True
     inside = between(-3.0, 4.0)
     assert inside.float().mean() > 0.5
@@ -29,11 +29,11 @@ def test_it_starts_at_the_float_weight_where_that_is_not_clipped():
 
 
 def test_before_learning_the_hard_weight_is_rounded_to_nearest():
-    assert torch.equal(ptq.AdaRound(WEIGHT, GRID, bits=3)(WEIGHT), ptq.GridWeight(GRID, bits=3)(WEIGHT))
+    assert torch.equal(AdaRound(WEIGHT, GRID, bits=3)(WEIGHT), FixedGrid(GRID, bits=3)(WEIGHT))
 
 
 def test_hard_rounding_is_floor_or_ceil_by_the_sign_of_v():
-    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    q = AdaRound(WEIGHT, GRID, bits=3)
     up = torch.rand(WEIGHT.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     q.v.data = torch.where(up, 0.3, -0.3)
     wanted = torch.where(up, torch.floor(WEIGHT / GRID.scale) + 1, torch.floor(WEIGHT / GRID.scale)) + 3
@@ -41,7 +41,7 @@ def test_hard_rounding_is_floor_or_ceil_by_the_sign_of_v():
 
 
 def test_values_are_exactly_the_integers_on_the_named_grid():
-    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    q = AdaRound(WEIGHT, GRID, bits=3)
     x_int, grid = q.integers(WEIGHT)
     assert torch.equal(q(WEIGHT), dequantize(x_int, grid))
     q.soft = True
@@ -67,7 +67,7 @@ def test_gradient_of_the_regulariser_is_the_closed_form(beta):
 
 
 def test_the_logits_gradient_is_the_step_times_the_sigmoids_slope():
-    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    q = AdaRound(WEIGHT, GRID, bits=3)
     q.soft = True
     q(WEIGHT).sum().backward()
     inside = between(-2.9, 3.9)
@@ -81,17 +81,17 @@ def test_all_zero_weights_stay_zero_and_are_decided():
     torch.nn.init.zeros_(qnet.get_submodule("fc").weight)
     ptq.fit_weights(qnet)
     layer = weight_layers(qnet)["fc"]
-    q = ptq.AdaRound(layer.weight, layer.weight_quantizer.grid(), bits=8)
+    q = AdaRound(layer.weight, layer.weight_quantizer.grid(), bits=8)
     assert torch.equal(q(layer.weight), torch.zeros_like(layer.weight))
     assert q.undecided() == 0
 
 
 def test_another_weight_or_a_nan_is_refused():
-    q = ptq.AdaRound(WEIGHT, GRID, bits=3)
+    q = AdaRound(WEIGHT, GRID, bits=3)
     with pytest.raises(ValueError, match="made for a weight of shape"):
         q(WEIGHT[:2])
     with pytest.raises(ValueError, match="NaN or Inf"):
-        ptq.AdaRound(torch.full_like(WEIGHT, torch.nan), GRID, bits=3)
+        AdaRound(torch.full_like(WEIGHT, torch.nan), GRID, bits=3)
 
 
 def test_weight_ranges_are_the_observers_per_channel():

@@ -72,8 +72,8 @@ def test_every_executor_is_run_and_the_integers_agree(out_dir, only_toy):
 
 def test_accuracy_is_that_of_the_fake_quantized_graph(out_dir):
     job = toy_job()
-    qnet, policy = integer_files.quantized(job)
-    files = integer_files.write(job, qnet, policy)
+    qnet = integer_files.quantized(job)
+    files = integer_files.write(job, qnet)
     x = np.concatenate(list(integer_files.parts(job.test)))
     with torch.no_grad():
         want = qnet(torch.from_numpy(x).contiguous(memory_format=torch.channels_last)).numpy()
@@ -95,7 +95,7 @@ def test_points_that_are_there_are_not_run_again(out_dir, only_toy, capsys, monk
 
 def test_a_killed_run_goes_on_with_the_reference_it_kept(out_dir, monkeypatch):
     job = toy_job()
-    files = integer_files.write(job, *integer_files.quantized(job))
+    files = integer_files.write(job, integer_files.quantized(job))
     logits = executors.measure(executors.opened("numpy", files["numpy float32"]), integer_files.parts(job.test))[0]
     found = integer_export._agreement(job, "onnx float32", logits + np.eye(20, 10, dtype=np.float32), files)
     assert found == {"n_logit_mismatches": 10}  # the reference was computed, as none was kept
@@ -164,8 +164,8 @@ def test_a_network_without_a_checkpoint_is_skipped(out_dir, capsys):
 def test_resnet20_at_eight_bits_loses_little_on_real_images(out_dir, cifar10_test):
     del cifar10_test  # only whether it is there
     job = integer_files.job("resnet20", "quick", 8, 8)
-    qnet, policy = integer_files.quantized(job)
-    files = integer_files.write(job, qnet, policy)
+    qnet = integer_files.quantized(job)
+    files = integer_files.write(job, qnet)
     x = np.concatenate(list(integer_files.parts(job.test)))
     right = executors.opened("numpy", files["numpy float32"])(x).argmax(1) == job.test.labels.numpy()
     assert right.mean() > 0.88

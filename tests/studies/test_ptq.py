@@ -7,9 +7,9 @@ import pytest
 import torch
 from graph_nets import Tiny, trained_like
 
-from hq_lib import data, ptq
+from hq_lib import data
 from hq_lib.graph import weight_layers
-from hq_lib.quantizers import aciq
+from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, aciq
 from hq_lib.results import store
 from hq_lib.studies.ptq import (
     aciq_mse,
@@ -57,9 +57,7 @@ def test_every_recipe_quantizes(name, bench):
     x = ptq_recipes.calibration(bench, 40, 0)
     qnet = ptq_recipes.quantized(bench.net, x, RECIPES[name], (4, 4), iterations=2, seed=0)
     kinds = {type(layer.weight_quantizer) for layer in weight_layers(qnet).values()}
-    wanted = (
-        ptq.AdaRound if RECIPES[name].passes else ptq.CorrectedWeight if RECIPES[name].corrected else ptq.GridWeight
-    )
+    wanted = AdaRound if RECIPES[name].passes else FrozenWeight if RECIPES[name].corrected else FixedGrid
     assert kinds == {wanted}
     with torch.no_grad():
         assert torch.isfinite(qnet.eval()(x[:4])).all()

@@ -1,6 +1,5 @@
 """Quantization-aware training: recipes, runs that resume, distillation, checkpoints, what the notebook shows."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from hq_lib import models
-from hq_lib.graph import BitPolicy, calibrate, load_quantized, quantize, save_quantized
 from hq_lib.quantizers import act_quantizer
 from hq_lib.results import paths, store
 from hq_lib.studies.qat import study as qat
@@ -17,8 +15,6 @@ from hq_lib.studies.qat.figures import fig_pact_alpha
 from hq_lib.training import qat_recipe
 from hq_lib.training.distillation import distillation
 from hq_lib.training.qat_recipes import BY_BITS, METHODS
-
-SMALL_RECORD = {"model": "lenet", "options": {}, "dataset": "mnist", "n_classes": 10, "in_channels": 1}
 
 
 @pytest.fixture
@@ -79,37 +75,6 @@ def test_distillation_leaves_the_teacher_alone(lenet):
     assert student.grad is not None
     with pytest.raises(ValueError, match="share"):
         distillation(lenet, 1.5, 0.0)
-
-
-def save(tmp_path, lenet, policy):
-    qnet = quantize(lenet, policy, images(1))
-    calibrate(qnet, images())
-    path = tmp_path / "lenet_lsq_w4a4_s0.safetensors"
-    save_quantized(path, qnet, policy, {**SMALL_RECORD, "in_shape": [1, 28, 28]})
-    return path, qnet.eval()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_quantized_checkpoint_gives_the_same_network_back(tmp_path, lenet, method):
-    policy = dataclasses.replace(qat_recipe(method, 3, 3, "full").policy, overrides={"fc*": {"weight": 5}})
-    path, qnet = save(tmp_path, lenet, policy)
-    again, record = load_quantized(path)
-    assert torch.equal(again(images(4, seed=5)), qnet(images(4, seed=5)))
-    assert BitPolicy.from_dict(record["policy"]) == policy
-
-
-def test_damaged_and_foreign_quantized_checkpoints_are_refused(tmp_path, lenet):
-    path, _ = save(tmp_path, lenet, BitPolicy("lsq:4", "lsq:4"))
-    record = json.loads(path.with_suffix(".json").read_text())
-    record["policy"]["weight"] = "lsq:2"
-    path.with_suffix(".json").write_text(json.dumps(record))
-    with pytest.raises(models.CheckpointError, match=r"does not fit the policy.*saved lsq:4, here lsq:2"):
-        load_quantized(path)
-    models.save_checkpoint(path, lenet, SMALL_RECORD)
-    with pytest.raises(models.CheckpointError, match=r"models\.load_checkpoint"):
-        load_quantized(path)
-    with pytest.raises(models.CheckpointError, match="in_shape"):
-        save_quantized(path, quantize(lenet, BitPolicy(), images(1)), BitPolicy(), SMALL_RECORD)
 
 
 def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, capsys):

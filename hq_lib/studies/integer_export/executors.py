@@ -75,9 +75,9 @@ def _opened_onnx(file: Path) -> Run:
 def _opened_torch(executor: str, file: Path) -> Run:
     import torch
 
-    from hq_lib import models
+    from hq_lib import graph, models
 
-    net = models.load_checkpoint(file)[0] if executor == "float" else load_ptq(file)
+    net = models.load_checkpoint(file)[0] if executor == "float" else graph.load(file)
 
     @torch.inference_mode()
     def run(x: np.ndarray) -> np.ndarray:
@@ -85,21 +85,6 @@ def _opened_torch(executor: str, file: Path) -> Run:
         return torch.cat([net(part) for part in parts]).numpy()
 
     return run
-
-
-def load_ptq(file: Path) -> "Callable":
-    """The fake-quantized network, in eval mode, of a ``graph.save_quantized`` file with grids from ``ptq``."""
-    import torch
-
-    from hq_lib import models, ptq
-    from hq_lib.graph import BitPolicy, load_state, quantize
-
-    state, record = models.read_checkpoint(file)
-    policy = BitPolicy.from_dict(record["policy"])
-    qnet = quantize(models.build_recorded(record), policy, torch.zeros(1, *record["in_shape"]))
-    ptq.fit_weights(qnet, "minmax", scheme="symmetric")  # puts the modules in place; their grids come from the file
-    load_state(qnet, state)
-    return qnet.eval()
 
 
 def measure(run: Run, images: Iterable[np.ndarray], *, say: Callable[[str], None] = print) -> tuple[np.ndarray, float]:

@@ -8,10 +8,10 @@ from typing import Any, get_args
 import numpy as np
 from torch import fx, nn
 
-from hq_lib import data, integer, models, ptq
+from hq_lib import data, graph, integer, models, ptq
 from hq_lib.data import ImageSet, normalize
 from hq_lib.deploy import c as export_c
-from hq_lib.graph import BitPolicy, quantize, save_quantized
+from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer.record import Requantizer
 from hq_lib.ptq.ranges import Method
 from hq_lib.results import paths
@@ -117,8 +117,8 @@ def job(name: str, profile: str, w_bits: int, a_bits: int) -> Job | None:
     return Job(profile, name, net, record, test, train, w_bits, a_bits)
 
 
-def quantized(job: Job) -> tuple[fx.GraphModule, BitPolicy]:
-    """The network, fake-quantized by the recipe of its bits, and its policy; the same bits every time.
+def quantized(job: Job) -> fx.GraphModule:
+    """The network, fake-quantized by the recipe of its bits; the same bits every time.
 
     Its biases are those of the accumulators, so that it simulates the integers.
     """
@@ -130,19 +130,18 @@ def quantized(job: Job) -> tuple[fx.GraphModule, BitPolicy]:
     ptq.fit_weights(qnet, job.recipe.weights, scheme="symmetric")
     ptq.fit_acts(qnet, x, job.recipe.acts)
     integer.round_biases(qnet)
-    return qnet.eval(), policy
+    return qnet.eval()
 
 
-def write(job: Job, qnet: fx.GraphModule, policy: BitPolicy) -> dict[str, Path]:
+def write(job: Job, qnet: fx.GraphModule) -> dict[str, Path]:
     """One file per executor and requantizer, by "float", "fake_quant", "numpy float32", "c fixed" ..., "onnx float32".
 
     The ONNX file is left out where onnx is not installed.
     """
     record = {key: job.record[key] for key in ("model", "options", "dataset", "n_classes", "in_channels", "seed")}
-    record |= {"in_shape": [*job.test.spec.in_shape]}
     files = {key: job.folder / f"{key.replace(' ', '_')}.{ENDINGS[key.split()[0]]}" for key in points()}
     models.save_checkpoint(files["float"], job.net, record)
-    save_quantized(files["fake_quant"], qnet, policy, record)
+    graph.save(qnet, files["fake_quant"], form="trainable", record={**record, "images": job.test.spec})
     for requantizer in REQUANTIZERS:
         imodel = integer.lower(qnet, requantizer=requantizer, images=job.test.spec)
         integer.save(imodel, files[f"numpy {requantizer}"])

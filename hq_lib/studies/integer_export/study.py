@@ -56,8 +56,8 @@ def _measure(job: Job) -> None:
         print(f"{title}: done already")
         return
     print(f"{title}: quantizing on {len(job.train)} images of {job.train.spec.name}", flush=True)
-    qnet, policy = files_of.quantized(job)
-    files = files_of.write(job, qnet, policy)
+    qnet = files_of.quantized(job)
+    files = files_of.write(job, qnet)
     for point in todo:
         _measure_point(job, point, files)
     if not _layers_done(job):

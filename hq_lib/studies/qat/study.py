@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from hq_lib import data
+from hq_lib import data, graph
 from hq_lib.data import ImageSet
 from hq_lib.data.sets import SPLIT_SEED
-from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, save_quantized
+from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize
 from hq_lib.quantizers.pact import PACT
 from hq_lib.results import paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench
@@ -229,14 +229,13 @@ def _keep(
     """Writes the quantized network and its run record where the other studies look for it."""
     record = {
         **{k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
-        "seed": point.seed, "profile": run.profile, "method": point.method, "in_shape": bench.test.spec.in_shape,
+        "seed": point.seed, "profile": run.profile, "method": point.method, "images": bench.test.spec,
         "config": done.config.as_dict(), "n_train": common["n_train"], "start": bench.record["sha256"],
         "acc_pct": acc_pct, "kept": f"{done.config.keep} epoch; test was seen once, after training",
         "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
-    save_quantized(
-        paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors", qnet, recipe.policy, record
-    )
+    path = paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors"
+    graph.save(qnet, path, form="trainable", record=record)
 
 
 def _clips(module: nn.Module) -> dict[str, float]:

@@ -1,0 +1,214 @@
+"""The network file: equal outputs to the last bit, in this process and a fresh one, or a refusal by name."""
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from graph_nets import Branches, Tiny, images, trained_like
+from torch import nn
+
+from hq_lib import data, graph, integer, models, ptq
+from hq_lib.graph import BitPolicy, calibrate, quantize, weight_layers
+from hq_lib.graph.packing import pack, unpack
+from hq_lib.models import CheckpointError
+from hq_lib.quantizers import FixedGrid, FrozenWeight, Quantizer
+from hq_lib.results import paths
+
+METHODS = ("minmax", "dorefa", "dorefa_hw", "pact", "mpact", "lsq", "lsq_plus", "dsq")
+
+
+class Small(nn.Module):
+    """A stem with its norm, a depthwise convolution around which the image skips, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.deep, self.fc = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, 5)."""
+        x = self.bn(self.stem(x)).relu()
+        return self.fc((x + self.deep(x)).mean((2, 3)))
+
+
+NETS = {"Tiny": Tiny, "Branches": Branches, "Small": Small}
+
+
+def fitted(policy: BitPolicy, net: type[nn.Module] = Small) -> graph.QuantizedNet:
+    qnet = quantize(trained_like(net()), policy, images(1))
+    calibrate(qnet, images())
+    return qnet
+
+
+def both_forms(qnet, folder, name="net"):
+    """Save in both forms, load again, compare; returns the two files."""
+    files = []
+    for form in ("frozen", "trainable"):
+        file = graph.save(qnet, folder / f"{name}_{form}.safetensors", form=form)
+        again = graph.load(str(file), net=NETS[qnet.meta["network"]]())
+        assert torch.equal(again(images(3, seed=7)), qnet.eval()(images(3, seed=7)))
+        files.append(file)
+    return files
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_comes_back_to_the_last_bit(tmp_path, method, axis, bits):
+    weight = {"method": method, "bits": bits, "axis": axis}
+    both_forms(fitted(BitPolicy(weight, f"{method}:{bits}", bn="fold" if bits % 2 else "keep")), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_affine_weights_and_branches_come_back(tmp_path, axis, bits):
+    weight = {"method": "minmax", "bits": bits, "axis": axis, "signed": False}
+    both_forms(fitted(BitPolicy(weight, f"lsq_plus:{bits}"), Branches), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def steps_of_ptq():
+    """Name -> a network after that step of post-training quantization."""
+    x, few, nets = images(16), {"iterations": 4, "batch_size": 8, "n_images": None}, {}
+    torch.manual_seed(0)
+    for scheme in ("affine", "symmetric"):
+        policy = BitPolicy("minmax:3", "lsq_plus:3", placement="academic", bn="fold")
+        qnet = quantize(trained_like(Small()), policy, x[:1])
+        ptq.fit_weights(qnet, "mse", scheme=scheme)
+        ptq.fit_acts(qnet, x, "mse")
+        nets[f"ranges, {scheme}"] = copy.deepcopy(qnet)
+        for config in (ptq.adaround, ptq.brecq, ptq.qdrop):
+            nets[f"{config.__name__}, {scheme}"] = done = copy.deepcopy(qnet)
+            ptq.reconstruct(done, x, config(**few))
+        ptq.correct_moments(qnet, x)
+        nets[f"corrected, {scheme}"] = qnet
+    qnet = quantize(trained_like(Small()), BitPolicy("minmax:4", "lsq_plus:4", bn="fold"), x[:1])
+    ptq.fit_allocated(qnet)
+    ptq.fit_acts(qnet, x, "aciq")
+    nets["allocated"] = copy.deepcopy(qnet)
+    ptq.correct_moments(qnet, x)
+    nets["allocated and corrected"] = copy.deepcopy(qnet)
+    integer.round_biases(qnet)
+    nets["biases rounded"] = qnet
+    return nets
+
+
+def test_every_step_of_ptq_comes_back_and_lowers_to_the_same_integers(tmp_path, steps_of_ptq):
+    for name, qnet in steps_of_ptq.items():
+        frozen, _ = both_forms(qnet, tmp_path)
+        again = graph.load(frozen, net=Small())
+        for layer, before in weight_layers(qnet).items():
+            after = weight_layers(again)[layer]
+            assert type(after.weight_quantizer) is FrozenWeight, name
+            w_int, grid = after.weight_quantizer.integers(after.weight)
+            quantizer = before.weight_quantizer
+            assert isinstance(quantizer, Quantizer)
+            assert torch.equal(w_int, quantizer.to_int(before.weight)), name
+            assert torch.equal(after.weight, grid.scale * (w_int - grid.zero_point)), name
+        assert all(type(q) is FixedGrid for q in graph.act_quantizers(again).values())
+        columns = ["layer", "tensor", "method", "bits", "scale", "macs", "size_KiB"]
+        assert again.policy.report(again)[columns].equals(qnet.policy.report(qnet)[columns])
+        if name.startswith(("allocated", "biases")):
+            assert integer.to_bytes(integer.lower(again)) == integer.to_bytes(integer.lower(qnet))
+
+
+def test_a_fitted_network_does_not_load_into_a_fresh_one_as_another():
+    """GridWeight and MinMaxWeight had the same keys: the loaded network quietly computed its ranges anew."""
+    x = images(8)
+    qnet = quantize(trained_like(Tiny()), BitPolicy("minmax:3", "lsq_plus:3", bn="fold"), x[:1])
+    fresh = copy.deepcopy(qnet)
+    ptq.fit_weights(qnet, "mse")
+    ptq.fit_acts(qnet, x, "mse")
+    with pytest.raises(graph.PolicyError, match=r"stem\.weight_quantizer.*FixedGrid.*MinMaxWeight.*graph\.save"):
+        fresh.load_state_dict(qnet.state_dict())
+
+
+FRESH = """
+import pickle, sys
+from pathlib import Path
+import torch
+sys.path[:0] = [{tests!r}, {tests!r} + "/graph"]
+from test_network_file import NETS, images
+from hq_lib import graph
+for file, of, want in pickle.loads(Path({index!r}).read_bytes()):
+    qnet = torch.load(file, weights_only=False) if file.endswith(".pt") else graph.load(file, net=NETS[of]())
+    print(int((qnet.eval()(images(3, seed=7)) != want).sum()))
+"""
+
+
+def test_a_fresh_process_gives_the_same_bits(tmp_path, steps_of_ptq):
+    """Files of every method and every step of PTQ, and pickles of whole networks, opened where nothing else ran."""
+    nets = dict(steps_of_ptq)
+    for i, method in enumerate(METHODS):
+        policy = BitPolicy({"method": method, "bits": 1 + i, "axis": [None, 0][i % 2]}, f"{method}:{1 + i}")
+        nets[method] = fitted(policy, [Small, Branches][i % 2])
+    index = []
+    for i, qnet in enumerate(nets.values()):
+        of, want = qnet.meta["network"], qnet.eval()(images(3, seed=7)).detach()
+        index += [(str(file), of, want) for file in both_forms(qnet, tmp_path, str(i))]
+        torch.save(qnet, tmp_path / f"{i}.pt")
+        index.append((str(tmp_path / f"{i}.pt"), of, want))
+    (tmp_path / "index").write_bytes(pickle.dumps(index))
+    script = FRESH.format(tests=str(paths.ROOT / "tests"), index=str(tmp_path / "index"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=paths.ROOT)
+    assert done.stdout.split() == ["0"] * len(index), done.stderr
+
+
+def test_shipped_checkpoints_open_by_name_with_their_records():
+    files = sorted(paths.checkpoints_dir().glob("resnet20_*_w*_s0.safetensors"))
+    assert len(files) == 6
+    for file in files:
+        qnet = graph.load(file)
+        assert not qnet.training
+        assert qnet.record["acc_pct"]["test"] > 86
+        assert len(qnet.record["sha256"]) == 64
+        assert qnet.record["images"]["mean"] == pytest.approx(data.SPECS["cifar10"].mean)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_packing_is_exact_and_without_gaps(bits):
+    rng = np.random.default_rng(bits)
+    for n in (0, 1, 7, 8, 1000, 2**20 + 3):
+        values = rng.integers(0, 2**bits, n, dtype=np.int64)
+        raw = pack(values, bits)
+        assert len(raw) == -(-n * bits // 8)
+        assert np.array_equal(unpack(raw, bits, n), values)
+    with pytest.raises(ValueError, match="bytes"):
+        unpack(raw[:-1], bits, n)
+
+
+def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
+    file = graph.save(fitted(BitPolicy("lsq:4", "lsq:4")), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=r"net\.safetensors.*own \(Small\).*net="):
+        graph.load(file)
+    with pytest.raises(CheckpointError, match=r"net\.safetensors.*computes 'stem.*"):
+        graph.load(file, net=Tiny())
+    models.save_checkpoint(
+        tmp_path / "float.safetensors", models.build("lenet"),
+        {"model": "lenet", "options": {}, "dataset": "mnist", "n_classes": 10, "in_channels": 1},
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"float\.safetensors.*models\.load_checkpoint"):
+        graph.load(tmp_path / "float.safetensors")
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors is missing"):
+        graph.load(tmp_path / "absent.safetensors")
+
+
+def test_a_pickled_network_keeps_graph_names_and_shapes():
+    qnet = fitted(BitPolicy("lsq:4", "lsq:4"), Branches)
+    file = io.BytesIO()
+    torch.save(qnet, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert [(n.name, n.meta.get("shape")) for n in again.graph.nodes] == [
+        (n.name, n.meta.get("shape")) for n in qnet.graph.nodes
+    ]
+    assert again.policy == qnet.policy
+    assert [b.name for b in graph.blocks(again)] == [b.name for b in graph.blocks(qnet)]
+    assert again.policy.report(again).equals(qnet.policy.report(qnet))
+    assert json.dumps(again.bits_record()) == json.dumps(qnet.bits_record())
