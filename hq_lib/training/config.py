@@ -10,10 +10,9 @@ from torch import nn
 from hq_lib.quantizers.base import Tag
 from hq_lib.quantizers.groups import parameter_tags
 
-SCHEDULES = ("cosine", "one_cycle", "step")
 AUTO = "auto"
 PRECISIONS = ("float32", "bfloat16", AUTO)
-KEEPS = ("last", "best_val")
+MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -23,29 +22,21 @@ class TrainConfig:
     epochs: int
     """Passes over the training images, >= 1."""
     lr: float
-    """Peak learning rate of SGD."""
+    """Peak learning rate of SGD with Nesterov's momentum (``MOMENTUM``)."""
     batch_size: int = 128
     """Images per step."""
-    momentum: float = 0.9
-    """SGD momentum; Nesterov's form."""
     weight_decay: float = 5e-4
     """L2 factor on weights; biases, norms and learned clips have none."""
-    schedule: str = "cosine"
-    """"cosine" (warm-up, then half a cosine to 0), "one_cycle" (30 % linear up, then cosine to 0) or "step"."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0, epochs ("cosine" and "step")."""
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    """"step": fractions of the run after which the rate falls tenfold."""
+    """Linear warm-up from 0, epochs; then half a cosine to 0, which is why the last epoch's weights are kept."""
     label_smoothing: float = 0.0
     """Share of the target given to all classes alike, in [0, 1)."""
-    ema_decay: float | None = None
-    """Decay per step of an exponential moving average of weights and statistics, which is then what is kept."""
+    distill: float = 0.0
+    """Share of the loss that is the distance to a teacher's logits, in [0, 1]; above 0, ``fit`` needs the teacher."""
     pad: int = 4
     """Zero pixels added on each side before the random crop; 0 = no crop."""
     flip: bool = True
     """Random left-right flip."""
-    grad_clip: float | None = None
-    """Largest gradient norm, or None."""
     precision: str = "float32"
     """"float32", "bfloat16" (autocast: convolutions and linear layers in bfloat16, weights stay float32), or "auto":
     what ``machine.settled`` chooses when the run begins."""
@@ -54,15 +45,12 @@ class TrainConfig:
     layer's weights in each step, a fraction of the largest |w| of the output channel (``crossbar.weight_noise``)."""
     compile: bool | str = False
     """Run the training steps through ``torch.compile``; "auto" as above."""
-    keep: str = "last"
-    """Which epoch's weights the run ends with: "last", or "best_val" (by validation accuracy, never by test)."""
     seed: int = 0
     """Decides batch order, augmentation and everything random in the network, epoch by epoch."""
 
     def __post_init__(self) -> None:
-        for key, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("keep", KEEPS)):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"TrainConfig.precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.compile not in (True, False, AUTO):
             raise ValueError(f"TrainConfig.compile={self.compile!r}: choose True, False or {AUTO!r}")
         for key in ("epochs", "batch_size", "lr"):
@@ -71,25 +59,22 @@ class TrainConfig:
         for key in ("label_smoothing", "weight_noise"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: must lie in [0, 1)")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"TrainConfig.distill={self.distill!r}: the share of the teacher lies in [0, 1]")
 
     def as_dict(self) -> dict[str, object]:
         """Field name -> value, ready for JSON."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+        return dataclasses.asdict(self)
 
 
 def lr_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     """The learning rate at a step as a share of ``config.lr``, in [0, 1]; a pure function, so a resumed run agrees.
 
-    cosine:    (1 + cos(pi t)) / 2 after the warm-up, t from 0 to 1       Loshchilov & Hutter 2017, eq. 5
-    one_cycle: linear 0 -> 1 over the first 30 %, then the same cosine    after Smith & Topin 2018
-    step:      0.1 ** (number of milestones passed)                       He et al. 2016, section 4.2
+    (1 + cos(pi t)) / 2 after the linear warm-up, t from 0 to 1        Loshchilov & Hutter 2017, eq. 5
     """
-    total = config.epochs * steps_per_epoch
-    warmup = 0.3 * total if config.schedule == "one_cycle" else config.warmup_epochs * steps_per_epoch
+    total, warmup = config.epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if config.schedule == "step":
-        return 0.1 ** sum(step >= m * total for m in config.milestones)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
@@ -113,8 +98,7 @@ def parameter_groups(net: nn.Module, config: TrainConfig) -> list[dict[str, obje
 
 def sgd(net: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """SGD with Nesterov momentum over ``parameter_groups``; ``set_lr`` must be called before each step."""
-    groups = parameter_groups(net, config)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.SGD(parameter_groups(net, config), lr=config.lr, momentum=MOMENTUM, nesterov=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

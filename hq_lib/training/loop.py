@@ -7,8 +7,8 @@ ends with bit-identical weights.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hq_lib.data import ImageSet, batches
 from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
+from hq_lib.training.distillation import distance
 from hq_lib.training.evaluation import Batches, device_of, evaluate
+from hq_lib.training.weight_noise import weight_noise
 
 SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run did; the network itself is left holding the kept weights."""
+    """What a run did; the network itself is left holding the last epoch's weights."""
 
     history: list[dict[str, float]]
     """One row an epoch: epoch, train_loss, lr, seconds, and with validation images val_acc_pct, val_loss."""
-    kept_epoch: int
-    """Epoch (1-based) whose weights the network holds now."""
     val_acc_pct: float
-    """Validation accuracy of those weights, percent; NaN without validation images."""
+    """Validation accuracy after the last epoch, percent; NaN without validation images."""
     seconds: float
     """Training time over all epochs, resumed ones included."""
     config: TrainConfig
@@ -50,7 +48,7 @@ def fit(
     config: TrainConfig,
     run_dir: Path | None = None,
     *,
-    loss: Loss | None = None,
+    teacher: nn.Module | None = None,
     before_epoch: Callable[[nn.Module, int], None] | None = None,
     say: Callable[[str], None] | None = print,
 ) -> FitResult:
@@ -64,8 +62,8 @@ def fit(
         val:          validation images or batches, evaluated after each epoch; None where all images are trained on.
         config:       see ``TrainConfig``.
         run_dir:      folder to save to and resume from; None keeps nothing.
-        loss:         (logits (B, K), labels (B,), images (B, C, H, W)) -> scalar, called under the run's autocast;
-                      default cross entropy with ``config.label_smoothing``.
+        teacher:      float network whose logits the student is pulled to, with ``config.distill`` above 0; it runs in
+                      eval mode, in the run's precision and compiled where the student is.
         before_epoch: called as (net, epoch from 0) before each epoch, the net in train mode already; a module that it
                       puts in eval mode stays there for the epoch.
         say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
@@ -73,32 +71,10 @@ def fit(
     Raises:
         FloatingPointError: the loss stopped being finite; names the epoch and the learning rate.
         ValueError: ``run_dir`` holds a run of another configuration, or a damaged state; batches without a length;
-            ``keep="best_val"`` without validation images.
+            a teacher without ``config.distill``, or the other way round.
     """
-    with _noisy(net, config.weight_noise):
-        return _Run(net, train, val, config, run_dir, loss, before_epoch, say or (lambda _: None)).go()
-
-
-def _noisy(net: nn.Module, sigma: float) -> AbstractContextManager[object]:
-    if sigma == 0:
-        return nullcontext()
-    from hq_lib.training.weight_noise import weight_noise  # crossbars judge networks with this package
-
-    return weight_noise(net, sigma)
-
-
-def _averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
-    """Real tensors by the moving average; counters, flags and bit widths as they are: their mean says nothing."""
-    blend = get_ema_multi_avg_fn(decay)
-
-    def update(averaged: Any, current: Any, n_averaged: Any) -> None:
-        if averaged[0].is_floating_point():
-            blend(averaged, current, n_averaged)
-        else:
-            for mean, value in zip(averaged, current, strict=True):
-                mean.copy_(value)
-
-    return torch.no_grad()(update)
+    with weight_noise(net, config.weight_noise) if config.weight_noise else nullcontext():
+        return _Run(net, train, val, config, run_dir, teacher, before_epoch, say or (lambda _: None)).go()
 
 
 def _on(images: ImageSet | Batches, device: torch.device) -> ImageSet | Batches:
@@ -133,12 +109,15 @@ class _Run:
         val: ImageSet | Batches | None,
         config: TrainConfig,
         run_dir: Path | None,
-        loss: Loss | None,
+        teacher: nn.Module | None,
         before_epoch: Callable[[nn.Module, int], None] | None,
         say: Callable[[str], None],
     ) -> None:
-        if val is None and config.keep == "best_val":
-            raise ValueError('keep="best_val" needs validation images: pass val, or keep="last"')
+        if (teacher is None) != (config.distill == 0):
+            raise ValueError(
+                f"config.distill={config.distill} and teacher={'None' if teacher is None else 'given'}: "
+                "distillation needs both"
+            )
         machine.keep_freed_memory_()
         self.net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.device = device_of(net)
@@ -149,19 +128,14 @@ class _Run:
         self.config = config = machine.settled(
             config, net, self._first, n_steps=config.epochs * self.steps, stored=run_state.settings(run_dir), say=say
         )
-        self.loss = loss or (lambda z, y, _: F.cross_entropy(z, y, label_smoothing=config.label_smoothing))
         self.optimizer = sgd(net, config)
-        self.averaged = (
-            AveragedModel(net, multi_avg_fn=_averaging(config.ema_decay), use_buffers=True)
-            if config.ema_decay
-            else None
-        )
         self.forward = machine.compiled(net) if config.compile else net
+        self.teacher = None if teacher is None else teacher.eval()
+        self.taught = machine.compiled(teacher) if teacher is not None and config.compile else self.teacher
         self.history: list[dict[str, float]] = []
-        self.best: dict[str, Any] | None = None
 
     def go(self) -> FitResult:
-        """All epochs that are still to do, then the kept weights."""
+        """All epochs that are still to do."""
         self._resume()
         for epoch in range(len(self.history), self.config.epochs):
             start = time.perf_counter()
@@ -171,9 +145,8 @@ class _Run:
                 self.before_epoch(self.net, epoch)
             train_loss = self._epoch(epoch)
             self._finish_epoch(epoch, train_loss, start)
-        kept = self._keep()
         seconds = sum(row["seconds"] for row in self.history)
-        return FitResult(self.history, kept + 1, self.history[kept].get("val_acc_pct", math.nan), seconds, self.config)
+        return FitResult(self.history, self.history[-1].get("val_acc_pct", math.nan), seconds, self.config)
 
     def _epoch_seed(self, epoch: int) -> int:
         return (self.config.seed * 1_000_003 + epoch) % 2**63
@@ -207,29 +180,30 @@ class _Run:
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         with machine.autocast(self.device, self.config.precision):
-            loss = self.loss(self.forward(x).float(), y, x)
+            loss = self._loss(self.forward(x).float(), y, x)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.config.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.net)
         return loss.detach()
 
-    def _current(self) -> nn.Module:
-        return self.net if self.averaged is None else self.averaged.module
+    def _loss(self, logits: Tensor, labels: Tensor, x: Tensor) -> Tensor:
+        """(1 - share) CE(logits, labels) + share KL(teacher || student)."""
+        entropy = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        if self.taught is None:
+            return entropy
+        share = self.config.distill
+        with torch.no_grad():
+            taught = self.taught(x).float()
+        return (1 - share) * entropy + share * distance(logits, taught)
 
     def _finish_epoch(self, epoch: int, train_loss: float, start: float) -> None:
         row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": self.optimizer.param_groups[0]["lr"]}
         validation = ""
         if self.val is not None:
-            score = evaluate(self._current(), self.val)
+            score = evaluate(self.net, self.val)
             row |= {"val_acc_pct": score.acc_pct, "val_loss": score.loss}
             validation = f"validation {score.acc_pct:.2f} %, "
         row["seconds"] = time.perf_counter() - start
-        if self.config.keep == "best_val" and all(row["val_acc_pct"] > r["val_acc_pct"] for r in self.history):
-            self.best = {key: value.detach().clone() for key, value in self._current().state_dict().items()}
         self.history.append(row)
         if self.run_dir is not None:
             run_state.save(self.run_dir, self._state())
@@ -248,8 +222,6 @@ class _Run:
             "history": self.history,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "best": self.best,
         }
 
     def _resume(self) -> None:
@@ -258,17 +230,5 @@ class _Run:
             return
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
-        self.history, self.best = state["history"], state["best"]
+        self.history = state["history"]
         self.say(f"resumed after epoch {len(self.history)} of {self.config.epochs}")
-
-    def _keep(self) -> int:
-        """Loads the kept weights into the network; returns their epoch, from 0."""
-        if self.best is not None:
-            accuracies = [row["val_acc_pct"] for row in self.history]
-            self.net.load_state_dict(self.best)
-            return accuracies.index(max(accuracies))
-        if self.averaged is not None:
-            self.net.load_state_dict(self.averaged.module.state_dict())
-        return len(self.history) - 1

@@ -2,8 +2,7 @@
 
 ``full`` is the length that a reference run has (the record of each shipped checkpoint repeats what made it, which may
 be an earlier recipe); ``quick`` and ``smoke`` are the same recipe cut short, on fewer images, to show the pipeline at
-work rather than to reach an accuracy. ``SHORT`` holds few-epoch recipes on all images: what two
-cores do in minutes where a network would otherwise have no weights at all.
+work rather than to reach an accuracy.
 """
 
 import dataclasses
@@ -62,27 +61,20 @@ repository (seed 001) leaves its schedules open.
 """
 
 
-ONE_CYCLE = TrainConfig(epochs=8, lr=0.05, schedule="one_cycle", pad=2, grad_clip=5.0, precision="bfloat16")
-SHORT = {
-    "toynet": Recipe("cifar10", dataclasses.replace(ONE_CYCLE, epochs=10)),
-    "mobilenetv2_seed": Recipe("cifar10", dataclasses.replace(ONE_CYCLE, epochs=4, batch_size=64)),
-    "vgg11": Recipe("cifar10", ONE_CYCLE, options={"width": 0.5, "hidden": 512}),
-}
-
-
-def recipe(model: str, profile: str, *, seed: int = 0, short: bool = False) -> tuple[str, TrainConfig, int | None]:
+def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig, int | None]:
     """(data set, configuration, number of training images or None for all) of a network in a profile.
 
     Args:
-        model:   a key of ``RECIPES``, or of ``SHORT`` for a short recipe.
+        model:   a key of ``RECIPES``.
         profile: ``full`` is the recipe itself.
         seed:    goes into the configuration.
-        short:   take the few-epoch recipe.
 
     An unknown network or profile raises ``ValueError`` naming the nearest valid one.
     """
     check_profile(profile)
-    chosen = find(model, short=short)
+    chosen = find(
+        model,
+    )
     if profile == "full":
         epochs = chosen.config.epochs if seed == 0 else chosen.later_epochs or chosen.config.epochs
         return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs), None
@@ -90,11 +82,10 @@ def recipe(model: str, profile: str, *, seed: int = 0, short: bool = False) -> t
     return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs, warmup_epochs=0), n
 
 
-def find(model: str, *, short: bool = False) -> Recipe:
+def find(model: str) -> Recipe:
     """The recipe of a network; an unknown one raises ``ValueError`` naming the nearest one that has a recipe."""
-    known = SHORT if short else RECIPES
-    if model not in known:
-        near = difflib.get_close_matches(str(model), known, n=1, cutoff=0.4)
+    if model not in RECIPES:
+        near = difflib.get_close_matches(str(model), RECIPES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no {'short ' * short}recipe for {model!r}: choose one of {', '.join(known)}{hint}")
-    return known[model]
+        raise ValueError(f"no recipe for {model!r}: choose one of {', '.join(RECIPES)}{hint}")
+    return RECIPES[model]

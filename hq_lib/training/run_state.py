@@ -18,6 +18,12 @@ from hq_lib.training.config import TrainConfig
 STATE, LOG, CONFIG = "state.pt", "log.jsonl", "config.json"
 _DEFAULTS = json.loads(json.dumps({f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}))
 
+_GONE = {
+    "momentum": 0.9, "schedule": "cosine", "milestones": [0.5, 0.75], "ema_decay": None, "grad_clip": None,
+    "keep": "last",
+}  # fmt: skip
+"""Settings that no longer are, each with the one value that has stayed."""
+
 
 def settings(folder: Path | None) -> dict[str, object]:
     """What the run of this folder began with; {} where none did."""
@@ -29,8 +35,8 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
     """The state to resume from, or None for a fresh run.
 
     Raises:
-        ValueError: the folder holds a run of another configuration (the differing keys are named), or a state that
-            cannot be read (damaged, or not written by this library).
+        ValueError: the folder holds a run of another configuration (the differing keys are named; a setting that came
+            later had its default then), or a state that cannot be read (damaged, or not written by this library).
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / CONFIG
@@ -48,7 +54,7 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
 
 
 def _check_identity(old: dict[str, object], new: dict[str, object], folder: Path) -> None:
-    old = {**_DEFAULTS, **old}  # a setting that came later had its default then
+    old = {**_DEFAULTS, **{k: v for k, v in old.items() if k in new or k not in _GONE or _GONE[k] != v}}
     differing = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
     if differing:
         raise ValueError(f"{folder} holds another run ({'; '.join(differing)}): choose another folder or delete it")

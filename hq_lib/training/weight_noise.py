@@ -4,7 +4,7 @@
 
 The gradient is taken at the noisy point and moves the clean weights:
 
-    fit(net, train, val, replace(config, weight_noise=0.03), run_dir, before_epoch=clip_weights(3.0))
+    fit(net, train, val, replace(config, weight_noise=0.03), run_dir)
 
 ``fit`` seeds every epoch, so a run with noise resumes bit-identically too. Evaluation is always of the clean weights.
 A training loop of one's own goes into ``with weight_noise(net, 0.03):``.
@@ -12,7 +12,7 @@ A training loop of one's own goes into ``with weight_noise(net, 0.03):``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -70,28 +70,3 @@ def weight_noise(net: nn.Module, sigma: float) -> Iterator[nn.Module]:
             layer.eval()
             parametrize.remove_parametrizations(layer, "weight")
             layer.train(mode)
-
-
-def clip_weights(n_sigma: float) -> Callable[[nn.Module, int], None]:
-    """A ``before_epoch`` of ``fit`` that clips every layer's weights to ``n_sigma`` of their standard deviations.
-
-    Programming errors are relative to the largest weight, so a smaller maximum makes all of them smaller.
-    """
-    if not n_sigma > 0:
-        raise ValueError(f"n_sigma must be positive, got {n_sigma}")
-
-    def clip(net: nn.Module, epoch: int) -> None:
-        for layer in net.modules():
-            if layer_kind(layer):
-                w = _clean_weight(layer)
-                limit = n_sigma * float(w.detach().std())
-                w.data.clamp_(-limit, limit)
-
-    return clip
-
-
-def _clean_weight(layer: nn.Module) -> Tensor:
-    """The weight that is trained, under its noise if there is any."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return layer.parametrizations["weight"].original  # type: ignore[index, return-value]
-    return layer.weight  # type: ignore[return-value]

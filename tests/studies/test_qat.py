@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from hq_lib import models
 from hq_lib.quantizers import act_quantizer
@@ -13,7 +12,6 @@ from hq_lib.studies.qat import study as qat
 from hq_lib.studies.qat import tables as qat_report
 from hq_lib.studies.qat.figures import fig_pact_alpha
 from hq_lib.training import qat_recipe
-from hq_lib.training.distillation import distillation
 from hq_lib.training.qat_recipes import BY_BITS, METHODS
 
 
@@ -50,31 +48,6 @@ def test_an_unknown_method_or_profile_is_named():
 def test_impossible_bits_name_the_key(bits):
     with pytest.raises(ValueError, match=r"policy\.weight.*" + str(bits)):
         qat_recipe("lsq", bits, 4, "full")
-
-
-def test_distillation_is_cross_entropy_and_kullback_leibler(lenet):
-    x, labels = images(5), torch.tensor([0, 1, 2, 3, 4])
-    logits = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        target = lenet(x).softmax(1)
-    divergence = (target * (target.log() - logits.log_softmax(1))).sum(1).mean()
-    hard = -logits.log_softmax(1)[torch.arange(5), labels].mean()
-    for share in (0.0, 0.3, 1.0):
-        loss = distillation(lenet, share, 0.0)(logits, labels, x)
-        torch.testing.assert_close(loss, (1 - share) * hard + share * divergence)
-    torch.testing.assert_close(
-        distillation(lenet, 1.0, 0.0)(lenet(x).detach(), labels, x), torch.tensor(0.0), atol=1e-6, rtol=0
-    )
-
-
-def test_distillation_leaves_the_teacher_alone(lenet):
-    student = torch.zeros(2, 10, requires_grad=True)
-    distillation(lenet.train(), 0.5, 0.0)(student, torch.tensor([1, 2]), images(2)).backward()
-    assert not lenet.training
-    assert all(p.grad is None for p in lenet.parameters())
-    assert student.grad is not None
-    with pytest.raises(ValueError, match="share"):
-        distillation(lenet, 1.5, 0.0)
 
 
 def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, capsys):
@@ -132,12 +105,6 @@ def test_the_command_line_names_bad_bits(capsys):
     with pytest.raises(SystemExit):
         qat.main(["--bits", "4"])
     assert "as 4,4" in capsys.readouterr().err
-
-
-def test_float_loss_of_zero_share_equals_torch(lenet):
-    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
-    loss = distillation(lenet, 0.0, 0.1)(logits, labels, images(4))
-    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
 @pytest.mark.parametrize("signed", [True, False])

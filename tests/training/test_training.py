@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -13,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data, models
-from hq_lib.graph import BitPolicy, act_quantizers, calibrate, quantize
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, machine, predict, recipe
 from hq_lib.training.config import lr_factor, parameter_groups, sgd
+from hq_lib.training.distillation import distance
 from hq_lib.training.recipes import RECIPES, find
 
 CONFIG = TrainConfig(epochs=3, lr=0.05, batch_size=50, pad=2, flip=False)
@@ -70,7 +71,7 @@ def test_evaluate_refuses_nothing(splits):
 
 def test_one_step_is_sgd_with_nesterov(splits):
     """Against the update written out: v = g + wd w; w -= lr (v + m v) for the first step."""
-    config = TrainConfig(epochs=1, lr=0.1, batch_size=400, pad=0, flip=False, weight_decay=0.01, schedule="step")
+    config = TrainConfig(epochs=1, lr=0.1, batch_size=400, pad=0, flip=False, weight_decay=0.01)
     net, by_hand = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), nn.Linear(3072, 10)
     by_hand.load_state_dict(net[1].state_dict())
     x = data.normalize(splits[0].images, splits[0].spec).flatten(1)
@@ -97,7 +98,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_training import CONFIG, small_net, dataclasses, data, fit
 net = small_net()
-config = dataclasses.replace(CONFIG, epochs=5, ema_decay=0.9, keep="best_val", compile=sys.argv[3] == "compiled")
+config = dataclasses.replace(CONFIG, epochs=5, compile=sys.argv[3] == "compiled")
 fit(net, data.load("digits", "train", n=400), data.load("digits", "val"), config, Path(sys.argv[1]),
     say=lambda line: print(line, flush=True))
 torch.save(net.state_dict(), sys.argv[2])
@@ -171,45 +172,17 @@ def test_what_before_epoch_freezes_stays_frozen_for_the_epoch(splits):
     assert torch.equal(means[2], net[1].running_mean)
 
 
-@pytest.mark.parametrize("fitted", [True, False])
-@pytest.mark.parametrize("bits", [3, 4])
-def test_a_quantized_net_is_averaged_without_touching_its_bits(splits, bits, fitted):
-    """0.9 * 3 + 0.1 * 3 is below 3 in float32; and a copy made before the first batch has no grid of its own."""
-    x = data.normalize(splits[0].images, splits[0].spec)
-    qnet = quantize(small_net(), BitPolicy(f"lsq:{bits}", f"lsq:{bits}"), x[:1])
-    if fitted:
-        calibrate(qnet, x[:50])
-    record = qnet.bits_record()
-    fit(qnet, *splits, dataclasses.replace(CONFIG, epochs=2, ema_decay=0.9), say=None)
-    assert qnet.bits_record() == record
-    grids = [q.grid().scale for q in act_quantizers(qnet).values()]
-    assert all(torch.isfinite(scale).all() for scale in grids)
-    assert int(qnet.get_submodule("1").num_batches_tracked) == 2 * (len(splits[0]) // CONFIG.batch_size)
-
-
 def test_divergence_names_epoch_and_rate(splits):
     with pytest.raises(FloatingPointError, match=r"epoch 1 at learning rate .*lower config\.lr"):
         fit(small_net(), *splits, dataclasses.replace(CONFIG, lr=1e20), say=None)
 
 
-def test_best_epoch_is_chosen_on_validation(splits):
-    net = small_net()
-    config = dataclasses.replace(CONFIG, epochs=4, lr=0.4, schedule="step", milestones=(), keep="best_val")
-    result = fit(net, *splits, config, say=None)
-    best = max(row["val_acc_pct"] for row in result.history)
-    assert result.val_acc_pct == best == evaluate(net, splits[1]).acc_pct
-
-
-def test_schedules_against_closed_forms():
+def test_the_schedule_against_its_closed_form():
     cosine = TrainConfig(epochs=10, lr=1.0, warmup_epochs=1)
     assert lr_factor(9, 10, cosine) == pytest.approx(10 / 11)
     assert lr_factor(10, 10, cosine) == 1.0
     assert lr_factor(55, 10, cosine) == pytest.approx(0.5)
     assert lr_factor(99, 10, cosine) == pytest.approx(0.5 * (1 - math.cos(math.pi / 90)), rel=1e-6)
-    step = TrainConfig(epochs=10, lr=1.0, schedule="step")
-    assert [lr_factor(i, 10, step) for i in (49, 50, 75)] == pytest.approx([1, 0.1, 0.01])
-    one = TrainConfig(epochs=10, lr=1.0, schedule="one_cycle")
-    assert lr_factor(0, 10, one) < 0.05 < lr_factor(29, 10, one) <= lr_factor(30, 10, one) == 1.0
 
 
 def test_no_weight_decay_on_norms_and_biases():
@@ -244,20 +217,11 @@ def test_a_quantizers_parameters_follow_their_tags():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("schedule", "cosin"), ("precision", "fp8"), ("epochs", 0), ("keep", "test"), ("compile", "yes")],
+    [("precision", "fp8"), ("epochs", 0), ("distill", 1.5), ("compile", "yes")],
 )
 def test_bad_configuration_names_the_key(key, value):
     with pytest.raises(ValueError, match=f"TrainConfig.{key}="):
         dataclasses.replace(CONFIG, **{key: value})
-
-
-def test_short_recipes_are_cycles_of_few_epochs():
-    for name in ("vgg11", "toynet", "mobilenetv2_seed"):
-        dataset, config, n_train = recipe(name, "full", short=True)
-        assert (dataset, config.schedule, n_train) == ("cifar10", "one_cycle", None)
-        assert config.epochs <= 12 < recipe(name, "full")[1].epochs
-    with pytest.raises(ValueError, match="no short recipe for 'resnet20'"):
-        recipe("resnet20", "full", short=True)
 
 
 def test_recipes_know_their_names():
@@ -376,5 +340,42 @@ def test_all_images_may_be_trained_on(splits, tmp_path):
     done = fit(small_net(), splits[0], None, dataclasses.replace(CONFIG, epochs=2), tmp_path, say=None)
     assert math.isnan(done.val_acc_pct)
     assert "val_acc_pct" not in done.history[0]
-    with pytest.raises(ValueError, match="keep"):
-        fit(small_net(), splits[0], None, dataclasses.replace(CONFIG, keep="best_val"), say=None)
+
+
+def test_a_run_from_when_there_were_more_settings_goes_on(splits, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=1)
+    done = fit(small_net(), *splits, config, tmp_path, say=None)
+    identity = json.loads((tmp_path / "config.json").read_text())
+    gone = {"momentum": 0.9, "schedule": "cosine", "milestones": [0.5, 0.75], "ema_decay": None, "keep": "last"}
+    (tmp_path / "config.json").write_text(json.dumps({**identity, **gone}))
+    assert fit(small_net(), *splits, config, tmp_path, say=None).history == done.history
+    (tmp_path / "config.json").write_text(json.dumps({**identity, **gone, "schedule": "step"}))
+    with pytest.raises(ValueError, match="schedule: 'step' then"):
+        fit(small_net(), *splits, config, tmp_path, say=None)
+
+
+def test_the_teachers_distance_is_kullback_and_leiblers():
+    logits, taught = torch.randn(5, 10), torch.randn(5, 10)
+    target = taught.softmax(1)
+    divergence = (target * (target.log() - logits.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(distance(logits, taught), divergence)
+    torch.testing.assert_close(distance(taught, taught), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_one_step_beside_a_teacher(splits):
+    """Against (1 - share) CE + share KL written out; the teacher stays as it was."""
+    config = TrainConfig(epochs=1, lr=0.1, batch_size=400, pad=0, flip=False, weight_decay=0.0, distill=0.3)
+    net, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)) for _ in range(2))
+    by_hand, kept = copy.deepcopy(net), copy.deepcopy(teacher.state_dict())
+    x = data.normalize(splits[0].images, splits[0].spec)
+    log_p, target = by_hand(x).log_softmax(1), teacher(x).detach().softmax(1)
+    divergence = (target * (target.log() - log_p)).sum(1).mean()
+    (0.7 * F.nll_loss(log_p, splits[0].labels) + 0.3 * divergence).backward()
+    fit(net, *splits, config, teacher=teacher.train(), say=None)
+    torch.testing.assert_close(net[1].weight, by_hand[1].weight - 0.19 * by_hand[1].weight.grad, atol=1e-6, rtol=1e-5)
+    assert not teacher.training
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(kept[key], value) for key, value in teacher.state_dict().items())
+    for wrong in ({"teacher": teacher}, {}):
+        with pytest.raises(ValueError, match="distill"):
+            fit(net, *splits, dataclasses.replace(config, distill=0.0 if wrong else 0.3), say=None, **wrong)

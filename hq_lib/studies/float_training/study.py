@@ -176,7 +176,7 @@ def _keep(
         "model": found.network or point.model, "options": dict(found.options), "n_classes": spec.n_classes,
         "in_channels": spec.in_shape[0], "dataset": spec.name, "seed": point.seed, "profile": run.profile,
         "config": done.config.as_dict(), "trained_on": point.split, "n_train": common["n_train"], "acc_pct": acc_pct,
-        "kept": f"{done.config.keep} epoch; test was seen once, after training",
+        "kept": "last epoch; test was seen once, after training",
         "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
     dtype = torch.float16 if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES else None

@@ -22,7 +22,6 @@ from hq_lib.studies.float_training.study import MINUTES, history_rows
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import FitResult, QatRecipe, evaluate, fit, qat_recipe
 from hq_lib.training.bit_lists import list_recipe, widths
-from hq_lib.training.distillation import distillation
 
 HISTORY, CLIPS = "qat_history", "qat_clips"
 FLOAT = "float"
@@ -129,7 +128,7 @@ class Training(Point):
         recipe = qat_recipe(self.method, self.w_bits, self.a_bits, plan.profile, seed=self.seed)
         if self.lists and net is not None:
             recipe = list_recipe(net, self.model, self.lists, self.method, plan.profile, seed=self.seed)
-        changes = {"epochs": plan.epochs, "lr": plan.lr}
+        changes = {"epochs": plan.epochs, "lr": plan.lr, "distill": plan.distill}
         config = dataclasses.replace(recipe.config, **{k: v for k, v in changes.items() if v is not None})
         return dataclasses.replace(recipe, config=config)
 
@@ -187,9 +186,8 @@ def measure(run: Run[Plan], bench: Bench, point: Training) -> Iterator[Found]:
         run.append((CLIPS, _clip_row(common, epoch, layer, clip)) for layer, clip in _clips(module).items())
 
     before = evaluate(qnet, bench.val)
-    share, smoothing = point.plan.distill, recipe.config.label_smoothing
-    teach = distillation(bench.net, share, smoothing) if share else None
-    done = fit(qnet, train, bench.val, recipe.config, run.folder / point.name, loss=teach, before_epoch=keep_clips)
+    teacher = bench.net if recipe.config.distill else None
+    done = fit(qnet, train, bench.val, recipe.config, run.folder / point.name, teacher=teacher, before_epoch=keep_clips)
     keep_clips(qnet, recipe.config.epochs)
     score = evaluate(qnet, bench.test)
     common["seconds"] = round(done.seconds, 1)
@@ -231,7 +229,7 @@ def _keep(
         **{k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
         "seed": point.seed, "profile": run.profile, "method": point.method, "images": bench.test.spec,
         "config": done.config.as_dict(), "n_train": common["n_train"], "start": bench.record["sha256"],
-        "acc_pct": acc_pct, "kept": f"{done.config.keep} epoch; test was seen once, after training",
+        "acc_pct": acc_pct, "kept": "last epoch; test was seen once, after training",
         "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
     path = paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors"
