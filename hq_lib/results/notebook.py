@@ -46,8 +46,8 @@ class Session:
 
         Args:
             name:     id of the output (DESIGN.md), ``tab_...`` or ``fig_...``.
-            thing:    a DataFrame, or a function that draws a Figure; where there are no rows it is not called, and
-                      the cell says n/r.
+            thing:    a DataFrame, or a function that draws a Figure; where there are no rows it is not called (nor is
+                      a DataFrame without lines written), and the cell says n/r.
             rows:     the rows behind it: the caption takes images, seeds and data set from them.
             claim:    one sentence, what the reader should see.
             n:        what each number is measured on, where that is not the rows' test images.
@@ -55,8 +55,8 @@ class Session:
             switches: settings printed under a table, the usual cause of numbers that cannot be reproduced.
             facts:    ``seeds`` or ``dataset``, where the rows do not tell.
         """
-        if rows.empty and not isinstance(thing, pd.DataFrame):
-            print(f"{name}: n/r in profile {self.profile}, nothing is drawn")
+        if rows.empty and not (isinstance(thing, pd.DataFrame) and len(thing)):
+            print(f"{name}: n/r in profile {self.profile}, nothing is written")
             return
         told = {
             "seeds": sorted({int(s) for s in _column(rows, "seed")} - {-1}),

@@ -1,0 +1,91 @@
+"""What notebook 02 shows of the folds: how exact they are and how channel ranges spread; rows in, frames out."""
+
+import json
+
+import pandas as pd
+from torch import nn
+
+from hq_lib import models
+from hq_lib.graph.folding import per_channel_ranges
+from hq_lib.results import labels, tables
+from hq_lib.studies.bn_fold.figures import summary
+
+NO_NORM = "no batch norm"
+ERRORS = {"rel_error_float64": "relative error, float64", "rel_error_float32": "relative error, float32"}
+DECIMALS = {"acc_pct": ("accuracy, %", 2), "folded_acc_pct": ("folded, %", 2), "n_flips": ("changed", 0)}
+"""Metric of a trained network -> title and digits in print."""
+
+
+def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_bn_fold, from rows of ``bn_fold``: relative errors in both number formats, and what predictions did.
+
+    A network is listed with its trained statistics where they were folded, else with random ones.
+    """
+    statistics = pd.Series([json.loads(text)["statistics"] for text in rows["switches"]], index=rows.index, dtype="str")
+    rows = rows.assign(statistics=statistics)
+    trained = set(rows.loc[rows["statistics"] == "trained", "model"])
+    rows = rows.loc[(rows["statistics"] == "trained") | ~rows["model"].isin(list(trained))]
+    wide = rows.pivot_table(index=["model", "dataset", "n_test", "statistics"], columns="metric", values="value")
+    wide = wide.reset_index().reindex(columns=[*wide.index.names, *ERRORS, *DECIMALS])
+    out = pd.DataFrame({"model": [labels.printed("model", m) for m in wide["model"]]})
+    out["statistics"] = [_source(*pair) for pair in zip(wide["model"], wide["statistics"], strict=True)]
+    out["images"] = wide["dataset"].replace("-", "noise")
+    for metric, title in ERRORS.items():
+        out[title] = [f"{value:.1e}" for value in wide[metric]]
+    for metric, (title, digits) in DECIMALS.items():
+        out[title] = [tables.NOT_RUN if pd.isna(v) else f"{v:.{digits}f}" for v in wide[metric]]
+    out["test images"] = [f"{n:,}" if n else tables.NOT_RUN for n in wide["n_test"]]
+    return out
+
+
+def _source(model: str, statistics: str) -> str:
+    """The statistics in words; a trained network without any says so, since its fold changes nothing."""
+    if statistics == "trained" and not any(_is_norm(module) for module in models.build(model).modules()):
+        return NO_NORM
+    return statistics
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def worst(rows: pd.DataFrame) -> pd.DataFrame:
+    """By number format the largest relative error, the network that has it, and among how many."""
+    found = rows.loc[rows["metric"].isin(list(ERRORS))]
+    top = found.loc[found.groupby("metric")["value"].idxmax()]
+    return pd.DataFrame({
+        "metric": top["metric"], "largest": top["value"], "of": top["model"], "networks": found["model"].nunique()
+    }).reset_index(drop=True)  # fmt: skip
+
+
+def ranges(rows: pd.DataFrame, model: str) -> pd.DataFrame:
+    """One network's channels, from rows of ``bn_ranges``: layer, channel, stage, max_abs; layers in order of the net.
+
+    No lines where the network has none: its checkpoint is not shipped, or its images were not to be had.
+    """
+    rows = rows.loc[rows["model"] == model]
+    keys = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
+    found = keys.reindex(columns=["channel", "layer", "stage"]).assign(max_abs=rows["value"])
+    order = list(dict.fromkeys(per_channel_ranges(models.build(model))["layer"]))
+    place = found["layer"].map(order.index)
+    return found.assign(place=place).sort_values(["place", "stage", "channel"]).drop(columns="place")
+
+
+def spread(found: pd.DataFrame) -> pd.DataFrame:
+    """Largest over smallest (non-zero) channel of each layer of ``ranges``, before and after, and the ratio of both."""
+    table = summary(found)
+    both = table["max"].div(table["min"]).unstack("stage").reindex(list(dict.fromkeys(found["layer"])))
+    both = both.reindex(columns=["before", "after"])
+    return both.assign(ratio=both["after"] / both["before"]).rename_axis(columns=None)
+
+
+def grown(spreads: pd.DataFrame) -> pd.DataFrame:
+    """In how many layers of ``spread`` it grew, its median and largest growth, and the layer of the largest."""
+    ratio = spreads["ratio"].dropna()
+    line = {
+        "layers": len(ratio),
+        "grew in": ratio.gt(1).to_numpy().sum(),
+        "median": ratio.median(),
+        "largest": ratio.max(),
+    }
+    return pd.DataFrame([{**line, "in": ratio.idxmax()}] if len(ratio) else []).round(2)
