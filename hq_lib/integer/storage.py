@@ -29,10 +29,10 @@ from hq_lib.results.atomic import write_bytes
 MANIFEST = "manifest.json"
 FORMAT = "hq_lib integer model"
 MAX_MANIFEST = 64 << 20
-_DTYPES = ("int8", "int16", "int32", "uint8", "uint16", "float32")
+DTYPES = ("int8", "int16", "int32", "uint8", "uint16", "float32")
 _OPS = {kind.__name__: kind for kind in record.OPS}
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_UNREADABLE = (
+UNREADABLE = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError,
     NotImplementedError, RuntimeError, RecursionError, OverflowError, MemoryError,
 )  # fmt: skip
@@ -53,12 +53,8 @@ def save(model: IntegerModel, path: Path | str) -> Path:
 
 def to_bytes(model: IntegerModel) -> bytes:
     """Return the content of the file that ``save`` writes."""
-    check(model)
-    arrays: dict[str, np.ndarray] = {}
-    entries: dict[str, Any] = {"format": FORMAT, "schema": record.SCHEMA}
-    entries |= {name: getattr(model, name) for name in ("requantizer", "input", "output", "meta")}
-    entries["tensors"] = [_plain(spec, f"tensor.{i}", arrays) for i, spec in enumerate(model.tensors.values())]
-    entries["ops"] = [{"op": type(op).__name__, **_plain(op, f"op{i}", arrays)} for i, op in enumerate(model.ops)]
+    plain, arrays = to_plain(model)
+    entries: dict[str, Any] = {"format": FORMAT, "schema": record.SCHEMA, **plain}
     entries["arrays"] = {key: _describe(value) for key, value in arrays.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -66,6 +62,34 @@ def to_bytes(model: IntegerModel) -> bytes:
         for key, value in arrays.items():
             archive.writestr(zipfile.ZipInfo(f"{key}.npy", _EPOCH), _npy(value))
     return buffer.getvalue()
+
+
+def to_plain(model: IntegerModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return ``model`` as plain JSON data in which each array is a key, and the arrays by key."""
+    check(model)
+    arrays: dict[str, np.ndarray] = {}
+    plain: dict[str, Any] = {name: getattr(model, name) for name in ("requantizer", "input", "output", "meta")}
+    plain["tensors"] = [_plain(spec, f"tensor.{i}", arrays) for i, spec in enumerate(model.tensors.values())]
+    plain["ops"] = [{"op": type(op).__name__, **_plain(op, f"op{i}", arrays)} for i, op in enumerate(model.ops)]
+    return plain, arrays
+
+
+def from_plain(entries: dict[str, Any], arrays: dict[str, np.ndarray]) -> IntegerModel:
+    """Return the record that ``to_plain`` described, checked.
+
+    Raises:
+        RecordError: says what is wrong. KeyError, TypeError, ValueError: ``entries`` are of another form.
+    """
+    reader = _Reader(arrays)
+    specs = [reader.build(TensorSpec, entry) for entry in entries["tensors"]]
+    if len({spec.name for spec in specs}) != len(specs):
+        raise RecordError("two tensors have one name")
+    ops = tuple(reader.build(_OPS[_text(entry.pop("op"))], entry) for entry in entries["ops"])
+    texts = {name: _text(entries[name]) for name in ("requantizer", "input", "output")}
+    if not isinstance(entries["meta"], dict):
+        raise RecordError("meta is no mapping")
+    tensors = {spec.name: spec for spec in specs}
+    return check(IntegerModel(tensors=tensors, ops=ops, meta=entries["meta"], **texts))  # type: ignore[arg-type]
 
 
 def load(path: Path | str) -> IntegerModel:
@@ -85,10 +109,10 @@ def from_bytes(content: bytes, *, name: str = "integer model") -> IntegerModel:
     """Return the record in ``content``, checked; ``name`` is what errors call it. Raises RecordError, see ``load``."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return check(_decode(archive))
+            return _decode(archive)
     except RecordError as error:
         raise RecordError(f"{name}: {error}") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise RecordError(f"{name}: not a readable integer model ({type(error).__name__}: {error})") from error
 
 
@@ -124,16 +148,7 @@ def _decode(archive: zipfile.ZipFile) -> IntegerModel:
     if entries.get("format") != FORMAT or entries.get("schema") != record.SCHEMA:
         found = f"{entries.get('format')!r:.60} schema {entries.get('schema')!r:.20}"
         raise RecordError(f"it is {found}; this reader knows {FORMAT!r} schema {record.SCHEMA}")
-    reader = _Reader({key: _read(archive, infos, key, like) for key, like in entries["arrays"].items()})
-    specs = [reader.build(TensorSpec, entry) for entry in entries["tensors"]]
-    if len({spec.name for spec in specs}) != len(specs):
-        raise RecordError("two tensors have one name")
-    ops = tuple(reader.build(_OPS[_text(entry.pop("op"))], entry) for entry in entries["ops"])
-    texts = {name: _text(entries[name]) for name in ("requantizer", "input", "output")}
-    if not isinstance(entries["meta"], dict):
-        raise RecordError("meta is no mapping")
-    tensors = {spec.name: spec for spec in specs}
-    return IntegerModel(tensors=tensors, ops=ops, meta=entries["meta"], **texts)  # type: ignore[arg-type]
+    return from_plain(entries, {key: _read(archive, infos, key, like) for key, like in entries["arrays"].items()})
 
 
 def _refuse_constant(text: str) -> Any:
@@ -143,7 +158,7 @@ def _refuse_constant(text: str) -> Any:
 def _read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], key: str, like: dict[str, Any]) -> np.ndarray:
     """Return array ``key``; its member must have the size, dtype, shape and hash that the manifest says."""
     shape = tuple(_integer(n) for n in like["shape"])
-    if like["dtype"] not in _DTYPES or len(shape) > 8 or min(shape, default=1) < 0 or math.prod(shape) > MAX_ELEMENTS:
+    if like["dtype"] not in DTYPES or len(shape) > 8 or min(shape, default=1) < 0 or math.prod(shape) > MAX_ELEMENTS:
         raise RecordError(f"array {key!r}: {like['dtype']!r:.40} of shape {shape!r:.80} is not allowed")
     dtype = np.dtype(like["dtype"]).newbyteorder("<")
     size = math.prod(shape) * dtype.itemsize

@@ -1,4 +1,7 @@
-"""From a float network trained with ReLU1 to FPGAI's integers, with better scales than seed 002's own exporter.
+"""From a float chain with ReLU1 or ReLU to FPGAI's integers, with better scales than seed 002's own exporter.
+
+A ReLU is a ReLU1 of another unit: where t is the largest value behind it, relu(w x + b) / t is clip((w / t) x + b / t,
+0, 1) for all inputs seen, and the next layer takes w t. Values beyond t, of inputs not seen, are clipped.
 
 Same files, same arithmetic, other choices: the multiplier has eight significant bits (seed: down to one), weights are
 quantized on the grid that the hardware really has, zero is in their range, the zero point is rounded (seed: truncated),
@@ -13,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, need
@@ -20,8 +24,11 @@ from hq_lib.deploy.fpga.multiplier import nearest_multiplier
 from hq_lib.deploy.fpga.semantics import run
 from hq_lib.deploy.fpga.tuple_file import GAIN, bias_integers
 from hq_lib.graph.folding import fold_bn
+from hq_lib.graph.tracing import NodeWatcher
 
 Rounding = Literal["nearest", "floor"]
+MIN_IMAGES = 32
+"""Fewest images from which the range behind a ReLU is taken."""
 Weighted = tuple[Stage, np.ndarray, np.ndarray]
 
 
@@ -36,9 +43,10 @@ def export(
     """Return ``net`` in FPGAI's integers, to be fed with raw uint8 pixels.
 
     Args:
-        net:      a chain of Conv2d or Linear, each but the last followed by ReLU1 (``nn.Hardtanh(0, 1)``) and perhaps
-                  one pool; batch norms are folded. ``models.build("lenet", relu1=True)`` is one.
-        example:  (B, C, H, W) float32, an input of ``net``.
+        net:      a chain of Conv2d or Linear, each but the last followed by ReLU1 (``nn.Hardtanh(0, 1)``) or ReLU and
+                  perhaps one pool; batch norms are folded. ``models.build("lenet")`` is one.
+        example:  (B, C, H, W) float32, inputs of ``net``; behind a ReLU they are what ranges are taken from: some
+                  hundred training images.
         mean:     what was subtracted from pixel / 255 in training, one value or one per channel.
         std:      what it was divided by then, > 0.
         rounding: "nearest" puts into the biases what the floor of the shift and the truncation of an average pool take
@@ -48,9 +56,10 @@ def export(
         FpgaiError: what FPGAI cannot express (unbounded activations, branches, groups ...); names the layer.
     """
     need(rounding in ("nearest", "floor"), f"rounding {rounding!r}: 'nearest' or 'floor'")
-    chain = _chain(fold_bn(net, example))
+    gm = fold_bn(net, example).eval()
+    chain = _in_units(_chain(gm), _largest(gm, example), len(example))
     for stage, _, _ in chain[:-1]:
-        need(stage.relu1, f"{stage.name!r} has no ReLU1 after it: train with clip(x, 0, 1), e.g. relu1=True")
+        need(stage.relu1, f"{stage.name!r} has no ReLU or ReLU1 after it: train with clip(x, 0, 1), e.g. relu1=True")
     need(chain[-1][0].pool is None, f"{chain[-1][0].name!r}: a pool cannot end the network")
     chain[0] = _without_normalization(chain[0], mean, std)
     offset = _rounding_offset if rounding == "nearest" else lambda stage: 0.0
@@ -58,6 +67,32 @@ def export(
     fpgai = FpgaiNet(tuple(stage for stage, _, _ in chain), layers)
     run(fpgai, np.zeros((1, *example.shape[1:]), np.uint8))  # each layer can read what the one before writes
     return fpgai
+
+
+def _largest(gm: fx.GraphModule, example: Tensor) -> dict[str, float]:
+    """Return for each layer followed by a ReLU the largest value behind it."""
+    found: dict[str, float] = {}
+
+    def see(node: fx.Node, value: Any) -> None:
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.ReLU):
+            found[str(node.all_input_nodes[0].target)] = float(value.max()) or 1.0
+
+    with torch.no_grad():
+        NodeWatcher(gm, see).run(example)
+    return found
+
+
+def _in_units(chain: list[Weighted], largest: dict[str, float], n_images: int) -> list[Weighted]:
+    """Return ``chain`` with the values behind each ReLU in units of the largest of them."""
+    asked = f"give at least {MIN_IMAGES} training images, or train with ReLU1 (clip(x, 0, 1))"
+    first = next(iter(largest), None)
+    need(first is None or n_images >= MIN_IMAGES, f"{first!r} has a ReLU, whose range the example tells: {asked}")
+    scaled, before = [], 1.0
+    for stage, weight, bias in chain:
+        unit = largest.get(stage.name, 1.0)
+        scaled.append((stage, weight * before / unit, bias / unit))
+        before = unit
+    return scaled
 
 
 def quantize_layer(name: str, weight: np.ndarray, bias: np.ndarray, *, offset: float = 0.5) -> FpgaiLayer:
@@ -153,8 +188,9 @@ def _conv(name: str, conv: nn.Conv2d, chain: list[Weighted]) -> None:
     _weighted(name, conv, chain, stride=conv.stride[0], padding=int(conv.padding[0]))
 
 
-def _relu1(name: str, act: nn.Hardtanh, chain: list[Weighted]) -> None:
-    need((act.min_val, act.max_val) == (0, 1), f"{name!r} clips to {act.min_val}..{act.max_val}; FPGAI to 0..1")
+def _relu(name: str, act: nn.ReLU | nn.Hardtanh, chain: list[Weighted]) -> None:
+    if isinstance(act, nn.Hardtanh):
+        need((act.min_val, act.max_val) == (0, 1), f"{name!r} clips to {act.min_val}..{act.max_val}; FPGAI to 0..1")
     need(bool(chain) and chain[-1][0].pool is None, f"{name!r}: a ReLU1 follows a convolution or linear layer")
     stage, *rest = chain[-1]
     chain[-1] = (replace(stage, relu1=True), *rest)  # type: ignore[assignment]
@@ -183,7 +219,8 @@ def _flatten(name: str, module: nn.Flatten, chain: list[Weighted]) -> None:
 _READERS: dict[Any, Callable[[str, Any, list[Weighted]], None]] = {
     nn.Conv2d: _conv,
     nn.Linear: _weighted,
-    nn.Hardtanh: _relu1,
+    nn.Hardtanh: _relu,
+    nn.ReLU: _relu,
     nn.AvgPool2d: _pool,
     nn.MaxPool2d: _pool,
     nn.Flatten: _flatten,

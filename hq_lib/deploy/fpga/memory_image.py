@@ -1,10 +1,14 @@
-"""Memory images for FPGA block RAM, hex (Verilog ``$readmemh``) or coe (Xilinx), with a manifest that explains them.
+"""Memory images for FPGA block RAM, hex (Verilog ``$readmemh``) or coe (Xilinx): a whole record, every operation of it.
 
-    folder/manifest.json          layers, their numbers, and of each image: file, dtype, shape, order, words, SHA-256
-    folder/00_conv1_weight.hex    one word a line, in address order
+    folder/manifest.json              the record (tensors, operations in order, each array as a key), and of each array:
+                                      file, dtype, shape, bits, step, words, SHA-256
+    folder/003_conv1_weight.hex       one word a line, in address order
 
-A value is two's complement in its dtype's width. A word holds ``word_bits / value bits`` values, the first in the
-lowest bits; the last word is filled with 0. Values follow C order: the last axis of the shape runs fastest.
+An array is stored at its own width: its integers are divided by ``step``, the largest power of two that divides all of
+them (weights of few bits fill int8, see ``record.Layer.weight``), and the quotients have the fewest ``bits`` that hold
+them, two's complement where any is negative: 4-bit weights take 4 bits. float32 numbers are their 32 bits. A word holds
+``word_bits // bits`` values, the first in the lowest bits; the rest of a word is 0. Values follow C order: the last
+axis of the shape runs fastest.
 """
 
 from __future__ import annotations
@@ -13,121 +17,152 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from hq_lib.deploy.fpga.formats import read_file
-from hq_lib.deploy.fpga.layers import MAX_ELEMENTS, FpgaiError, need, plain_name
-from hq_lib.deploy.fpga.memory import DTYPES, ROLES, LayerMemory
+from hq_lib.deploy.fpga.layers import FpgaiError, need, plain_name
+from hq_lib.integer.check import MAX_ELEMENTS
+from hq_lib.integer.record import IntegerModel
+from hq_lib.integer.requant import RecordError
+from hq_lib.integer.storage import DTYPES, UNREADABLE, from_plain, to_plain
 from hq_lib.results.atomic import write_bytes, write_text
 
 Encoding = Literal["hex", "coe"]
 MANIFEST = "manifest.json"
-FORMAT, SCHEMA = "hq_lib memory images", 1
+FORMAT, SCHEMA = "hq_lib memory images", 2
 MAX_MANIFEST = 64 << 20
-MAX_LAYERS = 10_000
-_ORDER = "C: last axis fastest"
+MAX_WORD_BITS = 4096
+_DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
 _COE = ("memory_initialization_radix=16;\nmemory_initialization_vector=\n", ",\n", ";\n")
 _HEX = ("", "\n", "\n")
-_IMAGE_KEYS = {"file", "dtype", "shape", "order", "word_bits", "values_per_word", "n_words", "sha256"}
+_IMAGE_KEYS = {"file", "dtype", "shape", "bits", "signed", "step", "word_bits", "values_per_word", "n_words", "sha256"}
 
 
 def write_images(
-    layers: Sequence[LayerMemory], folder: Path | str, *, encoding: Encoding = "hex", word_bits: int | None = None
+    model: IntegerModel, folder: Path | str, *, encoding: Encoding = "hex", word_bits: int | None = None
 ) -> Path:
-    """Write an image per array and the manifest last; return the manifest's path.
+    """Write an image of every array of ``model`` and the manifest last; return the manifest's path.
 
     Args:
-        layers:    from ``memories_of``.
+        model:     a record; for logic without floats, one with the "fixed" requantizer.
         folder:    made if absent; files of the same names are replaced.
         encoding:  "hex" or "coe".
-        word_bits: bits of a memory word, a multiple of every array's width; None: each array's own width.
+        word_bits: bits of a memory word, at least every array's width; None: one value a word, as wide as it is.
 
     Raises:
-        FpgaiError: a width that does not divide the word, or an array of another dtype; names the layer.
+        FpgaiError: a word too narrow for an array, which is named. RecordError: the record is inconsistent.
     """
     need(encoding in ("hex", "coe"), f"encoding {encoding!r}: 'hex' or 'coe'")
-    entries, files = [], {}
-    for i, layer in enumerate(layers):
-        images = {}
-        for role, array in layer.arrays.items():
-            need(role in ROLES and array.dtype.name in DTYPES, f"layer {layer.name!r}: {role!r} of {array.dtype}")
-            file = f"{i:03d}_{re.sub(r'[^A-Za-z0-9_]', '_', layer.name)[:80]}_{role}.{encoding}"
-            width = _word_bits(array.dtype, word_bits, f"layer {layer.name!r}, {role}")
-            files[file] = content = encode(array, encoding=encoding, word_bits=width)
-            images[role] = {"file": file, **_describe(array, width), "sha256": hashlib.sha256(content).hexdigest()}
-        entries.append({"name": layer.name, "parameters": layer.parameters, "images": images})
+    plain, arrays = to_plain(model)
+    images, files = {}, {}
+    for key, array in arrays.items():
+        like = _layout(array, word_bits, key)
+        file = f"{_file_stem(key, model)}.{encoding}"
+        files[file] = content = encode(_quotients(array, like["step"]), like["bits"], like["word_bits"], encoding)
+        images[key] = {"file": file, **like, "sha256": hashlib.sha256(content).hexdigest()}
     for file, content in files.items():
         write_bytes(Path(folder) / file, content)
-    body = {"format": FORMAT, "schema": SCHEMA, "encoding": encoding, "layers": entries}
+    body = {"format": FORMAT, "schema": SCHEMA, "encoding": encoding, **plain, "images": images}
     write_text(Path(folder) / MANIFEST, json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False) + "\n")
     return Path(folder) / MANIFEST
 
 
-def read_images(folder: Path | str) -> tuple[LayerMemory, ...]:
-    """Return the layers whose images lie in ``folder``, every file verified against the manifest.
+def read_images(folder: Path | str) -> IntegerModel:
+    """Return the record whose images lie in ``folder``, rebuilt from them alone: ``integer.run`` executes it.
 
     Raises:
-        FpgaiError: a manifest or image that is absent, altered, truncated, of another size than its shape asks, or a
-            file name that leads out of the folder; names it.
+        FpgaiError: a manifest or image that is absent, altered, truncated, of another size than its shape asks, a file
+            name that leads out of the folder, or a record that is inconsistent; names it.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     try:
         body = _read_manifest(path)
-        layers = _typed(body["layers"], list, "layers")
-        need(len(layers) <= MAX_LAYERS, f"over {MAX_LAYERS} layers")
-        return tuple(_read_layer(folder, entry, body["encoding"]) for entry in layers)
-    except FpgaiError as error:
+        images = _typed(body["images"], dict, "images")
+        arrays = {key: _read_image(folder, key, image, body["encoding"]) for key, image in images.items()}
+        return from_plain(body, arrays)
+    except (FpgaiError, RecordError) as error:
         raise FpgaiError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
+    except UNREADABLE as error:
         raise FpgaiError(f"{path}: not a manifest of memory images ({type(error).__name__}: {error!s:.120})") from error
 
 
-def encode(array: np.ndarray, *, encoding: Encoding, word_bits: int) -> bytes:
-    """Return the text of an image of ``array`` (integers, any shape) in words of ``word_bits``."""
-    data = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"))).reshape(-1).view(np.uint8)
-    n_bytes = word_bits // 8
-    padded = np.zeros(-(-data.size // n_bytes) * n_bytes, np.uint8)
-    padded[: data.size] = data
-    digits = padded.reshape(-1, n_bytes)[:, ::-1].tobytes().hex()  # highest byte of a word first
-    words = (digits[i : i + 2 * n_bytes] for i in range(0, len(digits), 2 * n_bytes))
+def encode(values: np.ndarray, bits: int, word_bits: int, encoding: Encoding) -> bytes:
+    """Return the text of an image of integer ``values`` (any shape), ``bits`` each, in words of ``word_bits``."""
+    flat = values.reshape(-1).astype(np.int64)
+    per_word = word_bits // bits
+    n_words = -(-flat.size // per_word)
+    padded = np.zeros(n_words * per_word, np.int64)
+    padded[: flat.size] = flat
+    ones = (padded[:, None] >> np.arange(bits) & 1).astype(np.uint8).reshape(n_words, per_word * bits)
+    n_digits = -(-word_bits // 4)
+    whole = np.zeros((n_words, 4 * n_digits), np.uint8)
+    whole[:, : per_word * bits] = ones
+    nibbles = whole.reshape(n_words, n_digits, 4) @ np.array([1, 2, 4, 8], np.uint8)
+    text = _DIGITS[nibbles[:, ::-1]].tobytes().decode("ascii")  # the highest digit of a word first
     head, between, end = _HEX if encoding == "hex" else _COE
+    words = (text[i : i + n_digits] for i in range(0, len(text), n_digits))
     return (head + between.join(words) + end).encode("ascii")
 
 
-def decode(content: bytes, dtype: str, shape: tuple[int, ...], *, encoding: Encoding, word_bits: int) -> np.ndarray:
-    """Return the array of an image that ``encode`` made; ``FpgaiError`` unless ``content`` has exactly that form."""
-    kind, n = np.dtype(dtype).newbyteorder("<"), math.prod(shape)
-    n_bytes = word_bits // 8
-    n_words = -(-n * kind.itemsize // n_bytes)
+def decode(content: bytes, n: int, bits: int, word_bits: int, encoding: Encoding, *, signed: bool) -> np.ndarray:
+    """Return the int64 (n,) values of an image that ``encode`` made; ``FpgaiError`` unless it has exactly that form."""
     head, between, end = _HEX if encoding == "hex" else _COE
-    size = len(head) + n_words * 2 * n_bytes + (n_words - 1) * len(between) + len(end)
-    need(len(content) == size, f"{len(content):,} bytes, shape {shape} needs {size:,}: truncated or of another array")
+    per_word, n_digits = word_bits // bits, -(-word_bits // 4)
+    n_words = -(-n // per_word)
+    size = len(head) + n_words * n_digits + (n_words - 1) * len(between) + len(end)
+    need(len(content) == size, f"{len(content):,} bytes, {n:,} values need {size:,}: truncated or of another array")
     text = content.decode("ascii")
     words = text[len(head) : len(text) - len(end)].split(between)
-    form = text.startswith(head) and text.endswith(end) and {len(word) for word in words} == {2 * n_bytes}
-    need(form and len(words) == n_words, f"not {n_words:,} words of {word_bits} bits in the {encoding} form")
-    data = np.frombuffer(bytes.fromhex("".join(words)), np.uint8).reshape(n_words, n_bytes)[:, ::-1].reshape(-1)
-    need(not data[n * kind.itemsize :].any(), "the end of its last word is not 0")
-    return data[: n * kind.itemsize].copy().view(kind).astype(dtype).reshape(shape)
+    form = text.startswith(head) and text.endswith(end) and {len(word) for word in words} == {n_digits}
+    digits = "".join(words)
+    form = form and len(words) == n_words and re.fullmatch("[0-9a-f]+", digits) is not None
+    need(form, f"not {n_words:,} words of {word_bits} bits in the {encoding} form")
+    codes = np.frombuffer(digits.encode(), np.uint8).astype(np.int64)
+    nibbles = np.where(codes < ord("a"), codes - ord("0"), codes - ord("a") + 10).reshape(n_words, n_digits)[:, ::-1]
+    ones = (nibbles[:, :, None] >> np.arange(4) & 1).reshape(n_words, 4 * n_digits)
+    need(not ones[:, per_word * bits :].any(), "the end of a word is not 0")
+    values = ones[:, : per_word * bits].reshape(-1, bits) @ (np.int64(1) << np.arange(bits, dtype=np.int64))
+    need(not values[n:].any(), "the end of its last word is not 0")
+    values = values[:n]
+    return np.where(values >= 2 ** (bits - 1), values - 2**bits, values) if signed else values
 
 
-def _word_bits(dtype: np.dtype[Any], word_bits: int | None, what: str) -> int:
-    own = 8 * dtype.itemsize
-    width = own if word_bits is None else word_bits
-    fits = type(width) is int and 0 < width <= 4096 and width % own == 0
-    need(fits, f"{what}: words of {width!r:.40} bits do not hold whole values of {own} bits (at most 4096)")
-    return width
+def _quotients(array: np.ndarray, step: int) -> np.ndarray:
+    return array.view(np.uint32) if array.dtype == np.float32 else array.astype(np.int64) // step
 
 
-def _describe(array: np.ndarray, word_bits: int) -> dict[str, Any]:
-    per_word = word_bits // (8 * array.dtype.itemsize)
-    counts = {"values_per_word": per_word, "n_words": -(-array.size // per_word)}
-    return {"dtype": array.dtype.name, "shape": [*array.shape], "order": _ORDER, "word_bits": word_bits, **counts}
+def _layout(array: np.ndarray, word_bits: int | None, what: str) -> dict[str, Any]:
+    """Return how ``array`` is stored: its width, the step that its integers are multiples of, and its words."""
+    common = 1 if array.dtype == np.float32 else int(np.bitwise_or.reduce(array.astype(np.int64), axis=None))
+    step = common & -common if common else 1
+    low, high = (int(end) for end in (_quotients(array, step).min(), _quotients(array, step).max()))
+    bits = max(1, high.bit_length() + 1, (~low).bit_length() + 1) if low < 0 else max(1, high.bit_length())
+    bits = 32 if array.dtype == np.float32 else bits
+    width = bits if word_bits is None else word_bits
+    _check_words(bits, width, what)
+    counts = {"values_per_word": width // bits, "n_words": -(-array.size // (width // bits))}
+    shape = {"dtype": array.dtype.name, "shape": [*array.shape]}
+    return {**shape, "bits": bits, "signed": low < 0, "step": step, "word_bits": width, **counts}
+
+
+def _check_words(bits: object, word_bits: object, what: str) -> None:
+    sound = type(bits) is int and type(word_bits) is int and 1 <= bits <= 32 and bits <= word_bits <= MAX_WORD_BITS
+    need(sound, f"{what}: words of {word_bits!r:.40} bits do not hold values of {bits!r:.40} bits (at most 4096)")
+
+
+def _file_stem(key: str, model: IntegerModel) -> str:
+    """Return "003_conv1_weight" for "op3.weight", "tensor_003_scale" for "tensor.3.scale"."""
+    first, _, rest = key.partition(".")
+    if first == "tensor":
+        number, _, rest = rest.partition(".")
+        return f"tensor_{int(number):03d}_{rest}"
+    number = int(first.removeprefix("op"))
+    name = re.sub(r"[^A-Za-z0-9_]", "_", model.ops[number].name)[:80]
+    return f"{number:03d}_{name}_{rest.replace('.', '_')}"
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -150,33 +185,40 @@ def _refuse(text: str) -> Any:
     raise FpgaiError(f"it holds {text}")
 
 
-def _read_layer(folder: Path, entry: dict[str, Any], encoding: Encoding) -> LayerMemory:
-    name = _typed(entry["name"], str, "a layer's name")
-    images = _typed(entry["images"], dict, f"images of {name!r:.80}")
-    need(set(images) <= set(ROLES), f"layer {name!r:.80}: unknown images {sorted(set(images) - set(ROLES))!r:.80}")
-    arrays = {}
-    for role, image in images.items():
-        try:
-            arrays[role] = _read_image(folder, image, encoding)
-        except (FpgaiError, UnicodeDecodeError) as error:
-            raise FpgaiError(f"layer {name!r:.80}, {role}: {error}") from error
-    return LayerMemory(name, _typed(entry["parameters"], dict, f"parameters of {name!r:.80}"), arrays)
+def _read_image(folder: Path, key: str, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
+    try:
+        return _decoded(folder, image, encoding)
+    except (FpgaiError, UnicodeDecodeError) as error:
+        raise FpgaiError(f"array {key!r:.80}: {error}") from error
 
 
-def _read_image(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
+def _decoded(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
     need(set(_typed(image, dict, "an image")) == _IMAGE_KEYS, f"an image has the keys {sorted(_IMAGE_KEYS)}")
-    dtype, shape = image["dtype"], tuple(_typed(image["shape"], list, "shape"))
+    dtype, shape, step = image["dtype"], tuple(_typed(image["shape"], list, "shape")), image["step"]
     need(dtype in DTYPES, f"dtype {dtype!r:.40}: one of {', '.join(DTYPES)}")
-    sized = 0 < len(shape) <= 8 and all(type(n) is int and 1 <= n <= MAX_ELEMENTS for n in shape)
-    need(sized and math.prod(shape) <= MAX_ELEMENTS, f"shape {shape!r:.80}")
-    word_bits = _word_bits(np.dtype(dtype), image["word_bits"], "image")
+    sized = len(shape) <= 8 and all(type(n) is int and 1 <= n <= MAX_ELEMENTS for n in shape)
+    n = math.prod(shape) if sized else 0
+    need(0 < n <= MAX_ELEMENTS, f"shape {shape!r:.80}")
+    need(type(step) is int and 1 <= step <= 2**31, f"step {step!r:.40}")
+    bits, word_bits = image["bits"], image["word_bits"]
+    _check_words(bits, word_bits, "image")
     path = _inside(folder, image["file"])
     content = read_file(path)
-    array = decode(content, dtype, shape, encoding=encoding, word_bits=word_bits)
+    values = decode(content, n, bits, word_bits, encoding, signed=image["signed"] is True)
     same = hashlib.sha256(content).hexdigest() == image["sha256"]
     need(same, f"{path.name}: its bytes are not those that were written (SHA-256 differs)")
-    said = {key: value for key, value in image.items() if key not in ("file", "sha256")}
-    need(said == _describe(array, word_bits), f"{path.name}: order or word counts are not those of its shape")
+    if dtype == "float32":
+        array = values.astype(np.uint32).view(np.float32).reshape(shape)
+    else:
+        ends = np.iinfo(dtype)
+        fits = ends.min <= values.min() * step and values.max() * step <= ends.max
+        need(fits, f"{path.name}: its values do not fit {dtype}")
+        array = (values * step).astype(dtype).reshape(shape)
+    said = {name: value for name, value in image.items() if name not in ("file", "sha256")}
+    need(
+        said == _layout(array, word_bits, "image"),
+        f"{path.name}: bits, step or word counts are not those of its values",
+    )
     return array
 
 

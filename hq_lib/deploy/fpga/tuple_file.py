@@ -1,32 +1,29 @@
-"""Seed 002's ``{name}_quant.tuple``: ``torch.save((state_dict, quant_list))`` read and written without torch.
-
-Such a file is a zip of raw storages and a pickle that arranges them. The pickle is never unpickled: see
-``saved_state``.
-"""
+"""Seed 002's ``{name}_quant.tuple``, ``torch.save((state_dict, quant_list))``, by torch's reader of plain weights."""
 
 from __future__ import annotations
 
 import io
-import math
+import pickle
 import struct
-import zipfile
+import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from hq_lib.deploy.fpga.formats import Quant, read_file
 from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, check_quant, need
-from hq_lib.deploy.fpga.saved_state import STORAGES, run_pickle
 from hq_lib.results.atomic import write_bytes
 
 GAIN = 255
 """Activation steps per unit. The seed's last Python uses 255; its NumPy program and its shipped files use 256."""
-MAX_PICKLE = 8 << 20
-_EPOCH = (1980, 1, 1, 0, 0, 0)
+
 _UNREADABLE = (
-    zipfile.BadZipFile, OSError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError, struct.error,
-    NotImplementedError, RuntimeError, OverflowError, MemoryError,
+    RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError, MemoryError,
+    OverflowError, AssertionError, NotImplementedError, RecursionError, struct.error,
 )  # fmt: skip
 
 
@@ -44,28 +41,32 @@ def read_tuple(path: Path | str) -> TupleFile:
     """Return the arrays and numbers in the file ``path``; tensors saved on a GPU are read like any.
 
     Raises:
-        FpgaiError: not such a file, truncated, or a pickle that asks for anything but arrays and numbers; names it.
+        FpgaiError: not such a file, truncated, or a pickle that asks for anything but tensors and numbers (torch.load
+                    with weights_only=True runs none); names it.
     """
     content = read_file(Path(path))
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return _decode(archive, len(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of other pickle protocols, which are refused or harmless
+            return _decode(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except FpgaiError as error:
         raise FpgaiError(f"{path}: {error}") from error
+    except pickle.UnpicklingError as error:  # its own text recommends to load the file all the same
+        raise FpgaiError(
+            f"{path}: its pickle asks for more than tensors and numbers: refused, nothing was run"
+        ) from error
     except _UNREADABLE as error:
-        raise FpgaiError(f"{path}: not a readable .tuple ({type(error).__name__}: {error!s:.120})") from error
+        said = str(error).strip().splitlines() or [""]
+        raise FpgaiError(f"{path}: not a readable .tuple ({type(error).__name__}: {said[0]:.160})") from error
 
 
 def write_tuple(contents: TupleFile, path: Path | str) -> Path:
     """Write ``contents`` to ``path`` (torch.load reads it, weights_only=True too) and return the path."""
     path = Path(path)
     need(path.suffix == ".tuple", f"{path}: these files are named *.tuple")
+    state = OrderedDict((key, torch.from_numpy(value.copy())) for key, value in contents.state.items())
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        members = {"data.pkl": _pickle(contents), "byteorder": b"little", "version": b"3\n"}
-        members |= {f"data/{i}": _storage(value)[1] for i, value in enumerate(contents.state.values())}
-        for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}", _EPOCH), data)
+    torch.save((state, [n for triple in contents.quant for n in triple]), buffer)
     write_bytes(path, buffer.getvalue())
     return path
 
@@ -114,54 +115,12 @@ def bias_integers(bias: np.ndarray, quant: Quant, gain: float, what: str) -> np.
     return steps.astype(np.int32)
 
 
-def _decode(archive: zipfile.ZipFile, size: int) -> TupleFile:
-    infos = {info.filename: info for info in archive.infolist()}
-    pickles = [name for name in infos if name.endswith("data.pkl")]
-    need(len(pickles) == 1 and infos[pickles[0]].file_size <= MAX_PICKLE, "it holds no data.pkl, or a huge one")
-    stored = all(i.compress_type == zipfile.ZIP_STORED and i.file_size <= size for i in infos.values())
-    need(stored, "its members are compressed, or larger than the file")
-    prefix = pickles[0].removesuffix("data.pkl")
-    order = f"{prefix}byteorder"
-    need(order not in infos or archive.read(order) == b"little", "it was saved on a big-endian machine")
-    result = run_pickle(archive, prefix, archive.read(pickles[0]))
-    kinds = [type(part) for part in result] if isinstance(result, tuple) else []
-    need(kinds == [dict, list], "it holds no (state_dict, list)")
+def _decode(result: Any) -> TupleFile:
+    sound = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], dict) and type(result[1]) is list
+    need(sound, "it holds no (state_dict, list)")
     state, numbers = result
-    need(all(isinstance(v, np.ndarray) for v in state.values()), "its state dict holds more than tensors")
+    plain = all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_cpu for k, v in state.items())
+    need(plain, "its state dict holds more than tensors")
     need(all(type(n) is int for n in numbers) and len(numbers) % 3 == 0, "its list is not made of integer triples")
-    return TupleFile(state, tuple(tuple(numbers[i : i + 3]) for i in range(0, len(numbers), 3)))
-
-
-def _storage(value: np.ndarray) -> tuple[str, bytes]:
-    """Return torch's storage name and the bytes of ``value``."""
-    for name, dtype in STORAGES.items():
-        if value.dtype == np.dtype(dtype):
-            return name, np.ascontiguousarray(value).astype(dtype).tobytes()
-    raise FpgaiError(f"a .tuple holds uint8, int32, int64 or float32, not {value.dtype}")
-
-
-def _pickle(contents: TupleFile) -> bytes:
-    items = b"".join(_text(k) + _tensor_code(v, str(i)) for i, (k, v) in enumerate(contents.state.items()))
-    numbers = b"".join(_int(n) for triple in contents.quant for n in triple)
-    return b"\x80\x02" + _EMPTY_ORDERED + b"(" + items + b"u](" + numbers + b"e\x86."
-
-
-_EMPTY_ORDERED = b"ccollections\nOrderedDict\n)R"
-
-
-def _tensor_code(value: np.ndarray, key: str) -> bytes:
-    module, name = _storage(value)[0].split(" ")
-    storage = f"c{module}\n{name}\n".encode()
-    place = b"(" + _text("storage") + storage + _text(key) + _text("cpu") + _int(value.size) + b"tQ"
-    strides = [math.prod(value.shape[i + 1 :]) for i in range(value.ndim)]
-    sizes = b"".join(b"(" + b"".join(map(_int, part)) + b"t" for part in (value.shape, strides))
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + place + _int(0) + sizes + b"\x89" + _EMPTY_ORDERED + b"tR"
-
-
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def _int(n: int) -> bytes:
-    return b"J" + struct.pack("<i", n)
+    arrays = {key: value.detach().numpy() for key, value in state.items()}
+    return TupleFile(arrays, tuple(tuple(numbers[i : i + 3]) for i in range(0, len(numbers), 3)))
