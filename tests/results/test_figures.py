@@ -204,12 +204,20 @@ def test_heat_map_prints_every_cell_and_what_was_not_run():
     assert texts == ["90.0", "80.0", "n/r", "10.0"]
 
 
+def test_a_model_trained_on_all_images_has_no_validation_line():
+    data = history(models=("resnet20", "lenet"))
+    data.loc[data["model"] == "resnet20", "val_acc_pct"] = np.nan
+    drawn = [len(ax.get_lines()) for ax in fig_float_training(data).axes]
+    whole = [len(ax.get_lines()) for ax in fig_float_training(history(models=("resnet20", "lenet"))).axes]
+    assert drawn == [whole[0] // 2, *whole[1:]]
+
+
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
         (history().drop(columns="lr"), "missing: lr"),
         (history().iloc[:0], "no rows to draw"),
-        (history().assign(val_acc_pct=np.nan), "missing values in val_acc_pct"),
+        (history().replace({"val_acc_pct": {history()["val_acc_pct"].iloc[0]: np.nan}}), "missing values in val_acc"),
     ],
 )
 def test_a_frame_that_cannot_be_drawn_is_refused_by_column(frame, message):

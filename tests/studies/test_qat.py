@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from hq_lib import models
 from hq_lib.quantizers import act_quantizer
 from hq_lib.results import paths, store
 from hq_lib.studies.qat import study as qat
@@ -13,16 +12,6 @@ from hq_lib.studies.qat import tables as qat_report
 from hq_lib.studies.qat.figures import fig_pact_alpha
 from hq_lib.training import qat_recipe
 from hq_lib.training.qat_recipes import BY_BITS, METHODS
-
-
-@pytest.fixture
-def lenet():
-    torch.manual_seed(3)
-    return models.build("lenet").eval()
-
-
-def images(n=8, seed=0):
-    return torch.randn(n, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,13 +15,18 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
 
     Args:
         history: one row per model, seed and epoch: ``model`` (one's own gets a spare colour), ``seed``, ``epoch``,
-            ``train_loss`` (nat), ``val_acc_pct`` (percent, validation split), ``lr``. Optional columns, drawn as thin
-            lines: ``train_acc_pct`` and ``val_loss``.
+            ``train_loss`` (nat), ``val_acc_pct`` (percent, validation split; missing throughout for a model that was
+            trained on all images, which then has no line), ``lr``. Optional columns, drawn as thin lines:
+            ``train_acc_pct`` and ``val_loss``.
 
     Raises:
-        ValueError: a column is missing or has missing values, or there are no rows.
+        ValueError: a column is missing or has other missing values, or there are no rows.
     """
-    need(history, ("model", "seed", "epoch", "train_loss", "val_acc_pct", "lr"), "fig_float_training")
+    need(history, ("model", "seed", "epoch", "train_loss", "lr"), "fig_float_training")
+    need(history.fillna({"val_acc_pct": 0.0}), ("val_acc_pct",), "fig_float_training")  # the column itself
+    judged = history.loc[history.groupby("model")["val_acc_pct"].transform("count") > 0]
+    if len(judged):
+        need(judged, ("val_acc_pct",), "fig_float_training")
     figure, axes = new_figure(3, height=6.0, sharex=True, height_ratios=[3, 2, 1])
     accuracy, loss, rate = axes[:, 0]
     styles = looks(sorted(set(history["model"])))
@@ -29,7 +34,7 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
         runs = history.loc[history["model"] == model]
         name = labels.printed("model", model)
         curves = [(accuracy, "val_acc_pct", name), (loss, "train_loss", name), (rate, "lr", "")]
-        for ax, column, label in curves:
+        for ax, column, label in curves if model in set(judged["model"]) else curves[1:]:
             band_line(ax, runs, x="epoch", y=column, as_=style, label=label, marks=False)
         for ax, column in ((accuracy, "train_acc_pct"), (loss, "val_loss")):
             if column in runs and not runs[column].isna().to_numpy().any():
