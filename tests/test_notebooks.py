@@ -18,7 +18,7 @@ names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
 def cells(path, kind):
-    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
 
 
 def code_lines(source):
@@ -27,7 +27,7 @@ def code_lines(source):
 
 @names
 def test_no_outputs_in_git(path):
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     assert all(not c["outputs"] and c["execution_count"] is None for c in cells(path, "code"))
     assert "papermill" not in content["metadata"]
     assert all("papermill" not in c["metadata"] for c in content["cells"])
@@ -88,7 +88,7 @@ def test_nothing_is_defined_twice():
             for name in re.findall(r"^(?:def|class) (\w+)", "".join(cell["source"]), re.M):
                 defined[name].add(path.name)
     for path in (paths.ROOT / "hq_lib").rglob("*.py"):
-        for name in re.findall(r"^(?:def|class) ([a-z]\w+|[A-Z]\w+)", path.read_text(), re.M):
+        for name in re.findall(r"^(?:def|class) ([a-z]\w+|[A-Z]\w+)", path.read_text(encoding="utf-8"), re.M):
             if name in defined:
                 defined[name].add(path.name)
     assert {name: where for name, where in defined.items() if len(where) > 1} == {}

@@ -145,7 +145,7 @@ def load_calibration(path: str | Path, engine: Engine) -> list[str]:
 def _read_record(path: Path) -> dict[str, Any]:
     """The description beside the arrays at ``path``."""
     try:
-        record = json.loads(path.with_suffix(".json").read_text())
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise CrossbarError(f"{path}: its .json is unreadable ({error}); calibrate again") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:

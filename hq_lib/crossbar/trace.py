@@ -180,7 +180,7 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str]:
             arrays = {name: stored[name] for name in stored.files}
     except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy, each in its own way
         raise TraceError(f"{path}: damaged archive ({error})") from error
-    return arrays, path.with_suffix(".json").read_text()
+    return arrays, path.with_suffix(".json").read_text(encoding="utf-8")
 
 
 def _h5py() -> Any:

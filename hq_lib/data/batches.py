@@ -60,7 +60,7 @@ def batches(
         batch_size: images per batch. The last, smaller batch is kept in evaluation and dropped in training (unless
                     it is the only one), as batch norm wants batches of one size.
         generator:  CPU generator that draws permutation and augmentation; its state alone decides the epoch.
-        pad, flip:  augmentation, see ``augment``; need a generator.
+        pad, flip:  augmentation, see ``augment``; need a generator. Flips only where ``DataSpec.flip`` allows them.
         device:     where the batch is wanted.
     """
     if generator is None and (pad or flip):
@@ -73,5 +73,5 @@ def batches(
         at = chosen.to(images.images.device)
         x = images.images[at]
         if generator is not None and (pad or flip):
-            x = augment(x, generator, pad=pad, flip=flip)
+            x = augment(x, generator, pad=pad, flip=flip and images.spec.flip)
         yield normalize(x.to(device), images.spec), images.labels[at].to(device)

@@ -147,7 +147,7 @@ def _read_cache(folder: Path, data_set: DataSet) -> tuple[Arrays | None, str]:
     if not folder.is_dir():
         return None, "empty"
     try:
-        recorded = json.loads((folder / SUMS).read_text())
+        recorded = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         # copy-on-write maps: pages are shared with the file cache, and nothing can write to the file by accident
         arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c", allow_pickle=False) for key in data_set.sha256}
         sums = {key: sha256_of(array) for key, array in arrays.items()}

@@ -1,7 +1,8 @@
-"""ImageNet-style folders: one sub-folder per class, sorted folder names = class index.
+"""ImageNet-style folders: one sub-folder per class; class index = place among the sorted names of all splits.
 
 A root with ``train/`` and ``val/`` uses them for the splits train and test. A root of class folders alone (a sample)
-is cut by alternating files within the sorted list: even positions are "train", odd ones "test".
+is cut by alternating files within the sorted list: even positions are "train", odd ones "test". Hidden entries
+(names that begin with a dot) are passed over.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,21 +17,33 @@ from tqdm import tqdm
 EXTENSIONS = {".jpg", ".jpeg", ".png"}
 
 
-def list_folder(root: Path, split: str) -> tuple[list[Path], list[int], int]:
+def list_folder(root: Path | str, split: str) -> tuple[list[Path], list[int], int]:
     """(files, labels, n_classes) of a split; errors name the folder and what was expected in it."""
+    root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"image folder {root} does not exist: give the folder that holds the class folders")
     named = {"train": "train", "trainval": "train", "test": "val"}.get(split)
     if named is None:
         raise ValueError("an image folder has no split 'val': choose 'train' or 'test'")
     base = root / named if (root / named).is_dir() else root
-    classes = sorted(p for p in base.iterdir() if p.is_dir())
-    files = [(f, i) for i, c in enumerate(classes) for f in sorted(c.iterdir()) if f.suffix.lower() in EXTENSIONS]
+    splits = [folder for name in ("train", "val") if (folder := root / name).is_dir()] if base != root else [root]
+    classes = sorted({c.name for folder in splits for c in _visible(folder) if c.is_dir()})
+    files = [
+        (f, i)
+        for i, name in enumerate(classes)
+        if (base / name).is_dir()
+        for f in _visible(base / name)
+        if f.suffix.lower() in EXTENSIONS
+    ]
     if not files:
         raise FileNotFoundError(f"{base} has no images in class folders (*.jpg, *.jpeg, *.png)")
     if base == root and split != "trainval":
         files = files[0::2] if split == "train" else files[1::2]
     return [f for f, _ in files], [i for _, i in files], len(classes)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
@@ -47,11 +60,14 @@ def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
     return np.asarray(rgb.crop((left, top, left + size, top + size)))
 
 
-def load_folder(root: Path, split: str, *, size: int = 224, n: int | None = None) -> tuple[Tensor, Tensor, Tensor, int]:
+def load_folder(
+    root: Path | str, split: str, *, size: int = 224, n: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """Images (N, 3, size, size) uint8, labels (N,), positions in the file list (N,), number of classes.
 
     ``n`` keeps n files spread evenly over the sorted list. Decoding runs in threads with a progress bar.
     """
+    root = Path(root)
     files, labels, n_classes = list_folder(root, split)
     if n is not None and n > len(files):
         raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")

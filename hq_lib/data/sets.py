@@ -35,14 +35,14 @@ class DataSpec:
     n_val: int = 0
     """Images cut from train for validation; a multiple of n_classes."""
     flip: bool = False
-    """Whether a mirrored image is still the same class (digits are not)."""
+    """Whether a mirrored image is still the same class (digits are not); training flips only where it is."""
     note: str = ""
     """What a caption must say of this data set."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and labels in memory."""
+    """Images and labels in memory; ValueError for images that are no bytes, or not as many as labels and indices."""
 
     images: Tensor
     """(N, C, H, W) uint8; channels-last in memory."""
@@ -53,7 +53,19 @@ class ImageSet:
     split: str = ""
     """train, val, trainval or test, with what was cut from it."""
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """(N,) int64: position of every image in the raw training (or test) file."""
+    """(N,) int64: position of every image in the raw training (or test) file; left out: 0 ... N - 1."""
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images are {self.images.dtype} {tuple(self.images.shape)}: uint8 (N, C, H, W), 0 to 255, is needed, "
+                "(x * 255).round().to(torch.uint8) where x lies in [0, 1]"
+            )
+        if not len(self.indices):
+            object.__setattr__(self, "indices", torch.arange(len(self.labels)))
+        sizes = {"images": len(self.images), "labels": len(self.labels), "indices": len(self.indices)}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"as many images as labels and indices are needed, not {sizes}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,7 +116,7 @@ SPECS = {
             "digits", 10, (3, 32, 32), (0.3053,) * 3, (0.3760,) * 3, 150,
             note="the embedded 1,797 scanned digits (8x8 scaled to 32x32), not the data set of the paper",
         ),
-        DataSpec("imagenet", 1000, (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        DataSpec("imagenet", 1000, (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), flip=True),
     )
 }  # fmt: skip
 

@@ -28,6 +28,13 @@ def act_quantizers(gm: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in gm.named_children() if name.endswith(QUANTIZER_SUFFIX)}
 
 
+def refuse_float(net: nn.Module, what: str) -> None:
+    """Raise ``QuantizeError`` that names ``what`` where ``net`` has no quantized layer."""
+    if not weight_layers(net):
+        raise QuantizeError(f"{what} takes a quantized network, and {type(net).__name__} has no quantized layer: "
+                            "quantize(net, policy, example) first")  # fmt: skip
+
+
 def set_quantization(net: nn.Module, *, weights: bool, acts: bool, only: Choice | None = None) -> None:
     """Switch the weight and the activation quantizers of ``net`` on (True) or off (False: float values pass).
 
@@ -74,10 +81,11 @@ def calibrate(
                            tensor; None: its own ``init_from``. ``ptq.fit_acts`` gives range methods here.
 
     Raises:
-        QuantizeError: no batch, or batches that hold no float images.
+        QuantizeError: a float network, no batch, or batches that hold no float images.
         ValueError:    NaN or Inf in an activation, naming the quantizer; images of a size that a layer, which is named,
                        does not accept.
     """
+    refuse_float(qnet, "calibrate")
     if isinstance(batches, ImageSet):
         raise QuantizeError("calibrate takes normalised images, not a data set with its labels: "
                             "calibrate(qnet, data.normalize(images.images, images.spec))")  # fmt: skip

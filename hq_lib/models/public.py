@@ -42,7 +42,7 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> N
     net.load_state_dict({**own, **state})
 
 
-def load_public(path: Path, net: nn.Module, *, key_map: Mapping[str, str] = STRIP_PARALLEL) -> nn.Module:
+def load_public(path: Path | str, net: nn.Module, *, key_map: Mapping[str, str] = STRIP_PARALLEL) -> nn.Module:
     """``net`` with the weights of a public ``.th`` or ``.pt`` file.
 
     Args:
@@ -53,6 +53,7 @@ def load_public(path: Path, net: nn.Module, *, key_map: Mapping[str, str] = STRI
     Raises:
         CheckpointError: unreadable, wants to run code, or a checkpoint of another network (keys listed).
     """
+    path = Path(path)
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
@@ -72,7 +73,7 @@ def _renamed(key: str, key_map: Mapping[str, str]) -> str:
     return key
 
 
-def resnet20_akamaster(path: Path) -> nn.Module:
+def resnet20_akamaster(path: Path | str) -> nn.Module:
     """The public ResNet-20 with option-A shortcuts (akamaster/pytorch_resnet_cifar10), eval mode.
 
     It was trained with ImageNet's mean and standard deviation: on ``test.normalized_by(*IMAGENET_MEAN_STD)`` it gives

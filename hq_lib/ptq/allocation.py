@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.graph import QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
+from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
 from hq_lib.ptq.rounding import take_place
@@ -91,6 +92,7 @@ def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Corr
     Raises:
         QuantizeError: names the layer whose form has no window sum, or that runs twice.
     """
+    refuse_float(qnet, "ptq.correct_moments")
     done: dict[str, aciq.Correction] = {}
     layers = {name: layer for name, layer in weight_layers(qnet).items() if layer.weight_quantizer is not None}
     for name, layer in layers.items():

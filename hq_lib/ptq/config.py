@@ -35,7 +35,8 @@ class ReconstructionConfig:
     """whether the rounding of the weights is learned"""
 
     learn_steps: bool = True
-    """whether the steps of the unit's activation quantizers are learned (those of lsq and lsq_plus have some)"""
+    """whether the steps of the unit's activation quantizers are learned (those of lsq and lsq_plus have some); zero
+    points stay as calibrated, as in the published code"""
 
     quantize_acts: bool = True
     """False: activation quantizers are bypassed in this pass, in the prefix too (AdaRound, BRECQ's first stage)"""

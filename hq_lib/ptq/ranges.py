@@ -6,7 +6,8 @@
     aciq         the analytic clip (arXiv:1810.05723), after a ReLU its "theory" variant; below 3 bits grid-aware where
                  that matters: after a ReLU and on "symmetric_restricted" grids (on signed grids of 2^b levels with 0
                  among them the table's error is within 2 % of the least)
-    aciq_official  the same as published: spread of the rectified values, the table's constants at every width
+    aciq_official  as its authors run it: Laplace throughout, spread of the rectified values, the published constants at
+                   every width; theirs is per channel (an activation's ``axis: 1`` in the policy), and clips no weights
 
 Weights get a grid of their own per output channel (``FixedGrid``), activations keep their quantizer and get its scale.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
+from hq_lib.graph.state import refuse_float
 from hq_lib.ptq.rounding import ON_GRID, take_place
 from hq_lib.quantizers import LSQ, FixedGrid, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
 from hq_lib.quantizers.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
@@ -68,7 +70,7 @@ def _range(
     if method == "percentile":
         return percentile_range(x, percent, axis=axis)
     if method == "aciq_official":
-        return aciq.clip_range(x, bits=bits, axis=axis, relu=None if signed else "official")
+        return aciq.clip_range(x, bits=bits, axis=axis, prior="laplace", relu=None if signed else "official")
     if signed:
         restricted = scheme == "symmetric_restricted" and bits < 3
         return aciq.clip_range(x, bits=bits, axis=axis, grid="restricted" if restricted else None)
@@ -91,9 +93,11 @@ def fit_weights(
         only:   which weight quantizers (given the module); the others, trained ones say, keep their grid.
 
     Raises:
-        QuantizeError: names the layer whose method transforms its weight (DoReFa), has 1 bit, or fails to be fitted.
+        QuantizeError: names the layer whose method transforms its weight (DoReFa), has 1 bit, or fails to be fitted; a
+                       float network.
     """
     check_method(method)
+    refuse_float(qnet, "ptq.fit_weights")
     for name, layer in weight_layers(qnet).items():
         old = layer.weight_quantizer
         if old is None or (only is not None and not only(old)):
@@ -152,15 +156,16 @@ def fit_acts(
         assert isinstance(quantizer, Quantizer)
         signed = bool(quantizer.signed)
         scheme: Scheme = "symmetric" if signed and type(quantizer) is LSQ else "affine"
-        found = find_grid(x, bits=quantizer.bits, method=method, scheme=scheme, signed=signed, percent=percent)
-        set_grid(quantizer, found)
+        how = {"method": method, "scheme": scheme, "signed": signed, "percent": percent}
+        found = find_grid(x, bits=quantizer.bits, axis=quantizer.axis, **how)
+        set_grid(quantizer, found if quantizer.axis is None else found.broadcast(x.dim(), quantizer.axis))
 
     calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, sequential=sequential, fit=fit)
 
 
 @torch.no_grad()
 def set_grid(quantizer: Quantizer, found: QParams) -> None:
-    """Put an activation quantizer (lsq, lsq_plus, minmax) on the grid ``found``, () scale and zero point."""
+    """Put an activation quantizer (lsq, lsq_plus, minmax) on the grid ``found``, () or broadcastable to its tensor."""
     scale, zero_point = found.scale.float(), found.zero_point.float()
     quantizer.mark_fitted()
     if isinstance(quantizer, MinMaxAct):

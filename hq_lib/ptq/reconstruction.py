@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.graph import Block, act_quantizers, weight_layers
+from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import Form, Stream, UnitCache, bytes_needed, chunks, form_for
 from hq_lib.ptq.config import ReconstructionConfig
@@ -27,7 +28,7 @@ from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
 from hq_lib.ptq.rounding import install
 from hq_lib.ptq.units import Unit, chain, cut, switched, units
-from hq_lib.quantizers import AdaRound
+from hq_lib.quantizers import AdaRound, LSQPlusAct
 
 Progress = Callable[[UnitReport], None]
 _CHECK_EVERY = 100
@@ -59,8 +60,10 @@ def reconstruct(
     Raises:
         ReconstructionError: images of a wrong size, number or with NaN; an activation quantizer without a grid; a loss
                              that is not finite (names the unit); a folder of another run.
-        QuantizeError:       a weight's grid that cannot be rounded up and down; a block that cannot be cut out.
+        QuantizeError:       a weight's grid that cannot be rounded up and down; a block that cannot be cut out; a float
+                             network.
     """
+    refuse_float(qnet, "ptq.reconstruct")
     several = [passes] if isinstance(passes, ReconstructionConfig) else list(passes)
     device = next(qnet.parameters()).device
     reports: list[UnitReport] = []
@@ -206,7 +209,8 @@ def train_unit(
         cache:     its inputs and target; ``rounders``: its ``rounders_of``; ``name``: for error messages.
         generator: of batches and dropping.
     """
-    steps = [p for q in act_quantizers(cache.body).values() for p in q.parameters() if p.requires_grad]
+    acts = act_quantizers(cache.body).values()
+    steps = [p for q in acts for name, p in q.named_parameters() if p.requires_grad and name != "beta"]
     learned = {"logits": ([q.v for q in rounders], config.rounding_lr), "steps": (steps, config.step_lr)}
     if not config.learn_steps:
         del learned["steps"]
@@ -218,6 +222,7 @@ def train_unit(
         torch.enable_grad(),
         _only_these_learn(cache.body, [p for group in groups for p in group["params"]]),
         _soft(rounders),
+        _zero_points_kept(acts),
         dropping(cache.body, config.keep_probability, generator),
     ):
         for i, index in enumerate(batch_indices(len(cache.stream), config, generator)):
@@ -275,6 +280,19 @@ def _anneal(optimizer: torch.optim.Optimizer, config: ReconstructionConfig, i: i
     for group in optimizer.param_groups:
         if group["name"] == "steps":
             group["lr"] = config.step_lr * 0.5 * (1 + math.cos(math.pi * i / config.iterations))
+
+
+@contextmanager
+def _zero_points_kept(acts: Iterable[nn.Module]) -> Iterator[None]:
+    """Hold the zero points of lsq_plus inside, whatever its step becomes, as QDrop's and BRECQ's code does."""
+    offset = [q for q in acts if isinstance(q, LSQPlusAct)]
+    try:
+        for quantizer in offset:
+            quantizer.hold_zero_point(True)
+        yield
+    finally:
+        for quantizer in offset:
+            quantizer.hold_zero_point(False)
 
 
 @contextmanager

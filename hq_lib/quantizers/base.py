@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hq_lib.quantizers.affine import Grid, check_bits, check_finite, quantize_to_int
 
 Role = Literal["weight", "act"]
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class Tag(NamedTuple):
@@ -57,11 +58,14 @@ class Quantizer(nn.Module):
         self.register_buffer("spec", as_bytes(f"{type(self).__name__} of {bits} bits, signed={signed}"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the grid: (*shape), real units, ``x``'s dtype; the gradient is the method's own."""
+        """Return ``x`` on the grid: (*shape), real units, ``x``'s dtype; the gradient is the method's own.
+
+        float16 and bfloat16 are quantized in float32, as ``to_int`` does, and the result rounded to ``x``'s dtype.
+        """
         if not self.enabled:
             return x
         self.make_ready(x)
-        return self._quantize(x)
+        return self._quantize(x.float()).to(x.dtype) if x.dtype in LOW_PRECISION else self._quantize(x)
 
     def to_int(self, x: Tensor) -> Tensor:
         """Return the int32 integers of ``x`` (*shape), the *real* tensor that forward takes (a weight before tanh).
@@ -70,7 +74,7 @@ class Quantizer(nn.Module):
         tensor that came last, here or in forward.
         """
         self.make_ready(x)
-        return self._to_int(x.detach())
+        return self._to_int(x.detach().float() if x.dtype in LOW_PRECISION else x.detach())
 
     def integers(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Return ``(to_int(x), grid())``, certain to belong together."""
@@ -104,6 +108,15 @@ class Quantizer(nn.Module):
         """Fit to ``x`` on the first use only; RuntimeError for an activation in eval mode."""
         if not self._ready:
             _first_fit(self, x)  # pyright: ignore[reportCallIssue]  # the decorator hides the signature
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
+        """Move grids with the network, but never to float16 or bfloat16: a step of 1e-8 would be 0 there."""
+
+        def moved(t: Tensor) -> Tensor:
+            new = fn(t)
+            return t.to(new.device) if new.dtype in LOW_PRECISION else new
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """Return bits, sign, axis and role for ``print``, and the owner where it is known."""

@@ -71,6 +71,11 @@ def _backward(
     return grad_x, grad_low, grad_high, (grad * (0.5 * delta * d_c)).sum()
 
 
+def _reflected(size: Tensor) -> Tensor:
+    """Return |size|; its slope at 0 is 1, so that a bound that starts there can leave (``abs`` has slope 0)."""
+    return torch.where(size >= 0, size, -size)
+
+
 def _sum_to(values: Tensor, like: Tensor) -> Tensor:
     return values.sum() if like.ndim == 0 else values.sum_to_size(like.shape)
 
@@ -153,7 +158,7 @@ class DSQ(Quantizer):
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Return the learned (low, high), low <= 0 <= high, real units, before real 0 is put on the grid."""
-        return -self.low.abs(), self.high.abs()
+        return -_reflected(-self.low), _reflected(self.high)
 
     def _delta_and_zero(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return levels_from_range(low, high, n_steps=2**self.bits - 1, half_steps=self.half_steps)
@@ -172,9 +177,7 @@ class DSQ(Quantizer):
         low, high = (scale_gradient(bound, self._factor(x)) for bound in self.bounds())
         c = dsq_slope(scale_gradient(self.dsq_alpha(), self._factor(x)))
         delta, zero = self._delta_and_zero(low.detach(), high.detach())
-        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        args = (values, low, high, c, delta, zero, self.n, self.half_steps)
-        return _HardForwardSoftBackward.apply(*args).to(x.dtype)
+        return _HardForwardSoftBackward.apply(x, low, high, c, delta, zero, self.n, self.half_steps)
 
     def _fit(self, x: Tensor) -> None:
         low, high = widest_range(x, signed=self.signed, axis=self.axis)

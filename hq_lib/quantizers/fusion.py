@@ -17,12 +17,12 @@ from torch import Tensor
 MIN_NUMEL = 2**17
 """Elements from which a compiled kernel is used; below, Python's and dynamo's overhead eat the gain."""
 
-_state: dict[str, Any] = {"on": os.environ.get("HQ_FUSE", "1") != "0", "failure": None}
+_state: dict[str, Any] = {"on": os.environ.get("HQ_FUSE", "1") != "0", "failure": None, "said": False}
 
 
 def enable_fusion_(on: bool = True) -> None:
     """Switch fused kernels on or off for this process (environment variable HQ_FUSE=0 starts with them off)."""
-    _state.update(on=on, failure=None)
+    _state.update(on=on, failure=None, said=False)
 
 
 def fusion_status() -> str:
@@ -33,7 +33,9 @@ def fusion_status() -> str:
 
 
 class Fused:
-    """A pure tensor function, fused by the compiler on large tensors; falls back, once and silently, to plain PyTorch.
+    """A pure tensor function, fused by the compiler on large tensors; falls back to plain PyTorch without one.
+
+    Where memory runs out inside, that call alone is run plainly, and the first such call says so.
 
     Inside a net that is compiled as a whole it is traced into the caller's graph, except that on a CPU a kernel marked
     ``apart`` stays an operator of its own. Backward kernels do: fused with batch norm's sums, masks are recomputed for
@@ -80,6 +82,11 @@ class Fused:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations are not the user's concern
                 return self._compiled(*args)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if not _state["said"]:
+                _state["said"] = True
+                warnings.warn(f"a fused kernel ran out of memory ({error}); such calls run op by op", stacklevel=2)
+            return self.kernel(*args)
         except Exception as error:  # no C++ compiler, no headers, unsupported device: all mean "not here"
             _state["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return self.kernel(*args)

@@ -134,8 +134,19 @@ class LSQPlusAct(LSQ):
         self.qmin, self.qmax = 0, self.n_steps * self.step
         self.ends = torch.tensor((0.0, float(self.n_steps)))
         self.beta = nn.Parameter(torch.tensor(0.0), requires_grad=signed)
+        self._held: Tensor | None = None
+
+    def hold_zero_point(self, on: bool) -> None:
+        """Keep the zero point of now while the step is learned (True), and leave it where it is afterwards (False)."""
+        with torch.no_grad():
+            if on:
+                self._held = self._zero().clone()
+            elif self._held is not None:
+                self.beta.data, self._held = -self._scale() * self._held, None
 
     def _zero(self) -> Tensor:
+        if self._held is not None:
+            return self._held
         position = -self.beta / self._scale()  # not detached: eq. 5 needs the path through z
         return torch.round(position).clamp(0, self.qmax).detach() + (position - position.detach())
 

@@ -60,7 +60,18 @@ def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int) -> tup
     return torch.cat(logits), torch.cat(labels)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """() mean cross entropy, nats; ``ValueError`` that names labels which ``logits`` (N, K) have no output for."""
+    try:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    except IndexError as error:
+        raise ValueError(
+            f"label {int(labels.max())} of a network with {logits.shape[1]} outputs: build it with the n_classes "
+            f"of the data (labels are 0 ... n_classes - 1)"
+        ) from error
+
+
 def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:
     """Top-1 accuracy (percent) and mean cross entropy (nats) of ``logits`` (N, K) for ``labels`` (N,)."""
     right = (logits.argmax(1) == labels).sum().item()
-    return Evaluation(100.0 * right / len(labels), F.cross_entropy(logits.double(), labels).item(), len(labels))
+    return Evaluation(100.0 * right / len(labels), cross_entropy(logits.double(), labels).item(), len(labels))

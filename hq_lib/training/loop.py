@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
 from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
 from hq_lib.training.distillation import distance
-from hq_lib.training.evaluation import Batches, device_of, evaluate
+from hq_lib.training.evaluation import Batches, cross_entropy, device_of, evaluate
 from hq_lib.training.weight_noise import weight_noise
 
 SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
@@ -86,6 +85,8 @@ def _on(images: ImageSet | Batches, device: torch.device) -> ImageSet | Batches:
 
 def _n_steps(train: ImageSet | Batches, config: TrainConfig) -> int:
     if isinstance(train, ImageSet):
+        if len(train) == 0:
+            raise ValueError(f"nothing to train on: {train.spec.name} {train.split} is empty")
         return max(len(train) // config.batch_size, 1)
     if not isinstance(train, Sized) or isinstance(train, Iterator) or len(train) == 0:
         raise ValueError("batches to train on are walked once an epoch: pass a DataLoader or a list that is not empty")
@@ -188,7 +189,7 @@ class _Run:
 
     def _loss(self, logits: Tensor, labels: Tensor, x: Tensor) -> Tensor:
         """(1 - share) CE(logits, labels) + share KL(teacher || student)."""
-        entropy = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        entropy = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         if self.taught is None:
             return entropy
         share = self.config.distill

@@ -28,7 +28,9 @@ _GONE = {
 def settings(folder: Path | None) -> dict[str, object]:
     """What the run of this folder began with; {} where none did."""
     known = None if folder is None else folder / CONFIG
-    return {**_DEFAULTS, **json.loads(known.read_text())} if known is not None and known.exists() else {}
+    return (
+        {**_DEFAULTS, **json.loads(known.read_text(encoding="utf-8"))} if known is not None and known.exists() else {}
+    )
 
 
 def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
@@ -41,7 +43,7 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / CONFIG
     if known.exists():
-        _check_identity(json.loads(known.read_text()), json.loads(json.dumps(identity)), folder)
+        _check_identity(json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(identity)), folder)
     else:
         atomic.write_text(known, json.dumps(identity, indent=1))
     state = folder / STATE

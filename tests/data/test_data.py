@@ -2,6 +2,7 @@ import errno
 import gzip
 import hashlib
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,3 +289,56 @@ def test_folder_errors_name_the_folder_and_file(class_folders, tmp_path):
     (class_folders / "a" / "0.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"0\.png is not a readable image"):
         data.load("imagenet", "train", root=class_folders)
+
+
+def own_images(n: int = 12, **changes: object) -> data.ImageSet:
+    pixels = torch.arange(n * 3 * 16, dtype=torch.int64).remainder(251).to(torch.uint8).view(n, 3, 4, 4)
+    return data.ImageSet(pixels, torch.arange(n) % 3, replace(data.SPECS["digits"], n_classes=3, **changes))
+
+
+def test_a_set_of_ones_own_without_positions_is_cut_like_any_other():
+    ours = own_images()
+    assert ours.subset([4, 2]).labels.tolist() == [1, 2]
+    assert ours.subset([4, 2]).indices.tolist() == [4, 2]
+    assert sorted(ours.balanced(6, 0).labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_images_that_are_no_bytes_or_too_few_are_refused():
+    ours = own_images()
+    with pytest.raises(ValueError, match=r"float32.*torch\.uint8"):
+        replace(ours, images=ours.images / 255)
+    with pytest.raises(ValueError, match="'images': 11, 'labels': 12"):
+        replace(ours, images=ours.images[1:])
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_images_are_mirrored_only_where_the_data_allow_it(allowed):
+    ours = own_images(flip=allowed)
+    walk = data.batches(ours, 12, generator=torch.Generator().manual_seed(0), flip=True)
+    seen = torch.cat([x for x, _ in walk])
+    originals = data.normalize(ours.images, ours.spec)
+    known = [any(torch.equal(image, one) for one in originals) for image in seen]
+    assert all(known) is not allowed
+
+
+def picture_folder(root, *files):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / name)
+    return root
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    root = picture_folder(tmp_path, "cat/1.png", "cat/.2.png", "dog/1.png", ".thumbnails/1.png")
+    files, labels, n_classes = folder.list_folder(str(root), "trainval")
+    assert ([f.parent.name for f in files], labels, n_classes) == (["cat", "dog"], [0, 1], 2)
+
+
+def test_a_class_has_one_label_in_every_split(tmp_path):
+    root = picture_folder(tmp_path, "train/a/1.png", "train/b/1.png", "val/b/1.png", "val/c/1.png")
+    lists = {split: folder.list_folder(root, split) for split in ("train", "test")}
+    found = {
+        s: [(f.parent.name, i) for f, i in zip(files, labels, strict=True)] for s, (files, labels, _) in lists.items()
+    }
+    assert found == {"train": [("a", 0), ("b", 1)], "test": [("b", 1), ("c", 2)]}
+    assert {n_classes for *_, n_classes in lists.values()} == {3}

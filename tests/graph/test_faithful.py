@@ -355,3 +355,10 @@ def test_a_data_set_is_no_calibration_batch(digits):
 def test_a_method_run_together_with_its_bits_is_named():
     with pytest.raises(ValueError, match="'lsq:4'"):
         BitPolicy("lsq4")
+
+
+def test_a_weighted_sum_is_no_sum_of_non_negative_tensors():
+    net = Net(lambda n, x: (lambda y: n.h(n.b(torch.add(F.relu(n.a(x)), F.relu(n.b(y)), alpha=-1))))(n.a(x))).eval()
+    sites = {site.node: site.signed for site in quantize(net, BitPolicy(), X[:1]).meta["sites"]}
+    assert sites["add"] is True
+    assert (eight(net)(X) - net(X)).abs().max() < 0.05 * net(X).abs().max()

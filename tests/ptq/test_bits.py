@@ -122,6 +122,12 @@ def images():
     return torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
+def test_a_bank_leaves_the_net_in_its_mode(images):
+    net = tiny().train()
+    GridBank(net, images, (8,), correct=False)
+    assert all(module.training for module in net.modules())
+
+
 @pytest.fixture(scope="module")
 def bank(images):
     return GridBank(tiny(), images, (3, 8))

@@ -270,3 +270,19 @@ def test_missing_grids_and_bad_settings_are_refused_in_words():
     for name, value in wrong:
         with pytest.raises(ValueError, match=f"reconstruction.{name}"):
             dataclasses.replace(SMALL, **{name: value})
+
+
+@pytest.mark.parametrize("method", [ptq.qdrop, ptq.brecq])
+def test_steps_are_learned_and_zero_points_stay_as_published(method):
+    x = images(N, size=8)
+    policy = BitPolicy("minmax:3", "lsq_plus:3", placement="academic", bn="fold")
+    qnet = quantize(trained_like(Tiny()), policy, x[:1])
+    ptq.fit_weights(qnet)
+    ptq.fit_acts(qnet, x)
+    before = {name: q.grid() for name, q in act_quantizers(qnet).items()}
+    assert any(q.signed for q in act_quantizers(qnet).values())
+    ptq.reconstruct(qnet, x, method(iterations=40, batch_size=8, n_images=N, step_lr=5e-2))
+    after = {name: q.grid() for name, q in act_quantizers(qnet).items()}
+    assert all(torch.equal(after[name].zero_point, grid.zero_point) for name, grid in before.items())
+    signed = [name for name, q in act_quantizers(qnet).items() if q.signed]
+    assert all(not torch.equal(after[name].scale, before[name].scale) for name in signed)

@@ -5,7 +5,8 @@ import torch
 from graph_nets import Tiny, images, trained_like
 
 from hq_lib import ptq
-from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, weight_layers
+from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, calibrate, quantize, weight_layers
+from hq_lib.graph.tracing import trace
 from hq_lib.quantizers import AdaRound, FixedGrid, Grid, dequantize
 from hq_lib.quantizers.fixed import logits_of, rectified_sigmoid, rounding_penalty
 from hq_lib.quantizers.observers import lp_search
@@ -160,3 +161,35 @@ def test_unsuitable_methods_are_named():
         ptq.fit_acts(qnet, x)
     with pytest.raises(ValueError, match="did you mean 'mse'"):
         ptq.fit_weights(qnet, "mes")
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "aciq", "aciq_official"])
+@pytest.mark.parametrize("act", ["minmax", "lsq"])
+def test_activations_with_a_grid_per_channel_keep_it(method, act):
+    net, x = trained_like(Tiny()), images(8)
+    policy = BitPolicy("minmax:4", {"method": act, "bits": 4, "axis": 1}, first_last_bits=None, pool_bits=32)
+    qnet = quantize(net, policy, x[:1])
+    ptq.fit_acts(qnet, x, method)
+    name = "relu_act_quantizer"
+    scale = act_quantizers(qnet)[name].grid().scale
+    assert scale.shape == (1, 8, 1, 1)
+    values = torch.relu(net.bn(net.stem(x)))
+    alone = [ptq.find_grid(values[:, c], bits=4, method=method, signed=False).scale for c in range(8)]
+    torch.testing.assert_close(scale.flatten(), torch.stack(alone))
+    assert torch.isfinite(qnet(x)).all()
+
+
+@pytest.mark.parametrize("call", [
+    lambda net, x: ptq.fit_weights(net), lambda net, x: ptq.fit_acts(net, x), lambda net, x: calibrate(net, x),
+    lambda net, x: ptq.correct_moments(net, x), lambda net, x: ptq.reconstruct(net, x, ptq.qdrop(n_images=None)),
+], ids=["fit_weights", "fit_acts", "calibrate", "correct_moments", "reconstruct"])  # fmt: skip
+def test_a_float_network_is_refused(call):
+    with pytest.raises(QuantizeError, match=r"Tiny has no quantized layer.*quantize\("):
+        call(trace(Tiny().eval()), images(4))
+
+
+def test_the_published_range_takes_laplace_whatever_the_data_look_like():
+    """relu(N(0, 1)) at 4 bits: mean 0.399, E|x - mean| 0.462, the table's 6.20: 3.26; a Gauss fit gives 2.11."""
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).clamp(min=0)
+    found = ptq.find_grid(x, bits=4, method="aciq_official", signed=False)
+    assert float(found.scale * found.qmax) == pytest.approx(0.3989 + 6.2048 * 0.4616, rel=5e-3)

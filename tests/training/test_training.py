@@ -141,7 +141,7 @@ def test_a_folder_of_another_run_is_refused(splits, tmp_path):
 def test_a_run_from_before_a_setting_existed_goes_on(splits, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=1)
     done = fit(small_net(), *splits, config, tmp_path, say=None)
-    identity = json.loads((tmp_path / "config.json").read_text())
+    identity = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del identity["weight_noise"]
     (tmp_path / "config.json").write_text(json.dumps(identity))
     assert fit(small_net(), *splits, config, tmp_path, say=None).history == done.history
@@ -306,7 +306,7 @@ def test_a_resumed_run_keeps_the_choice_it_began_with(splits, tmp_path, monkeypa
         monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device, has=bfloat16: has)
         done = fit(small_net(), *splits, config, tmp_path, say=None)
         assert (done.config.precision, done.config.compile) == ("bfloat16", False)
-    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["precision"] == "bfloat16"
     assert fit(small_net(), *splits, config, say=None).config.precision == "float32"
 
 
@@ -345,7 +345,7 @@ def test_all_images_may_be_trained_on(splits, tmp_path):
 def test_a_run_from_when_there_were_more_settings_goes_on(splits, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=1)
     done = fit(small_net(), *splits, config, tmp_path, say=None)
-    identity = json.loads((tmp_path / "config.json").read_text())
+    identity = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     gone = {"momentum": 0.9, "schedule": "cosine", "milestones": [0.5, 0.75], "ema_decay": None, "keep": "last"}
     (tmp_path / "config.json").write_text(json.dumps({**identity, **gone}))
     assert fit(small_net(), *splits, config, tmp_path, say=None).history == done.history
@@ -379,3 +379,14 @@ def test_one_step_beside_a_teacher(splits):
     for wrong in ({"teacher": teacher}, {}):
         with pytest.raises(ValueError, match="distill"):
             fit(net, *splits, dataclasses.replace(config, distill=0.0 if wrong else 0.3), say=None, **wrong)
+
+
+def test_nothing_to_train_on_and_labels_without_an_output_are_refused(digits):
+    config = TrainConfig(epochs=1, lr=0.1, batch_size=8)
+    with pytest.raises(ValueError, match="digits trainval is empty"):
+        fit(models.build("resnet20"), digits.subset([]), digits.subset([0]), config)
+    some = digits.subset(list(range(16)))
+    narrow = models.build("resnet20", n_classes=3)
+    for run in (lambda: evaluate(narrow, some), lambda: fit(narrow, some, some, config)):
+        with pytest.raises(ValueError, match=r"label \d of a network with 3 outputs.*n_classes"):
+            run()

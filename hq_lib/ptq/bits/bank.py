@@ -112,7 +112,7 @@ class GridBank:
         """Fit all grids.
 
         Args:
-            net:       float, in evaluation mode.
+            net:       float; fitted in eval mode, its own is restored.
             images:    (N, C, H, W), normalised: the calibration batch.
             bits:      2 to 16 each.
             placement: of the activation quantizers; in "academic" the image stays in float.
@@ -120,8 +120,9 @@ class GridBank:
             correct:   whether biases are corrected (``correct_means``).
         """
         self.bits, self.placement = tuple(sorted(set(bits))), placement
-        fitted = {b: self._fitted(net.eval(), images, b, method, correct) for b in self.bits}
-        self.net: QuantizedNet = self._fitted(net, images, None, method, correct)
+        with eval_mode(net):
+            fitted = {b: self._fitted(net, images, b, method, correct) for b in self.bits}
+            self.net: QuantizedNet = self._fitted(net, images, None, method, correct)
         self._biases = {name: layer.bias for name, layer in weight_layers(self.net).items()}
         self._targets = {site.name: f"{site.group}{QUANTIZER_SUFFIX}" for site in fitted[self.bits[0]].meta["sites"]}
         self._host(fitted)

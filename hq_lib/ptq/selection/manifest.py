@@ -100,15 +100,15 @@ def from_files(root: Path, files: Sequence[str], *, dataset: str, split: str = "
     return Manifest(dataset, split, hashes, files=tuple(files), **how)
 
 
-def write(manifest: Manifest, path: Path) -> None:
+def write(manifest: Manifest, path: Path | str) -> None:
     """Write the JSON to ``path``, whole or not at all."""
-    atomic.write_text(path, manifest.to_json())
+    atomic.write_text(Path(path), manifest.to_json())
 
 
-def read(path: Path) -> Manifest:
+def read(path: Path | str) -> Manifest:
     """The manifest in a file; ``ManifestError`` names the file and what is wrong in it."""
     try:
-        return parse(path.read_bytes())
+        return parse(Path(path).read_bytes())
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror or error}") from error
     except ManifestError as error:

@@ -141,7 +141,7 @@ def _growth_KiB(executor: str, file: Path, image: np.ndarray) -> int | None:
 
 def _resident_KiB(key: str) -> int | None:
     status = Path("/proc/self/status")
-    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(found.group(1)) if found else None
 
 
