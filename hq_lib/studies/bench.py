@@ -1,9 +1,12 @@
 """The shipped networks with their images: what nearly every study measures on."""
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch import Tensor, nn
 
 from hq_lib import data, models
@@ -83,5 +86,21 @@ def net_switch(name: str, *, seed: int = 0) -> dict[str, str]:
     path = shipped(name, seed=seed)
     if path is None:
         return {}
-    sha = models.read_checkpoint(path)[1]["sha256"][:8]
+    sha = _sha256(path, path.stat().st_mtime_ns)[:8]
     return {} if sha in FIRST else {"net": sha}
+
+
+@cache
+def _sha256(path: Path, mtime_ns: int) -> str:
+    return models.read_checkpoint(path)[1]["sha256"]
+
+
+def newest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each network the rows that stand on its committed checkpoint, where there are any; else the older ones."""
+    nets = pd.Series([json.loads(text).get("net", "") for text in rows["switches"]], index=rows.index, dtype="str")
+    keep = pd.Series(True, index=rows.index)
+    for model in rows.loc[nets != "", "model"].unique():
+        current = (rows["model"] == model) & (nets == net_switch(model).get("net", ""))
+        if current.any():
+            keep &= (rows["model"] != model) | current
+    return rows.loc[keep]

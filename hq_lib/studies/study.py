@@ -10,6 +10,7 @@ network with its images, opened once for all points that share it. A *unit* is w
 """
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,10 @@ import pandas as pd
 
 from hq_lib.results import paths, provenance, rows, store
 from hq_lib.results.hints import nearest
+from hq_lib.studies.bench import newest
 
 SAY_EVERY_S = 10.0
+SWITCH = "switches."
 Plan = TypeVar("Plan")
 Bench = TypeVar("Bench")
 Row = dict[str, Any]
@@ -110,7 +113,7 @@ class Study(Generic[Plan, P, Bench]):
     points: Callable[[Plan], Sequence[P]]
     """All points of a plan, those of one bench and unit adjoining; raises ``StudyError`` for what does not exist."""
     key: Callable[[Run[Plan], P], Row]
-    """The columns that identify a point's rows, protocol included."""
+    """The columns that identify a point's rows, protocol included; ``"switches.NAME"`` is one switch among others."""
     open_bench: Callable[[Run[Plan], Hashable], Bench | None]
     """The bench; None, after a line that says why, where this machine cannot have it: its points are n/r."""
     measure: Callable[[Run[Plan], Bench, P], Iterator[Found]]
@@ -229,13 +232,14 @@ class Study(Generic[Plan, P, Bench]):
         seconds = round(time.perf_counter() - started, 3)
         # the point's own rows last: they say that it is done
         ordered = sorted(found, key=lambda item: item[0] == self.name)
-        return run.append((name, {**key, "seconds": seconds, **row}) for name, row in ordered)
+        columns = {column: value for column, value in key.items() if not column.startswith(SWITCH)}
+        return run.append((name, {**columns, "seconds": seconds, **row}) for name, row in ordered)
 
 
 def profile_rows(name: str, profile: str) -> pd.DataFrame:
-    """The rows of one file that belong to this very profile."""
+    """The rows of one file that belong to this very profile, of each network those on its newest checkpoint."""
     found = store.read(name, profile=profile)
-    return found.loc[found["profile"] == profile].reset_index(drop=True)
+    return newest(found.loc[found["profile"] == profile]).reset_index(drop=True)
 
 
 class _Known:
@@ -250,11 +254,18 @@ class _Known:
         self.by_columns.clear()
 
     def has(self, key: Row) -> bool:
-        rows.check_columns(key)
         columns = tuple(sorted(key))
+        rows.check_columns(c for c in columns if not c.startswith(SWITCH))
         if columns not in self.by_columns:
-            self.by_columns[columns] = {tuple(row[c] for c in columns) for row in self.rows}
-        return tuple(rows.clean_cell(c, key[c]) for c in columns) in self.by_columns[columns]
+            self.by_columns[columns] = {tuple(_cell(row, c) for c in columns) for row in self.rows}
+        wanted = (key[c] if c.startswith(SWITCH) else rows.clean_cell(c, key[c]) for c in columns)
+        return tuple(wanted) in self.by_columns[columns]
+
+
+def _cell(row: Mapping[Any, Any], column: str) -> Any:
+    if column.startswith(SWITCH):
+        return json.loads(row["switches"]).get(column.removeprefix(SWITCH))
+    return row[column]
 
 
 def _as_tuple(value: Any) -> Any:

@@ -10,11 +10,12 @@ import torch
 from hq_lib import models
 from hq_lib.graph import act_quantizers, set_quantization, weight_layers
 from hq_lib.results import figures
-from hq_lib.studies.hybrid import allocation as bit_allocation
+from hq_lib.studies.bench import Bench
 from hq_lib.studies.hybrid import cells as hybrid_cells
-from hq_lib.studies.hybrid import study as hybrid_precision
-from hq_lib.studies.hybrid.cells import Bench, Cell
+from hq_lib.studies.hybrid import study, tables
+from hq_lib.studies.hybrid.cells import Cell
 from hq_lib.studies.hybrid.figures import fig_hybrid_bits, fig_layer_sensitivity, fig_pareto
+from hq_lib.studies.study import Run, StudyError
 from hq_lib.training import predict
 
 # --- the hybrid rule -------------------------------------------------------------------------------------------------
@@ -33,8 +34,8 @@ def test_the_plan_of_cells():
     assert sum(cell.boundary == 0 for cell in found) == 9
     hybrid = [cell for cell in found if cell.boundary == 4]
     assert len(hybrid) == 5
-    assert len({cell.name for cell in hybrid}) == 3
-    names = [cell.name for cell in hybrid]
+    assert len({cell.unit for cell in hybrid}) == 3
+    names = [cell.unit for cell in hybrid]
     assert names == sorted(names, key=names.index)  # cells of one run adjoin
     assert found[-1] == Cell(4, 4, 5)
 
@@ -43,14 +44,18 @@ def test_the_plan_of_cells():
 def stage(digits):
     torch.manual_seed(3)
     net = models.build("resnet20").eval()
-    return Bench(net, digits.subset(range(200)), digits.subset(range(200, 260)), digits.subset(range(260, 320)))
+    return Bench(
+        net,
+        {"model": "resnet20"},
+        digits.subset(range(200)),
+        digits.subset(range(200, 260)),
+        digits.subset(range(260, 320)),
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(stage, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HQ_OUT", str(tmp_path_factory.mktemp("out")))
-        return hybrid_cells.train(Cell(2, 8, 4), stage, "smoke").eval()
+    return hybrid_cells.train(Cell(2, 8, 4), stage, tmp_path_factory.mktemp("run"), n_calib=16, n_train=128).eval()
 
 
 def test_what_is_trained_is_taken_over_and_the_rest_is_calibrated(stage, trained):
@@ -89,21 +94,15 @@ def map_rows():
 
 
 def test_the_map_takes_calibration_where_nothing_is_trained():
-    table = hybrid_cells.table(map_rows()).set_index(["w_bits", "a_bits"])
+    table = tables.map_table(map_rows()).set_index(["w_bits", "a_bits"])
     assert table.loc[(2, 2)].to_dict() == {"calibrated": 15.0, "hybrid": 80.0}
     assert table.loc[(4, 4)].to_dict() == {"calibrated": 89.0, "hybrid": 89.0}
-    assert hybrid_cells.trained_at_boundary(map_rows()) == 89.5
-    assert hybrid_cells.trained_at_boundary(map_rows().iloc[:-1]) is None
 
 
-def test_the_findings_of_a_map_trained_at_the_boundary(monkeypatch):
-    monkeypatch.setattr(hybrid_precision, "_rows", lambda _profile, _study: map_rows())
-    assert hybrid_precision.cells_findings("full") == [
-        "W2A2: calibrated 15.00 %, trained 80.00 % (+65.00 points)",
-        "W4A4: calibrated 89.00 %",
-        "the rule beats calibration in 2 of 3 cells with a tensor below 4 bits; it does not in: W4A2 (-1.00)",
-        "at the boundary, W4A4: calibrated 89.00 %, trained as briefly 89.50 %",
-    ]
+def test_the_gains_of_a_map_end_with_what_was_trained_at_the_boundary():
+    found = tables.map_gains(map_rows())
+    assert found["gain"].tolist() == [-1.0, 45.0, 65.0, 0.5]  # W4A2, W2A4, W2A2; last W4A4, trained as briefly
+    assert len(tables.map_gains(map_rows().iloc[:-1])) == 3
 
 
 # --- sensitivities and assignments -----------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ def test_the_findings_of_a_map_trained_at_the_boundary(monkeypatch):
 def test_differences_by_hand():
     truth = torch.log(torch.tensor([[0.5, 0.5], [0.8, 0.2]]))
     logits = torch.log(torch.tensor([[0.25, 0.75], [0.8, 0.2]])) + 3.0  # a shift of all logits changes nothing
-    found = bit_allocation.differences(logits, truth, torch.tensor([0, 0]))
+    found = study.differences(logits, truth, torch.tensor([0, 0]))
     kl = 0.5 * (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75))
     assert found["kl"] == pytest.approx(kl, rel=1e-6)
     assert found["loss_rise"] == pytest.approx(0.5 * math.log(0.5 / 0.25), rel=1e-6)
@@ -122,7 +121,7 @@ def test_differences_by_hand():
 def test_the_factor_of_a_bit():
     kl = {2: 1.6, 3: 0.4, 4: 0.1, 8: 0.1 / 4**4}
     known = pd.DataFrame([{"kind": "weight", "name": "a", "bits": b, "kl": v} for b, v in kl.items()])
-    found = hybrid_precision.slopes(known)
+    found = tables.slopes(known)
     assert found["bits"].tolist() == [2, 3, 4]
     np.testing.assert_allclose(found["factor"], 4.0)
 
@@ -144,7 +143,7 @@ def points():
 
 
 def test_gains_pair_equal_budgets():
-    table = hybrid_precision.gains(points()).set_index(["budget", "equivalent", "search"])
+    table = tables.gains(points()).set_index(["budget", "equivalent", "search"])
     assert table.loc[("size", 3.0, "uniform")].to_dict() == pytest.approx(
         {"mean": 85.5, "sd": math.sqrt(0.5), "n": 2, "gain": 3.0}
     )
@@ -154,33 +153,38 @@ def test_gains_pair_equal_budgets():
 
 
 def test_additivity_is_stated_on_both_sides_of_its_limit():
-    lines = hybrid_precision.additivity(points())
-    assert "Spearman correlation 1.000" in lines[0]
-    assert all("1.25 in the median (1.25 to 1.25" in line for line in lines[1:])
-    assert len(lines) == 3
+    found = tables.additivity(points())
+    assert found["nets"].sum() == 2 * 9
+    assert found[["median", "least", "largest"]].to_numpy() == pytest.approx(1.25)
+    assert found["Spearman"].to_numpy() == pytest.approx(1.0)
 
 
-def test_an_unknown_part_is_named():
-    with pytest.raises(ValueError, match=r"unknown part 'cell': choose from cells, sensitivity, search"):
-        hybrid_precision.run("smoke", parts=("cell",))
-
-
-def test_jobs_keep_their_budgets(stage, monkeypatch):
-    monkeypatch.setattr(bit_allocation, "bench", lambda **_: stage)
-    lab = bit_allocation.Laboratory("full")
-    assert len(lab.tensors) == 42
-    assert set(bit_allocation.ENDS) <= set(lab.tensors)
+def test_searches_keep_their_budgets_and_name_every_tensor():
+    names = study.tensors()
+    assert len(names) == 42
+    assert set(study.ENDS) <= set(names)
+    plan = study.PLANS["full"]
     rng = np.random.default_rng(0)
-    losses = {t: {b: float(rng.lognormal()) * 4.0**-b for b in lab.plan["bits"]} for t in lab.tensors}
-    found = bit_allocation.jobs(lab, losses)
-    for job in found:
-        cost = lab.size if job.budget == "size" else lab.bops
-        if job.search != "ends_8":
-            assert job.found.cost <= cost.everywhere(job.equivalent) * (1 + 1e-6)
-        assert len(job.found.bits) == (22 if job.budget == "size" else 42)
-    assert {job.search for job in found} == {"optimal", "greedy", "uniform", "ends_8", "at_random"}
-    averages = bit_allocation._averages(lab, dict.fromkeys(lab.tensors, 3))
-    assert averages == pytest.approx({"w_bits": 3.0, "a_bits": 3.0})
+    losses = {t: {b: float(rng.lognormal()) * 4.0**-b for b in plan.bits} for t in names}
+    wanted = [p for p in study.search_points(plan) if p.seed == 0 and p.search != "float"]
+    for point in wanted:
+        found, cost = point.found(losses), study._costs()[point.budget]
+        if point.search != "ends_8":
+            assert found.cost <= cost.everywhere(point.equivalent) * (1 + 1e-6)
+        assert len(found.bits) == (22 if point.budget == "size" else 42)
+    assert {p.search for p in wanted} == {"optimal", "greedy", "uniform", "ends_8", "at_random"}
+    assert study.averages(dict.fromkeys(names, 3)) == pytest.approx({"w_bits": 3.0, "a_bits": 3.0})
+
+
+def test_a_search_without_sensitivities_says_what_to_run(out_dir):
+    run = Run("bit_allocation", "smoke", study.PLANS["smoke"])
+    with pytest.raises(StudyError, match="hq study layer_sensitivity --profile smoke"):
+        next(study.measure_search(run, None, study.Search("optimal", "size", 4.0)))
+
+
+def test_what_the_reference_has_is_not_measured_again(monkeypatch):
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    assert [s.name for s in study.STUDIES if s.todo("full")] == []
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def sensitivities():
 
 
 FIGURES = {
-    "fig_hybrid_bits": lambda: fig_hybrid_bits(hybrid_cells.table(map_rows()), boundary=4),
+    "fig_hybrid_bits": lambda: fig_hybrid_bits(tables.map_table(map_rows()), boundary=4),
     "fig_layer_sensitivity": lambda: fig_layer_sensitivity(sensitivities()),
     "fig_pareto": lambda: fig_pareto(points().dropna(subset=["acc_pct"]), float_acc_pct=91.3),
 }

@@ -1,185 +1,413 @@
 """Bits per tensor on the shipped ResNet-20: the hybrid rule, sensitivities, searched assignments (notebook 06).
 
-    python -m hq_lib.studies.hybrid.study --profile full --parts cells sensitivity search
+    hybrid_bits        seed 000's rule over a grid of bits (``cells``)
+    layer_sensitivity  KL(float || quantized) of the predictions with one tensor at b bits and all others float, on
+                       validation images: label-free, never negative, at small noise proportional to the noise's power
+    bit_allocation     least summed KL within a size (weights alone) or a number of bit operations (weights and
+                       activations), measured on test beside the same bits everywhere and random assignments
 
-appends rows to ``hybrid_bits.csv``, ``layer_sensitivity.csv`` and ``bit_allocation.csv``, each as soon as it is
-measured; what has its rows is skipped, so a killed run goes on where it stopped.
+All nets of the last two are calibrated only (fast PTQ): nothing is trained or reconstructed.
 """
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from scipy.stats import spearmanr
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from hq_lib.results import figures, paths, store
-from hq_lib.studies.hybrid import allocation as bit_allocation
-from hq_lib.studies.hybrid import cells as hybrid_cells
-from hq_lib.studies.hybrid.cells import BOUNDARY
+from hq_lib import models
+from hq_lib.graph import QuantizedNet, quantize
+from hq_lib.ptq.bits import (
+    Assignment,
+    Cost,
+    GridBank,
+    at_random,
+    bop_cost,
+    greedy,
+    optimal,
+    size_cost,
+    tensors_of,
+    uniform,
+    uniform_policy,
+)
+from hq_lib.studies.bench import Bench, net_switch, open_bench
+from hq_lib.studies.hybrid.cells import CONFIG, FIRST_LAST_BITS, QAT, RANGES, Cell, cells, finished, train
+from hq_lib.studies.hybrid.tables import sensitivities
+from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, profile_rows
+from hq_lib.training import evaluate, predict
 
-PARTS = ("cells", "sensitivity", "search")
-ADDITIVE = 0.1
-"""nat; a predicted KL up to this is what the additive model is asked about"""
-
-
-def run(profile: str, *, parts: Sequence[str] = PARTS, device: str = "cpu") -> None:
-    """Measures what has no row yet of the given parts.
-
-    Args:
-        profile: "smoke", "quick" or "full".
-        parts:   of ``PARTS``; "search" measures the sensitivities it needs.
-        device:  "cpu" or "cuda".
-    """
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
-    if "cells" in parts:
-        hybrid_cells.run(profile, device=device)
-    if {"sensitivity", "search"} & set(parts):
-        lab = bit_allocation.Laboratory(profile, device=device)
-        bit_allocation.sensitivity(lab)
-        if "search" in parts:
-            bit_allocation.search(lab)
-
-
-def cells(profile: str) -> pd.DataFrame:
-    """The map as ``hybrid_cells.table`` has it, from the rows of a profile."""
-    return hybrid_cells.table(_rows(profile, hybrid_cells.STUDY))
-
-
-def _rows(profile: str, study: str) -> pd.DataFrame:
-    rows = store.read(study, profile=profile)
-    return rows.loc[rows["profile"] == profile]
+MODEL, EVAL_BATCH, N_VAL = "resnet20", 100, 500
+SENSITIVITY, ALLOCATION = "layer_sensitivity", "bit_allocation"
+ENDS, ENDS_BITS = ("weight conv1", "weight linear", "act pool"), 8
+"""first and last layer, and their bits where they are an exception"""
+ACT_BITS = 8
+"""of the activations where the budget is a size"""
+UNITS = {
+    "kl": "nat", "loss_rise": "nat", "acc_drop_pp": "pp", "acc_pct": "%", "predicted_kl": "nat", "size_KiB": "KiB",
+    "bops": "BOP",
+}  # fmt: skip
 
 
-def facts(profile: str, study: str, metric: str) -> dict[str, Any]:
-    """What a caption has to state of a study: data set, images, seeds, switches."""
-    rows = _rows(profile, study)
-    rows = rows.loc[rows["metric"] == metric]
-    trained = rows["n_train"].max()
-    switches = [
-        "academic placement, image in float",
-        "first and last layer 8 bits" if study == hybrid_cells.STUDY else "first and last layer like all others",
-        f"{rows['n_calib'].max()} calibration images",
-        *([f"{hybrid_cells.QAT.upper()} trained for one epoch on {trained:,} images"] if trained else []),
-    ]
-    split = "test" if metric == "acc_pct" else "validation"
+@dataclass(frozen=True)
+class MapPlan:
+    """How much of the hybrid map a profile measures."""
+
+    bits: tuple[int, ...]
+    """Of weights and of activations."""
+    n_train: int
+    """Images of the short training."""
+    n_calib: int
+    """Images that ranges are fitted to."""
+    n_test: int | None = None
+    """Test images; None = all."""
+    trained_at_the_boundary: bool = False
+    """Whether the cell with all tensors at the boundary is trained too."""
+    seeds: tuple[int, ...] = (0,)
+    """One map each."""
+
+
+MAP_PLANS = {
+    "smoke": MapPlan((2, 8), 128, 16, 50),
+    "quick": MapPlan((2, 4, 8), 2_560, 128, 1_000),
+    "full": MapPlan((2, 3, 4, 6, 8), 12_800, 256, trained_at_the_boundary=True),
+}
+
+
+def map_points(plan: MapPlan) -> list[Cell]:
+    """Every cell, those that share a training adjoining."""
+    flag = plan.trained_at_the_boundary
+    return [cell for seed in plan.seeds for cell in cells(plan.bits, seed=seed, trained_at_the_boundary=flag)]
+
+
+def map_key(run: Run[MapPlan], cell: Cell) -> Row:
+    """What names a cell in the rows."""
+    switches = {
+        "boundary": cell.boundary, "qat": QAT, "ranges": RANGES, "bias": "means", "first_last_bits": FIRST_LAST_BITS,
+        "lr": CONFIG.lr, **net_switch(MODEL),
+    }  # fmt: skip
     return {
-        "profile": profile, "n": f"{rows['n_test'].max():,} {split} images", "seeds": sorted(set(rows["seed"])),
-        "dataset": ", ".join(sorted(set(rows["dataset"]))), "switches": ", ".join(switches),
+        "experiment": "fig_hybrid_bits", "model": MODEL, "method": "hybrid" if cell.boundary else RANGES,
+        "w_bits": cell.w_bits, "a_bits": cell.a_bits, "placement": "academic", "n_calib": run.plan.n_calib,
+        "seed": cell.seed, "epochs": CONFIG.epochs if cell.is_trained else 0,
+        "n_train": run.plan.n_train if cell.is_trained else 0, "switches": switches,
     }  # fmt: skip
 
 
-def caption(claim: str, profile: str, study: str, metric: str) -> str:
-    """The claim with what it rests on."""
-    return figures.caption(claim, **facts(profile, study, metric))
+def open_map(run: Run[MapPlan], shared: Any) -> tuple[Bench, QuantizedNet | None] | None:
+    """Network and images, and what the short training made of it where the cells have a trained tensor."""
+    plan, bench = run.plan, open_bench(MODEL, n_val=N_VAL, n_test=run.plan.n_test, device=run.device)
+    if bench is None or not shared.is_trained:
+        return bench and (bench, None)
+    return bench, train(shared, bench, run.folder, n_calib=plan.n_calib, n_train=plan.n_train)
 
 
-def slopes(known: pd.DataFrame) -> pd.DataFrame:
-    """By what factor one bit more divides a tensor's KL: columns kind, name, bits (the lower of the two), factor."""
-    ordered = known.sort_values(["kind", "name", "bits"])
-    groups = ordered.groupby(["kind", "name"], sort=False)
-    ratio = ordered["kl"] / groups["kl"].shift(-1)
-    step = groups["bits"].shift(-1) - ordered["bits"]
-    return ordered[["kind", "name", "bits"]].assign(factor=ratio ** (1 / step)).dropna()
+def measure_map(run: Run[MapPlan], bench: tuple[Bench, QuantizedNet | None], cell: Cell) -> Iterator[Found]:
+    """Test accuracy of a cell."""
+    stage, trained = bench
+    score = evaluate(finished(cell, stage, run.plan.n_calib, trained), stage.test, batch_size=EVAL_BATCH)
+    yield {"dataset": stage.dataset, "n_test": score.n, "metric": "acc_pct", "unit": "%", "value": score.acc_pct}
 
 
-def gains(points: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy by search, mean and sd over seeds, and what the optimum gains on each at equal budget (points).
+MAP = Study("hybrid_bits", MAP_PLANS, points=map_points, key=map_key, open_bench=open_map, measure=measure_map)
 
-    Columns budget, equivalent, search, mean, sd, n, gain; random assignments count their draws.
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of sensitivities and assignments a profile measures."""
+
+    bits: tuple[int, ...]
+    """To choose from."""
+    n_calib: int
+    """Images that grids are fitted to."""
+    n_val: int
+    """Images that losses are measured on."""
+    n_test: int | None
+    """Images that accuracies are measured on; None = all."""
+    optimal: tuple[float, ...]
+    """Budgets of the searches, as the cost of that many bits everywhere."""
+    uniform: tuple[int, ...]
+    """The same bits everywhere."""
+    ends_8: tuple[int, ...]
+    """The same but for first and last layer."""
+    at_random: tuple[float, ...]
+    """Budgets of random assignments."""
+    n_draws: int
+    """Random assignments a budget."""
+    seeds: tuple[int, ...] = (0,)
+    """Calibration draws of all but the random assignments."""
+
+
+PLANS = {
+    "smoke": Plan((2, 8), 16, 50, 50, (4.0,), (2, 8), (2,), (4.0,), 1),
+    "quick": Plan((2, 3, 4, 8), 128, 300, 1_000, (2.5, 3.0, 4.0), (2, 3, 4), (2, 3), (3.0,), 3),
+    "full": Plan(
+        (2, 3, 4, 5, 6, 8), 256, 1_000, None, (2.5, 3.0, 4.0, 5.0), (2, 3, 4, 5), (2, 3, 4), (3.0,), 5, (0, 1, 2)
+    ),
+}
+TENSORS_A_UNIT = 7
+
+
+def differences(logits: Tensor, truth: Tensor, labels: Tensor) -> dict[str, float]:
+    """What separates quantized ``logits`` from float ``truth``, (N, K) each.
+
+    ``kl`` = mean sum_k p_k (ln p_k - ln q_k), nat, p of the float net; ``loss_rise`` of the cross entropy, nat;
+    ``acc_drop_pp`` in percentage points.
     """
-    measured = points.dropna(subset=["acc_pct"])
-    grouped = measured.groupby(["budget", "equivalent", "search"])["acc_pct"]
-    table = pd.DataFrame({"mean": grouped.mean(), "sd": grouped.std(ddof=1), "n": grouped.count()}).reset_index()
-    best = table.loc[table["search"] == "optimal", ["budget", "equivalent", "mean"]]
-    both = table.merge(best, how="left", on=["budget", "equivalent"], suffixes=("", "_optimal"))
-    return table.assign(gain=both["mean_optimal"] - both["mean"])
+    q, p = logits.double().log_softmax(1), truth.double().log_softmax(1)
+    loss_q, loss_p = (F.nll_loss(log_probabilities, labels).item() for log_probabilities in (q, p))
+    right_q, right_p = ((x.argmax(1) == labels).double().mean().item() for x in (q, p))
+    kl = F.kl_div(q, p, log_target=True, reduction="batchmean").clamp(min=0).item()
+    return {"kl": kl, "loss_rise": loss_q - loss_p, "acc_drop_pp": 100 * (right_p - right_q)}
 
 
-def cells_findings(profile: str) -> list[str]:
-    """What the map supports."""
-    table, lines = cells(profile), []
-    table = table.assign(gain=table["hybrid"] - table["calibrated"], least=table[["w_bits", "a_bits"]].min(axis=1))
-    for row in table.loc[table["w_bits"] == table["a_bits"]].to_dict("records"):
-        trained = f", trained {row['hybrid']:.2f} % ({row['gain']:+.2f} points)" if row["least"] < BOUNDARY else ""
-        lines.append(f"W{row['w_bits']:g}A{row['a_bits']:g}: calibrated {row['calibrated']:.2f} %{trained}")
-    below = table.loc[table["least"] < BOUNDARY].to_dict("records")
-    worse = [f"W{row['w_bits']:g}A{row['a_bits']:g} ({row['gain']:+.2f})" for row in below if row["gain"] <= 0]
-    lines.append(f"the rule beats calibration in {len(below) - len(worse)} of {len(below)} cells with a tensor below "
-                 f"{BOUNDARY} bits; it does not in: {', '.join(worse) or 'none'}")  # fmt: skip
-    trained = hybrid_cells.trained_at_boundary(_rows(profile, hybrid_cells.STUDY))
-    if trained is not None:
-        here = table.set_index(["w_bits", "a_bits"])["calibrated"].loc[(BOUNDARY, BOUNDARY)]
-        lines.append(
-            f"at the boundary, W{BOUNDARY}A{BOUNDARY}: calibrated {here:.2f} %, trained as briefly {trained:.2f} %"
+@cache
+def outline() -> QuantizedNet:
+    """The quantized graph that speaks of the network's tensors; its weights do not matter."""
+    return quantize(models.build(MODEL), uniform_policy(8, placement="academic"), torch.zeros(1, 3, 32, 32))
+
+
+def tensors() -> list[str]:
+    """Every weight and activation, in the network's order."""
+    return tensors_of(outline())
+
+
+class Laboratory:
+    """Network and images with the grids of one calibration draw, on which assignments are tried."""
+
+    def __init__(self, run: Run[Plan], bench: Bench, seed: int) -> None:
+        """Fit the grids of every tensor at all bits of the plan to calibration draw ``seed``."""
+        print(f"fitting grids of {run.plan.bits} bits, calibration draw {seed}", flush=True)
+        images = bench.calibration(run.plan.n_calib, seed).to(run.device)
+        self.bench, self.grids = bench, GridBank(bench.net, images, run.plan.bits)
+        self.truth = predict(self.grids.assign({}), bench.val, batch_size=EVAL_BATCH)
+
+    def on_validation(self, bits: Mapping[str, int]) -> dict[str, float]:
+        """``differences`` from the float net."""
+        logits = predict(self.grids.assign(bits), self.bench.val, batch_size=EVAL_BATCH)
+        return differences(logits, self.truth, self.bench.val.labels)
+
+    def on_test(self, bits: Mapping[str, int]) -> float:
+        """Accuracy, percent of the test images."""
+        logits = predict(self.grids.assign(bits), self.bench.test, batch_size=EVAL_BATCH)
+        return 100 * (logits.argmax(1) == self.bench.test.labels).double().mean().item()
+
+    def rows(self, values: Mapping[str, float], switches: Row) -> Iterator[Row]:
+        """One row per metric; those measured on validation images say so."""
+        for metric, value in values.items():
+            test = metric == "acc_pct"
+            yield {
+                "n_test": len(self.bench.test if test else self.bench.val), "dataset": self.bench.dataset,
+                "metric": metric, "value": value, "unit": UNITS[metric],
+                "switches": {**switches, **net_switch(MODEL), "split": "test" if test else "val"},
+            }  # fmt: skip
+
+
+def open_laboratory(run: Run[Plan], seed: Any) -> Laboratory | None:
+    """The laboratory of a calibration draw."""
+    bench = open_bench(MODEL, n_val=run.plan.n_val, n_test=run.plan.n_test, device=run.device)
+    return bench and Laboratory(run, bench, seed)
+
+
+def _common(run: Run[Plan], experiment: str, seed: int) -> Row:
+    return {
+        "experiment": experiment, "model": MODEL, "method": RANGES, "placement": "academic",
+        "n_calib": run.plan.n_calib, "seed": seed,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Alone(Point):
+    """One tensor quantized, all others in float."""
+
+    tensor: str
+    """"weight ..." or "act ..."."""
+    bits: int
+    """Its bits."""
+    part: int
+    """Which unit it is measured in."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``weight conv1 at 4 bits``."""
+        return f"{self.tensor} at {self.bits} bits"
+
+    @property
+    def unit(self) -> str:
+        """A few tensors, as the grids of all are fitted for them."""
+        return f"sensitivity_{self.part}"
+
+    @property
+    def bench(self) -> Hashable:
+        """Calibration draw."""
+        return 0
+
+
+def sensitivity_points(plan: Plan) -> list[Alone]:
+    """Every tensor at all bits."""
+    return [Alone(t, bits, i // TENSORS_A_UNIT) for i, t in enumerate(tensors()) for bits in plan.bits]
+
+
+def sensitivity_key(run: Run[Plan], point: Alone) -> Row:
+    """What names a sensitivity in the rows."""
+    column = "w_bits" if point.tensor.startswith("weight ") else "a_bits"
+    switches = {"tensor": point.tensor, "split": "val", **net_switch(MODEL)}
+    return {**_common(run, "fig_layer_sensitivity", 0), column: point.bits, "switches": switches}
+
+
+def measure_sensitivity(run: Run[Plan], lab: Laboratory, point: Alone) -> Iterator[Found]:
+    """KL, rise of the loss and drop of the accuracy on validation images."""
+    yield from lab.rows(lab.on_validation({point.tensor: point.bits}), {"tensor": point.tensor})
+
+
+SENSITIVITIES = Study(
+    SENSITIVITY,
+    PLANS,
+    points=sensitivity_points,
+    key=sensitivity_key,
+    open_bench=open_laboratory,
+    measure=measure_sensitivity,
+)
+
+
+@dataclass(frozen=True)
+class Search(Point):
+    """One assignment, found from the sensitivities and measured; "float" is the network itself."""
+
+    search: str
+    """"optimal", "greedy", "uniform", "ends_8" (uniform but for first and last layer), "at_random" or "float"."""
+    budget: str = "size"
+    """"size" or "bop"."""
+    equivalent: float = 32.0
+    """Its budget is the cost of this many bits everywhere."""
+    seed: int = 0
+    """Calibration draw; of "at_random" the draw of the assignment."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``size of 3 bits, optimal, draw 0``."""
+        return f"{self.budget} of {self.equivalent:g} bits, {self.search}, draw {self.seed}"
+
+    @property
+    def unit(self) -> str:
+        """All searches of a calibration draw."""
+        return f"search_{self.bench}"
+
+    @property
+    def bench(self) -> int:
+        """Calibration draw."""
+        return 0 if self.search == "at_random" else self.seed
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The sensitivities that searches go by."""
+        return tuple(sorted({point.unit for point in sensitivity_points(PLANS["full"])}))
+
+    def found(self, losses: Mapping[str, Mapping[int, float]]) -> Assignment:
+        """The bits that it searches, given the KL, nat, of every tensor at all bits."""
+        cost, bits = _costs()[self.budget], self.equivalent
+        table = {t: dict(row) for t, row in losses.items() if self.budget == "bop" or t.startswith("weight ")}
+        if self.search in ("uniform", "ends_8"):
+            same = uniform(table, cost, int(bits))
+            return same if self.search == "uniform" else _with_ends(same, table, cost)
+        limit = cost.everywhere(bits)
+        if self.search == "at_random":
+            return at_random(table, cost, limit, np.random.default_rng(self.seed))
+        return (optimal if self.search == "optimal" else greedy)(table, cost, limit)
+
+
+def search_points(plan: Plan) -> list[Search]:
+    """The float network, then every assignment of the plan; those of equal calibration draw adjoin."""
+    made = [Search("float")]
+    for budget in ("size", "bop"):
+        made += [Search("greedy", budget, float(bits)) for bits in plan.optimal]
+        named = {"uniform": plan.uniform, "ends_8": plan.ends_8, "optimal": plan.optimal}
+        made += [Search(n, budget, float(b), seed) for n, many in named.items() for b in many for seed in plan.seeds]
+        made += [Search("at_random", budget, float(b), d) for b in plan.at_random for d in range(plan.n_draws)]
+    return sorted(made, key=lambda point: point.bench)
+
+
+def search_key(run: Run[Plan], point: Search) -> Row:
+    """What names an assignment in the rows: how it was searched, not what was found."""
+    common = _common(run, "fig_pareto", point.seed)
+    if point.search == "float":
+        return {
+            **common,
+            "method": "float",
+            "n_calib": 0,
+            "placement": "-",
+            "switches": {"split": "test", **net_switch(MODEL)},
+        }
+    searched = {"search": point.search, "budget": point.budget, "equivalent": point.equivalent}
+    return {
+        **common,
+        **{f"switches.{k}": v for k, v in (searched | net_switch(MODEL)).items()},
+        "metric": "predicted_kl",
+    }
+
+
+def measure_search(run: Run[Plan], lab: Laboratory, point: Search) -> Iterator[Found]:
+    """Predicted loss and cost; but for "greedy", whose rows hold the prediction alone, what it is in truth."""
+    if point.search == "float":
+        score = evaluate(lab.bench.net, lab.bench.test, batch_size=EVAL_BATCH)
+        yield from lab.rows({"acc_pct": score.acc_pct}, {})
+        return
+    losses = _losses(run)
+    some = point.found(losses)
+    bits = {t: some.bits.get(t, ACT_BITS) for t in losses}
+    costs = _costs()
+    values = {"predicted_kl": sum(losses[t][b] for t, b in bits.items())}
+    values |= {"size_KiB": costs["size"].of(bits), "bops": costs["bop"].of(bits)}
+    if point.search != "greedy":
+        values |= lab.on_validation(bits) | {"acc_pct": lab.on_test(bits)}
+    yield from ({**averages(bits), **row} for row in lab.rows(values, _switches(point, bits)))
+
+
+def _losses(run: Run[Plan]) -> dict[str, dict[int, float]]:
+    """What the searches work on: KL, nat, by tensor in the network's order, and bits."""
+    known = sensitivities(profile_rows(SENSITIVITY, run.profile))
+    missing = [t for t in tensors() if len(known.loc[known["tensor"] == t]) < len(run.plan.bits)]
+    if missing:
+        raise StudyError(
+            f"{len(missing)} tensors have no sensitivities: hq study {SENSITIVITY} --profile {run.profile}"
         )
-    return lines
+    by_key = known.set_index(["tensor", "bits"])["kl"]
+    return {tensor: by_key.loc[tensor].to_dict() for tensor in tensors()}
 
 
-def sensitivity_findings(profile: str) -> list[str]:
-    """What the sensitivities support."""
-    known, lines = bit_allocation.sensitivities(profile), []
-    for kind, word in (("weight", "weights"), ("act", "activations")):
-        mine = known.loc[known["kind"] == kind]
-        bits = BOUNDARY if BOUNDARY in set(mine["bits"]) else int(mine["bits"].max())
-        ranked = mine.loc[mine["bits"] == bits].sort_values("kl", ascending=False)
-        kl, names = ranked["kl"].to_numpy(), ranked["name"].to_numpy()
-        share = kl[:3].sum() / kl.sum()
-        lines.append(
-            f"{word} at {bits} bits: most sensitive {names[0]} ({kl[0]:.2g} nat), least {names[-1]} "
-            f"({kl[-1]:.2g}), a factor of {kl[0] / kl[-1]:.0f}; three of them make {share:.0%} of the sum"
-        )
-        found = slopes(mine)
-        factors = ", ".join(f"{b} bits {group.median():.1f}" for b, group in found.groupby("bits")["factor"])
-        lines.append(f"{word}: one bit more divides the KL by, median over tensors, from {factors}")
-    return lines
+@cache
+def _costs() -> dict[str, Cost]:
+    return {"size": size_cost(outline()), "bop": bop_cost(outline())}
 
 
-def search_findings(profile: str) -> list[str]:
-    """What the searched assignments support."""
-    points = bit_allocation.points(profile)
-    lines = []
-    for row in gains(points).query("search in ('uniform', 'at_random')").dropna(subset=["gain"]).to_dict("records"):
-        against = "the same bits everywhere" if row["search"] == "uniform" else "random assignments"
-        spread = f" ± {row['sd']:.2f}" if row["n"] > 1 else ""
-        lines.append(f"{row['budget']} of {row['equivalent']:g} bits: optimum {row['mean'] + row['gain']:.2f} %, "
-                     f"{against} {row['mean']:.2f}{spread} % (n={row['n']}): {row['gain']:+.2f} points")  # fmt: skip
-    keys = ["budget", "equivalent"]
-    predicted = points.loc[points["seed"] == 0].pivot_table(index=keys, columns="search", values="predicted_kl")
-    excess = (predicted["greedy"] / predicted["optimal"] - 1).max()
-    lines.append(f"greedy search predicts at most {excess:.1%} more loss than the integer program at equal budget")
-    return lines + additivity(points)
+def _with_ends(same: Assignment, table: dict[str, dict[int, float]], cost: Cost) -> Assignment:
+    bits = {**same.bits, **{tensor: ENDS_BITS for tensor in ENDS if tensor in table}}
+    return Assignment(bits, cost.of(bits), sum(table[tensor][b] for tensor, b in bits.items()))
 
 
-def additivity(points: pd.DataFrame) -> list[str]:
-    """How measured KL compares with the sum of single ones, below and above ``ADDITIVE``."""
-    measured = points.dropna(subset=["kl"]).to_dict("records")
-    predicted, found = (np.array([row[column] for row in measured]) for column in ("predicted_kl", "kl"))
-    rank = spearmanr(predicted, found)[0]
-    lines = [f"predicted and measured KL over {len(measured)} nets: Spearman correlation {rank:.3f}"]
-    for word, part in (("up to", predicted <= ADDITIVE), ("above", predicted > ADDITIVE)):
-        if part.any():
-            ratio = found[part] / predicted[part]
-            lines.append(f"predicted KL {word} {ADDITIVE} nat: measured / predicted {np.median(ratio):.2f} in the "
-                         f"median ({ratio.min():.2f} to {ratio.max():.2f}, {part.sum()} nets)")  # fmt: skip
-    return lines
+def averages(bits: Mapping[str, int]) -> dict[str, float]:
+    """Average bits: of the weights by elements, of the activations by elements of one image."""
+    elements = {f"act {site.name}": float(torch.Size(site.shape).numel()) for site in outline().meta["sites"]}
+    rates = {"w_bits": _costs()["size"].per_bit, "a_bits": {t: n for t, n in elements.items() if t in bits}}
+    return {
+        column: sum(n * bits[t] for t, n in weights.items()) / sum(weights.values())
+        for column, weights in rates.items()
+    }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m hq_lib.studies.hybrid.study", description=run.__doc__)
-    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-    run(options.profile, parts=options.parts, device=options.device)
-    for part, findings in zip(PARTS, (cells_findings, sensitivity_findings, search_findings), strict=True):
-        if part in options.parts:
-            print(*findings(options.profile), sep="\n")
+def _switches(point: Search, bits: Mapping[str, int]) -> Row:
+    """The search and its result, one digit a tensor in the network's order."""
+    digits = {
+        column: "".join(str(b) for t, b in bits.items() if t.startswith(kind))
+        for column, kind in (("w", "weight "), ("a", "act "))
+    }
+    return {"search": point.search, "budget": point.budget, "equivalent": point.equivalent, **digits}
 
 
-if __name__ == "__main__":
-    main()
+SEARCHES = Study(
+    ALLOCATION, PLANS, points=search_points, key=search_key, open_bench=open_laboratory, measure=measure_search
+)
+STUDIES = (MAP, SENSITIVITIES, SEARCHES)

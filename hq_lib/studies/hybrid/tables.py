@@ -1,0 +1,131 @@
+"""What notebook 06 shows: the map, sensitivities and assignments; rows in, frames out."""
+
+import json
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from hq_lib.studies.hybrid.cells import BOUNDARY, QAT, RANGES
+
+ADDITIVE = 0.1
+"""nat; a predicted KL up to this is what the additive model is asked about"""
+
+
+def map_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The map: columns w_bits, a_bits, calibrated, hybrid (test accuracy, %; means over seeds), one line per pair.
+
+    Where no tensor is below the boundary the rule calibrates everything, so both columns agree.
+    """
+    boundary = rows["switches"].str.extract(r'"boundary":(\d+)')[0].astype(int)
+    known = {
+        name: rows.loc[boundary == at].groupby(["w_bits", "a_bits"])["value"].mean()
+        for name, at in (("calibrated", 0), ("hybrid", BOUNDARY))
+    }
+    wide = pd.DataFrame({"calibrated": known["calibrated"]})
+    wide["hybrid"] = known["hybrid"].reindex(wide.index)
+    both = [w >= BOUNDARY and a >= BOUNDARY for w, a in wide.index]
+    wide.loc[both, "hybrid"] = wide.loc[both, "calibrated"]
+    return wide.reset_index()
+
+
+def map_gains(rows: pd.DataFrame) -> pd.DataFrame:
+    """What the rule gains on calibration, points, in each cell with a trained tensor, worst first.
+
+    The last line is the cell at the boundary, trained as briefly; it is left out where that was not run.
+    """
+    found = map_table(rows)
+    below = found.loc[found[["w_bits", "a_bits"]].min(axis=1) < BOUNDARY]
+    below = below.assign(gain=below["hybrid"] - below["calibrated"]).sort_values("gain")
+    at = rows.loc[rows["switches"].str.contains(f'"boundary":{BOUNDARY + 1},', regex=False), "value"]
+    if at.empty:
+        return below
+    here = found.loc[(found["w_bits"] == BOUNDARY) & (found["a_bits"] == BOUNDARY)]
+    last = here.assign(hybrid=at.mean(), gain=at.mean() - here["calibrated"])
+    return pd.concat([below, last], ignore_index=True)
+
+
+def map_note(rows: pd.DataFrame) -> str:
+    """The settings behind the map, for its caption."""
+    trained = max(int(n) for n in rows["n_train"])
+    told = ["academic placement, image in float", "first and last layer 8 bits"]
+    told += [f"{rows['n_calib'].max()} calibration images"]
+    return ", ".join([*told, *([f"{QAT.upper()} trained for one epoch on {trained:,} images"] if trained else [])])
+
+
+def search_note(rows: pd.DataFrame) -> str:
+    """The settings behind sensitivities and assignments, for their captions."""
+    placed = "academic placement, image in float, first and last layer like all others"
+    return f"{placed}, {rows['n_calib'].max()} calibration images"
+
+
+def sensitivities(rows: pd.DataFrame) -> pd.DataFrame:
+    """Columns kind ("weight" or "act"), name, tensor, bits, kl, loss_rise, acc_drop_pp."""
+    tensors = [json.loads(text)["tensor"] for text in rows["switches"]]
+    tidy = rows.assign(tensor=tensors, bits=rows[["w_bits", "a_bits"]].min(axis=1).astype(int))
+    wide = tidy.pivot_table(index=["tensor", "bits"], columns="metric", values="value").reset_index()
+    parts = [str(tensor).partition(" ") for tensor in wide["tensor"]]
+    kinds, names = [kind for kind, _, _ in parts], [name for *_, name in parts]
+    return wide.assign(kind=kinds, name=names).rename_axis(columns=None)
+
+
+def most_sensitive(known: pd.DataFrame) -> pd.DataFrame:
+    """At the boundary's bits, by kind: the most and the least sensitive tensor, and by what factor they differ."""
+    found = []
+    for kind, mine in known.groupby("kind"):
+        known_bits = [int(b) for b in mine["bits"]]
+        bits = BOUNDARY if BOUNDARY in known_bits else max(known_bits)
+        ranked = mine.loc[mine["bits"] == bits].sort_values("kl", ascending=False)
+        kl, names = ranked["kl"].to_numpy(), ranked["name"].to_numpy()
+        found.append((kind, bits, names[0], kl[0], names[-1], kl[-1], kl[0] / kl[-1], kl[:3].sum() / kl.sum()))
+    columns = ["kind", "bits", "most", "most_kl", "least", "least_kl", "ratio", "share_of_three"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def slopes(known: pd.DataFrame) -> pd.DataFrame:
+    """By what factor one bit more divides a tensor's KL: columns kind, name, bits (the lower of the two), factor."""
+    ordered = known.sort_values(["kind", "name", "bits"])
+    groups = ordered.groupby(["kind", "name"], sort=False)
+    ratio = ordered["kl"] / groups["kl"].shift(-1)
+    step = groups["bits"].shift(-1) - ordered["bits"]
+    return ordered[["kind", "name", "bits"]].assign(factor=ratio ** (1 / step)).dropna()
+
+
+def points(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line an assignment: budget, search, equivalent, seed, w, a, w_bits, a_bits, the metrics."""
+    rows = rows.loc[rows["method"] == RANGES]
+    told = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
+    keys = ["budget", "search", "equivalent", "seed", "w", "a", "w_bits", "a_bits"]
+    tidy = pd.concat([told.drop(columns="split"), rows[["seed", "w_bits", "a_bits", "metric", "value"]]], axis=1)
+    return tidy.pivot_table(index=keys, columns="metric", values="value").reset_index().rename_axis(columns=None)
+
+
+def float_accuracy(rows: pd.DataFrame) -> float:
+    """Test accuracy of the float network, percent, on the images of the study."""
+    return float(rows.loc[rows["method"] == "float", "value"].iloc[0])
+
+
+def gains(points: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy by search, mean and sd over seeds, and what the optimum gains on each at equal budget (points).
+
+    Columns budget, equivalent, search, mean, sd, n, gain; random assignments count their draws.
+    """
+    measured = points.dropna(subset=["acc_pct"])
+    grouped = measured.groupby(["budget", "equivalent", "search"])["acc_pct"]
+    table = pd.DataFrame({"mean": grouped.mean(), "sd": grouped.std(ddof=1), "n": grouped.count()}).reset_index()
+    best = table.loc[table["search"] == "optimal", ["budget", "equivalent", "mean"]]
+    both = table.merge(best, how="left", on=["budget", "equivalent"], suffixes=("", "_optimal"))
+    return table.assign(gain=both["mean_optimal"] - both["mean"])
+
+
+def additivity(found: pd.DataFrame) -> pd.DataFrame:
+    """Measured over predicted KL (the sum of single ones), up to ``ADDITIVE`` nat and above, and rank correlations."""
+    known = found.dropna(subset=["kl"])
+    small = known["predicted_kl"] <= ADDITIVE
+    parts = {f"up to {ADDITIVE} nat": known.loc[small], "above": known.loc[~small]}
+    lines = []
+    for word, part in {**parts, "all": known}.items():
+        ratio = part["kl"] / part["predicted_kl"]
+        rho = spearmanr(part["predicted_kl"], part["kl"])[0] if len(part) > 1 else np.nan
+        lines.append((word, len(part), ratio.median(), ratio.min(), ratio.max(), rho))
+    return pd.DataFrame(lines, columns=["predicted KL", "nets", "median", "least", "largest", "Spearman"])
