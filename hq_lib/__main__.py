@@ -1,7 +1,14 @@
-"""The command line: ``hq VERB``, or ``python -m hq_lib VERB``."""
+"""The command line: ``hq VERB``, or ``python -m hq_lib VERB``.
 
+Every verb takes ``--config run.yaml`` and ``--set key=value``, key by key what the file says; the keys are those of
+``studies.configuration.Configuration``. Exit code 0: done; 1: refused, in one line; 2: a word of the line is wrong.
+"""
+
+import importlib
 import json
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -12,11 +19,124 @@ from hq_lib.results import paths
 from hq_lib.results.hints import nearest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of the run.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A key of it, as n_calib=256 or policy.bn=fold.")]
+Model = Annotated[str | None, typer.Option(help="Network by name.")]
+Net = Annotated[str | None, typer.Option(help="A network of one's own, module:Class, from the current folder.")]
+Method = Annotated[str | None, typer.Option(help="How it is quantized; a wrong name lists them.")]
+Bits = Annotated[str | None, typer.Option(help="Weights/activations, as 4/4.")]
+Data = Annotated[str | None, typer.Option(help="Data set; default: what the network was trained on.")]
+Root = Annotated[str | None, typer.Option(help="Folder of pictures (train/ and val/, or class folders).")]
+Tests = Annotated[int | None, typer.Option(help="Test images; default all.")]
+Output = Annotated[str | None, typer.Option(help="File to write.")]
+File = Annotated[Path, typer.Argument(help="A file of hq train, quantize or export.")]
 
 
 @app.callback()
 def _verbs() -> None:
     """From float CNNs to low-bit, integer-only and analog-crossbar inference."""
+
+
+@app.command()
+def train(
+    config: Config = None, set_: Set = None, model: Model = None, net: Net = None, method: Method = None,
+    bits: Bits = None, data: Data = None, output: Output = None,
+) -> None:  # fmt: skip
+    """Train a network in float (--method float), or through its quantizers (pact, lsq, dsq, ..., hybrid).
+
+    Killed? The same command goes on where it stopped.
+
+    Example: hq train --model resnet20 --method pact --bits 4/4 --set protocol.epochs=10
+    """
+    run, steps = _run(config, set_, model=model, net=net, method=method, bits=bits, data=data, output=output)
+    file, acc_pct = steps.trained(run)
+    _wrote(file, acc_pct, f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}")
+
+
+@app.command()
+def select(
+    config: Config = None, set_: Set = None, data: Data = None, root: Root = None, output: Output = None,
+    n: Annotated[int | None, typer.Option(help="Images.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="lowest, highest, trimmed or random.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Score of an image: tv, entropy, ...")] = None,
+) -> None:  # fmt: skip
+    """Choose calibration images, and write them as a manifest with their hashes.
+
+    Example: hq select --data cifar10 -n 256 --strategy trimmed --metric tv --output smooth.json
+    """
+    run, steps = _run(config, set_, data=data, root=root, output=output, n_calib=n, strategy=strategy, metric=metric)
+    file = steps.selected(run)
+    _wrote(file, None, f"hq quantize --set manifest={file}")
+
+
+@app.command()
+def quantize(
+    config: Config = None, set_: Set = None, model: Model = None, net: Net = None, method: Method = None,
+    bits: Bits = None, data: Data = None, root: Root = None, n_test: Tests = None, output: Output = None,
+) -> None:  # fmt: skip
+    """Quantize a trained network without training: ranges (minmax, mse, percentile, aciq), adaround, brecq, qdrop.
+
+    Example: hq quantize --model resnet20 --method qdrop --bits 4/4 --output net.safetensors
+    """
+    run, steps = _run(
+        config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, n_test=n_test, output=output
+    )  # fmt: skip
+    file, acc_pct = steps.quantized(run)
+    _wrote(file, acc_pct, f"hq test {file} --integer; hq export {file} --to c")
+
+
+@app.command("test")
+def accuracy(
+    file: File, config: Config = None, set_: Set = None, net: Net = None, data: Data = None, root: Root = None,
+    n_test: Tests = None, integer: Annotated[bool, typer.Option(help="In integers as well.")] = False,
+) -> None:  # fmt: skip
+    """Accuracy of a network file, float or quantized, or of an exported one (.npz, .hqm, .onnx), on test images.
+
+    Example: hq test net.safetensors --integer
+    """
+    run, steps = _run(config, set_, net=net, data=data, root=root, n_test=n_test)
+    for line in steps.tested(run, file, integer=integer):
+        typer.echo(line)
+    exported = file.suffix != ".safetensors"
+    typer.echo(f"nothing was written; next: {f'hq crossbar {file}' if file.suffix == '.npz' else 'hq export --help'}"
+               if exported else f"nothing was written; next: hq export {file} --to c")  # fmt: skip
+
+
+@app.command()
+def export(
+    file: File, to: Annotated[str, typer.Option(help="c, onnx, npz or fpga.")], config: Config = None,
+    set_: Set = None, net: Net = None, output: Output = None,
+) -> None:  # fmt: skip
+    """Write a network's integers for C (.hqm, or .c), ONNX, NumPy, or an FPGA's memories.
+
+    A float network trained with ReLU1 becomes seed 002's files with --to fpga.
+
+    Example: hq export net.safetensors --to onnx
+    """
+    run, steps = _run(config, set_, net=net, output=output)
+    made = steps.exported(run, file, to)
+    _wrote(made, None, "its manifest.json says what each file is" if to == "fpga" else f"hq test {made}")
+
+
+@app.command()
+def crossbar(
+    file: File, config: Config = None, set_: Set = None, net: Net = None, n_test: Tests = None,
+    engine: Annotated[str | None, typer.Option(help="sim, rehearsal, tcp (a bench) or replay.")] = None,
+    device: Annotated[str | None, typer.Option(help="Kind of cell of sim: rram, pcm_drift, ..., or a .csv.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers on the arrays, by name or pattern, with commas.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the record lies; goes on from what is there.")] = None,
+) -> None:  # fmt: skip
+    """Put layers of a network on analog arrays: simulated, rehearsed, on a bench, or replayed from the record.
+
+    Example: hq crossbar net.safetensors --device rram --layers '*' --n-test 100
+    """
+    run, steps = _run(config, set_, net=net, n_test=n_test)
+    named = layers.split(",") if layers else None
+    given = {"engine": engine, "device": device, "layers": named, "folder": folder}
+    made, lines = steps.on_crossbar(run, file, **{key: value for key, value in given.items() if value is not None})
+    for line in lines:
+        typer.echo(line)
+    _wrote(made, None, f"hq crossbar {file} --engine replay --folder {made}")
 
 
 @app.command()
@@ -55,6 +175,22 @@ def study(
         typer.echo(f"{len(rows)} rows in {paths.results_dir(profile) / name}.csv")
 
 
+def _run(config: Path | None, assignments: list[str] | None, **given: Any) -> tuple[Any, ModuleType]:
+    """(the ``Configuration``, module ``studies.steps``): the file, then ``--set``, then the options that were given."""
+    configuration = importlib.import_module("hq_lib.studies.configuration")  # torch: only where a step is run
+    if given.get("bits") is not None:
+        given["bits"] = [yaml.safe_load(bits) for bits in given["bits"].split("/")]
+    words = {key: value for key, value in given.items() if value is not None}
+    changes = dict(_assignment(text) for text in assignments or [])
+    return configuration.read(config, {**changes, **words}), importlib.import_module("hq_lib.studies.steps")
+
+
+def _wrote(file: Path, acc_pct: float | None, following: str) -> None:
+    accuracy = "" if acc_pct is None else f", {acc_pct:.2f} % of the test images"
+    size = f", {file.stat().st_size / 1024:,.0f} KiB" if file.is_file() else ""
+    typer.echo(f"wrote {file}{size}{accuracy}; next: {following}")
+
+
 def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
@@ -66,7 +202,7 @@ def main() -> None:
     """The console script; an error of the library is one line and exit code 1."""
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from hq_lib import ptq
+from hq_lib.data import ImageSet
 from hq_lib.graph import BitPolicy, QuantizedNet, act_quantizers, calibrate, quantize, set_quantization, weight_layers
 from hq_lib.ptq.bits import correct_means
+from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import FLOAT_BITS, Quantizer
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.study import Point
@@ -82,7 +84,7 @@ class Cell(Point):
 
     def late(self) -> Callable[[nn.Module], bool]:
         """Which quantizers are calibrated, given the module."""
-        return lambda quantizer: int(quantizer.bits) >= self.boundary  # type: ignore[arg-type]
+        return _late(self.boundary)
 
 
 def cells(bits: Sequence[int], *, seed: int = 0, trained_at_the_boundary: bool = False) -> list[Cell]:
@@ -115,10 +117,36 @@ def finished(cell: Cell, stage: Bench, n_calib: int, trained: QuantizedNet | Non
     qnet = quantize(stage.net, cell.policy(), x[:1]).eval()
     if trained is not None:
         take_over(qnet, trained, late)
-    ptq.fit_weights(qnet, RANGES, only=late)
-    correct_means(qnet, x, only=late)
-    ptq.fit_acts(qnet, x, RANGES, quantized_weights=True, only=late)
+    _calibrate_late(qnet, x, RANGES, late)
     return qnet
+
+
+def fit_hybrid(
+    qnet: QuantizedNet, x: Tensor, train: ImageSet, val: ImageSet, config: TrainConfig, *, ranges: Method = RANGES,
+    folder: Path | None = None,
+) -> None:  # fmt: skip
+    """Fit ``qnet``, of a ``BitPolicy.hybrid``, in place: train below the rule's boundary, then calibrate on ``x``.
+
+    What has the boundary's bits or more is float during the training. Nothing below it: no training.
+    """
+    assert qnet.policy.hybrid_rule is not None
+    late = _late(qnet.policy.hybrid_rule.boundary)
+    if not all(late(quantizer) for quantizer in _quantizers(qnet).values()):
+        set_quantization(qnet, weights=False, acts=False, only=late)
+        calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
+        fit(qnet, train, val, config, folder)
+        set_quantization(qnet, weights=True, acts=True, only=late)
+    _calibrate_late(qnet.eval(), x, ranges, late)
+
+
+def _late(boundary: int) -> Callable[[nn.Module], bool]:
+    return lambda quantizer: int(quantizer.bits) >= boundary  # type: ignore[arg-type]
+
+
+def _calibrate_late(qnet: QuantizedNet, x: Tensor, ranges: Method, late: Callable[[nn.Module], bool]) -> None:
+    ptq.fit_weights(qnet, ranges, only=late)
+    correct_means(qnet, x, only=late)
+    ptq.fit_acts(qnet, x, ranges, quantized_weights=True, only=late)
 
 
 def take_over(qnet: QuantizedNet, trained: QuantizedNet, late: Callable[[nn.Module], bool]) -> None:

@@ -94,6 +94,15 @@ def quantized(
 ) -> fx.GraphModule:  # fmt: skip
     """The net quantized by one recipe from calibration images ``x``; ``folder`` lets a killed reconstruction go on."""
     qnet = quantize(net, selection_bench.policy(*bits), x[:1])
+    fit_recipe(qnet, x, recipe, iterations=iterations, seed=seed, folder=folder, progress=progress)
+    return qnet
+
+
+def fit_recipe(
+    qnet: fx.GraphModule, x: Tensor, recipe: Recipe, *, iterations: int = 500, folder: Path | None = None,
+    progress: Callable[[ptq.UnitReport], None] | None = None, **changes: Any,
+) -> None:  # fmt: skip
+    """Fit ``qnet`` in place by one recipe to calibration images ``x``; ``changes``: fields of a reconstruction."""
     few = x[: selection_bench.RANGE_IMAGES]
     if recipe.allocated:
         ptq.fit_allocated(qnet)
@@ -103,7 +112,6 @@ def quantized(
     if recipe.corrected:
         ptq.correct_moments(qnet, few)
     if recipe.passes is not None:
-        settings = {"iterations": iterations, "n_images": len(x), "seed": seed, **recipe.config(iterations)}
-        settings["batch_size"] = min(32, len(x))
+        settings = {"iterations": iterations, "n_images": len(x), "batch_size": min(32, len(x))}
+        settings |= {**recipe.config(iterations), **changes}
         ptq.reconstruct(qnet, x, recipe.passes(**settings), folder=folder, progress=progress)
-    return qnet

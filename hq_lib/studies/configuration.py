@@ -1,0 +1,345 @@
+"""One YAML file describes a run: network, images, bits, method, calibration, protocol, what is written where.
+
+Its keys are the fields of ``Configuration``; the command line's verbs all read the same ones. Paths are those of the
+current folder.
+"""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from hq_lib import data, graph, models
+from hq_lib.data import DataSpec, ImageSet, folder
+from hq_lib.graph import BitPolicy, PolicyError
+from hq_lib.graph.network_file import OWN
+from hq_lib.models.public import load_state
+from hq_lib.ptq import ReconstructionConfig, selection
+from hq_lib.results.hints import nearest
+from hq_lib.studies.bench import shipped
+from hq_lib.studies.ptq.recipes import RECIPES, Recipe
+from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
+from hq_lib.training.bit_lists import find_lists, list_recipe
+from hq_lib.training.qat_recipes import METHODS
+from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
+
+FLOAT, HYBRID = "float", "hybrid"
+SELF_WEIGHTED = ("efficientnet_lite0",)
+"""Networks that are built with their weights."""
+BUILD = ("model", "options", "n_classes", "in_channels")
+"""What a record says of how a network of ours is built."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a run is. ``ValueError`` names a key whose value is of the wrong kind."""
+
+    model: str = "resnet20"
+    """network by name, as in ``models.names``"""
+    net: str = ""
+    """a network of one's own in its place, "module:Class", imported from the current folder"""
+    options: dict = field(default_factory=dict)
+    """of the network: ``option``, ``width``, ``n_classes`` ..., or the arguments of one's own class"""
+    weights: str = ""
+    """file of float weights: .safetensors of ``hq train``, or a state dict (.pt, .pth, .th); "" = the shipped ones"""
+    data: str = ""
+    """data set, as in ``data.names``; "" = what the network was trained on"""
+    root: str = ""
+    """folder of pictures (``train/`` and ``val/``, or class folders alone), with ``data: imagenet``"""
+    mean: list = field(default_factory=list)
+    """subtracted from pixels / 255, per channel, where it is not the data set's"""
+    std: list = field(default_factory=list)
+    """what they are divided by then"""
+    method: str = "qdrop"
+    """``train``: float, hybrid, or a key of ``qat_recipes.METHODS``; ``quantize``: a key of ``recipes.RECIPES``"""
+    bits: list = field(default_factory=lambda: [8, 8])
+    """[weights, activations] between first and last layer"""
+    lists: str = ""
+    """seed 001's bits layer by layer in place of ``bits``: cfg-1, cfg-1*, cfg-2, cfg-3"""
+    policy: dict = field(default_factory=dict)
+    """fields of ``BitPolicy`` in place of the method's own, ``overrides`` by layer among them"""
+    hybrid: dict = field(default_factory=dict)
+    """``hybrid``: arguments of ``BitPolicy.hybrid``, and ``ranges``, the method of what is not trained"""
+    manifest: str = ""
+    """calibration images, a file of ``hq select``; "" = ``n_calib`` of the training images, balanced over classes"""
+    n_calib: int = 1024
+    """calibration images"""
+    n_train: int = 0
+    """training images that are trained on or chosen from; 0 = as the recipe says, which is all in profile full"""
+    n_val: int = 0
+    """validation images; 0 = all"""
+    n_test: int = 0
+    """test images; 0 = all"""
+    metric: str = ""
+    """``select``: score of an image, a key of ``selection.METRICS``"""
+    strategy: str = "random"
+    """``select``: lowest, highest, trimmed (all three by ``metric``) or random"""
+    protocol: dict = field(default_factory=dict)
+    """fields of ``TrainConfig`` (train) or ``ReconstructionConfig`` (quantize) in place of the recipe's"""
+    profile: str = "full"
+    """which cut of a training recipe: smoke, quick or full"""
+    seed: int = 0
+    """of images, batches and dropping"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    requantizer: str = "float32"
+    """of the integers: float32 or fixed"""
+    crossbar: dict = field(default_factory=dict)
+    """fields of ``studies.crossbar.bench.Plan``: engine, device, layers, n_test, n_calib, folder, host, port ..."""
+    output: str = ""
+    """the file that is written; "" = a name made of network, method and bits"""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not isinstance(value, each.type) or isinstance(value, bool):  # type: ignore[arg-type]
+                raise ValueError(f"{each.name} is {value!r}: a {each.type.__name__} is needed")  # type: ignore[union-attr]
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{each.name} is {value}: 0 or more is needed")
+        if len(self.bits) != 2 or not all(type(bits) is int for bits in self.bits):
+            raise ValueError(f"bits is {self.bits}: [weights, activations] are needed, as [4, 4]")
+        if not self.net:
+            known(self.model, models.names(), "model")
+        if bool(self.mean) != bool(self.std):
+            raise ValueError("mean and std go together: give both, or neither")
+        if self.lists and self.net:
+            raise ValueError(f"lists: there are none for {self.net}; say bits by layer in policy.overrides")
+
+    @property
+    def name(self) -> str:
+        """Network, method and bits, e.g. ``resnet20_qdrop_w4a4``."""
+        width = self.lists.replace("*", "star") if self.lists else "w{}a{}".format(*self.bits)
+        return "_".join([self.net.rpartition(":")[2].lower() or self.model, self.method, width])
+
+    def target(self, ending: str = ".safetensors") -> Path:
+        """The file to write."""
+        return Path(self.output or f"{self.name}{ending}")
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    def built(self) -> nn.Module:
+        """The float network as its constructor leaves it, weights drawn from ``seed``."""
+        torch.manual_seed(self.seed)
+        return own(self.net)(**self.options) if self.net else models.build(self.model, **self.options)
+
+    def network(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The float network with its weights, in eval mode, and its run record.
+
+        Raises ``ValueError`` for a network of ours that no weights are known of.
+        """
+        file = Path(self.weights) if self.weights else None
+        if file is None and not self.net and self.model not in SELF_WEIGHTED:
+            file = shipped(self.model)
+            if file is None:
+                raise ValueError(f"weights: none are shipped for {self.model!r}; train them (hq train --model "
+                                 f"{self.model} --method float), or name a file")  # fmt: skip
+        if file is not None and file.suffix == ".safetensors":
+            return opened(file, self.net, self.options)
+        net = self.built()
+        if file is not None:
+            models.load_public(file, net)
+        return net.eval(), {} if self.net else {"model": self.model, "options": self.options}
+
+    # -- the images ----------------------------------------------------------------------------------------------------
+
+    def images(self, split: str, record: Mapping[str, Any], n: int = 0) -> ImageSet:
+        """The first ``n`` (0: all) images of a split, with the mean and standard deviation of the network's record."""
+        name = self.data or ("imagenet" if self.root else record.get("dataset", ""))
+        if not name:
+            raise ValueError(f"data: the network's file does not say; choose one of {', '.join(data.names())}")
+        return self._normalized(data.load(name, split, root=self.root or None, n=n or None), record)
+
+    def _normalized(self, images: ImageSet, record: Mapping[str, Any]) -> ImageSet:
+        if not (self.mean or record.get("images") or record.get("dataset") in data.SPECS):
+            return images
+        spec = self.normalization(record)
+        return images.normalized_by(spec.mean, spec.std)
+
+    def normalization(self, record: Mapping[str, Any]) -> DataSpec:
+        """The data set of a network's record, with the mean and standard deviation that it was trained with."""
+        name = record.get("dataset") or self.data
+        known(name, data.SPECS, "data")
+        found = {key: tuple(getattr(self, key) or record.get("images", {}).get(key, ())) for key in ("mean", "std")}
+        return dataclasses.replace(data.SPECS[name], **{key: value for key, value in found.items() if value})
+
+    def calibration(self, record: Mapping[str, Any]) -> ImageSet:
+        """The images of the manifest, each hash verified, or ``n_calib`` balanced training images."""
+        if not self.manifest:
+            train = self.images("train", record, self.n_train)
+            n = min(self.n_calib, len(train))
+            if n < train.spec.n_classes:
+                order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
+                return train.subset(order[:n])
+            return train if n == len(train) else train.balanced(n, self.seed)
+        listed = selection.read(Path(self.manifest))
+        if not listed.files:
+            images = data.load(listed.dataset, listed.split)
+            return self._normalized(selection.take(listed, images), record)
+        if not self.root:
+            raise ValueError(f"root: {self.manifest} names files; give the folder that they lie in")
+        spec = data.SPECS["imagenet"]
+        size = spec.in_shape[1]
+        files = selection.take_files(listed, Path(self.root))
+        pixels = np.stack([folder.read_image(f, size=size, short_side=round(size * 256 / 224)) for f in files])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return self._normalized(ImageSet(images, torch.full((len(files),), -1), spec, listed.split), record)
+
+    def selected(self) -> selection.Manifest:
+        """``n_calib`` training images by ``strategy`` and ``metric``, as a manifest."""
+        dataset = FLOAT_RECIPES[self.model].dataset if self.model in FLOAT_RECIPES and not self.net else ""
+        images = self.images("train", {"dataset": dataset}, self.n_train)
+        scores = selection.score(images.images, self.metric) if self.metric else None
+        options: Any = {"strategy": self.strategy, "seed": self.seed}
+        balanced = self.n_calib >= images.spec.n_classes
+        labels = images.labels if balanced else None
+        chosen = selection.select(
+            scores, self.n_calib, labels=labels, pool=None if balanced else torch.arange(len(images)), **options
+        )
+        how: Any = {"metric": self.metric, "balanced": balanced, **options}
+        if not self.root:
+            return selection.from_images(images, chosen, **how)
+        files, _, _ = folder.list_folder(Path(self.root), "train")
+        names = [files[int(images.indices[i])].relative_to(self.root).as_posix() for i in chosen]
+        return selection.from_files(Path(self.root), names, dataset=Path(self.root).name, **how)
+
+    # -- what is done --------------------------------------------------------------------------------------------------
+
+    def float_training(self) -> tuple[str, TrainConfig, int | None]:
+        """(data set, configuration, training images or None for all) of float training."""
+        if not self.net and self.model in FLOAT_RECIPES:
+            name, config, n = recipe(self.model, self.profile, seed=self.seed)
+            name = self.data or name
+        elif {"epochs", "lr"} <= set(self.protocol) and self.data:
+            name, n = self.data, None
+            config = TrainConfig(epochs=1, lr=0.1, seed=self.seed)
+        else:
+            raise ValueError(
+                f"{self.net or self.model} has no training recipe: give data, protocol.epochs, protocol.lr"
+            )
+        return name, changed(config, self.protocol, "protocol"), self.n_train or n
+
+    def qat(self, net: nn.Module) -> QatRecipe:
+        """Policy and training of quantization-aware training from ``net``."""
+        w_bits, a_bits = self.bits
+        if self.method == HYBRID:
+            made = qat_recipe("dsq", min(w_bits, 8), min(a_bits, 8), self.profile, seed=self.seed)
+            made = dataclasses.replace(made, policy=self._hybrid_policy())
+        elif self.lists:
+            made = list_recipe(net, self.model, self.lists, self.method, self.profile, seed=self.seed)
+        else:
+            elsewhere = "hq quantize has it" if self.method in RECIPES else ""
+            known(self.method, [FLOAT, HYBRID, *METHODS], "method", hint=elsewhere)
+            made = qat_recipe(self.method, w_bits, a_bits, self.profile, seed=self.seed)
+        policy = BitPolicy.from_dict({**made.policy.to_dict(), **self.policy})
+        config = changed(made.config, self.protocol, "protocol")
+        return QatRecipe(policy, config, self.n_train or made.n_train)
+
+    def _hybrid_policy(self) -> BitPolicy:
+        settings = {key: value for key, value in self.hybrid.items() if key != "ranges"}
+        given = {"w_bits": self.bits[0], "a_bits": self.bits[1], "ptq": ("minmax", "lsq_plus"), **settings}
+        try:
+            return BitPolicy.hybrid(**given)
+        except TypeError as error:
+            raise PolicyError(f"hybrid: {error}") from error
+
+    def ptq(self, net: nn.Module) -> tuple[Recipe, BitPolicy, dict[str, Any]]:
+        """Method, policy and settings of post-training quantization of ``net``."""
+        elsewhere = "hq train has it" if self.method in (FLOAT, HYBRID, *METHODS) else ""
+        known(self.method, RECIPES, "method", hint=elsewhere)
+        known_keys(self.protocol, [f.name for f in fields(ReconstructionConfig)], "protocol")
+        if self.protocol and RECIPES[self.method].passes is None:
+            raise ValueError(f"protocol: method {self.method!r} reconstructs nothing; leave protocol out")
+        if self.lists:
+            layer_abit, layer_wbit = find_lists(self.model, self.lists)
+            policy = BitPolicy.from_lists(net, layer_abit, layer_wbit, weight="minmax", act="lsq_plus", bn="fold")
+        else:
+            policy = BitPolicy(f"minmax:{self.bits[0]}", f"lsq_plus:{self.bits[1]}", bn="fold")
+        return RECIPES[self.method], BitPolicy.from_dict({**policy.to_dict(), **self.policy}), self.protocol
+
+    def record(self, source: Mapping[str, Any], images: ImageSet, **more: Any) -> dict[str, Any]:
+        """What a network file says of this run, besides what ``graph.save`` adds."""
+        facts = {key: source[key] for key in BUILD if key in source and not self.net}
+        return {
+            **facts, "dataset": images.spec.name, "images": dataclasses.asdict(images.spec), "method": self.method,
+            "seed": self.seed, "configuration": dataclasses.asdict(self), **more,
+        }  # fmt: skip
+
+
+def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = None) -> Configuration:
+    """The configuration in a YAML file (default: an empty one) with ``changes``; "policy.bn" reaches into a mapping.
+
+    Raises:
+        ValueError: no mapping, a key that is unknown (with the nearest known one), or a value of the wrong kind.
+        OSError: no such file.
+    """
+    entries: Any = {}
+    if path is not None:
+        try:
+            entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"{path}: a mapping of keys is needed, got a {type(entries).__name__}")
+    entries = dict(entries)
+    for key, value in (changes or {}).items():
+        outer, dot, inner = key.partition(".")
+        entries[outer] = {**(entries.get(outer) or {}), inner: value} if dot else value
+    known_keys(entries, [f.name for f in fields(Configuration)], str(path or "configuration"))
+    return Configuration(**entries)
+
+
+def known(name: str, names: Iterable[str], key: str, *, hint: str = "") -> None:
+    """Raise ``ValueError`` that names ``key``, the choices and the nearest, unless ``name`` is one of ``names``."""
+    names = list(names)
+    if name not in names:
+        near = f" ({hint})" if hint else nearest(name, names)
+        raise ValueError(f"{key}: there is no {name!r} here{near}; choose one of {', '.join(names)}")
+
+
+def known_keys(entries: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Raise ``ValueError`` that names the first unknown key of ``entries`` and the nearest of ``names``."""
+    names = list(names)
+    for key in entries:
+        if key not in names:
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, names)}; keys: {', '.join(names)}")
+
+
+def changed(config: TrainConfig, changes: Mapping[str, Any], where: str) -> TrainConfig:
+    """``config`` with some fields in place of its own; an unknown one is named with the nearest."""
+    known_keys(changes, [f.name for f in fields(TrainConfig)], where)
+    return dataclasses.replace(config, **changes)
+
+
+def own(name: str) -> Any:
+    """The class (or function) of "module:Class", imported from the current folder."""
+    module, colon, made = name.partition(":")
+    if not (module and colon and made):
+        raise ValueError(f"net is {name!r}: write module:Class, as mynet:MyNet for class MyNet of mynet.py")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), made)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"net {name!r} cannot be imported from {Path.cwd()}: {error}") from error
+
+
+def opened(file: Path, net: str = "", options: Mapping[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """(network in eval mode, record) of a float or quantized network file; ``net`` where it is one's own."""
+    state, record = models.read_checkpoint(file)
+    made = own(net)(**(options or record.get("options") or {})) if net else None
+    if "policy" in record:
+        return graph.load(file, net=made), record
+    if made is None and record.get("model", OWN) == OWN:
+        raise ValueError(f"{file.name} holds a network of its maker's own: say which, --net module:Class")
+    if made is None:
+        return models.load_checkpoint(file)
+    load_state(made, state, source=file.name)
+    return made.eval(), record

@@ -1,0 +1,181 @@
+"""What the command line's verbs do, each from a ``Configuration`` to a file; notebooks call the same."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hq_lib import graph, models
+from hq_lib.data import DataSpec, ImageSet, normalize
+from hq_lib.deploy import ENDINGS, export, fpga
+from hq_lib.graph.network_file import OWN
+from hq_lib.integer import IntegerModel, lower
+from hq_lib.integer import load as load_integers
+from hq_lib.integer import run as run_integers
+from hq_lib.ptq import selection
+from hq_lib.results import paths, provenance
+from hq_lib.studies.configuration import FLOAT, HYBRID, Configuration, known, known_keys, opened
+from hq_lib.studies.crossbar import bench as crossbar_bench
+from hq_lib.studies.crossbar.points import SIZES
+from hq_lib.studies.crossbar.study import CrossbarBench
+from hq_lib.studies.hybrid.cells import fit_hybrid
+from hq_lib.studies.integer_export.executors import BATCH
+from hq_lib.studies.integer_export.executors import ENDINGS as FILES
+from hq_lib.studies.integer_export.executors import opened as executor
+from hq_lib.studies.ptq.recipes import fit_recipe
+from hq_lib.studies.qat.study import quantized as calibrated
+from hq_lib.training import evaluate, fit
+from hq_lib.training.evaluation import evaluation_of
+
+
+def trained(run: Configuration) -> tuple[Path, float]:
+    """(file, test accuracy in percent) after float training or quantization-aware training; resumes a killed run."""
+    return _trained_float(run) if run.method == FLOAT else _trained_quantized(run)
+
+
+def _trained_float(run: Configuration) -> tuple[Path, float]:
+    dataset, config, n = run.float_training()
+    net = run.network()[0] if run.weights else run.built()
+    train, val = (run.images(split, {"dataset": dataset}, n or 0) for split, n in (("train", n), ("val", run.n_val)))
+    fit(net.to(run.device), train, val, config, _folder(run))
+    test = run.images("test", {"dataset": dataset}, run.n_test)
+    score = evaluate(net.eval(), test)
+    sizes = {"n_classes": test.spec.n_classes, "in_channels": test.spec.in_shape[0]}
+    options = {key: value for key, value in run.options.items() if key not in sizes}
+    built = {"model": OWN, "options": run.options} if run.net else {"model": run.model, "options": options, **sizes}
+    facts = {"config": config.as_dict(), "n_train": len(train), "acc_pct": {"test": score.acc_pct}}
+    record = {**run.record({}, test, **facts), **built, **provenance.stamp(run.device)}
+    models.write_checkpoint(run.target(), net.state_dict(), record)
+    return run.target(), score.acc_pct
+
+
+def _trained_quantized(run: Configuration) -> tuple[Path, float]:
+    net, source = run.network()
+    recipe = run.qat(net)
+    train, val = run.images("train", source, recipe.n_train or 0), run.images("val", source, run.n_val)
+    if run.method == HYBRID:
+        few = run.calibration(source)
+        x = normalize(few.images, few.spec)
+        qnet = graph.quantize(net, recipe.policy, x[:1])
+        ranges = run.hybrid.get("ranges", "mse")
+        fit_hybrid(qnet.to(run.device), x.to(run.device), train, val, recipe.config, ranges=ranges, folder=_folder(run))
+    else:
+        qnet = calibrated(net, recipe, train, seed=run.seed).to(run.device)
+        fit(qnet, train, val, recipe.config, _folder(run))
+    more = {"config": recipe.config.as_dict(), "n_train": len(train)}
+    return _saved(run, qnet, source, form="trainable" if run.method != HYBRID else "frozen", **more)
+
+
+def _folder(run: Configuration) -> Path:
+    return paths.runs_dir(run.profile) / "hq" / run.target().stem
+
+
+def selected(run: Configuration) -> Path:
+    """The manifest of the chosen calibration images."""
+    selection.write(run.selected(), run.target(".json"))
+    return run.target(".json")
+
+
+def quantized(run: Configuration) -> tuple[Path, float]:
+    """(network file, test accuracy in percent) after post-training quantization."""
+    net, source = run.network()
+    recipe, policy, settings = run.ptq(net)
+    few = run.calibration(source)
+    x = normalize(few.images, few.spec).to(run.device)
+    qnet = graph.quantize(net.to(run.device), policy, x[:1])
+    fit_recipe(qnet, x, recipe, seed=run.seed, progress=print, **settings)
+    manifest = {"manifest": run.manifest} if run.manifest else {}
+    return _saved(run, qnet, source, form="frozen", n_calib=len(few), **manifest)
+
+
+def _saved(
+    run: Configuration, qnet: nn.Module, source: dict[str, Any], *, form: Any, **more: Any
+) -> tuple[Path, float]:
+    test = run.images("test", source, run.n_test)
+    score = evaluate(qnet, test)
+    record = run.record(source, test, acc_pct={"test": score.acc_pct}, n_test=score.n, **more)
+    return graph.save(qnet, run.target(), form=form, record=record), score.acc_pct
+
+
+def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
+    """Lines of accuracy of a network file, or of an exported one (.npz, .hqm, .onnx), on test images."""
+    if file.suffix != ".safetensors":
+        kinds = {f".{ending}": kind for kind, ending in FILES.items()}
+        known(file.suffix, kinds, f"{file.name}: ending")
+        record = _image_record(load_integers(file)) if file.suffix == ".npz" else {}
+        test = run.images("test", record, run.n_test)
+        yield _line(kinds[file.suffix], _accuracy(executor(kinds[file.suffix], file), test), test)
+        return
+    net, record = opened(file, run.net, run.options)
+    test = run.images("test", record, run.n_test)
+    yield _line("fake_quant" if "policy" in record else "float", evaluate(net.to(run.device), test).acc_pct, test)
+    if integer:
+        imodel = _lowered(run, file, net.cpu(), record, test.spec)
+        yield _line("integers", _accuracy(lambda x: run_integers(imodel, x), test), test)
+
+
+def exported(run: Configuration, file: Path, to: str) -> Path:
+    """The file (fpga: folder) with the integers of a network file, in format ``to``.
+
+    A float network becomes seed 002's files and memory images, with "fpga" alone.
+    """
+    known(to, ENDINGS, "to")
+    target = Path(run.output or file.with_name(file.stem + ENDINGS[to]))
+    net, record = opened(file, run.net, run.options)
+    spec = run.normalization(record)
+    if to == "fpga" and "policy" not in record:
+        made = fpga.export(net, torch.zeros(1, *spec.in_shape), mean=spec.mean, std=spec.std)
+        fpga.write_net(made, target, file.stem)
+        return fpga.write_images(fpga.record_of(made, spec.in_shape), target).parent
+    image = run.images("test", record, spec.n_classes).images[0].contiguous().numpy() if to == "board" else None
+    return export(_lowered(run, file, net, record, spec), target, to, image=image)
+
+
+def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, list[str]]:
+    """(folder of the record, lines that say what came out) of a network's layers on arrays; see ``crossbar.bench``."""
+    entries = {"engine": "sim", "folder": file.with_name(f"{file.stem}_crossbar"), "n_test": run.n_test or 20}
+    entries |= {**run.crossbar, **given}
+    known_keys(entries, [f.name for f in dataclasses.fields(crossbar_bench.Plan)], "crossbar")
+    entries |= {"folder": Path(entries["folder"]), "layers": tuple(entries.get("layers", ("*",)))}
+    plan = crossbar_bench.Plan(**entries)
+    if file.suffix == ".npz":
+        imodel = load_integers(file)
+        record = _image_record(imodel)
+    else:
+        net, record = opened(file, run.net, run.options)
+        imodel = _lowered(run, file, net, record, run.normalization(record))
+    test, train = run.images("test", record, plan.n_test), run.images("train", record, max(plan.n_calib, 1))
+    logits = run_integers(imodel, normalize(test.images, test.spec))
+    bench = CrossbarBench(imodel, {}, test, train, logits, SIZES["quick"])
+    outcome = crossbar_bench.run(plan, bench)
+    found = outcome.summary
+    return plan.folder, [
+        outcome.layers.to_string(index=False),
+        _line("integers, exact", found["exact_acc_pct"], test),
+        f"{_line('on the arrays', found['acc_pct'], test)}; logits off by {100 * found['logit_error']:.2f} %",
+    ]
+
+
+def _lowered(run: Configuration, file: Path, net: nn.Module, record: dict[str, Any], spec: DataSpec) -> IntegerModel:
+    if "policy" not in record:
+        raise ValueError(f"{file.name} holds a float network: quantize it first, hq quantize --set weights={file}")
+    return lower(net, requantizer=run.requantizer, images=spec)  # type: ignore[arg-type]
+
+
+def _image_record(imodel: IntegerModel) -> dict[str, Any]:
+    """Data set, mean and standard deviation as a network's record has them."""
+    image = imodel.meta.get("image")
+    return {"dataset": image["name"], "images": image} if image else {}
+
+
+def _accuracy(logits: Callable[[np.ndarray], np.ndarray], test: ImageSet) -> float:
+    parts = (normalize(images, test.spec).numpy() for images in test.images.split(BATCH))
+    return evaluation_of(torch.from_numpy(np.concatenate([logits(part) for part in parts])), test.labels).acc_pct
+
+
+def _line(what: str, acc_pct: float, test: ImageSet) -> str:
+    return f"{what}: {acc_pct:.2f} % of {len(test):,} test images of {test.spec.name}"

@@ -1,0 +1,223 @@
+"""The command line on tiny networks and the embedded digits: each verb's file is what the next one takes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import hq_lib
+from hq_lib import data, graph, models
+from hq_lib.__main__ import app, main
+from hq_lib.deploy import ENDINGS
+from hq_lib.deploy.c import CompilerError, library
+from hq_lib.ptq import selection
+from hq_lib.results import paths
+from hq_lib.studies import configuration
+from hq_lib.studies.ptq.recipes import RECIPES
+from hq_lib.training.qat_recipes import METHODS
+
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, width=6):
+        super().__init__(
+            nn.Conv2d(3, width, 3, stride=4, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 10),
+        )
+"""
+RUN = {
+    "net": "mynet:Net", "data": "digits", "n_train": 200, "n_val": 50, "n_test": 50, "n_calib": 20,
+    "protocol": {"epochs": 2, "lr": 0.1, "pad": 0, "flip": False, "batch_size": 20},
+}  # fmt: skip
+PTQ = {**RUN, "weights": "net.safetensors", "protocol": {}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a network of one's own in it, and that network trained."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "mynet.py").write_text(NET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HQ_OUT", str(folder / "out"))
+        patch.setattr(sys, "path", [*sys.path])
+        write(folder / "float.yaml", {**RUN, "method": "float", "output": "net.safetensors"})
+        assert "net.safetensors" in hq("train", "--config", "float.yaml")
+        write(folder / "ptq.yaml", PTQ)
+        yield folder
+        sys.modules.pop("mynet", None)
+
+
+def write(path: Path, entries: dict) -> Path:
+    path.write_text(yaml.safe_dump(entries))
+    return path
+
+
+def hq(*words: str, code: int = 0) -> str:
+    """What the command prints; for a refusal its error."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.output if done.exit_code in (0, 2) else str(done.exception)
+
+
+def percents(text: str) -> list[str]:
+    return re.findall(r"(\d+\.\d\d) % of", text)
+
+
+def test_a_network_of_ones_own_from_ranges_to_c_onnx_numpy_and_crossbar(place):
+    made = hq("quantize", "--config", "ptq.yaml", "--method", "mse", "--bits", "4/4", "--output", "q.safetensors")
+    assert "hq test q.safetensors" in made.splitlines()[-1]
+    own = ("--net", "mynet:Net", "--n-test", "50")
+    fake, integers = percents(hq("test", "q.safetensors", "--integer", *own))
+    assert percents(made) == [fake]
+    for to in ("npz", "onnx", "c"):
+        if to == "c":
+            try:
+                library()
+            except CompilerError:
+                continue
+        assert f"hq test q{ENDINGS[to]}" in hq("export", "q.safetensors", "--to", to, "--net", "mynet:Net")
+        assert percents(hq("test", f"q{ENDINGS[to]}", "--data", "digits", "--n-test", "50")) == [integers]
+    exact = hq("crossbar", "q.npz", "--device", "ideal", "--n-test", "50")
+    assert percents(exact)[0] == integers
+    assert "--engine replay" in exact.splitlines()[-1]
+    again = hq("crossbar", "q.npz", "--engine", "replay", "--folder", "q_crossbar", "--n-test", "50")
+    assert percents(again) == percents(exact)
+
+
+def test_folders_for_boards_and_fpgas(place):
+    hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "w8.safetensors")
+    for to in ("board", "fpga"):
+        hq("export", "w8.safetensors", "--to", to, "--net", "mynet:Net")
+    assert (place / "w8_board" / "main.c").exists()
+    assert (place / "w8_fpga" / "manifest.json").exists()
+
+
+def test_training_through_quantizers_goes_on_from_float_and_its_file_tests_alike(place):
+    write(place / "qat.yaml", {**RUN, "weights": "net.safetensors", "bits": [4, 4], "output": "qat.safetensors"})
+    made = hq("train", "--config", "qat.yaml", "--method", "lsq_plus", "--set", "protocol.epochs=1")
+    assert percents(made) == percents(hq("test", "qat.safetensors", "--net", "mynet:Net", "--n-test", "50"))
+    record = models.read_checkpoint(place / "qat.safetensors")[1]
+    assert (record["method"], record["config"]["epochs"], record["form"]) == ("lsq_plus", 1, "trainable")
+
+
+def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(place):
+    hybrid = {"ranges": "aciq", "bn": "fold", "overrides": {"3": {"weight": 6}}}
+    write(place / "h.yaml", {**RUN, "weights": "net.safetensors", "bits": [2, 4], "hybrid": hybrid, "method": "hybrid"})
+    made = hq("train", "--config", "h.yaml", "--output", "h.safetensors")
+    assert percents(made) == percents(hq("test", "h.safetensors", "--net", "mynet:Net", "--n-test", "50"))
+    qnet = graph.load(place / "h.safetensors", net=configuration.own("mynet:Net")())
+    assert {str(spec) for spec in qnet.meta["weights"].values()} == {"dsq:2", "minmax:6"}
+
+
+def test_reconstruction_takes_its_protocol_and_a_manifest(place):
+    chosen = hq(
+        "select", "--data", "digits", "--n", "20", "--strategy", "lowest", "--metric", "tv", "--output", "m.json"
+    )
+    assert "manifest=m.json" in chosen
+    assert len(selection.read(place / "m.json")) == 20
+    words = ("quantize", "--config", "ptq.yaml", "--method", "qdrop", "--bits", "3/3", "--output", "r.safetensors")
+    hq(*words, "--set", "manifest=m.json", "--set", "protocol.iterations=3")
+    record = models.read_checkpoint(place / "r.safetensors")[1]
+    assert record["manifest"]["file"] == "m.json"
+    assert record["n_calib"] == 20
+
+
+def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = {"model": "lenet", "options": {"relu1": True}, "dataset": "mnist", "n_classes": 10, "in_channels": 1}
+    record["images"] = {"mean": [0.0], "std": [1.0]}
+    models.save_checkpoint(tmp_path / "lenet.safetensors", models.build("lenet", relu1=True), record)
+    hq("export", "lenet.safetensors", "--to", "fpga")
+    assert {f"lenet_{kind}" for kind in ("quant.txt", "weight.bin", "bias.bin")} <= {
+        file.name for file in (tmp_path / "lenet_fpga").iterdir()
+    }
+    assert "quantize it first" in hq("export", "lenet.safetensors", "--to", "c", code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("quantize", "--set", "n_calb=3"), "n_calib"),
+        (("quantize", "--method", "qdorp"), "qdrop"),
+        (("quantize", "--method", "pact"), "hq train"),
+        (("train", "--method", "pakt"), "pact"),
+        (("train", "--method", "qdrop"), "hq quantize"),
+        (("train", "--method", "pact", "--set", "protocol.epoch=3"), "epochs"),
+        (("quantize", "--set", "protocol.iteration=3"), "iterations"),
+        (("quantize", "--bits", "4"), "bits"),
+        (("quantize", "--set", "policy.placment=deploy"), "placement"),
+        (("quantize", "--set", "seed=many"), "seed"),
+        (("quantize", "--model", "resnet21"), "resnet20"),
+        (("quantize", "--model", "resnet32"), "hq train"),
+        (("quantize", "--net", "Net"), "module:Class"),
+        (("quantize", "--net", "nowhere:Net"), "nowhere"),
+        (("quantize", "--config", "absent.yaml"), "absent.yaml"),
+        (("test", "absent.safetensors"), "absent.safetensors"),
+        (("test", "net.pth"), ".safetensors"),
+        (("select", "--data", "cifar"), "cifar10"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_mend(words, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named in hq(*words, code=1)
+
+
+def test_a_refusal_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hq", "quantize", "--set", "n_calb=3"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_words_of_the_line_that_are_wrong_give_exit_code_2():
+    hq("quantise", code=2)
+    assert "key=value" in hq("quantize", "--set", "n_calib", code=2)
+    hq("export", "net.safetensors", code=2)
+
+
+def test_every_verb_shows_an_example():
+    for verb in ("train", "select", "quantize", "test", "export", "crossbar", "study"):
+        assert f"Example: hq {verb}" in " ".join(hq(verb, "--help").split())
+
+
+CONFIGS = sorted((paths.ROOT / "notebooks" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_one(path):
+    run = configuration.read(path)
+    assert run.method in {*METHODS, *RECIPES, configuration.FLOAT, configuration.HYBRID}
+    net = run.built()
+    if run.method in RECIPES:
+        policy = run.ptq(net)[1]
+    elif run.method == configuration.FLOAT:
+        run.float_training()
+        return
+    else:
+        policy = run.qat(net).policy
+    if run.model in models.imagenet_names():
+        return
+    spec = data.SPECS["mnist" if run.model == "lenet" else "cifar10"]
+    graph.quantize(net.eval(), policy, torch.randn(1, *spec.in_shape))
+
+
+def test_the_faces_names_are_there_and_others_are_refused_by_name():
+    for name in dir(hq_lib):
+        assert getattr(hq_lib, name) is not None or name.startswith("__")
+    assert hq_lib.quantize is graph.quantize
+    with pytest.raises(AttributeError, match=r"quantise.*quantize"):
+        hq_lib.quantise  # noqa: B018
+
+
+def test_importing_the_library_imports_no_torch():
+    code = "import sys, hq_lib as hq; assert 'torch' not in sys.modules; print(hq.BitPolicy.__name__, hq.data.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["BitPolicy", "hq_lib.data"]
