@@ -6,9 +6,9 @@ Layers have ResNet-20's shapes (CIFAR, 19 convolutions, 40.55 M multiplications)
 does not matter for time. "per float conv" divides by the bare float convolutions; "per float net" by the whole float
 network (batch norm, ReLU and additions included), measured in the same run: the integer network around the engine
 (requantization) comes on top of ours. "per path" divides by the same path without wires or noise, called in turn with
-it. Read noise is 1 % of G_max for every cell; noise that depends on the cell costs a second product of full width.
-Wires are solved when weights are loaded, which is not timed. Seconds are CPU seconds of this process, the least of
-the repeats; only ratios mean anything on a shared machine.
+it. Converted reading runs in C where there is a compiler. Read noise is 1 % of G_max for every cell; noise that depends
+on the cell costs a second product of full width. Wires are solved when weights are loaded, which is not timed. Seconds
+are CPU seconds of this process, the least of the repeats; only ratios mean anything on a shared machine.
 """
 
 import argparse

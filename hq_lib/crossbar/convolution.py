@@ -150,11 +150,10 @@ class ConvEngine:
                 groups=len(parts),
             )
         raw = y.permute(0, 2, 3, 1).flatten(0, 2).chunk(len(parts), 1)
-        done = [
-            self.engine.finish(g, self.engine.add_noise_(g, part, r.contiguous()))
-            for g, part, r in zip(handle.groups, parts, raw, strict=True)
-        ]
-        return torch.cat(done, 1).to(torch.float64)
+        done = torch.empty(raw[0].shape[0], handle.shape[0], dtype=torch.float64)
+        for g, part, r, out in zip(handle.groups, parts, raw, done.chunk(len(parts), 1), strict=True):
+            self.engine.finish(g, self.engine.add_noise_(g, part, r.contiguous()), out)
+        return done
 
     def _patches(self, handle: ConvHandle, x: Tensor) -> list[Patches]:
         """Per group, the images as patches; padded here unless the zero point is 0."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hq_lib.crossbar.checks import CrossbarError, as_integers, as_tensor, check_bit_width, check_choice, check_range
 from hq_lib.crossbar.correction import Correction
+from hq_lib.crossbar.native import rounded
 from hq_lib.crossbar.operands import Operand, as_operand
 
 
@@ -97,21 +98,21 @@ class Engine(ABC):
             x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out. An `Operand`
                 (the patches of images) gives a torch tensor with one row per patch.
         """
-        y = self._in_parts(handle, self._checked(handle, x), lambda raw: self.finish(handle, raw))
+        y = self._in_parts(handle, self._checked(handle, x), self.finish)
         return y.numpy() if isinstance(x, np.ndarray) else y
 
     def measure(self, handle: Handle, x: np.ndarray | Tensor | Operand) -> Tensor:
         """float64 (rows, N): what the engine reads for ``x``, before correction and rounding."""
-        return self._in_parts(handle, self._checked(handle, x), lambda raw: raw)
+        return self._in_parts(handle, self._checked(handle, x), lambda _, raw, out: out.copy_(raw))
 
-    def _in_parts(self, handle: Handle, x: Operand, after: Callable[[Tensor], Tensor]) -> Tensor:
-        """float64 (rows, N): ``after`` of what is measured, a bounded number of rows at a time."""
+    def _in_parts(self, handle: Handle, x: Operand, keep: Callable[[Handle, Tensor, Tensor], object]) -> Tensor:
+        """float64 (rows, N): what ``keep`` makes of what is measured, a bounded number of rows at a time."""
         y, done = torch.empty(x.n_rows, handle.w_int.shape[1], dtype=torch.float64), 0
         for part in x.split(max(1, self._rows_at_once(handle))):
             raw = self._measure(handle, part)
             if raw.shape != (part.n_rows, y.shape[1]):
                 raise CrossbarError(f"{handle.name}: the engine answered {tuple(raw.shape)} to {part.n_rows} rows")
-            y[done : done + part.n_rows] = after(raw)
+            keep(handle, raw, y[done : done + part.n_rows])
             done += part.n_rows
         return y
 
@@ -119,12 +120,11 @@ class Engine(ABC):
         """Rows of inputs per call of `_measure`: 64 MiB if they are written out as int64."""
         return (64 << 20) // (8 * sum(handle.w_int.shape))
 
-    def finish(self, handle: Handle, raw: Tensor) -> Tensor:
-        """Whole numbers, shape and dtype of ``raw`` (..., N): its correction and rounding, in place where possible."""
-        y = self.correction(handle).apply(raw)
-        if not bool(torch.isfinite(y.sum())):
+    def finish(self, handle: Handle, raw: Tensor, out: Tensor) -> Tensor:
+        """``out``, float64 (rows, N), filled with ``raw``, corrected and rounded to whole numbers."""
+        if not rounded(self.correction(handle).apply(raw), out):
             raise CrossbarError(f"{handle.name}: the engine returned NaN or infinity")
-        return y.round_()
+        return out
 
     def calibrate(
         self,

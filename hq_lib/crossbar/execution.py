@@ -6,6 +6,8 @@
 
 Converter steps are divided into the matrices beforehand, so a product is already in codes. Currents are float32; codes
 are integers and sum exactly while below 2^24, otherwise (and for whole-number matrices that need it) float64 is used.
+Where nothing but gains, offsets and state-independent noise stands between cells and codes, cells are whole numbers of
+15 bits and a sign of their column's largest (`on_whole_grid`), so that sums are exact in any order, and C reads them.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from hq_lib.crossbar.adc import Adc
 from hq_lib.crossbar.drive import Step
+from hq_lib.crossbar.native import GridTile, NativeReader, library
 from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.streams import Normals
 
@@ -41,6 +44,11 @@ class Variance:
         self.matrix = matrix
         equal = len(matrix) > 0 and bool((matrix == matrix[:1]).all())
         self._row = matrix[0].sqrt() if equal else None
+
+    @property
+    def row(self) -> Tensor | None:
+        """(M,) standard deviations where all cells of a column have the same, else None."""
+        return self._row
 
     @property
     def n_columns(self) -> int:
@@ -119,11 +127,25 @@ class Reader:
     """Whether currents have both signs."""
     drive: Callable[[Tensor], Tensor]
     """What a row is driven with for digits of a step."""
+    grid: tuple[GridTile, ...] | None = None
+    """The same tiles with cells on whole numbers, where that is how they are read."""
 
     @property
     def n_conversions(self) -> int:
         """Conversions per row of inputs."""
         return len(self.tiles) * len(self.steps) * self.coefficient.numel() if self.adc else 0
+
+    @property
+    def native(self) -> bool:
+        """Whether the library reads."""
+        return self._native is not None
+
+    @cached_property
+    def _native(self) -> NativeReader | None:
+        """The compiled reading of `grid`, where there is a compiler."""
+        if self.grid is None or self.adc is None or library() is None:
+            return None
+        return NativeReader(self.grid, self.steps, self.coefficient, *self.adc.codes(self.signed))
 
     def read(self, x: Operand, noise: Callable[[int, int], Normals]) -> tuple[Tensor, int]:
         """((rows, N) outputs, number of saturated conversions) for integer inputs ``x``.
@@ -131,26 +153,41 @@ class Reader:
         Args:
             noise: gives the normals of (step, tile); each is consumed in row order only.
         """
+        if self._native is not None:
+            y, n_saturated = self._native.read(x, lambda b, t, out: noise(b, t).draw_(out))
+        else:
+            total, n_saturated = self._totals(x, noise)
+            planes = total.view(len(total), *self.coefficient.shape).unbind(1)
+            y = planes[0] * self.coefficient[0]
+            for plane, coefficient in zip(planes[1:], self.coefficient[1:], strict=True):
+                y += plane * coefficient
+        if bool((self.offset != 0).any()):
+            ones = torch.ones(x.n_columns, 1, dtype=torch.float64)
+            y -= x.product(ones) * self.offset
+        return y, n_saturated
+
+    def _totals(self, x: Operand, noise: Callable[[int, int], Normals]) -> tuple[Tensor, int]:
+        """(codes (rows, Q N) summed over steps and tiles, number of saturated conversions), by torch."""
         dtype, n_saturated = self.tiles[0].matrix.dtype, 0
         total = torch.zeros(x.n_rows, self.coefficient.numel(), dtype=self._sum_dtype(dtype))
         for b, step in enumerate(self.steps):
             driven = x.map(lambda v, step=step: self.drive(step.digits(v).to(dtype)))
             power = cache(lambda d=driven, step=step: d if step.mask == 1 else d.map(torch.square))
             for t, tile in enumerate(self.tiles):
-                codes = tile.currents(driven)
+                codes = self._grid_codes(x, step, t) if self.grid else tile.currents(driven)
                 tile.add_noise_(codes, power, lambda b=b, t=t: noise(b, t))
                 if self.adc is not None:
                     n_saturated += self.adc.convert_(codes, self.signed)
                 total.add_(codes, alpha=step.factor)
-        return self._combine(x, total), n_saturated
+        return total, n_saturated
 
-    def _combine(self, x: Operand, total: Tensor) -> Tensor:
-        """(rows, N) outputs from summed codes (rows, Q N): slices, signs and the digital offset."""
-        y = (total.view(-1, *self.coefficient.shape) * self.coefficient).sum(1)
-        if bool((self.offset != 0).any()):
-            ones = torch.ones(x.n_columns, 1, dtype=torch.float64)
-            y -= x.product(ones) * self.offset
-        return y
+    def _grid_codes(self, x: Operand, step: Step, t: int) -> Tensor:
+        """float32 (rows, Q N): what the library computes of tile ``t`` before noise, in its order of operations."""
+        assert self.grid is not None
+        tile, driven = self.grid[t], x.map(lambda v: step.digits(v).to(torch.float64))
+        sums = driven.times(tile.cells.to(torch.float64), tile.start, len(tile.cells))  # exact
+        codes = sums.to(torch.float32).mul_(tile.factor)
+        return codes if tile.shift is None else codes.add_(tile.shift)
 
     def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if self.adc is None:
@@ -169,6 +206,21 @@ def on_exact_grid(matrix: Tensor, largest: float) -> Tensor:
     bits = max(_FLOAT64_BITS - math.ceil(math.log2(max(largest, 1.0) * len(matrix))), _LEAST_GRID_BITS)
     unit = 2.0 ** (math.frexp(top)[1] - bits)
     return (matrix / unit).round_() * unit
+
+
+def on_whole_grid(matrix: Tensor, largest: float, most: int) -> tuple[Tensor, Tensor] | None:
+    """(whole numbers (K, M), units (M,)) whose product is ``matrix``, or nearest to it; None where that cannot be.
+
+    Whole numbers keep the unit 1; others get ``most`` steps to their column's largest, and fewer where sums with inputs
+    up to ``largest`` would leave 31 bits.
+    """
+    top = matrix.abs().amax(0).clamp_min(1e-30)
+    unit = torch.ones_like(top) if is_whole(matrix) else top / most
+    room = 2.0**31 - 1 - largest * len(matrix)  # rounding may add half a step to every cell
+    unit = torch.maximum(unit, matrix.abs().sum(0) * largest / room)
+    cells = (matrix / unit).round_()
+    exact = not is_whole(matrix) or torch.equal(cells * unit, matrix)
+    return (cells, unit) if room > 0 and exact and float(cells.abs().max()) <= most else None
 
 
 def made_whole(planes: Tensor) -> Tensor:

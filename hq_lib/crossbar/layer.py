@@ -12,7 +12,8 @@ from hq_lib.crossbar.cells import Cells
 from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.circuit import Circuit
 from hq_lib.crossbar.engine import Handle, exact_dtype
-from hq_lib.crossbar.execution import Reader, Tile, Variance, is_whole, made_whole, on_exact_grid
+from hq_lib.crossbar.execution import Reader, Tile, Variance, is_whole, made_whole, on_exact_grid, on_whole_grid
+from hq_lib.crossbar.native import GridTile
 from hq_lib.crossbar.streams import stream
 from hq_lib.crossbar.wires import WireCache
 
@@ -183,7 +184,8 @@ class ArrayLayer:
         plan, handle = self.plan, self.handle
         if self.adc_step is None:
             raise CrossbarError(f"{handle.name}: a 'calibrated' ADC range needs calibrate_adc(handle, x) first")
-        tiles = self._cast([self._build_tile(rows, self.adc_step) for rows in self._tile_rows()])
+        exact = [self._build_tile(rows) for rows in self._tile_rows()]
+        tiles = self._cast(exact)
         return Reader(
             tiles,
             self.circuit.drive.steps(handle.x_bits, handle.x_signed),
@@ -192,15 +194,22 @@ class ArrayLayer:
             self.circuit.adc,
             self.signed,
             self.drive,
+            self._on_grid(exact),
         )
 
-    def _build_tile(self, rows: slice, lsb: Tensor) -> Tile:
-        adc, shift, variance, reference = self.circuit.adc, None, None, None
-        if adc is not None and not adc.perfect:
-            generator = stream(self.circuit.seed, self.handle.name, "adc", rows.start)
-            gain, offset = torch.randn(2, *lsb.shape, generator=generator, dtype=torch.float64)
-            lsb = lsb / (1 + adc.gain_sigma * gain)  # of signal and read noise alike
-            shift = (adc.offset_sigma_lsb * offset).flatten() if adc.offset_sigma_lsb else None
+    def _lsb(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """(float64 (Q, N) unit currents per code with the gain of these converters, (Q N,) their offsets in codes)."""
+        adc, lsb = self.circuit.adc, self.adc_step
+        assert lsb is not None
+        if adc is None or adc.perfect:
+            return lsb, None
+        generator = stream(self.circuit.seed, self.handle.name, "adc", rows.start)
+        gain, offset = torch.randn(2, *lsb.shape, generator=generator, dtype=torch.float64)
+        shift = (adc.offset_sigma_lsb * offset).flatten() if adc.offset_sigma_lsb else None
+        return lsb / (1 + adc.gain_sigma * gain), shift  # the gain acts on signal and read noise alike
+
+    def _build_tile(self, rows: slice) -> Tile:
+        (lsb, shift), variance, reference = self._lsb(rows), None, None
         matrix = (self.planes[rows].permute(0, 2, 1) / lsb).flatten(1)
         if self.variance is not None:
             variance = (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
@@ -208,6 +217,28 @@ class ArrayLayer:
             variance = torch.cat([variance, self.shared[rows]], 1)
             reference = self.plan.span[: self.plan.n_outputs] / lsb
         return Tile(rows.start, matrix, shift, None if variance is None else Variance(variance), reference)
+
+    def _on_grid(self, tiles: list[Tile]) -> tuple[GridTile, ...] | None:
+        """The tiles with cells on whole numbers, or None where they are not read so (see `execution`)."""
+        adc, drive, handle = self.circuit.adc, self.circuit.drive, self.handle
+        if adc is None or adc.inl_lsb or self.bend or self.shared is not None or self.circuit.precision != "float32":
+            return None
+        steps, peak = drive.steps(handle.x_bits, handle.x_signed), drive.peak(handle.x_bits, handle.x_signed)
+        codes = max(abs(code) for code in adc.codes(self.signed)) * len(tiles) * sum(abs(step.factor) for step in steps)
+        if codes >= 2**24 or (drive.mode == "analog" and peak >= 2**15) or peak**2 * len(tiles[0].matrix) >= 2**24:
+            return None
+        found = []
+        for tile, rows in zip(tiles, self._tile_rows(), strict=True):
+            planes, spread = self.planes[rows].permute(0, 2, 1).flatten(1), None
+            if tile.variance is not None and (spread := tile.variance.row) is None:
+                return None
+            if (grid := on_whole_grid(planes, peak, 32767)) is None:
+                return None
+            lsb = self._lsb(rows)[0].flatten()
+            shift = None if tile.shift is None else tile.shift.to(torch.float32)
+            spread = None if spread is None else spread.to(torch.float32)
+            found.append(GridTile(rows.start, grid[0], (grid[1] / lsb).to(torch.float32), shift, spread))
+        return tuple(found)
 
     def _cast(self, tiles: list[Tile]) -> list[Tile]:
         """float64 ``tiles`` in the precision of the circuit; as they are if a whole-number one would lose digits."""

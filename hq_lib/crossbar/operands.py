@@ -162,7 +162,7 @@ class Patches(Operand):
         return [Patches(part, self.window) for part in self.values.split(max(1, n_rows // self._n_windows))]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Patches:
-        mapped = function(self.values)
+        mapped = function(self.values.contiguous(memory_format=torch.channels_last))
         if mapped.dtype.is_floating_point:
             mapped = mapped.contiguous(memory_format=torch.channels_last)
         return replace(self, values=mapped)

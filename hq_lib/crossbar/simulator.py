@@ -138,8 +138,10 @@ class SimEngine(Engine):
         return y
 
     def _rows_at_once(self, handle: Handle) -> int:
-        """1 MiB of products: they stay in cache between the passes over them."""
+        """1 MiB of products: they stay in cache between the passes over them. C makes one pass, over 64 MiB."""
         layer = self.layer(handle)
+        if layer.path != "collapsed" and layer.reader.native:
+            return (8 << 20) // layer.plan.n_outputs
         width = layer.plan.n_outputs * (1 if layer.path == "collapsed" else layer.plan.weight.numel())
         return max(16, (1 << 20) // (4 * width))
 

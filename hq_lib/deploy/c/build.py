@@ -67,23 +67,29 @@ def library(*, cc: str | None = None) -> Path:
     return _built("libhqm.so", RUNTIME, ("-shared",), cc or compiler())
 
 
-def _built(name: str, sources: tuple[str, ...], extra: tuple[str, ...], cc: str) -> Path:
+def compiled(name: str, folder: Path, *, cc: str | None = None) -> Path:
+    """Return the shared library ``name`` of the C sources in ``folder``, kept as the runtime is; or CompilerError."""
+    sources = tuple(sorted(source.name for source in folder.glob("*.c")))
+    return _built(name, sources, ("-shared",), cc or compiler(), folder)
+
+
+def _built(name: str, sources: tuple[str, ...], extra: tuple[str, ...], cc: str, folder: Path = SOURCES) -> Path:
     """Return ``name`` from a folder called by what it is made of; compiled there if it is not."""
     digest = hashlib.sha256(repr((cc, extra, FLAGS, os.environ.get("CFLAGS"))).encode())
-    for source in sorted(SOURCES.glob("*.[ch]")):
+    for source in sorted(folder.glob("*.[ch]")):
         digest.update(source.read_bytes())
     target = paths.cache_dir() / "c" / digest.hexdigest()[:16] / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.exists():
-            _compile(target, sources, extra, cc)
+            _compile(target, [folder / source for source in sources], extra, cc)
     return target
 
 
-def _compile(target: Path, sources: tuple[str, ...], extra: tuple[str, ...], cc: str) -> None:
+def _compile(target: Path, sources: list[Path], extra: tuple[str, ...], cc: str) -> None:
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     own = os.environ.get("CFLAGS", "").split()
-    command = [cc, *FLAGS, *extra, *own, *(str(SOURCES / source) for source in sources), "-o", str(fresh)]
+    command = [cc, *FLAGS, *extra, *own, *map(str, sources), "-o", str(fresh)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
