@@ -176,10 +176,11 @@ def _linear(op: r.Linear, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tupl
 
 def _window(op: Any, x: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, int]) -> tuple[int, int]:
     top, left, bottom, right = _sizes(op, op.padding, 4, 0)
-    stride, (d_h, d_w), (k_h, k_w) = (_sizes(op, sizes, 2, 1) for sizes in (op.stride, dilation, kernel))
-    spans = (x[1] + top + bottom - d_h * (k_h - 1), x[2] + left + right - d_w * (k_w - 1))
-    _need(min(spans) >= 1, f"{op.name!r}: the window is larger than its padded input {x}")
-    return (spans[0] - 1) // stride[0] + 1, (spans[1] - 1) // stride[1] + 1
+    windows = zip(*(_sizes(op, sizes, 2, 1) for sizes in (kernel, op.stride, dilation)), strict=True)
+    sides = (x[1] + top + bottom, x[2] + left + right)
+    rows, columns = (r.n_windows(n, *window) for n, window in zip(sides, windows, strict=True))
+    _need(min(rows, columns) >= 1, f"{op.name!r}: the window is larger than its padded input {x}")
+    return rows, columns
 
 
 def _sizes(op: r.Op, values: tuple[int, ...], n: int, least: int) -> tuple[int, ...]:

@@ -265,4 +265,4 @@ def windowed(
 ) -> tuple[int, ...]:  # fmt: skip
     """Return (C, H', W') of a window of ``kernel`` moved over ``shape`` (C, H, W)."""
     sizes = zip(shape[1:], padding[:2], padding[2:], kernel, stride, dilation, strict=True)
-    return (shape[0], *((n + a + b - d * (k - 1) - 1) // s + 1 for n, a, b, k, s, d in sizes))
+    return (shape[0], *(r.n_windows(n + a + b, k, s, d) for n, a, b, k, s, d in sizes))

@@ -127,11 +127,16 @@ class Layer(Op):
         return common & -common if common else 1
 
 
+def n_windows(n: int, kernel: int, stride: int, dilation: int) -> int:
+    """Return at how many places a window fits an axis of ``n`` places, its padding included; below 1: at none."""
+    return (n - dilation * (kernel - 1) - 1) // stride + 1
+
+
 @dataclass(frozen=True, eq=False)
 class Conv(Layer):
     """2-d cross-correlation (C_in, H, W) -> (C_out, H', W'), grouped and depthwise included.
 
-    H' = (H + top + bottom - dilation_h (k_h - 1) - 1) // stride_h + 1, likewise W'. Output channel o reads the input
+    H' = n_windows(H + top + bottom, k_h, stride_h, dilation_h), likewise W'. Output channel o reads the input
     channels of its group o // (C_out / groups). A batch norm that no layer precedes is a 1x1 depthwise convolution.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from hq_lib.integer.proof import product_bound
-from hq_lib.integer.record import Conv, Layer, TensorSpec
+from hq_lib.integer.record import Conv, Layer, TensorSpec, n_windows
 
 FLOAT32_EXACT = 2**24
 """Integers up to this magnitude are exact in float32."""
@@ -52,7 +52,7 @@ def taps(
     x: np.ndarray, kernel: tuple[int, ...], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> list[np.ndarray]:
     """Return one view of padded ``x`` per kernel place, row by row: (B, C, H', W') each, what that place multiplies."""
-    size = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)]
+    size = [n_windows(*axis) for axis in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
 
     def at(axis: int, place: int) -> slice:
         start = place * dilation[axis]

@@ -256,3 +256,31 @@ def unchanged(data, whole):
         return json.loads(bytes(data)) == json.loads(whole)
     except ValueError:
         return False
+
+
+@pytest.mark.parametrize("bits", [18, 16, 8])
+def test_narrow_multipliers_stay_within_their_stated_error(bits):
+    for net, policy in (("gated", "w8a8"), ("residual", "academic"), ("mobile", "w4a4")):
+        model, x = integer.lower(quantized(net, policy), requantizer="fixed"), images(30)
+        narrow, error = fpga.narrowed(model, bits)
+        pairs = [(q.fixed * 2.0 ** -q.shift.astype(int), p.fixed * 2.0 ** -p.shift.astype(int)) for q, p in zip(
+            requants(model), requants(narrow), strict=True)]  # fmt: skip
+        assert max(float((np.abs(a - b) / np.maximum(a, 1e-30)).max()) for a, b in pairs) == pytest.approx(error)
+        assert max(int(p.fixed.max()) for p in requants(narrow)) < 2**bits
+        alone = [op for op in narrow.ops if isinstance(op, r.AvgPool | r.Mul) and op.requant is not None]
+        assert all(int(op.requant.fixed[0]) >= 2 ** (bits - 1) for op in alone)
+        got, want = integer.run(narrow, x), integer.run(model, x)
+        if bits == 18:
+            assert np.abs(got - want).max() <= 0.05 * np.abs(want).max()
+    with pytest.raises(FpgaiError, match="fixed"):
+        fpga.narrowed(integer.lower(quantized("mobile", "w4a4")), 18)
+    with pytest.raises(FpgaiError, match="8 to 31"):
+        fpga.narrowed(model, 32)
+
+
+def requants(model):
+    found = []
+    for op in model.ops:
+        found += [*getattr(op, "requants", ()), *([op.requant] if getattr(op, "requant", None) else [])]
+        found += [op.residual.requant] if getattr(op, "residual", None) else []
+    return found

@@ -1,6 +1,7 @@
 """FPGA files: memory images of any integer record, and seed 002's (FPGAI) formats and arithmetic with an exporter.
 
     write_images(imodel, folder)                        # hex or coe, a manifest: every operation, packed weights
+    narrowed(imodel, 18)                                # multipliers for one DSP slice each, and their largest error
     integer.run(read_images(folder), images)            # rebuilt from the files alone, with NumPy
 
     net = read_net(folder, "lenet", LENET)              # or net_of(read_tuple(path), LENET)
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hq_lib.deploy.fpga.formats import read_net, write_net
 from hq_lib.deploy.fpga.layers import LENET, FpgaiError, FpgaiLayer, FpgaiNet, Stage
 from hq_lib.deploy.fpga.memory_image import read_images, write_images
-from hq_lib.deploy.fpga.multiplier import nearest_multiplier, relative_error, seed_multiplier
+from hq_lib.deploy.fpga.multiplier import narrowed, nearest_multiplier, relative_error, seed_multiplier
 from hq_lib.deploy.fpga.semantics import int32_overflows, run
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LENET", "FpgaiError", "FpgaiLayer", "FpgaiNet", "Stage", "TupleFile", "export", "int32_overflows",
-    "nearest_multiplier", "net_of", "quantize_layer", "read_images", "read_net", "read_tuple", "record_of",
+    "narrowed", "nearest_multiplier", "net_of", "quantize_layer", "read_images", "read_net", "read_tuple", "record_of",
     "relative_error", "run", "seed_multiplier", "tuple_of", "write_images", "write_net", "write_tuple",
 ]  # fmt: skip
 _NEED_TORCH = (

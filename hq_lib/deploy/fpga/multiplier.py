@@ -1,10 +1,15 @@
-"""Real scales as ``m 2^-shift`` with an 8-bit m: the rule of this library, and seed 002's for comparison."""
+"""Real scales as ``m 2^-shift``: with an 8-bit m by this library's rule and seed 002's, and records with a narrow m."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from hq_lib.deploy.fpga.layers import MAX_SHIFT, FpgaiError
+import numpy as np
+
+from hq_lib.deploy.fpga.layers import MAX_SHIFT, FpgaiError, need
+from hq_lib.integer.check import check
+from hq_lib.integer.record import Add, IntegerModel, Layer, Op, Requant
 
 _TOP = 2**8
 
@@ -49,3 +54,57 @@ def seed_multiplier(scale: float) -> tuple[int, int]:
 def relative_error(scale: float, multiplier: int, shift: int) -> float:
     """Return |m 2^-shift - scale| / scale, a fraction."""
     return abs(math.ldexp(multiplier, -shift) - scale) / scale
+
+
+def narrowed(model: IntegerModel, bits: int) -> tuple[IntegerModel, float]:
+    """Return ``model`` with multipliers of at most ``bits`` bits, for one DSP slice each, and their largest error.
+
+        M' = round(M / 2^d), S' = S - d,   d the least with M' < 2^bits, for both multipliers of a sum
+
+    The error is |M' 2^-S' - M 2^-S| / (M 2^-S), a fraction: at most 2^-bits where a multiplier stands alone; the
+    smaller one of two that share a shift keeps fewer bits. The logits are another network's, by about that much.
+
+    Args:
+        model: a record with the "fixed" requantizer.
+        bits:  8..31.
+
+    Raises:
+        FpgaiError: a "float32" record, other bits, or a multiplier that cannot shrink (its shift is too small).
+    """
+    need(model.requantizer == "fixed", "narrow multipliers are integers: lower with requantizer='fixed'")
+    need(type(bits) is int and 8 <= bits <= 31, f"{bits!r:.40} bits of multipliers: 8 to 31")
+    errors = [0.0]
+    ops = tuple(_narrow_op(op, bits, errors) for op in model.ops)
+    return check(replace(model, ops=ops)), max(errors)
+
+
+def _narrow_op(op: Op, bits: int, errors: list[float]) -> Op:
+    if isinstance(op, Add):
+        return replace(op, requants=_narrow([*op.requants], bits, errors, op.name))
+    requant: Requant | None = getattr(op, "requant", None)
+    if requant is None:
+        return op
+    if isinstance(op, Layer) and op.residual is not None:
+        first, second = _narrow([requant, op.residual.requant], bits, errors, op.name)
+        return replace(op, requant=first, residual=replace(op.residual, requant=second))
+    return replace(op, requant=_narrow([requant], bits, errors, op.name)[0])  # type: ignore[call-arg]
+
+
+def _narrow(requants: list[Requant], bits: int, errors: list[float], name: str) -> tuple[Requant, ...]:
+    wide = np.stack([requant.fixed for requant in requants]).astype(np.int64)
+    drop = np.zeros(wide.shape[1], np.int64)
+    while ((narrow := _rounded(wide, drop)) >= 2**bits).any():
+        drop += (narrow >= 2**bits).any(0)
+    shift = requants[0].shift.astype(np.int64) - drop
+    need(bool((shift >= 1).all()), f"{name!r}: its multiplier is too large for {bits} bits and a right shift")
+    exact = wide.astype(np.float64)
+    errors.append(float((np.abs(np.ldexp(narrow, drop) - exact) / np.maximum(exact, 1)).max()))
+    return tuple(
+        replace(requant, fixed=m.astype(np.int32), shift=shift.astype(np.uint8))
+        for requant, m in zip(requants, narrow, strict=True)
+    )
+
+
+def _rounded(wide: np.ndarray, drop: np.ndarray) -> np.ndarray:
+    """Return wide / 2^drop, half up."""
+    return (wide + np.where(drop > 0, 1 << np.maximum(drop - 1, 0), 0)) >> drop
