@@ -120,6 +120,8 @@ def _correct(layer: QuantizedWeight, x: Tensor) -> aciq.Correction:
     assert isinstance(layer, (QuantConv2d, QuantLinear))
     old = layer.weight_quantizer
     assert isinstance(old, Quantizer)
+    if getattr(old, "power_of_two", False):
+        raise QuantizeError(f"{old}: a correction stretches its scale, which is a power of two: leave one of them out")
     w = layer.weight
     x_int, grid = old.integers(w)
     correction = aciq.bias_correction(w, grid.scale * (x_int - grid.zero_point))

@@ -103,6 +103,9 @@ def fit_weights(
         if old is None or (only is not None and not only(old)):
             continue
         assert isinstance(old, Quantizer)
+        if getattr(old, "power_of_two", False):
+            raise QuantizeError(f"layer {name!r} has a power-of-two scale, which no range method keeps: quantize has "
+                                "fitted it already; leave it out by only=")  # fmt: skip
         if old.method not in ON_GRID or old.bits == 1:
             raise QuantizeError(
                 f"layer {name!r}: {old.method}:{old.bits} has no grid to choose; use weight='minmax' and 2 bits or more"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hq_lib.graph import QuantizedWeight, QuantizeError
 from hq_lib.quantizers import AdaRound, FixedGrid, Grid, Quantizer
 
-ON_GRID = ("grid", "adaround", "minmax", "lsq", "lsq_plus")
+ON_GRID = ("grid", "adaround", "minmax", "aciq", "lsq", "lsq_plus")
 """Methods whose grid is in the weight's own units, so that floor and ceil of the weight are its levels."""
 
 

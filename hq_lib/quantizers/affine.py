@@ -75,17 +75,26 @@ def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int
     return -qmax - (not narrow), qmax, 1
 
 
-def affine_from_range(low: Tensor, high: Tensor, *, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+def affine_from_range(
+    low: Tensor, high: Tensor, *, qmin: int, qmax: int, power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return ``(scale, zero_point)`` of the grid that covers ``[low, high]`` and holds real 0 exactly.
 
         s = (max(high, 0) - min(low, 0)) / (qmax - qmin),   z = clip(qmin - round(min(low, 0) / s), qmin, qmax)
 
     (ALGORITHMS: asymmetric row; Jacob et al. 2018, eq. 1.) ``low``, ``high``: real units, any equal shape; results
-    have that shape. The range is widened to hold 0, and s >= MIN_SCALE.
+    have that shape. The range is widened to hold 0, and s >= MIN_SCALE; with ``power_of_two`` s is the next one up.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     scale = ((high - low) / (qmax - qmin)).clamp(min=MIN_SCALE)
+    scale = next_power_of_two(scale) if power_of_two else scale
     return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+
+
+def next_power_of_two(scale: Tensor) -> Tensor:
+    """Return the least power of two that is no smaller than ``scale`` (> 0), exactly: a shift in place of a product."""
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [1/2, 1)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
 
 
 def levels_from_range(low: Tensor, high: Tensor, *, n_steps: int, half_steps: bool = False) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from hq_lib.quantizers.base import Quantizer
 from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
 from hq_lib.quantizers.dsq import DSQ
 from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
-from hq_lib.quantizers.minmax import MinMaxAct, MinMaxWeight
+from hq_lib.quantizers.minmax import AciqAct, AciqWeight, MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
 
 FLOAT_BITS = 32
@@ -19,6 +19,7 @@ FLOAT_BITS = 32
 
 WEIGHT_METHODS: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]] = {
     "minmax": (MinMaxWeight, {}),
+    "aciq": (AciqWeight, {}),
     "dorefa": (DoReFaWeight, {}),
     "dorefa_hw": (DoReFaHardwareWeight, {}),
     "pact": (DoReFaWeight, {}),
@@ -31,6 +32,7 @@ WEIGHT_METHODS: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]] = {
 
 ACT_METHODS: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]] = {
     "minmax": (MinMaxAct, {}),
+    "aciq": (AciqAct, {}),
     "dorefa": (DoReFaAct, {}),
     "dorefa_hw": (DoReFaAct, {}),
     "pact": (PACT, {}),

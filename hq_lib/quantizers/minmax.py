@@ -1,4 +1,4 @@
-"""Min-max quantizers trained straight through: the plain baseline ("STE") of every table.
+"""Min-max quantizers trained straight through: the plain baseline ("STE") of every table; the same with ACIQ's range.
 
 The range follows the data and gets no gradient; the input's gradient is 1 wherever rounding did not clip.
 """
@@ -10,14 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hq_lib.quantizers.aciq.ranges import clip_range
 from hq_lib.quantizers.affine import (
     MIN_SCALE,
     Grid,
     affine_from_range,
     integer_range,
-    max_abs,
     mean_abs,
     min_max,
+    next_power_of_two,
     refuse_nan,
     symmetric_from_range,
 )
@@ -78,13 +79,25 @@ class MinMaxWeight(FollowingQuantizer):
 
     method = "minmax"
 
+    def __init__(
+        self, bits: int, *, signed: bool = True, axis: int | None = 0, narrow: bool = True, power_of_two: bool = False
+    ) -> None:
+        """``power_of_two``: s is the next power of two up, so that hardware shifts. Else as FollowingQuantizer."""
+        super().__init__(bits, signed=signed, axis=axis, narrow=narrow)
+        self.power_of_two = power_of_two
+
+    def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        return min_max(w, axis=self.axis)
+
     def _scale_and_zero(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.step == 2:
-            return mean_abs(w, axis=self.axis).clamp(min=MIN_SCALE), w.new_zeros(())
+            scale, zero_point = mean_abs(w, axis=self.axis).clamp(min=MIN_SCALE), w.new_zeros(())
+            return (next_power_of_two(scale) if self.power_of_two else scale), zero_point
+        low, high = self._range(w)
         if self.signed:
-            return symmetric_from_range(max_abs(w, axis=self.axis), qmax=self.qmax), w.new_zeros(())
-        low, high = min_max(w, axis=self.axis)
-        return affine_from_range(low, high, qmin=self.qmin, qmax=self.qmax)
+            scale = symmetric_from_range(torch.maximum(-low, high), qmax=self.qmax)
+            return (next_power_of_two(scale) if self.power_of_two else scale), w.new_zeros(())
+        return affine_from_range(low, high, qmin=self.qmin, qmax=self.qmax, power_of_two=self.power_of_two)
 
     def _quantize(self, x: Tensor) -> Tensor:
         scale, zero_point = self._follow(x)
@@ -121,9 +134,19 @@ class MinMaxAct(Quantizer):
     ends: Tensor
     momentum_default: ClassVar[float] = 0.1
 
-    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, momentum: float = momentum_default) -> None:
-        """``momentum`` m in (0, 1]: weight of the newest batch (QDrop's EMA observer has 0.1)."""
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool,
+        axis: int | None = None,
+        momentum: float = momentum_default,
+        power_of_two: bool = False,
+    ) -> None:
+        """``momentum`` m in (0, 1]: weight of the newest batch (QDrop's EMA observer has 0.1). ``power_of_two``: s is
+        the next power of two up, so that hardware shifts."""
         super().__init__(bits, signed=signed, axis=axis, role="act")
+        self.power_of_two = power_of_two
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"momentum is {momentum}: the weight of the newest batch lies in (0, 1]")
         self.momentum, self.observing = momentum, True
@@ -156,8 +179,12 @@ class MinMaxAct(Quantizer):
 
     def _grid(self) -> Grid:
         if self.binary:
-            return Grid(self.high.clamp(min=MIN_SCALE), torch.zeros_like(self.high), -1, 1, 2)
-        scale, zero_point = affine_from_range(self.low, self.high, qmin=0, qmax=self.qmax)
+            scale = self.high.clamp(min=MIN_SCALE)
+            scale = next_power_of_two(scale) if self.power_of_two else scale
+            return Grid(scale, torch.zeros_like(scale), -1, 1, 2)
+        scale, zero_point = affine_from_range(
+            self.low, self.high, qmin=0, qmax=self.qmax, power_of_two=self.power_of_two
+        )
         return Grid(scale, zero_point, 0, self.qmax)
 
     def _quantize(self, x: Tensor) -> Tensor:
@@ -165,3 +192,39 @@ class MinMaxAct(Quantizer):
             self._observe(x)
         grid = self._grid()
         return staircase(x, grid.scale * grid.step, grid.zero_point, self.ends, odd=self.binary, slope=Slope.ROUND)
+
+
+class AciqWeight(MinMaxWeight):
+    """Min-max weights whose range is ACIQ's analytic clip (Banner et al., arXiv:1810.05723) in place of the extremes.
+
+    The likelier of Laplace and Gauss, per channel; below 3 bits the optimum of the restricted grid. Otherwise, and at
+    1 bit, as MinMaxWeight; clipped weights get no gradient. Not idempotent: the clip follows the tensor's statistics.
+    """
+
+    method = "aciq"
+
+    def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        grid = "restricted" if self.signed and self.bits < 3 else None
+        found = clip_range(w, bits=self.bits, axis=self.axis, grid=grid)
+        return _shaped(found.low, w, self.axis), _shaped(found.high, w, self.axis)
+
+
+class AciqAct(MinMaxAct):
+    """Min-max activations whose range is ACIQ's analytic clip; after a ReLU its "theory" variant (``clip_range``)."""
+
+    method = "aciq"
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.binary:
+            return super()._range(x)
+        how = {} if self.signed else {"relu": "theory", "grid": "relu_endpoint" if self.bits < 3 else None}
+        found = clip_range(x, bits=self.bits, axis=self.axis, **how)  # type: ignore[arg-type]
+        return _shaped(found.low, x, self.axis), _shaped(found.high, x, self.axis)
+
+    def _fit(self, x: Tensor) -> None:
+        self.low, self.high = self._range(x)
+
+
+def _shaped(end: Tensor, like: Tensor, axis: int | None) -> Tensor:
+    """Return the () or (C,) end of a range so that it broadcasts against ``like``."""
+    return end if axis is None else end.reshape([-1 if d == axis % like.ndim else 1 for d in range(like.ndim)])

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_lib import integer
-from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, calibrate, op_name, quantize
+from hq_lib import integer, ptq
+from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, calibrate, op_name, quantize, weight_layers
 from hq_lib.graph.agreement import DisagreementError, traced
 from hq_lib.graph.folding import FoldError, fold_bn
 from hq_lib.graph.tracing import UntraceableError, trace
@@ -362,3 +362,29 @@ def test_a_weighted_sum_is_no_sum_of_non_negative_tensors():
     sites = {site.node: site.signed for site in quantize(net, BitPolicy(), X[:1]).meta["sites"]}
     assert sites["add"] is True
     assert (eight(net)(X) - net(X)).abs().max() < 0.05 * net(X).abs().max()
+
+
+def test_the_hybrid_rule_with_aciq_from_the_boundary_up_runs_in_integers():
+    net = Net(lambda n, x: n.h(n.b(F.relu(n.a(x))))).eval()
+    policy = BitPolicy.hybrid({"*": 3, "b": 6}, 6, qat="dsq", ptq="aciq", bn="fold")
+    assert BitPolicy.from_yaml(policy.to_yaml()) == policy
+    qnet = quantize(net, policy, X[:1])
+    calibrate(qnet, X)
+    record = qnet.bits_record()
+    assert (record["weight a"], record["weight b"], record["act a"]) == ("dsq:3", "aciq:6", "aciq:6")
+    got = torch.from_numpy(integer.run(integer.lower(qnet.eval()), X.numpy()))
+    assert (got - qnet(X)).abs().max() < 0.03 * qnet(X).abs().max()
+
+
+def test_power_of_two_scales_are_a_policy_and_lower():
+    spec = {"method": "minmax", "bits": 8, "power_of_two": True}
+    net = Net(lambda n, x: n.h(n.b(F.relu(n.a(x))))).eval()
+    qnet = quantize(net, BitPolicy(spec, spec), X[:1])
+    calibrate(qnet, X)
+    scales = [q.grid().scale.flatten() for n, q in act_quantizers(qnet).items() if n != "x_act_quantizer"]
+    scales += [layer.weight_quantizer.grid().scale.flatten() for layer in weight_layers(qnet).values()]
+    assert all(torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5)) for scale in scales)
+    got = torch.from_numpy(integer.run(integer.lower(qnet.eval()), X.numpy()))
+    assert (got - qnet(X)).abs().max() < 0.03 * qnet(X).abs().max()
+    with pytest.raises(QuantizeError, match="'a' has a power-of-two scale"):
+        ptq.fit_weights(qnet)

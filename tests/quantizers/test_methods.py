@@ -13,11 +13,13 @@ from hq_lib.quantizers import (
     ACT_METHODS,
     WEIGHT_METHODS,
     Quantizer,
+    aciq,
     act_quantizer,
     dequantize,
     quantize_to_int,
     weight_quantizer,
 )
+from hq_lib.quantizers.affine import next_power_of_two
 
 BITS = (1, 2, 3, 4, 8, 16)
 SYMMETRIC_WEIGHTS = {"dorefa", "dorefa_hw", "pact", "mpact"}
@@ -90,11 +92,13 @@ def check_grid(quantizer: Quantizer, x: torch.Tensor) -> None:
     assert torch.equal(quantize_to_int(x_hat, grid), x_int)  # on the grid, nothing moves
 
 
-# tanh moves the levels: DoReFa above 1 bit is idempotent on its grid only, which check_grid tests
+# tanh moves DoReFa's levels above 1 bit, and a clip moves the statistics that ACIQ's next clip follows: these are
+# idempotent on their grid only, which check_grid tests
 @pytest.mark.parametrize(
     ("method", "bits", "signed", "axis"),
-    [case for case in ALL_WEIGHTS if case[1] == 1 or case[0] not in SYMMETRIC_WEIGHTS],
-)
+    [case for case in ALL_WEIGHTS if case[:3] != ("aciq", 1, False) and (
+        case[1] == 1 or case[0] not in SYMMETRIC_WEIGHTS | {"aciq"})],
+)  # fmt: skip
 def test_quantizing_weights_twice_changes_nothing(method, bits, signed, axis):
     quantizer = build("weight", method, bits, signed=signed, axis=axis)
     once = quantizer(weights()).detach()
@@ -330,3 +334,45 @@ def test_learned_grids_get_better_by_training(method):
         losses.append(loss.item())
     assert min(losses[-10:]) < 0.5 * losses[0]
     assert math.isfinite(losses[-1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("kind", ["weight", "act"])
+def test_power_of_two_scales_are_the_next_ones_up_and_cover_the_range(kind, signed, bits):
+    make = weight_quantizer if kind == "weight" else act_quantizer
+    x = torch.randn(6, 50) if signed else torch.rand(6, 50)
+    plain, ours = (make("minmax", bits, signed=signed, power_of_two=two) for two in (False, True))
+    assert plain is not None
+    assert ours is not None
+    scales = []
+    for q in (plain, ours):
+        q.init_from(x)
+        x_hat, (x_int, grid) = q.eval()(x), q.integers(x)
+        assert torch.equal(x_hat, grid.scale * (x_int - grid.zero_point))
+        scales.append(grid.scale)
+    assert torch.equal(scales[1], 2.0 ** torch.ceil(torch.log2(scales[0])))
+    if bits > 1:
+        assert ((ours(x) - x).abs() <= scales[1] * (0.5 + 1e-6) + scales[1] * (not signed) / 2).all()
+
+
+def test_powers_of_two_are_kept_exactly():
+    exact = 2.0 ** torch.arange(-26.0, 20.0)
+    assert torch.equal(next_power_of_two(exact), exact)
+    assert torch.equal(next_power_of_two(exact * 1.001), 2 * exact)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_aciq_quantizers_take_the_range_of_the_analytic_clip(bits):
+    w, x = torch.distributions.Laplace(0.0, 0.1).sample((4, 500)), torch.randn(4000).clamp(min=0)
+    weight, act = weight_quantizer("aciq", bits), act_quantizer("aciq", bits, signed=False)
+    assert weight is not None
+    assert act is not None
+    weight.init_from(w)
+    act.init_from(x)
+    grid = "restricted" if bits < 3 else None
+    for c in range(4):
+        low, high = aciq.clip_range(w[c], bits=bits, grid=grid)
+        torch.testing.assert_close(weight.grid().scale[c, 0] * weight.grid().qmax, torch.maximum(-low, high))
+    found = aciq.clip_range(x, bits=bits, relu="theory", grid="relu_endpoint" if bits < 3 else None)
+    torch.testing.assert_close(act.grid().scale * act.grid().qmax, found.high)
