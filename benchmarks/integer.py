@@ -1,7 +1,7 @@
 """Time of an image through integer networks: the C runtime beside onnxruntime and OpenVINO, in one process.
 
     OMP_NUM_THREADS=1 python benchmarks/integer.py [--networks resnet20 ...] [--policies w8a8 w4a4] [--batches 1 128]
-                                                   [--threads 1 2] [--rounds 7] [--images 128] [--kernels]
+                                                   [--threads 1 2] [--rounds 7] [--images 128] [--kernels] [--keep]
 
 Every peer reads the ONNX file that ``deploy.onnx`` exports; ranges come from 256 training images, images from the test
 set. The executors take turns, round after round, so that a busy machine slows all of them; a ratio is the peer's time
@@ -12,7 +12,7 @@ size, with more threads one image a thread.
 "onnxruntime" is ``deploy.onnx.session``, whose logits must equal C's. Without VNNI that session has the option that
 keeps onnxruntime from saturating, and onnxruntime "as it comes", whose logits then differ, has a line of its own.
 OpenVINO promises no bits. Predictions that differ from the integer network's are counted. The first line names the
-processor: figures of one say little of another.
+processor: figures of one say little of another. ``--keep`` writes the figures to ``data/results/integer_speed.csv``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hq_lib.deploy.c.runtime import KERNELS
 from hq_lib.deploy.onnx.runtime import VNNI
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer.record import REQUANTIZERS, IntegerModel, Requantizer
-from hq_lib.results import paths, provenance
+from hq_lib.results import paths, provenance, store
 
 try:
     import openvino
@@ -128,6 +128,11 @@ def times(calls: dict[str, Call], rounds: int, clock: Callable[[], float]) -> di
     return found
 
 
+def peers() -> str:
+    """Return the versions of what C is compared with."""
+    return f"onnxruntime {onnxruntime.__version__}; openvino {getattr(openvino, '__version__', 'absent')}"
+
+
 def compare(name: str, policy: str, batch: int, n_threads: int, options: argparse.Namespace) -> None:
     """Print ms an image of C and its peers at one batch size, their ratios, and how many predictions differ."""
     net, imodel, x = network(name, policy, -(-max(batch, options.images) // batch) * batch)
@@ -139,12 +144,28 @@ def compare(name: str, policy: str, batch: int, n_threads: int, options: argpars
     assert np.array_equal(logits["onnxruntime"], want)
     found = times(calls, options.rounds, time.process_time if n_threads == 1 else time.perf_counter)
     print(f"\n{name} {policy}, batch {batch}, {n_threads} thread{'s' * (n_threads > 1)}, {len(x)} images", flush=True)
+    bits, dataset = 4 if policy == "w4a4" else 8, "cifar10" if x.shape[1] == 3 else "fashion_mnist"
+    about = {
+        "experiment": "integer_speed", "model": name, "dataset": dataset, "w_bits": bits, "a_bits": bits,
+        "n_calib": 256, "n_test": len(x),
+        "switches": {
+            "batch": batch, "threads": n_threads, "policy": policy, "rounds": options.rounds, "peers": peers(),
+        },
+    }  # fmt: skip
     for key, seconds in found.items():
         ratios = sorted(peer / c for peer, c in zip(seconds, found[first], strict=True))
         spread = f"x{statistics.median(ratios):5.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]" if key != first else ""
         other = (logits[key].argmax(1) != want.argmax(1)).sum()
         note = f"  {other} of {len(x)} predictions differ" if other else ""
         print(f"  {key:24s} {1e3 * min(seconds) / len(x):8.4f} ms  {spread}{note}", flush=True)
+        values = {"time_ms": 1e3 * min(seconds) / len(x), "over_c": statistics.median(ratios)}
+        values |= {"over_c_least": ratios[0], "over_c_most": ratios[-1]}
+        rows = [
+            about | {"method": key, "metric": metric, "value": value, "unit": "ms" if metric == "time_ms" else "x"}
+            for metric, value in values.items()
+        ]
+        if options.keep:
+            store.append("integer_speed", rows, profile="full")
 
 
 def kernels(name: str, policy: str, options: argparse.Namespace) -> None:
@@ -172,11 +193,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128, help="images a round, at least")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kernels", action="store_true", help="every kernel of the C runtime, without its peers")
+    parser.add_argument("--keep", action="store_true", help="write the rows that documents quote")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sets = sorted(flag for flag in provenance.cpu_flags() if flag.startswith(("avx", "sse4", "fma", "amx")))
-    peers = f"onnxruntime {onnxruntime.__version__}; openvino {getattr(openvino, '__version__', 'absent')}"
-    print(f"{provenance.cpu_name()}: {' '.join(sets)}\n{provenance.versions()}; {peers}")
+    print(f"{provenance.cpu_name()}: {' '.join(sets)}\n{provenance.versions()}; {peers()}")
     for name in options.networks:
         for policy in options.policies:
             if options.kernels:

@@ -58,13 +58,10 @@ ISA INLINE void dense(const product *p, int32_t acc[TILE][BLOCK], const int bits
 ISA static void dense_8(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 8); }
 ISA static void dense_16(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 16); }
 
-/* Adds 16-bit sums of pairs to acc and clears them. */
-ISA INLINE void widen(__m256i (*sum)[2], int32_t (*acc)[BLOCK], const int n) {
-    for (int q = 0; q < n; q++)
-        for (int h = 0; h < 2; h++) {
-            put(acc[q] + 8 * h, _mm256_add_epi32(at(acc[q] + 8 * h), _mm256_madd_epi16(sum[q][h], _mm256_set1_epi16(1))));
-            sum[q][h] = _mm256_setzero_si256();
-        }
+/* Sums of pairs in 32 bits, added to those in acc unless they are the first. */
+ISA INLINE __m256i widened(__m256i sum, const int32_t *acc, int is_first) {
+    const __m256i total = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+    return is_first ? total : _mm256_add_epi32(total, at(acc));
 }
 
 ISA INLINE void nibbles_n(const product *p, const uint32_t *place, const int32_t *start, int32_t (*acc)[BLOCK],
@@ -73,8 +70,8 @@ ISA INLINE void nibbles_n(const product *p, const uint32_t *place, const int32_t
     const __m256i mask = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
     const uint8_t *weights = p->w;
     uint32_t left = p->n_safe;
+    int is_first = 1;
     for (int q = 0; q < n; q++) sum[q][0] = sum[q][1] = _mm256_setzero_si256();
-    memset(acc, 0, (size_t)n * sizeof *acc);
     for (uint32_t i = 0; i < p->n_rows; i++)
         for (uint32_t j = 0; j < p->n_columns; j++) {
             const uint8_t *x = (const uint8_t *)p->x + i * p->row_step + j * p->column_step;
@@ -91,13 +88,18 @@ ISA INLINE void nibbles_n(const product *p, const uint32_t *place, const int32_t
                         sum[q][1] = _mm256_add_epi16(sum[q][1], _mm256_maddubs_epi16(v, high));
                     }
                 }
-                if (!left) widen(sum, acc, n), left = p->n_safe;
+                for (int q = 0; q < n && !left; q++)
+                    for (int h = 0; h < 2; h++) {
+                        put(acc[q] + 8 * h, widened(sum[q][h], acc[q] + 8 * h, is_first));
+                        sum[q][h] = _mm256_setzero_si256();
+                    }
+                if (!left) left = p->n_safe, is_first = 0;
             }
         }
-    widen(sum, acc, n);
+    const __m128i shift = _mm_cvtsi32_si128((int)p->shift);
     for (int q = 0; q < n; q++)
         for (int h = 0; h < 2; h++) {
-            const __m256i total = _mm256_sll_epi32(at(acc[q] + 8 * h), _mm_cvtsi32_si128((int)p->shift));
+            const __m256i total = _mm256_sll_epi32(widened(sum[q][h], acc[q] + 8 * h, is_first), shift);
             put(acc[q] + 8 * h, _mm256_add_epi32(total, at(start + 8 * h)));
         }
 }
