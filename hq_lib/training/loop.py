@@ -69,10 +69,12 @@ def fit(
 
     Raises:
         FloatingPointError: the loss stopped being finite; names the epoch and the learning rate.
-        ValueError: ``run_dir`` holds a run of another configuration, or a damaged state; batches without a length;
+        ValueError: ``run_dir`` holds a run of another configuration, a damaged state, or one that
+            another process is writing; batches without a length;
             a teacher without ``config.distill``, or the other way round.
     """
-    with weight_noise(net, config.weight_noise) if config.weight_noise else nullcontext():
+    noisy = weight_noise(net, config.weight_noise) if config.weight_noise else nullcontext()
+    with run_state.owned(run_dir), noisy:
         return _Run(net, train, val, config, run_dir, teacher, before_epoch, say or (lambda _: None)).go()
 
 

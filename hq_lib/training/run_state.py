@@ -6,10 +6,13 @@ Everything is written to a temporary file and renamed, so that a kill at any mom
 import io
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 from hq_lib.results import atomic
@@ -31,6 +34,23 @@ def settings(folder: Path | None) -> dict[str, object]:
     return (
         {**_DEFAULTS, **json.loads(known.read_text(encoding="utf-8"))} if known is not None and known.exists() else {}
     )
+
+
+@contextmanager
+def owned(folder: Path | None) -> Iterator[None]:
+    """The folder is this process's while the block lasts; the lock goes with the process, however that ends.
+
+    Raises ``ValueError`` where another process is at work in it: two would overwrite each other's epochs.
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise ValueError(f"another process trains in {folder}: wait for it, or choose another folder") from None
 
 
 def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:

@@ -149,6 +149,20 @@ def test_a_run_from_before_a_setting_existed_goes_on(splits, tmp_path):
         fit(small_net(), *splits, dataclasses.replace(config, weight_noise=0.1), tmp_path, say=None)
 
 
+def test_two_processes_do_not_train_in_one_folder(splits, tmp_path):
+    """The second, here one inside the first, is refused; the first ends as it would have."""
+
+    def second(net, epoch):
+        with pytest.raises(ValueError, match="another process trains in"):
+            fit(net, *splits, CONFIG, tmp_path, say=None)
+
+    config, disturbed = dataclasses.replace(CONFIG, epochs=1), small_net()
+    alone = copy.deepcopy(disturbed)
+    fit(disturbed, *splits, config, tmp_path, before_epoch=second, say=None)
+    fit(alone, *splits, config, say=None)
+    assert all(torch.equal(a, b) for a, b in zip(disturbed.parameters(), alone.parameters(), strict=True))
+
+
 def test_a_damaged_state_says_what_to_delete(splits, tmp_path):
     fit(small_net(), *splits, dataclasses.replace(CONFIG, epochs=1), tmp_path, say=None)
     state = tmp_path / "state.pt"
