@@ -11,7 +11,7 @@ else
 BIN     := $(VENV)/bin
 endif
 READY   := $(VENV)/.ready
-EXTRAS  := notebooks,batch,export,traces,imagenet,dev
+EXTRAS  := notebooks,batch,export,imagenet,dev
 export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND := Agg
 export PYTHONUNBUFFERED := 1

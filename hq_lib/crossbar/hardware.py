@@ -58,6 +58,8 @@ class _Placed:
     """Where one layer sits on the bench."""
 
     plan: Plan
+    steps: Tensor
+    """float64 (C,), cell levels per weight step."""
     tiles: list[tuple[int, slice, slice]]
     """(tile, rows of the weight matrix, flattened columns)."""
 
@@ -124,7 +126,14 @@ class HardwareEngine(Engine):
                 f"{self.limits.code_max}; use Drive('serial', step_bits=...)"
             )
         plan = self.mapping.encode(handle.w_int, handle.w_bits)
-        levels = (plan.fractions * self.limits.level_max).round().to(torch.int64).flatten(1).numpy()
+        if float(plan.span.max()) > self.limits.level_max:
+            bits = (self.limits.level_max + 1).bit_length() - 1
+            raise CrossbarError(
+                f"{handle.name}: its weights take levels up to {float(plan.span.max()):.0f}, the bench's cells have "
+                f"{self.limits.level_max}; slice them: Mapping(cell_bits={bits}, subtract='digital', ...)"
+            )
+        steps = (self.limits.level_max / plan.span).floor()  # levels per weight step: whole, so that weights stay exact
+        levels = (plan.levels * steps[:, None]).to(torch.int64).flatten(1).numpy()
         tiles = [
             (slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))
             for r in range(0, levels.shape[0], self.mapping.tile_rows)
@@ -140,7 +149,7 @@ class HardwareEngine(Engine):
             refuse_levels(self.limits, tile, levels[rows, columns])
             self._write(tile, levels[rows, columns])
         self._n_used += len(tiles)
-        self._placed[handle.name] = _Placed(plan, placed)
+        self._placed[handle.name] = _Placed(plan, steps, placed)
 
     def _rows_at_once(self, handle: Handle) -> int:
         return self.limits.rows_per_read
@@ -158,8 +167,8 @@ class HardwareEngine(Engine):
             for tile, part, columns in placed.tiles:
                 width = len(range(*columns.indices(total.shape[1])))
                 total[:, columns] += step.factor * torch.from_numpy(self._read(tile, codes[:, part], width))
-        units = total.view(-1, shape[1], shape[2]) / (self.limits.counts_per_unit * self.limits.level_max)
-        outputs = plan.combine(units * plan.span[:, None])
+        units = total.view(-1, shape[1], shape[2]) / (self.limits.counts_per_unit * placed.steps[:, None])
+        outputs = plan.combine(units)
         return outputs - rows.sum(1, dtype=torch.int64)[:, None] * plan.offset / plan.gain
 
     def _write(self, tile: int, levels: np.ndarray) -> None:

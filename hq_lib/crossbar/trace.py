@@ -1,6 +1,6 @@
 """Traces: recorded multiplications of a network, one file that says what it holds and whether it is undamaged.
 
-`.npz` with a `.json` neighbour, or `.h5` (needs h5py: ``pip install hq_lib[traces]``). Schema 1:
+`.npz` with a `.json` neighbour. Schema 1:
 
     layers/<i>/w        (K, N) int32 weights              layers/<i>/w_scale   () or (N,) float64, real units per step
     calls/<i>/x         (B, K) integer inputs             calls/<i>/y          (B, N) float64, measured
@@ -13,7 +13,6 @@ ends with its own: a changed number anywhere is refused. That guards against dam
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -64,21 +63,20 @@ class Trace:
         return sum(len(call.x) for call in self.calls)
 
     def save(self, path: str | Path) -> None:
-        """Nothing; writes ``path`` (.npz with .json beside it, or .h5), whole or not at all."""
+        """Nothing; writes ``path`` (.npz, with .json beside it), whole or not at all."""
+        _check_suffix(path)
         arrays, text = self._packed()
-        if _format(path) == "npz":
-            buffer = BytesIO()
-            np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-            atomic.write_text(Path(path).with_suffix(".json"), text)  # first: an archive without it would be damaged
-            atomic.write_bytes(Path(path), buffer.getvalue())
-        else:
-            atomic.write_bytes(Path(path), _hdf5_bytes(arrays, text))
+        buffer = BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        atomic.write_text(Path(path).with_suffix(".json"), text)  # first: an archive without it would be damaged
+        atomic.write_bytes(Path(path), buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """The trace stored at ``path``. Errors (`TraceError`): another schema, changed or missing arrays."""
         try:
-            arrays, text = (_read_npz if _format(path) == "npz" else _read_hdf5)(Path(path))
+            _check_suffix(path)
+            arrays, text = _read_npz(Path(path))
             record = json.loads(text)
         except (OSError, ValueError, KeyError) as error:
             raise (
@@ -166,11 +164,9 @@ def _record_digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _format(path: str | Path) -> str:
-    suffix = Path(path).suffix
-    if suffix not in (".npz", ".h5"):
-        raise TraceError(f"{path}: a trace is stored as .npz or .h5, not {suffix or 'without a suffix'}")
-    return suffix[1:]
+def _check_suffix(path: str | Path) -> None:
+    if Path(path).suffix != ".npz":
+        raise TraceError(f"{path}: a trace is stored as .npz")
 
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -181,31 +177,3 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str]:
     except Exception as error:  # a damaged archive fails in zipfile, zlib or NumPy, each in its own way
         raise TraceError(f"{path}: damaged archive ({error})") from error
     return arrays, path.with_suffix(".json").read_text(encoding="utf-8")
-
-
-def _h5py() -> Any:
-    try:
-        return importlib.import_module("h5py")
-    except ImportError:
-        raise TraceError("HDF5 traces need h5py: pip install 'hq_lib[traces]', or store the trace as .npz") from None
-
-
-def _hdf5_bytes(arrays: dict[str, np.ndarray], text: str) -> bytes:
-    buffer = BytesIO()
-    with _h5py().File(buffer, "w") as file:
-        file.attrs["record"] = text
-        for name, array in arrays.items():
-            file.create_dataset(name, data=array, **({"compression": "gzip"} if array.ndim else {}))
-    return buffer.getvalue()
-
-
-def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    h5py = _h5py()
-    if not path.exists():
-        raise FileNotFoundError(path)
-    with h5py.File(path, "r") as file:
-        names: list[str] = []
-        file.visit(names.append)
-        found = {name: file[name] for name in names}
-        arrays = {name: np.asarray(item[()]) for name, item in found.items() if isinstance(item, h5py.Dataset)}
-        return arrays, str(file.attrs["record"])

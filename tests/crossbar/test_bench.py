@@ -31,6 +31,21 @@ def test_an_ideal_bench_multiplies_exactly(scheme, signed):
     np.testing.assert_array_equal(engine.mvm(handle, x), x @ W)
 
 
+@pytest.mark.parametrize("level_max", [7, 15, 127, 200, 255])
+def test_weights_are_exact_on_any_number_of_levels_or_refused_with_the_slices_that_fit(level_max):
+    """Levels are whole multiples of a weight step; nothing is rounded to the bench's levels."""
+    whole = Mapping(subtract="digital", tile_rows=16, tile_cols=8)
+    slices = Mapping(cell_bits=(level_max + 1).bit_length() - 1, subtract="digital", tile_rows=16, tile_cols=8)
+    if level_max < np.abs(W).max():
+        with pytest.raises(CrossbarError, match=rf"a: .*levels up to \d+.*cell_bits={slices.cell_bits}"):
+            engine_on(fake(level_max=level_max), mapping=whole).load(W, 1.0, "a")
+    else:
+        engine = engine_on(fake(level_max=level_max), mapping=whole)
+        np.testing.assert_array_equal(engine.measure(engine.load(W, 1.0, "a"), X), X @ W)
+    engine = engine_on(fake(level_max=level_max), mapping=slices)
+    np.testing.assert_array_equal(engine.mvm(engine.load(W, 1.0, "a"), X), X @ W)
+
+
 def test_convolutions_on_a_bench_are_read_a_few_rows_at_a_time_and_resumed(tmp_path):
     w, x = RNG.integers(-127, 128, (3, 2, 3, 3)), RNG.integers(0, 256, (2, 2, 5, 5))
     want = ConvEngine(IdealEngine())

@@ -126,27 +126,8 @@ def test_any_tampering_is_refused(recorded):
 def test_missing_files_and_unknown_formats(tmp_path):
     with pytest.raises(FileNotFoundError):
         Trace.load(tmp_path / "none.npz")
-    with pytest.raises(TraceError, match=r"\.npz or \.h5"):
+    with pytest.raises(TraceError, match=r"\.npz"):
         Trace().save(tmp_path / "trace.csv")
-
-
-def test_hdf5_holds_the_same(recorded, tmp_path):
-    pytest.importorskip("h5py", reason="HDF5 traces need h5py (pip install 'hq_lib[traces]')")
-    Trace.load(recorded[0]).save(tmp_path / "trace.h5")
-    engine = ReplayEngine(tmp_path / "trace.h5")
-    np.testing.assert_array_equal(engine.mvm(engine.load(W, 0.5, "a"), X), recorded[1][0])
-    content = bytearray((tmp_path / "trace.h5").read_bytes())
-    where = content.find(b'"t_s": 1.0')
-    content[where : where + 10] = b'"t_s": 2.0'
-    (tmp_path / "trace.h5").write_bytes(content)
-    with pytest.raises(TraceError, match="description was changed"):
-        Trace.load(tmp_path / "trace.h5")
-
-
-def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-    with pytest.raises(TraceError, match="pip install"):
-        Trace().save(tmp_path / "trace.h5")
 
 
 def bench(failures=()):

@@ -27,7 +27,6 @@ LAYER = "layer2.0.conv1"
 RRAM = device("rram")
 NOISY = Device("rram_noisy", RRAM.source, RRAM.g_min_uS, RRAM.g_max_uS, RRAM.error, read=ConstantRead(0.01))
 CIRCUIT = Circuit(NOISY, adc=Adc(8, "max"), seed=7)
-FORMATS = ("npz", "h5")
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +44,14 @@ def resnet20(cifar10_train, cifar10_test):
 
 @pytest.fixture(scope="module")
 def recorded(resnet20, tmp_path_factory):
-    """(folder with trace.npz and trace.h5 where h5py is there, the logits while recording)"""
+    """(folder with trace.npz, the logits while recording)"""
     record, x = resnet20
     folder = tmp_path_factory.mktemp("trace")
     recorder = RecordEngine(SimEngine(CIRCUIT), folder / "parts")
     logits = EngineNetwork(record, {LAYER: recorder}).run(x, batch_size=3)
     recorder.close()
-    for ending in available():
-        recorder.trace().save(folder / f"trace.{ending}")
+    recorder.trace().save(folder / "trace.npz")
     return folder, logits
-
-
-def available():
-    try:
-        import h5py  # noqa: F401
-    except ImportError:
-        return FORMATS[:1]
-    return FORMATS
-
-
-def path_of(recorded, ending):
-    if ending not in available():
-        pytest.skip("HDF5 traces need h5py (pip install 'hq_lib[traces]')")
-    return recorded[0] / f"trace.{ending}"
 
 
 def test_every_row_of_the_layer_is_recorded_with_its_exact_product(resnet20, recorded):
@@ -87,10 +71,9 @@ def test_every_row_of_the_layer_is_recorded_with_its_exact_product(resnet20, rec
     assert 0.01 < np.std(measured - ideal) / np.std(ideal) < 0.5, "noise is there, and the signal too"
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_the_replayed_network_gives_the_recorded_logits(resnet20, recorded, ending):
+def test_the_replayed_network_gives_the_recorded_logits(resnet20, recorded):
     record, x = resnet20
-    engine = ReplayEngine(path_of(recorded, ending))
+    engine = ReplayEngine(recorded[0] / "trace.npz")
     network = EngineNetwork(record, {LAYER: engine})
     np.testing.assert_array_equal(network.run(x, batch_size=3), recorded[1])
     assert not np.array_equal(run(record, x), recorded[1]), "the crossbar changed something"
@@ -101,44 +84,16 @@ def test_the_replayed_network_gives_the_recorded_logits(resnet20, recorded, endi
     assert network.describe()["recorded.device.name"] == "rram_noisy"
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_images_that_were_not_measured_are_refused(resnet20, recorded, ending):
+def test_images_that_were_not_measured_are_refused(resnet20, recorded):
     record, x = resnet20
-    network = EngineNetwork(record, {LAYER: ReplayEngine(path_of(recorded, ending))})
+    network = EngineNetwork(record, {LAYER: ReplayEngine(recorded[0] / "trace.npz")})
     with pytest.raises(TraceError, match="record it, or rewind"):
         network.run(x.flip(3), batch_size=3)
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_the_trace_of_another_layer_is_refused(resnet20, recorded, ending):
+def test_the_trace_of_another_layer_is_refused(resnet20, recorded):
     with pytest.raises(ValueError, match=f"nearest: {LAYER}"):
-        EngineNetwork(resnet20[0], {"layer2.1.conv1": ReplayEngine(path_of(recorded, ending))})
-
-
-def test_tampered_hdf5_is_refused_dataset_by_dataset(recorded, tmp_path):
-    content = path_of(recorded, "h5").read_bytes()
-    h5py = pytest.importorskip("h5py")
-    copy, names = tmp_path / "trace.h5", []
-    copy.write_bytes(content)
-    with h5py.File(copy) as file:
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    assert len(names) == 2 + 3 * len(Trace.load(copy).calls)
-    for name in names:
-        copy.write_bytes(content)
-        with h5py.File(copy, "r+") as file:
-            values = file[name][()]
-            values.reshape(-1)[0] += 1
-            file[name][...] = values
-        with pytest.raises(TraceError, match=f"array {name} was changed after recording"):
-            ReplayEngine(copy)
-    copy.write_bytes(content)
-    with h5py.File(copy, "r+") as file:
-        del file["calls/0/y"]
-    with pytest.raises(TraceError, match="missing or foreign: calls/0/y"):
-        ReplayEngine(copy)
-    copy.write_bytes(content[: len(content) // 2])
-    with pytest.raises(TraceError, match="unreadable trace"):
-        ReplayEngine(copy)
+        EngineNetwork(resnet20[0], {"layer2.1.conv1": ReplayEngine(recorded[0] / "trace.npz")})
 
 
 def test_tampered_npz_is_refused(recorded, tmp_path):
