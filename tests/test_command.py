@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 import hq_lib
@@ -127,6 +129,25 @@ def test_reconstruction_takes_its_protocol_and_a_manifest(place):
     record = models.read_checkpoint(place / "r.safetensors")[1]
     assert record["manifest"]["file"] == "m.json"
     assert record["n_calib"] == 20
+
+
+def test_pictures_in_a_folder_are_chosen_by_name_and_taken_by_hash(tmp_path):
+    for i in range(8):
+        file = tmp_path / "pictures" / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9, 3), 30 * i, np.uint8)).save(file)
+    run = configuration.read(changes={"root": str(tmp_path / "pictures"), "n_calib": 3, "model": "efficientnet_lite0"})
+    selection.write(run.selected(), tmp_path / "m.json")
+    again = configuration.read(changes={"root": run.root, "manifest": str(tmp_path / "m.json"), "mean": [0.5, 0.4, 0.3],
+                                        "std": [1.0, 1.0, 1.0]})  # fmt: skip
+    chosen = again.calibration({"images": {"mean": [0.0] * 3, "std": [1.0] * 3}})
+    greys = [30 * int(Path(name).stem) for name in selection.read(tmp_path / "m.json").files]
+    assert chosen.images[:, 0, 0, 0].tolist() == greys
+    assert chosen.spec.mean == (0.5, 0.4, 0.3)
+    first = selection.read(tmp_path / "m.json").files[0]
+    Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(tmp_path / "pictures" / first)
+    with pytest.raises(selection.ManifestError, match="differs"):
+        again.calibration({})
 
 
 def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from hq_lib import data, graph, models
 from hq_lib.data import DataSpec, ImageSet, folder
 from hq_lib.graph import BitPolicy, PolicyError
 from hq_lib.graph.network_file import OWN
+from hq_lib.models import efficientnet_lite
 from hq_lib.models.public import load_state
 from hq_lib.ptq import ReconstructionConfig, selection
 from hq_lib.results.hints import nearest
@@ -32,8 +33,8 @@ from hq_lib.training.qat_recipes import METHODS
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 FLOAT, HYBRID = "float", "hybrid"
-SELF_WEIGHTED = ("efficientnet_lite0",)
-"""Networks that are built with their weights."""
+SELF_WEIGHTED = {"efficientnet_lite0": {"mean": efficientnet_lite.MEAN, "std": efficientnet_lite.STD}}
+"""Networks that are built with their weights -> what these were trained with."""
 BUILD = ("model", "options", "n_classes", "in_channels")
 """What a record says of how a network of ours is built."""
 
@@ -146,7 +147,9 @@ class Configuration:
         net = self.built()
         if file is not None:
             models.load_public(file, net)
-        return net.eval(), {} if self.net else {"model": self.model, "options": self.options}
+        if self.net:
+            return net.eval(), {}
+        return net.eval(), {"model": self.model, "options": self.options, "images": SELF_WEIGHTED.get(self.model)}
 
     # -- the images ----------------------------------------------------------------------------------------------------
 
@@ -160,14 +163,14 @@ class Configuration:
     def _normalized(self, images: ImageSet, record: Mapping[str, Any]) -> ImageSet:
         if not (self.mean or record.get("images") or record.get("dataset") in data.SPECS):
             return images
-        spec = self.normalization(record)
+        spec = self.normalization({"dataset": images.spec.name, **record})
         return images.normalized_by(spec.mean, spec.std)
 
     def normalization(self, record: Mapping[str, Any]) -> DataSpec:
         """The data set of a network's record, with the mean and standard deviation that it was trained with."""
-        name = record.get("dataset") or self.data
+        name = record.get("dataset") or self.data or ("imagenet" if self.root else "")
         known(name, data.SPECS, "data")
-        found = {key: tuple(getattr(self, key) or record.get("images", {}).get(key, ())) for key in ("mean", "std")}
+        found = {key: tuple(getattr(self, key) or (record.get("images") or {}).get(key, ())) for key in ("mean", "std")}
         return dataclasses.replace(data.SPECS[name], **{key: value for key, value in found.items() if value})
 
     def calibration(self, record: Mapping[str, Any]) -> ImageSet:
