@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -187,6 +188,7 @@ def _operations(qnet: QuantizedNet) -> list[str]:
             if str(node.target).endswith(QUANTIZER_SUFFIX):
                 continue
             own = f"{type(module).__name__}({module.extra_repr()})" if isinstance(module, QuantizedWeight) else module
+            own = re.sub(r", bias=(True|False)", "", str(own))  # a correction may have given one
             target = f"{target} {own}"
         lines.append(f"{node.name} = {node.op} {target} {node.args} {node.kwargs}".replace(QUANTIZER_SUFFIX, ""))
     return lines
@@ -205,6 +207,8 @@ def _skeleton(record: Mapping[str, Any], net: nn.Module | None) -> QuantizedNet:
     ours, theirs = _operations(qnet), record["graph"]
     if ours != theirs:
         here, saved = next((a, b) for a, b in zip_longest(ours, theirs, fillvalue="nothing more") if a != b)
-        raise CheckpointError(f"the network that was saved computes {saved!r} where this one computes {here!r}: give "
-                              "the float network as it was when it was quantized")  # fmt: skip
+        raise CheckpointError(
+            f"the network that was saved computes {saved!r} where this one computes {here!r}: give the float network "
+            f"as it was when it was quantized (saved under {record.get('versions')})"
+        )
     return qnet

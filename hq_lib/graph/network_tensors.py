@@ -40,6 +40,9 @@ def restore(qnet: QuantizedNet, tensors: Mapping[str, Tensor], record: Mapping[s
     Raises:
         CheckpointError: names a tensor that is missing, left over, of another shape, or no grid.
     """
+    for name, layer in weight_layers(qnet).items():
+        if layer.bias is None and f"{name}.bias" in tensors:  # as a correction gives one to a layer that had none
+            layer.bias = nn.Parameter(torch.zeros_like(tensors[f"{name}.bias"]))
     rebuild(qnet, record["quantizers"])
     own, implied, state = _state(qnet), _implied(qnet, record["form"]), dict(tensors)
     if apart := (own.keys() - implied) ^ state.keys():

@@ -104,7 +104,7 @@ def _quantizer_row(spec: Spec, quantizer: nn.Module | None) -> dict[str, Any]:
 
 
 def _scale(quantizer: nn.Module | None) -> torch.Tensor | None:
-    if quantizer is None or not bool(getattr(quantizer, "initialised", True)):
+    if quantizer is None or isinstance(quantizer, nn.Identity) or not bool(getattr(quantizer, "initialised", True)):
         return None
     return quantizer.grid().scale  # type: ignore[operator]
 

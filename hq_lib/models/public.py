@@ -4,6 +4,7 @@ Nothing is ever unpickled from a stranger: ``.th``/``.pt`` files are read with `
 anything but tensors and plain containers.
 """
 
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hq_lib.models.resnet import ResNet
 
-STRIP_PARALLEL = {r"^module\.": ""}  # the prefix that torch.nn.DataParallel leaves
+STRIP_WRAPPERS = {r"^((module|_orig_mod)\.)+": ""}  # the prefixes that DataParallel and torch.compile leave
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -23,8 +24,13 @@ class CheckpointError(ValueError):
 
 
 def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Loads a state of exactly this network's keys and shapes, else ``CheckpointError`` listing every difference."""
+    """Loads a state of exactly this network's keys and shapes, else ``CheckpointError`` listing every difference.
+
+    Prefixes of wrappers (``module.``, ``_orig_mod.``) are taken off.
+    """
     own = net.state_dict()
+    if not state.keys() & own.keys():  # a network may have a module of that name
+        state = {_renamed(key, STRIP_WRAPPERS): value for key, value in state.items()}
     needed = {key for key in own if not key.endswith("num_batches_tracked")}  # older checkpoints lack these counters
     problems = {
         "missing": sorted(needed - state.keys()),
@@ -42,7 +48,7 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> N
     net.load_state_dict({**own, **state})
 
 
-def load_public(path: Path | str, net: nn.Module, *, key_map: Mapping[str, str] = STRIP_PARALLEL) -> nn.Module:
+def load_public(path: str | os.PathLike, net: nn.Module, *, key_map: Mapping[str, str] = STRIP_WRAPPERS) -> nn.Module:
     """``net`` with the weights of a public ``.th`` or ``.pt`` file.
 
     Args:
@@ -62,8 +68,12 @@ def load_public(path: Path | str, net: nn.Module, *, key_map: Mapping[str, str] 
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no state dict: expected names and tensors")
-    load_state(net, {_renamed(key, key_map): value for key, value in state.items()}, source=path.name)
+        held = (
+            f"keys {', '.join(map(repr, [*state][:8]))}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        )
+        raise CheckpointError(f"{path} holds no state dict of names and tensors, at the top or under 'state_dict', but "
+                              f"{held}: save the one entry that is one to a file of its own")  # fmt: skip
+    load_state(net, {_renamed(key, key_map): value for key, value in state.items()}, source=Path(path).name)
     return net
 
 
@@ -73,7 +83,7 @@ def _renamed(key: str, key_map: Mapping[str, str]) -> str:
     return key
 
 
-def resnet20_akamaster(path: Path | str) -> nn.Module:
+def resnet20_akamaster(path: str | os.PathLike) -> nn.Module:
     """The public ResNet-20 with option-A shortcuts (akamaster/pytorch_resnet_cifar10), eval mode.
 
     It was trained with ImageNet's mean and standard deviation: on ``test.normalized_by(*IMAGENET_MEAN_STD)`` it gives

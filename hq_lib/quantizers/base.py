@@ -84,7 +84,7 @@ class Quantizer(nn.Module):
     def grid(self) -> Grid:
         """Return the exact grid, detached. Raises RuntimeError before the first fit."""
         if not (self._ready or bool(self.initialised)):
-            raise RuntimeError(f"{self}: no grid yet; call init_from(tensor) or run one training batch first")
+            raise RuntimeError(f"{self}: no grid yet; call graph.calibrate(qnet, images) or init_from(tensor) first")
         with torch.no_grad():
             grid = self._grid()
         return grid._replace(scale=grid.scale.detach().clone(), zero_point=grid.zero_point.detach().clone())

@@ -1,11 +1,14 @@
 """The network file: equal outputs to the last bit, in this process and a fresh one, or a refusal by name."""
 
+import contextlib
 import copy
+import hashlib
 import io
 import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +17,10 @@ from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
 from hq_lib import data, graph, integer, models, ptq
-from hq_lib.graph import BitPolicy, calibrate, quantize, weight_layers
+from hq_lib.graph import BitPolicy, QuantizeError, calibrate, quantize, weight_layers
 from hq_lib.graph.packing import pack, unpack
 from hq_lib.models import CheckpointError
+from hq_lib.ptq.bits import GridBank
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Quantizer
 from hq_lib.results import paths
 
@@ -212,3 +216,185 @@ def test_a_pickled_network_keeps_graph_names_and_shapes():
     assert [b.name for b in graph.blocks(again)] == [b.name for b in graph.blocks(qnet)]
     assert again.policy.report(again).equals(qnet.policy.report(qnet))
     assert json.dumps(again.bits_record()) == json.dumps(qnet.bits_record())
+
+
+def a_policy(rng) -> BitPolicy:
+    """A policy that fits any of ``NETS``, drawn at random: methods, bits, axes, placement, norms, overrides."""
+    width = lambda: int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 16, 32]))  # noqa: E731
+    weight = {"method": str(rng.choice(METHODS)), "bits": width()}
+    if rng.random() < 0.5:
+        weight["axis"] = [None, 0][rng.integers(2)]
+    if weight["method"] == "minmax" and weight["bits"] > 1 and rng.random() < 0.3:
+        weight["signed"] = False
+    overrides = {}
+    for kind, base in (("weight", weight["method"]), ("act", None)):
+        if rng.random() < 0.5:
+            overrides["*c*" if kind == "weight" else "*a*"] = {kind: f"{base or rng.choice(METHODS)}:{width()}"}
+    return BitPolicy(
+        weight, f"{rng.choice(METHODS)}:{width()}", first_last_bits=[None, 8, 32, 4][rng.integers(4)],
+        stem_out_bits=[None, 8][rng.integers(2)], placement=["deploy", "academic"][rng.integers(2)],
+        bn=["keep", "fold"][rng.integers(2)], overrides=overrides,
+    )  # fmt: skip
+
+
+def unequal_bits(seed: int, folder: Path) -> int:
+    """How many output values of a random small network under a random policy differ after both forms of its file."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    net, x = trained_like(list(NETS.values())[rng.integers(3)](), seed), images(4, seed=seed)
+    qnet = quantize(net, a_policy(rng), x[:1])
+    calibrate(qnet, x)
+    if rng.random() < 0.3:  # some steps of training, in which each quantizer moves
+        optimizer = torch.optim.SGD(qnet.train().parameters(), 1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            qnet(x).square().mean().backward()
+            optimizer.step()
+    found, want = 0, qnet.eval()(images(3, seed=7))
+    for form in ("frozen", "trainable"):
+        file = graph.save(qnet, folder / "net.safetensors", form=form)
+        found += int((graph.load(file, net=type(net)())(images(3, seed=7)) != want).sum())
+    return found
+
+
+def test_random_policies_of_random_networks_come_back(tmp_path):
+    assert sum(unequal_bits(seed, tmp_path) for seed in range(30)) == 0
+
+
+@pytest.mark.slow
+def test_five_hundred_random_policies_come_back(tmp_path):
+    assert sum(unequal_bits(seed, tmp_path) for seed in range(1000, 1500)) == 0
+
+
+def test_training_goes_on_from_the_trainable_form_as_from_the_network(tmp_path):
+    x, trained = images(8), []
+    qnet = fitted(BitPolicy("lsq:3", "dsq:3"))
+    again = graph.load(graph.save(qnet, tmp_path / "net.safetensors", form="trainable"), net=Small())
+    for net in (qnet, again):
+        optimizer = torch.optim.SGD(net.train().parameters(), 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        trained.append(net.state_dict())
+    assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())
+
+
+def test_a_frozen_network_refuses_to_be_trained(tmp_path):
+    again = graph.load(graph.save(fitted(BitPolicy("lsq:3", "lsq:3")), tmp_path / "net.safetensors"), net=Small())
+    with pytest.raises(RuntimeError, match=r"of 'stem'.*integers cannot be trained"):
+        again.train()(images(2))
+
+
+def test_mixed_bits_of_a_bank_bit_lists_and_a_hybrid_come_back(tmp_path):
+    x, net = images(8), trained_like(Small())
+    bank = GridBank(net, x, (2, 3, 8))
+    qnet = bank.assign({tensor: (2, 3, 8, 32)[i % 4] for i, tensor in enumerate(bank.tensors)})
+    both_forms(qnet, tmp_path)
+    rows = qnet.policy.report(qnet)
+    assert rows.set_index(["tensor", "layer"]).bits["weight", "stem"] == 2
+    policy = BitPolicy.hybrid({"*": 4, "deep": 2}, 3, qat="dsq", ptq="minmax")
+    both_forms(fitted(policy), tmp_path)
+    resnet = trained_like(models.build("resnet20"))
+    policy = BitPolicy.from_lists(resnet, (8,) * 9, (4, 2, 8) * 3)
+    qnet = quantize(resnet, policy, images(1, 32))
+    calibrate(qnet, images(2, 32))
+    again = graph.load(graph.save(qnet, tmp_path / "lists.safetensors", record={"model": "resnet20"}))
+    assert torch.equal(again(images(2, 32, seed=3)), qnet(images(2, 32, seed=3)))
+    assert again.policy == policy
+
+
+def test_the_record_says_where_the_network_is_from(tmp_path):
+    manifest = tmp_path / "sel_1.json"
+    manifest.write_text("{}")
+    said = {"method": "lsq", "images": data.SPECS["cifar10"], "manifest": manifest, "acc_pct": {"test": 12.5}}
+    file = graph.save(fitted(BitPolicy("lsq:3", "lsq:3")), tmp_path / "net.safetensors", record=said)
+    record = graph.load(file, net=Small()).record
+    assert record["class"] == "Small"
+    assert record["acc_pct"] == {"test": 12.5}
+    assert record["images"]["std"] == [*data.SPECS["cifar10"].std]
+    assert record["manifest"] == {"file": "sel_1.json", "sha256": hashlib.sha256(b"{}").hexdigest()}
+    assert BitPolicy.from_dict(record["policy"]) == BitPolicy("lsq:3", "lsq:3")
+    assert {"git_sha", "versions"} <= record.keys()
+    again = graph.load(graph.save(graph.load(file, net=Small()), tmp_path / "twice.safetensors"), net=Small())
+    assert {**again.record, "sha256": ""} == {**record, "sha256": ""}
+
+
+def test_what_cannot_come_back_is_refused_by_name(tmp_path):
+    file, policy = tmp_path / "net.safetensors", BitPolicy("lsq:3", "lsq:3")
+    with pytest.raises(QuantizeError, match=r"graph\.quantize.*models\.save_checkpoint"):
+        graph.save(Small(), file)
+    with pytest.raises(QuantizeError, match=r"_act_quantizer'.*calibrate"):
+        graph.save(quantize(Small().eval(), policy, images(1)), file)
+    off = fitted(policy)
+    graph.set_quantization(
+        off, weights=False, acts=True, only=lambda q: q is weight_layers(off)["deep"].weight_quantizer
+    )
+    with pytest.raises(QuantizeError, match=r"'deep'.*switched off"):
+        graph.save(off, file)
+    other = fitted(policy)
+    weight_layers(other)["deep"].weight_quantizer = weight_layers(fitted(BitPolicy("lsq:5", "lsq:3")))[
+        "deep"
+    ].weight_quantizer
+    with pytest.raises(QuantizeError, match=r"'deep'.*5 bit.*policy"):
+        graph.save(other, file, form="trainable")
+    with pytest.raises(QuantizeError, match=r"'stem\.weight'|'deep\.weight'|float64"):
+        graph.save(fitted(policy).double(), file)
+    with pytest.raises(QuantizeError, match=r"resnet20.*does not build this network"):
+        graph.save(fitted(policy), file, record={"model": "resnet20"})
+    with pytest.raises(CheckpointError, match=r"net\.pt.*\.safetensors"):
+        graph.save(fitted(policy), tmp_path / "net.pt")
+    assert not file.exists()
+
+
+def test_a_file_changed_anywhere_is_refused_or_the_same(tmp_path):
+    """Random bytes, cut ends, and records and tensors changed under a right hash: the library's errors only."""
+    rng = np.random.default_rng(0)
+    qnet = fitted(BitPolicy({"method": "lsq", "bits": 3, "axis": 0}, "lsq:3"))
+    file, changed = graph.save(qnet, tmp_path / "net.safetensors"), tmp_path / "changed.safetensors"
+    whole, want = file.read_bytes(), qnet.eval()(images(2))
+    for _ in range(60):
+        content = bytearray(whole[: int(rng.integers(len(whole)))] if rng.random() < 0.2 else whole)
+        for place in rng.integers(0, max(len(content), 1), 2):
+            content[place : place + 1] = bytes([int(rng.integers(256))])
+        changed.write_bytes(content)
+        with contextlib.suppress(CheckpointError):
+            assert torch.equal(graph.load(changed, net=Small())(images(2)), want)
+    tensors, record = models.read_checkpoint(file)
+    odd = [None, -1, 3, 1.5, "x", [], {}, [1, 2], {"kind": "AdaRound"}, True, 10**9]
+    places = [(record, key) for key in record] + [(e, key) for e in record["quantizers"].values() for key in e]
+    for holder, key in places:
+        kept = holder[key]
+        for value in (odd[i] for i in rng.integers(len(odd), size=1)):
+            holder[key] = value
+            models.write_checkpoint(changed, tensors, record)
+            with contextlib.suppress(CheckpointError):
+                graph.load(changed, net=Small())
+        holder[key] = kept
+    for key, value in list(tensors.items())[::4]:
+        for other in (
+            value.double(),
+            value.reshape(-1)[:1],
+            value.new_zeros(3, 2),
+            torch.full_like(value.float(), -1.0),
+        ):
+            models.write_checkpoint(changed, {**tensors, key: other}, record)
+            with contextlib.suppress(CheckpointError):
+                graph.load(changed, net=Small())
+
+
+def test_a_network_in_channels_last_comes_back_in_channels_last(tmp_path):
+    qnet = fitted(BitPolicy("lsq:4", "lsq:4"))
+    qnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    again = graph.load(graph.save(qnet, tmp_path / "net.safetensors", form="trainable"), net=Small())
+    assert weight_layers(again)["stem"].weight.is_contiguous(memory_format=torch.channels_last)
+    x = images(3, seed=7).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(again(x), qnet.eval()(x))
+
+
+def test_four_bits_take_half_a_byte(tmp_path):
+    qnet = quantize(models.build("resnet20").eval(), BitPolicy("minmax:4", "lsq:4"), images(1, 32))
+    calibrate(qnet, images(2, 32))
+    n = sum(layer.weight.numel() for layer in weight_layers(qnet).values())
+    size = graph.save(qnet, tmp_path / "net.safetensors", record={"model": "resnet20"}).stat().st_size
+    assert size < n / 2 + 60_000

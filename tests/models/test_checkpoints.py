@@ -149,3 +149,19 @@ def test_shipped_checkpoints_give_what_their_records_say(cifar10_test):
         subset = cifar10_test.balanced(2000, 0)
         got = evaluate(models.load_checkpoint(path)[0], subset).acc_pct
         assert abs(got - record["acc_pct"]["test"]) < 2.5  # four standard errors of 2,000 images
+
+
+def test_a_state_below_another_key_names_the_keys_found(tmp_path):
+    torch.save({"net": models.build("lenet").state_dict(), "epoch": 3}, tmp_path / "run.pt")
+    with pytest.raises(CheckpointError, match=r"run\.pt.*'net', 'epoch'"):
+        models.load_public(str(tmp_path / "run.pt"), models.build("lenet"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
+    theirs, ours = models.build("lenet"), models.build("lenet")
+    state = {prefix + key: value for key, value in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "x.pt")
+    models.load_public(tmp_path / "x.pt", ours)
+    assert torch.equal(ours.fc2.weight, theirs.fc2.weight)
+    load_state(models.build("lenet"), state, source="x")

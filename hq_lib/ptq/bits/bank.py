@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +173,16 @@ class GridBank:
             else:
                 layer = weight_layers(self.net)[name]
                 layer.weight_quantizer, layer.bias = module, bias if module is not None else self._biases[name]
+        self._say(bits)
         return self.net
+
+    def _say(self, bits: Mapping[str, int]) -> None:
+        """Let the net's policy, which reports and files go by, be that of ``bits``."""
+        meta = self.net.meta
+        for key, kind in (("weights", "weight"), ("acts", "act")):
+            known = {name: f"{kind} {name}" for name in meta[key]}
+            meta[key] = {name: replace(meta[key][name], bits=bits.get(t, FLOAT_BITS)) for name, t in known.items()}
+        meta["policy"] = self.policy(bits)
 
     def _check(self, tensor: str, bits: int) -> None:
         if tensor not in self._modules:
