@@ -9,18 +9,33 @@
 ``ranges`` method name -> grids; ``rounding`` AdaRound put in place; ``config`` every switch, and AdaRound, BRECQ and
 QDrop as settings of it; ``reconstruction`` the loop; ``units`` its regions; ``cache`` its activations inside a memory
 budget; ``dropping`` QDrop's masks; ``fisher`` BRECQ's weights of the loss; ``progress`` reports and the files of a run;
-``allocation`` ACIQ's bits per channel and its correction of moments; ``errors`` how the error grows block by block.
+``equalization`` ranges evened out before quantizing, batch norms measured again after it; ``allocation`` ACIQ's bits
+per channel and its correction of moments; ``errors`` how the error grows block by block.
 """
 
 from hq_lib.ptq.allocation import correct_moments, fit_allocated
 from hq_lib.ptq.config import ReconstructionConfig, adaround, brecq, qdrop
+from hq_lib.ptq.equalization import equalize, reestimate_norms
 from hq_lib.ptq.errors import BlockError, block_errors
 from hq_lib.ptq.progress import ReconstructionError, UnitReport
 from hq_lib.ptq.ranges import find_grid, fit_acts, fit_weights
 from hq_lib.ptq.reconstruction import reconstruct
 
 __all__ = [
-    "BlockError", "ReconstructionConfig", "ReconstructionError",
-    "UnitReport", "adaround", "block_errors", "brecq", "correct_moments", "find_grid", "fit_acts", "fit_allocated",
-    "fit_weights", "qdrop", "reconstruct",
+    "BlockError",
+    "ReconstructionConfig",
+    "ReconstructionError",
+    "UnitReport",
+    "adaround",
+    "block_errors",
+    "brecq",
+    "correct_moments",
+    "equalize",
+    "find_grid",
+    "fit_acts",
+    "fit_allocated",
+    "fit_weights",
+    "qdrop",
+    "reconstruct",
+    "reestimate_norms",
 ]  # fmt: skip
