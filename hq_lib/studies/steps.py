@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def quantized(run: Configuration) -> tuple[Path, float]:
     few = run.calibration(source)
     x = normalize(few.images, few.spec).to(run.device)
     qnet = graph.quantize(net.to(run.device), policy, x[:1])
-    fit_recipe(qnet, x, recipe, seed=run.seed, progress=print, **settings)
+    fit_recipe(qnet, x, recipe, seed=run.seed, progress=partial(print, flush=True), **settings)
     manifest = {"manifest": run.manifest} if run.manifest else {}
     return _saved(run, qnet, source, form="frozen", n_calib=len(few), **manifest)
 
