@@ -188,7 +188,6 @@ def _operations(qnet: QuantizedNet) -> list[str]:
             if str(node.target).endswith(QUANTIZER_SUFFIX):
                 continue
             own = f"{type(module).__name__}({module.extra_repr()})" if isinstance(module, QuantizedWeight) else module
-            own = re.sub(r", bias=(True|False)", "", str(own))  # a correction may have given one
             target = f"{target} {own}"
         lines.append(f"{node.name} = {node.op} {target} {node.args} {node.kwargs}".replace(QUANTIZER_SUFFIX, ""))
     return lines
@@ -204,7 +203,10 @@ def _skeleton(record: Mapping[str, Any], net: nn.Module | None) -> QuantizedNet:
     traced = {key: record[key] for key in ("leaf_modules", "on_refusal")}
     net, policy = net.cpu().train(record["traced_training"]), BitPolicy.from_dict(record["policy"])
     qnet = unfitted(net, policy, example, **traced)
-    ours, theirs = _operations(qnet), record["graph"]
+    ours, theirs = (
+        [re.sub(r", bias=(True|False)", "", line) for line in lines]  # a correction may have given one
+        for lines in (_operations(qnet), record["graph"])
+    )
     if ours != theirs:
         here, saved = next((a, b) for a, b in zip_longest(ours, theirs, fillvalue="nothing more") if a != b)
         raise CheckpointError(
