@@ -75,7 +75,7 @@ def spread(found: pd.DataFrame) -> pd.DataFrame:
     """Largest over smallest (non-zero) channel of each layer of ``ranges``, before and after, and the ratio of both."""
     table = summary(found)
     both = table["max"].div(table["min"]).unstack("stage").reindex(list(dict.fromkeys(found["layer"])))
-    both = both.reindex(columns=["before", "after"])
+    both = pd.DataFrame(both, columns=["before", "after"])
     return both.assign(ratio=both["after"] / both["before"]).rename_axis(columns=None)
 
 
