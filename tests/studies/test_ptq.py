@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from graph_nets import Tiny, trained_like
@@ -11,25 +12,11 @@ from hq_lib import data
 from hq_lib.graph import weight_layers
 from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, aciq
 from hq_lib.results import store
-from hq_lib.studies.ptq import (
-    aciq_mse,
-)
-from hq_lib.studies.ptq import (
-    recipes as ptq_recipes,
-)
-from hq_lib.studies.ptq import (
-    schedule as ptq_schedule,
-)
-from hq_lib.studies.ptq import (
-    study as ptq_methods,
-)
-from hq_lib.studies.ptq import (
-    tables as ptq_report,
-)
+from hq_lib.studies.bench import Bench
+from hq_lib.studies.ptq import recipes, study, tables
 from hq_lib.studies.ptq.figures import fig_aciq_mse, fig_error_accumulation
-from hq_lib.studies.ptq.recipes import RECIPES
-from hq_lib.studies.ptq.study import Point
-from hq_lib.studies.selection.bench import Bench
+from hq_lib.studies.ptq.recipes import CHOSEN, RECIPES
+from hq_lib.studies.study import StudyError, profile_rows
 
 
 @pytest.fixture
@@ -38,24 +25,29 @@ def bench(digits):
     torch.manual_seed(0)
     net = Tiny()
     net.fc = torch.nn.Linear(12, 10)
-    return Bench("resnet20", trained_like(net), data.load("digits", "train"), data.load("digits", "val"),
-                 data.load("digits", "test", n=50))  # fmt: skip
+    parts = (data.load("digits", split, n=n) for split, n in (("train", None), ("val", None), ("test", 50)))
+    return Bench(trained_like(net), {"model": "resnet20", "dataset": "cifar10"}, *parts)
+
+
+@pytest.fixture
+def at_hand(bench, monkeypatch):
+    """The study's shipped network is the small one."""
+    monkeypatch.setattr(study, "open_bench", lambda *args, **kwargs: bench)
 
 
 def test_a_short_budget_keeps_the_travel_of_the_rounding_logits():
-    assert ptq_recipes.fast(500) == {"rounding_lr": 0.05, "beta_start": 8.0}
-    assert ptq_recipes.fast(20_000)["rounding_lr"] == pytest.approx(1.25e-3)
-    assert ptq_recipes.fast(0)["rounding_lr"] == 0.5
+    assert recipes.rated(CHOSEN, 500) == {"rounding_lr": 0.05, "beta_start": 8.0}
+    assert recipes.rated(CHOSEN, 20_000)["rounding_lr"] == pytest.approx(1.25e-3)
+    assert recipes.rated(CHOSEN, 0)["rounding_lr"] == 0.5
     assert RECIPES["qdrop_official"].config(500)["rounding_lr"] == 1e-3
     assert RECIPES["brecq_fisher"].config(500) == {"rounding_lr": 0.05, "beta_start": 8.0, "loss": "fisher_per_image"}
     assert RECIPES["minmax"].config(500) == {}
-    assert ptq_schedule.settings({"travel": 25.0, "beta_start": 8.0}, 500) == ptq_recipes.fast(500)
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_recipe_quantizes(name, bench):
-    x = ptq_recipes.calibration(bench, 40, 0)
-    qnet = ptq_recipes.quantized(bench.net, x, RECIPES[name], (4, 4), iterations=2, seed=0)
+    x = recipes.calibration(bench.train, 40, 0)
+    qnet = recipes.quantized(bench.net, x, RECIPES[name], (4, 4), iterations=2, seed=0)
     kinds = {type(layer.weight_quantizer) for layer in weight_layers(qnet).values()}
     wanted = AdaRound if RECIPES[name].passes else FrozenWeight if RECIPES[name].corrected else FixedGrid
     assert kinds == {wanted}
@@ -63,51 +55,65 @@ def test_every_recipe_quantizes(name, bench):
         assert torch.isfinite(qnet.eval()(x[:4])).all()
 
 
-def test_calibration_images_are_drawn_by_the_seed_and_balanced(bench):
-    a, b = (ptq_recipes.calibration(bench, 40, seed) for seed in (0, 1))
+def test_calibration_images_are_drawn_by_the_seed_and_balanced_or_too_few_are_refused(bench):
+    a, b = (recipes.calibration(bench.train, 40, seed) for seed in (0, 1))
     assert a.shape == b.shape == (40, 3, 32, 32)
     assert not torch.equal(a, b)
-    assert torch.equal(a, ptq_recipes.calibration(bench, 40, 0))
-    assert len(ptq_recipes.calibration(bench, 10**6, 0)) == len(bench.train)
-    assert len(ptq_recipes.calibration(bench, 5, 0)) == 5
+    assert torch.equal(a, recipes.calibration(bench.train, 40, 0))
+    assert len(recipes.calibration(bench.train, len(bench.train), 0)) == len(bench.train)
+    assert len(recipes.calibration(bench.train, 5, 0)) == 5
+    with pytest.raises(ValueError, match=r"n_calib is 1000000.*digits has"):
+        recipes.calibration(bench.train, 10**6, 0)
 
 
-def test_a_point_is_measured_once_and_keeps_its_errors(bench, out_dir, monkeypatch):
-    point = Point("shipped", "qdrop", (4, 4), 1005)
-    ptq_methods.measure(point, bench, "smoke")
-    rows = store.read("ptq_methods", profile="smoke")
-    assert set(rows["metric"]) == {"acc_pct", "loss", "calibration_cpu_s"}
-    errors = store.read("ptq_errors", profile="smoke")
+def test_a_point_is_measured_once_and_keeps_its_errors(at_hand, out_dir, monkeypatch):
+    rows = study.METHODS.run("smoke", recipes=["qdrop"])
+    assert set(rows.loc[rows["method"] == "qdrop", "metric"]) == {"acc_pct", "loss", "calibration_cpu_s"}
+    errors = profile_rows(study.ERRORS, "smoke")
     positions = sorted(json.loads(switches)["position"] for switches in errors["switches"])
     assert positions == list(range(len(errors)))
     assert (errors["value"] > 0).all()
-    monkeypatch.setattr(ptq_methods, "quantized", lambda *args, **kwargs: pytest.fail("measured again"))
-    ptq_methods.measure(point, bench, "smoke")
+    monkeypatch.setattr(study.recipes, "quantized", lambda *args, **kwargs: pytest.fail("measured again"))
+    study.METHODS.run("smoke", recipes=["qdrop"])
+    assert len(study.METHODS.todo("smoke", recipes=["qdrop"], iterations=3)) == 1
 
 
-def test_the_public_net_is_skipped_where_it_is_absent(bench, out_dir, monkeypatch, capsys):
-    monkeypatch.setattr(ptq_methods.selection_bench, "open_bench", lambda *args, **kwargs: bench)
-    monkeypatch.setattr(ptq_methods, "public_file", lambda: None)
-    rows = ptq_methods.run("smoke", nets=["public", "shipped"], recipes=["minmax"], bits=[(4, 4)])
-    assert "public: skipped, no resnet20_akamaster_9173.th" in capsys.readouterr().out
-    assert set(rows["method"]) == {"float", "minmax"}
+def test_a_network_that_is_absent_is_not_run_and_an_unknown_one_writes_nothing(at_hand, out_dir, monkeypatch, capsys):
+    monkeypatch.setattr(study, "public_file", lambda: None)
+    rows = study.METHODS.run("smoke", nets=["public"], recipes=["minmax"])
+    assert rows.empty
+    assert "no resnet20_akamaster_9173.th" in capsys.readouterr().out
+    for wrong in ({"nets": ["resnet18"]}, {"recipes": ["qdrp"]}):
+        with pytest.raises(StudyError, match=r"(network 'resnet18'|recipe 'qdrp').*choose from"):
+            study.METHODS.run("smoke", **wrong)
+    assert study.METHODS.rows("smoke").empty
 
 
-def test_nothing_is_reconstructed_at_8_bits(bench, out_dir, monkeypatch):
-    monkeypatch.setattr(ptq_methods.selection_bench, "open_bench", lambda *args, **kwargs: bench)
-    rows = ptq_methods.run("smoke", recipes=["minmax", "qdrop"], bits=[(8, 8)])
-    assert set(rows["method"]) == {"float", "minmax"}
+def test_nothing_is_reconstructed_at_8_bits():
+    plan = study.METHODS.plan("smoke", recipes=["minmax", "qdrop"], bits=[[8, 8], [4, 8]])
+    assert [p.name for p in study.points(plan)] == [
+        "shipped_float", "shipped_minmax_w8a8_s1005", "shipped_minmax_w4a8_s1005", "shipped_qdrop_w4a8_s1005"
+    ]  # fmt: skip
 
 
-def test_schedules_are_compared_on_validation_images(bench, out_dir, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ptq_schedule, "open_net", lambda *args, **kwargs: bench)
-    score = ptq_schedule.evaluate
-    monkeypatch.setattr(ptq_schedule, "evaluate", lambda net, images: seen.append(images.split) or score(net, images))
-    rows = ptq_schedule.run("smoke")
-    assert all("val" in split for split in seen)
+def test_schedules_are_compared_on_validation_images(at_hand, out_dir, monkeypatch):
+    seen, score = [], study.evaluate
+    monkeypatch.setattr(study, "evaluate", lambda net, images: seen.append(images.split) or score(net, images))
+    rows = study.SCHEDULE.run("smoke")
+    assert seen == ["val"]
     assert json.loads(rows["switches"].iloc[0])["split"] == "val"
-    assert ptq_schedule.summary(rows)["schedule"].tolist() == ["rate x iterations 25, beta_start 8"]
+    assert tables.schedules(rows)["schedule"].tolist() == ["rate x iterations 25, beta_start 8"]
+
+
+@pytest.mark.parametrize("name", ["METHODS", "SCHEDULE", "ACIQ"])
+def test_committed_rows_are_not_measured_again(name, monkeypatch):
+    """No point of profile full that has rows in the repository is listed."""
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    one = getattr(study, name)
+    have = one.rows("full").query("model == 'resnet20' and metric == 'acc_pct'")
+    planned = have.loc[~have["switches"].str.contains("qdrop_official")]  # run once, by hand
+    done = len(one.points(one.plan("full"))) - len(one.todo("full"))
+    assert done == (len(planned) if name != "ACIQ" else 4)
 
 
 def fake_rows(values):
@@ -122,7 +128,7 @@ def fake_rows(values):
 def test_the_table_sets_ours_beside_the_official_codes_number(out_dir):
     values = {("float", 32, 32, -1): 91.73, ("qdrop", 2, 2, 1): 81.0, ("qdrop", 2, 2, 2): 82.0, ("minmax", 4, 4, 1): 79}
     store.append("ptq_methods", fake_rows(values), profile="full")
-    table = ptq_report.table("full")
+    table = tables.methods_table(study.METHODS.rows("full"))
     assert not table.isna().any(axis=None)
     cell = table.loc[(table["bits"] == "W2A2") & (table["how"] == RECIPES["qdrop"].line)].iloc[0]
     assert cell["public ResNet-20"] == "81.50 ± 0.71 (n=2)"
@@ -133,17 +139,46 @@ def test_the_table_sets_ours_beside_the_official_codes_number(out_dir):
     assert table["bits"].iloc[0] == "float"
 
 
-def test_findings_name_the_gap_to_the_target(out_dir, monkeypatch):
-    monkeypatch.setattr(ptq_report, "_clip_findings", lambda profile: [])
-    values = {("float", 32, 32, -1): 91.73, ("qdrop", 2, 2, 1): 81.4, ("mse", 2, 2, 1): 15.0}
+def test_the_best_are_listed_beside_the_very_numbers_of_published_csv(out_dir):
+    values = {("float", 32, 32, -1): 91.73, ("qdrop", 4, 4, 1): 91.4, ("mse", 4, 4, 1): 90.0, ("qdrop", 2, 2, 1): 81.4}
     store.append("ptq_methods", fake_rows(values), profile="full")
-    text = "\n".join(ptq_report.findings("full"))
-    assert "W2A2, best first: qdrop 81.40 (n=1), mse 15.00 (n=1)" in text
-    assert "official code's 80.4 %: +1.00 points" in text
+    found = tables.best(study.METHODS.rows("full")).set_index(["bits", "recipe"])
+    assert found.loc[("W4A4", "qdrop"), "official"] == 90.84
+    assert found.loc[("W2A2", "qdrop"), "official"] == 80.45
+    assert list(found.loc["W4A4"].index) == ["qdrop", "mse"]
+    assert found["official"].max() <= 100
+
+
+def test_the_claim_on_errors_says_what_the_rows_say(out_dir):
+    rows = [
+        {"experiment": "ptq_errors", "model": "resnet20", "dataset": "cifar10", "method": r, "w_bits": 4, "a_bits": 4,
+         "seed": seed, "metric": "rel_error", "value": value, "unit": "1",
+         "switches": {"net": "public", "recipe": r, "block": f"b{p}", "position": p}}
+        for r, seed, ends in (("mse", 1, (0.1, 0.8)), ("qdrop", 1, (0.1, 0.2)), ("qdrop", 2, (0.1, 0.4)))
+        for p, value in enumerate(ends)
+    ]  # fmt: skip
+    store.append("ptq_errors", rows, profile="full")
+    found = tables.errors(profile_rows("ptq_errors", "full"), net="public ResNet-20", recipes=["mse", "qdrop"])
+    said = tables.error_claim(found, "public ResNet-20")
+    assert "38 % at W4A4" in said["claim"]  # 0.3 of 0.8
+    assert "QDrop 2" in said["note"]
+
+
+def test_nothing_run_is_nothing_claimed(out_dir):
+    rows, errors = study.METHODS.rows("smoke"), profile_rows(study.ERRORS, "smoke")
+    assert tables.first_net(rows) == ""
+    none = tables.errors(errors, net="", recipes=["qdrop"])
+    assert none.empty
+    assert "n/r" in tables.error_claim(none, "")["claim"]
+    assert tables.best(rows).empty
+    assert tables.schedules(study.SCHEDULE.rows("smoke")).empty
+    assert tables.ratios(tables.aciq_table(study.ACIQ.rows("smoke"))).empty
+    assert "n/r" in set(tables.methods_table(rows)["public ResNet-20"])
+    assert "no test images" in tables.protocol(rows)["n"]
 
 
 def test_constants_agree_with_the_published_decimals():
-    table = ptq_report.constants_table()
+    table = tables.constants_table()
     assert len(table) == 32
     assert table["gap"].astype(float).abs().max() < 0.02
     four = table.loc[(table["prior"] == "Laplace") & (table["values"] == "signed") & (table["bits"] == 4)].iloc[0]
@@ -156,7 +191,7 @@ def test_the_exact_prediction_is_the_measured_error_of_its_own_prior(bits, relu)
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(400_000, generator=generator, dtype=torch.float64) - 0.5
     sample = -uniform.sign() * torch.log1p(-2 * uniform.abs())
-    found = aciq_mse.errors((sample.relu() if relu else sample).float(), bits=bits, relu=relu)
+    found = recipes.aciq_errors((sample.relu() if relu else sample).float(), bits=bits, relu=relu)
     assert found["prior"] == "laplace"
     # the real signed grid holds 0, the integrated one lies symmetric: half a step apart
     assert found["mse_exact"] / found["mse_measured"] == pytest.approx(1, abs=0.02 if relu else 0.25)
@@ -168,13 +203,13 @@ def test_the_exact_prediction_is_the_measured_error_of_its_own_prior(bits, relu)
 def test_figures_draw_what_they_are_given():
     rng = np.random.default_rng(0)
     clip = [
-        {"tensor": tensor, "bits": bits, **{m: rng.uniform(0.01, 0.1) for m in aciq_mse.METRICS}}
+        {"tensor": tensor, "bits": bits, **{m: rng.uniform(0.01, 0.1) for m in recipes.MSE}}
         for tensor in ("activation", "weight")
         for bits in (2, 4)
     ]
-    figure = fig_aciq_mse(aciq_mse.pd.DataFrame(clip))
+    figure = fig_aciq_mse(pd.DataFrame(clip))
     assert next(ax.get_title(loc="left") for ax in figure.axes) == "activations: noise model (paper)"
-    errors = aciq_mse.pd.DataFrame([
+    errors = pd.DataFrame([
         {"w_bits": 2.0, "a_bits": 2.0, "method": method, "position": p, "block": f"b{p}", "value": 0.1 * (p + 1)}
         for method in ("mse", "qdrop") for p in range(3)
     ])  # fmt: skip

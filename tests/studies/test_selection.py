@@ -11,7 +11,6 @@ import torch
 from hq_lib import data, models, ptq
 from hq_lib.ptq import selection
 from hq_lib.results import paths, store
-from hq_lib.studies.ptq import study as ptq_methods
 from hq_lib.studies.selection import bench as benches
 from hq_lib.studies.selection import findings, frames, points, sets, study
 from hq_lib.studies.selection import tables as report
@@ -194,7 +193,7 @@ def test_imagenet_without_images_to_calibrate_with_is_refused(shared_data):
     root = shared_data / "imagenet_sample"
     with pytest.raises(ValueError, match="5000 of 500 training images held out"):
         benches.open_bench("imagenet", "smoke", n_common=5_000, n_test=6, root=root)
-    assert len(ptq_methods.open_net("shipped", "smoke", dataset="imagenet", n_test=6).train) == 500
+    assert len(benches.open_bench("imagenet", "smoke", n_common=0, n_test=6, root=root).train) == 500
 
 
 def test_the_imagenet_sample_splits_without_overlap(shared_data):
@@ -260,6 +259,13 @@ def test_a_loss_on_its_own_images_misleads_and_one_on_common_images_does_not(kno
     text = " ".join(findings.findings("smoke", "digits"))
     assert "-2.00 points" in text
     assert "72.00 ± 2.00 % over 3 draws" in text
+
+
+def test_the_claim_says_the_cells_paired_difference_however_many_more_random_draws_there_are(known):
+    store.append(study.STUDY, made("random", 3, 90.0) + made("random", 4, 90.0), profile="smoke")
+    cell = report.table_w2a2("smoke", "digits")["QDrop, paired difference (95 %)"].iloc[0]
+    assert cell.startswith("-2.00")
+    assert "QDrop -2.00" in report.claim("smoke", "digits", (2, 2))
 
 
 def test_the_number_of_images_and_replacement_by_hand(out_dir):

@@ -1,6 +1,9 @@
-"""The lines of tab_ptq: each post-training method as ranges, weights and a reconstruction with its schedule."""
+"""The lines of tab_ptq: each post-training method as ranges, weights and a reconstruction with its schedule.
 
-from collections.abc import Callable, Mapping, Sequence
+And ACIQ's error tensor by tensor, measured and predicted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,19 +12,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib import data, ptq
-from hq_lib.graph import quantize
+from hq_lib.data import ImageSet
+from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, weight_layers
 from hq_lib.ptq.ranges import Method
+from hq_lib.quantizers import aciq, fake_quantize
+from hq_lib.quantizers.observers import range_qparams
 from hq_lib.studies.selection import bench as selection_bench
 
-TRAVEL, BETA_START = 25.0, 8.0
-"""rounding rate x iterations, and the regulariser's first exponent: chosen on validation images (``tune``)"""
+CHOSEN = {"travel": 25.0, "beta_start": 8.0}
+"""schedule of a short budget, rounding rate x iterations and the regulariser's first exponent: noticed first in a
+benchmark of the public net that prints test accuracy, then chosen on the shipped net's validation images"""
+MSE = ("mse_measured", "mse_model", "mse_exact")
+"""what ``aciq_errors`` gives"""
 OFFICIAL: dict[str, Any] = {"rounding_lr": 1e-3, "beta_start": 20.0}
 """the rate and exponent of the official QDrop and BRECQ code, made for 20,000 iterations"""
 
 
-def fast(iterations: int) -> dict[str, Any]:
-    """The schedule for a short budget: its rounding rate lets a logit travel as far as 20,000 slow steps do."""
-    return {"rounding_lr": min(0.5, TRAVEL / max(1, iterations)), "beta_start": BETA_START}
+def rated(schedule: Mapping[str, Any], iterations: int) -> dict[str, Any]:
+    """The settings of a schedule at a budget: its travel becomes the rounding rate that goes as far, at most 0.5."""
+    others = {key: value for key, value in schedule.items() if key != "travel"}
+    return {"rounding_lr": min(0.5, schedule["travel"] / max(1, iterations)), **others}
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,13 @@ class Recipe:
     passes: Callable[..., Sequence[ptq.ReconstructionConfig]] | None = None
     """the reconstruction, None = rounding to nearest"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """its settings beyond the budget; without a rate among them ``fast`` is used"""
+    """its settings beyond the budget; without a rate among them ``CHOSEN`` is used"""
 
     def config(self, iterations: int) -> dict[str, Any]:
         """The settings of its reconstruction at a budget; {} without one."""
         if self.passes is None:
             return {}
-        return {**({} if "rounding_lr" in self.settings else fast(iterations)), **self.settings}
+        return {**({} if "rounding_lr" in self.settings else rated(CHOSEN, iterations)), **self.settings}
 
 
 RECIPES = {
@@ -72,20 +82,21 @@ NEAREST = tuple(name for name, recipe in RECIPES.items() if recipe.passes is Non
 LEARNED = ("adaround", "brecq", "brecq_fisher", "qdrop")
 
 
-def calibration(bench: selection_bench.Bench, n: int, seed: int) -> Tensor:
-    """(n, C, H, W) training images without augmentation, normalised as the net was trained; all where n exceeds them.
+def calibration(train: ImageSet, n: int, seed: int) -> Tensor:
+    """(n, C, H, W) training images without augmentation, normalised as the net was trained.
 
-    Class-balanced, unless there are fewer images than classes (a sample of ImageNet).
+    Class-balanced, unless all are taken or there are fewer images than classes (a sample of ImageNet). ``ValueError``
+    where there are fewer than ``n``: rows would name a number that was not used.
     """
-    n = min(n, len(bench.train))
-    if n == len(bench.train):
-        chosen = bench.train
-    elif n < bench.train.spec.n_classes:
-        order = torch.randperm(len(bench.train), generator=torch.Generator().manual_seed(seed))
-        chosen = bench.train.subset(order[:n])
+    if n > len(train):
+        raise ValueError(f"n_calib is {n}, and {train.spec.name} has {len(train)} training images: ask for fewer")
+    if n == len(train):
+        chosen = train
+    elif n < train.spec.n_classes:
+        chosen = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n])
     else:
-        chosen = bench.train.balanced(n, seed)
-    return data.normalize(chosen.images, bench.train.spec).contiguous()
+        chosen = train.balanced(n, seed)
+    return data.normalize(chosen.images, train.spec).contiguous()
 
 
 def quantized(
@@ -115,3 +126,45 @@ def fit_recipe(
         settings = {"iterations": iterations, "n_images": len(x), "batch_size": min(32, len(x))}
         settings |= {**recipe.config(iterations), **changes}
         ptq.reconstruct(qnet, x, recipe.passes(**settings), folder=folder, progress=progress)
+
+
+def tensors(net: nn.Module, x: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+    """("activation" or "weight", layer, values): what unsigned quantizers see on ``x``, and weights, norms folded."""
+    qnet = quantize(net, selection_bench.policy(4, 4), x[:1])
+    seen: dict[int, Tensor] = {}
+    calibrate(qnet, x, quantized_weights=False, fit=lambda quantizer, values: seen.update({id(quantizer): values}))
+    for name, quantizer in act_quantizers(qnet).items():
+        if id(quantizer) in seen and not bool(quantizer.signed):
+            yield "activation", name.removesuffix(QUANTIZER_SUFFIX), seen[id(quantizer)]
+    for name, layer in weight_layers(qnet).items():
+        yield "weight", name, layer.weight.detach()
+
+
+def aciq_errors(values: Tensor, *, bits: int, relu: bool) -> dict[str, Any]:
+    """Relative squared errors of ``values`` on one grid clipped by ACIQ: measured, and as both predictions say.
+
+    Args:
+        values: real units; with ``relu`` non-negative, the positive ones taken for the upper half of a zero-mean
+                variable.
+        bits:   of the grid, per tensor, end-point levels with an exact 0.
+
+    Returns:
+        ``MSE``, pure numbers, and ``prior``, the likelier of "laplace" and "gauss".
+    """
+    spread = aciq.fit(values, positive_half=relu)
+    prior: aciq.Prior = "laplace" if bool(spread.is_laplace) else "gauss"
+    width = float(spread.b if prior == "laplace" else spread.sigma)
+    clip = aciq.clip_range(values, bits=bits, prior=prior, relu="theory" if relu else None)
+    alpha = float(clip.high if relu else (clip.high - clip.low) / 2)
+    grid = range_qparams(clip, bits=bits)
+    x_hat = fake_quantize(values, grid.scale, grid.zero_point, qmin=grid.qmin, qmax=grid.qmax)
+    power = float(values.double().square().mean())
+    half = 2 * float((values > 0).double().mean()) if relu else 1.0
+    exact = aciq.predicted_mse(alpha, width, bits=bits, prior=prior, relu=relu,
+                               grid="relu_endpoint" if relu else "endpoint")  # fmt: skip
+    return {
+        "mse_measured": float((x_hat - values).double().square().mean()) / power,
+        "mse_model": aciq.predicted_mse(alpha, width, bits=bits, prior=prior, relu=relu) / power,
+        "mse_exact": half * exact / power,
+        "prior": prior,
+    }

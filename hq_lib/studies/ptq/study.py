@@ -1,82 +1,179 @@
-"""Post-training methods measured: accuracy at each bit width, and the error behind each block (notebook 04).
+"""Post-training quantization measured: how far one gets without training (notebook 04).
 
-    python -m hq_lib.studies.ptq.study --profile full --nets public --recipes qdrop --bits 4,4 2,2
-
-appends rows to ``ptq_methods.csv`` and ``ptq_errors.csv`` point by point; a point that has its rows is skipped, one
-that was killed goes on behind its last finished block.
+``hq study ptq_methods --profile full`` quantizes each network by each recipe at each bit width and appends accuracies
+to ``ptq_methods.csv``, errors behind each block to ``ptq_errors.csv``; a killed reconstruction goes on behind its last
+block. ``hq study ptq_schedule`` compares QDrop's schedules on validation images, ``hq study aciq_mse`` ACIQ's
+predicted with the measured error of every tensor.
 """
 
-import argparse
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import Tensor, fx
 
 from hq_lib import data, models, ptq
-from hq_lib.data import ImageSet
 from hq_lib.graph import quantize
-from hq_lib.results import paths, provenance, store
-from hq_lib.studies.ptq.recipes import LEARNED, NEAREST, RECIPES, calibration, quantized
+from hq_lib.results import paths
+from hq_lib.results.hints import nearest
+from hq_lib.studies.bench import Bench, net_switch, open_bench
+from hq_lib.studies.ptq import recipes
+from hq_lib.studies.ptq.recipes import CHOSEN, LEARNED, NEAREST, RECIPES, Recipe
 from hq_lib.studies.selection import bench as selection_bench
+from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError
 from hq_lib.training import evaluate
 
-STUDY, ERRORS = "ptq_methods", "ptq_errors"
-PUBLIC, SHIPPED = "public", "shipped"
-NETS = (PUBLIC, SHIPPED)
-"""the public ResNet-20 (option A, 91.73 %; optional folder ../shared/data) and the one that the repository ships"""
+ERRORS = "ptq_errors"
+PUBLIC, SHIPPED, LITE = "public", "shipped", "efficientnet_lite0"
+NETS = {PUBLIC: "resnet20", SHIPPED: "resnet20", LITE: LITE}
+"""The public ResNet-20 (option A, 91.73 %), the shipped one, EfficientNet-Lite0 on a sample of ImageNet -> network."""
 PUBLIC_FILE = "resnet20_akamaster_9173.th"
-BITS = ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2))
+FLOAT = "float"
 ERROR_BITS = ((4, 4), (2, 2))
-"""widths at which the error behind each block is kept"""
-PLAN: dict[str, dict[str, Any]] = {
-    "smoke": {"iterations": 2, "n_calib": 32, "n_test": 100, "n_errors": 32, "bits": ((4, 4),), "seeds": (1005,),
-              "nets": (SHIPPED,), "recipes": ("minmax", "mse", "aciq_allocated", "brecq_fisher", "qdrop")},
-    "quick": {"iterations": 60, "n_calib": 256, "n_test": 1_000, "n_errors": 200, "bits": ((4, 4), (2, 2)),
-              "seeds": (1005,), "nets": (SHIPPED,)},
-    "full": {"iterations": 500, "n_calib": 1024, "n_test": None, "n_errors": 500, "bits": BITS,
-             "seeds": (1005, 1006, 1007), "nets": NETS},
-}  # fmt: skip
-"""Profile -> iterations a unit, images, widths, seeds (1005 is that of the official QDrop scripts) and nets."""
-IMAGENET: dict[str, Any] = {"bits": ((8, 8), (4, 8), (4, 4)), "n_errors": 48, "nets": (SHIPPED,)}
-"""what replaces this on ImageNet, where the net is EfficientNet-Lite0 and ranges alone are the default"""
+"""Widths at which the error behind each block is kept."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measurement."""
+class Plan:
+    """How much of the study a profile runs."""
 
+    nets: tuple[str, ...]
+    """Keys of ``NETS``; one whose file or images are absent is n/r."""
+    recipes: tuple[str, ...]
+    """Keys of ``RECIPES``."""
+    bits: tuple[tuple[int, int], ...]
+    """(weights, activations); first and last layer have 8. At 8 bits nothing is reconstructed."""
+    seeds: tuple[int, ...]
+    """Of calibration images, batches and dropping; 1005 is that of the official QDrop scripts."""
+    iterations: int
+    """Reconstruction steps a unit."""
+    n_calib: int
+    """Calibration images."""
+    n_errors: int
+    """Validation images on which the error behind each block is measured."""
+    n_test: int | None = None
+    """Test images; None = all."""
+
+
+SMOKE = ("minmax", "mse", "aciq_allocated", "brecq_fisher", "qdrop")
+EVERY = (*NEAREST, *LEARNED)
+PLANS = {
+    "smoke": Plan((SHIPPED,), SMOKE, ((4, 4),), (1005,), 2, 32, 32, n_test=100),
+    "quick": Plan((SHIPPED,), EVERY, ((4, 4), (2, 2)), (1005,), 60, 256, 200, n_test=1_000),
+    "full": Plan(
+        (PUBLIC, SHIPPED), EVERY, ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2)), (1005, 1006, 1007), 500, 1024, 500
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Quantization(Point):
+    """One network quantized by one recipe, or (recipe "float") as it was."""
+
+    plan: Plan
+    """What all points share."""
     net: str
-    """"public" or "shipped" """
-    recipe: str
-    """key of ``RECIPES``"""
-    bits: tuple[int, int]
-    """of weights and activations; first and last layer 8"""
-    seed: int
-    """draws the calibration images, and drives batches and dropping"""
+    """Key of ``NETS``."""
+    recipe: str = FLOAT
+    """Key of ``RECIPES``."""
+    bits: tuple[int, int] = (32, 32)
+    """Of weights and activations."""
+    seed: int = -1
+    """See ``Plan``."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``public_qdrop_w2a2_s1005``."""
+        tail = "" if self.recipe == FLOAT else f"_w{self.bits[0]}a{self.bits[1]}_s{self.seed}"
+        return f"{self.net}_{self.recipe}{tail}"
+
+    @property
+    def bench(self) -> Hashable:
+        """The float network."""
+        return self.net
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The float network that it starts from."""
+        return ("resnet20_float_s0",) if self.net == SHIPPED else ()
+
+    @property
+    def iterations(self) -> int:
+        """Steps a unit; 0 where nothing is reconstructed."""
+        return self.plan.iterations if self.recipe in RECIPES and RECIPES[self.recipe].passes else 0
+
+    @property
+    def minutes(self) -> float:
+        """Rough cost."""
+        return 0.5 + 2.0 * self.iterations / 500
 
 
-def open_net(net: str, profile: str, *, dataset: str = "cifar10", n_test: int | None = None) -> selection_bench.Bench:
-    """The float net with its images; its ``common`` are validation images (None on ImageNet).
+def points(plan: Plan) -> list[Quantization]:
+    """Network by network its float line, then seed by seed and width by width each recipe; unknown ones are refused."""
+    for kind, names, known in (("network", plan.nets, NETS), ("recipe", plan.recipes, RECIPES)):
+        for name in names:
+            if name not in known:
+                raise StudyError(
+                    f"ptq_methods has no {kind} {name!r}: choose from {', '.join(known)}{nearest(name, known)}"
+                )
+    found = []
+    for net in plan.nets:
+        found += [Quantization(plan, net)] + [
+            Quantization(plan, net, recipe, (int(w_bits), int(a_bits)), seed)
+            for seed in plan.seeds
+            for w_bits, a_bits in plan.bits
+            for recipe in plan.recipes
+            if w_bits < 8 or RECIPES[recipe].passes is None
+        ]
+    return found
 
-    Raises:
-        FileNotFoundError: the public checkpoint (``open_nets`` skips it) or the image folder is absent.
-    """
-    n_val = 0 if dataset == "imagenet" else 5_000
-    bench = selection_bench.open_bench(dataset, profile, root=None, n_common=n_val, n_test=n_test)
-    if net == SHIPPED:
+
+def key(run: Run[Any], point: Quantization) -> Row:
+    """What names a measurement: network, recipe with its settings, bits, images, budget and seed."""
+    net = PUBLIC if point.net == PUBLIC else SHIPPED
+    switches: Row = {"net": net, "recipe": point.recipe, **(_checkpoint() if point.net == SHIPPED else {})}
+    named = {"experiment": run.study, "model": NETS[point.net], "metric": "acc_pct"}
+    if point.recipe == FLOAT:
+        return {**named, "method": FLOAT, "switches": switches}
+    recipe = RECIPES[point.recipe]
+    return {
+        **named, "method": recipe.method, "w_bits": point.bits[0], "a_bits": point.bits[1], "placement": "academic",
+        "n_calib": point.plan.n_calib, "seed": point.seed, "iterations": point.iterations,
+        "switches": {**switches, "first_last_bits": 8, **recipe.config(point.iterations)},
+    }  # fmt: skip
+
+
+def _checkpoint() -> Row:
+    """The switch that tells a later shipped network from the first one."""
+    later = net_switch("resnet20")
+    return {"checkpoint": later["net"]} if later else {}
+
+
+def open_net(run: Run[Plan], needed: Hashable) -> Bench | None:
+    """The float network with its images; None, after a line that says why, where they cannot be had."""
+    if needed == LITE:
+        return _imagenet(run)
+    bench = open_bench("resnet20", n_test=run.plan.n_test, device=run.device)
+    if bench is None or needed == SHIPPED:
         return bench
     path = public_file()
     if path is None or bench.dataset != "cifar10":
-        raise FileNotFoundError(f"no {PUBLIC_FILE} in ../shared/data/checkpoints, or no CIFAR-10")
-    assert bench.common is not None
-    train, common, test = (s.normalized_by(*models.IMAGENET_MEAN_STD) for s in (bench.train, bench.common, bench.test))
-    return selection_bench.Bench(bench.model, models.resnet20_akamaster(path).eval(), train, common, test)
+        print(f"{PUBLIC}: no {PUBLIC_FILE} in ../shared/data/checkpoints, or no CIFAR-10: not run")
+        return None
+    parts = (part.normalized_by(*models.IMAGENET_MEAN_STD) for part in (bench.train, bench.val, bench.test))
+    return Bench(models.resnet20_akamaster(path).eval().to(run.device), bench.record, *parts)
+
+
+def _imagenet(run: Run[Plan]) -> Bench | None:
+    if reason := selection_bench.available():
+        print(f"{LITE}: {reason}: not run")
+        return None
+    found = selection_bench.open_bench("imagenet", run.profile, n_common=0, n_test=run.plan.n_test, device=run.device)
+    return Bench(found.net, {"model": LITE, "dataset": "imagenet"}, found.train, found.test, found.test)
 
 
 def public_file() -> Path | None:
@@ -86,79 +183,28 @@ def public_file() -> Path | None:
     return path if path is not None and path.exists() else None
 
 
-def run(
-    profile: str,
-    *,
-    nets: Sequence[str] | None = None,
-    recipes: Sequence[str] | None = None,
-    bits: Sequence[Sequence[int]] | None = None,
-    seeds: Sequence[int] | None = None,
-    dataset: str = "cifar10",
-) -> pd.DataFrame:
-    """Measures each recipe on each net at each width with each seed; the study's rows of this profile.
-
-    Args:
-        profile: chooses budget, images and output folders; what is there already is not measured again.
-        nets:    "public" (skipped with a line where it is absent) and "shipped"; default the profile's.
-        recipes: keys of ``RECIPES``; default: those to nearest and, on CIFAR-10, AdaRound, BRECQ (both losses), QDrop
-                 (a few of them in smoke).
-        bits:    (weights, activations) pairs; default the profile's. At 8 bits nothing is reconstructed.
-        seeds:   default the profile's.
-        dataset: "cifar10", or "imagenet" with the folder of ``selection_bench``.
-    """
-    plan = plan_of(profile, dataset)
-    default = plan.get("recipes", NEAREST if dataset == "imagenet" else (*NEAREST, *LEARNED))
-    for net in nets or plan["nets"]:
-        try:
-            bench = open_net(net, profile, dataset=dataset, n_test=plan["n_test"])
-        except FileNotFoundError as error:
-            print(f"{net}: skipped, {error}")
-            continue
-        points = [
-            Point(net, name, (int(width[0]), int(width[1])), seed)
-            for seed in (plan["seeds"] if seeds is None else seeds)
-            for width in (plan["bits"] if bits is None else bits)
-            for name in recipes or default
-            if width[0] < 8 or RECIPES[name].passes is None
-        ]
-        _float_row(bench, net, profile)
-        for i, point in enumerate(points):
-            print(f"[{i + 1}/{len(points)}] {_title(point)}", flush=True)
-            measure(point, bench, profile)
-    return store.read(STUDY, profile=profile)
-
-
-def plan_of(profile: str, dataset: str) -> dict[str, Any]:
-    """The sizes of a profile on a data set."""
-    return {**PLAN[paths.check_profile(profile)], **(IMAGENET if dataset == "imagenet" else {})}
-
-
-def _title(point: Point) -> str:
-    return f"{point.net} W{point.bits[0]}A{point.bits[1]} {point.recipe}, seed {point.seed}"
-
-
-def measure(point: Point, bench: selection_bench.Bench, profile: str) -> None:
-    """Quantizes and evaluates one point and appends its rows, unless they are there."""
-    plan, recipe = plan_of(profile, bench.dataset), RECIPES[point.recipe]
-    iterations = plan["iterations"] if recipe.passes else 0
-    x = calibration(bench, plan["n_calib"], point.seed)
-    common = _common(point, bench, len(x), iterations)
-    if store.done(STUDY, {**common, "metric": "acc_pct"}, profile=profile):
+def measure(run: Run[Plan], bench: Bench, point: Quantization) -> Iterator[Found]:
+    """Accuracy and loss on test images, the CPU time of the quantization, and errors behind each block."""
+    batch = selection_bench.EVAL_BATCH.get(bench.dataset, 64)
+    if point.recipe == FLOAT:
+        score = evaluate(bench.net, bench.test, batch_size=batch)
+        yield {"dataset": bench.dataset, "value": score.acc_pct, "unit": "%", "n_test": score.n}
         return
-    clock, cpu, reporter = time.perf_counter(), time.process_time(), Reporter()
-    qnet = quantized(bench.net, x, recipe, point.bits, iterations=iterations, seed=point.seed,
-                     folder=_folder(common, profile) if recipe.passes else None, progress=reporter)  # fmt: skip
-    cpu = time.process_time() - cpu
-    score = evaluate(qnet, bench.test, batch_size=selection_bench.eval_batch(bench))
-    common |= {"seconds": round(time.perf_counter() - clock, 1), **provenance.stamp()}
+    plan, reporter = point.plan, Reporter()
+    x = recipes.calibration(bench.train, plan.n_calib, point.seed)
+    folder = _folder(run, point) if point.iterations else None
+    started = time.process_time()
+    qnet = recipes.quantized(bench.net, x, RECIPES[point.recipe], point.bits, iterations=point.iterations,
+                             seed=point.seed, folder=folder, progress=reporter)  # fmt: skip
+    cpu = time.process_time() - started
+    score = evaluate(qnet, bench.test, batch_size=batch)
     if point.bits in ERROR_BITS:
-        _append_errors(common, qnet, bench, x, plan["n_errors"], profile)
-    values = {"acc_pct": (score.acc_pct, "%"), "loss": (score.loss, "nat"), "calibration_cpu_s": (cpu, "s")}
+        yield from _errors(key(run, point), qnet, bench, x, plan.n_errors)
+    values = {"loss": (score.loss, "nat"), "calibration_cpu_s": (cpu, "s"), "acc_pct": (score.acc_pct, "%")}
     if reporter.resumed:  # what an earlier process spent is not known
         del values["calibration_cpu_s"]
-    rows = [{**common, "metric": m, "value": v, "unit": unit, "n_test": score.n} for m, (v, unit) in values.items()]
-    store.append(STUDY, rows, profile=profile)
-    print(f"{_title(point)}: {score.acc_pct:.2f} %, {cpu:.0f} CPU s", flush=True)
+    for metric, (value, unit) in values.items():
+        yield {"dataset": bench.dataset, "metric": metric, "value": value, "unit": unit, "n_test": score.n}
 
 
 class Reporter:
@@ -175,59 +221,164 @@ class Reporter:
             print(f"  {report}", flush=True)
 
 
-def _common(point: Point, bench: selection_bench.Bench, n_calib: int, iterations: int) -> dict[str, Any]:
-    recipe = RECIPES[point.recipe]
-    switches = {"net": point.net, "recipe": point.recipe, "first_last_bits": 8, **recipe.config(iterations)}
+def _folder(run: Run[Plan], point: Quantization) -> Path:
+    text = json.dumps(key(run, point), sort_keys=True)
+    return run.folder / f"{point.name}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> Iterator[Found]:
+    """Relative squared error behind each block on ``n`` validation images (ImageNet: test images)."""
+    images = bench.val.balanced(len(bench.val), 0) if bench.val is not bench.test else bench.val
+    images = images.subset(list(range(0, len(images), max(1, len(images) // n)))[:n])
+    reference = quantize(bench.net, selection_bench.policy(key["w_bits"], key["a_bits"]), x[:1])
+    for error in ptq.block_errors(qnet, reference, data.normalize(images.images, images.spec)):
+        where = {**key["switches"], "block": error.name, "position": error.position}
+        yield ERRORS, {"experiment": ERRORS, "dataset": bench.dataset, "metric": "rel_error", "value": error.error,
+                       "unit": "1", "n_test": len(images), "switches": where}  # fmt: skip
+
+
+METHODS = Study("ptq_methods", PLANS, points=points, key=key, open_bench=open_net, measure=measure)
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """Which of QDrop's schedules are compared, at W2A2."""
+
+    schedules: tuple[Mapping[str, float], ...]
+    """travel (rounding rate x iterations; published: 1e-3 x 20,000 = 20), beta_start (first exponent), others."""
+    iterations: int
+    """See ``Plan``."""
+    n_calib: int
+    """Calibration images."""
+    n_val: int | None = None
+    """Validation images; None = all."""
+    seeds: tuple[int, ...] = (1005,)
+    """See ``Plan``."""
+
+
+MILD = {"travel": 5.0, "beta_start": 20.0}
+OTHERS = ({"travel": 25.0, "beta_start": 20.0}, {"travel": 50.0, "beta_start": 8.0}, {**CHOSEN, "step_lr": 5e-4})
+SCHEDULES = {
+    "smoke": SchedulePlan((CHOSEN,), 2, 32, 100),
+    "quick": SchedulePlan((MILD, CHOSEN), 60, 256, 1_000),
+    "full": SchedulePlan((MILD, CHOSEN, *OTHERS), 500, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Scheduling(Point):
+    """The shipped network quantized by QDrop at W2A2 with one schedule."""
+
+    plan: SchedulePlan
+    """What all points share."""
+    schedule: Mapping[str, float]
+    """See ``SchedulePlan``."""
+    seed: int
+    """See ``Plan``."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``schedule_travel25_beta_start8_s1005``."""
+        return "_".join(["schedule", *(f"{k}{v:g}" for k, v in self.schedule.items()), f"s{self.seed}"])
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The float network that it starts from."""
+        return ("resnet20_float_s0",)
+
+
+def schedule_points(plan: SchedulePlan) -> list[Scheduling]:
+    """Every schedule with every seed."""
+    return [Scheduling(plan, schedule, seed) for seed in plan.seeds for schedule in plan.schedules]
+
+
+def schedule_key(run: Run[SchedulePlan], point: Scheduling) -> Row:
+    """What names a schedule in the rows."""
     return {
-        "experiment": STUDY, "model": bench.model, "dataset": bench.dataset, "method": recipe.method,
-        "w_bits": point.bits[0], "a_bits": point.bits[1], "placement": "academic", "n_calib": n_calib,
-        "seed": point.seed, "iterations": iterations, "switches": switches,
+        "experiment": run.study, "model": "resnet20", "method": "qdrop", "w_bits": 2, "a_bits": 2,
+        "placement": "academic", "n_calib": point.plan.n_calib, "seed": point.seed, "metric": "acc_pct",
+        "iterations": point.plan.iterations,
+        "switches": {"net": SHIPPED, "split": "val", "first_last_bits": 8, **_checkpoint(), **point.schedule},
     }  # fmt: skip
 
 
-def _folder(common: Mapping[str, Any], profile: str) -> Path:
-    key = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:10]
-    stem = f"{common['switches']['net']}_{common['switches']['recipe']}_w{common['w_bits']}a{common['a_bits']}"
-    return paths.runs_dir(profile) / STUDY / f"{stem}_s{common['seed']}_{key}"
+def measure_schedule(run: Run[SchedulePlan], bench: Bench, point: Scheduling) -> Iterator[Found]:
+    """Accuracy on validation images, which were held out of the network's training; test images play no part."""
+    plan, n = point.plan, point.plan.n_val
+    val = bench.val if n is None or n >= len(bench.val) else bench.val.balanced(n, 0)
+    settings = recipes.rated(point.schedule, plan.iterations)
+    recipe = Recipe("qdrop", "schedule", passes=ptq.qdrop, settings=settings)
+    x = recipes.calibration(bench.train, plan.n_calib, point.seed)
+    qnet = recipes.quantized(bench.net, x, recipe, (2, 2), iterations=plan.iterations, seed=point.seed)
+    score = evaluate(qnet, val)
+    yield {"dataset": bench.dataset, "value": score.acc_pct, "unit": "%", "n_test": score.n}
 
 
-def _append_errors(
-    common: Mapping[str, Any], qnet: fx.GraphModule, bench: selection_bench.Bench, x: Tensor, n: int, profile: str
-) -> None:
-    images: ImageSet = bench.common or bench.test
-    images = images.subset(list(range(0, len(images), max(1, len(images) // n)))[:n])
-    reference = quantize(bench.net, selection_bench.policy(common["w_bits"], common["a_bits"]), x[:1])
-    found = ptq.block_errors(qnet, reference, data.normalize(images.images, images.spec))
-    rows = [
-        {**common, "experiment": ERRORS, "metric": "rel_error", "value": e.error, "unit": "1", "n_test": len(images),
-         "switches": {**common["switches"], "block": e.name, "position": e.position}}
-        for e in found
-    ]  # fmt: skip
-    store.append(ERRORS, rows, profile=profile)
+def _shipped(run: Run[Any], _needed: Hashable) -> Bench | None:
+    return open_bench("resnet20", n_test=1, device=run.device)
 
 
-def _float_row(bench: selection_bench.Bench, net: str, profile: str) -> None:
-    common = {"experiment": STUDY, "model": bench.model, "dataset": bench.dataset, "method": "float",
-              "switches": {"net": net, "recipe": "float"}, "metric": "acc_pct"}  # fmt: skip
-    if not store.done(STUDY, common, profile=profile):
-        score = evaluate(bench.net, bench.test, batch_size=selection_bench.eval_batch(bench))
-        store.append(STUDY, [{**common, "value": score.acc_pct, "unit": "%", "n_test": score.n}], profile=profile)
+SCHEDULE = Study(
+    "ptq_schedule", SCHEDULES, points=schedule_points, key=schedule_key, measure=measure_schedule,
+    open_bench=_shipped,
+)  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m hq_lib.studies.ptq.study", description=run.__doc__)
-    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    parser.add_argument("--nets", nargs="+", default=None, choices=NETS)
-    parser.add_argument("--recipes", nargs="+", default=None, choices=list(RECIPES))
-    parser.add_argument("--bits", nargs="+", default=None, metavar="W,A")
-    parser.add_argument("--seeds", nargs="+", type=int, default=None, metavar="N")
-    parser.add_argument("--dataset", default="cifar10", choices=["cifar10", "imagenet"])
-    options = parser.parse_args(arguments)
-    bits = [tuple(map(int, width.split(","))) for width in options.bits] if options.bits else None
-    run(options.profile, nets=options.nets, recipes=options.recipes, bits=bits, seeds=options.seeds,
-        dataset=options.dataset)  # fmt: skip
+@dataclass(frozen=True)
+class AciqPlan:
+    """At which widths ACIQ's prediction is compared with the error of the shipped network's tensors."""
+
+    bits: tuple[int, ...]
+    """Of each tensor's grid."""
+    n_calib: int = 256
+    """Calibration images, whose activations are quantized."""
+    seed: int = 1005
+    """Of those images."""
 
 
-if __name__ == "__main__":
-    main()
+ACIQ_PLANS = {"smoke": AciqPlan((2, 4), 32), "quick": AciqPlan((2, 3, 4, 8)), "full": AciqPlan((2, 3, 4, 8))}
+
+
+@dataclass(frozen=True)
+class Predicting(Point):
+    """All tensors of the shipped network at one width."""
+
+    plan: AciqPlan
+    """What all points share."""
+    bits: int
+    """Of each tensor's grid."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``aciq_4bit``."""
+        return f"aciq_{self.bits}bit"
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The network whose tensors they are."""
+        return ("resnet20_float_s0",)
+
+
+def aciq_key(run: Run[AciqPlan], point: Predicting) -> Row:
+    """What names a width in the rows: those of its activations stand for all."""
+    return {
+        "experiment": run.study, "model": "resnet20", "method": "aciq", "w_bits": 32, "a_bits": point.bits,
+        "n_calib": point.plan.n_calib, "seed": point.plan.seed, "metric": recipes.MSE[0],
+    }  # fmt: skip
+
+
+def measure_aciq(run: Run[AciqPlan], bench: Bench, point: Predicting) -> Iterator[Found]:
+    """Measured and predicted error of every activation after a ReLU and of every weight, norms folded."""
+    x = recipes.calibration(bench.train, point.plan.n_calib, point.plan.seed)
+    for kind, name, values in recipes.tensors(bench.net, x):
+        found = recipes.aciq_errors(values, bits=point.bits, relu=kind == "activation")
+        width = {"a_bits": point.bits} if kind == "activation" else {"w_bits": point.bits, "a_bits": 32}
+        switches = {"net": SHIPPED, "tensor": kind, "layer": name, "prior": found.pop("prior")}
+        for metric in recipes.MSE:
+            yield {**width, "dataset": bench.dataset, "metric": metric, "value": found[metric], "unit": "1",
+                   "switches": switches}  # fmt: skip
+
+
+ACIQ = Study("aciq_mse", ACIQ_PLANS, points=lambda plan: [Predicting(plan, b) for b in plan.bits], key=aciq_key,
+             open_bench=_shipped, measure=measure_aciq)  # fmt: skip
+STUDIES = (ACIQ, SCHEDULE, METHODS)

@@ -1,4 +1,4 @@
-"""What the rows of the post-training studies say: tab_aciq_constants, tab_ptq, and the findings of notebook 04."""
+"""What notebook 04 shows of the post-training studies: rows in, frames out."""
 
 import json
 from collections.abc import Sequence
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import pandas as pd
 
 from hq_lib.quantizers import aciq
-from hq_lib.results import figures, labels, published, store, tables
-from hq_lib.studies.ptq import aciq_mse
-from hq_lib.studies.ptq.recipes import RECIPES
-from hq_lib.studies.ptq.study import BITS, ERRORS, PUBLIC, SHIPPED, STUDY
+from hq_lib.results import labels, published, tables
+from hq_lib.studies.ptq.recipes import MSE, RECIPES
+from hq_lib.studies.ptq.study import PLANS, PUBLIC, SHIPPED
+
+BITS = PLANS["full"].bits
 
 COLUMNS = ("public ResNet-20", "shipped ResNet-20", "ResNet-20 on digits", "ImageNet EfficientNet-Lite0",
            "ImageNet ResNet-18")  # fmt: skip
@@ -32,17 +33,13 @@ PAPER_LINES = {
     "adaround": RECIPES["adaround"].line, "brecq": RECIPES["brecq"].line, "qdrop": RECIPES["qdrop"].line,
 }  # fmt: skip
 """method -> line under which its published ImageNet numbers (20,000 iterations) stand"""
-TARGETS_PCT = {(4, 4): 91.0, (3, 3): 88.9, (2, 4): 89.1, (2, 2): 80.4}
-"""what the official QDrop code reaches on the public net in 500 iterations with the better rate (one seed)"""
 
 
-def rows_of(study: str, profile: str) -> pd.DataFrame:
-    """A study's rows of one profile, with ``net`` and ``recipe`` (and a block's place) as columns."""
-    found = store.read(study, profile=profile)
-    found = found.loc[found["profile"] == profile]
-    switches = pd.DataFrame([json.loads(text) for text in found["switches"]], index=found.index)
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with ``net`` (one of ``COLUMNS``), ``recipe`` (and a block's place) as columns."""
+    switches = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
     wanted = switches.reindex(columns=["net", "recipe", "block", "position"])
-    found = found.assign(**{column: wanted[column] for column in wanted})
+    found = rows.assign(**{column: wanted[column] for column in wanted})
     return found.assign(net=[column_of(*pair) for pair in zip(found["net"], found["dataset"], strict=True)])
 
 
@@ -68,9 +65,9 @@ def constants_table() -> pd.DataFrame:
     })  # fmt: skip
 
 
-def table(profile: str) -> pd.DataFrame:
-    """tab_ptq: a block of lines for each pair of bit widths, a group of columns for each network."""
-    ours, theirs = rows_of(STUDY, profile), known()
+def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_ptq, from rows of ``ptq_methods``: a block of lines for each pair of widths, columns for each network."""
+    ours, theirs = named(rows), known()
     ours = ours.assign(line=[RECIPES[key].line if key in RECIPES else "-" for key in ours["recipe"]])
     lines = ["-", *(recipe.line for recipe in RECIPES.values()), *OTHERS]
     order = {
@@ -100,90 +97,102 @@ def known() -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def caption(profile: str) -> str:
-    """What tab_ptq shows, with data set, profile, images and seeds."""
-    rows = rows_of(STUDY, profile)
-    rows = rows.loc[rows["recipe"] != "float"]
-    data_sets = ", ".join(sorted(set(rows["dataset"])))
+def protocol(rows: pd.DataFrame) -> dict[str, str]:
+    """``n`` and ``note`` of tab_ptq's caption: images, budget, and where its schedule was noticed first."""
+    rows = rows.loc[rows["method"] != "float"]
     n_test, n_calib = ("/".join(f"{n:,}" for n in sorted(set(rows[c]))) for c in ("n_test", "n_calib"))
-    iterations = max(rows["iterations"], default=0)
-    claim = "Without training, learned rounding is worth little at 4 bits and nearly all at 2: test accuracy, percent"
-    switches = f"{n_calib} calibration images, {iterations} iterations a unit (BRECQ a quarter more for the steps)"
-    counted = f"{n_test} test images, the number of seeds in each cell"
-    return figures.caption(claim, profile=profile, n=counted, seeds=sorted(set(rows["seed"])), dataset=data_sets,
-                            switches=switches)  # fmt: skip
+    budget = f"{max(rows['iterations'], default=0)} iterations a unit (BRECQ a quarter more for the steps)"
+    first = "the schedule was noticed on the public net's test images and chosen on the shipped net's validation images"
+    return {
+        "n": f"{n_test or 'no'} test images, the number of seeds in each cell",
+        "note": f"{n_calib or 'no'} calibration images, {budget}; {first}",
+    }
 
 
-def accuracies(profile: str) -> pd.DataFrame:
-    """Mean, sd and number of seeds by net, recipe and bits: columns net recipe w_bits a_bits mean sd n."""
-    rows = rows_of(STUDY, profile)
-    rows = rows.loc[rows["metric"] == "acc_pct"]
-    return tables.cells(rows, by=["net", "recipe", "w_bits", "a_bits"])
+def best(rows: pd.DataFrame) -> pd.DataFrame:
+    """By network and bits the recipes, best first: mean, sd and number of seeds, and what the official code reached."""
+    found = named(rows.loc[rows["metric"] == "acc_pct"])
+    found = tables.with_bits(tables.cells(found, by=["net", "recipe", "w_bits", "a_bits"]))
+    found["line"] = [RECIPES[name].line if name in RECIPES else "-" for name in found["recipe"]]
+    where = ["net", "bits", "line"]
+    theirs = tables.with_bits(known().query("metric == 'acc_pct'"))
+    theirs = theirs.pivot_table(index=where, values="value", aggfunc="max").reset_index()
+    found = found.merge(theirs, on=where, how="left").sort_values(
+        ["net", "bits", "mean"], ascending=[True, False, False]
+    )
+    out = pd.DataFrame(found, columns=["net", "bits", "recipe", "mean", "sd", "n", "value"])
+    return out.rename(columns={"value": "official"}).reset_index(drop=True).round(2)
 
 
-def errors(profile: str, *, net: str, recipes: Sequence[str]) -> pd.DataFrame:
-    """The errors behind each block of one net, for ``fig_error_accumulation``, only recipes given."""
-    rows = rows_of(ERRORS, profile)
-    return rows.loc[(rows["net"] == net) & rows["recipe"].isin(list(recipes))]
+def first_net(rows: pd.DataFrame) -> str:
+    """The network that figures show, one of ``COLUMNS``: the public one where it was measured; "" where none was."""
+    return next((column for column in COLUMNS if column in set(named(rows)["net"])), "")
 
 
-def first_net(profile: str, dataset: str) -> str:
-    """The net of a data set that figures show, one of ``COLUMNS``: the public one where it was measured."""
-    rows = rows_of(STUDY, profile)
-    on_it = rows["dataset"].isin([dataset, "digits"])
-    return next(column for column in COLUMNS if column in set(rows.loc[on_it, "net"]))
+def errors(rows: pd.DataFrame, *, net: str, recipes: Sequence[str]) -> pd.DataFrame:
+    """The errors behind each block, from rows of ``ptq_errors``, of one network and some recipes."""
+    found = named(rows)
+    return found.loc[(found["net"] == net) & found["recipe"].isin(list(recipes))]
 
 
-def findings(profile: str) -> list[str]:
-    """The sentences that the rows of a profile support."""
-    cells = accuracies(profile).to_dict("records")
-    lines: list[str] = []
-    for net in COLUMNS:
-        if mine := [cell for cell in cells if cell["net"] == net]:
-            lines += _accuracy_findings(mine, net)
-    return [*lines, *_error_findings(profile), *_clip_findings(profile)]
+def at_the_logits(found: pd.DataFrame) -> pd.DataFrame:
+    """By bits and recipe of ``errors``: mean error behind the first block and behind the last, and seeds of each."""
+    ends = tables.with_bits(found.assign(position=found["position"].astype(float)))
+    last = ends["position"].max()
+    ends = ends.loc[ends["position"].isin([ends["position"].min(), last])]
+    ends = ends.assign(place=ends["position"].eq(last).map({False: "first block", True: "logits"}))
+    wide = ends.pivot_table(index=["bits", "recipe"], columns="place", values="value", sort=False)
+    wide = wide.reindex(columns=["first block", "logits"])
+    return wide.assign(seeds=ends.groupby(["bits", "recipe"])["seed"].nunique()).rename_axis(columns=None)
 
 
-def _accuracy_findings(cells: list[dict], net: str) -> list[str]:
-    lines = [f"{net}: float {cell['mean']:.2f} %" for cell in cells if cell["recipe"] == "float"]
-    for bits in BITS:
-        here = [cell for cell in cells if (cell["w_bits"], cell["a_bits"]) == bits]
-        shown = [f"{cell['recipe']} {_text(cell)}" for cell in sorted(here, key=lambda cell: -cell["mean"])]
-        lines += [f"{net}, {labels.bits_label(*bits)}, best first: {', '.join(shown)}"] if shown else []
-        for cell in here:
-            if net == COLUMNS[0] and bits in TARGETS_PCT and cell["recipe"] == "qdrop":
-                gap = cell["mean"] - TARGETS_PCT[bits]
-                lines.append(f"  QDrop against the official code's {TARGETS_PCT[bits]} %: {gap:+.2f} points")
-    return lines
+def error_claim(found: pd.DataFrame, net: str) -> dict[str, str]:
+    """``claim`` and ``note`` of fig_error_accumulation: what QDrop leaves of the error, and seeds by recipe."""
+    ends = at_the_logits(found)
+    logits = pd.DataFrame(ends["logits"].unstack("recipe"), columns=["mse", "qdrop"])
+    left = logits.dropna().reset_index().to_dict("records")
+    shown = ", ".join(f"{100 * line['qdrop'] / line['mse']:.0f} % at {line['bits']}" for line in left)
+    flat = ends.reset_index()
+    n = dict(zip(flat["recipe"], flat["seeds"], strict=True))
+    several = ", ".join(f"{labels.printed('method', RECIPES[name].method)} {k}" for name, k in n.items() if k > 1)
+    return {
+        "claim": f"Quantization error behind each block ({net}) grows from block to block; at the logits QDrop leaves "
+        f"this share of what the nearest rounding leaves: {shown or tables.NOT_RUN}",
+        "note": f"seeds of each method: {several}, others 1" if several else "one seed of each method",
+    }
 
 
-def _text(cell: dict) -> str:
-    spread = f" ± {cell['sd']:.2f}" if cell["n"] > 1 else ""
-    return f"{cell['mean']:.2f}{spread} (n={cell['n']})"
+def schedules(rows: pd.DataFrame) -> pd.DataFrame:
+    """Validation accuracy by schedule, from rows of ``ptq_schedule``, best first: columns schedule, mean, count."""
+    lines = rows.assign(schedule=[_schedule_name(json.loads(text)) for text in rows["switches"]])
+    table = lines.groupby("schedule")["value"].agg(["mean", "count"]).reset_index()
+    return table.sort_values("mean", ascending=False, ignore_index=True)
 
 
-def _error_findings(profile: str) -> list[str]:
-    rows = rows_of(ERRORS, profile)
-    means = rows.pivot_table(index=["net", "w_bits", "a_bits", "position"], columns="recipe", values="value")
-    if not {"mse", "qdrop"} <= set(means.columns):
-        return []
-    factor = means.assign(factor=means["mse"] / means["qdrop"])["factor"].dropna().reset_index()
-    lines = []
-    for group in [part for _, part in factor.groupby(["net", "w_bits", "a_bits"], sort=False)]:
-        first, last = group.to_dict("records")[0], group.to_dict("records")[-1]
-        lines.append(
-            f"{first['net']}, {labels.bits_label(first['w_bits'], first['a_bits'])}: QDrop divides the error of "
-            f"rounding to nearest by {first['factor']:.1f} behind the first block and by {last['factor']:.1f} at the "
-            f"logits"
-        )
-    return lines
+def _schedule_name(switches: dict) -> str:
+    skipped = ("net", "split", "first_last_bits", "travel", "checkpoint")
+    others = [f"{name} {value:g}" for name, value in switches.items() if name not in skipped]
+    return ", ".join([f"rate x iterations {switches['travel']:g}", *others])
 
 
-def _clip_findings(profile: str) -> list[str]:
-    ratios = aciq_mse.ratios(aciq_mse.table(profile))
-    return [
-        f"ACIQ, {row['bits']} bit {row['tensor']}s: measured error over predicted, median {row['model median']:.2f} "
-        f"({row['model min']:.2f} to {row['model max']:.2f}) for the noise model, {row['exact median']:.2f} "
-        f"({row['exact min']:.2f} to {row['exact max']:.2f}) for the exact integral"
-        for row in ratios.to_dict("records")
-    ]
+def aciq_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``aciq_mse`` side by side: dataset, net, tensor, layer, prior, bits, and a column for each error."""
+    keys = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
+    keys = keys.reindex(columns=["net", "tensor", "layer", "prior"])
+    bits = rows["a_bits"].where(keys["tensor"] == "activation", rows["w_bits"]).astype(int)
+    wide = keys.assign(bits=bits, dataset=rows["dataset"], metric=rows["metric"], value=rows["value"])
+    index = ["dataset", "net", "tensor", "layer", "prior", "bits"]
+    wide = wide.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
+    return wide.reindex(columns=[*index, *sorted(MSE)])
+
+
+def ratios(found: pd.DataFrame) -> pd.DataFrame:
+    """Measured over predicted error by tensor and bits: median, smallest, largest, of both predictions."""
+    parts = {
+        name: (found["mse_measured"] / found[metric]).groupby([found["tensor"], found["bits"]])
+        for name, metric in (("model", "mse_model"), ("exact", "mse_exact"))
+    }
+    columns = {
+        f"{name} {part}": getattr(group, part)() for name, group in parts.items() for part in ("median", "min", "max")
+    }
+    return pd.DataFrame(columns).reset_index()

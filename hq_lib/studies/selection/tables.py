@@ -107,23 +107,14 @@ def _pair_texts(mine: pd.DataFrame, name: str) -> dict[str, str]:
 
 
 def claim(profile: str, dataset: str, bits: Bits) -> str:
-    """One sentence: what the smoothest images change at a width, on average over draws; n/r where nothing was run."""
+    """One sentence: the mean paired difference of the smoothest images at a width; n/r below two shared draws."""
     points, parts = frames.frame(profile, dataset), []
     for method in METHODS:
         sets = frames.main_sets(points, profile, dataset, method=method, bits=bits)
-        means = {choice: group["acc_pct"].mean() for choice, group in sets.groupby("choice")}
-        gain = f"{means[SMOOTH] - means['random']:+.2f}" if {SMOOTH, "random"} <= set(means) else tables.NOT_RUN
+        found = frames.paired(sets, SMOOTH)
+        gain = tables.NOT_RUN if found is None else f"{found['mean']:+.2f}"
         parts.append(f"{labels.printed('method', method)} {gain}")
     return f"Smoothest instead of random calibration images at {labels.bits_label(*bits)}, points: {', '.join(parts)}"
-
-
-def smoothness_claim(sets: pd.DataFrame) -> str:
-    """One sentence: Spearman's rho of total variation with both losses and with accuracy, over how many sets."""
-    found = frames.correlations(sets)
-    found = found.loc[found["metric"] == "set_tv"]
-    rho = dict(zip(found["target"], found["rho"], strict=True))
-    shown = ", ".join(f"{words} {rho[target]:+.2f}" for target, words in frames.TARGETS.items())
-    return f"Spearman's rho of a set's mean total variation over {len(sets)} sets with {shown}"
 
 
 def caption(words: str, profile: str, points: pd.DataFrame, *, dataset: str, seeds: Sequence[int] | None = None) -> str:
