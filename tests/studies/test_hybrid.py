@@ -157,6 +157,8 @@ def test_additivity_is_stated_on_both_sides_of_its_limit():
     assert found["nets"].sum() == 2 * 9
     assert found[["median", "least", "largest"]].to_numpy() == pytest.approx(1.25)
     assert found["Spearman"].to_numpy() == pytest.approx(1.0)
+    same = points().assign(kl=0.2, predicted_kl=0.2)
+    assert tables.additivity(same)["Spearman"].isna().all()  # without a warning
 
 
 def test_searches_keep_their_budgets_and_name_every_tensor():

@@ -126,6 +126,7 @@ def additivity(found: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for word, part in {**parts, "all": known}.items():
         ratio = part["kl"] / part["predicted_kl"]
-        rho = spearmanr(part["predicted_kl"], part["kl"])[0] if len(part) > 1 else np.nan
+        varies = min(part["predicted_kl"].nunique(), part["kl"].nunique()) > 1
+        rho = spearmanr(part["predicted_kl"], part["kl"])[0] if varies else np.nan
         lines.append((word, len(part), ratio.median(), ratio.min(), ratio.max(), rho))
     return pd.DataFrame(lines, columns=["predicted KL", "nets", "median", "least", "largest", "Spearman"])
