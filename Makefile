@@ -16,11 +16,11 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND := Agg
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup paper reference test smoke lab share lint
+.PHONY: help setup paper reference test test-all smoke lab share lint
 .DEFAULT_GOAL := help
 
 help: ## what each word does
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 9
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 9
 
 setup: $(READY) ## the environment in .venv (done by every other word when needed)
 
@@ -36,8 +36,12 @@ paper: $(READY) ## regenerate every table, figure and rendered notebook (PROFILE
 reference: $(READY) ## the next unfinished runs of the reference, two side by side, until all are done or it is stopped
 	$(BIN)/snakemake --workflow-profile profiles/local --jobs 2 --config profile=full --keep-going reference
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest
+test: $(READY) ## lint and all tests but the slow ones; the ten slowest are printed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow" --durations=10
+
+test-all: $(READY) ## the slow tests too: whole test sets, every network, long fuzzing
+	$(BIN)/python -m pytest --durations=10
 
 smoke: $(READY) ## every notebook on tiny slices, written to a temporary folder
 	out=$$(mktemp -d) && HQ_OUT=$$out $(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --forceall --config profile=smoke && rm -rf $$out
