@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hq_lib.quantizers import act_quantizer
-from hq_lib.results import paths, store
 from hq_lib.studies.qat import study as qat
-from hq_lib.studies.qat import tables as qat_report
+from hq_lib.studies.qat import tables as qat_tables
 from hq_lib.studies.qat.figures import fig_pact_alpha
+from hq_lib.studies.study import profile_rows
 from hq_lib.training import qat_recipe
 from hq_lib.training.qat_recipes import BY_BITS, METHODS
 
@@ -39,47 +39,59 @@ def test_impossible_bits_name_the_key(bits):
         qat_recipe("lsq", bits, 4, "full")
 
 
-def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, capsys):
-    rows = qat.run("smoke", methods=["pact"], bits=[(4, 4)])
-    capsys.readouterr()
-    splits = {json.loads(s).get("split", "test"): v for s, v in zip(rows["switches"], rows["value"], strict=True)}
+def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, monkeypatch):
+    rows = qat.STUDY.run("smoke", methods=["pact"], bits=[[4, 4]])
+    mine = rows.loc[rows["method"] == "pact"]
+    splits = {json.loads(s).get("split", "test"): v for s, v in zip(mine["switches"], mine["value"], strict=True)}
     assert set(splits) == {"test", "val", "start"}
     assert min(splits.values()) > 60  # from a float network of 91 %, four bits cannot be near chance
-    clips = qat.clip_history("smoke")
+    clips = qat_tables.clip_curves(profile_rows(qat.CLIPS, "smoke"))
     assert sorted(set(clips["epoch"])) == [0, 1]
     assert clips["layer"].nunique() * 2 == len(clips)
-    again = qat.run("smoke", methods=["pact"], bits=[(4, 4)])  # resumes the ended run: evaluation only
-    assert again["value"].tolist() == rows["value"].tolist()
-    for file in (paths.runs_dir("smoke") / "qat" / "resnet20_pact_w4a4_s0").iterdir():
-        file.unlink()
-    file.parent.rmdir()
-    qat.run("smoke", methods=["pact"], bits=[(4, 4)])
-    assert "rows are there already" in capsys.readouterr().out
-    qat_report.baseline("smoke")
-    table = qat_report.methods_table("smoke")
+    monkeypatch.setattr(qat, "fit", lambda *_, **__: pytest.fail("run again, though its rows and its folder are there"))
+    assert qat.STUDY.run("smoke", methods=["pact"], bits=[[4, 4]])["value"].tolist() == rows["value"].tolist()
+    table = qat_tables.methods_table(rows)
     line = table.loc[(table["bits"] == "W4A4") & (table["method"] == "PACT")].iloc[0]
     assert line["ours"] == f"{splits['test']:.2f} (n=1)"
     assert float(line["gap"]) == pytest.approx(splits["test"] - 91.7, abs=0.006)  # the paper's 91.7 is the best known
-    assert fig_pact_alpha(qat_report.clip_curves("smoke")) is not None
-    assert any(text.startswith("W4A4: PACT") for text in qat_report.findings("smoke"))
+    assert fig_pact_alpha(clips) is not None
+    assert qat_tables.best(rows)["method"].tolist() == ["pact"]
 
 
 def test_a_network_without_float_weights_is_skipped(out_dir, capsys):
-    assert qat.run("smoke", names=["resnet56"], methods=["lsq"]).empty
+    assert qat.STUDY.run("smoke", models=["resnet56"], methods=["lsq"]).empty
     assert "no float checkpoint" in capsys.readouterr().out
 
 
+def test_configurations_have_rows_of_their_own_and_leave_the_other_tables_alone(out_dir, cifar10_train):
+    rows = qat.STUDY.run("smoke", methods=["mpact"], bits=[], lists=["cfg-1"])
+    mine = rows.loc[rows["method"] == "mpact"]
+    assert {json.loads(text)["lists"] for text in mine["switches"]} == {"cfg-1"}
+    assert set(mine["w_bits"]) == {8}
+    value = mine.loc[~mine["switches"].str.contains("split"), "value"].item()
+    assert value > 60
+    line = qat_tables.lists_table(rows, "resnet20").query("method == 'mPACT'").iloc[0]
+    assert line["ours"] == f"{value:.2f} (n=1)"
+    assert set(qat_tables.scores(rows)["method"]) == {"float"}
+    assert set(qat_tables.methods_table(rows).query("bits != 'float'")["ours"]) == {"n/r"}
+
+
 def test_tables_list_what_was_not_run(out_dir):
-    table = qat_report.group_table("mobilenetv2_seed", "smoke")
+    table = qat_tables.group_table(profile_rows("qat", "smoke"), "mobilenetv2_seed")
     assert set(table["ours"]) == {"n/r"}
     line = table.loc[(table["bits"] == "W4A4") & (table["method"] == "mPACT")].iloc[0]
     assert line["published"] == "93.33"
-    assert store.read("qat", profile="smoke").empty
+
+
+def test_methods_that_are_not_for_one_bit_are_left_out_there():
+    full = qat.STUDY.points(qat.STUDY.plan("full", seeds=[0]))
+    assert {p.method for p in full if p.w_bits == 1} == {"dsq", "dorefa", "ste"}
+    assert len({p.name for p in full}) == len(full)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.45])
 def test_dsq_curve_has_the_published_slopes(alpha):
-    curve = qat_report.dsq_curves(alphas=[alpha], bits=2, n=4001)
+    curve = qat_tables.dsq_curves(alphas=[alpha], bits=2, n=4001)
     inside = curve.loc[curve["x"].abs() < 0.999]
     peak = {0.05: 1.928, 0.2: 1.373}.get(alpha)  # c / (2 tanh(c / 2)) at a threshold
     if peak:
@@ -88,12 +100,6 @@ def test_dsq_curve_has_the_published_slopes(alpha):
     levels = sorted(set(curve["hard"].round(6)))
     assert levels == pytest.approx([-1, -1 / 3, 1 / 3, 1], abs=1e-5)
     assert (curve["soft"] - curve["hard"]).abs().max() <= 1 / 3 + 1e-6
-
-
-def test_the_command_line_names_bad_bits(capsys):
-    with pytest.raises(SystemExit):
-        qat.main(["--bits", "4"])
-    assert "as 4,4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signed", [True, False])
