@@ -87,8 +87,6 @@ def test_other_sets_and_absent_images_are_noticed(some, digits):
         selection.take(made, dataclasses.replace(digits, split="test"))
     with pytest.raises(IndexError):
         selection.from_images(some, [0, 40])
-    with pytest.raises(ManifestError, match="no raw indices"):
-        selection.from_images(dataclasses.replace(some, indices=torch.empty(0, dtype=torch.int64)), [0])
 
 
 def test_altered_missing_and_escaping_files_are_noticed(folder, tmp_path):

@@ -86,8 +86,6 @@ def pixel_hash(image: Tensor) -> str:
 
 def from_images(images: ImageSet, positions: Tensor | Sequence[int], **how: Unpack[How]) -> Manifest:
     """The manifest of the images at ``positions`` of a set; ``how``: metric, strategy, seed, balanced."""
-    if len(images.indices) != len(images):
-        raise ManifestError(f"{images.spec.name} carries no raw indices: load it through hq_lib.data.load")
     chosen = images.subset(torch.as_tensor(positions, dtype=torch.int64))
     hashes = tuple(pixel_hash(image) for image in chosen.images)
     indices = tuple(int(i) for i in chosen.indices)
