@@ -97,7 +97,7 @@ def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
     if name == "getitem" and inputs[0] == "other" and "shape" not in node.all_input_nodes[0].meta:
         return "other"  # one of several tensors that an operation has made
     kind = _KIND_OF.get(name, "other")
-    if kind in ("add", "mul") and (_n_tensors(node, known) < 2 or node.kwargs.get("alpha", 1) != 1):
+    if kind in ("add", "mul") and _n_tensors(node, known) < 2:
         return "other"
     if name in ("interpolate", "upsample"):
         return "pass" if _option(node, gm, "mode", 3, "nearest").startswith("nearest") else "other"

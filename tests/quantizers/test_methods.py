@@ -207,6 +207,13 @@ def test_nan_propagates_and_has_no_integer():
         quantizer.init_from(x)
         x = x.clone()
         x.view(-1)[0] = float("nan")
+        if (quantizer.method, quantizer.role) == (
+            "aciq",
+            "weight",
+        ):  # its clip follows the tensor's own statistics, so that no grid is left
+            with pytest.raises(ValueError, match="NaN"):
+                quantizer.eval()(x)
+            continue
         assert torch.isnan(quantizer.eval()(x).view(-1)[0]), quantizer
         with pytest.raises(ValueError, match="NaN"):
             quantizer.to_int(x)
@@ -279,7 +286,7 @@ def constructor(quantizer: Quantizer) -> dict:
 def test_a_state_of_other_bits_is_refused():
     quantizer = build("act", "lsq", 4, signed=False)
     quantizer(acts(False))
-    with pytest.raises(ValueError, match=r"4 bits.*policy"):
+    with pytest.raises(ValueError, match=r"4 bits.*3 bits.*graph\.load"):
         build("act", "lsq", 3, signed=False).load_state_dict(quantizer.state_dict())
 
 
