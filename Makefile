@@ -1,5 +1,5 @@
 # make paper   sets everything up and regenerates the paper (PROFILE=quick, the default, or full)
-# make test    sets everything up and runs all tests
+# make test    sets everything up, lints, and runs all tests but the slow ones (make test-all: those too)
 PROFILE ?= quick
 PYTHON  ?= python3
 JOBS    ?= 1
