@@ -1,6 +1,9 @@
 """What every notebook calls first: are the parameters known, which profile is this, where do outputs go."""
 
 import ast
+import base64
+import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,10 @@ from hq_lib.results import figures, paths, tables
 from hq_lib.results.hints import nearest
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill inserts after the parameters cell
+LIVE = (
+    "JPY_SESSION_NAME",
+    "VSCODE_PID",
+)  # set for a kernel that a person sits at (JupyterLab, VS Code), not by papermill
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,55 @@ def start(cells: Sequence[str], profile: str) -> Session:
     folders = f"rows in {_short(session.results)}, figures in {_short(session.figures)}"
     print(f"profile {profile}; {folders}; device {device}")
     return session
+
+
+def explore(draw: Callable[..., Figure], **values: Sequence[Any]) -> None:
+    """A figure with a slider for each named argument, redrawn when one moves.
+
+        explore(lambda alpha=0.2: fig_curve(curves(alpha)), alpha=[0.1, 0.2, 0.3, 0.4])
+
+    Under papermill, in HTML and wherever there are no widgets it is the picture ``draw()`` of the defaults, so that a
+    page always shows something. Nothing is written: what the paper shows goes through ``Session.show``.
+
+    Args:
+        draw:   draws a Figure; each argument with a slider has a default, where the slider stands first.
+        values: the places of each slider, in order.
+
+    Raises:
+        ValueError: an argument that ``draw`` does not have, or a default that is no place of its slider.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(draw).parameters.items()}
+    for name, places in values.items():
+        if name not in defaults:
+            raise ValueError(f"draw has no argument {name!r}: it has {', '.join(defaults)}{nearest(name, defaults)}")
+        if defaults[name] not in places:
+            raise ValueError(f"the default {defaults[name]!r} of {name} is no place of its slider: {list(places)}")
+    picture = figures.rendered(draw(), "png", dpi=figures.SCREEN_DPI)
+    bundle = {"image/png": base64.b64encode(picture).decode(), "text/plain": f"figure at {defaults}"}
+    if any(name in os.environ for name in LIVE):
+        bundle |= _sliders(draw, picture, {name: (defaults[name], places) for name, places in values.items()})
+    display(bundle, raw=True)
+
+
+def _sliders(draw: Callable[..., Figure], picture: bytes, controls: Mapping[str, tuple[Any, Sequence[Any]]]) -> dict:
+    """The mime bundle of the sliders over their picture; empty where ipywidgets is not installed."""
+    try:
+        import ipywidgets
+    except ImportError:
+        return {}
+    image = ipywidgets.Image(value=picture, format="png")
+    sliders = {
+        name: ipywidgets.SelectionSlider(value=first, options=places, description=name, continuous_update=False)
+        for name, (first, places) in controls.items()
+    }
+
+    def redraw(_: Any) -> None:
+        chosen = draw(**{name: slider.value for name, slider in sliders.items()})
+        image.value = figures.rendered(chosen, "png", dpi=figures.SCREEN_DPI)
+
+    for slider in sliders.values():
+        slider.observe(redraw, names="value")
+    return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_()
 
 
 def check_parameters(cells: Sequence[str]) -> None:

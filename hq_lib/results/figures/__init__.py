@@ -6,11 +6,12 @@ Nothing here touches pyplot or its global state.
 
 from hq_lib.results.figures.marks import band, band_line, heat_map, label_ends, plain_log, scatter
 from hq_lib.results.figures.methods import GROUPS, METHOD_COLORS, Look, look, looks
-from hq_lib.results.figures.style import caption, house_style, need, new_figure, rendered, save, styled
+from hq_lib.results.figures.style import SCREEN_DPI, caption, house_style, need, new_figure, rendered, save, styled
 
 __all__ = [
     "GROUPS",
     "METHOD_COLORS",
+    "SCREEN_DPI",
     "Look",
     "band",
     "band_line",
