@@ -34,6 +34,7 @@ paper: $(READY) ## regenerate every table, figure and rendered notebook (PROFILE
 	$(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --config profile=$(PROFILE)
 
 reference: $(READY) ## the next unfinished runs of the reference, two side by side, until all are done or it is stopped
+	mkdir -p data/runs && if [ -d data/runs_kept ]; then cp -Rn data/runs_kept/. data/runs/; fi
 	$(BIN)/snakemake --workflow-profile profiles/local --jobs 2 --config profile=full --keep-going reference
 
 test: $(READY) ## lint and all tests but the slow ones; the ten slowest are printed

@@ -89,6 +89,14 @@ def test_methods_that_are_not_for_one_bit_are_left_out_there():
     assert len({p.name for p in full}) == len(full)
 
 
+def test_the_reference_spends_its_further_seeds_where_an_interval_is_asked():
+    names = [p.name for p in qat.STUDY.points(qat.STUDY.plan("full", methods=("lsq", "ste"), bits=((2, 2), (3, 3))))]
+    assert names == [
+        "resnet20_float_w32a32_s0", "resnet20_lsq_w2a2_s0", "resnet20_lsq_w3a3_s0", "resnet20_lsq_w2a2_s1",
+        "resnet20_lsq_w2a2_s2", "resnet20_ste_w2a2_s0", "resnet20_ste_w3a3_s0",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.45])
 def test_dsq_curve_has_the_published_slopes(alpha):
     curve = qat_tables.dsq_curves(alphas=[alpha], bits=2, n=4001)

@@ -47,6 +47,10 @@ class Plan:
     """Seed 001's configurations, keys of ``bit_lists.BIT_LISTS``, run besides ``bits`` where a network has them."""
     binary: tuple[str, ...] = ()
     """Methods that are run at one bit; () = all of them."""
+    spread: tuple[tuple[str, int, int], ...] = ()
+    """(method, weights, activations) of those above that seeds 1 and 2 run as well: the intervals of the tables."""
+    last: tuple[str, ...] = ()
+    """Methods whose runs come after all others; a batch engine starts points in this order."""
     distill: float = 0.0
     """Share of the loss that is the distance to the float network's logits, in [0, 1]; 0 in every paper table."""
     epochs: int | None = None
@@ -66,8 +70,9 @@ PLANS = {
         "full",
         ("pact", "lsq", "dsq", "dorefa", "mpact", "ste"),
         ((4, 4), (3, 3), (2, 2), (8, 8), (1, 32), (1, 1)),
-        seeds=(0, 1, 2),
         binary=("dsq", "dorefa", "ste"),
+        spread=tuple((method, bits, bits) for bits in (4, 2) for method in ("pact", "lsq", "dsq")),
+        last=("mpact", "ste"),
     ),
 }
 GROUP = ("toynet", "mobilenetv2_seed", "resnet20")
@@ -145,6 +150,13 @@ def points(plan: Plan) -> list[Training]:
             for method in plan.methods
             if w_bits > 1 or method in (plan.binary or plan.methods)
         ]
+        trained += [
+            Training(plan, model, method, w_bits, a_bits, seed)
+            for seed in (1, 2)
+            for method, w_bits, a_bits in plan.spread
+            if seed not in plan.seeds and method in plan.methods and (w_bits, a_bits) in plan.bits
+        ]
+        trained.sort(key=lambda point: point.method in plan.last)
         for point in trained:
             point.settings()
         found += [Training(plan, model, FLOAT), *trained]
