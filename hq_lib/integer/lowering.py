@@ -43,7 +43,7 @@ from hq_lib.integer.terms import (
 from hq_lib.results import provenance
 
 Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
-_SAME = {
+SAME = {
     "identity", "clone", "detach", "contiguous", "dropout", "dropout1d", "dropout2d", "featuredropout",
     "dropout3d", "featurealphadropout", "stochasticdepth", "droppath", "alphadropout",
 }  # fmt: skip
@@ -270,7 +270,7 @@ class _Walk:
     def move(self, node: fx.Node) -> Value:
         """Handle what keeps the grid: max-pools, reshapes, transposes, slices, padding."""
         name, source = op_name(node, self.gm), node.all_input_nodes[0]
-        if name in _SAME:
+        if name in SAME:
             return self.values[source]
         if name == "getitem" and isinstance(self.values[source], tuple):
             return self.values[source][node.args[1]]  # type: ignore[index]

@@ -14,7 +14,7 @@ from hq_lib import graph, models
 from hq_lib.data import DataSpec, ImageSet, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
 from hq_lib.graph.network_file import OWN
-from hq_lib.integer import IntegerModel, lower
+from hq_lib.integer import IntegerModel, LowerError, RecordError, lower, round_biases
 from hq_lib.integer import load as load_integers
 from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
@@ -97,13 +97,26 @@ def _saved(
     run: Configuration, qnet: nn.Module, source: dict[str, Any], *, form: Any, **more: Any
 ) -> tuple[Path, float]:
     test = run.images("test", source, run.n_test)
+    if form == "frozen":
+        _with_integer_biases(qnet, test.spec)
     score = evaluate(qnet, test)
     record = run.record(source, test, acc_pct={"test": score.acc_pct}, n_test=score.n, **more)
     return graph.save(qnet, run.target(), form=form, record=record), score.acc_pct
 
 
+def _with_integer_biases(qnet: nn.Module, spec: DataSpec) -> None:
+    """Round the biases to what accumulators hold, in place; or say why the network has no integer form."""
+    try:
+        round_biases(qnet, images=spec)  # type: ignore[arg-type]
+    except (LowerError, RecordError) as error:
+        print(f"biases stay real numbers, as the network has no integer form: {error}", flush=True)
+
+
 def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
-    """Lines of accuracy of a network file, or of an exported one (.npz, .hqm, .onnx), on test images."""
+    """Lines of accuracy of a network file, or of an exported one (.npz, .hqm, .onnx), on test images.
+
+    With ``integer`` also of its integers, and of the fake-quantized network with their biases: the two that must agree.
+    """
     if file.suffix != ".safetensors":
         kinds = {f".{ending}": kind for kind, ending in FILES.items()}
         known(file.suffix, kinds, f"{file.name}: ending")
@@ -116,6 +129,8 @@ def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
     yield _line("fake_quant" if "policy" in record else "float", evaluate(net.to(run.device), test).acc_pct, test)
     if integer:
         imodel = _lowered(run, file, net.cpu(), record, test.spec)
+        round_biases(net, images=test.spec)  # type: ignore[arg-type]
+        yield _line("fake_quant, integer biases", evaluate(net, test).acc_pct, test)
         yield _line("integers", _accuracy(lambda x: run_integers(imodel, x), test), test)
 
 

@@ -1,5 +1,7 @@
 """Rounded biases: the integers stay, the fake-quantized network comes to them; closed form by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,9 +31,10 @@ def test_one_layer_by_hand() -> None:
     assert qnet.get_submodule("0").bias.item() == pytest.approx(192 / 640, rel=1e-6)
 
 
+@pytest.mark.parametrize("bn", ["fold", "keep"])
 @pytest.mark.parametrize("name", ["residual", "mobile", "joined"])
-def test_the_integers_stay_and_the_graph_comes_to_them(name: str) -> None:
-    qnet = quantized(name, FOUR)
+def test_the_integers_stay_and_the_graph_comes_to_them(name: str, bn: str) -> None:
+    qnet = quantized(name, replace(FOUR, bn=bn))
     before, x = lower(qnet), images(64, seed=3)
     rough = agreement(qnet, before, x, forced=True)
     changes = round_biases(qnet)
@@ -44,13 +47,26 @@ def test_the_integers_stay_and_the_graph_comes_to_them(name: str) -> None:
     fine = agreement(qnet, after, x, forced=True)
     n_rough, n_fine = (sum(t.n - t.histogram.get(0, 0) for t in found.tensors) for found in (rough, fine))
     assert n_fine <= n_rough / 5, (n_fine, n_rough)
-    assert all(value == 0 for value in round_biases(qnet).values()), "a second call changes nothing"
+    again = round_biases(qnet)
+    assert all(value <= 1e-6 * changes[key] + 1e-7 for key, value in again.items()), "a second call changes nothing"
 
 
-def test_a_batch_norm_that_is_not_folded_is_named() -> None:
-    qnet = quantized("residual", BitPolicy(weight="minmax:4", act="lsq_plus:4", bn="keep"))
-    with pytest.raises(LowerError, match=r"'bn' is not folded.*bn='fold'"):
-        round_biases(qnet)
+def test_a_subtracted_layer_keeps_the_sign_of_its_bias() -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """fc(mean(a(x) - b(x)))."""
+            return self.fc((self.a(x) - self.b(x)).mean((2, 3)))
+
+    qnet = quantize(Difference().eval(), replace(FOUR, placement="academic", input_bits=8), images(1))
+    ptq.fit_acts(qnet, images(8), "minmax")
+    before = qnet.get_submodule("b").bias.detach().clone()
+    round_biases(qnet)
+    steps = {op.name: float(op.acc_scale.max()) for op in lower(qnet).layers()}
+    assert (qnet.get_submodule("b").bias - before).abs().max() <= 0.5001 * max(steps.values())
 
 
 def test_a_layer_that_runs_twice_is_named() -> None:
