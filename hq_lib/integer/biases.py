@@ -23,7 +23,7 @@ def round_biases(qnet: fx.GraphModule, *, images: DataSpec | None = None) -> dic
     2.4), at most half an accumulator step away from b. In a 4-bit ResNet-20 this moves some 0.03 % of a layer's outputs
     by one step, and such steps grow on their way through the network. Behind this call the fake-quantized network makes
     the same steps: what still differs is float32 arithmetic on values half-way between two steps. The integer network
-    made from ``qnet`` stays the same. Batch norms behind a layer are part of its bias: the shift of the last is rounded.
+    made from ``qnet`` stays the same. Batch norms behind a layer are part of its bias: the last one's shift is rounded.
 
     Args:
         qnet:   quantized, its grids fitted, in any batch-norm mode.

@@ -26,6 +26,15 @@ def test_every_recipe_makes_the_network_it_says(method, bits):
     assert recipe.config.epochs == BY_BITS[max(key for key in BY_BITS if key <= bits)].epochs
 
 
+def test_a_shipped_checkpoint_agrees_with_its_integers_once_biases_are_those_of_accumulators(out_dir, cifar10_train):
+    rows = qat.integers.STUDY.run("smoke")
+    values = {json.loads(s).get("executor"): v for s, v in zip(rows["switches"], rows["value"], strict=True)}
+    assert values["fake_quant, integer biases"] == pytest.approx(values["integers"], abs=1.0)  # one image of 100
+    assert values[None] >= 99.0  # same class
+    assert list(qat_tables.integers_table(rows)["bits"]) == ["W2A2"]
+    assert not qat.integers.STUDY.todo("smoke")
+
+
 def test_an_unknown_method_or_profile_is_named():
     with pytest.raises(ValueError, match="did you mean 'pact'"):
         qat_recipe("pakt", 4, 4, "full")

@@ -9,7 +9,8 @@ import torch
 from hq_lib import models
 from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, quantize
 from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
-from hq_lib.results import published, tables
+from hq_lib.results import labels, published, tables
+from hq_lib.studies.qat.integers import EXECUTORS
 from hq_lib.studies.qat.study import FLOAT, PLANS
 from hq_lib.training.bit_lists import BIT_LISTS
 
@@ -99,6 +100,18 @@ def _table(rows: pd.DataFrame, model: str, theirs: pd.DataFrame) -> pd.DataFrame
     listed = [FLOAT, *TABLE_BITS.get(model, ("W8A8", "W6A6", "W4A4")), *tables.with_bits(ours)["bits"]]
     theirs = theirs.loc[theirs["method"].isin(known) & theirs["bits"].isin(listed)]
     return tables.build(ours, theirs, index=["bits", "method"], order={"bits": list(dict.fromkeys(listed))})
+
+
+def integers_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_qat_integers: each trained network as it was trained, with its accumulators' biases, and in integers, %."""
+    known = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
+    shown = tables.with_bits(rows).assign(column=known["executor"].fillna("same class"))
+    index = ["model", "bits", "method", "seed"]
+    wide = shown.pivot_table(index=index, columns="column", values="value", sort=False)[[*EXECUTORS, "same class"]]
+    labelled = wide.map("{:.2f}".format).reset_index()
+    for column in ("model", "method"):
+        labelled[column] = [labels.printed(column, name) for name in labelled[column]]
+    return labelled
 
 
 def lengths(rows: pd.DataFrame) -> str:
