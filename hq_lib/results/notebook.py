@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from IPython.display import display
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from hq_lib.results import figures, paths, tables
@@ -77,7 +77,9 @@ class Session:
             tables.write(shown, name, profile=self.profile, caption=caption, switches=switches or {})
         else:
             figures.save(shown, name, self.profile, caption=caption)
-        display(shown)
+        display(shown, metadata={"image/png": {"alt": claim}})
+        literally = caption.replace("*", r"\*")
+        display(Markdown(f"**{name}.** {literally}"))
 
 
 def start(cells: Sequence[str], profile: str) -> Session:
@@ -146,7 +148,7 @@ def _sliders(draw: Callable[..., Figure], picture: bytes, controls: Mapping[str,
 
     for slider in sliders.values():
         slider.observe(redraw, names="value")
-    return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_()
+    return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_() or {}
 
 
 def check_parameters(cells: Sequence[str]) -> None:
