@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND := Agg
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup paper reference test test-all smoke lab share lint
+.PHONY: help setup paper reference test test-all smoke lab share lint readme
 .DEFAULT_GOAL := help
 
 help: ## what each word does
@@ -48,10 +48,13 @@ smoke: $(READY) ## every notebook on tiny slices, written to a temporary folder
 	out=$$(mktemp -d) && HQ_OUT=$$out $(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --forceall --config profile=smoke && rm -rf $$out
 
 lab: $(READY) ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab notebooks/00_map.ipynb
 
 share: $(READY) ## one folder of self-contained HTML pages with an index, ready to send (PROFILE=quick or full)
 	$(BIN)/python -m hq_lib.results.share --profile $(PROFILE)
 
 lint: $(READY) ## ruff on library, tests and notebooks; pyright on the library
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+readme: $(READY) ## write the numbers of README.md and docs/ from the committed rows
+	$(BIN)/python -m hq_lib.studies.overview

@@ -15,8 +15,8 @@ from hq_lib.results import dependencies, outputs, paths
 
 PROFILE = paths.check_profile(config.get("profile", "quick"))
 BUILD = str(paths.build_dir(PROFILE))
-MAKERS = outputs.written()
-READERS = ["00_map", "10_gallery"]  # these only read what the others made
+READERS = ["00_map", "10_gallery"]  # these read what the others made
+MAKERS = [notebook for notebook in outputs.written() if notebook not in READERS]
 UNITS = []
 if PROFILE == "full":
     from hq_lib import studies
@@ -95,7 +95,7 @@ for notebook in READERS:
     rule:
         name: f"notebook_{notebook}"
         input: needs(notebook), *[made_by(other) for other in MAKERS]
-        output: touch(f"{BUILD}/notebooks/{notebook}.done")
+        output: made_by(notebook), touch(f"{BUILD}/notebooks/{notebook}.done")
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
         params: notebook=notebook, profile=PROFILE
         threads: 1
@@ -108,6 +108,7 @@ rule share:
         *[made_by(notebook) for notebook in MAKERS],
         *[f"{BUILD}/notebooks/{notebook}.done" for notebook in READERS],
         "hq_lib/results/share.py",
+        "hq_lib/results/page.html.j2",
     output:
         f"{BUILD}/share/index.html",
     message:

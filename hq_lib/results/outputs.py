@@ -3,6 +3,7 @@
 The Snakefile, the map (00) and the gallery (10) all read this list; an id that no notebook makes yet is shown as n/r.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Output:
 
 FLOAT, FOLD, QAT = "01_float_training", "02_bn_fold", "03_dsq_pact_qat"
 PTQ, SELECTION, HYBRID = "04_aciq_qdrop_ptq", "05_calibration_selection", "06_hybrid_precision"
-INTEGER, CROSSBAR, EDGE = "07_integer_export", "08_crossbar", "09_edge_cloud"
+INTEGER, CROSSBAR, EDGE, GALLERY = "07_integer_export", "08_crossbar", "09_edge_cloud", "10_gallery"
 
 OUTPUTS = (
     Output("tab_float_training", FLOAT, "the float networks: size, test accuracy, published accuracy"),
@@ -76,6 +77,7 @@ OUTPUTS = (
     Output("tab_crossbar_cost", CROSSBAR, "conversions and cells; energy as an estimate"),
     Output("fig_edge_cloud", EDGE, "accuracy against KiB sent, by cut layer and bits on the wire"),
     Output("tab_edge_cloud", EDGE, "the same as numbers, with the share of the network that runs on the edge"),
+    Output("tab_overview", GALLERY, "the paper in one table: ResNet-20 from float to analog arrays"),
 )
 
 
@@ -91,8 +93,15 @@ def written() -> list[str]:
 
 
 def status(profile: str) -> pd.DataFrame:
-    """One line an output: id, notebook, content and whether it is made in this profile ("yes" or "n/r")."""
-    return pd.DataFrame(
-        [(o.id, o.notebook, o.content, "yes" if o.made(profile) else "n/r") for o in OUTPUTS],
-        columns=["id", "notebook", "content", "made"],
-    )
+    """One line an output: id, notebook, content and whether it is made in this profile ("yes" or "n/r").
+
+    The id of what is made is a Markdown link to its file, the notebook one to itself, both as seen from ``notebooks/``.
+    """
+    lines = []
+    for output in OUTPUTS:
+        made, file = output.made(profile), output.files(profile)[1]  # .png or .md
+        here = Path(os.path.relpath(file, paths.ROOT / "notebooks")).as_posix()
+        name = f"[{output.id}]({here})" if made else output.id
+        maker = f"[{output.notebook}]({output.notebook}.ipynb)"
+        lines.append((name, maker, output.content, "yes" if made else "n/r"))
+    return pd.DataFrame(lines, columns=["id", "notebook", "content", "made"])

@@ -68,7 +68,7 @@ def _page(book: nbformat.NotebookNode, links: list[tuple[str, str]]) -> str:
     }
     page, _ = exporter.from_notebook_node(book, resources=facts)
     page = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', page)
-    page = re.sub(r'href="\.\./figures/(\w+)\.\w+"', r'href="10_gallery.html#\1"', page)
+    page = re.sub(r'href="\.\./figures/(?:\w+/)?(\w+)\.\w+"', r'href="10_gallery.html#\1"', page)
     return re.sub(r'<a href="\.\./[^"]*">(.*?)</a>', r"\1", page, flags=re.S)  # files that are not sent
 
 

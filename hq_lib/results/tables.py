@@ -205,7 +205,8 @@ def write(table: pd.DataFrame, name: str, *, profile: str, caption: str, switche
     if table.empty or table.isna().any(axis=None) or (table.astype(str) == "").any(axis=None):
         raise TableError(f"{name} has no rows or an empty cell: write {NOT_RUN} for what was not run")
     notes = _notes(table, profile, switches)
-    texts = {"csv": table.to_csv(index=False, lineterminator="\n"), "md": _markdown(table, caption, notes),
+    below = "  \n".join(notes)
+    texts = {"csv": table.to_csv(index=False, lineterminator="\n"), "md": f"{caption}\n\n{markdown(table)}\n{below}\n",
              "tex": _latex(table, name, caption, notes)}  # fmt: skip
     made = [paths.figures_dir(profile) / f"{name}.{ending}" for ending in texts]
     for path, text in zip(made, texts.values(), strict=True):
@@ -220,13 +221,14 @@ def _notes(table: pd.DataFrame, profile: str, switches: Mapping[str, Any]) -> li
     return [f"Profile: {profile}.", f"Switches: {settings or 'none'}.", *([f"{'; '.join(used)}."] if used else [])]
 
 
-def _markdown(table: pd.DataFrame, caption: str, notes: Sequence[str]) -> str:
+def markdown(table: pd.DataFrame) -> str:
+    """The table alone, as Markdown."""
+
     def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |\n"
 
     head = line(list(table.columns)) + "|" + "---|" * len(table.columns) + "\n"
-    body = "".join(line(row) for row in table.itertuples(index=False))
-    return f"{caption}\n\n{head}{body}\n" + "  \n".join(notes) + "\n"
+    return head + "".join(line(row) for row in table.itertuples(index=False))
 
 
 _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
