@@ -26,7 +26,7 @@ Net = Annotated[str | None, typer.Option(help="A network of one's own, module:Cl
 Method = Annotated[str | None, typer.Option(help="How it is quantized; a wrong name lists them.")]
 Bits = Annotated[str | None, typer.Option(help="Weights/activations, as 4/4.")]
 Data = Annotated[str | None, typer.Option(help="Data set; default: what the network was trained on.")]
-Root = Annotated[str | None, typer.Option(help="Folder of pictures (train/ and val/, or class folders).")]
+Root = Annotated[str | None, typer.Option(help="Folder of pictures (train/ or sel/ and val/, or class folders).")]
 Tests = Annotated[int | None, typer.Option(help="Test images; default all.")]
 Output = Annotated[str | None, typer.Option(help="File to write.")]
 File = Annotated[Path, typer.Argument(help="A file of hq train, quantize or export.")]
@@ -55,7 +55,8 @@ def train(
 
 @app.command()
 def select(
-    config: Config = None, set_: Set = None, data: Data = None, root: Root = None, output: Output = None,
+    config: Config = None, set_: Set = None, model: Model = None, data: Data = None, root: Root = None,
+    output: Output = None,
     n: Annotated[int | None, typer.Option(help="Images.")] = None,
     strategy: Annotated[str | None, typer.Option(help="lowest, highest, trimmed or random.")] = None,
     metric: Annotated[str | None, typer.Option(help="Score of an image: tv, entropy, ...")] = None,
@@ -64,7 +65,8 @@ def select(
 
     Example: hq select --data cifar10 -n 256 --strategy trimmed --metric tv --output smooth.json
     """
-    run, steps = _run(config, set_, data=data, root=root, output=output, n_calib=n, strategy=strategy, metric=metric)
+    given = {"n_calib": n, "strategy": strategy, "metric": metric}
+    run, steps = _run(config, set_, model=model, data=data, root=root, output=output, **given)
     file = steps.selected(run)
     _wrote(file, None, f"hq quantize --set manifest={file}")
 

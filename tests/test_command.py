@@ -1,5 +1,6 @@
 """The command line on tiny networks and the embedded digits: each verb's file is what the next one takes."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import hq_lib
 from hq_lib import data, graph, models
 from hq_lib.__main__ import app, main
+from hq_lib.data import sources
 from hq_lib.deploy import ENDINGS
 from hq_lib.deploy.c import CompilerError, library
 from hq_lib.ptq import selection
@@ -152,6 +154,30 @@ def test_pictures_in_a_folder_are_chosen_by_name_and_taken_by_hash(tmp_path):
         again.calibration({})
 
 
+def test_weights_come_from_torchvision_or_a_url_with_its_hash(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("HQ_DATA", str(tmp_path))
+    torch.manual_seed(1)
+    state = models.build("shufflenet_v2_x0_5").state_dict()
+    entry = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **how: state if how["check_hash"] else None)
+    run = configuration.read(changes={"model": "shufflenet_v2_x0_5", "weights": "torchvision", "root": "pictures"})
+    net, record = run.network()
+    assert torch.equal(net.fc.weight, state["fc.weight"])
+    spec = run.normalization(record)
+    assert (spec.in_shape, spec.short_side, spec.mean) == ((3, 224, 224), 256, (0.485, 0.456, 0.406))
+    file = tmp_path / "theirs.pth"
+    torch.save(state, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    asked = []
+    monkeypatch.setattr(sources, "download", lambda url, known, folder: asked.append((url, known)) or file)
+    url = f"https://somewhere/x.pth#sha256={digest}"
+    net, _ = configuration.read(changes={"model": "shufflenet_v2_x0_5", "weights": url}).network()
+    assert torch.equal(net.fc.weight, state["fc.weight"])
+    assert asked == [("https://somewhere/x.pth", f"sha256:{digest}")]
+
+
 def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = {"model": "lenet", "options": {"relu1": True}, "dataset": "mnist", "n_classes": 10, "in_channels": 1}
@@ -179,6 +205,9 @@ def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):
         (("quantize", "--set", "seed=many"), "seed"),
         (("quantize", "--model", "resnet21"), "resnet20"),
         (("quantize", "--model", "resnet32"), "hq train"),
+        (("quantize", "--model", "regnetx_600m", "--set", "weights=torchvision"), "torchvision has none"),
+        (("quantize", "--model", "resnet18", "--set", "weights=torchvision:V9"), "IMAGENET1K_V1"),
+        (("quantize", "--model", "resnet18", "--set", "weights=https://here/r.pth"), "#sha256="),
         (("quantize", "--net", "Net"), "module:Class"),
         (("quantize", "--net", "nowhere:Net"), "nowhere"),
         (("quantize", "--config", "absent.yaml"), "absent.yaml"),

@@ -14,6 +14,7 @@ from hq_lib.data.sets import DataSpec, ImageSet
 
 def normalize(images: Tensor, spec: DataSpec) -> Tensor:
     """(x / 255 - mean) / std per channel; (B, C, H, W) uint8 -> the same shape, float32, channels-last."""
+    images = images[:]  # read, where they are files
     mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1) * 255
     std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1) * 255
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -1,20 +1,78 @@
-"""ImageNet-style folders: one sub-folder per class; class index = place among the sorted names of all splits.
+"""Folders of pictures, read when they are asked for: class index = place among the sorted class folders of all splits.
 
-A root with ``train/`` and ``val/`` uses them for the splits train and test. A root of class folders alone (a sample)
-is cut by alternating files within the sorted list: even positions are "train", odd ones "test". Hidden entries
-(names that begin with a dot) are passed over.
+    train/ val/     splits train and test; ``sel/`` (calibration images, as the group keeps them) stands in for train
+    class folders   alone (a sample): even positions of the sorted list are "train", odd ones "test"
+
+Pictures that lie in ``train/`` or ``sel/`` without class folders have no class (label -1): they calibrate. Hidden
+entries (names that begin with a dot) are passed over.
 """
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 EXTENSIONS = {".jpg", ".jpeg", ".png"}
+UNLABELLED = -1
+_FOLDERS = {"train": ("train", "sel"), "trainval": ("train", "sel"), "test": ("val",)}
+"""Split -> the folders that may hold it, the first that is there"""
+
+
+class Pictures:
+    """The images of files, as a uint8 tensor (N, 3, size, size) that is decoded anew wherever it is indexed.
+
+    ``pictures[i]``, ``pictures[positions]``, ``pictures[:, 0]`` are tensors, decoded in threads; ``subset`` is files.
+    """
+
+    dtype, ndim, device = torch.uint8, 4, torch.device("cpu")
+
+    def __init__(self, files: Sequence[Path], *, size: int, short_side: int) -> None:
+        """``short_side``: pixels that the shorter side is resized to before the centre crop of ``size``."""
+        self.files, self.size, self.short_side = list(files), size, short_side
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, 3, size, size)."""
+        return torch.Size((len(self), 3, self.size, self.size))
+
+    def dim(self) -> int:
+        """4."""
+        return self.ndim
+
+    def subset(self, positions: Tensor) -> "Pictures":
+        """The pictures at these positions, unread."""
+        return Pictures([self.files[i] for i in positions], size=self.size, short_side=self.short_side)
+
+    def split(self, n: int) -> Iterator[Tensor]:
+        """``n`` images after the other."""
+        return (self[start : start + n] for start in range(0, len(self), n))
+
+    def __getitem__(self, at: Any) -> Tensor:
+        if isinstance(at, tuple):
+            some = self[at[0]]
+            return some[at[1:]] if isinstance(at[0], int) else some[:, *at[1:]]
+        if isinstance(at, int):
+            return self._read(self.files[at])
+        files = self.files[at] if isinstance(at, slice) else [self.files[i] for i in at]
+        with ThreadPoolExecutor() as pool:
+            return torch.stack([*pool.map(self._read, files)]) if files else torch.empty(self.shape, dtype=self.dtype)
+
+    def _read(self, file: Path) -> Tensor:
+        return torch.from_numpy(read_image(file, size=self.size, short_side=self.short_side)).permute(2, 0, 1)
+
+
+def pictures(files: Sequence[Path], spec: Any) -> Pictures:
+    """The images of ``files`` in the size that a ``DataSpec`` asks for."""
+    size = spec.in_shape[1]
+    return Pictures(files, size=size, short_side=spec.short_side or round(size * 256 / 224))
 
 
 def list_folder(root: Path | str, split: str) -> tuple[list[Path], list[int], int]:
@@ -22,28 +80,29 @@ def list_folder(root: Path | str, split: str) -> tuple[list[Path], list[int], in
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"image folder {root} does not exist: give the folder that holds the class folders")
-    named = {"train": "train", "trainval": "train", "test": "val"}.get(split)
-    if named is None:
+    if split not in _FOLDERS:
         raise ValueError("an image folder has no split 'val': choose 'train' or 'test'")
-    base = root / named if (root / named).is_dir() else root
-    splits = [folder for name in ("train", "val") if (folder := root / name).is_dir()] if base != root else [root]
+    splits = [folder for name in ("train", "sel", "val") if (folder := root / name).is_dir()] or [root]
+    base = next((root / name for name in _FOLDERS[split] if root / name in splits), root)
+    if base not in splits:
+        raise FileNotFoundError(f"{root} has no {' or '.join(_FOLDERS[split])}/ for split {split!r}")
     classes = sorted({c.name for folder in splits for c in _visible(folder) if c.is_dir()})
-    files = [
-        (f, i)
-        for i, name in enumerate(classes)
-        if (base / name).is_dir()
-        for f in _visible(base / name)
-        if f.suffix.lower() in EXTENSIONS
-    ]
-    if not files:
+    labelled = [(f, i) for i, name in enumerate(classes) if (base / name).is_dir() for f in _images(base / name)]
+    if not labelled and split != "test":
+        labelled = [(f, UNLABELLED) for f in _images(base)]
+    if not labelled:
         raise FileNotFoundError(f"{base} has no images in class folders (*.jpg, *.jpeg, *.png)")
     if base == root and split != "trainval":
-        files = files[0::2] if split == "train" else files[1::2]
-    return [f for f, _ in files], [i for _, i in files], len(classes)
+        labelled = labelled[0::2] if split == "train" else labelled[1::2]
+    return [f for f, _ in labelled], [i for _, i in labelled], len(classes)
 
 
 def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    return [file for file in _visible(folder) if file.suffix.lower() in EXTENSIONS]
 
 
 def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
@@ -57,26 +116,4 @@ def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
     width, height = (max(short_side, round(v * factor)) for v in rgb.size)
     rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(rgb.crop((left, top, left + size, top + size)))
-
-
-def load_folder(
-    root: Path | str, split: str, *, size: int = 224, n: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Images (N, 3, size, size) uint8, labels (N,), positions in the file list (N,), number of classes.
-
-    ``n`` keeps n files spread evenly over the sorted list. Decoding runs in threads with a progress bar.
-    """
-    root = Path(root)
-    files, labels, n_classes = list_folder(root, split)
-    if n is not None and n > len(files):
-        raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")
-    chosen = np.arange(len(files)) if n is None else np.linspace(0, len(files) - 1, n).round().astype(int)
-
-    def read(i: int) -> np.ndarray:
-        return read_image(files[i], size=size, short_side=round(size * 256 / 224))
-
-    with ThreadPoolExecutor() as pool:
-        pixels = list(tqdm(pool.map(read, chosen), total=len(chosen), desc=f"reading {root.name}", mininterval=5))
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    return images, torch.tensor(labels)[chosen], torch.from_numpy(chosen), n_classes
+    return np.array(rgb.crop((left, top, left + size, top + size)))

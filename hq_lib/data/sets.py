@@ -7,12 +7,14 @@ evaluations load ``test``.
 import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hq_lib.data import fetch, folder, sources
+from hq_lib.data.folder import Pictures
 
 SPLITS = ("train", "val", "trainval", "test")
 SPLIT_SEED = 20260101  # fixes the validation split for good; changing it invalidates every result
@@ -38,14 +40,17 @@ class DataSpec:
     """Whether a mirrored image is still the same class (digits are not); training flips only where it is."""
     note: str = ""
     """What a caption must say of this data set."""
+    short_side: int = 0
+    """Pixels that the shorter side of a picture is resized to before the centre crop; 0 = 256/224 of the height."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and labels in memory; ValueError for images that are no bytes, or not as many as labels and indices."""
+    """Images and labels; ValueError for images that are no bytes, or not as many as labels and indices."""
 
     images: Tensor
-    """(N, C, H, W) uint8; channels-last in memory."""
+    """(N, C, H, W) uint8; channels-last in memory. Of a folder ``Pictures``, which are read when they are indexed:
+    ``images[:]`` is a tensor either way."""
     labels: Tensor
     """(N,) int64."""
     spec: DataSpec
@@ -79,7 +84,8 @@ class ImageSet:
         chosen = torch.as_tensor(chosen, dtype=torch.int64)
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"{self.spec.name} {self.split} has {len(self)} images; asked for {int(chosen.max())}")
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen], indices=self.indices[chosen])
+        images = self.images.subset(chosen) if isinstance(self.images, Pictures) else self.images[chosen]
+        return replace(self, images=images, labels=self.labels[chosen], indices=self.indices[chosen])
 
     def balanced(self, n: int, seed: int) -> "ImageSet":
         """A seeded subset of n images, as equal per class as n allows (a remainder goes to the first classes).
@@ -135,25 +141,28 @@ def check_name(name: str) -> DataSpec:
     return SPECS[name]
 
 
-def load(name: str, split: str, *, root: Path | str | None = None, n: int | None = None) -> ImageSet:
+def load(
+    name: str, split: str, *, root: Path | str | None = None, n: int | None = None, spec: DataSpec | None = None
+) -> ImageSet:
     """The images of one split.
 
     Args:
         name:  one of ``names()``.
         split: "train" (without the validation images), "val", "trainval" or "test".
-        root:  for "imagenet": the folder of class folders (see ``hq_lib.data.folder``); else unused.
-        n:     keep the first n images of a seeded, class-balanced choice (for smoke runs); default all.
+        root:  for "imagenet": the folder of class folders (see ``hq_lib.data.folder``); else unused. Its pictures are
+               read when they are asked for, never all at once.
+        n:     keep n images: of a folder spread evenly over its list, else seeded and class-balanced; default all.
+        spec:  for "imagenet": size, mean and standard deviation that a network takes, in place of the usual ones.
 
     Raises:
         ValueError: unknown data set or split.
         DataUnavailableError: no source could deliver it; lists what was tried.
     """
-    spec = check_name(name)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if name == "imagenet":
-        images, labels, indices, spec = _load_imagenet(spec, split, root, n)
-        return ImageSet(images, labels, spec, split, indices)
+        return _load_folder(spec or SPECS[name], split, root, n)
+    spec = check_name(name)
     part = "test" if split == "test" else "train"
     images, labels = _raw(name, part)
     whole = ImageSet(images, labels, spec, split, torch.arange(len(labels)))
@@ -189,11 +198,13 @@ def _raw(name: str, part: str) -> tuple[Tensor, Tensor]:
     return pixels.permute(0, 3, 1, 2), torch.from_numpy(labels).long()
 
 
-def _load_imagenet(
-    spec: DataSpec, split: str, root: Path | str | None, n: int | None
-) -> tuple[Tensor, Tensor, Tensor, DataSpec]:
+def _load_folder(spec: DataSpec, split: str, root: Path | str | None, n: int | None) -> ImageSet:
     if root is None:
         raise ValueError("imagenet needs root=<folder of class folders>: it is never downloaded")
-    size = spec.in_shape[1]
-    images, labels, indices, n_classes = folder.load_folder(Path(root), split, size=size, n=n)
-    return images, labels, indices, replace(spec, n_classes=n_classes)
+    files, labels, n_classes = folder.list_folder(root, split)
+    if n is not None and n > len(files):
+        raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")
+    whole = ImageSet(
+        cast(Tensor, folder.pictures(files, spec)), torch.tensor(labels), replace(spec, n_classes=n_classes), split
+    )
+    return whole if n is None else whole.subset(np.linspace(0, len(files) - 1, n).round().astype(int).tolist())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.data import ImageSet
+from hq_lib.data import ImageSet, normalize
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.spec import QuantizeError
@@ -52,7 +52,7 @@ def set_quantization(net: nn.Module, *, weights: bool, acts: bool, only: Choice 
 
 def calibrate(
     qnet: fx.GraphModule,
-    batches: Tensor | Iterable[Tensor],
+    batches: Tensor | ImageSet | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]],
     *,
     only: Choice | None = None,
     quantized_weights: bool = True,
@@ -70,7 +70,8 @@ def calibrate(
     Args:
         qnet:              from ``quantize``.
         batches:           (B, C, H, W) or several of those, float, normalised as in training (which no check can tell:
-                           grids follow whatever range comes); kept in memory.
+                           grids follow whatever range comes); or with their labels, which are not looked at: a
+                           ``DataLoader``, an ``ImageSet`` (normalised here). Kept in memory.
         only:              which activation quantizers to fit (given the module); the others keep their grid and work as
                            they are switched. ``only=lambda quantizer: not quantizer.initialised`` spares trained ones.
         quantized_weights: True: activations as the quantized weights make them; False: as the float weights do.
@@ -87,9 +88,9 @@ def calibrate(
     """
     refuse_float(qnet, "calibrate")
     if isinstance(batches, ImageSet):
-        raise QuantizeError("calibrate takes normalised images, not a data set with its labels: "
-                            "calibrate(qnet, data.normalize(images.images, images.spec))")  # fmt: skip
-    images: list[Tensor] = [batches] if isinstance(batches, Tensor) else list(batches)
+        batches = normalize(batches.images, batches.spec)
+    each: Iterable[Any] = [batches] if isinstance(batches, Tensor) else batches
+    images: list[Tensor] = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in each]
     _check_images(images)
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
     budget = 0 if sequential else budget_MiB * 2**20
@@ -108,8 +109,7 @@ def calibrate(
 def _check_images(images: list[Tensor]) -> None:
     for batch in images:
         if not isinstance(batch, Tensor):
-            raise QuantizeError(f"calibrate takes batches of images, got a {type(batch).__name__} among them: "
-                                "leave out the labels, (x for x, _ in loader)")  # fmt: skip
+            raise QuantizeError(f"calibrate takes batches of images, got a {type(batch).__name__} among them")
         if not batch.is_floating_point():
             raise QuantizeError(f"calibrate takes normalised float images, got {batch.dtype}: data.normalize first")
     if not images or not all(len(batch) for batch in images):

@@ -13,17 +13,19 @@ from hq_lib.models.checkpoints import (
     write_checkpoint,
 )
 from hq_lib.models.counting import count_macs, count_madds_thop, count_parameters
-from hq_lib.models.public import IMAGENET_MEAN_STD, CheckpointError, load_public, resnet20_akamaster
-from hq_lib.models.zoo import build, imagenet_names, names
+from hq_lib.models.public import IMAGENET_MEAN_STD, CheckpointError, fetched, load_public, resnet20_akamaster
+from hq_lib.models.zoo import build, check_name, imagenet_names, names
 
 __all__ = [
     "IMAGENET_MEAN_STD",
     "CheckpointError",
     "build",
     "build_recorded",
+    "check_name",
     "count_macs",
     "count_madds_thop",
     "count_parameters",
+    "fetched",
     "imagenet_names",
     "load_checkpoint",
     "load_public",

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hq_lib.data import sources
 from hq_lib.models.resnet import ResNet
+from hq_lib.results import paths
 
 STRIP_WRAPPERS = {r"^((module|_orig_mod)\.)+": ""}  # the prefixes that DataParallel and torch.compile leave
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -75,6 +77,16 @@ def load_public(path: str | os.PathLike, net: nn.Module, *, key_map: Mapping[str
                               f"{held}: save the one entry that is one to a file of its own")  # fmt: skip
     load_state(net, {_renamed(key, key_map): value for key, value in state.items()}, source=Path(path).name)
     return net
+
+
+def fetched(url: str) -> Path:
+    """The file of a URL that ends in ``#sha256=...``, fetched once into the data cache, its hash checked."""
+    address, _, digest = url.partition("#sha256=")
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise CheckpointError(f"weights: {url} lacks the file's hash: write {address}#sha256=<64 hexadecimal digits>")
+    folder = paths.cache_dir() / "weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    return sources.download(address, f"sha256:{digest}", folder)
 
 
 def _renamed(key: str, key_map: Mapping[str, str]) -> str:

@@ -1,6 +1,5 @@
 """Networks by name, untrained."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -8,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from hq_lib.models.imagenet import BUILDERS as IMAGENET
+from hq_lib.models import imagenet
 from hq_lib.models.lenet import LeNet
 from hq_lib.models.mobilenetv2 import MobileNetV2
 from hq_lib.models.resnet import DEPTHS, ResNet
 from hq_lib.models.toynet import ToyNet
 from hq_lib.models.vgg import VGG, VGG11, VGG_SMALL
+from hq_lib.results.hints import nearest
 
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
@@ -27,20 +27,27 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Every network that ``build`` knows, the small ones first."""
-    return (*SMALL, *IMAGENET)
+    """Networks that tables name, the small ones first; ``build`` knows torchvision's others too."""
+    return (*SMALL, *imagenet.BUILDERS)
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """The ImageNet networks among ``names()``; efficientnet_lite0 needs the extra ``imagenet``."""
-    return tuple(IMAGENET)
+    """The ImageNet networks among ``names()``; EfficientNet-Lite needs the extra ``imagenet``."""
+    return tuple(imagenet.BUILDERS)
+
+
+def check_name(name: str) -> None:
+    """``ValueError`` with the nearest name, unless ``build`` knows this one."""
+    if name not in names() and imagenet.builder(name) is None:
+        near = nearest(name, [*names(), *imagenet.torchvision_names()])
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(names())}, or of torchvision's{near}")
 
 
 def build(name: str, *, n_classes: int | None = None, in_channels: int | None = None, **options: Any) -> nn.Module:
-    """The untrained network of that name (EfficientNet-Lite0 comes with its weights), weights drawn from torch's seed.
+    """The untrained network of that name (EfficientNet-Lite comes with its weights), weights drawn from torch's seed.
 
     Args:
-        name:        one of ``names()``.
+        name:        one of ``names()``, or of torchvision's classifiers.
         n_classes:   width of the last layer; default 10, or 1000 for ImageNet networks.
         in_channels: channels of the image; default 3, for LeNet 1. Not for ImageNet networks.
         options:     the network's own: ``option`` (ResNets), ``width`` and ``hidden`` (VGGs), ``relu1`` and ``in_size``
@@ -49,16 +56,13 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
     Raises:
         ValueError: an unknown name or option; names the nearest valid one, or lists the options.
     """
-    if name not in names():
-        near = difflib.get_close_matches(str(name), names(), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(names())}{hint}")
-    if name in IMAGENET:
+    check_name(name)
+    if name not in SMALL:
         if in_channels not in (None, 3):
             raise ValueError(f"{name} takes RGB images: in_channels={in_channels} is not offered")
         classes = {} if n_classes is None else {"num_classes": n_classes}
         try:
-            return IMAGENET[name](**classes, **options)
+            return imagenet.builder(name)(**classes, **options)  # type: ignore[misc]
         except TypeError as error:
             raise ValueError(f"{name} does not take these options: {error}") from error
     sizes = {"n_classes": n_classes, "in_channels": in_channels}

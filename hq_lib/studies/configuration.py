@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -21,7 +20,7 @@ from hq_lib import data, graph, models
 from hq_lib.data import DataSpec, ImageSet, folder
 from hq_lib.graph import BitPolicy, PolicyError
 from hq_lib.graph.network_file import OWN
-from hq_lib.models import efficientnet_lite
+from hq_lib.models import imagenet
 from hq_lib.models.public import load_state
 from hq_lib.ptq import ReconstructionConfig, selection
 from hq_lib.results.hints import nearest
@@ -33,8 +32,10 @@ from hq_lib.training.qat_recipes import METHODS
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 FLOAT, HYBRID = "float", "hybrid"
-SELF_WEIGHTED = {"efficientnet_lite0": {"mean": efficientnet_lite.MEAN, "std": efficientnet_lite.STD}}
-"""Networks that are built with their weights -> what these were trained with."""
+PICTURES = "imagenet"
+"""The data set that is a folder of pictures"""
+TORCHVISION = "torchvision"
+"""``weights`` that torchvision publishes, the newest; ``torchvision:IMAGENET1K_V1`` names others"""
 BUILD = ("model", "options", "n_classes", "in_channels")
 """What a record says of how a network of ours is built."""
 
@@ -50,15 +51,18 @@ class Configuration:
     options: dict = field(default_factory=dict)
     """of the network: ``option``, ``width``, ``n_classes`` ..., or the arguments of one's own class"""
     weights: str = ""
-    """file of float weights: .safetensors of ``hq train``, or a state dict (.pt, .pth, .th); "" = the shipped ones"""
+    """file of float weights: .safetensors of ``hq train``, or a state dict (.pt, .pth, .th), or its URL with
+    ``#sha256=...`` behind it; ``torchvision``, or ``torchvision:IMAGENET1K_V1``; "" = the shipped ones"""
     data: str = ""
     """data set, as in ``data.names``; "" = what the network was trained on"""
     root: str = ""
-    """folder of pictures (``train/`` and ``val/``, or class folders alone), with ``data: imagenet``"""
+    """folder of pictures (``train/`` or ``sel/`` and ``val/``, or class folders alone), with ``data: imagenet``"""
     mean: list = field(default_factory=list)
     """subtracted from pixels / 255, per channel, where it is not the data set's"""
     std: list = field(default_factory=list)
     """what they are divided by then"""
+    size: int = 0
+    """side in pixels that pictures of ``root`` are cropped to; 0 = as the network was trained, or 224"""
     method: str = "qdrop"
     """``train``: float, hybrid, or a key of ``qat_recipes.METHODS``; ``quantize``: a key of ``recipes.RECIPES``"""
     bits: list = field(default_factory=lambda: [8, 8])
@@ -108,7 +112,7 @@ class Configuration:
         if len(self.bits) != 2 or not all(type(bits) is int for bits in self.bits):
             raise ValueError(f"bits is {self.bits}: [weights, activations] are needed, as [4, 4]")
         if not self.net:
-            known(self.model, models.names(), "model")
+            models.check_name(self.model)
         if bool(self.mean) != bool(self.std):
             raise ValueError("mean and std go together: give both, or neither")
         if self.lists and self.net:
@@ -136,72 +140,86 @@ class Configuration:
 
         Raises ``ValueError`` for a network of ours that no weights are known of.
         """
-        file = Path(self.weights) if self.weights else None
-        if file is None and not self.net and self.model not in SELF_WEIGHTED:
-            file = shipped(self.model)
-            if file is None:
+        taken = None if self.net else imagenet.taken(self.model)
+        theirs, _, which = self.weights.partition(":")
+        if theirs == TORCHVISION:
+            net = self.built()
+            state, taken = imagenet.published(self.model, which or "DEFAULT")
+            load_state(net, state, source=self.weights)
+        elif (file := self._weights_file()) is None:
+            if taken is None and not self.net:
                 raise ValueError(f"weights: none are shipped for {self.model!r}; train them (hq train --model "
                                  f"{self.model} --method float), or name a file")  # fmt: skip
-        if file is not None and file.suffix == ".safetensors":
+            net = self.built()
+        elif file.suffix == ".safetensors":
             return opened(file, self.net, self.options)
-        net = self.built()
-        if file is not None:
-            models.load_public(file, net)
-        if self.net:
-            return net.eval(), {}
-        return net.eval(), {"model": self.model, "options": self.options, "images": SELF_WEIGHTED.get(self.model)}
+        else:
+            net = models.load_public(file, self.built())
+        record = {} if self.net else {"model": self.model, "options": self.options, "images": taken}
+        return net.eval(), record
+
+    def _weights_file(self) -> Path | None:
+        if "://" in self.weights:
+            return models.fetched(self.weights)
+        if self.weights:
+            return Path(self.weights)
+        return None if self.net else shipped(self.model)
 
     # -- the images ----------------------------------------------------------------------------------------------------
 
     def images(self, split: str, record: Mapping[str, Any], n: int = 0) -> ImageSet:
-        """The first ``n`` (0: all) images of a split, with the mean and standard deviation of the network's record."""
-        name = self.data or ("imagenet" if self.root else record.get("dataset", ""))
+        """The first ``n`` (0: all) images of a split, as the network of the record takes them."""
+        name = self.data or (PICTURES if self.root else record.get("dataset", ""))
         if not name:
             raise ValueError(f"data: the network's file does not say; choose one of {', '.join(data.names())}")
-        return self._normalized(data.load(name, split, root=self.root or None, n=n or None), record)
-
-    def _normalized(self, images: ImageSet, record: Mapping[str, Any]) -> ImageSet:
-        if not (self.mean or record.get("images") or record.get("dataset") in data.SPECS):
-            return images
-        spec = self.normalization({"dataset": images.spec.name, **record})
-        return images.normalized_by(spec.mean, spec.std)
+        own = {key: value for key, value in record.items() if value}
+        spec = self.normalization({"dataset": name, **own})
+        if name == PICTURES:
+            spec = dataclasses.replace(spec, name=name, n_val=0, note="")
+        found = data.load(name, split, root=self.root or None, n=n or None, spec=spec)
+        return found.normalized_by(spec.mean, spec.std)
 
     def normalization(self, record: Mapping[str, Any]) -> DataSpec:
-        """The data set of a network's record, with the mean and standard deviation that it was trained with."""
-        name = record.get("dataset") or self.data or ("imagenet" if self.root else "")
+        """The data set of a network's record, with size, mean and standard deviation that it was trained with."""
+        name = record.get("dataset") or self.data or (PICTURES if self.root else "")
         known(name, data.SPECS, "data")
-        found = {key: tuple(getattr(self, key) or (record.get("images") or {}).get(key, ())) for key in ("mean", "std")}
-        return dataclasses.replace(data.SPECS[name], **{key: value for key, value in found.items() if value})
+        told: Mapping[str, Any] = record.get("images") or {}
+        found = {key: told[key] for key in ("mean", "std", "in_shape", "short_side") if told.get(key)}
+        found |= {key: value for key in ("mean", "std") if (value := getattr(self, key))}
+        if self.size:
+            found |= {"in_shape": (3, self.size, self.size), "short_side": 0}
+        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        return dataclasses.replace(data.SPECS[name], **plain)
 
     def calibration(self, record: Mapping[str, Any]) -> ImageSet:
-        """The images of the manifest, each hash verified, or ``n_calib`` balanced training images."""
+        """The images of the manifest, each hash verified, or ``n_calib`` training images, balanced if that can be."""
         if not self.manifest:
             train = self.images("train", record, self.n_train)
             n = min(self.n_calib, len(train))
-            if n < train.spec.n_classes:
+            if n == len(train):
+                return train
+            if n < train.spec.n_classes or int(train.labels.min()) == folder.UNLABELLED:
                 order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
                 return train.subset(order[:n])
-            return train if n == len(train) else train.balanced(n, self.seed)
+            return train.balanced(n, self.seed)
         listed = selection.read(Path(self.manifest))
         if not listed.files:
-            images = data.load(listed.dataset, listed.split)
-            return self._normalized(selection.take(listed, images), record)
+            spec = self.normalization({"dataset": listed.dataset, **record})
+            return selection.take(listed, data.load(listed.dataset, listed.split)).normalized_by(spec.mean, spec.std)
         if not self.root:
             raise ValueError(f"root: {self.manifest} names files; give the folder that they lie in")
-        spec = data.SPECS["imagenet"]
-        size = spec.in_shape[1]
-        files = selection.take_files(listed, Path(self.root))
-        pixels = np.stack([folder.read_image(f, size=size, short_side=round(size * 256 / 224)) for f in files])
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return self._normalized(ImageSet(images, torch.full((len(files),), -1), spec, listed.split), record)
+        spec = self.normalization({**record, "dataset": PICTURES})
+        images: Any = folder.pictures(selection.take_files(listed, Path(self.root)), spec)
+        return ImageSet(images, torch.full((len(images),), folder.UNLABELLED), spec, listed.split)
 
     def selected(self) -> selection.Manifest:
         """``n_calib`` training images by ``strategy`` and ``metric``, as a manifest."""
         dataset = FLOAT_RECIPES[self.model].dataset if self.model in FLOAT_RECIPES and not self.net else ""
-        images = self.images("train", {"dataset": dataset}, self.n_train)
+        taken = None if self.net else imagenet.taken(self.model)
+        images = self.images("train", {"dataset": dataset, "images": taken}, self.n_train)
         scores = selection.score(images.images, self.metric) if self.metric else None
         options: Any = {"strategy": self.strategy, "seed": self.seed}
-        balanced = self.n_calib >= images.spec.n_classes
+        balanced = self.n_calib >= images.spec.n_classes and int(images.labels.min()) != folder.UNLABELLED
         labels = images.labels if balanced else None
         chosen = selection.select(
             scores, self.n_calib, labels=labels, pool=None if balanced else torch.arange(len(images)), **options
@@ -209,8 +227,8 @@ class Configuration:
         how: Any = {"metric": self.metric, "balanced": balanced, **options}
         if not self.root:
             return selection.from_images(images, chosen, **how)
-        files, _, _ = folder.list_folder(Path(self.root), "train")
-        names = [files[int(images.indices[i])].relative_to(self.root).as_posix() for i in chosen]
+        pictures: Any = images.images
+        names = [pictures.files[i].relative_to(self.root).as_posix() for i in chosen]
         return selection.from_files(Path(self.root), names, dataset=Path(self.root).name, **how)
 
     # -- what is done --------------------------------------------------------------------------------------------------

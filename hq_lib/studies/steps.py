@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hq_lib import graph, models
-from hq_lib.data import DataSpec, ImageSet, normalize
+from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
 from hq_lib.graph.network_file import OWN
 from hq_lib.integer import IntegerModel, LowerError, RecordError, lower, round_biases
@@ -189,8 +189,8 @@ def _image_record(imodel: IntegerModel) -> dict[str, Any]:
 
 
 def _accuracy(logits: Callable[[np.ndarray], np.ndarray], test: ImageSet) -> float:
-    parts = (normalize(images, test.spec).numpy() for images in test.images.split(BATCH))
-    return evaluation_of(torch.from_numpy(np.concatenate([logits(part) for part in parts])), test.labels).acc_pct
+    found = [logits(x.contiguous().numpy()) for x, _ in batches(test, BATCH)]
+    return evaluation_of(torch.from_numpy(np.concatenate(found)), test.labels).acc_pct
 
 
 def _line(what: str, acc_pct: float, test: ImageSet) -> str:

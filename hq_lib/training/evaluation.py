@@ -1,5 +1,6 @@
 """Accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
 from hq_lib.graph.tracing import eval_mode
+
+BATCH_PIXELS = 2**21
+"""Pixels a channel in a batch at most, where the caller does not say: 41 images of 224 x 224"""
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,28 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 """(normalised images (B, C, H, W), labels (B,)), batch by batch: a ``DataLoader``, a list, a generator."""
 
 
-def predict(net: nn.Module, images: ImageSet | Batches, *, batch_size: int = 500) -> Tensor:
+def predict(net: nn.Module, images: ImageSet | Batches, *, batch_size: int | None = None) -> Tensor:
     """(N, n_classes) float32 logits on the CPU, in the order of ``images``; eval mode, no gradients."""
     return _outputs(net, images, batch_size)[0]
 
 
-def evaluate(net: nn.Module, images: ImageSet | Batches, *, batch_size: int = 500) -> Evaluation:
+def evaluate(net: nn.Module, images: ImageSet | Batches, *, batch_size: int | None = None) -> Evaluation:
     """Top-1 accuracy (percent) and mean cross entropy (nats) over all images, float32.
 
-    ``batch_size`` is for an ``ImageSet``; batches come as they are. Raises ``ValueError`` for an empty set.
+    ``batch_size`` is for an ``ImageSet`` (None: 500, fewer of large images); batches come as they are. Raises
+    ``ValueError`` for an empty set.
     """
     return evaluation_of(*_outputs(net, images, batch_size))
 
 
-def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int) -> tuple[Tensor, Tensor]:
+def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int | None) -> tuple[Tensor, Tensor]:
     device = device_of(net)
-    walk = batches(images, batch_size, device=device) if isinstance(images, ImageSet) else images
+    walk: Batches
+    if isinstance(images, ImageSet):
+        most = max(1, BATCH_PIXELS // math.prod(images.images.shape[2:]))
+        walk = batches(images, batch_size or min(500, most), device=device)
+    else:
+        walk = images
     with eval_mode(net), torch.inference_mode():
         pairs = [(net(x.to(device)).float().cpu(), y.cpu()) for x, y in walk]
     if not pairs:

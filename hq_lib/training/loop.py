@@ -79,8 +79,8 @@ def fit(
 
 
 def _on(images: ImageSet | Batches, device: torch.device) -> ImageSet | Batches:
-    """Images once and for all on the device that trains (a quarter of what they take as float32)."""
-    if not isinstance(images, ImageSet) or device.type == "cpu":
+    """Images in memory once and for all on the device that trains (a quarter of what they take as float32)."""
+    if not isinstance(images, ImageSet) or device.type == "cpu" or not isinstance(images.images, Tensor):
         return images
     return replace(images, images=images.images.to(device), labels=images.labels.to(device))
 

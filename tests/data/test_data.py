@@ -288,7 +288,40 @@ def test_folder_errors_name_the_folder_and_file(class_folders, tmp_path):
         data.load("imagenet", "train", root=class_folders, n=99)
     (class_folders / "a" / "0.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"0\.png is not a readable image"):
-        data.load("imagenet", "train", root=class_folders)
+        next(data.batches(data.load("imagenet", "train", root=class_folders), 4))
+
+
+def test_pictures_are_read_when_they_are_asked_for_and_then_only_those(class_folders, monkeypatch):
+    whole = data.load("imagenet", "trainval", root=class_folders)
+    pixels, read = whole.images[:], []
+    real = folder.read_image
+    monkeypatch.setattr(folder, "read_image", lambda path, **size: read.append(path.name) or real(path, **size))
+    some = whole.subset([6, 1])
+    assert not read
+    assert torch.equal(some.images[:], pixels[[6, 1]])
+    assert sorted(read) == ["1.png", "2.png"]
+    x = torch.cat([x for x, _ in data.batches(whole, 3)])
+    assert torch.equal(x, data.normalize(pixels, whole.spec))
+    assert [len(part) for part in whole.images.split(3)] == [3, 3, 2]
+
+
+def test_calibration_pictures_may_lie_in_sel_without_classes(class_folders, tmp_path):
+    root = tmp_path / "root"
+    for part in ("sel", "val"):
+        (root / part).mkdir(parents=True)
+    Image.new("RGB", (60, 40), (9, 9, 9)).save(root / "sel" / "one.png")
+    for label in ("a", "b"):
+        (class_folders / label).rename(root / "val" / label)
+    train, test = (data.load("imagenet", split, root=root) for split in ("train", "test"))
+    assert (train.labels.tolist(), test.labels.tolist()) == ([folder.UNLABELLED], [0] * 4 + [1] * 4)
+    assert train.spec.n_classes == test.spec.n_classes == 2
+
+
+def test_the_size_a_network_takes_is_the_size_that_is_read(class_folders):
+    spec = replace(data.SPECS["imagenet"], in_shape=(3, 24, 24), short_side=30)
+    images = data.load("imagenet", "test", root=class_folders, spec=spec)
+    assert images.images[:].shape == (4, 3, 24, 24)
+    assert images.spec.short_side == 30
 
 
 def own_images(n: int = 12, **changes: object) -> data.ImageSet:

@@ -7,7 +7,7 @@ import torch
 from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
-from hq_lib import models
+from hq_lib import data, models
 from hq_lib.graph import (
     BitPolicy,
     PolicyError,
@@ -135,16 +135,27 @@ def test_only_some_quantizers_can_be_fitted(net):
     assert changed == {name for name, q in act_quantizers(qnet).items() if q.bits == 8}
 
 
+def test_batches_with_labels_and_image_sets_calibrate_like_their_images(net):
+    pixels = torch.randint(0, 256, (8, *images().shape[1:]), dtype=torch.uint8)
+    few = data.ImageSet(pixels, torch.zeros(8, dtype=torch.int64), data.SPECS["digits"])
+    x = data.normalize(few.images, few.spec)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, few.labels), batch_size=3)
+    found = []
+    for batches in (x, few, loader, [x[:5], x[5:]]):
+        qnet = quantize(net, POLICY, images())
+        calibrate(qnet, batches)
+        found.append(grids(qnet))
+    assert found[0] == found[1] == found[2] == found[3]
+
+
 def test_bad_calibration_data_is_refused(net):
     qnet = quantize(net, POLICY, images())
     with pytest.raises(QuantizeError, match="at least one image"):
         calibrate(qnet, [])
     with pytest.raises(QuantizeError, match="at least one image"):
         calibrate(qnet, images()[:0])
-    with pytest.raises(QuantizeError, match=r"got a list among them: leave out the labels"):
-        calibrate(
-            qnet, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images(), torch.zeros(len(images()))))
-        )
+    with pytest.raises(QuantizeError, match=r"got a dict among them"):
+        calibrate(qnet, [{"x": images()}])  # type: ignore[list-item]
     with pytest.raises(QuantizeError, match=r"torch\.uint8: data\.normalize"):
         calibrate(qnet, (images() * 50).to(torch.uint8))
     with pytest.raises(ValueError, match="layer 'stem' does not accept"):
