@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from hq_lib import data, models
-from hq_lib.data import ImageSet
+from hq_lib.data import ImageSet, folder
+from hq_lib.models import efficientnet_lite
 from hq_lib.results import paths
 
 FIRST = frozenset({"8f3b316e", "8244b673", "4d496ff8", "8cbdbed1", "69574edb"})
 """Float checkpoints (first digits of their SHA-256) whose rows were written before rows named the network."""
+
+N_IMAGENET = 16_384
+"""Largest number of an image folder's training images kept in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,11 @@ class Bench:
     def dataset(self) -> str:
         """The data set, which is the embedded digits where the network's own cannot be had."""
         return self.test.spec.name
+
+    @property
+    def eval_batch(self) -> int:
+        """Images per forward pass of post-training studies: few enough for a core's cache."""
+        return 25 if self.dataset == "imagenet" else 64
 
     def calibration(self, n: int, seed: int) -> Tensor:
         """``n`` training images (all where there are fewer), balanced over classes, normalised: (n, C, H, W)."""
@@ -79,6 +89,57 @@ def open_bench(
     n_val = None if n_val and 0 < test.spec.n_val < n_val else n_val  # of the digits there are few
     train, val = (data.load(test.spec.name, split, n=n) for split, n in (("train", n_train), ("val", n_val)))
     return Bench(net.to(device).eval(), record, train, val, test)
+
+
+def public_weights(file: str) -> Path | None:
+    """A file of published weights in ``data/checkpoints`` or the optional ``../shared/data/checkpoints``, or None."""
+    folders = [paths.checkpoints_dir(), (paths.shared_data() or paths.ROOT / "absent") / "checkpoints"]
+    return next((path for each in folders if (path := each / file).exists()), None)
+
+
+def open_imagenet(
+    name: str, *, root: str = "", n_val: int = 0, n_test: int | None = None, device: str = "cpu"
+) -> Bench | None:
+    """An ImageNet network with its images; None, after a line that says why, where they cannot be had.
+
+    Args:
+        name:   one of ``models.imagenet_names()``. EfficientNet-Lite0's weights are a package; of any other network
+                ``public_weights("<name>.pth")``, a state dict as torchvision publishes it.
+        root:   image folder, ``train/`` and ``val/`` or class folders alone; "" = the sample in ``../shared/data``.
+        n_val:  validation images, cut evenly from the training images (at most ``N_IMAGENET``, kept in memory).
+        n_test: test images; None = all.
+        device: "cpu" or "cuda".
+    """
+    images = Path(root).expanduser() if root else (paths.shared_data() or paths.ROOT / "absent") / "imagenet_sample"
+    lite = name == "efficientnet_lite0"
+    weights = None if lite else public_weights(f"{name}.pth")
+    if not images.is_dir():
+        print(f"{name}: no image folder {images.name} (give root, a folder of class folders), not run")
+        return None
+    if not lite and weights is None:
+        print(f"{name}: no {name}.pth in {paths.checkpoints_dir()}, not run")
+        return None
+    try:
+        net = models.build(name)
+    except ImportError as error:
+        print(f"{name}: {error}, not run")
+        return None
+    if weights is not None:
+        models.load_public(weights, net)
+    n_train = min(N_IMAGENET, len(folder.list_folder(images, "train")[0]))
+    train, test = (
+        data.load("imagenet", split, root=images, n=n) for split, n in (("train", n_train), ("test", n_test))
+    )
+    if n_val >= n_train:
+        print(f"{name}: {n_val} of {n_train} training images held out leave none to calibrate with, not run")
+        return None
+    if lite:
+        normal = efficientnet_lite.MEAN, efficientnet_lite.STD
+        train, test = train.normalized_by(*normal), test.normalized_by(*normal)
+    held_out = torch.zeros(n_train, dtype=torch.bool)
+    held_out[torch.linspace(0, n_train - 1, n_val).round().long()] = True
+    train, val = (train.subset(mask.nonzero().flatten()) for mask in (~held_out, held_out))
+    return Bench(net.eval().to(device), {"model": name, "dataset": "imagenet"}, train, val, test)
 
 
 def net_switch(name: str, *, seed: int = 0) -> dict[str, str]:

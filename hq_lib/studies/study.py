@@ -120,13 +120,14 @@ class Study(Generic[Plan, P, Bench]):
     """Metric, value, unit (and whatever else differs from the key) of each row of a point."""
 
     def plan(self, profile: str, **changes: Any) -> Plan:
-        """The profile's plan with some fields changed, lists as tuples.
+        """The profile's plan with some fields changed, lists as tuples; a change that is None leaves the profile's.
 
         Raises:
             StudyError: no such field (the nearest is named), or one value where the plan has a list.
         """
         plan: Any = self.plans[paths.check_profile(profile)]
         known = [f.name for f in dataclasses.fields(plan)]
+        changes = {name: value for name, value in changes.items() if value is not None}
         for name, value in changes.items():
             if name not in known:
                 raise StudyError(f"{self.name} has no {name!r}: it has {', '.join(known)}{nearest(name, known)}")

@@ -79,13 +79,15 @@ def test_a_point_is_measured_once_and_keeps_its_errors(at_hand, out_dir, monkeyp
 
 
 def test_a_network_that_is_absent_is_not_run_and_an_unknown_one_writes_nothing(at_hand, out_dir, monkeypatch, capsys):
-    monkeypatch.setattr(study, "public_file", lambda: None)
+    monkeypatch.setattr(study, "public_weights", lambda file: None)
     rows = study.METHODS.run("smoke", nets=["public"], recipes=["minmax"])
     assert rows.empty
     assert "no resnet20_akamaster_9173.th" in capsys.readouterr().out
-    for wrong in ({"nets": ["resnet18"]}, {"recipes": ["qdrp"]}):
-        with pytest.raises(StudyError, match=r"(network 'resnet18'|recipe 'qdrp').*choose from"):
+    for wrong in ({"nets": ["resnet19"]}, {"recipes": ["qdrp"]}):
+        with pytest.raises(StudyError, match=r"(network 'resnet19'|recipe 'qdrp').*choose from"):
             study.METHODS.run("smoke", **wrong)
+    study.METHODS.run("smoke", nets=["resnet18"], root=str(out_dir))  # no such folder
+    assert "resnet18: no image folder" in capsys.readouterr().out
     assert study.METHODS.rows("smoke").empty
 
 
@@ -137,6 +139,23 @@ def test_the_table_sets_ours_beside_the_official_codes_number(out_dir):
     assert cell["ImageNet ResNet-18"] == "n/r"
     assert cell["ImageNet ResNet-18 published"].startswith("51.69")
     assert table["bits"].iloc[0] == "float"
+
+
+def test_an_imagenet_network_that_was_measured_has_columns_beside_its_published_numbers(out_dir):
+    rows = fake_rows({("float", 32, 32, -1): 91.73, ("qdrop", 4, 4, 1): 70.0})
+    lite = [{**row, "model": "efficientnet_lite0", "dataset": "imagenet"} for row in rows]
+    own = [{**row, "model": "resnet50", "dataset": "imagenet"} for row in rows]
+    own = [{**row, "switches": {**row["switches"], "net": "shipped", "images": "imagenet"}} for row in own]
+    lite = [{**row, "switches": {**row["switches"], "net": "shipped"}} for row in lite]
+    better = [{**row, "value": 75.0, "switches": {**row["switches"], "images": "mine"}} for row in lite[1:]]
+    store.append("ptq_methods", [*lite, *own, *better], profile="full")
+    table = tables.methods_table(study.METHODS.rows("full")).set_index(["bits", "method"])
+    line = table.loc[("W4A4", "QDrop")].query("how == 'by block, dropping 0.5'").iloc[0]
+    assert line["ImageNet ResNet-50"] == "70.00 (n=1)"
+    published = float(line["ImageNet ResNet-50 published"].split(" / ")[0])
+    assert line["ImageNet ResNet-50 gap"] == f"{70 - published:+.2f}"
+    assert line["ImageNet EfficientNet-Lite0"] == "75.00 (n=1)"  # a folder of one's own goes before the sample
+    assert line["ImageNet ResNet-18"] == "n/r"
 
 
 def test_the_best_are_listed_beside_the_very_numbers_of_published_csv(out_dir):

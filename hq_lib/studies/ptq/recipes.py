@@ -13,15 +13,16 @@ from torch import Tensor, fx, nn
 
 from hq_lib import data, ptq
 from hq_lib.data import ImageSet
-from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize, weight_layers
+from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, act_quantizers, calibrate, quantize, weight_layers
 from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import aciq, fake_quantize
 from hq_lib.quantizers.observers import range_qparams
-from hq_lib.studies.selection import bench as selection_bench
 
 CHOSEN = {"travel": 25.0, "beta_start": 8.0}
 """schedule of a short budget, rounding rate x iterations and the regulariser's first exponent: noticed first in a
 benchmark of the public net that prints test accuracy, then chosen on the shipped net's validation images"""
+RANGE_IMAGES = 256
+"""images whose activations set the ranges, the first of a set (QDrop takes one batch of 256)"""
 MSE = ("mse_measured", "mse_model", "mse_exact")
 """what ``aciq_errors`` gives"""
 OFFICIAL: dict[str, Any] = {"rounding_lr": 1e-3, "beta_start": 20.0}
@@ -82,6 +83,11 @@ NEAREST = tuple(name for name, recipe in RECIPES.items() if recipe.passes is Non
 LEARNED = ("adaround", "brecq", "brecq_fisher", "qdrop")
 
 
+def policy(w_bits: int, a_bits: int) -> BitPolicy:
+    """Bits of the post-training studies: weights per channel, LSQ+ activations, QDrop's placement, folded norms."""
+    return BitPolicy(f"minmax:{w_bits}", f"lsq_plus:{a_bits}", placement="academic", bn="fold", pool_bits=32)
+
+
 def calibration(train: ImageSet, n: int, seed: int) -> Tensor:
     """(n, C, H, W) training images without augmentation, normalised as the net was trained.
 
@@ -101,11 +107,11 @@ def calibration(train: ImageSet, n: int, seed: int) -> Tensor:
 
 def quantized(
     net: nn.Module, x: Tensor, recipe: Recipe, bits: tuple[int, int], *, iterations: int, seed: int,
-    folder: Path | None = None, progress: Callable[[ptq.UnitReport], None] | None = None,
+    folder: Path | None = None, progress: Callable[[ptq.UnitReport], None] | None = None, **changes: Any,
 ) -> fx.GraphModule:  # fmt: skip
     """The net quantized by one recipe from calibration images ``x``; ``folder`` lets a killed reconstruction go on."""
-    qnet = quantize(net, selection_bench.policy(*bits), x[:1])
-    fit_recipe(qnet, x, recipe, iterations=iterations, seed=seed, folder=folder, progress=progress)
+    qnet = quantize(net, policy(*bits), x[:1])
+    fit_recipe(qnet, x, recipe, iterations=iterations, seed=seed, folder=folder, progress=progress, **changes)
     return qnet
 
 
@@ -114,7 +120,7 @@ def fit_recipe(
     progress: Callable[[ptq.UnitReport], None] | None = None, **changes: Any,
 ) -> None:  # fmt: skip
     """Fit ``qnet`` in place by one recipe to calibration images ``x``; ``changes``: fields of a reconstruction."""
-    few = x[: selection_bench.RANGE_IMAGES]
+    few = x[:RANGE_IMAGES]
     if recipe.allocated:
         ptq.fit_allocated(qnet)
     else:
@@ -130,7 +136,7 @@ def fit_recipe(
 
 def tensors(net: nn.Module, x: Tensor) -> Iterator[tuple[str, str, Tensor]]:
     """("activation" or "weight", layer, values): what unsigned quantizers see on ``x``, and weights, norms folded."""
-    qnet = quantize(net, selection_bench.policy(4, 4), x[:1])
+    qnet = quantize(net, policy(4, 4), x[:1])
     seen: dict[int, Tensor] = {}
     calibrate(qnet, x, quantized_weights=False, fit=lambda quantizer, values: seen.update({id(quantizer): values}))
     for name, quantizer in act_quantizers(qnet).items():

@@ -6,6 +6,7 @@ block. ``hq study ptq_schedule`` compares QDrop's schedules on validation images
 predicted with the measured error of every tensor.
 """
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -20,17 +21,16 @@ from hq_lib import data, models, ptq
 from hq_lib.graph import quantize
 from hq_lib.results import paths
 from hq_lib.results.hints import nearest
-from hq_lib.studies.bench import Bench, net_switch, open_bench
+from hq_lib.studies.bench import Bench, net_switch, open_bench, open_imagenet, public_weights
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import CHOSEN, LEARNED, NEAREST, RECIPES, Recipe
-from hq_lib.studies.selection import bench as selection_bench
 from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError
 from hq_lib.training import evaluate
 
 ERRORS = "ptq_errors"
-PUBLIC, SHIPPED, LITE = "public", "shipped", "efficientnet_lite0"
-NETS = {PUBLIC: "resnet20", SHIPPED: "resnet20", LITE: LITE}
-"""The public ResNet-20 (option A, 91.73 %), the shipped one, EfficientNet-Lite0 on a sample of ImageNet -> network."""
+PUBLIC, SHIPPED = "public", "shipped"
+NETS = {PUBLIC: "resnet20", SHIPPED: "resnet20", **{name: name for name in models.imagenet_names()}}
+"""The public ResNet-20 (option A, 91.73 %), the shipped one, and the ImageNet networks by name -> network."""
 PUBLIC_FILE = "resnet20_akamaster_9173.th"
 FLOAT = "float"
 ERROR_BITS = ((4, 4), (2, 2))
@@ -57,6 +57,8 @@ class Plan:
     """Validation images on which the error behind each block is measured."""
     n_test: int | None = None
     """Test images; None = all."""
+    root: str = ""
+    """Folder of ImageNet, for its networks; "" = the sample in ``../shared/data``."""
 
 
 SMOKE = ("minmax", "mse", "aciq_allocated", "brecq_fisher", "qdrop")
@@ -136,6 +138,8 @@ def key(run: Run[Any], point: Quantization) -> Row:
     """What names a measurement: network, recipe with its settings, bits, images, budget and seed."""
     net = PUBLIC if point.net == PUBLIC else SHIPPED
     switches: Row = {"net": net, "recipe": point.recipe, **(_checkpoint() if point.net == SHIPPED else {})}
+    if point.net not in (PUBLIC, SHIPPED) and point.plan.root:
+        switches["images"] = Path(point.plan.root).name
     named = {"experiment": run.study, "model": NETS[point.net], "metric": "acc_pct"}
     if point.recipe == FLOAT:
         return {**named, "method": FLOAT, "switches": switches}
@@ -155,39 +159,25 @@ def _checkpoint() -> Row:
 
 def open_net(run: Run[Plan], needed: Hashable) -> Bench | None:
     """The float network with its images; None, after a line that says why, where they cannot be had."""
-    if needed == LITE:
-        return _imagenet(run)
-    bench = open_bench("resnet20", n_test=run.plan.n_test, device=run.device)
+    plan = run.plan
+    if needed not in (PUBLIC, SHIPPED):
+        bench = open_imagenet(str(needed), root=plan.root, n_test=plan.n_test, device=run.device)
+        return bench and dataclasses.replace(bench, val=bench.test)
+    bench = open_bench("resnet20", n_test=plan.n_test, device=run.device)
     if bench is None or needed == SHIPPED:
         return bench
-    path = public_file()
+    path = public_weights(PUBLIC_FILE)
     if path is None or bench.dataset != "cifar10":
-        print(f"{PUBLIC}: no {PUBLIC_FILE} in ../shared/data/checkpoints, or no CIFAR-10: not run")
+        print(f"{PUBLIC}: no {PUBLIC_FILE} in {paths.checkpoints_dir()}, or no CIFAR-10, not run")
         return None
     parts = (part.normalized_by(*models.IMAGENET_MEAN_STD) for part in (bench.train, bench.val, bench.test))
     return Bench(models.resnet20_akamaster(path).eval().to(run.device), bench.record, *parts)
 
 
-def _imagenet(run: Run[Plan]) -> Bench | None:
-    if reason := selection_bench.available():
-        print(f"{LITE}: {reason}: not run")
-        return None
-    found = selection_bench.open_bench("imagenet", run.profile, n_common=0, n_test=run.plan.n_test, device=run.device)
-    return Bench(found.net, {"model": LITE, "dataset": "imagenet"}, found.train, found.test, found.test)
-
-
-def public_file() -> Path | None:
-    """The optional public checkpoint, or None where it is absent."""
-    folder = paths.shared_data()
-    path = folder / "checkpoints" / PUBLIC_FILE if folder else None
-    return path if path is not None and path.exists() else None
-
-
 def measure(run: Run[Plan], bench: Bench, point: Quantization) -> Iterator[Found]:
     """Accuracy and loss on test images, the CPU time of the quantization, and errors behind each block."""
-    batch = selection_bench.EVAL_BATCH.get(bench.dataset, 64)
     if point.recipe == FLOAT:
-        score = evaluate(bench.net, bench.test, batch_size=batch)
+        score = evaluate(bench.net, bench.test, batch_size=bench.eval_batch)
         yield {"dataset": bench.dataset, "value": score.acc_pct, "unit": "%", "n_test": score.n}
         return
     plan, reporter = point.plan, Reporter()
@@ -197,7 +187,7 @@ def measure(run: Run[Plan], bench: Bench, point: Quantization) -> Iterator[Found
     qnet = recipes.quantized(bench.net, x, RECIPES[point.recipe], point.bits, iterations=point.iterations,
                              seed=point.seed, folder=folder, progress=reporter)  # fmt: skip
     cpu = time.process_time() - started
-    score = evaluate(qnet, bench.test, batch_size=batch)
+    score = evaluate(qnet, bench.test, batch_size=bench.eval_batch)
     if point.bits in ERROR_BITS:
         yield from _errors(key(run, point), qnet, bench, x, plan.n_errors)
     values = {"loss": (score.loss, "nat"), "calibration_cpu_s": (cpu, "s"), "acc_pct": (score.acc_pct, "%")}
@@ -230,7 +220,7 @@ def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> 
     """Relative squared error behind each block on ``n`` validation images (ImageNet: test images)."""
     images = bench.val.balanced(len(bench.val), 0) if bench.val is not bench.test else bench.val
     images = images.subset(list(range(0, len(images), max(1, len(images) // n)))[:n])
-    reference = quantize(bench.net, selection_bench.policy(key["w_bits"], key["a_bits"]), x[:1])
+    reference = quantize(bench.net, recipes.policy(key["w_bits"], key["a_bits"]), x[:1])
     for error in ptq.block_errors(qnet, reference, data.normalize(images.images, images.spec)):
         where = {**key["switches"], "block": error.name, "position": error.position}
         yield ERRORS, {"experiment": ERRORS, "dataset": bench.dataset, "metric": "rel_error", "value": error.error,

@@ -1,7 +1,7 @@
 """What notebook 04 shows of the post-training studies: rows in, frames out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 
@@ -12,10 +12,10 @@ from hq_lib.studies.ptq.study import PLANS, PUBLIC, SHIPPED
 
 BITS = PLANS["full"].bits
 
-COLUMNS = ("public ResNet-20", "shipped ResNet-20", "ResNet-20 on digits", "ImageNet EfficientNet-Lite0",
-           "ImageNet ResNet-18")  # fmt: skip
-"""groups of columns of tab_ptq, those without a number left out"""
-PAPERS = COLUMNS[-1]
+PLACES = ("public ResNet-20", "shipped ResNet-20", "ResNet-20 on digits")
+"""groups of columns of tab_ptq, before those of the ImageNet networks"""
+PAPERS = "resnet18"
+"""the network whose published ImageNet numbers are always shown; those of others where they are measured"""
 OTHERS = ("drop 1.0, official rate", "2,000 iterations, rate 1e-2")
 """lines for which there is a measured number of the official code, and none of ours"""
 OFFICIAL_LINES = {
@@ -36,17 +36,24 @@ PAPER_LINES = {
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with ``net`` (one of ``COLUMNS``), ``recipe`` (and a block's place) as columns."""
+    """The rows with ``net`` (the name in print), ``recipe`` (and a block's place) as columns.
+
+    Of an ImageNet network measured on a folder of one's own, the rows on the sample are left out.
+    """
     switches = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    wanted = switches.reindex(columns=["net", "recipe", "block", "position"])
+    wanted = switches.reindex(columns=["net", "recipe", "block", "position", "images"])
     found = rows.assign(**{column: wanted[column] for column in wanted})
-    return found.assign(net=[column_of(*pair) for pair in zip(found["net"], found["dataset"], strict=True)])
+    named_nets = zip(found["net"], found["dataset"], found["model"], strict=True)
+    found = found.assign(net=[column_of(*each) for each in named_nets])
+    elsewhere = set(found.loc[found["images"].notna(), "net"])
+    return found.loc[found["images"].notna() | ~found["net"].isin(list(elsewhere))]
 
 
-def column_of(net: str, dataset: str) -> str:
-    """One of ``COLUMNS``: the name in print of a net on a data set."""
-    known = {(PUBLIC, "cifar10"): 0, (SHIPPED, "cifar10"): 1, (SHIPPED, "digits"): 2, (SHIPPED, "imagenet"): 3}
-    return COLUMNS[known[net, dataset]]
+def column_of(net: str, dataset: str, model: str) -> str:
+    """The name in print of a net on a data set."""
+    if dataset == "imagenet":
+        return f"ImageNet {labels.printed('model', model)}".replace(" (ImageNet)", "")
+    return PLACES[{(PUBLIC, "cifar10"): 0, (SHIPPED, "cifar10"): 1, (SHIPPED, "digits"): 2}[net, dataset]]
 
 
 def constants_table() -> pd.DataFrame:
@@ -67,13 +74,15 @@ def constants_table() -> pd.DataFrame:
 
 def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_ptq, from rows of ``ptq_methods``: a block of lines for each pair of widths, columns for each network."""
-    ours, theirs = named(rows), known()
+    ours = named(rows)
+    theirs = known(set(rows.loc[rows["dataset"] == "imagenet", "model"]))
     ours = ours.assign(line=[RECIPES[key].line if key in RECIPES else "-" for key in ours["recipe"]])
     lines = ["-", *(recipe.line for recipe in RECIPES.values()), *OTHERS]
+    others = dict.fromkeys(net for net in (*ours["net"], *theirs["net"]) if net not in PLACES)
     order = {
         "bits": ["float", *(labels.bits_label(w, a) for w, a in BITS)],
         "line": list(dict.fromkeys(lines)),
-        "net": [column for column in COLUMNS if column in {*ours["net"], *theirs["net"]}],
+        "net": [*(column for column in PLACES if column in {*ours["net"], *theirs["net"]}), *others],
     }
     out = tables.build(ours, theirs, index=["bits", "method", "line"], columns=["net"], order=order)
     empty = {tables.NOT_RUN, tables.NOT_PUBLISHED}
@@ -81,19 +90,21 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     return out.drop(columns=idle).rename(columns={"line": "how"})
 
 
-def known() -> pd.DataFrame:
-    """The published numbers of tab_ptq, with its ``line`` and ``net``."""
+def known(models: Collection[str] = ()) -> pd.DataFrame:
+    """The published numbers of tab_ptq, with ``line`` and ``net``; of ImageNet those of ``PAPERS`` and ``models``."""
     every = published.load()
     widths = {(float(w), float(a)) for w, a in (*BITS, (32, 32))}
     every = every.loc[[pair in widths for pair in zip(every["w_bits"], every["a_bits"], strict=True)]]
     code = every.loc[(every["table"] == "official_ptq") & every["variant"].isin(list(OFFICIAL_LINES))]
     base = every.loc[(every["table"] == "official_inference") & (every["method"] == "float")]
-    paper = every.loc[(every["table"] == "imagenet_ptq") & (every["model"] == "resnet18")]
+    paper = every.loc[(every["table"] == "imagenet_ptq") & every["model"].isin([PAPERS, *models])]
     paper = paper.loc[paper["method"].isin(list(PAPER_LINES)) & ~paper["variant"].str.contains("rerun")]
     return pd.concat([
-        code.assign(line=code["variant"].map(OFFICIAL_LINES), net=COLUMNS[0]),
-        base.assign(line="-", net=COLUMNS[0]),
-        paper.assign(line=paper["method"].map(PAPER_LINES), net=PAPERS),
+        code.assign(line=code["variant"].map(OFFICIAL_LINES), net=PLACES[0]),
+        base.assign(line="-", net=PLACES[0]),
+        paper.assign(
+            line=paper["method"].map(PAPER_LINES), net=[column_of("", "imagenet", model) for model in paper["model"]]
+        ),
     ])  # fmt: skip
 
 
@@ -125,8 +136,9 @@ def best(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_net(rows: pd.DataFrame) -> str:
-    """The network that figures show, one of ``COLUMNS``: the public one where it was measured; "" where none was."""
-    return next((column for column in COLUMNS if column in set(named(rows)["net"])), "")
+    """The network that figures show: the public one where it was measured, else the next; "" where none was."""
+    measured = dict.fromkeys(named(rows)["net"])
+    return next((column for column in (*PLACES, *measured) if column in measured), "")
 
 
 def errors(rows: pd.DataFrame, *, net: str, recipes: Sequence[str]) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from hq_lib.results import labels
@@ -71,7 +72,7 @@ def _flow(ax: Axes, steps: Sequence[tuple[str, str]]) -> None:
         left = i * (width + gap)
         color = look("lowest" if name == "choose" else "random").color
         box = {"boxstyle": "round,pad=0.3,rounding_size=1", "facecolor": "white", "edgecolor": color, "linewidth": 1.1}
-        ax.add_patch(_rectangle(left, width, **box))
+        ax.add_patch(FancyBboxPatch((left + 0.6, 6.5), width - 1.2, 17, **box))
         ax.text(left + width / 2, 20.5, name, ha="center", va="center", weight="bold", size=8)
         ax.text(left + width / 2, 12, text, ha="center", va="center", size=6.8, linespacing=1.25)
         if i:
@@ -79,29 +80,24 @@ def _flow(ax: Axes, steps: Sequence[tuple[str, str]]) -> None:
             ax.annotate("", (left - 0.2, 15), xytext=(left - gap + 0.2, 15), arrowprops=arrow)
 
 
-def _rectangle(left: float, width: float, **box: object):
-    from matplotlib.patches import FancyBboxPatch
-
-    return FancyBboxPatch((left + 0.6, 6.5), width - 1.2, 17, **box)  # type: ignore[arg-type]
-
-
 @styled
 def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: str = "selected") -> Figure:
     """BRECQ and QDrop with random images (open) and with selected ones (filled), one column per network.
 
-    Ours come first, every draw a small point and the mean a large one, with the mean difference above it; published
-    pairs are large points alone. A network without a number of ours says ``ours n/r``, without a published pair ``–``.
+    Ours come first, every shared draw a small point and their mean a large one, the mean paired difference above it;
+    published pairs are large points alone. A network without a number of ours says ``ours n/r``, without a published
+    pair ``–``.
 
     Args:
         pairs:        ``model``, ``method`` ("brecq", "qdrop"), ``selected`` (bool), ``source`` ("ours", "published"),
-                      ``value`` (percent).
+                      ``seed`` (of the draw), ``value`` (percent).
         networks:     columns after ours, in order; those without numbers are shown as empty.
         chosen_label: what the filled marks are.
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(pairs, ("model", "method", "selected", "source", "value"), "fig_selected")
+    need(pairs, ("model", "method", "selected", "source", "seed", "value"), "fig_selected")
     ours = list(dict.fromkeys(pairs.loc[pairs["source"] == "ours", "model"]))
     columns = [*[(m, "ours") for m in ours], *[(m, "published") for m in networks if m not in ours]]
     figure, axes = new_figure(width=6.8, height=3.6)
@@ -119,19 +115,24 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: 
 
 
 def _pair(ax: Axes, rows: pd.DataFrame, x: float, method: str, *, numbers: bool) -> None:
-    style, means = look(method), []
+    """Means and their difference over the draws that random and selected share; if none, what there is."""
+    style = look(method)
+    wide = rows.pivot_table(index="seed", columns="selected", values="value")
+    shared = wide.dropna()
+    drawn = shared if len(shared) else wide
+    means = []
     for chosen, side in ((False, -0.06), (True, 0.06)):
-        values = rows.loc[rows["selected"] == chosen, "value"].to_numpy(dtype=float)
-        if not len(values):
+        if chosen not in drawn:
             continue
+        values = drawn[chosen].dropna()
         face = style.color if chosen else "white"
         if len(values) > 1:
             ax.plot([x + side] * len(values), values, linestyle="", marker=".", markersize=3.5, color=style.color)
         means.append((x + side, values.mean()))
         ax.plot(*means[-1], linestyle="", marker=style.marker, markersize=6, color=style.color, markerfacecolor=face)
-    if len(means) == 2:
+    if len(shared) and len(means) == 2:
         ax.plot(*zip(*means, strict=True), color=style.color, linewidth=0.8, zorder=0)
-        gain, top = means[1][1] - means[0][1], max(rows["value"])
+        gain, top = means[1][1] - means[0][1], shared.to_numpy().max()
         size = 7 if numbers else 6.5
         ax.annotate(f"{gain:+.2f}", (x, top), xytext=(0, 6), textcoords="offset points", ha="center", size=size,
                     color=style.color)  # fmt: skip

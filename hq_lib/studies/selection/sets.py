@@ -19,7 +19,9 @@ from hq_lib.ptq import selection
 from hq_lib.ptq.selection import Manifest, features
 from hq_lib.ptq.units import as_float, chain, cut
 from hq_lib.quantizers.observers import evaluating
-from hq_lib.studies.selection.bench import Bench, eval_batch, ranged
+from hq_lib.studies.bench import Bench
+from hq_lib.studies.ptq import recipes
+from hq_lib.training import predict
 
 ERROR_BITS = (2, 2)
 """bits of the rounding whose first-block error scores an image"""
@@ -65,9 +67,11 @@ SMOOTH = "tv_lowest"
 class Pool:
     """The candidates of one draw, with scores and features computed when first asked for."""
 
-    def __init__(self, bench: Bench, n_pool: int, draw: int) -> None:
-        """Draw ``n_pool`` of the training images with seed ``draw``."""
+    def __init__(self, bench: Bench, n_pool: int, draw: int, *, n_common: int = 0) -> None:
+        """Draw ``n_pool`` of the training images with seed ``draw``; ``n_common`` held-out images compare sets."""
         self.bench, self.n_pool, self.draw = bench, n_pool, draw
+        whole = n_common in (0, len(bench.val))
+        self.common: ImageSet = bench.val if whole else bench.val.balanced(min(n_common, len(bench.val)), 0)
         self.positions = selection.draw_pool(len(bench.train), n_pool, seed=draw)
         self.images: ImageSet = bench.train.subset(self.positions)
         self._scores: dict[str, Tensor] = {}
@@ -75,12 +79,18 @@ class Pool:
     @cached_property
     def x(self) -> Tensor:
         """(N, C, H, W) float32, normalised as the net takes them."""
-        return data.normalize(self.images.images, self.images.spec).contiguous().to(self.bench.device)
+        device = next(self.bench.net.parameters()).device
+        return data.normalize(self.images.images, self.images.spec).contiguous().to(device)
 
     @cached_property
     def seen(self) -> "Seen":
         """What the float net computes on the pool."""
-        return watch(self.bench.net, self.x, batch_size=eval_batch(self.bench))
+        return watch(self.bench.net, self.x, batch_size=self.bench.eval_batch)
+
+    @cached_property
+    def common_logits(self) -> Tensor:
+        """(N, n_classes), the float net's on ``common``."""
+        return predict(self.bench.net, self.common, batch_size=self.bench.eval_batch)
 
     def scores(self, metric: str) -> Tensor:
         """(N,) scores of the pool's images, pixels' or the network's."""
@@ -122,10 +132,6 @@ class Pool:
         choice = CHOICES[name]
         how = {"metric": choice.metric, "strategy": choice.strategy, "seed": self.draw, "balanced": choice.balanced}
         return selection.from_images(self.images, chosen, **how)  # type: ignore[arg-type]
-
-    def set_metrics(self, chosen: Tensor, names: tuple[str, ...]) -> dict[str, float]:
-        """Mean score of the chosen images per metric."""
-        return {name: self.scores(name)[chosen].mean().item() for name in names}
 
 
 def examples(pool: Pool, metric: str, *, label: int = 0, k: int = 7) -> tuple[np.ndarray, list[float]]:
@@ -188,7 +194,7 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
 
 def first_block_error(bench: Bench, x: Tensor) -> Tensor:
     """(N,) mean squared error per image behind the first residual block, rounded to nearest at ``ERROR_BITS``."""
-    qnet = ranged(bench, x, ERROR_BITS)
+    qnet = recipes.quantized(bench.net, x, recipes.RECIPES["mse"], ERROR_BITS, iterations=0, seed=0)
     found = chain(qnet)
     upto = found[: next(i for i, block in enumerate(found) if block.residual) + 1]
     nodes, layers = (tuple(name for b in upto for name in getattr(b, key)) for key in ("nodes", "layers"))
@@ -198,4 +204,4 @@ def first_block_error(bench: Bench, x: Tensor) -> Tensor:
         with as_float(head):
             return head(part)
 
-    return features.reconstruction_error(x, exact, head, batch_size=eval_batch(bench))
+    return features.reconstruction_error(x, exact, head, batch_size=bench.eval_batch)

@@ -1,16 +1,16 @@
-"""What the calibration study shows: its tables, captions and findings, from its frames."""
+"""What notebook 05 shows of the calibration study: rows in, frames out."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hq_lib.results import figures, labels, published, tables
-from hq_lib.studies.selection import frames
-from hq_lib.studies.selection.bench import Bits
-from hq_lib.studies.selection.points import LOWEST, size_of
-from hq_lib.studies.selection.sets import SMOOTH
+from hq_lib.ptq import selection
+from hq_lib.results import labels, published, tables
+from hq_lib.studies.selection.sets import CHOICES, SMOOTH
+from hq_lib.studies.selection.study import FLOAT, LOWEST, SHIPPED, Bits, Plan
 
 NETWORKS = ("resnet18", "resnet50", "resnet101", "mobilenetv2_imagenet", "regnetx_600m", "mnasnet2_0")
 """the paper's columns"""
@@ -20,16 +20,99 @@ SOURCES = (
     "BRECQ (Li et al.), arXiv 2102.05426", "MQBench benchmark (repository ModelTC/MQBench, README)",
 )  # fmt: skip
 """of published numbers, the first that has one: the paper compared, then the methods' own"""
+TARGETS = {"loss_own": "loss on the set itself", "loss_common": "loss on common images", "acc_pct": "test accuracy"}
+UNTOUCHED = {"batch_sampling": "without_replacement", "run_seed": -1, "split": "test"}
+"""what switches say that a row does not name"""
+NEAR_PP = 0.2
+"""how many points below the largest n still count as kept"""
+KEYS = ["model", "dataset", "method", "w_bits", "a_bits", "n_calib", "seed", "iterations", "switches"]
+METRIC_LABELS = {
+    "set_tv": "total variation", "set_gradient_energy": "gradient energy",
+    "set_laplacian_variance": "Laplacian variance", "set_high_frequency": "high-frequency ratio",
+    "set_roughness": "histogram roughness", "set_entropy": "histogram entropy",
+    "set_block_error": "first-block error", "set_bn_distance": "BN distance", "set_knowledge": "cluster distance",
+}  # fmt: skip
 
 
-def comparison_table(profile: str, dataset: str) -> pd.DataFrame:
+def sets(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line a calibration set: its columns, its switches, and ``acc_pct loss_own loss_common n_test``."""
+    rows = rows.loc[rows["method"] != FLOAT]
+    if rows.empty:
+        return pd.DataFrame(columns=[*KEYS, "choice", "n_pool", *UNTOUCHED, *TARGETS, "n_test"])
+    wide = rows.pivot(index=KEYS, columns="metric", values="value").reset_index().rename_axis(columns=None)
+    judged = rows.loc[rows["metric"] == "acc_pct"].set_index(KEYS)[["n_test"]]
+    wide = wide.merge(judged, left_on=KEYS, right_index=True)
+    switches = pd.DataFrame([json.loads(text) for text in wide["switches"]], index=wide.index)
+    for name, value in UNTOUCHED.items():
+        switches[name] = switches[name].fillna(value) if name in switches else value
+    return wide.join(switches[["choice", "n_pool", *UNTOUCHED]])
+
+
+def where(found: pd.DataFrame, **wanted: object) -> pd.DataFrame:
+    """The lines whose columns have these values."""
+    keep = np.ones(len(found), dtype=bool)
+    for column, value in wanted.items():
+        keep &= (found[column] == value).to_numpy()
+    return found.loc[keep]
+
+
+def main(found: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """The sets of the plan's size, pool and budget, test images, no switch touched; every method and width."""
+    return where(found, n_calib=plan.n_calib, n_pool=plan.n_pool, iterations=plan.iterations, **UNTOUCHED)
+
+
+def at(found: pd.DataFrame, bits: Bits = LOWEST, method: str = "qdrop") -> pd.DataFrame:
+    """The sets of one width and method."""
+    return where(found, method=method, w_bits=bits[0], a_bits=bits[1])
+
+
+def float_pct(rows: pd.DataFrame) -> float | None:
+    """The shipped float net's test accuracy, percent; None where it was not measured."""
+    found = where(rows, method=FLOAT, model=SHIPPED)["value"].tolist()
+    return found[0] if found else None
+
+
+def budget(found: pd.DataFrame) -> pd.DataFrame:
+    """Held-out accuracy by iterations a block, 0 = rounded to nearest: iterations, acc_pct, loss_common, n_test."""
+    columns = ["iterations", "acc_pct", "loss_common", "n_test"]
+    return pd.DataFrame(where(found, split="common"), columns=columns).sort_values(by="iterations", ignore_index=True)
+
+
+# ---------------------------------------------------------------- differences
+
+
+def paired(found: pd.DataFrame, choice: str = SMOOTH, *, target: str = "acc_pct") -> dict[str, float]:
+    """Paired difference of a choice to random over the draws that both have; {} below two."""
+    both = found.pivot_table(index="seed", columns="choice", values=target)
+    if choice == "random" or not {choice, "random"} <= set(both.columns):
+        return {}
+    both = both[[choice, "random"]].dropna()
+    return selection.paired_difference(both[choice].tolist(), both["random"].tolist()) if len(both) > 1 else {}
+
+
+def comparison(found: pd.DataFrame) -> pd.DataFrame:
+    """Per choice: draws, accuracy mean and sd, losses, and the paired difference to random with its 95 % interval."""
+    lines = []
+    for choice in [c for c in CHOICES if c in set(found["choice"])]:
+        own = found.loc[found["choice"] == choice]
+        line = {"choice": choice, "label": CHOICES[choice].label, "n": len(own)}
+        line |= {"acc_pct": own["acc_pct"].mean(), "sd": own["acc_pct"].std(ddof=1)}
+        line |= {name: own[name].mean() for name in ("loss_own", "loss_common")}
+        lines.append(line | {key: paired(found, choice).get(key, np.nan) for key in ("mean", "low", "high", "p_value")})
+    columns = ["choice", "label", "n", "acc_pct", "sd", "loss_own", "loss_common", "mean", "low", "high", "p_value"]
+    return pd.DataFrame(lines, columns=columns).sort_values("acc_pct", ascending=False, ignore_index=True)
+
+
+def comparison_table(found: pd.DataFrame) -> pd.DataFrame:
     """tab_selection: the comparison as text, best first; n/r where a difference needs more draws."""
-    found = frames.comparison(frames.main_sets(frames.frame(profile, dataset), profile, dataset))
-    out = pd.DataFrame({"calibration images": found["label"], "draws": found["n"].astype(str)})
-    out["test accuracy, %"] = [_mean_sd(m, s) for m, s in zip(found["acc_pct"], found["sd"], strict=True)]
-    out["paired difference to random, points (95 %)"] = [_interval(line) for line in found.to_dict("records")]
+    lines = comparison(found)
+    out = pd.DataFrame({"calibration images": lines["label"], "draws": lines["n"].astype(str)})
+    out["test accuracy, %"] = [_mean_sd(m, s) for m, s in zip(lines["acc_pct"], lines["sd"], strict=True)]
+    out["paired difference to random, points (95 %)"] = [
+        tables.NOT_PUBLISHED if line["choice"] == "random" else _interval(line) for line in lines.to_dict("records")
+    ]
     for name in ("loss_own", "loss_common"):
-        out[frames.TARGETS[name]] = [f"{value:.1f}" for value in found[name]]
+        out[TARGETS[name]] = [f"{value:.1f}" for value in lines[name]]
     return out
 
 
@@ -37,54 +120,132 @@ def _mean_sd(mean: float, sd: float) -> str:
     return f"{mean:.2f}" if np.isnan(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
-def _interval(line: Mapping[str, Any]) -> str:
-    if line.get("choice") == "random":
-        return tables.NOT_PUBLISHED
-    if np.isnan(line["mean"]):
+def _interval(found: Mapping[Any, Any]) -> str:
+    if np.isnan(found.get("mean", np.nan)):
         return tables.NOT_RUN
-    return f"{line['mean']:+.2f} ({line['low']:+.2f} to {line['high']:+.2f})"
+    return f"{found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
 
 
-def pairs(profile: str, dataset: str, bits: Bits) -> pd.DataFrame:
-    """Accuracy without and with selected images: model, method, selected, source ("ours", "published"), value."""
-    points = frames.frame(profile, dataset)
+def differences(found: pd.DataFrame) -> pd.DataFrame:
+    """Smoothest minus random by network, method, bits and set: mean, 95 % interval, draws, and random's own accuracy.
+
+    NaN below two shared draws.
+    """
+    lines, names = [], ["model", "method", "w_bits", "a_bits", "n_calib", "n_test"]
+    key: Any
+    for key, group in found.groupby(names):
+        random, result = group.loc[group["choice"] == "random", "acc_pct"], paired(group)
+        if SMOOTH in set(group["choice"]):
+            line = {
+                "model": key[0],
+                "method": key[1],
+                "bits": labels.bits_label(key[2], key[3]),
+                "random": random.mean(),
+            }
+            line |= {name: result.get(name, np.nan) for name in ("mean", "low", "high")}
+            lines.append(line | {"draws": result.get("n", len(random)), "n_calib": key[4], "n_test": key[5]})
+    return pd.DataFrame(lines)
+
+
+def selectors(found: pd.DataFrame) -> pd.DataFrame:
+    """Choosing the set of lowest loss, without labels: rank correlations with accuracy, over all sets and random ones;
+    what the best random draw gains over their mean; and what choosing among all ways of a draw gains over its random
+    one (mean, 95 % interval, draws)."""
     lines = []
-    for method in METHODS:
-        ours = frames.main_sets(points, profile, dataset, method=method, bits=bits)
-        for line in ours.loc[ours["choice"].isin(["random", SMOOTH])].to_dict("records"):
-            known = {"model": line["model"], "method": method, "selected": line["choice"] == SMOOTH}
-            lines.append({**known, "seed": line["seed"], "source": "ours", "value": line["acc_pct"]})
-        lines += [
-            {"model": network, "method": method, "selected": chosen, "source": "published", "value": value, "seed": -1}
-            for network in NETWORKS
-            for chosen in (False, True)
-            if (value := published_value(network, method, bits, selected=chosen)) is not None
-        ]
-    return pd.DataFrame(lines, columns=["model", "method", "selected", "source", "value", "seed"])
+    for loss in ("loss_own", "loss_common"):
+        random = found.loc[found["choice"] == "random"].sort_values(loss)
+        if random.empty:
+            continue
+        full = found.groupby("seed").filter(lambda group: len(group) > 1)
+        picked = full.loc[full.groupby("seed")[loss].idxmin()].set_index("seed")["acc_pct"]
+        base = full.loc[full["choice"] == "random"].set_index("seed")["acc_pct"].reindex(picked.index)
+        known = selection.paired_difference(picked.tolist(), base.tolist()) if len(picked) > 1 else {}
+        lines.append({
+            "lowest": TARGETS[loss], "rho, all sets": _rho(found, loss), "rho, random sets": _rho(random, loss),
+            "best random draw": float(random["acc_pct"].iloc[0] - random["acc_pct"].mean()),
+            **{name: known.get(name, np.nan) for name in ("mean", "low", "high")}, "draws": known.get("n", 0),
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def _rho(found: pd.DataFrame, loss: str) -> float:
+    return float(selection.spearman(pd.DataFrame(found, columns=[loss, "acc_pct"]), "acc_pct")["rho"].iloc[0])
+
+
+# ---------------------------------------------------------------- scores
+
+
+def scored(found: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """The sets with the mean score of their images in every metric (columns ``set_...``) and ``label`` in print."""
+    known = pd.DataFrame([json.loads(text) for text in scores["switches"]], columns=["choice", "n_pool"])
+    known = scores.reset_index(drop=True).join(known)
+    shared = ["dataset", "n_calib", "seed", "choice", "n_pool"]
+    wide = known.pivot_table(index=shared, columns="metric", values="value").reset_index()
+    out = found.drop(columns="switches").merge(wide, on=shared)
+    return out.assign(label=[CHOICES[choice].label for choice in out["choice"]])
+
+
+def rho_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rho in words: scores as lines; losses, accuracy, and accuracy over random sets alone as columns."""
+    columns = {}
+    random = found.loc[found["choice"] == "random"]
+    for title, group, target in (
+        ("loss,\nits own images", found, "loss_own"), ("loss,\ncommon images", found, "loss_common"),
+        ("accuracy,\nall sets", found, "acc_pct"), ("accuracy,\nrandom sets", random, "acc_pct"),
+    ):  # fmt: skip
+        rho = selection.spearman(pd.DataFrame(group, columns=[*METRIC_LABELS, target]), target)
+        columns[title] = rho.set_index("metric")["rho"].reindex(list(METRIC_LABELS))
+    return pd.DataFrame(columns).rename(index=METRIC_LABELS)
+
+
+def captq_logs() -> tuple[float, int]:
+    """Spearman's rho of last-layer loss and accuracy over CaPTQ's own W4A4 runs, and their number."""
+    logs = published.lookup(table="captq", w_bits=4, a_bits=4, method="captq_qdrop")
+    wide = logs.pivot(index="variant", columns="metric", values="value")
+    wide = pd.DataFrame(wide, columns=["fc_rec_loss", "acc_pct"]).dropna()
+    return _rho(wide.rename(columns={"fc_rec_loss": "loss"}), "loss"), len(wide)
+
+
+# ---------------------------------------------------------------- the paper's tables
+
+
+def pairs(found: pd.DataFrame, bits: Bits) -> pd.DataFrame:
+    """Accuracy without and with selected images, ours and published: model, method, selected, source, value, and what
+    a caption needs of ours: seed, dataset, n_test."""
+    columns = ["model", "method", "selected", "source", "value", "seed", "dataset", "n_test"]
+    width = where(found, w_bits=bits[0], a_bits=bits[1])
+    ours = width.loc[width["choice"].isin(["random", SMOOTH]) & width["method"].isin(METHODS)]
+    ours = ours.assign(selected=ours["choice"] == SMOOTH, source="ours", value=ours["acc_pct"])
+    theirs = [
+        (network, method, chosen, "published", value, -1, "-", 0)
+        for method in METHODS
+        for network in NETWORKS
+        for chosen in (False, True)
+        if (value := published_value(network, method, bits, selected=chosen)) is not None
+    ]
+    parts = [pd.DataFrame(ours, columns=columns), pd.DataFrame(theirs, columns=columns)]
+    return pd.concat([part for part in parts if len(part)], ignore_index=True) if any(map(len, parts)) else parts[0]
 
 
 def published_value(network: str, method: str, bits: Bits, *, selected: bool) -> float | None:
     """The published ImageNet accuracy (percent) of BRECQ or QDrop, without or with CaPTQ's images; None = nothing."""
     name = f"captq_{method}" if selected else method
     found = published.lookup(table="imagenet_ptq", model=network, method=name, variant="-")
-    found = found.loc[(found["w_bits"] == bits[0]) & (found["a_bits"] == bits[1])]
-    for source in SOURCES:
-        values = found.loc[found["source"] == source, "value"].tolist()
-        if values:
-            return values[0]
-    return None
+    found = where(found, w_bits=bits[0], a_bits=bits[1])
+    values = [found.loc[found["source"] == source, "value"].tolist() for source in SOURCES]
+    return next((several[0] for several in values if several), None)
 
 
-def table_w2a2(profile: str, dataset: str) -> pd.DataFrame:
+def table_w2a2(found: pd.DataFrame) -> pd.DataFrame:
     """tab1_w2a2: one line a network; ours with random and with the smoothest images, and the published pair."""
-    found = pairs(profile, dataset, LOWEST)
-    models = [*dict.fromkeys(found.loc[found["source"] == "ours", "model"]), *NETWORKS]
-    lines = []
-    for model in models:
-        line = {"network": labels.printed("model", model), "images": "ImageNet" if model in NETWORKS else dataset}
+    both, lines = pairs(found, LOWEST), []
+    ours = both.loc[both["source"] == "ours"]
+    for model in dict.fromkeys([*ours["model"], *([] if len(ours) else [SHIPPED]), *NETWORKS]):
+        mine = both.loc[both["model"] == model]
+        images = next(iter(ours.loc[ours["model"] == model, "dataset"]), "imagenet" if model in NETWORKS else "cifar10")
+        line = {"network": labels.printed("model", model), "images": "ImageNet" if images == "imagenet" else images}
         for method in METHODS:
-            mine = found.loc[(found["model"] == model) & (found["method"] == method)]
-            line |= _pair_texts(mine, labels.printed("method", method))
+            line |= _pair_texts(mine.loc[mine["method"] == method], labels.printed("method", method))
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -97,32 +258,54 @@ def _pair_texts(mine: pd.DataFrame, name: str) -> dict[str, str]:
         texts[f"{name}, {words}, ours"] = (
             f"{_mean_sd(values.mean(), values.std(ddof=1))} (n={len(values)})" if len(values) else tables.NOT_RUN
         )
-    named = ours.assign(choice=np.where(ours["selected"].astype(bool), SMOOTH, "random"))
-    found = frames.paired(named, SMOOTH, target="value") if len(ours) else None
-    texts[f"{name}, paired difference (95 %)"] = _interval(found) if found else tables.NOT_RUN
+    named = ours.assign(choice=ours["selected"].map({True: SMOOTH, False: "random"}))
+    texts[f"{name}, paired difference (95 %)"] = _interval(paired(named, target="value") if len(ours) else {})
     known = [theirs.loc[theirs["selected"] == chosen, "value"].tolist() for chosen in (False, True)]
     shown = [f"{values[0]:.2f}" if values else tables.NOT_PUBLISHED for values in known]
     texts[f"{name} → CaPTQ + {name}, published"] = " → ".join(shown) if any(known) else tables.NOT_PUBLISHED
     return texts
 
 
-def claim(profile: str, dataset: str, bits: Bits) -> str:
+def claim(found: pd.DataFrame, bits: Bits) -> str:
     """One sentence: the mean paired difference of the smoothest images at a width; n/r below two shared draws."""
-    points, parts = frames.frame(profile, dataset), []
+    parts = []
     for method in METHODS:
-        sets = frames.main_sets(points, profile, dataset, method=method, bits=bits)
-        found = frames.paired(sets, SMOOTH)
-        gain = tables.NOT_RUN if found is None else f"{found['mean']:+.2f}"
-        parts.append(f"{labels.printed('method', method)} {gain}")
+        gain = paired(at(where(found, model=SHIPPED), bits, method)).get("mean")
+        parts.append(f"{labels.printed('method', method)} {tables.NOT_RUN if gain is None else f'{gain:+.2f}'}")
     return f"Smoothest instead of random calibration images at {labels.bits_label(*bits)}, points: {', '.join(parts)}"
 
 
-def caption(words: str, profile: str, points: pd.DataFrame, *, dataset: str, seeds: Sequence[int] | None = None) -> str:
-    """A caption with images, draws and the switches that every point shares."""
-    if points.empty:
-        return figures.caption(words, profile=profile, n=tables.NOT_RUN, dataset=dataset)
-    counts = sorted({int(n) for n in points["n_test"]}) if "n_test" in points else []
-    counted = " and ".join(f"{n:,} test images" for n in counts) or "published numbers"
-    drawn = sorted({int(s) for s in points["seed"] if s >= 0}) if seeds is None else seeds
-    switches = f"first/last layer 8 bit, {size_of(dataset, profile).iterations:,} iterations a block"
-    return figures.caption(words, profile=profile, n=counted, seeds=drawn, dataset=dataset, switches=switches)
+def protocol(plan: Plan) -> str:
+    """What a caption has to say of every point."""
+    return f"first/last layer 8 bit, {plan.iterations:,} iterations a block"
+
+
+# ---------------------------------------------------------------- the number of images
+
+
+def by_number(found: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """The sets of the number-of-images curve with their ``way``: without replacement, or images or batches replaced."""
+    curve = where(found, method="qdrop", split="test", n_pool=max(plan.ns, default=0), run_seed=-1)
+    curve = curve.loc[curve["choice"].isin(["random_unbalanced", "random_repeated"])]
+    way = np.where(curve["choice"] == "random_repeated", "images",
+                   np.where(curve["batch_sampling"] == "with_replacement", "batches", "without"))  # fmt: skip
+    return curve.assign(way=way)
+
+
+def by_n(curve: pd.DataFrame, *, within: float = NEAR_PP) -> pd.DataFrame:
+    """Mean, sd and draws by number of images, and whether from there on the mean stays near the largest n's."""
+    means = curve.loc[curve["way"] == "without"].groupby("n_calib")["acc_pct"].agg(["mean", "std", "count"])
+    near = means["mean"] >= means["mean"].iloc[-1:].max() - within
+    return means.assign(kept=near[::-1].cummin()[::-1])
+
+
+def replacement(curve: pd.DataFrame) -> pd.DataFrame:
+    """Paired difference "with minus without replacement" at equal n: way, n_calib, mean, low, high, n."""
+    lines = []
+    for (n, way), group in curve.loc[curve["way"] != "without"].groupby(["n_calib", "way"]):
+        plain = curve.loc[(curve["way"] == "without") & (curve["n_calib"] == n)]
+        both = group.merge(plain, on="seed", suffixes=("", "_plain"))
+        if len(both) > 1:
+            found = selection.paired_difference(both["acc_pct"].tolist(), both["acc_pct_plain"].tolist())
+            lines.append({"way": way, "n_calib": n, **found})
+    return pd.DataFrame(lines, columns=["way", "n_calib", "mean", "low", "high", "n"])
