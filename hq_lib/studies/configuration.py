@@ -98,7 +98,7 @@ class Configuration:
     requantizer: str = "float32"
     """of the integers: float32 or fixed"""
     crossbar: dict = field(default_factory=dict)
-    """fields of ``studies.crossbar.bench.Plan``: engine, device, layers, n_test, n_calib, folder, host, port ..."""
+    """fields of ``crossbar.bench.Plan``: engine, device, layers, n_test, n_calib, folder, host, port ..."""
     output: str = ""
     """the file that is written; "" = a name made of network, method and bits"""
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hq_lib import graph, models
+from hq_lib.crossbar import bench
 from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
 from hq_lib.graph.network_file import OWN
@@ -20,9 +21,6 @@ from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
 from hq_lib.results import paths, provenance
 from hq_lib.studies.configuration import FLOAT, HYBRID, Configuration, known, known_keys, opened
-from hq_lib.studies.crossbar import bench as crossbar_bench
-from hq_lib.studies.crossbar.points import SIZES
-from hq_lib.studies.crossbar.study import CrossbarBench
 from hq_lib.studies.hybrid.cells import fit_hybrid
 from hq_lib.studies.integer_export.executors import BATCH
 from hq_lib.studies.integer_export.executors import ENDINGS as FILES
@@ -155,9 +153,9 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     """(folder of the record, lines that say what came out) of a network's layers on arrays; see ``crossbar.bench``."""
     entries = {"engine": "sim", "folder": file.with_name(f"{file.stem}_crossbar"), "n_test": run.n_test or 20}
     entries |= {**run.crossbar, **given}
-    known_keys(entries, [f.name for f in dataclasses.fields(crossbar_bench.Plan)], "crossbar")
+    known_keys(entries, [f.name for f in dataclasses.fields(bench.Plan)], "crossbar")
     entries |= {"folder": Path(entries["folder"]), "layers": tuple(entries.get("layers", ("*",)))}
-    plan = crossbar_bench.Plan(**entries)
+    plan = bench.Plan(**entries)
     if file.suffix == ".npz":
         imodel = load_integers(file)
         record = _image_record(imodel)
@@ -165,9 +163,7 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
         net, record = opened(file, run.net, run.options)
         imodel = _lowered(run, file, net, record, run.normalization(record))
     test, train = run.images("test", record, plan.n_test), run.images("train", record, max(plan.n_calib, 1))
-    logits = run_integers(imodel, normalize(test.images, test.spec))
-    bench = CrossbarBench(imodel, {}, test, train, logits, SIZES["quick"])
-    outcome = crossbar_bench.run(plan, bench)
+    outcome = bench.run(plan, imodel, test, train)
     found = outcome.summary
     return plan.folder, [
         outcome.layers.to_string(index=False),

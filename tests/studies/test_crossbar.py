@@ -1,7 +1,6 @@
 """The crossbar study: what it measures, that it resumes, that its tables and figures say what its rows say."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,148 +9,196 @@ import pytest
 import torch
 from integer_nets import float_net, noise_set, quantized
 
-from hq_lib import data
-from hq_lib.crossbar import Circuit, EngineNetwork, IdealEngine
+from hq_lib import data, graph
+from hq_lib.crossbar import Adc, Circuit, EngineNetwork, IdealEngine, Mapping, SimEngine
 from hq_lib.crossbar.norms import norm_moments
+from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR
 from hq_lib.integer import lower
-from hq_lib.results import store
-from hq_lib.studies.crossbar import mvm as crossbar_mvm
-from hq_lib.studies.crossbar import points as crossbar_points
-from hq_lib.studies.crossbar import study
-from hq_lib.studies.crossbar import tables as crossbar_report
-from hq_lib.studies.crossbar.figures import fig_crossbar_accuracy, fig_drift, fig_mvm_calibration, fig_mvm_scatter
-from hq_lib.studies.crossbar.points import CORRECTIONS, SIZES, STUDIES, Point, points
+from hq_lib.integer import run as run_integers
+from hq_lib.studies.crossbar import figures, study, tables
+from hq_lib.studies.crossbar.points import (
+    ALL_OF_IT,
+    CORRECTIONS,
+    PLANS,
+    SHIPPED,
+    STUDIES,
+    by_rule,
+    network_path,
+    points,
+)
+from hq_lib.studies.study import StudyError, profile_rows
+
+SMALL = ["no_error", "recovery", "budget", "sigma", "adc", "stuck", "drift"]
 
 
 @pytest.fixture
 def small(out_dir, monkeypatch):
     """A small network of the tests on random images in place of ResNet-20; layer names of its own."""
     model, random = lower(quantized("residual", "w8a8")), torch.Generator().manual_seed(0)
-
     test = noise_set(random, 20, "test")
     logits = EngineNetwork(model, IdealEngine()).run(data.normalize(test.images, test.spec))
-    bench = study.CrossbarBench(
-        model,
-        norm_moments(float_net("residual")),
-        test,
-        noise_set(random, 60, "train"),
-        logits,
-        replace(SIZES["smoke"], n_calib=10),
-    )
-    for module in (study, crossbar_mvm):
-        monkeypatch.setattr(module, "crossbar_bench", lambda *_, **__: bench)
-    monkeypatch.setattr(crossbar_mvm, "LAYER", "conv1")
-    monkeypatch.setattr(crossbar_mvm, "N_ROWS", 100)
-    monkeypatch.setattr(crossbar_report, "LAYER", "conv1")
-    return bench
+    found = study.Integers(model, norm_moments(float_net("residual")), test, noise_set(random, 60, "train"), logits)
+    monkeypatch.setattr(study, "open_integers", lambda *_: found)
+    monkeypatch.setattr(study, "N_ROWS", 100)
+    for module in (study, tables):
+        monkeypatch.setattr(module, "LAYER", "conv1")
+    return found
 
 
-@pytest.mark.parametrize("profile", SIZES)
+def run(studies, **more):
+    return study.STUDY.run("smoke", studies=studies, n_calib=10, **more)
+
+
+@pytest.mark.parametrize("profile", PLANS)
 def test_every_profile_measures_every_study_and_correction(profile):
-    todo = points(profile)
-    assert [p.study for p in todo] == sorted((p.study for p in todo), key=STUDIES.index)
-    assert {p.study for p in todo} == set(STUDIES)
-    assert {kind for p in todo for kind in p.corrections} == set(CORRECTIONS)
-    places = [(p.study, p.effect, p.x, p.bits, kind) for p in todo for kind in p.corrections]
-    assert len(set(places)) == len(places)
+    todo = points(PLANS[profile])
+    assert {p.place.study for p in todo} == set(STUDIES)
+    assert {p.correction for p in todo} == set(CORRECTIONS)
+    plan = study.STUDY.plan(profile)
+    keys = [json.dumps(study.key(_run(plan), p), sort_keys=True) for p in todo]
+    assert len(set(keys)) == len(keys)
+
+
+def _run(plan):
+    return study.Run("crossbar", "full", plan)
 
 
 def test_full_meets_the_promised_protocol():
-    size = SIZES["full"]
-    assert size.n_test >= 1000
-    assert size.n_draws >= 3
-    assert min(size.times_s) == 20
-    assert max(size.times_s) == pytest.approx(10 * 365.25 * 86400, rel=0.001)
+    plan = PLANS["full"]
+    assert plan.n_test >= 1000
+    assert plan.n_draws >= 3
+    assert min(plan.times_s) == 20
+    assert max(plan.times_s) == pytest.approx(10 * 365.25 * 86400, rel=0.001)
+    assert set(plan.read_rules) == {"readout", "product"}
+    assert {name.split("_")[2] for name in plan.networks} == {"w8a8", "w4a4", "w2a2"}
 
 
 def test_percent_becomes_a_fraction_once():
-    for point in points("full", ("sigma",)):
-        error = point.circuit.device.error
+    for point in points(study.STUDY.plan("full", studies=["sigma"])):
+        error = point.place.circuit.device.error
         assert error is not None
-        at_top = float(error.sigma(torch.tensor(25.0).double())) / 25
-        assert at_top == pytest.approx(point.x / 100)
-    for point in points("full", ("stuck",)):
-        assert point.circuit.faults.low_fraction + point.circuit.faults.high_fraction == pytest.approx(point.x / 100)
+        assert float(error.sigma(torch.tensor(25.0).double())) / 25 == pytest.approx(point.place.x / 100)
+    for point in points(study.STUDY.plan("full", studies=["stuck"])):
+        faults = point.place.circuit.faults
+        assert faults.low_fraction + faults.high_fraction == pytest.approx(point.place.x / 100)
 
 
-def test_unknown_studies_are_named():
-    with pytest.raises(ValueError, match=r"'drfit'.*drift"):
-        points("smoke", ("drfit",))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"studies": ["drfit"]}, r"'drfit'.*drift"), ({"read_rules": ["reading"]}, "readout"),
+     ({"networks": ["resnet20_pact_w4a4"]}, "resnet20_pact_w4a4_s0")],
+)  # fmt: skip
+def test_unknown_names_are_refused_with_the_nearest(changes, message):
+    with pytest.raises(StudyError, match=message):
+        points(study.STUDY.plan("smoke", **changes))
+
+
+def test_committed_points_are_not_measured_again(monkeypatch):
+    """Rows older than correlations, temperature and the two rules of read noise keep their identity."""
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    old = ["no_error", "recovery", "budget", "sigma", "adc", "stuck", "drift"]
+    todo = study.STUDY.todo("full", studies=old)
+    reads = {point.place.circuit.device.read.per for point in todo if point.place.circuit.device.read}
+    assert reads <= {"readout"}
+    assert all(point.place.circuit.device.read for point in todo)
+    assert study.COSTS.todo("full") == []
+
+
+def test_rows_tell_the_two_rules_of_read_noise_apart():
+    old, new = (study.circuit_settings(Circuit(by_rule(rule))) for rule in ("product", "readout"))
+    assert by_rule("readout") == PCM_NANDAKUMAR
+    assert set(new) - set(old) == {"device.read.per"}
+    rows = pd.DataFrame({"switches": [json.dumps(old), json.dumps(new), "{}"]})
+    assert tables.unpacked(rows)["rule"].tolist() == ["product", "readout", ""]
 
 
 def test_a_run_resumes_and_measures_nothing_twice(small, monkeypatch):
-    first = study.run("smoke", studies=["no_error", "stuck"])
-    monkeypatch.setattr(study, "programmed", lambda *_: pytest.fail("measured again"))
-    assert study.run("smoke", studies=["no_error", "stuck"]).equals(first)
-    exact = study.study_rows("smoke", "no_error").query("metric == 'logit_error' and correction == 'none'")
-    assert set(exact["value"]) == {0.0}
-
-
-def test_one_missing_correction_is_measured_alone(small, monkeypatch):
-    point = Point("stuck", "no fault map", 1.0, Circuit(), ("none", "column"))
-    rows = study.measure(small, point, 0, "smoke")
-    store.append(study.STUDY, [row for row in rows if row["switches"]["correction"] == "none"], profile="smoke")
-    again = study.measure(small, point, 0, "smoke")
-    assert {row["switches"]["correction"] for row in again} == {"column"}
-    assert [row["value"] for row in again] == [r["value"] for r in rows if r["switches"]["correction"] == "column"]
+    first = run(["no_error", "stuck"])
+    monkeypatch.setattr(study, "EngineNetwork", lambda *_: pytest.fail("measured again"))
+    assert run(["no_error", "stuck"]).equals(first)
+    exact = tables.unpacked(first, "study", "correction").query("study == 'no_error' and correction == 'none'")
+    assert set(exact.loc[exact["metric"] == "logit_error", "value"]) == {0.0}
 
 
 def test_corrections_do_not_leak_into_each_other(small):
-    point = points("smoke", ("drift",))[1]
-    alone = study.measure(small, replace(point, corrections=("global",)), 0, "smoke")
-    together = study.measure(small, point, 0, "smoke")
-    assert [r["value"] for r in together if r["switches"]["correction"] == "global"] == [r["value"] for r in alone]
+    plan = study.STUDY.plan("smoke", studies=["drift"], n_calib=10)
+    todo = [point for point in points(plan) if point.place.t_s > 20]
+    bench = study.open_arrays(_run(plan), todo[0].bench)
+    assert bench is not None
+    together = {p.correction: list(study.measure(_run(plan), bench, p)) for p in todo[:4]}
+    alone = study.open_arrays(_run(plan), todo[1].bench)
+    assert alone is not None
+    assert list(study.measure(_run(plan), alone, todo[1])) == together[todo[1].correction]
 
 
 def test_settings_name_the_device_and_what_differs():
     assert {key.split(".")[0] for key in study.circuit_settings(Circuit())} == {"device"}
-    found = study.circuit_settings(crossbar_points.ALL_OF_IT)
+    found = study.circuit_settings(ALL_OF_IT)
     assert found["adc.bits"] == 8
     assert found["faults.low_fraction"] == 0.001
     assert "seed" not in found
     json.dumps(found)
 
 
-def test_tables_and_sentences_follow_from_the_rows(small):
-    study.run("smoke")
-    crossbar_mvm.run("smoke")
-    table = crossbar_report.budget_table("smoke").set_index("effect")
-    assert table.index[0] == crossbar_report.EXACT
-    assert table.loc[crossbar_report.EXACT, "logit error"] == "0.000"
+def test_tables_and_figures_follow_from_the_rows(small):
+    rows, products = run(SMALL), study.PRODUCTS.run("smoke", n_calib=10)
+    table = tables.budget_table(rows).set_index("effect")
+    assert table.index[0] == tables.EXACT
+    assert table.loc[tables.EXACT, "logit error"] == "0.000"
     assert set(table.loc["wires, 1 ohm per cell, 25 uS"]) == {"n/r"}
-    lines = crossbar_report.findings("smoke")
-    assert any("within 3 points" in line for line in lines)
-    exact = crossbar_report.exact_pct("smoke")
-    points = crossbar_report.accuracy_rows("smoke", "sigma", "adc", "stuck")
-    fig_crossbar_accuracy(points, exact_pct=exact)
-    drifted = crossbar_report.drift_points("smoke")
+    exact = tables.exact_pct(rows)
+    means = tables.means(rows, "drift")
+    assert set(means.columns) == {20.0, 86400.0}
+    assert len(means) == 8
+    figures.fig_crossbar_accuracy(tables.accuracies(rows, "sigma", "adc", "stuck"), exact_pct=exact)
+    drifted = tables.drift_points(rows)
     assert {"PCM", "RRAM"} == set(drifted["effect"])
-    fig_drift(drifted, exact_pct=exact, no_error=crossbar_report.no_error_pct("smoke"))
-    fig_mvm_scatter(crossbar_report.scatter_pairs("smoke"))
-    fig_mvm_calibration(crossbar_report.layer_errors("smoke"))
-    assert "profile smoke" in crossbar_report.caption("x", "smoke", points)
-
-
-def test_calibration_lowers_the_error_of_dot_products(small):
-    crossbar_mvm.run("smoke")
-    table: Any = crossbar_report.layer_errors("smoke").groupby(["panel", "correction"])["relative_error"].mean()
-    for panel in crossbar_mvm.PANELS:
-        assert table[panel.label, "column"] < table[panel.label, "none"]
+    drawn = figures.fig_drift(drifted, exact_pct=exact, no_error=tables.no_error_pct(rows))
+    assert len(drawn.axes) == 2
+    figures.fig_mvm_scatter(tables.scatter_pairs(profile_rows(study.PAIRS, "smoke")))
+    errors = tables.layer_errors(products)
+    figures.fig_mvm_calibration(errors)
+    by_panel: Any = errors.groupby(["panel", "correction"])["relative_error"].mean()
+    for panel in study.PANELS:
+        assert by_panel[panel, "column"] < by_panel[panel, "none"]
+    assert tables.products_table(products).loc[("PCM, 1 day", "none"), "slope"] < 0.8
 
 
 def test_costs_are_the_sums_over_layers(small):
-    crossbar_mvm.run("smoke")
-    cost = crossbar_mvm.total_cost(EngineNetwork(small.model, IdealEngine()), Circuit(adc=crossbar_mvm.Adc(8)))
+    rows = study.COSTS.run("smoke")
+    cost = study.total_cost(EngineNetwork(small.model, IdealEngine()), Circuit(adc=Adc(8)))
     conversions = sum(
         int(np.prod(small.model.tensors[op.output].shape)) * -(-op.weight[0].size // 128) for op in small.model.layers()
     )
     assert cost["n_conversions"] == (conversions, "count")
     assert cost["n_cells"] == (2 * sum(op.weight.size for op in small.model.layers()), "count")
-    table = crossbar_report.cost_table("smoke").set_index("circuit")
+    table = tables.cost_table(rows).set_index("circuit")
     assert table.loc["analog input, pair, 128 rows", "conversions per image"] == f"{conversions:,}"
 
 
-@pytest.mark.parametrize("draw", [fig_mvm_scatter, fig_mvm_calibration])
+def test_slices_and_noise_aware_rows_become_tables(small):
+    rows = run(["slices", "noise_aware", "no_error"], n_draws=2, networks=[], cell_bits=[1, 2, 4])
+    table = tables.slices_table(rows)
+    cells = [int(text.replace(",", "")) for text in table["cells"]]
+    assert cells[0] == pytest.approx(7 / 4 * cells[1])  # seven bits of magnitude: seven slices of one bit, four of two
+    assert cells[1] == 2 * cells[2]
+    gains = tables.gain_of_noise(rows)
+    assert set(gains["5 % in training", "count"]) == {2}
+    figures.fig_noise_aware(tables.noise_aware_points(rows), exact_pct=tables.exact_pct(rows))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_trained_networks_on_perfect_cells_are_their_integers(name, cifar10_train):
+    """W8A8, W4A4 and W2A2 from training: no converter, no error, so every logit is the integer network's."""
+    model = lower(graph.load(network_path(name)))
+    x = data.normalize(cifar10_train.images[:4], cifar10_train.spec)
+    for circuit in (Circuit(IDEAL), Circuit(IDEAL, Mapping(cell_bits=2, subtract="digital"))):
+        logits = EngineNetwork(model, SimEngine(circuit)).run(x)
+        np.testing.assert_array_equal(logits, run_integers(model, x))
+
+
+@pytest.mark.parametrize("draw", [figures.fig_mvm_scatter, figures.fig_mvm_calibration, figures.fig_drift])
 def test_figures_refuse_rows_they_cannot_draw(draw):
+    more = {"exact_pct": 90.0, "no_error": {}} if draw is figures.fig_drift else {}
     with pytest.raises(ValueError, match="needs the columns"):
-        draw(pd.DataFrame({"panel": ["a"]}))
+        draw(pd.DataFrame({"panel": ["a"]}), **more)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from hq_lib.results.figures.marks import band, band_line, label_ends, plain_log
 from hq_lib.results.figures.methods import Look, look, looks
@@ -13,6 +14,8 @@ from hq_lib.results.figures.style import need, new_figure, styled
 
 CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn": "batch norm"}
 """Correction → label at its line; "column" is gain and offset per column."""
+RULES = {"readout": "read noise once a read-out", "product": "anew for every product"}
+"""How long a draw of PCM's read noise lasts → in words."""
 TICKS_S = {1: "1 s", 20: "20 s", 3600: "1 h", 8.64e4: "1 day", 3.156e7: "1 year",
            3.156e8: "10 years"}  # fmt: skip
 
@@ -108,35 +111,77 @@ def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
 
 @styled
 def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, float]) -> Figure:
-    """Accuracy against time since programming under each correction: mean, band = ± sd; RRAM where it was published.
+    """Accuracy against time since programming under each correction, a panel per rule of PCM's read noise: mean, band
+    = ± sd; RRAM where it was published.
 
     Args:
-        points: one row per measurement: ``effect`` (``PCM``: lines, ``RRAM``: single marks), ``x`` (seconds, > 0),
-            ``correction``, ``seed``, ``acc_pct`` (percent).
+        points: one row per measurement: ``effect`` (``PCM``: lines, ``RRAM``: single marks), ``rule`` (key of
+            ``RULES``; of PCM), ``x`` (seconds, > 0), ``correction``, ``seed``, ``acc_pct`` (percent).
         exact_pct: accuracy of the exact integer network, percent: the dashed line.
         no_error: correction → accuracy (percent) that it leaves of a network without any error: thin dotted lines.
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(points, ("effect", "x", "correction", "seed", "acc_pct"), "fig_drift")
-    figure, axes = new_figure(1, 1, width=7.0, height=3.8)
-    ax: Axes = axes[0, 0]
-    _correction_lines(ax, points.loc[points["effect"] == "PCM"], tuple(CORRECTIONS))
+    need(points, ("effect", "rule", "x", "correction", "seed", "acc_pct"), "fig_drift")
+    rules = [rule for rule in RULES if rule in set(points.loc[points["effect"] == "PCM", "rule"])]
+    figure, axes = new_figure(1, len(rules), width=3.8 * len(rules) + 0.4, height=3.8, sharey=True)
     rram = points.loc[points["effect"] == "RRAM"]
-    for kind in ("none", "column"):
-        table = band(rram.loc[rram["correction"] == kind], x="x", y="acc_pct")
-        ax.errorbar(table.index, table["mean"], table["sd"], color=look(kind).color, marker="*", markersize=9,
-                    linestyle="", label="_rram")  # fmt: skip
-    ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
-    for kind, value in no_error.items():
-        ax.axhline(value, color=look(kind).color, linewidth=0.8, linestyle=":", zorder=0)
-    ax.set_xscale("log")
-    used = {s: text for s, text in TICKS_S.items() if any(np.isclose(points["x"].to_numpy(dtype=float), s, rtol=0.02))}
-    ax.set_xticks(list(used), list(used.values()))
-    ax.minorticks_off()
-    ax.set(ylim=(0, 100), xlabel="time since programming (lines: PCM; stars: RRAM)", ylabel="test accuracy, %")
-    label_ends(ax)
+    for ax, rule in zip(axes[0], rules, strict=True):
+        _correction_lines(ax, points.loc[(points["effect"] == "PCM") & (points["rule"] == rule)], tuple(CORRECTIONS))
+        for kind in ("none", "column"):
+            table = band(rram.loc[rram["correction"] == kind], x="x", y="acc_pct")
+            ax.errorbar(table.index, table["mean"], table["sd"], color=look(kind).color, marker="*", markersize=9,
+                        linestyle="", label="_rram")  # fmt: skip
+        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        for kind, value in no_error.items():
+            ax.axhline(value, color=look(kind).color, linewidth=0.8, linestyle=":", zorder=0)
+        ax.set_xscale("log")
+        times = points["x"].to_numpy(dtype=float)
+        used = {s: text for s, text in TICKS_S.items() if any(np.isclose(times, s, rtol=0.02))}
+        ax.set_xticks(list(used), list(used.values()))
+        ax.minorticks_off()
+        ax.set(ylim=(0, 100), title=f"PCM, {RULES[rule]}", xlabel="time since programming (stars: RRAM)")
+        label_ends(ax)
+    axes[0, 0].set_ylabel("test accuracy, %")
+    return figure
+
+
+@styled
+def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
+    """Accuracy against programming error by weight noise in training, without and with column calibration.
+
+    Args:
+        points: one row per measurement: ``effect`` (noise of training), ``x`` (programming error, percent of the
+            window), ``correction``, ``seed``, ``acc_pct`` (percent).
+        exact_pct: accuracy of the exact integers of the network that training starts from, percent: the dashed line.
+
+    Raises:
+        ValueError: a column is missing or has missing values, or there are no rows.
+    """
+    need(points, ("effect", "x", "correction", "seed", "acc_pct"), "fig_noise_aware")
+    figure, axes = new_figure(1, 2, width=7.6, height=3.4, sharey=True)
+    styles = looks(list(dict.fromkeys(points["effect"])))
+    for ax, kind in zip(axes[0], ("none", "column"), strict=True):
+        for effect, style in styles.items():
+            rows = points.loc[(points["effect"] == effect) & (points["correction"] == kind)]
+            band_line(ax, rows, x="x", y="acc_pct", as_=style, label=effect)
+        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        ax.set(title=f"correction: {CORRECTIONS[kind]}", xlabel="programming error, % of the window", ylim=(0, 100))
+        label_ends(ax)
+    axes[0, 0].set_ylabel("test accuracy, %")
+    return figure
+
+
+@styled
+def fig_products(ideal: Tensor, measured: Tensor, *, title: str) -> Figure:
+    """Measured against ideal dot products of one array, in accumulator steps, and their relative error in the title."""
+    error = float((measured - ideal).norm() / ideal.norm())
+    figure, axes = new_figure(1, 1, width=4.2, height=3.4)
+    ax, ends = axes[0, 0], [float(ideal.min()), float(ideal.max())]
+    ax.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
+    ax.scatter(ideal.flatten(), measured.flatten(), s=4, linewidths=0, alpha=0.6, color=look("before").color)
+    ax.set(title=f"{title}: relative error {error:.3f}", xlabel="ideal, steps", ylabel="measured, steps")
     return figure
 
 

@@ -1,21 +1,21 @@
-"""What the crossbar study measures: circuits, corrections, times and sizes, as data (notebook 08).
+"""What the crossbar studies measure: circuits, corrections, times and sizes, as data (notebook 08).
 
-Every study changes one thing from one base: ResNet-20 in W8A8, pairs of cells, a weight scale per column, 128-row
+Everything changes one thing from one base: ResNet-20 in W8A8, pairs of cells, a weight scale per column, 128-row
 tiles, analog inputs, ideal reading. The column's scale is that of its quantized weights: their largest integer is 127
 in every column, so that it fills the window; a scale per layer needs weights that are quantized per layer. Percent is
 written as a fraction wherever a device takes it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hq_lib.crossbar import (
     Adc,
     Circuit,
     ConstantRead,
     Device,
+    Drive,
     Faults,
     Mapping,
     Wires,
@@ -23,8 +23,10 @@ from hq_lib.crossbar import (
     proportional,
     state_independent,
 )
-from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR
+from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.results import paths
+from hq_lib.results.hints import nearest
+from hq_lib.studies.study import Point, StudyError
 
 HOUR_S, DAY_S, YEAR_S = 3600.0, 86_400.0, 3.156e7
 CORRECTIONS = {
@@ -35,42 +37,23 @@ CORRECTIONS = {
     "bn": "batch-norm statistics",
 }
 """Correction → in words. Both "column" kinds are fitted at the time of reading; "column" in a closed loop."""
-STUDIES = ("no_error", "recovery", "budget", "sigma", "adc", "stuck", "drift")
+STUDIES = ("no_error", "recovery", "budget", "sigma", "adc", "stuck", "drift", "trained", "slices", "noise_aware")
 """In the order in which they are run."""
+SHIPPED = (
+    "resnet20_pact_w8a8_s0", "resnet20_pact_w4a4_s0", "resnet20_dsq_w4a4_s0", "resnet20_pact_w2a2_s0",
+    "resnet20_dsq_w2a2_s0", "resnet20_lsq_w2a2_s0",
+)  # fmt: skip
+"""Trained networks in ``data/checkpoints``."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """One circuit at one place of one study."""
-
-    study: str
-    """One of ``STUDIES``."""
-    effect: str
-    """Line of the figure or of the table."""
-    x: float
-    """Place on the line, in the study's unit: percent, bits, seconds; 0 where there is none."""
-    circuit: Circuit
-    """Everything but the seed."""
-    corrections: tuple[str, ...]
-    """Keys of ``CORRECTIONS``, each measured on the same cells."""
-    t_s: float = 0.0
-    """Seconds since programming; 0 = the device's reference time."""
-    drawn: bool = True
-    """Whether anything is random, so that several draws are wanted."""
-    bits: int = 8
-    """Bits of weights and activations."""
-    per_layer: bool = False
-    """Whether weights are quantized with one scale per layer; with one per column every column fills the window."""
-
-
-@dataclass(frozen=True)
-class Size:
+class Plan:
     """How much a profile measures."""
 
     n_test: int
     """Test images of each number."""
     n_draws: int
-    """Draws of the cells (and of the calibration images) of each point."""
+    """Draws of the cells (and of the calibration images) of each place; seeds of noise-aware training."""
     n_calib: int
     """Training images behind gains, offsets and converter ranges."""
     n_norm: int
@@ -91,20 +74,108 @@ class Size:
     """Whether effects that take minutes are measured: wire resistance, all of it at once."""
     n_pairs: int
     """Points of each panel of the scatter."""
+    networks: tuple[str, ...]
+    """Trained networks: names of files in ``data/checkpoints``, or paths of network files."""
+    cell_bits: tuple[int, ...]
+    """Bits of a cell in the study of slices."""
+    noise_pct: tuple[float, ...]
+    """Weight noise of training, percent of the channel's largest weight; 0 trains as long without any."""
+    programming_pct: tuple[float, ...]
+    """Programming errors, percent of the window, that noise-aware networks are put on."""
+    epochs: int
+    """Of noise-aware fine-tuning."""
+    n_train: int | None
+    """Its training images; None = all."""
+    studies: tuple[str, ...] = STUDIES
+    """Which of ``STUDIES``."""
+    read_rules: tuple[str, ...] = ("readout", "product")
+    """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
 
 
-SIZES = {
-    "smoke": Size(20, 1, 8, 16, (2.0, 5.0), (10.0, 20.0), (6, 8), (64, 128), (0.5, 1.0), (20.0, DAY_S), False, 30),
-    "quick": Size(
-        250, 1, 32, 128, (2.0, 5.0, 10.0), (10.0, 30.0, 60.0), (4, 5, 6, 8), (64, 256), (0.1, 0.5, 2.0),
-        (20.0, HOUR_S, DAY_S, YEAR_S, 10 * YEAR_S), False, 100,
+TIMES_S = (20.0, HOUR_S, DAY_S, YEAR_S, 10 * YEAR_S)
+PLANS = {
+    "smoke": Plan(
+        20, 1, 8, 16, (2.0, 5.0), (10.0, 20.0), (6, 8), (64, 128), (0.5, 1.0), (20.0, DAY_S), False, 30,
+        SHIPPED[3:4], (2,), (0.0, 5.0), (5.0,), 1, 256,
     ),
-    "full": Size(
+    "quick": Plan(
+        250, 1, 32, 128, (2.0, 5.0, 10.0), (10.0, 30.0, 60.0), (4, 5, 6, 8), (64, 256), (0.1, 0.5, 2.0), TIMES_S,
+        False, 100, SHIPPED[1:5:3], (1, 2), (0.0, 5.0), (2.0, 5.0, 10.0), 1, 2_560,
+    ),
+    "full": Plan(
         1000, 3, 64, 256, (1.0, 2.0, 5.0, 10.0), (10.0, 20.0, 40.0, 60.0), (4, 5, 6, 8), (64, 128, 256),
-        (0.1, 0.5, 2.0, 5.0), (20.0, HOUR_S, DAY_S, YEAR_S, 10 * YEAR_S), True, 100,
+        (0.1, 0.5, 2.0, 5.0), TIMES_S, True, 100, SHIPPED, (1, 2, 4), (0.0, 2.0, 5.0), (2.0, 5.0, 10.0, 15.0), 1, None,
     ),
 }  # fmt: skip
-"""Profile → sizes."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One circuit at one place of one study."""
+
+    study: str
+    """One of ``STUDIES``."""
+    effect: str
+    """Line of the figure or of the table."""
+    x: float
+    """Place on the line, in the study's unit: percent, bits, seconds; 0 where there is none."""
+    circuit: Circuit
+    """Everything but the seed."""
+    corrections: tuple[str, ...]
+    """Keys of ``CORRECTIONS``, each measured on the same cells."""
+    t_s: float = 0.0
+    """Seconds since programming; 0 = the device's reference time."""
+    drawn: bool = True
+    """Whether anything is random, so that several draws are wanted."""
+    bits: int = 8
+    """Bits of weights and activations of the shipped network; of a trained one its file says them."""
+    per_layer: bool = False
+    """Whether weights are quantized with one scale per layer; with one per column every column fills the window."""
+    network: str = ""
+    """A trained network (see ``Plan.networks``) in place of the one that is quantized after training."""
+    noise_pct: float | None = None
+    """Weight noise that the float network is fine-tuned with first; None: it is not."""
+
+
+@dataclass(frozen=True)
+class OnArrays(Point):
+    """One correction at one place: one accuracy."""
+
+    place: Place
+    """What is put on which cells."""
+    correction: str
+    """Key of ``CORRECTIONS``."""
+    seed: int
+    """Number of the draw."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``drift: PCM, 86400, column, draw 0``."""
+        where = f"{self.place.study}: {self.place.effect}, {self.place.x:g}, {self.correction}, draw {self.seed}"
+        return f"{where}, {self.place.network}" if self.place.network else where
+
+    @property
+    def unit(self) -> str:
+        """A study's draw; each training of its own."""
+        noise = self.place.noise_pct
+        return f"crossbar_{self.place.study}_s{self.seed}" + ("" if noise is None else f"_{noise:g}pct")
+
+    @property
+    def bench(self) -> Hashable:
+        """The network on its programmed cells."""
+        return self.place, self.seed
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The network that is put on arrays, where a study of ours trains it."""
+        return (Path(self.place.network).stem if self.place.network else "resnet20_float_s0",)
+
+    @property
+    def minutes(self) -> float:
+        """Rough cost; of a training, on its first point."""
+        first = self.place.noise_pct is not None and self.correction == "none"
+        return 0.2 + (4.0 if first else 0.0)
+
 
 DRIFT_ONLY = replace(PCM_NANDAKUMAR, name="pcm_drift_only", error=None, read=None)
 RRAM_SECOND, RRAM_DAY = "rram, column scale", "programming, RRAM 1 day (Wan)"
@@ -114,42 +185,57 @@ NOISY_READS = replace(IDEAL, name="ideal_noisy_reads", read=ConstantRead(0.01))
 ALL_OF_IT = Circuit(PCM_NANDAKUMAR, adc=Adc(8), faults=Faults(0.001, 0.001))
 
 
-def points(profile: str, studies: tuple[str, ...] = STUDIES) -> list[Point]:
-    """Everything that a profile measures, study after study.
+def points(plan: Plan) -> list[OnArrays]:
+    """The first draw of everything that a plan measures, study after study, then the second; unknown names are refused.
 
-    Errors: a study that does not exist.
+    Raises:
+        StudyError: a study, a rule or a trained network that does not exist.
     """
-    size = SIZES[paths.check_profile(profile)]
-    for name in studies:
-        if name not in STUDIES:
-            raise ValueError(f"unknown study {name!r}: choose among {', '.join(STUDIES)}")
-    makers = {
-        "no_error": no_error, "recovery": recovery, "budget": error_budget, "sigma": sigma, "adc": adc, "stuck": stuck,
-        "drift": drift,
-    }  # fmt: skip
-    return [point for name in STUDIES if name in studies for point in makers[name](size)]
+    for kind, names, known in (("study", plan.studies, STUDIES), ("rule", plan.read_rules, ("readout", "product"))):
+        for name in names:
+            if name not in known:
+                raise StudyError(f"crossbar has no {kind} {name!r}: it has {', '.join(known)}{nearest(name, known)}")
+    for name in plan.networks:
+        network_path(name)
+    places = [place for name in STUDIES if name in plan.studies for place in _MAKERS[name](plan)]
+    return [
+        OnArrays(place, correction, draw)
+        for draw in range(plan.n_draws)
+        for place in places
+        if place.drawn or draw == 0
+        for correction in place.corrections
+    ]
 
 
-def no_error(size: Size) -> Iterator[Point]:
+def network_path(name: str) -> Path:
+    """The network file that ``name`` means, a path or the stem of a shipped one; ``StudyError`` where there is none."""
+    path = Path(name) if name.endswith(".safetensors") else paths.checkpoints_dir() / f"{name}.safetensors"
+    if not path.is_file():
+        known = [found.stem for found in sorted(paths.checkpoints_dir().glob("*.safetensors"))]
+        raise StudyError(f"no network file {path}: give a path, or the name of a shipped one{nearest(name, known)}")
+    return path
+
+
+def no_error(plan: Plan) -> Iterator[Place]:
     """What each correction costs on perfect cells; only batch-norm statistics depend on the images drawn."""
-    yield Point("no_error", "no error", 0, Circuit(IDEAL), ("none", "column"), drawn=False)
-    yield Point("no_error", "no error", 0, Circuit(IDEAL), ("bn",))
-    yield Point("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("none",), drawn=False, per_layer=True)
-    if size.slow:
-        yield Point("no_error", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, bits=4)
+    yield Place("no_error", "no error", 0, Circuit(IDEAL), ("none", "column"), drawn=False)
+    yield Place("no_error", "no error", 0, Circuit(IDEAL), ("bn",))
+    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("none",), drawn=False, per_layer=True)
+    if plan.slow:
+        yield Place("no_error", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, bits=4)
 
 
-def recovery(size: Size) -> Iterator[Point]:
+def recovery(plan: Plan) -> Iterator[Place]:
     """Wan's RRAM after one second, in both published fits, by weight scale and correction."""
-    yield Point("recovery", RRAM_SECOND, 0, Circuit(device("rram")), tuple(CORRECTIONS))
+    yield Place("recovery", RRAM_SECOND, 0, Circuit(device("rram")), tuple(CORRECTIONS))
     for fit, scale in (("rram", "layer"), ("rram_crosssim", "column"), ("rram_crosssim", "layer")):
         circuit, kinds = Circuit(device(fit), Mapping(scale=scale)), ("none", "column", "bn")
-        yield Point("recovery", f"{fit}, {scale} scale", 0, circuit, kinds, per_layer=scale == "layer")
-    if size.slow:
-        yield Point("recovery", RRAM_SECOND, 0, Circuit(device("rram")), ("none", "column"), bits=4)
+        yield Place("recovery", f"{fit}, {scale} scale", 0, circuit, kinds, per_layer=scale == "layer")
+    if plan.slow:
+        yield Place("recovery", RRAM_SECOND, 0, Circuit(device("rram")), ("none", "column"), bits=4)
 
 
-def error_budget(size: Size) -> Iterator[Point]:
+def error_budget(plan: Plan) -> Iterator[Place]:
     """One effect at a time on otherwise perfect cells, then several at once; RRAM after a second is in `recovery`."""
     effects: dict[str, Circuit] = {
         "ADC, 8 bits, fitted range": Circuit(IDEAL, adc=Adc(8)),
@@ -161,50 +247,103 @@ def error_budget(size: Size) -> Iterator[Point]:
     }
     fixed = ("ADC, 8 bits, fitted range", "ADC, 8 bits, full range")
     for effect, circuit in effects.items():
-        yield Point("budget", effect, 0, circuit, ("none", "column", "bn"), drawn=effect not in fixed)
-    yield Point("budget", "drift alone, PCM, 1 day", 0, Circuit(DRIFT_ONLY), ("none", "column", "bn"), DAY_S)
-    if size.slow:
+        yield Place("budget", effect, 0, circuit, ("none", "column", "bn"), drawn=effect not in fixed)
+    yield Place("budget", "drift alone, PCM, 1 day", 0, Circuit(DRIFT_ONLY), ("none", "column", "bn"), DAY_S)
+    if plan.slow:
         wires = Circuit(IDEAL, wires=Wires())
-        yield Point("budget", "wires, 1 ohm per cell, 25 uS", 0, wires, ("none", "column", "bn"), drawn=False)
+        yield Place("budget", "wires, 1 ohm per cell, 25 uS", 0, wires, ("none", "column", "bn"), drawn=False)
         together = "PCM with drift, reads, ADC, stuck, 1 day"
-        yield Point("budget", together, 0, ALL_OF_IT, ("none", "column", "bn"), DAY_S)
+        yield Place("budget", together, 0, ALL_OF_IT, ("none", "column", "bn"), DAY_S)
 
 
-def sigma(size: Size) -> Iterator[Point]:
+def sigma(plan: Plan) -> Iterator[Place]:
     """Accuracy against programming error, generic cells."""
-
-    def line(effect: str, values: tuple[float, ...], make: Callable[[float], Device]) -> Iterator[Point]:
+    lines = {
+        "state independent": (plan.state_independent_pct, state_independent),
+        "proportional": (plan.proportional_pct, proportional),
+    }
+    for effect, (values, make) in lines.items():
         for pct in values:
-            yield Point("sigma", effect, pct, Circuit(make(pct / 100)), ("none", "column"))
-
-    yield from line("state independent", size.state_independent_pct, state_independent)
-    yield from line("proportional", size.proportional_pct, proportional)
+            yield Place("sigma", effect, pct, Circuit(make(pct / 100)), ("none", "column"))
 
 
-def adc(size: Size) -> Iterator[Point]:
+def adc(plan: Plan) -> Iterator[Place]:
     """Accuracy against converter bits by array size, perfect cells; ranges fitted on each draw's images.
 
     The range covers 99.99 % of the currents, or has the least mean error (both rules of ``Adc``), or all that can come.
     """
-    for rows in size.tile_rows:
-        for bits in size.adc_bits:
+    for rows in plan.tile_rows:
+        for bits in plan.adc_bits:
             circuit = Circuit(IDEAL, Mapping(tile_rows=rows), adc=Adc(bits))
-            yield Point("adc", f"{rows} rows", bits, circuit, ("none",))
-    for bits in size.adc_bits:
-        yield Point("adc", "128 rows, least error", bits, Circuit(IDEAL, adc=Adc(bits, coverage=None)), ("none",))
-        yield Point("adc", "128 rows, full range", bits, Circuit(IDEAL, adc=Adc(bits, "max")), ("none",), drawn=False)
+            yield Place("adc", f"{rows} rows", bits, circuit, ("none",))
+    for bits in plan.adc_bits:
+        yield Place("adc", "128 rows, least error", bits, Circuit(IDEAL, adc=Adc(bits, coverage=None)), ("none",))
+        yield Place("adc", "128 rows, full range", bits, Circuit(IDEAL, adc=Adc(bits, "max")), ("none",), drawn=False)
 
 
-def stuck(size: Size) -> Iterator[Point]:
+def stuck(plan: Plan) -> Iterator[Place]:
     """Accuracy against stuck cells, with and without a fault map before programming."""
     for remap, effect in (("none", "no fault map"), ("both", "remapped")):
-        for pct in size.stuck_pct:
+        for pct in plan.stuck_pct:
             circuit = Circuit(IDEAL, faults=Faults(pct / 200, pct / 200), remap=remap)
-            yield Point("stuck", effect, pct, circuit, ("none", "column"))
+            yield Place("stuck", effect, pct, circuit, ("none", "column"))
 
 
-def drift(size: Size) -> Iterator[Point]:
-    """Accuracy against time: PCM with drift, programming error and read noise."""
-    kinds = ("none", "global", "column", "bn")
-    for t_s in size.times_s:
-        yield Point("drift", "PCM", t_s, Circuit(PCM_NANDAKUMAR), kinds, t_s)
+def drift(plan: Plan) -> Iterator[Place]:
+    """Accuracy against time: PCM with drift, programming error and read noise, by both rules of its draws."""
+    for rule in plan.read_rules:
+        for t_s in plan.times_s:
+            yield Place("drift", "PCM", t_s, Circuit(by_rule(rule)), ("none", "global", "column", "bn"), t_s)
+
+
+def by_rule(rule: str) -> Device:
+    """Drifting PCM whose read noise is drawn once a "readout", or anew for every "product"."""
+    read = PCM_NANDAKUMAR.read
+    assert read is not None
+    return replace(PCM_NANDAKUMAR, read=replace(read, per=rule))
+
+
+def trained(plan: Plan) -> Iterator[Place]:
+    """Trained networks, exact and on RRAM after a second and a day."""
+    for network in plan.networks:
+        yield Place("trained", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, network=network)
+        for effect, kind in ((RRAM_SECOND, "rram"), (RRAM_DAY, "rram_1day")):
+            yield Place("trained", effect, 0, Circuit(device(kind)), ("none", "column"), network=network)
+
+
+def slices(plan: Plan) -> Iterator[Place]:
+    """Weights cut into slices of whole cell levels on RRAM after a second: fewer bits need fewer slices."""
+    for network in ("", *plan.networks):
+        for bits in plan.cell_bits:
+            circuit = Circuit(RRAM_WAN_1S, Mapping(cell_bits=bits, subtract="digital"))
+            yield Place("slices", "sliced", bits, circuit, ("none", "column"), network=network)
+
+
+def noise_aware(plan: Plan) -> Iterator[Place]:
+    """The float network fine-tuned with weight noise, then quantized and programmed with errors."""
+    for noise in plan.noise_pct:
+        for pct in plan.programming_pct:
+            circuit = Circuit(state_independent(pct / 100))
+            effect = f"{noise:g} % in training"
+            yield Place("noise_aware", effect, pct, circuit, ("none", "column"), noise_pct=noise)
+
+
+_MAKERS = {
+    "no_error": no_error, "recovery": recovery, "budget": error_budget, "sigma": sigma, "adc": adc, "stuck": stuck,
+    "drift": drift, "trained": trained, "slices": slices, "noise_aware": noise_aware,
+}  # fmt: skip
+
+SERIAL = Circuit(mapping=Mapping(cell_bits=2, subtract="digital"), drive=Drive("serial"), adc=Adc(9, "exact"))
+CIRCUITS = {
+    "analog input, pair, 64 rows": Circuit(mapping=Mapping(tile_rows=64), adc=Adc(8)),
+    "analog input, pair, 128 rows": Circuit(adc=Adc(8)),
+    "analog input, pair, 256 rows": Circuit(mapping=Mapping(tile_rows=256), adc=Adc(8)),
+    "analog input, signs read apart, 128 rows": Circuit(mapping=Mapping(subtract="digital"), adc=Adc(8)),
+    "bit-serial, 4 slices x 2 signs, 128 rows": SERIAL,
+}
+"""Lines of tab_crossbar_cost."""
+PANELS = {
+    "RRAM, 1 s, 8-bit ADC": Place("mvm", "", 0, Circuit(RRAM_WAN_1S, adc=Adc(8)), ("none", "global", "column")),
+    "PCM, 1 day": Place("mvm", "", 0, Circuit(PCM_NANDAKUMAR), ("none", "global", "column"), DAY_S),
+}
+"""Panels of the scatter and of the errors per layer."""

@@ -1,224 +1,428 @@
 """ResNet-20 on analog crossbars: accuracy against what is wrong with the arrays, and what repairs it (notebook 08).
 
-    python -m hq_lib.studies.crossbar.study --profile full --studies recovery drift
-
-Measures each `Point` of ``crossbar_points`` on test images and appends its rows to ``crossbar.csv`` at once; what is
-there already is not measured again. Calibration images are training images; nothing is chosen on test.
+``hq study crossbar --profile full`` measures each `Place` of ``points`` on test images under each correction and
+appends to ``crossbar.csv``; ``hq study crossbar_layers`` measures single dot products (a sample of them goes to
+``crossbar_mvm.csv``) and every layer's error on held-out rows; ``hq study crossbar_cost`` counts cells and conversions.
+Calibration images are training images; nothing is chosen on test.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import time
-from collections.abc import Mapping, Sequence
+import copy
+import hashlib
+import math
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from torch import Tensor, nn
 
-from hq_lib import data, models, ptq
-from hq_lib.crossbar import Circuit, EngineNetwork, IdealEngine, SimEngine
+from hq_lib import graph, models, ptq
+from hq_lib.crossbar import Circuit, Cost, EngineNetwork, IdealEngine, SimEngine, count, residuals
 from hq_lib.crossbar.compensation import Reference
+from hq_lib.crossbar.cost import ADC_PJ
+from hq_lib.crossbar.engine import exact_mvm
 from hq_lib.crossbar.norms import Moments, norm_moments, reestimate_norms
 from hq_lib.data import ImageSet, normalize
 from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer import IntegerModel, lower
-from hq_lib.results import paths, provenance, store
-from hq_lib.results import rows as rows_schema
-from hq_lib.studies.bench import shipped
-from hq_lib.studies.crossbar.points import SIZES, STUDIES, Point, Size, points
+from hq_lib.integer import run as run_integers
+from hq_lib.studies.bench import net_switch, open_bench
+from hq_lib.studies.crossbar.points import (
+    CIRCUITS,
+    PANELS,
+    PLANS,
+    SERIAL,
+    OnArrays,
+    Place,
+    Plan,
+    network_path,
+    points,
+)
+from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError
+from hq_lib.training import TrainConfig, fit
 from hq_lib.training.evaluation import evaluation_of
 
-STUDY, MODEL = "crossbar", "resnet20"
+MODEL = "resnet20"
 N_PTQ = 256
-"""Training images that the activation grids of the integer network are fitted to."""
-
-
-SAY_EVERY_S = 10.0
-_VARYING = ("dataset", "w_bits", "n_calib", "seed", "n_test", "switches")
+"""Training images that the activation grids of the shipped network are fitted to."""
+PAIRS, LAYERS, COST = "crossbar_mvm", "crossbar_layers", "crossbar_cost"
+LAYER = "layer2.1.conv1"
+"""The layer of the scatter: K = 288 inputs on three tiles, N = 32 outputs."""
+N_ROWS, N_HELD_OUT = 2048, 16
+"""Held-out rows of inputs per layer, and the test images that they come from."""
+FINE_TUNE = TrainConfig(epochs=1, lr=0.01, precision="float32")
+"""Noise-aware fine-tuning of the float network; epochs, noise and seed are the plan's."""
+ABSENT = {
+    "device.column_correlation": 0.0, "device.row_correlation": 0.0, "device.temperature_per_K": 0.0,
+    "device.iv_cubic": 0.0, "device.read.per": "product",
+}  # fmt: skip
+"""Settings that rows do not name: a row without them has these values, as rows older than the settings do."""
 
 
 @dataclass(frozen=True, eq=False)
-class CrossbarBench:
-    """The integer network that is put on arrays, and the images it is judged on."""
+class Integers:
+    """An integer network, and the images it is judged on."""
 
     model: IntegerModel
-    """ResNet-20, quantized after training."""
+    """What is put on arrays."""
     moments: dict[str, Moments]
-    """What its batch norms want, by layer."""
+    """What its batch norms want, by layer; {} where they are not known."""
     test: ImageSet
     """Images that accuracies are measured on."""
     train: ImageSet
     """Images for calibration."""
     logits: np.ndarray
-    """float32 (n_test, n_classes): the exact integer network's answers."""
-    size: Size
-    """Sizes of the profile."""
+    """float32 (n_test, n_classes): the exact integers' answers."""
 
-    def calibration(self, n: int, seed: int) -> torch.Tensor:
+    def calibration(self, n: int, seed: int) -> Tensor:
         """(n, C, H, W) normalised training images, balanced over classes, drawn by ``seed``."""
-        n = min(n, len(self.train))
-        return normalize(self.train.balanced(n, seed).images, self.train.spec)
+        return normalize(self.train.balanced(min(n, len(self.train)), seed).images, self.train.spec)
+
+
+@dataclass(frozen=True, eq=False)
+class Programmed:
+    """An integer network on programmed cells, at its time of reading."""
+
+    integers: Integers
+    """The network itself."""
+    network: EngineNetwork
+    """Its layers on arrays."""
+    references: dict[str, Reference] | None
+    """What a drifting device read just after programming."""
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def open_integers(run: Run[Plan], place: Place, seed: int) -> Integers | None:
+    """The network of ``place`` in integers; None, after a line that says why, where this machine cannot have it."""
+    noise = place.noise_pct
+    folder = None if noise is None else str(run.folder / _training_name(run.plan, noise, seed))
+    return _integers(run.plan, place.network, place.bits, place.per_layer, noise, -1 if noise is None else seed, folder)
+
+
+@lru_cache(maxsize=4)
+def _integers(
+    plan: Plan, network: str, bits: int, per_layer: bool, noise: float | None, seed: int, folder: str | None
+) -> Integers | None:
+    bench = open_bench(MODEL, n_test=plan.n_test)
+    if bench is None:
+        return None
+    if len(bench.test) < plan.n_test:
+        print(f"{bench.dataset} has {len(bench.test)} test images, not {plan.n_test}: not run")
+        return None
+    if network:
+        model, moments = lower(graph.load(network_path(network)), images=bench.test.spec), {}
+    else:
+        net = bench.net
+        if noise is not None:
+            net = fine_tuned(net, bench.train, bench.val, plan, noise, seed, folder)
+        x = bench.calibration(N_PTQ, 0)
+        model, moments = lower(after_training(net, x, bits=bits, per_layer=per_layer)), norm_moments(net)
+    logits = run_integers(model, normalize(bench.test.images, bench.test.spec))
+    return Integers(model, moments, bench.test, bench.train, logits)
+
+
+def after_training(net: nn.Module, x: Tensor, *, bits: int = 8, per_layer: bool = False) -> nn.Module:
+    """``net`` quantized to ``bits`` with ranges of least squared error on images ``x``, batch norms folded.
+
+    ``per_layer`` gives the weights one scale per layer instead of one per output channel.
+    """
+    weight = {"method": "minmax", "bits": bits, "axis": None if per_layer else 0}
+    qnet = quantize(net.eval(), BitPolicy(weight, f"minmax:{bits}", bn="fold"), x[:1])
+    ptq.fit_weights(qnet, "mse")
+    ptq.fit_acts(qnet, x, "mse")
+    return qnet
+
+
+def fine_tuned(
+    net: nn.Module, train: ImageSet, val: ImageSet, plan: Plan, noise_pct: float, seed: int, folder: Any = None
+) -> nn.Module:
+    """A copy of ``net`` trained on with weight noise (percent of the channel's largest weight), batch norms kept."""
+    config = replace(FINE_TUNE, epochs=plan.epochs, weight_noise=noise_pct / 100, seed=seed)
+    few = train if plan.n_train is None or plan.n_train >= len(train) else train.balanced(plan.n_train, seed)
+    tuned = copy.deepcopy(net)
+    fit(tuned, few, val, config, folder)
+    return tuned.eval()
+
+
+def _training_name(plan: Plan, noise_pct: float, seed: int) -> str:
+    return f"noise{noise_pct:g}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
 
 
 @cache
-def crossbar_bench(profile: str, bits: int = 8, per_layer: bool = False) -> CrossbarBench:
-    """The shipped float ResNet-20, batch norms folded, in integers of ``bits`` bits (ranges of least squared error).
-
-    ``per_layer`` gives the weights one scale per layer instead of one per output channel. Without CIFAR-10 the images
-    are the embedded digits: the program runs, but accuracies mean nothing, and the rows name the data set.
-    """
-    size = SIZES[paths.check_profile(profile)]
-    path = shipped(MODEL)
-    if path is None:
-        raise FileNotFoundError(f"no float checkpoint of {MODEL} in {paths.checkpoints_dir()}: run notebook 01 in full")
-    net, record = models.load_checkpoint(path)
-    train = data.load_or_embedded(record["dataset"], "train")
-    test = data.load_or_embedded(record["dataset"], "test", n=size.n_test)
-    x = normalize(train.balanced(min(N_PTQ, len(train)), 0).images, train.spec)
-    weight = {"method": "minmax", "bits": bits, "axis": None if per_layer else 0}
-    policy = BitPolicy(weight, f"minmax:{bits}", bn="fold")
-    qnet = quantize(net.eval(), policy, x[:1])
-    ptq.fit_weights(qnet, "mse")
-    ptq.fit_acts(qnet, x, "mse")
-    model = lower(qnet)
-    logits = EngineNetwork(model, IdealEngine()).run(normalize(test.images, test.spec))
-    return CrossbarBench(model, norm_moments(net), test, train, logits, size)
+def _file(name: str, mtime_ns: int) -> Row:
+    """What a trained network's rows say of it."""
+    path = network_path(name)
+    record, policy = models.read_checkpoint(path)[1], graph.load(path).policy
+    return {
+        "model": record["model"], "method": record.get("method", "-"), "w_bits": policy.weight.bits,
+        "a_bits": policy.act.bits, "placement": policy.placement,
+        "switches": {"network": path.stem, "file": file_digest(name)},
+    }  # fmt: skip
 
 
-def run(profile: str, *, studies: Sequence[str] = STUDIES, n_draws: int | None = None) -> pd.DataFrame:
-    """All rows of the study after measuring what is missing: the first draw of every point, then the second."""
-    paths.check_profile(profile)
-    draws = range(SIZES[profile].n_draws if n_draws is None else n_draws)
-    todo = [(point, draw) for draw in draws for point in points(profile, tuple(studies)) if point.drawn or draw == 0]
-    started = said = time.perf_counter()
-    for i, (point, draw) in enumerate(todo):
-        rows = measure(crossbar_bench(profile, point.bits, point.per_layer), point, draw, profile)
-        if rows:
-            store.append(STUDY, rows, profile=profile)
-        if rows and (i == 0 or time.perf_counter() - said > SAY_EVERY_S):
-            said = time.perf_counter()
-            shown = ", ".join(f"{row['value']:.1f}" for row in rows if row["metric"] == "acc_pct")
-            print(f"[{i + 1}/{len(todo)}, {said - started:.0f} s] {point.study}: {point.effect}, {point.x:g}, "
-                  f"draw {draw}: {shown} %", flush=True)  # fmt: skip
-    return store.read(STUDY, profile=profile)
+def file_digest(name: str) -> str:
+    """First digits of the SHA-256 of a network file, "" where it is absent."""
+    try:
+        return hashlib.sha256(network_path(name).read_bytes()).hexdigest()[:8]
+    except StudyError:
+        return ""
 
 
-def measure(bench: CrossbarBench, point: Point, draw: int, profile: str) -> list[dict[str, Any]]:
-    """The rows of one point and draw that are not there yet: accuracy and logit error of each correction."""
-    keys = {kind: _key(bench, point, kind, draw) for kind in point.corrections}
-    known = _known(profile)
-    missing = [kind for kind, key in keys.items() if _short(key) not in known]
-    if not missing:
-        return []
-    network, references = programmed(bench, point, draw)
-    rows = []
-    for kind in missing:
-        with provenance.stopwatch() as watch:
-            correct(network, bench, kind, draw, references)
-            acc_pct, logit_error = judged(network, bench)
-        for metric, value, unit in (("acc_pct", acc_pct, "%"), ("logit_error", logit_error, "1")):
-            row = {"metric": metric, "value": value, "unit": unit, "seconds": watch.seconds}
-            rows.append({**keys[kind], **row, **provenance.stamp()})
-    return rows
+# -- accuracies --------------------------------------------------------------------------------------------------------
 
 
-def programmed(bench: CrossbarBench, point: Point, draw: int) -> tuple[EngineNetwork, dict[str, Reference] | None]:
-    """The network on freshly programmed cells, at the point's time, and for a drifting device its readings at t0."""
-    network = EngineNetwork(bench.model, SimEngine(replace(point.circuit, seed=draw)))
-    images = bench.calibration(bench.size.n_calib, draw)
-    if point.circuit.adc is not None and point.circuit.adc.range == "calibrated":
+def open_arrays(run: Run[Plan], needed: Hashable) -> Programmed | None:
+    """The network of (place, draw) on freshly programmed cells, at the place's time."""
+    place, seed = needed  # type: ignore[misc]
+    integers = open_integers(run, place, seed)
+    if integers is None:
+        return None
+    network = EngineNetwork(integers.model, SimEngine(replace(place.circuit, seed=seed)))
+    images = integers.calibration(run.plan.n_calib, seed)
+    if _fitted(place):
         network.calibrate(images, kind=None)
-    if point.circuit.device.drift is None or not point.t_s:
-        return network, None
-    references = network.references(images)
-    network.set_time(point.t_s)
-    return network, references
+    if not place.t_s:
+        return Programmed(integers, network, None)
+    references = network.references(images) if place.circuit.device.drift else None
+    network.set_time(place.t_s)
+    return Programmed(integers, network, references)
 
 
-def correct(
-    network: EngineNetwork, bench: CrossbarBench, kind: str, draw: int, references: dict[str, Reference] | None
-) -> None:
+def measure(run: Run[Plan], bench: Programmed, point: OnArrays) -> Iterator[Found]:
+    """Accuracy, and relative distance of all logits to the exact integers', under one correction; costs of slices."""
+    correct(run.plan, bench, point.correction, point.seed)
+    test = bench.integers.test
+    logits = bench.network.run(normalize(test.images, test.spec))
+    exact, acc_pct = bench.integers.logits, evaluation_of(torch.from_numpy(logits), test.labels).acc_pct
+    found = {"logit_error": (float(np.linalg.norm(logits - exact) / np.linalg.norm(exact)), "1")}
+    if point.place.study == "slices":
+        found |= total_cost(bench.network, replace(SERIAL, mapping=point.place.circuit.mapping))
+    for metric, (value, unit) in {**found, "acc_pct": (acc_pct, "%")}.items():
+        yield {"dataset": test.spec.name, "metric": metric, "value": value, "unit": unit}
+
+
+def correct(plan: Plan, bench: Programmed, kind: str, seed: int) -> None:
     """Puts one correction in force, and takes out all others; read noise starts from its first draw."""
+    network = bench.network
     network.reset()
     for engine in network.engines:
         if isinstance(engine, SimEngine):
             engine.reset_noise()
-    images = bench.calibration(bench.size.n_norm if kind == "bn" else bench.size.n_calib, draw)
+    if kind == "none":
+        return
+    images = bench.integers.calibration(plan.n_norm if kind == "bn" else plan.n_calib, seed)
     if kind == "bn":
-        reestimate_norms(network, images, bench.moments)
-    elif kind == "global" and references is not None:
-        network.compensate(references, per="layer")
-    elif kind != "none":
+        reestimate_norms(network, images, bench.integers.moments)
+    elif kind == "global" and bench.references is not None:
+        network.compensate(bench.references, per="layer")
+    else:
         kinds = {"global": "gain", "column": "column", "column_open": "column"}
         network.calibrate(images, kind=kinds[kind], loop="open" if kind == "column_open" else "closed")
 
 
-def judged(network: EngineNetwork, bench: CrossbarBench) -> tuple[float, float]:
-    """(accuracy in percent, relative L2 distance of all logits to the exact integer network's)."""
-    logits = network.run(normalize(bench.test.images, bench.test.spec))
-    acc_pct = evaluation_of(torch.from_numpy(logits), bench.test.labels).acc_pct
-    return acc_pct, float(np.linalg.norm(logits - bench.logits) / np.linalg.norm(bench.logits))
-
-
-def circuit_settings(circuit: Circuit) -> dict[str, Any]:
-    """What of ``describe()`` differs from the default circuit, and its device in full; the seed is the row's own."""
-    described, plain = (SimEngine(c).describe() for c in (circuit, Circuit()))
-    named = {key: value for key, value in described.items() if key.startswith("device") and value is not None}
-    other = {key: value for key, value in described.items() if plain.get(key, "-") != value}
-    return {key: value for key, value in (other | named).items() if key not in ("seed", "t_s", "device.source")}
-
-
-def _key(bench: CrossbarBench, point: Point, kind: str, draw: int) -> dict[str, Any]:
-    """The columns that name one measurement."""
-    n_calib = {"none": 0, "bn": bench.size.n_norm}.get(kind, bench.size.n_calib)
-    fitted = point.circuit.adc is not None and point.circuit.adc.range == "calibrated"
-    switches = {"study": point.study, "effect": point.effect, "x": point.x, "correction": kind, "t_s": point.t_s}
+def key(run: Run[Plan], point: OnArrays) -> Row:
+    """What names an accuracy: network, circuit, time, correction, draw, and how many images each took."""
+    place, plan = point.place, run.plan
+    n_calib = {"none": 0, "bn": plan.n_norm}.get(point.correction, plan.n_calib)
+    switches = {"study": place.study, "effect": place.effect, "x": place.x, "correction": point.correction,
+                "t_s": place.t_s, **circuit_settings(place.circuit)}  # fmt: skip
+    named = _network(place)
+    trained: Row = {}
+    if place.noise_pct is not None:
+        trained = {"epochs": plan.epochs, "n_train": plan.n_train or 0}
     return {
-        "experiment": STUDY, "model": MODEL, "dataset": bench.test.spec.name, "method": "mse",
-        "w_bits": point.bits, "a_bits": point.bits, "placement": "deploy",
-        "n_calib": min(max(n_calib, bench.size.n_calib if fitted else 0), len(bench.train)),
-        "seed": draw if point.drawn else -1, "n_test": len(bench.test),
-        "switches": {**switches, **circuit_settings(point.circuit)},
+        "experiment": run.study, **named, "metric": "acc_pct", "seed": point.seed if place.drawn else -1,
+        "n_calib": max(n_calib, plan.n_calib if _fitted(place) else 0), "n_test": plan.n_test,
+        "switches": {**named["switches"], **switches}, **trained,
     }  # fmt: skip
 
 
-def _known(profile: str) -> set[tuple[Any, ...]]:
-    """The measurements of a profile that are there."""
-    return {_short(row) for row in store.read(STUDY, profile=profile).query("profile == @profile").to_dict("records")}
+def circuit_settings(circuit: Circuit) -> Row:
+    """What of ``describe()`` differs from the default circuit, and its device in full but for what is ``ABSENT``; the
+    seed is the row's own."""
+    described, plain = (SimEngine(c).describe() for c in (circuit, Circuit()))
+    named = {name: value for name, value in described.items() if name.startswith("device") and value is not None}
+    other = {name: value for name, value in described.items() if plain.get(name, "-") != value}
+    hidden = ("seed", "t_s", "device.source")
+    return {k: v for k, v in (other | named).items() if k not in hidden and not (k in ABSENT and v == ABSENT[k])}
 
 
-def _short(row: Mapping[Any, Any]) -> tuple[Any, ...]:
-    """What of a row tells measurements of this study apart."""
-    cells = {column: rows_schema.clean_cell(column, row[column]) for column in _VARYING}
-    return tuple(cells.values())
+def _network(place: Place) -> Row:
+    if place.network:
+        return dict(_file(place.network, network_path(place.network).stat().st_mtime_ns))
+    bits = {"w_bits": place.bits, "a_bits": place.bits}
+    return {"model": MODEL, "method": "mse", **bits, "placement": "deploy", "switches": net_switch(MODEL)}
 
 
-def study_rows(profile: str, study: str) -> pd.DataFrame:
-    """The rows of one study with its switches as columns: study, effect, x, correction, t_s."""
-    rows = unpacked(store.read(STUDY, profile=profile), "study", "effect", "x", "correction", "t_s")
-    return rows.loc[rows["study"] == study].reset_index(drop=True)
+def _fitted(place: Place) -> bool:
+    return place.circuit.adc is not None and place.circuit.adc.range == "calibrated"
 
 
-def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """``rows`` with these keys of their switches as columns."""
-    found = [json.loads(text) for text in rows["switches"]]
-    return rows.assign(**{name: [switches.get(name) for switches in found] for name in names})
+# -- single dot products -----------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=paths.PROFILES, default="quick")
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
-    parser.add_argument("--draws", type=int, help="draws per point (default: the profile's)")
-    args = parser.parse_args()
-    run(args.profile, studies=args.studies, n_draws=args.draws)
+@dataclass(frozen=True)
+class Products(Point):
+    """The dot products of all layers in one panel, under one correction, on one draw of the cells."""
+
+    panel: str
+    """Key of ``PANELS``."""
+    correction: str
+    """"none", "global" or "column"."""
+    seed: int
+    """Number of the draw."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``PCM, 1 day, column, draw 0``."""
+        return f"{self.panel}, {self.correction}, draw {self.seed}"
+
+    @property
+    def unit(self) -> str:
+        """A draw."""
+        return f"crossbar_layers_s{self.seed}"
+
+    @property
+    def bench(self) -> Hashable:
+        """The network on its programmed cells."""
+        return PANELS[self.panel], self.seed
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The float network."""
+        return ("resnet20_float_s0",)
 
 
-if __name__ == "__main__":
-    main()
+def product_points(plan: Plan) -> list[Products]:
+    """Panel by panel and draw by draw every correction."""
+    return [
+        Products(panel, kind, draw)
+        for panel, place in PANELS.items()
+        for draw in range(plan.n_draws)
+        for kind in place.corrections
+    ]
+
+
+def product_key(run: Run[Plan], point: Products) -> Row:
+    """What names the errors of a panel; a row is one layer's, and the layer of the scatter stands for all."""
+    place, named = PANELS[point.panel], _network(PANELS[point.panel])
+    switches = {"panel": point.panel, "t_s": place.t_s, "layer": LAYER, "correction": point.correction}
+    return {
+        "experiment": PAIRS, **named, "metric": "relative_error", "n_calib": run.plan.n_calib, "seed": point.seed,
+        "n_test": N_HELD_OUT, "switches": {**named["switches"], **switches, **circuit_settings(place.circuit)},
+    }  # fmt: skip
+
+
+def read(w_int: Tensor, x_int: Tensor, circuit: Circuit, t_s: float) -> Tensor:
+    """float64 (B, N): ``x_int @ w_int`` as freshly programmed cells of ``circuit`` give it ``t_s`` seconds later."""
+    engine = SimEngine(circuit)
+    handle = engine.load(w_int, 1.0, LAYER)
+    engine.set_time(t_s)
+    return engine.mvm(handle, x_int)
+
+
+def measure_products(run: Run[Plan], bench: Programmed, point: Products) -> Iterator[Found]:
+    """Error, slope and r2 of every layer on held-out rows, open loop; of draw 0 a sample of products too."""
+    network, test = bench.network, bench.integers.test
+    network.reset()
+    if point.correction != "none":
+        kind = "gain" if point.correction == "global" else "column"
+        network.calibrate(bench.integers.calibration(run.plan.n_calib, point.seed), kind=kind, loop="open")
+    samples = network.samples(normalize(test.images[:N_HELD_OUT], test.spec), n_rows=N_ROWS)
+    groups = {handle.groups[0]: (samples[name][0], None) for name, handle in network.handles.items()}
+    named = {**product_key(run, point)["switches"]}
+    for line in residuals(network.engines[0], groups).to_dict("records"):
+        for metric in ("r2", "slope", "relative_error"):
+            yield {"dataset": test.spec.name, "metric": metric, "value": line[metric], "unit": "1",
+                   "switches": {**named, "layer": line["layer"]}}  # fmt: skip
+    if point.seed > 0 or point.correction == "global":
+        return
+    engine, handle = network.engines[0], network.handles[LAYER].groups[0]
+    ideal = exact_mvm(handle, samples[LAYER][0]).flatten()
+    measured = engine.correction(handle).apply(engine.measure(handle, samples[LAYER][0])).flatten()
+    for i in torch.randperm(len(ideal), generator=torch.Generator().manual_seed(0))[: run.plan.n_pairs].tolist():
+        yield PAIRS, {"dataset": test.spec.name, "metric": "measured_LSB", "value": float(measured[i]), "unit": "LSB",
+                      "switches": {**named, "i": i, "ideal_LSB": float(ideal[i])}}  # fmt: skip
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counted(Point):
+    """The counts of the whole network on one circuit."""
+
+    circuit: str
+    """Key of ``CIRCUITS``."""
+
+    @property
+    def name(self) -> str:
+        """The circuit."""
+        return self.circuit
+
+    @property
+    def unit(self) -> str:
+        """All circuits."""
+        return "crossbar_cost"
+
+    @property
+    def bench(self) -> Hashable:
+        """The network on its exact engine: counts need no cells."""
+        return Place("cost", "", 0, Circuit(), ("none",))
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The float network."""
+        return ("resnet20_float_s0",)
+
+
+def cost_key(run: Run[Plan], point: Counted) -> Row:
+    """What names a count."""
+    switches = {"circuit": point.circuit, **circuit_settings(CIRCUITS[point.circuit])}
+    named = _network(Place("cost", "", 0, Circuit(), ()))
+    return {"experiment": PAIRS, **named, "metric": "n_cells", "switches": {**named["switches"], **switches}}
+
+
+def open_counted(run: Run[Plan], needed: Hashable) -> Programmed | None:
+    """The integer network, exact."""
+    integers = open_integers(run, needed, 0)  # type: ignore[arg-type]
+    return integers and Programmed(integers, EngineNetwork(integers.model, IdealEngine()), None)
+
+
+def measure_cost(run: Run[Plan], bench: Programmed, point: Counted) -> Iterator[Found]:
+    """Counts of one image, and the two ends of the energy estimate."""
+    for metric, (value, unit) in total_cost(bench.network, CIRCUITS[point.circuit]).items():
+        yield {"dataset": bench.integers.test.spec.name, "metric": metric, "value": value, "unit": unit}
+
+
+def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, tuple[float, str]]:
+    """{metric: (value, unit)} of one image through all layers on ``circuit``: counts first, then energy estimates."""
+    costs: list[tuple[Cost, int]] = []
+    for name, handle in network.handles.items():
+        op = next(op for op in network.model.layers() if op.name == name)
+        n_mvm = math.prod(network.model.tensors[op.output].shape) // op.weight.shape[0]
+        costs += [(count(group, circuit), n_mvm) for group in handle.groups]
+    low, high = (sum(n * cost.energy_pJ(adc_pJ=adc_pJ) for cost, n in costs) / 1e6 for adc_pJ in ADC_PJ)
+    return {
+        "n_cells": (sum(cost.n_cells for cost, _ in costs), "count"),
+        "n_arrays": (sum(cost.n_arrays for cost, _ in costs), "count"),
+        "n_conversions": (sum(n * cost.conversions_per_mvm for cost, n in costs), "count"),
+        "n_cell_reads": (sum(n * cost.cell_reads_per_mvm for cost, n in costs), "count"),
+        "energy_low_uJ": (low, "uJ"),
+        "energy_high_uJ": (high, "uJ"),
+    }
+
+
+STUDY = Study("crossbar", PLANS, points=points, key=key, open_bench=open_arrays, measure=measure)
+PRODUCTS = Study(
+    LAYERS, PLANS, points=product_points, key=product_key, open_bench=open_arrays, measure=measure_products
+)
+COSTS = Study(
+    COST, PLANS, points=lambda plan: [Counted(name) for name in CIRCUITS], key=cost_key, open_bench=open_counted,
+    measure=measure_cost,
+)  # fmt: skip
+STUDIES = (STUDY, PRODUCTS, COSTS)

@@ -1,15 +1,14 @@
-"""Tables, captions and sentences of the crossbar study, from its rows only (notebook 08)."""
+"""What notebook 08 shows of the crossbar studies: rows in, frames out."""
 
-from __future__ import annotations
-
+import json
 from typing import Any
 
 import pandas as pd
 
-from hq_lib.results import figures, store, tables
-from hq_lib.studies.crossbar.mvm import CIRCUITS, COST, LAYER, LAYERS, PAIRS
-from hq_lib.studies.crossbar.points import DAY_S, ONE_SCALE, RRAM_DAY, RRAM_SECOND, YEAR_S, points
-from hq_lib.studies.crossbar.study import study_rows, unpacked
+from hq_lib.results import tables
+from hq_lib.studies.crossbar.figures import RULES
+from hq_lib.studies.crossbar.points import CIRCUITS, DAY_S, ONE_SCALE, PLANS, RRAM_DAY, RRAM_SECOND, error_budget
+from hq_lib.studies.crossbar.study import LAYER, file_digest
 
 EXACT = "no error: the exact integers"
 RECOVERED = {
@@ -18,201 +17,174 @@ RECOVERED = {
     "rram_crosssim, column scale": "the same, CrossSim's fit",
 }
 """Lines of "recovery" that the budget shows too → their names there."""
-BUDGET_COLUMNS = ("none", "column", "bn")
+BASE = "ResNet-20, W8A8 (mse ranges), pair of cells, column scale, 128 rows unless said"
+"""What captions say of the circuits."""
 
 
-def accuracy_rows(profile: str, *studies: str, bits: int = 8) -> pd.DataFrame:
-    """Accuracy rows of some studies with columns study, effect, x, correction, t_s, seed, acc_pct."""
-    found = pd.concat([study_rows(profile, study) for study in studies], ignore_index=True)
-    found = found.loc[(found["metric"] == "acc_pct") & (found["w_bits"] == bits)]
+def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """``rows`` with these keys of their switches as columns, and ``rule``: that of PCM's read noise, else ""."""
+    found = [json.loads(text) for text in rows["switches"]]
+    rules = ["product" if s.get("device.read") == "FlickerRead" else "" for s in found]
+    rules = [s.get("device.read.per") or rule for s, rule in zip(found, rules, strict=True)]
+    return rows.assign(rule=rules, **{name: [switches.get(name) for switches in found] for name in names})
+
+
+def accuracies(rows: pd.DataFrame, *studies: str, bits: int | None = 8) -> pd.DataFrame:
+    """Accuracy rows of some studies with columns study, effect, x, correction, network, rule and acc_pct (percent)."""
+    found = unpacked(rows, "study", "effect", "x", "correction", "network", "file")
+    found = found.loc[(found["metric"] == "acc_pct") & found["study"].isin(studies)]
+    found = found.loc[(found["w_bits"] == bits) | (bits is None)]
     return found.assign(acc_pct=found["value"]).reset_index(drop=True)
 
 
-def mean(profile: str, study: str, effect: str, correction: str, *, x: float = 0.0, bits: int = 8) -> float | None:
-    """Mean accuracy over the draws, percent; None where it was not run."""
-    found = accuracy_rows(profile, study, bits=bits)
-    found = found.loc[(found["effect"] == effect) & (found["correction"] == correction) & (found["x"] == x)]
+def means(rows: pd.DataFrame, study: str) -> pd.DataFrame:
+    """Mean accuracy over the draws of one study, percent: a line per effect (rule) and correction, a column per x."""
+    found = accuracies(rows, study)
+    found = found.assign(
+        effect=[f"{e}, {RULES[r]}" if r else e for e, r in zip(found["effect"], found["rule"], strict=True)]
+    )
+    return found.pivot_table(index=["effect", "correction"], columns="x", values="acc_pct", sort=False).round(1)
+
+
+def mean(rows: pd.DataFrame, study: str, effect: str, correction: str, *, x: float = 0.0) -> float | None:
+    """Mean accuracy over the draws in W8A8, percent; None where it was not run."""
+    found = accuracies(rows, study).query("effect == @effect and correction == @correction and x == @x")
     return float(found["acc_pct"].mean()) if len(found) else None
 
 
-def exact_pct(profile: str, *, bits: int = 8) -> float:
-    """Accuracy of the exact integer network, percent."""
-    found = mean(profile, "no_error", "no error", "none", bits=bits)
+def exact_pct(rows: pd.DataFrame) -> float:
+    """Accuracy of the exact integer network in W8A8, percent."""
+    found = mean(rows, "no_error", "no error", "none")
     if found is None:
-        raise ValueError(f"the study no_error of {bits} bits was not run in profile {profile}: run it first")
+        raise ValueError("there are no rows of the study no_error: run it first, studies=['no_error']")
     return found
 
 
-def no_error_pct(profile: str) -> dict[str, float]:
+def no_error_pct(rows: pd.DataFrame) -> dict[str, float]:
     """{correction: accuracy, percent} of the network without any error, for "column" and "bn"."""
-    return {kind: value for kind in ("column", "bn") if (value := mean(profile, "no_error", "no error", kind))}
+    return {kind: value for kind in ("column", "bn") if (value := mean(rows, "no_error", "no error", kind))}
 
 
-def drift_points(profile: str) -> pd.DataFrame:
-    """Rows for fig_drift: PCM at all its times, and RRAM at the two times for which it was published."""
-    second, day = accuracy_rows(profile, "recovery"), accuracy_rows(profile, "budget")
+def drift_points(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows for fig_drift: PCM at all its times by both rules, and RRAM at the two times for which it was published."""
+    second, day = accuracies(rows, "recovery"), accuracies(rows, "budget")
     second, day = second.loc[second["effect"] == RRAM_SECOND], day.loc[day["effect"] == RRAM_DAY]
     rram = pd.concat([second.assign(x=1.0), day.assign(x=DAY_S)]).assign(effect="RRAM")
-    found = pd.concat([accuracy_rows(profile, "drift"), rram], ignore_index=True)
+    found = pd.concat([accuracies(rows, "drift"), rram], ignore_index=True)
     return found.loc[found["correction"].isin(["none", "global", "column", "bn"])].reset_index(drop=True)
 
 
-def scatter_pairs(profile: str) -> pd.DataFrame:
-    """Rows for fig_mvm_scatter."""
-    rows = unpacked(store.read(PAIRS, profile=profile), "panel", "correction", "ideal_LSB")
+def scatter_pairs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``crossbar_mvm`` for fig_mvm_scatter, by today's rule of read noise."""
+    rows = unpacked(rows, "panel", "correction", "ideal_LSB").query("rule != 'product'")
     return rows.assign(measured_LSB=rows["value"])
 
 
-def layer_errors(profile: str) -> pd.DataFrame:
-    """Rows for fig_mvm_calibration, layers in the order of the network."""
-    rows = unpacked(store.read(LAYERS, profile=profile), "panel", "correction", "layer")
-    rows = rows.loc[rows["metric"] == "relative_error"].assign(relative_error=rows["value"])
+def layer_errors(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``crossbar_layers`` for fig_mvm_calibration, by today's rule, layers in the order of the network."""
+    rows = unpacked(rows, "panel", "correction", "layer").query("metric == 'relative_error' and rule != 'product'")
     names = sorted(set(rows["layer"]), key=lambda name: (name == "linear", name != "conv1", name))
-    return rows.assign(at=rows["layer"].map(names.index)).sort_values(["at", "seed"], kind="stable")
+    rows = rows.assign(relative_error=rows["value"], at=rows["layer"].map(names.index))
+    return rows.sort_values(["at", "seed"], kind="stable")
 
 
-def budget_table(profile: str) -> pd.DataFrame:
+def products_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean error, slope and r2 of the scatter's layer, a line per panel and correction."""
+    rows = unpacked(rows, "panel", "correction", "layer").query("rule != 'product'")
+    rows = rows.loc[rows["layer"] == LAYER]
+    return rows.pivot_table(index=["panel", "correction"], columns="metric", values="value", sort=False).round(3)
+
+
+def budget_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_error_budget: accuracy with one effect at a time under three corrections, and the logits' error."""
-    shown = pd.concat([study_rows(profile, study) for study in ("no_error", "recovery", "budget")], ignore_index=True)
-    shown = shown.loc[(shown["w_bits"] == 8) & shown["correction"].isin(BUDGET_COLUMNS)]
+    shown = unpacked(rows, "study", "effect", "correction")
+    kinds = ["none", "column", "bn"]
+    shown = shown.loc[shown["study"].isin(["no_error", "recovery", "budget"]) & shown["correction"].isin(kinds)]
+    shown = shown.loc[(shown["w_bits"] == 8) & (shown["rule"] != "product")]
     shown = shown.assign(effect=shown["effect"].replace(RECOVERED | {"no error": EXACT}))
-    order = [EXACT, ONE_SCALE, *RECOVERED.values(), *(point.effect for point in points("full", ("budget",)))]
+    order = [EXACT, ONE_SCALE, *RECOVERED.values(), *(place.effect for place in error_budget(PLANS["full"]))]
     shown = shown.loc[shown["effect"].isin(order)]
-    choices = {"effect": order, "correction": list(BUDGET_COLUMNS)}
-    table = tables.build(shown, index=["effect"], columns=["correction"], order=choices, decimals=1)
+    table = tables.build(
+        shown, index=["effect"], columns=["correction"], order={"effect": order, "correction": kinds}, decimals=1
+    )
     plain = shown.loc[(shown["metric"] == "logit_error") & (shown["correction"] == "none")]
     errors = plain.groupby("effect")["value"].mean()
     table["logit error"] = [f"{errors[e]:.3f}" if e in errors else tables.NOT_RUN for e in table["effect"]]
     return table
 
 
-def cost_table(profile: str) -> pd.DataFrame:
+def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_crossbar_cost: cells, arrays, conversions and cell reads of one image, and the range of energy estimates."""
-    rows = unpacked(store.read(COST, profile=profile), "circuit")
+    rows = unpacked(rows, "circuit")
     wide = rows.pivot_table(index="circuit", columns="metric", values="value").reindex(list(CIRCUITS))
-    energy = [
-        f"{low:.1f} to {high:.1f}" for low, high in zip(wide["energy_low_uJ"], wide["energy_high_uJ"], strict=True)
+    names = {"n_cells": "cells", "n_arrays": "arrays", "n_conversions": "conversions per image",
+             "n_cell_reads": "cell reads per image"}  # fmt: skip
+    counts = {text: [f"{v:,.0f}" for v in wide[name]] for name, text in names.items()}
+    return pd.DataFrame({"circuit": list(wide.index), **counts, "estimate, uJ per image": _energies(wide)})
+
+
+def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_trained_arrays: accuracy of trained networks, exact and on RRAM after a second and a day, by correction."""
+    found = _newest_files(accuracies(rows, "trained", bits=None))
+    names = {"no error": "exact", RRAM_SECOND: "RRAM 1 s", RRAM_DAY: "RRAM 1 day"}
+    places = [
+        f"{names[e]}{'' if k == 'none' else ', column'}"
+        for e, k in zip(found["effect"], found["correction"], strict=True)
     ]
-    return pd.DataFrame(
+    found = tables.with_bits(found).assign(place=places)
+    order = {"place": ["exact", "RRAM 1 s", "RRAM 1 s, column", "RRAM 1 day", "RRAM 1 day, column"]}
+    return tables.build(found, index=["method", "bits"], columns=["place"], order=order, decimals=1)
+
+
+def slices_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_slices: bits of a cell, cells and conversions of one image read bit by bit, accuracy on RRAM after 1 s."""
+    found = unpacked(rows, "study", "x", "correction", "network", "file").query("study == 'slices'")
+    found = tables.with_bits(_newest_files(found))
+    index = ["method", "bits", "x"]
+    accuracy: Any = found.loc[found["metric"] == "acc_pct"].pivot_table(
+        index=index, columns="correction", values="value"
+    )
+    counts: Any = found.pivot_table(index=index, columns="metric", values="value")
+    table = pd.DataFrame(
         {
-            "circuit": list(wide.index),
-            "cells": [f"{v:,.0f}" for v in wide["n_cells"]],
-            "arrays": [f"{v:,.0f}" for v in wide["n_arrays"]],
-            "conversions per image": [f"{v:,.0f}" for v in wide["n_conversions"]],
-            "cell reads per image": [f"{v:,.0f}" for v in wide["n_cell_reads"]],
-            "estimate, uJ per image": energy,
-        }
+            "cells": [f"{v:,.0f}" for v in counts["n_cells"]],
+            "conversions per image": [f"{v:,.0f}" for v in counts["n_conversions"]],
+            "estimate, uJ per image": _energies(counts),
+            "acc, none": accuracy["none"].round(1),
+            "acc, column": accuracy["column"].round(1),
+        },
+        index=counts.index,
+    ).reset_index()
+    return table.rename(columns={"x": "bits of a cell"}).sort_values(
+        ["bits", "method", "bits of a cell"], ignore_index=True
     )
 
 
-def caption(claim: str, profile: str, rows: pd.DataFrame, *, switches: str = "") -> str:
-    """The claim with data set, profile, images and draws of ``rows``."""
-    n = f"{rows['n_test'].max():,} test images"
-    base = "ResNet-20, W8A8 (mse ranges), pair of cells, column scale, 128 rows unless said"
-    facts = "; ".join(part for part in (base, switches) if part)
-    seeds = sorted(seed for seed in set(rows["seed"]) if seed >= 0)
-    return figures.caption(
-        claim, profile=profile, n=n, seeds=seeds, dataset=str(rows["dataset"].iloc[0]), switches=facts
-    )
+def noise_aware_points(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows for fig_noise_aware: the longest training among them, with columns effect, x, correction, seed, acc_pct."""
+    found = accuracies(rows, "noise_aware")
+    return found.loc[(found["epochs"] == found["epochs"].max())].reset_index(drop=True)
 
 
-def findings(profile: str) -> list[str]:
-    """The sentences that the rows of a profile support."""
-    found = [*_recovery(profile), _sigma(profile), _converters(profile), *_drift(profile), _norms(profile)]
-    return [line for line in [*found, _stuck(profile), _dot_products(profile), _cost(profile)] if line]
+def gain_of_noise(rows: pd.DataFrame) -> pd.DataFrame:
+    """What weight noise in training adds to training as long without, points, paired by seed: mean, sd and n."""
+    found = noise_aware_points(rows)
+    wide: Any = found.pivot_table(index=["correction", "x", "seed"], columns="effect", values="acc_pct", sort=False)
+    base = wide.columns[0]
+    gains = wide.drop(columns=base).sub(wide[base], axis=0)
+    return gains.groupby(["correction", "x"], sort=False).agg(["mean", "std", "count"]).round(2)
 
 
-def _recovery(profile: str) -> list[str]:
-    lines = []
-    for bits in (8, 4):
-        none, column = (mean(profile, "recovery", RRAM_SECOND, k, bits=bits) for k in ("none", "column"))
-        if none is None or column is None:
-            continue
-        ideal = exact_pct(profile, bits=bits)
-        verdict = "within" if ideal - column <= 3 else "NOT within"
-        lines.append(
-            f"RRAM one second after programming (Wan), W{bits}A{bits}, scale per column: {none:.1f} % without and "
-            f"{column:.1f} % with column calibration; the exact integers give {ideal:.1f} %, so it comes to {verdict} "
-            f"3 points ({ideal - column:.1f})"
-        )
-    exact = mean(profile, "no_error", ONE_SCALE, "none")
-    layer = [mean(profile, "recovery", "rram, layer scale", kind) for kind in ("none", "column")]
-    opened = mean(profile, "recovery", RRAM_SECOND, "column_open")
-    if exact is not None and None not in layer and opened is not None:
-        lines.append(f"with one weight scale per layer the same cells give {layer[0]:.1f} and {layer[1]:.1f} % of an "
-                     f"exact {exact:.1f} %; fitted open loop, column calibration gives {opened:.1f} %")  # fmt: skip
-    return lines
+def _energies(wide: pd.DataFrame) -> list[str]:
+    pairs = zip(wide["energy_low_uJ"], wide["energy_high_uJ"], strict=True)
+    return [f"{low:.1f} to {high:.1f}" for low, high in pairs]
 
 
-def _sigma(profile: str) -> str:
-    exact, parts = exact_pct(profile), []
-    table: Any = accuracy_rows(profile, "sigma").groupby(["effect", "correction", "x"])["acc_pct"].mean()
-    for effect in ("state independent", "proportional"):
-        for kind in ("none", "column"):
-            parts.append(f"{effect}, {kind}: {_largest(table.loc[effect, kind], exact - 3)} %")
-    return "largest programming error measured that stays within 3 points: " + "; ".join(parts)
-
-
-def _largest(line: pd.Series, least: float) -> str:
-    """The largest x up to which all of ``line`` is at least ``least``; "none" where the first already fails."""
-    kept = [x for i, x in enumerate(line.index) if (line.iloc[: i + 1] >= least).all()]
-    return f"{kept[-1]:g}" if kept else "none, 0"
-
-
-def _converters(profile: str) -> str:
-    exact, parts = exact_pct(profile), []
-    table: Any = accuracy_rows(profile, "adc").groupby(["effect", "x"])["acc_pct"].mean()
-    for effect in dict.fromkeys(table.index.get_level_values(0)):
-        line = table.loc[effect]
-        enough = line.loc[line >= exact - 1]
-        parts.append(f"{effect}: {f'{enough.index.min():g} bits' if len(enough) else f'not with {line.index.max():g}'}")
-    return "fewest converter bits measured that stay within 1 point: " + "; ".join(parts)
-
-
-def _drift(profile: str) -> list[str]:
-    lines = []
-    table: Any = accuracy_rows(profile, "drift").pivot_table(index="x", columns="correction", values="acc_pct")
-    for t_s, name in ((DAY_S, "a day"), (YEAR_S, "a year"), (10 * YEAR_S, "ten years")):
-        if t_s in table.index:
-            row = table.loc[t_s]
-            lines.append(f"PCM after {name}: {row['none']:.1f} % uncorrected, {row['global']:.1f} % with a factor per "
-                         f"layer, {row['column']:.1f} % with column calibration, {row['bn']:.1f} % with batch-norm "
-                         "statistics")  # fmt: skip
-    return lines
-
-
-def _norms(profile: str) -> str:
-    exact, bn = exact_pct(profile), mean(profile, "no_error", "no error", "bn")
-    return "" if bn is None else f"batch-norm re-estimation on perfect cells: {bn:.1f} %, {exact - bn:+.1f} points lost"
-
-
-def _stuck(profile: str) -> str:
-    table: Any = accuracy_rows(profile, "stuck").groupby(["x", "effect", "correction"])["acc_pct"].mean()
-    x = 0.5 if 0.5 in table.index else table.index[0][0]
-    row = table.loc[x]
-    return (f"{x:g} % stuck cells: {row['no fault map', 'none']:.1f} %, with column calibration "
-            f"{row['no fault map', 'column']:.1f} %, remapped around them {row['remapped', 'none']:.1f} %, both "
-            f"{row['remapped', 'column']:.1f} %")  # fmt: skip
-
-
-def _dot_products(profile: str) -> str:
-    rows = unpacked(store.read(LAYERS, profile=profile), "panel", "correction", "layer")
-    table: Any = rows.loc[rows["layer"] == LAYER].groupby(["panel", "correction", "metric"])["value"].mean()
-    parts = []
-    for panel in dict.fromkeys(rows["panel"]):
-        cell = table.loc[panel]
-        error = [cell[kind, "relative_error"] for kind in ("none", "column")]
-        slope = [cell[kind, "slope"] for kind in ("none", "column")]
-        parts.append(f"{panel}: error {error[0]:.3f} to {error[1]:.3f}, slope {slope[0]:.2f} to {slope[1]:.2f}")
-    return f"dot products of {LAYER}, before to after column calibration: " + "; ".join(parts)
-
-
-def _cost(profile: str) -> str:
-    rows = unpacked(store.read(COST, profile=profile), "circuit")
-    table: Any = rows.set_index(["circuit", "metric"])["value"]
-    analog, serial = ("analog input, pair, 128 rows", "bit-serial, 4 slices x 2 signs, 128 rows")
-    ratio = table[serial, "n_conversions"] / table[analog, "n_conversions"]
-    return (f"one image takes {table[analog, 'n_conversions']:,.0f} conversions with analog inputs at 128 rows, "
-            f"{ratio:.0f} times as many bit by bit; energy, an estimate of the order only: "
-            f"{table[analog, 'energy_low_uJ']:.1f} to {table[analog, 'energy_high_uJ']:.1f} against "
-            f"{table[serial, 'energy_low_uJ']:.0f} to {table[serial, 'energy_high_uJ']:.0f} uJ")  # fmt: skip
+def _newest_files(found: pd.DataFrame) -> pd.DataFrame:
+    """Of each trained network the rows of the file that is there now, where it was measured; else all."""
+    for network in found["network"].dropna().unique():
+        mine = found["network"] == network
+        now = found["file"] == file_digest(network)
+        if (mine & now).any():
+            found = found.loc[~mine | now]
+    return found

@@ -7,23 +7,21 @@ import pytest
 import torch
 from integer_nets import noise_set, quantized
 
-from hq_lib import data
-from hq_lib.crossbar import BenchError, CrossbarError, EngineNetwork, FakeDriver, IdealEngine, Limits, TraceError
+from hq_lib.crossbar import BenchError, CrossbarError, FakeDriver, Limits, TraceError, bench
+from hq_lib.crossbar.bench import Plan, drive_of
 from hq_lib.integer import lower
-from hq_lib.studies.crossbar import bench as study
-from hq_lib.studies.crossbar.bench import Plan, drive_of, run
-from hq_lib.studies.crossbar.points import SIZES
-from hq_lib.studies.crossbar.study import CrossbarBench
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A small network of the tests on random images in place of ResNet-20."""
-    model, random = lower(quantized("residual", "w8a8")), torch.Generator().manual_seed(0)
-
+    """(model, test, train): a small network of the tests, on random images."""
+    random = torch.Generator().manual_seed(0)
     test = noise_set(random, 8, "test")
-    logits = EngineNetwork(model, IdealEngine()).run(data.normalize(test.images, test.spec))
-    return CrossbarBench(model, {}, test, noise_set(random, 20, "train"), logits, SIZES["smoke"])
+    return lower(quantized("residual", "w8a8")), test, noise_set(random, 20, "train")
+
+
+def run(plan, small):
+    return bench.run(plan, *small)
 
 
 def plan(folder, engine="rehearsal", **more):
@@ -51,7 +49,7 @@ def test_a_bench_that_fails_is_resumed_by_the_same_plan(small, tmp_path, monkeyp
         def __init__(self, *given, **more):
             super().__init__(*given, **more, failures=list(broken))
 
-    monkeypatch.setattr(study, "FakeDriver", Failing)
+    monkeypatch.setattr(bench, "FakeDriver", Failing)
     with pytest.raises(BenchError, match="failed 3 times"):
         run(plan(tmp_path / "cut"), small)
     assert not (tmp_path / "cut" / "summary.json").exists()
@@ -84,14 +82,3 @@ def test_plans_that_cannot_be_are_refused(tmp_path, change, message):
 def test_inputs_are_cut_to_what_the_bench_takes(code_max, mode, bits):
     found = drive_of(Limits(1, 1, 1, 1, code_max, 1, 1, 1.0))
     assert (found.mode, found.step_bits) == (mode, bits)
-
-
-def test_the_command_line_says_what_happened(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "crossbar_bench", lambda profile: small)
-    words = ["--folder", str(tmp_path), "--layers", "fc", "--n-test", "3", "--n-calib", "4"]
-    assert study.main(["rehearsal", *words]) == 0
-    assert "acc_pct" in capsys.readouterr().out
-    assert study.main(["replay", *words, "--layers", "stemm"]) == 2
-    assert "nearest: stem" in capsys.readouterr().err
-    assert study.main(["tcp", *words, "--port", "9", "--timeout-s", "0.2"]) == 3
-    assert "run the same command again" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""Chosen layers of an integer network on a bench, simulated, rehearsed, real or recorded: one loop for all of them.
+
+    hq crossbar net.safetensors --engine rehearsal --layers linear          a bench in memory, over TCP
+    hq crossbar net.safetensors --engine tcp --set crossbar.host=192.168.0.7 --set crossbar.port=5025
+    hq crossbar net.safetensors --engine replay                             again, without the bench
+
+Layers are loaded, calibrated column by column on training images, and run on test images; all others are exact
+integers. Every multiplication is kept in the folder. A bench that fails ends the run with `BenchError` and loses
+nothing: the same plan again answers from the folder what was measured and asks the bench for the rest. ``replay``
+does the whole run again without a bench, to the same logits. ``summary.json`` and ``layers.csv`` hold what came out.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.circuit import Circuit
+from hq_lib.crossbar.drive import Drive
+from hq_lib.crossbar.driver import Driver, FakeDriver, Limits
+from hq_lib.crossbar.engine import Engine
+from hq_lib.crossbar.hardware import HardwareEngine, Patience
+from hq_lib.crossbar.network import EngineNetwork
+from hq_lib.crossbar.profiles import device
+from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, load_parts
+from hq_lib.crossbar.simulator import SimEngine
+from hq_lib.crossbar.tcp import BenchServer, TcpDriver
+from hq_lib.data import ImageSet, normalize
+from hq_lib.integer import IntegerModel
+from hq_lib.integer import run as run_integers
+from hq_lib.results import atomic
+from hq_lib.training.evaluation import evaluation_of
+
+ENGINES = ("sim", "rehearsal", "tcp", "replay")
+REHEARSAL = Limits(
+    n_tiles=64, rows=128, columns=128, level_max=255, code_max=255, count_max=2**31, rows_per_read=256,
+    counts_per_unit=0.01,
+)  # fmt: skip
+"""The bench of a rehearsal: in memory behind TCP, with 3 % too much gain, an offset and noise in its counts."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run. The same plan on the same folder goes on where it stopped."""
+
+    engine: str
+    """One of ``ENGINES``."""
+    folder: Path
+    """Where the record and the results lie."""
+    layers: tuple[str, ...] = ("linear",)
+    """Names or patterns with * of the layers that are multiplied on the engine."""
+    n_test: int = 20
+    """Test images, >= 1."""
+    n_calib: int = 8
+    """Training images behind gains and offsets per column; 0 = no calibration."""
+    device: str = "rram"
+    """Kind of cell of ``sim``."""
+    host: str = "127.0.0.1"
+    """Where the bench of ``tcp`` listens."""
+    port: int = 0
+    """Its port."""
+    timeout_s: float = 5.0
+    """Seconds that a call of ``tcp`` may take."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise CrossbarError(f"engine {self.engine!r}: choose among {', '.join(ENGINES)}")
+        if self.n_test < 1 or self.n_calib < 0:
+            raise CrossbarError(f"n_test = {self.n_test} must be 1 or more, n_calib = {self.n_calib} 0 or more")
+        if self.engine == "tcp" and not 0 < self.port < 2**16:
+            raise CrossbarError(f"port {self.port}: a bench behind TCP needs the port it listens on")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came out of a run."""
+
+    logits: np.ndarray
+    """float32 (n_test, n_classes)."""
+    summary: dict[str, Any]
+    """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows recorded, layers, engine."""
+    layers: pd.DataFrame
+    """One row per matrix: layer, kind, n_rows, rmse_before_lsb, rmse_after_lsb on the calibration rows."""
+
+
+def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Outcome:
+    """The outcome of ``plan`` for ``model``, calibrated on images of ``train``, judged on the first of ``test``.
+
+    Errors: `BenchError` where the bench fails for good (what it measured is on disk), `TraceError` where a replay asks
+    for what was not measured or the folder is of another engine or network.
+    """
+    images = test.subset(torch.arange(min(plan.n_test, len(test))))
+    x = normalize(images.images, images.spec)
+    with ExitStack() as stack:
+        engine = stack.enter_context(_engine(plan, stack))
+        network = EngineNetwork(model, dict.fromkeys(plan.layers, engine))
+        if plan.n_calib:
+            few = train.balanced(min(plan.n_calib, len(train)), 0)
+            network.calibrate(normalize(few.images, few.spec))
+        logits, exact = network.run(x), run_integers(model, x)
+        found = {name: evaluation_of(torch.from_numpy(each), images.labels).acc_pct
+                 for name, each in (("acc_pct", logits), ("exact_acc_pct", exact))}  # fmt: skip
+        error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
+        trace = engine.trace() if isinstance(engine, RecordEngine) else load_parts(plan.folder)
+        summary = {
+            **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": trace.n_rows,
+            "layers": list(network.layers), "engine": engine.describe(),
+        }  # fmt: skip
+        fits = {group.name: engine.correction(group) for engine, group in network.groups()}
+        lines = [(name, c.kind, c.n_rows, c.rmse_before, c.rmse_after) for name, c in fits.items()]
+        columns = ["layer", "kind", "n_rows", "rmse_before_lsb", "rmse_after_lsb"]
+        outcome = Outcome(logits, summary, pd.DataFrame(lines, columns=columns))
+    if plan.engine != "replay":
+        atomic.write_text(plan.folder / "summary.json", json.dumps(outcome.summary, indent=1) + "\n")
+        atomic.write_text(plan.folder / "layers.csv", outcome.layers.to_csv(index=False, lineterminator="\n"))
+    return outcome
+
+
+def drive_of(limits: Limits) -> Drive:
+    """All bits of an 8-bit input at once where the bench takes such codes, else as many bits a step as it takes."""
+    return Drive() if limits.code_max >= 255 else Drive("serial", (limits.code_max + 1).bit_length() - 1)
+
+
+def _engine(plan: Plan, stack: ExitStack) -> Engine:
+    """The engine of ``plan``, recording where anything is measured; what it needs is closed with ``stack``."""
+    if plan.engine == "replay":
+        trace = load_parts(plan.folder)
+        if not trace.calls:
+            raise CrossbarError(f"{plan.folder} holds no recorded run: make one with another engine first")
+        return ReplayEngine(trace)
+    if plan.engine == "sim":
+        return RecordEngine(SimEngine(Circuit(device(plan.device))), plan.folder)
+    driver: Driver
+    if plan.engine == "rehearsal":
+        made = FakeDriver(REHEARSAL, gain=1.03, offset=40.0, noise=20.0)
+        driver = TcpDriver(*stack.enter_context(BenchServer(made)).address, timeout_s=plan.timeout_s)
+    else:
+        driver = TcpDriver(plan.host, plan.port, timeout_s=plan.timeout_s)
+    limits = Patience().insist(driver.limits, "asking the bench for its limits")
+    return RecordEngine(HardwareEngine(driver, drive=drive_of(limits)), plan.folder)
