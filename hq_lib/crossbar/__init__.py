@@ -11,101 +11,48 @@ a tile, G conductance (microsiemens), t seconds after programming. Codes, weight
 an output is one accumulator step of the integer network.
 """
 
-from hq_lib.crossbar.adc import Adc
-from hq_lib.crossbar.calibration import calibrate_layers, load_calibration, residuals, save_calibration
+from hq_lib.crossbar.calibration import (
+    Reference,
+    compensate_drift,
+    load_calibration,
+    residuals,
+    save_calibration,
+    take_reference,
+)
 from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
-from hq_lib.crossbar.circuit import Circuit
-from hq_lib.crossbar.compensation import Reference, compensate_drift, take_reference
+from hq_lib.crossbar.circuit import Adc, Circuit
 from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
-from hq_lib.crossbar.correction import Correction
-from hq_lib.crossbar.cost import Cost, count
-from hq_lib.crossbar.curves import Constant, Curve, Polynomial, Proportional
 from hq_lib.crossbar.devices import (
+    Constant,
     ConstantRead,
+    Curve,
     Device,
     Drift,
     FlickerRead,
     LogClamp,
+    Polynomial,
+    Proportional,
     ReadNoise,
     proportional,
     state_independent,
 )
-from hq_lib.crossbar.drive import Drive
-from hq_lib.crossbar.driver import Driver, FakeDriver, Limits
-from hq_lib.crossbar.engine import Engine, Handle, IdealEngine
-from hq_lib.crossbar.faults import Faults, load_maps, save_maps
-from hq_lib.crossbar.hardware import HardwareEngine, Patience
-from hq_lib.crossbar.mapping import Mapping, Plan
-from hq_lib.crossbar.measured import Measured, fit_report, measured_device
+from hq_lib.crossbar.engine import Correction, Engine, Handle, IdealEngine
+from hq_lib.crossbar.hardware import Driver, FakeDriver, HardwareEngine, Limits, Patience
+from hq_lib.crossbar.mapping import Faults, Mapping, Plan
 from hq_lib.crossbar.network import EngineNetwork
-from hq_lib.crossbar.operands import Operand, Patches, Rows, Stencil
-from hq_lib.crossbar.profiles import DEVICES, device
-from hq_lib.crossbar.recording import RecordEngine, ReplayEngine
-from hq_lib.crossbar.simulator import SimEngine
+from hq_lib.crossbar.operands import Drive, Operand, Patches, Rows, Stencil
+from hq_lib.crossbar.profiles import DEVICES, Measured, device, fit_report, measured_device
+from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace
+from hq_lib.crossbar.simulator import Cost, SimEngine, count
 from hq_lib.crossbar.tcp import BenchServer, TcpDriver
-from hq_lib.crossbar.trace import Trace
 from hq_lib.crossbar.wires import Wires, effective_conductance
 
 __all__ = [
-    "DEVICES",
-    "Adc",
-    "BenchError",
-    "BenchServer",
-    "Circuit",
-    "Constant",
-    "ConstantRead",
-    "ConvEngine",
-    "ConvHandle",
-    "Correction",
-    "Cost",
-    "CrossbarError",
-    "Curve",
-    "Device",
-    "Drift",
-    "Drive",
-    "Driver",
-    "Engine",
-    "EngineNetwork",
-    "FakeDriver",
-    "Faults",
-    "FlickerRead",
-    "Handle",
-    "HardwareEngine",
-    "IdealEngine",
-    "Limits",
-    "LogClamp",
-    "Mapping",
-    "Measured",
-    "Operand",
-    "Patches",
-    "Patience",
-    "Plan",
-    "Polynomial",
-    "Proportional",
-    "ReadNoise",
-    "RecordEngine",
-    "Reference",
-    "ReplayEngine",
-    "Rows",
-    "SimEngine",
-    "Stencil",
-    "TcpDriver",
-    "Trace",
-    "TraceError",
-    "Wires",
-    "calibrate_layers",
-    "compensate_drift",
-    "count",
-    "device",
-    "effective_conductance",
-    "fit_report",
-    "load_calibration",
-    "load_maps",
-    "measured_device",
-    "proportional",
-    "residuals",
-    "save_calibration",
-    "save_maps",
-    "state_independent",
-    "take_reference",
-]
+    "DEVICES", "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "ConvEngine", "ConvHandle",
+    "Correction", "Cost", "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "EngineNetwork",
+    "FakeDriver", "Faults", "FlickerRead", "Handle", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping",
+    "Measured", "Operand", "Patches", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine",
+    "Reference", "ReplayEngine", "Rows", "SimEngine", "Stencil", "TcpDriver", "Trace", "TraceError", "Wires",
+    "compensate_drift", "count", "device", "effective_conductance", "fit_report", "load_calibration", "measured_device",
+    "proportional", "residuals", "save_calibration", "state_independent", "take_reference",
+]  # fmt: skip

@@ -24,11 +24,10 @@ import torch
 
 from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.circuit import Circuit
-from hq_lib.crossbar.drive import Drive
-from hq_lib.crossbar.driver import Driver, FakeDriver, Limits
 from hq_lib.crossbar.engine import Engine
-from hq_lib.crossbar.hardware import HardwareEngine, Patience
+from hq_lib.crossbar.hardware import Driver, FakeDriver, HardwareEngine, Limits, Patience
 from hq_lib.crossbar.network import EngineNetwork
+from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import device
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, load_parts
 from hq_lib.crossbar.simulator import SimEngine

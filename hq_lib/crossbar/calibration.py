@@ -1,16 +1,17 @@
-"""Calibration of a whole network's layers: in order, with a report, saved and loaded.
+"""Calibration of a network's layers: converter ranges, residuals, drift compensation, saved and loaded.
 
 Open loop: every layer is fitted on the ideal network's inputs. Closed loop: on the inputs that the already calibrated
 layers before it really deliver, against the ideal network's accumulators for the same images; it also takes out what
-upstream layers left over. The caller runs the network; here only rows of integers pass.
+upstream layers left over. Drift compensation scales readings back to what the same probe inputs gave at the reference
+time, once per layer read and kept:
+
+    factor = mean |reading at t0| / mean |reading now|        per column, or one per layer
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +20,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, as_tensor
-from hq_lib.crossbar.correction import Correction
-from hq_lib.crossbar.description import difference
-from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
-from hq_lib.crossbar.recording import simulated
-from hq_lib.results import atomic
+from hq_lib.crossbar.checks import CrossbarError, as_tensor, check_choice, difference
+from hq_lib.crossbar.engine import Correction, Engine, Handle, exact_mvm
+from hq_lib.crossbar.recording import read_sealed, simulated, write_sealed
 
-SCHEMA = 1
+SCHEMA = 2
 Sample = tuple[np.ndarray | Tensor, np.ndarray | Tensor | None]
 """(inputs (m, K), wanted outputs (m, N) or None for the exact product of those inputs)"""
-
-
-def calibrate_layers(
-    engine: Engine,
-    handles: Sequence[Handle],
-    sample: Callable[[Handle], Sample],
-    *,
-    kind: str = "column",
-    repeats: int = 1,
-    adc: bool = True,
-) -> dict[str, Correction]:
-    """{layer: correction now in force}, fitted layer after layer.
-
-    Args:
-        handles: layers in the order of the network.
-        sample: called once per layer just before it is fitted, when all layers before it are calibrated. Open loop:
-            return recorded ideal inputs and None. Closed loop: run the network on the engine up to this layer and
-            return its present inputs with the ideal network's accumulators.
-        kind, repeats: see `Engine.calibrate`.
-        adc: fit converter ranges first, where they are of the "calibrated" kind.
-    """
-    for handle in handles:
-        x, wanted = sample(handle)
-        if adc:
-            fit_range(engine, handle, x)
-        engine.calibrate(handle, x, wanted, kind=kind, repeats=repeats)
-    return {handle.name: engine.correction(handle) for handle in handles}
 
 
 def fit_range(engine: Engine, handle: Handle, x: np.ndarray | Tensor) -> None:
@@ -97,64 +68,42 @@ def _residual(
 
 
 def save_calibration(path: str | Path, engine: Engine) -> None:
-    """Nothing; writes corrections and converter steps of all loaded layers to ``path`` (.npz) and its .json neighbour.
+    """Nothing; writes corrections and converter steps of all loaded layers to ``path`` (.safetensors).
 
-    The JSON names engine, layers with the hash of their weights, and the hash of the arrays.
+    Its record names engine, and layers with the hash of their weights; the file is sealed with its own.
     """
-    arrays: dict[str, np.ndarray] = {}
+    state: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     for name, handle in engine.handles.items():
         found = engine.correction(handle)
-        layers[name] = {"weights": handle.digest, "kind": found.kind, "n_rows": found.n_rows}
-        layers[name] |= {part: _finite(getattr(found, part)) for part in ("rmse_before", "rmse_after")}
-        arrays |= {f"{name}/{part}": getattr(found, part).numpy() for part in ("gain", "offset", "drift")}
+        errors = {part: getattr(found, part) for part in ("rmse_before", "rmse_after")}
+        errors = {part: None if value != value else value for part, value in errors.items()}  # JSON has no NaN
+        layers[name] = {"weights": handle.digest, "kind": found.kind, "n_rows": found.n_rows, **errors}
+        state |= {f"{name}/{part}": getattr(found, part) for part in ("gain", "offset", "drift")}
         simulator = simulated(engine, handle)
         step = simulator[0].layer(simulator[1]).adc_step if simulator else None
         if step is not None:
-            arrays[f"{name}/adc_step"] = step.numpy()
-    buffer = BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    record = {"schema": SCHEMA, "engine": engine.describe(), "layers": layers, "sha256": digest}
-    atomic.write_bytes(Path(path), buffer.getvalue())
-    atomic.write_text(Path(path).with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+            state[f"{name}/adc_step"] = step
+    write_sealed(path, state, {"schema": SCHEMA, "engine": engine.describe(), "layers": layers})
 
 
 def load_calibration(path: str | Path, engine: Engine) -> list[str]:
     """Names of the layers that are calibrated now, as saved by `save_calibration`.
 
-    Errors: another schema, damaged arrays, a layer that is not loaded or whose weights differ, an engine with other
+    Errors: another schema, a damaged file, a layer that is not loaded or whose weights differ, an engine with other
     settings (its cells have other errors); its time may differ.
     """
-    content, record = Path(path).read_bytes(), _read_record(Path(path))
-    if hashlib.sha256(content).hexdigest() != record["sha256"]:
-        raise CrossbarError(f"{path}: the arrays are not those the .json describes; calibrate again")
+    state, record = read_sealed(path, SCHEMA)
     handles = engine.handles
     for name, layer in record["layers"].items():
         if name not in handles or handles[name].digest != layer["weights"]:
-            state = "has other weights" if name in handles else "is not loaded"
-            raise CrossbarError(f"{path}: layer {name!r} {state}; this calibration belongs to another network")
+            state_of = "has other weights" if name in handles else "is not loaded"
+            raise CrossbarError(f"{path}: layer {name!r} {state_of}; this calibration belongs to another network")
     if other := difference(record["engine"], engine.describe()):
         raise CrossbarError(f"{path}: it was fitted on another engine: {other}; calibrate this one")
-    with np.load(BytesIO(content), allow_pickle=False) as arrays:
-        for name, layer in record["layers"].items():
-            _restore(engine, handles[name], layer, {key: torch.from_numpy(arrays[key]) for key in arrays.files})
+    for name, layer in record["layers"].items():
+        _restore(engine, handles[name], layer, state)
     return list(record["layers"])
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """The description beside the arrays at ``path``."""
-    try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CrossbarError(f"{path}: its .json is unreadable ({error}); calibrate again") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else record
-        raise CrossbarError(f"{path}: calibration schema {found!r:.40}, this version reads {SCHEMA}")
-    kinds = {"sha256": str, "engine": dict, "layers": dict}
-    if any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        raise CrossbarError(f"{path}: its .json lacks one of {', '.join(kinds)}; calibrate again")
-    return record
 
 
 def _restore(engine: Engine, handle: Handle, layer: dict[str, Any], arrays: dict[str, Tensor]) -> None:
@@ -175,6 +124,42 @@ def _restore(engine: Engine, handle: Handle, layer: dict[str, Any], arrays: dict
     )
 
 
-def _finite(value: float) -> float | None:
-    """``value``, or None for NaN, which JSON has no word for."""
-    return value if value == value else None
+_RANGE = (0.1, 100.0)  # a factor outside it means a dead column, not drift
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What a layer read for its probe rows at the reference time."""
+
+    probes: Tensor
+    """(m, K) integer inputs."""
+    size: Tensor
+    """float64 (N,), mean |reading| per column, accumulator units."""
+    t_s: float
+    """Seconds after programming at which it was read."""
+
+
+def take_reference(engine: Engine, handle: Handle, probes: np.ndarray | Tensor) -> Reference:
+    """The reference of ``handle`` for ``probes`` (m, K) at the engine's present time."""
+    rows = as_tensor(probes)
+    if len(rows) < 1 or not bool((rows != 0).any()):
+        raise CrossbarError(f"{handle.name}: probe rows must exist and not all be zero")
+    return Reference(rows, engine.measure(handle, rows).abs().mean(0), engine.time_s)
+
+
+def compensate_drift(engine: Engine, handle: Handle, reference: Reference, *, per: str = "column") -> Tensor:
+    """float64 (N,): the factors now in force for ``handle``, from reading the probes again.
+
+    Args:
+        per: "column" (one factor per output) or "layer" (one for all). Dead columns keep the factor 1.
+    """
+    check_choice(per, ("column", "layer"), "per")
+    now = engine.measure(handle, reference.probes).abs().mean(0)
+    if per == "layer":
+        then_all, now_all = reference.size.sum(), now.sum()
+        factor = (then_all / now_all.clamp_min(1e-30)).expand_as(now)
+    else:
+        factor = reference.size / now.clamp_min(1e-30)
+    factor = torch.where((reference.size > 0) & (now > 0), factor.clamp(*_RANGE), 1.0)
+    engine.set_correction(handle, engine.correction(handle).with_drift(factor))
+    return factor

@@ -12,10 +12,8 @@ from torch import Generator, Tensor
 
 from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.devices import Device
-from hq_lib.crossbar.faults import OK, STUCK_HIGH, Faults
-from hq_lib.crossbar.mapping import Plan
-from hq_lib.crossbar.remapping import partner_levels, row_order
-from hq_lib.crossbar.streams import stream
+from hq_lib.crossbar.mapping import OK, STUCK_HIGH, Faults, Plan, partner_levels, row_order
+from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.wires import WireCache
 
 

@@ -1,19 +1,129 @@
-"""Circuit: every setting of a simulated crossbar in one frozen record."""
+"""Circuit: every setting of a simulated crossbar in one frozen record; its converters with four rules of range.
+
+Currents are in unit currents: one weight step times one input step. code = clip(round(I / step), code_min, code_max).
+A converter loses nothing only if its step is a whole number of unit currents and its codes cover the range.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from numbers import Integral
 
-from hq_lib.crossbar.adc import Adc
-from hq_lib.crossbar.checks import CrossbarError, check_choice, check_kind
+import torch
+from torch import Tensor
+
+from hq_lib.crossbar.checks import (
+    CrossbarError,
+    check_bit_width,
+    check_choice,
+    check_fraction,
+    check_kind,
+    check_positive,
+)
 from hq_lib.crossbar.devices import Device
-from hq_lib.crossbar.drive import Drive
-from hq_lib.crossbar.faults import Faults
-from hq_lib.crossbar.mapping import Mapping
+from hq_lib.crossbar.mapping import CHOICES as REMAPS
+from hq_lib.crossbar.mapping import Faults, Mapping
+from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import PCM_JOSHI
-from hq_lib.crossbar.remapping import CHOICES as REMAPS
 from hq_lib.crossbar.wires import Wires
+
+
+@dataclass(frozen=True)
+class Adc:
+    """One converter per read column. Leave it out (``adc=None``) for ideal, unlimited reading."""
+
+    bits: int = 8
+    """Code width, 1..16 bits, sign included where currents have both signs (then 2..16)."""
+    range: str = "calibrated"
+    """"exact": step = one unit current; refused where ``bits`` do not cover all cells full and all inputs full.
+    "whole": step = the smallest power of two of unit currents that covers them (exact where that is one).
+    "max": the same range, whatever the step. "calibrated": from measured currents (`SimEngine.calibrate_adc`)."""
+    coverage: float | None = 0.9999
+    """Share of calibration currents inside the range, in (0, 1]; None: the range of least mean |error| (L1)."""
+    gain_sigma: float = 0.0
+    """Spread of converter gain about 1, fraction in [0, 1), one draw per tile and column."""
+    offset_sigma_lsb: float = 0.0
+    """Spread of converter offset, codes (LSB), >= 0, one draw per tile and column."""
+    inl_lsb: float = 0.0
+    """Peak integral nonlinearity, codes, >= 0: an S-shaped bend, zero at both ends and in the middle of the range."""
+
+    def __post_init__(self) -> None:
+        check_bit_width(self.bits, "Adc.bits")
+        check_choice(self.range, ("exact", "whole", "max", "calibrated"), "Adc.range")
+        check_fraction(self.gain_sigma, "gain_sigma")
+        check_positive(self.offset_sigma_lsb, "offset_sigma_lsb", zero=True)
+        check_positive(self.inl_lsb, "inl_lsb", zero=True)
+        if self.coverage is not None and not 0 < self.coverage <= 1:
+            raise CrossbarError(f"coverage = {self.coverage} must be a fraction in (0, 1], e.g. 0.9999")
+
+    def codes(self, signed: bool) -> tuple[int, int]:
+        """(code_min, code_max): two's complement where currents have both signs, else from 0."""
+        if not signed:
+            return 0, 2**self.bits - 1
+        check_bit_width(self.bits, "Adc.bits of a signed converter", low=2)
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    @property
+    def perfect(self) -> bool:
+        """Whether the converter adds nothing but rounding and clipping."""
+        return self.gain_sigma == 0 and self.offset_sigma_lsb == 0 and self.inl_lsb == 0
+
+    def ruled_step(self, peak: Tensor, signed: bool) -> Tensor:
+        """float64, shape of ``peak``: unit currents per code by the "exact", "whole" or "max" rule.
+
+        Args:
+            peak: largest possible |current| of a column in unit currents, >= 0.
+            signed: whether currents have both signs.
+
+        Errors: "exact" with too few bits for it, with the bits that it needs.
+        """
+        _, top = self.codes(signed)
+        least = peak.to(torch.float64).clamp_min(1.0) / top
+        if self.range == "max":
+            return least
+        enough = peak.clamp_min(1.0) / (top + 0.5)  # the last code also holds what rounds to it
+        step = torch.exp2(torch.ceil(torch.log2(enough)).clamp_min(0.0))
+        if self.range == "exact" and bool((step > 1).any()):
+            needed = math.ceil(math.log2(float(peak.max()) + 0.5)) + signed
+            raise CrossbarError(
+                f"Adc({self.bits}, 'exact') cannot be exact: currents reach {float(peak.max()):.0f} units, which takes "
+                f"{needed} bits; drive fewer bits (Drive('serial')), lower cell_bits or tile_rows, or use range='whole'"
+            )
+        return step
+
+    def fitted_step(self, currents: Tensor, signed: bool) -> float:
+        """Current per code by the "calibrated" rule from sample ``currents`` of any shape, in their own unit."""
+        sizes = currents.abs().flatten() if signed else currents.clamp_min(0).flatten()
+        _, top = self.codes(signed)
+        if sizes.numel() == 0 or not float(sizes.max()) > 0:
+            return 1.0
+        if self.coverage is None:
+            return self._least_error_step(currents.flatten(), signed)
+        rank = min(max(math.ceil(self.coverage * sizes.numel()), 1), sizes.numel())
+        return max(float(torch.kthvalue(sizes, rank).values), float(sizes.max()) * 1e-6) / top
+
+    def _least_error_step(self, currents: Tensor, signed: bool) -> float:
+        low, high = self.codes(signed)
+        whole = float(currents.abs().max()) / high
+        steps = [whole * 2.0 ** (-k / 8) for k in range(64)]
+        losses = [((currents / s).round_().clamp_(low, high).mul_(s) - currents).abs_().mean() for s in steps]
+        return steps[int(torch.stack(losses).argmin())]
+
+    def convert_(self, scaled: Tensor, signed: bool) -> int:
+        """How many entries saturated; turns ``scaled`` = I / step into codes in place."""
+        low, high = self.codes(signed)
+        if self.inl_lsb:
+            u = (scaled - (low + high) / 2) * (2 / (high - low))
+            scaled += self.inl_lsb * (3 * math.sqrt(3) / 2) * u * (1 - u * u).clamp_min_(0)
+        scaled.round_()
+        least, most = torch.aminmax(scaled)
+        if float(least) >= low and float(most) <= high:
+            return 0
+        n_saturated = int(((scaled < low) | (scaled > high)).sum())
+        scaled.clamp_(low, high)
+        return n_saturated
+
 
 PATHS = ("auto", "collapsed", "converted")
 PRECISIONS = ("float32", "float64")

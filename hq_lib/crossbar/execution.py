@@ -20,11 +20,9 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.adc import Adc
-from hq_lib.crossbar.drive import Step
-from hq_lib.crossbar.native import GridTile, NativeReader, library
-from hq_lib.crossbar.operands import Operand
-from hq_lib.crossbar.streams import Normals
+from hq_lib.crossbar.circuit import Adc
+from hq_lib.crossbar.native import GridTile, NativeReader, Normals, library
+from hq_lib.crossbar.operands import Operand, Step
 
 _FLOAT64_BITS = 52  # of a sum; what inputs and their number leave is kept per entry
 _LEAST_GRID_BITS = 20

@@ -9,29 +9,49 @@
 
 Only sums of products are the engine's: biases, requantization, additions and pooling stay digital and exact, so that
 with `IdealEngine` every integer equals the NumPy executor's. Accumulators saturate at int32 as digital ones would.
+
+`reestimate_norms` is AdaBS (Joshi et al. 2020): batch-norm statistics estimated again on the device, without paired
+measurements.
+
+A batch norm whose mean and variance are those of its own input gives every channel mean beta and standard deviation
+|gamma|. Folded into its layer it is gone, but the same can be asked of the layer's accumulators u = scale (acc + bias):
+
+    y = gain u + shift,    gain = |gamma| / sqrt(var_now(u) + eps'),    shift = beta - gain mean_now(u)
+
+where "now" is measured through the arrays, layer after layer, each on what the layers before it then deliver. This is
+one gain and one offset per column, as in any `Correction`; what differs is the aim: stored moments, not ideal outputs.
+Re-estimation can cost accuracy even without any device error, where stored moments are not those of the images that are
+measured: always print the line of an `IdealEngine` beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hq_lib.crossbar.calibration import fit_range, load_calibration, save_calibration
+from hq_lib.crossbar.calibration import (
+    Reference,
+    compensate_drift,
+    fit_range,
+    load_calibration,
+    save_calibration,
+    take_reference,
+)
 from hq_lib.crossbar.checks import CrossbarError, check_choice
-from hq_lib.crossbar.compensation import Reference, compensate_drift, take_reference
 from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
-from hq_lib.crossbar.correction import Correction
-from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
+from hq_lib.crossbar.engine import Correction, Engine, Handle, exact_mvm
+from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.recording import simulated
 from hq_lib.crossbar.simulator import SimEngine
-from hq_lib.crossbar.streams import stream
 from hq_lib.data import ImageSet, normalize
+from hq_lib.graph.folding import fold_bn_with_report
 from hq_lib.integer.check import need_model
 from hq_lib.integer.execute import Products, run
 from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
@@ -181,19 +201,19 @@ class EngineNetwork:
             engine.set_correction(group, None)
 
     def save(self, folder: str | Path) -> None:
-        """Nothing; writes the calibration of every engine into ``folder`` (``engine_0.npz``, ``engine_0.json``, ...).
+        """Nothing; writes the calibration of every engine into ``folder`` (``engine_0.safetensors``, ...).
 
         With `load` on a network made the same way, work goes on where it stopped without calibrating again.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for i, engine in enumerate(self.engines):
-            save_calibration(Path(folder) / f"engine_{i}.npz", engine)
+            save_calibration(Path(folder) / f"engine_{i}.safetensors", engine)
 
     def load(self, folder: str | Path) -> list[str]:
         """Names of the matrices whose calibration, written by `save`, is in force now; another network's is refused."""
         found = []
         for i, engine in enumerate(self.engines):
-            path = Path(folder) / f"engine_{i}.npz"
+            path = Path(folder) / f"engine_{i}.safetensors"
             if not path.exists():
                 raise CrossbarError(f"{path} is missing: save() a calibration of this network there first")
             found += load_calibration(path, engine)
@@ -291,3 +311,93 @@ def _choose(names: list[str], engines: Mapping[str, Engine]) -> dict[str, Engine
             check_choice(pattern, names, "the network's layer or pattern")
     fits = {name: [e for pattern, e in engines.items() if fnmatchcase(name, pattern)] for name in names}
     return {name: found[0] for name, found in fits.items() if found}
+
+
+_AFTER = ("conv_bn", "linear_bn")
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a batch norm wants of the layer that took it in, per channel."""
+
+    mean: Tensor
+    """float64 (N,), real units: beta."""
+    std: Tensor
+    """float64 (N,), real units, >= 0: |gamma| sqrt(var / (var + eps))."""
+
+
+def norm_moments(net: nn.Module) -> dict[str, Moments]:
+    """{layer: moments that its batch norm gives it}, of the float network ``net`` before its batch norms were folded.
+
+    Errors: no batch norm follows a convolution or linear layer.
+    """
+    _, report = fold_bn_with_report(net, check=False, on_refusal="keep")
+    found: dict[str, Moments] = {}
+    for row in report.rows:
+        bn = dict(net.named_modules()).get(row.bn)
+        if row.status == "folded" and row.kind in _AFTER and isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            found[row.layer] = _moments(bn)
+    if not found:
+        raise CrossbarError("the network has no batch norm after a layer: there are no statistics to re-estimate")
+    return found
+
+
+def reestimate_norms(
+    network: EngineNetwork, images: np.ndarray | Tensor, moments: Mapping[str, Moments]
+) -> dict[str, Correction]:
+    """{matrix: correction now in force}: every layer of ``moments`` has its batch norm's moments on ``images`` again.
+
+    Args:
+        network: on engines; corrections in force are replaced. Layers without moments (the classifier) keep theirs.
+        images: (N, C, H, W) normalised float32 training images, N of some hundreds; all go through at once.
+        moments: from `norm_moments`.
+
+    Errors: a layer of ``moments`` that is not on an engine is passed over; none at all is an error.
+    """
+    layers = [name for name in moments if name in network.handles]
+    if not layers:
+        raise CrossbarError(f"no layer on an engine has a batch norm: {list(network.handles)} against {list(moments)}")
+    made: dict[str, Correction] = {}
+
+    def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
+        if op.name in layers:
+            made.update(_fit_layer(network, op, x, moments[op.name]))
+        return network.products(op, x, spec)
+
+    run(network.model, images, batch_size=len(images), products=fit)
+    return made
+
+
+def _moments(bn: nn.modules.batchnorm._BatchNorm) -> Moments:
+    assert bn.running_var is not None  # it was folded
+    var = bn.running_var.detach().to(torch.float64)
+    one = torch.ones_like(var)
+    gamma = one if bn.weight is None else bn.weight.detach().to(torch.float64)
+    beta = 0 * one if bn.bias is None else bn.bias.detach().to(torch.float64)
+    return Moments(beta, gamma.abs() * (var / (var + bn.eps)).sqrt())
+
+
+def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -> dict[str, Correction]:
+    """{matrix: correction} of one layer, in force; a channel without any variance keeps its gain."""
+    handle, made, first = network.handles[op.name], {}, 0
+    for group, raw in zip(handle.groups, network.measure(op, x), strict=True):
+        columns = slice(first, first + raw.shape[1])
+        mean, std = _in_steps(op, handle, aim, columns)
+        now = raw.std(0, correction=0)
+        gain = torch.where(now > 0, std / now.clamp_min(1e-30), 1.0)
+        offset = mean - gain * raw.mean(0)
+        fitted = Correction(gain, offset, torch.ones_like(gain), "norms", len(raw))
+        network.layers[op.name].set_correction(group, fitted)
+        made[group.name], first = fitted, columns.stop
+    return made
+
+
+def _in_steps(op: Layer, handle: ConvHandle, aim: Moments, columns: slice) -> tuple[Tensor, Tensor]:
+    """(mean, std), float64 (n,): the moments wanted of an engine's own answers, in its accumulator steps.
+
+    Answers are sum w q, without the bias and before the zero point's share is taken off.
+    """
+    step = torch.from_numpy(op.acc_scale.astype(np.float64)) * op.weight_step
+    bias = torch.from_numpy(op.bias.astype(np.float64)) / op.weight_step
+    mean = aim.mean / step - bias + handle.x_zero_point * handle.weight_sum
+    return mean[columns], (aim.std / step)[columns]

@@ -1,4 +1,10 @@
-"""Published devices by name. Each constant names its paper or tool; conductances in microsiemens, times in seconds.
+"""Devices by name: published ones, each constant with its paper or tool, and what a lab measured on cells of its own.
+
+    target_uS, mean_uS, sigma_uS [, time_s] [, read_sigma_uS]        one line per target (and time); # starts a comment
+
+A measured cell is G(t) = mean(G_T, t) + sigma(G_T, t) xi with one xi ~ N(0, 1) per cell for all times: the table gives
+the spread at each time, not how cells change places in it. Between targets everything is linear in G_T, between times
+in ln t; outside what was measured nothing is guessed.
 
 Two fits of one measurement (Wan 2022) differ mainly near G = 0, where most cells sit, and that alone costs 3 to 8
 points of accuracy: compare tools only at equal sigma(G), window and weight scale, and print all three.
@@ -6,12 +12,173 @@ points of accuracy: compare tools only at equal sigma(G), window and weight scal
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from hq_lib.crossbar.checks import check_choice
-from hq_lib.crossbar.curves import Polynomial
-from hq_lib.crossbar.devices import Device, Drift, FlickerRead, LogClamp
-from hq_lib.crossbar.measured import measured_device
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+
+from hq_lib.crossbar.checks import CrossbarError, check_choice
+from hq_lib.crossbar.devices import Curve, Device, Drift, FlickerRead, LogClamp, Polynomial, ReadNoise
+
+NEEDED, OPTIONAL = ("target_uS", "mean_uS", "sigma_uS"), ("time_s", "read_sigma_uS")
+CELLS = ("target_uS", "g_uS")
+_LEAST_CELLS = 8  # per target and time, to speak of a mean and a spread
+
+
+@dataclass(frozen=True)
+class Measured(Curve):
+    """Mean and spread of programmed cells against target and time. Rows are times, columns targets."""
+
+    target_uS: tuple[float, ...]
+    """(P,) targets, uS, ascending, >= 0."""
+    mean_uS: tuple[tuple[float, ...], ...]
+    """(T, P) mean conductances, uS."""
+    sigma_uS: tuple[tuple[float, ...], ...]
+    """(T, P) standard deviations between cells, uS, >= 0."""
+    times_s: tuple[float, ...] = (1.0,)
+    """(T,) seconds after programming, ascending, > 0."""
+    read_uS: tuple[tuple[float, ...], ...] | None = None
+    """(T, P) standard deviations of one read of one cell, uS, >= 0; None: not measured."""
+
+    def sigma(self, g_uS: Tensor) -> Tensor:
+        return self._at(self.sigma_uS, g_uS, self.times_s[0])
+
+    def state(self, target_uS: Tensor, xi: Tensor, t_s: float) -> Tensor:
+        """Conductance in uS, shape of ``target_uS``, at ``t_s``, of cells with the standard normals ``xi``."""
+        return self._at(self.mean_uS, target_uS, t_s) + self._at(self.sigma_uS, target_uS, t_s) * xi
+
+    def read_std(self, g_uS: Tensor, t_s: float) -> Tensor:
+        """Standard deviation of one read, uS, of cells that now have ``g_uS``: that of the targets with this mean."""
+        assert self.read_uS is not None
+        now, noise = (self._row(rows, t_s) for rows in (self.mean_uS, self.read_uS))
+        return torch.from_numpy(np.interp(g_uS.numpy(), now, noise)).to(g_uS.dtype)
+
+    def _at(self, rows: tuple[tuple[float, ...], ...], target_uS: Tensor, t_s: float) -> Tensor:
+        return torch.from_numpy(np.interp(target_uS.numpy(), self.target_uS, self._row(rows, t_s))).to(target_uS.dtype)
+
+    def _row(self, rows: tuple[tuple[float, ...], ...], t_s: float) -> np.ndarray:
+        """(P,) values at ``t_s``, linear in ln t."""
+        if not self.times_s[0] <= t_s <= self.times_s[-1]:
+            raise CrossbarError(f"t_s = {t_s}: measured were {self.times_s[0]:g} to {self.times_s[-1]:g} s only")
+        where = np.interp(math.log(t_s), np.log(self.times_s), np.arange(len(self.times_s)))
+        low, share = int(where), where - int(where)
+        return (1 - share) * np.array(rows[low]) + share * np.array(rows[min(low + 1, len(rows) - 1)])
+
+
+@dataclass(frozen=True)
+class MeasuredRead(ReadNoise):
+    """Measured read noise, fresh at every product."""
+
+    per: ClassVar[str] = "product"
+    table: Measured
+    """A table with read noise."""
+
+    def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
+        return self.table.read_std(g_uS, t_s)
+
+
+def measured_device(path: str | Path) -> Device:
+    """The device of a CSV table (see the module), its window from the lowest to the highest target.
+
+    Errors, each naming the file: a column that is missing or unknown, an entry that is no number or below 0, a target
+    that some time lacks, means that do not ascend with the target.
+    """
+    rows = _read(path, NEEDED, OPTIONAL)
+    return _device(rows if "time_s" in rows else rows.assign(time_s=1.0), path)
+
+
+def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tuple[Device, pd.DataFrame]:
+    """(device, report): a device from a CSV of single cells, judged on cells that it has not seen.
+
+    Args:
+        path: CSV with a line per cell and time: ``target_uS, g_uS [, time_s] [, read_sigma_uS]``.
+        held_out: share of the cells of every target and time, in (0, 1), that only the report sees; drawn by ``seed``.
+
+    Report, a row per target and time: n_fit and n_held_out cells; mean_uS and sigma_uS of the model, the same of the
+    held-out cells; mean_z, their difference in standard errors; sigma_ratio; p_normal, of a Kolmogorov-Smirnov test of
+    the held-out cells against the model's normal distribution.
+    """
+    if not 0 < held_out < 1:
+        raise CrossbarError(f"held_out = {held_out} must be a share in (0, 1), e.g. 0.25")
+    cells, random = _read(path, CELLS, OPTIONAL), np.random.default_rng(seed)
+    cells = cells if "time_s" in cells else cells.assign(time_s=1.0)
+    table, unseen = [], {}
+    for (time_s, target_uS), group in cells.groupby(["time_s", "target_uS"]):  # type: ignore[misc]
+        n_held_out = round(held_out * len(group))
+        if n_held_out < 2 or len(group) - n_held_out < _LEAST_CELLS:
+            raise CrossbarError(
+                f"{path}: {len(group)} cells of {target_uS:g} uS at {time_s:g} s: too few for held_out = {held_out}; "
+                f"{_LEAST_CELLS} to fit and 2 to judge are needed"
+            )
+        order = random.permutation(len(group))
+        g_uS, seen = group["g_uS"].to_numpy(), order[n_held_out:]
+        row = {
+            "time_s": time_s,
+            "target_uS": target_uS,
+            "mean_uS": g_uS[seen].mean(),
+            "sigma_uS": g_uS[seen].std(ddof=1),
+        }
+        if "read_sigma_uS" in group:
+            row["read_sigma_uS"] = float(np.sqrt(np.square(group["read_sigma_uS"].to_numpy()[seen]).mean()))
+        table.append(row)
+        unseen[len(table) - 1] = (len(seen), g_uS[order[:n_held_out]])
+    device = _device(pd.DataFrame(table), path)
+    return device, pd.DataFrame([_judged(row, *unseen[i]) for i, row in enumerate(table)])
+
+
+def _judged(row: dict[str, float], n_fit: int, g_uS: np.ndarray) -> dict[str, float]:
+    """The report's row: held-out cells ``g_uS`` against the mean and spread of the model."""
+    mean, sigma, n = row["mean_uS"], max(row["sigma_uS"], 1e-30), len(g_uS)
+    return {
+        **row, "n_fit": n_fit, "n_held_out": n, "held_out_mean_uS": g_uS.mean(), "held_out_sigma_uS": g_uS.std(ddof=1),
+        "mean_z": (g_uS.mean() - mean) / (sigma * math.sqrt(1 / n + 1 / n_fit)),
+        "sigma_ratio": g_uS.std(ddof=1) / sigma,
+        "p_normal": float(stats.kstest(g_uS, "norm", (mean, sigma)).pvalue),
+    }  # fmt: skip
+
+
+def _device(rows: pd.DataFrame, path: str | Path) -> Device:
+    rows = rows.sort_values(["time_s", "target_uS"])
+    if bool((twice := rows.duplicated(["time_s", "target_uS"])).any()):
+        raise CrossbarError(f"{path}: target {rows.loc[twice, 'target_uS'].max():g} uS stands there twice at one time")
+    columns = [name for name in rows.columns if name not in ("time_s", "target_uS")]
+    tables = {name: rows.pivot(index="time_s", columns="target_uS", values=name) for name in columns}
+    mean = tables["mean_uS"]
+    if bool(mean.isna().any(axis=None)):
+        raise CrossbarError(f"{path}: every time needs every target; one is missing: {mean.isna().stack().idxmax()}")
+    if mean.shape[1] < 2 or bool((mean.diff(axis=1).iloc[:, 1:] <= 0).any(axis=None)) or mean.index[0] <= 0:
+        raise CrossbarError(f"{path}: needs two targets or more, times > 0 s, and means that ascend with the target")
+    found = {name: tuple(map(tuple, table.to_numpy().tolist())) for name, table in tables.items()}
+    times, targets = tuple(mean.index), tuple(mean.columns)
+    table = Measured(targets, found["mean_uS"], found["sigma_uS"], times, found.get("read_sigma_uS"))
+    read = MeasuredRead(table) if table.read_uS else None
+    name, source = Path(path).stem, f"measured, {Path(path).name}"
+    return Device(name, source, table.target_uS[0], table.target_uS[-1], table, read=read)
+
+
+def _read(path: str | Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> pd.DataFrame:
+    """The numbers of a CSV file with these columns."""
+    try:
+        rows = pd.read_csv(path, comment="#", skipinitialspace=True, dtype=str)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise CrossbarError(f"{path}: no CSV table ({error})") from error
+    rows.columns = [str(name).strip() for name in rows.columns]
+    if not set(needed) <= set(rows.columns) <= set(needed + optional) or rows.empty:
+        raise CrossbarError(f"{path}: needs lines with columns {', '.join(needed)} and at most {', '.join(optional)}")
+    numbers = pd.DataFrame({name: pd.to_numeric(rows[name], errors="coerce") for name in rows}).astype(float)
+    bad = np.argwhere(~np.isfinite(numbers.to_numpy()) | (numbers.to_numpy() < 0))
+    if len(bad):
+        line, column = (int(i) for i in bad[0])
+        raise CrossbarError(f"{path}: {rows.columns[column]} of data line {line + 1} is {rows.iloc[line, column]!r}, "
+                            "not a number >= 0")  # fmt: skip
+    return numbers
+
 
 IDEAL = Device("ideal", "no errors; infinite on/off ratio", 0.0, 25.0)
 

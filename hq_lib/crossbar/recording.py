@@ -1,12 +1,23 @@
-"""Recording and replaying: a network's multiplications kept on disk as they happen, and answered again without a bench.
+"""Recording and replaying: multiplications kept on disk as they happen, and answered again without a bench.
 
 The recorder writes after every few rows, so a bench that fails in mid-run loses nothing; started again on the same
 folder it answers what it already has and asks the bench only for the rest. Replay looks inputs up row by row; a row
 measured several times gives its measurements in the order in which they were made, so read noise is faithful too.
+
+A trace is one sealed `.safetensors` file. Schema 2:
+
+    layers/<i>/w        (K, N) int32 weights              layers/<i>/w_scale   () or (N,) float64, real units per step
+    calls/<i>/x         (B, K) integer inputs             calls/<i>/y          (B, N) float64, measured
+    calls/<i>/y_ideal   (B, N) int64, exact products      (accumulator units; y after the inner engine's correction)
+
+Its record lists layers, calls (layer, seconds after programming), engine and units, and with it stands the SHA-256 of
+all: a changed number anywhere is refused. That guards against damage, not against a forger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +25,113 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, TraceError, check_choice
-from hq_lib.crossbar.description import difference
-from hq_lib.crossbar.engine import Engine, Handle, exact_mvm
+from hq_lib.crossbar.checks import CrossbarError, TraceError, check_choice, difference
+from hq_lib.crossbar.engine import Engine, Handle, exact_mvm, make_handle
+from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.simulator import SimEngine
-from hq_lib.crossbar.streams import stream
-from hq_lib.crossbar.trace import Call, Trace
+from hq_lib.models import CheckpointError, read_checkpoint, write_checkpoint
+
+SCHEMA = 2
+UNITS = {"x": "input steps", "y": "accumulator steps", "t_s": "seconds after programming"}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One recorded multiplication of one layer."""
+
+    layer: str
+    """Layer name."""
+    x: np.ndarray
+    """(B, K) integers."""
+    y: np.ndarray
+    """(B, N) float64, measured."""
+    y_ideal: np.ndarray
+    """(B, N) int64, exact."""
+    t_s: float
+    """Seconds after programming."""
+
+
+@dataclass(eq=False)
+class Trace:
+    """Layers, and the calls made to them in order."""
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Description of the engine that was recorded."""
+    layers: dict[str, Handle] = field(default_factory=dict)
+    """Recorded layers by name."""
+    calls: list[Call] = field(default_factory=list)
+    """Recorded calls, oldest first."""
+
+    @property
+    def n_rows(self) -> int:
+        """Recorded rows."""
+        return sum(len(call.x) for call in self.calls)
+
+    def save(self, path: str | Path) -> None:
+        """Nothing; writes ``path`` (.safetensors), whole or not at all."""
+        state: dict[str, Tensor] = {}
+        for i, handle in enumerate(self.layers.values()):
+            state |= {f"layers/{i}/w": handle.w_int, f"layers/{i}/w_scale": handle.w_scale}
+        for i, call in enumerate(self.calls):
+            state |= {f"calls/{i}/{part}": torch.from_numpy(getattr(call, part)) for part in ("x", "y", "y_ideal")}
+        record = {
+            "schema": SCHEMA,
+            "units": UNITS,
+            "engine": self.engine,
+            "layers": [
+                {"name": h.name, "w_bits": h.w_bits, "x_bits": h.x_bits, "x_signed": h.x_signed, "weights": h.digest}
+                for h in self.layers.values()
+            ],
+            "calls": [{"layer": call.layer, "t_s": call.t_s} for call in self.calls],
+        }
+        write_sealed(path, state, record)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """The trace stored at ``path``. Errors (`TraceError`): absent, changed in anything, or of another schema."""
+        state, record = read_sealed(path, SCHEMA)
+        layers: dict[str, Handle] = {}
+        for i, layer in enumerate(record["layers"]):
+            bits = {key: layer[key] for key in ("w_bits", "x_bits", "x_signed")}
+            w, scale = state[f"layers/{i}/w"], state[f"layers/{i}/w_scale"]
+            layers[layer["name"]] = make_handle(w, scale, layer["name"], **bits)
+        calls = []
+        for i, call in enumerate(record["calls"]):
+            x, y, y_ideal = (state[f"calls/{i}/{part}"].numpy() for part in ("x", "y", "y_ideal"))
+            calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"]))
+        return cls(record["engine"], layers, calls)
+
+    @classmethod
+    def join(cls, parts: Iterable[Trace]) -> Trace:
+        """One trace of all ``parts`` in their order; parts whose layers contradict each other are refused."""
+        whole = cls()
+        for part in parts:
+            whole.engine = whole.engine or part.engine
+            for name, handle in part.layers.items():
+                if whole.layers.setdefault(name, handle).digest != handle.digest:
+                    raise TraceError(f"layer {name!r} has different weights in two parts of one trace")
+            whole.calls += part.calls
+        return whole
+
+
+def write_sealed(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Nothing; writes tensors and plain data with the SHA-256 of both to one .safetensors file, whole or not at all."""
+    try:
+        write_checkpoint(path, state, record)
+    except CheckpointError as error:
+        raise TraceError(str(error)) from None
+
+
+def read_sealed(path: str | Path, schema: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, record) of a file of `write_sealed`; ``TraceError`` where anything of it is not what was written."""
+    try:
+        state, record = read_checkpoint(path)
+    except CheckpointError as error:
+        raise TraceError(str(error)) from None
+    if record.get("schema") != schema:
+        raise TraceError(f"{path}: schema {record.get('schema')!r:.40}, this version reads {schema}")
+    return state, record
 
 
 class Answers:
@@ -59,7 +170,7 @@ class Answers:
 
 
 class RecordEngine(Engine):
-    """Another engine, with everything it answers kept in a folder of small traces ("part_000000.npz", ...).
+    """Another engine, with everything it answers kept in a folder of small traces ("part_000000.safetensors", ...).
 
     Args:
         inner: does the work; its own corrections are part of what is recorded.
@@ -108,7 +219,9 @@ class RecordEngine(Engine):
         if self._waiting:
             used = {call.layer for call in self._waiting}
             layers = {name: handle for name, handle in self._handles.items() if name in used}
-            Trace(self._description, layers, self._waiting).save(_next_part(self.folder))
+            past = [int(part.stem.removeprefix("part_")) for part in self.folder.glob("part_*.safetensors")]
+            number = max(past, default=-1) + 1
+            Trace(self._description, layers, self._waiting).save(self.folder / f"part_{number:06d}.safetensors")
             self._waiting = []
 
     def trace(self) -> Trace:
@@ -216,12 +329,9 @@ class ReplayEngine(Engine):
 
 def load_parts(folder: str | Path) -> Trace:
     """All parts of a recorder's folder as one trace; empty if there are none."""
-    return Trace.join(Trace.load(part) for part in sorted(Path(folder).glob("part_*.npz")))
-
-
-def _next_part(folder: Path) -> Path:
-    numbers = [int(part.stem.removeprefix("part_")) for part in folder.glob("part_*.npz")]
-    return folder / f"part_{max(numbers, default=-1) + 1:06d}.npz"
+    if older := sorted(Path(folder).glob("part_*.npz")):
+        raise TraceError(f"{older[0]}: a trace of schema 1, this version reads {SCHEMA}; use an empty folder")
+    return Trace.join(Trace.load(part) for part in sorted(Path(folder).glob("part_*.safetensors")))
 
 
 def _keys(rows: np.ndarray) -> list[bytes]:

@@ -1,22 +1,271 @@
-"""The simulated crossbar as an engine: device, mapping, drive, converter and wires put together."""
+"""The simulated crossbar as an engine: device, mapping, drive, converter and wires put together, and what it costs.
+
+Shapes: K inputs, N outputs, Q read planes (slices, and signs where they are read apart), R rows of a tile.
+Energy is a labelled, order-of-magnitude estimate of converters and array only, without digital logic and buffers:
+
+    E = conversions E_adc + cell reads G V^2 t_read
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.cells import Cells
+from hq_lib.crossbar.checks import CrossbarError, flatten
 from hq_lib.crossbar.circuit import Circuit
-from hq_lib.crossbar.description import flatten
-from hq_lib.crossbar.engine import Engine, Handle
-from hq_lib.crossbar.layer import ArrayLayer
+from hq_lib.crossbar.engine import Engine, Handle, exact_dtype
+from hq_lib.crossbar.execution import Reader, Tile, Variance, is_whole, made_whole, on_exact_grid, on_whole_grid
+from hq_lib.crossbar.native import GridTile, Normals, stream
 from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.profiles import DEVICES
-from hq_lib.crossbar.streams import Normals, stream
 from hq_lib.crossbar.wires import WireCache
+
+
+class ArrayLayer:
+    """The programmed cells of one layer and everything built from them for one time point.
+
+    Args:
+        handle: the loaded weights.
+        circuit: settings.
+        t_s: seconds since programming.
+        wires: solver, or None.
+        celsius: temperature of the cells.
+    """
+
+    def __init__(
+        self, handle: Handle, circuit: Circuit, t_s: float, wires: WireCache | None, celsius: float = 25.0
+    ) -> None:
+        plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
+        self.handle, self.circuit, self.plan = handle, circuit, plan
+        self.cells = Cells.program(
+            plan, circuit.device, circuit.faults, name=handle.name, seed=circuit.seed, remap=circuit.remap
+        )
+        self.adc_step = self._ruled_step()
+        self.n_conversions = self.n_saturated = 0
+        self.bend = self._bend()
+        self.build(t_s, wires, celsius)
+
+    def build(self, t_s: float, wires: WireCache | None, celsius: float = 25.0) -> None:
+        """Nothing; sets planes, variances, effective weight and path for cells as they are at ``t_s`` seconds."""
+        plan = self.plan
+        fractions, variance = self.cells.fractions(t_s, wires, celsius)
+        self.planes = made_whole(plan.planes(fractions))
+        self.variance = None if variance is None else plan.plane_variance(variance)
+        self.shared = None if variance is None else plan.reference_variance(variance)
+        self.weight = self._effective_weight()
+        self.noise = self._output_variance()
+        self._reader: Reader | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether converters see currents of both signs."""
+        return self.circuit.signed(self.handle.x_signed)
+
+    @property
+    def path(self) -> str:
+        """ "collapsed", "analog" or "serial": how this layer is computed."""
+        if self.circuit.path != "converted" and self._lossless():
+            return "collapsed"
+        if self.circuit.path == "collapsed":
+            raise CrossbarError(f"{self.handle.name}: converters may lose something; use path='auto' or adc=None")
+        return self.circuit.drive.mode
+
+    @property
+    def reader(self) -> Reader:
+        """The converted reading of this layer, built on first use."""
+        if self._reader is None:
+            self._reader = self._build_reader()
+        return self._reader
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """float64 (N,): output per fraction of the reference column's read noise."""
+        return self.plan.span[: self.plan.n_outputs] / self.plan.gain
+
+    def set_adc_step(self, step: Tensor) -> None:
+        """Nothing; converters read with ``step`` (Q, N) unit currents per code from now on."""
+        if step.shape != (self.plan.weight.numel(), self.plan.n_outputs) or not bool((step > 0).all()):
+            raise CrossbarError(f"{self.handle.name}: converter steps {tuple(step.shape)} do not fit this layer")
+        self.adc_step, self._reader = step.to(torch.float64), None
+
+    def calibrate_adc(self, x: Tensor) -> None:
+        """Nothing; fits the converters' range to the currents of ``x`` (m, K). One range for the layer; the ranges of
+        slices are powers of two of each other, so that shift-and-add stays whole."""
+        adc, planes = self.circuit.adc, self._currents(x)
+        if adc is None:
+            raise CrossbarError(f"{self.handle.name}: there is no converter to calibrate (adc=None)")
+        fitted = torch.tensor([adc.fitted_step(plane, self.signed) for plane in planes], dtype=torch.float64)
+        base = fitted.min()
+        fitted = base * torch.exp2(torch.ceil(torch.log2(fitted / base) - 1e-9))
+        self.set_adc_step(fitted[:, None] * self.plan.span[: self.plan.n_outputs])
+
+    def _currents(self, x: Tensor) -> list[Tensor]:
+        """Per plane, all tile currents of sample rows ``x`` as float32, in full cells times input steps."""
+        span = self.plan.span[: self.plan.n_outputs]
+        steps = self.circuit.drive.steps(self.handle.x_bits, self.handle.x_signed)
+        wide = x if x.dtype is torch.uint8 else x.to(torch.int32)
+        found: list[list[Tensor]] = [[] for _ in range(self.plan.weight.numel())]
+        for rows in self._tile_rows():
+            cells = (self.planes[rows] / span[None, :, None]).to(torch.float32)
+            for step in steps:
+                driven = self.drive(step.digits(wide[:, rows]).to(torch.float32))
+                for q, plane in enumerate(found):
+                    plane.append((driven @ cells[..., q]).flatten())
+        return [torch.cat(plane) for plane in found]
+
+    def drive(self, digits: Tensor) -> Tensor:
+        """Driven ``digits`` in the units of their full drive, bent as the cells' I-V curve bends them."""
+        if self.bend is None:
+            return digits
+        cubic, peak = self.bend
+        return digits * ((digits / peak).square() * cubic + 1) / (1 + cubic)
+
+    def _bend(self) -> tuple[float, float] | None:
+        """(a, largest digit) of a curved I-V characteristic that this drive can see, or None."""
+        peak = self.circuit.drive.peak(self.handle.x_bits, self.handle.x_signed)
+        return (self.circuit.device.iv_cubic, float(peak)) if self.circuit.device.iv_cubic and peak > 1 else None
+
+    # -- what the cells amount to --------------------------------------------------------------------------------------
+
+    def _effective_weight(self) -> Tensor:
+        """(K, N): the effective weight, in a dtype in which x @ W is exact if it is whole, else as the circuit says."""
+        plan = self.plan
+        weight = made_whole(plan.combine(self.planes) - plan.offset / plan.gain)
+        if is_whole(weight):
+            return weight.to(exact_dtype(weight, self.handle))
+        return self._final(weight)
+
+    def _output_variance(self) -> Variance | None:
+        """(K, N [+ 1]): output variance per squared input; the last column is the reference column's, in fractions."""
+        if self.variance is None:
+            return None
+        own = self.variance @ self.plan.weight.square() / self.plan.gain.square()
+        if self.shared is not None:
+            own = torch.cat([own, (self.shared @ self.plan.weight.square())[:, None]], 1)
+        return Variance(self._final(own, squared=True))
+
+    def _final(self, matrix: Tensor, *, squared: bool = False) -> Tensor:
+        """``matrix`` in the precision of the circuit; ``squared`` if it multiplies squares of inputs."""
+        if self.circuit.precision == "float32":
+            return matrix.to(torch.float32)
+        largest = float(max(abs(limit) for limit in self.handle.x_range))
+        return on_exact_grid(matrix, largest**2 if squared else largest)
+
+    # -- converters ----------------------------------------------------------------------------------------------------
+
+    def _ruled_step(self) -> Tensor | None:
+        """float64 (Q, N) unit currents per code by the rules that need no currents; None if it has to be calibrated."""
+        adc, handle = self.circuit.adc, self.handle
+        if adc is None:
+            return torch.ones(self.plan.weight.numel(), self.plan.n_outputs, dtype=torch.float64)
+        adc.codes(self.signed)  # refuses too few bits at once
+        if adc.range == "calibrated":
+            return None
+        n_rows = min(self.circuit.mapping.tile_rows, handle.w_int.shape[0])
+        peak = self.plan.span[: self.plan.n_outputs] * n_rows * self.circuit.drive.peak(handle.x_bits, handle.x_signed)
+        try:
+            return adc.ruled_step(peak, self.signed).expand(self.plan.weight.numel(), -1)
+        except CrossbarError as error:
+            raise CrossbarError(f"{handle.name}: {error}") from None
+
+    def _lossless(self) -> bool:
+        """Whether converted reading provably equals the matmul: no converter, or whole codes that cannot saturate."""
+        adc = self.circuit.adc
+        if adc is None:
+            return self.bend is None or self.circuit.drive.mode == "analog"
+        if adc.range not in ("exact", "whole") or not adc.perfect or self.adc_step is None:
+            return False
+        if self.variance is not None or self.bend is not None:
+            return False
+        return bool((self.adc_step == 1).all()) and is_whole(self.planes)
+
+    def _tile_rows(self) -> list[slice]:
+        n_rows = self.circuit.mapping.tile_rows
+        return [slice(k, k + n_rows) for k in range(0, len(self.planes), n_rows)]
+
+    def _build_reader(self) -> Reader:
+        plan, handle = self.plan, self.handle
+        if self.adc_step is None:
+            raise CrossbarError(f"{handle.name}: a 'calibrated' ADC range needs calibrate_adc(handle, x) first")
+        exact = [self._build_tile(rows) for rows in self._tile_rows()]
+        tiles = self._cast(exact)
+        return Reader(
+            tiles,
+            self.circuit.drive.steps(handle.x_bits, handle.x_signed),
+            plan.weight[:, None] * self.adc_step / plan.gain,
+            plan.offset / plan.gain,
+            self.circuit.adc,
+            self.signed,
+            self.drive,
+            self._on_grid(exact),
+        )
+
+    def _lsb(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """(float64 (Q, N) unit currents per code with the gain of these converters, (Q N,) their offsets in codes)."""
+        adc, lsb = self.circuit.adc, self.adc_step
+        assert lsb is not None
+        if adc is None or adc.perfect:
+            return lsb, None
+        generator = stream(self.circuit.seed, self.handle.name, "adc", rows.start)
+        gain, offset = torch.randn(2, *lsb.shape, generator=generator, dtype=torch.float64)
+        shift = (adc.offset_sigma_lsb * offset).flatten() if adc.offset_sigma_lsb else None
+        return lsb / (1 + adc.gain_sigma * gain), shift  # the gain acts on signal and read noise alike
+
+    def _build_tile(self, rows: slice) -> Tile:
+        (lsb, shift), variance, reference = self._lsb(rows), None, None
+        matrix = (self.planes[rows].permute(0, 2, 1) / lsb).flatten(1)
+        if self.variance is not None:
+            variance = (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
+        if variance is not None and self.shared is not None:
+            variance = torch.cat([variance, self.shared[rows]], 1)
+            reference = self.plan.span[: self.plan.n_outputs] / lsb
+        return Tile(rows.start, matrix, shift, None if variance is None else Variance(variance), reference)
+
+    def _on_grid(self, tiles: list[Tile]) -> tuple[GridTile, ...] | None:
+        """The tiles with cells on whole numbers, or None where they are not read so (see `execution`)."""
+        adc, drive, handle = self.circuit.adc, self.circuit.drive, self.handle
+        if adc is None or adc.inl_lsb or self.bend or self.shared is not None or self.circuit.precision != "float32":
+            return None
+        steps, peak = drive.steps(handle.x_bits, handle.x_signed), drive.peak(handle.x_bits, handle.x_signed)
+        codes = max(abs(code) for code in adc.codes(self.signed)) * len(tiles) * sum(abs(step.factor) for step in steps)
+        if codes >= 2**24 or (drive.mode == "analog" and peak >= 2**15) or peak**2 * len(tiles[0].matrix) >= 2**24:
+            return None
+        found = []
+        for tile, rows in zip(tiles, self._tile_rows(), strict=True):
+            planes, spread = self.planes[rows].permute(0, 2, 1).flatten(1), None
+            if tile.variance is not None and (spread := tile.variance.row) is None:
+                return None
+            if (grid := on_whole_grid(planes, peak, 32767)) is None:
+                return None
+            lsb = self._lsb(rows)[0].flatten()
+            shift = None if tile.shift is None else tile.shift.to(torch.float32)
+            spread = None if spread is None else spread.to(torch.float32)
+            found.append(GridTile(rows.start, grid[0], (grid[1] / lsb).to(torch.float32), shift, spread))
+        return tuple(found)
+
+    def _cast(self, tiles: list[Tile]) -> list[Tile]:
+        """float64 ``tiles`` in the precision of the circuit; as they are if a whole-number one would lose digits."""
+        if any(is_whole(t.matrix) and exact_dtype(t.matrix, self.handle) is torch.float64 for t in tiles):
+            return tiles
+        dtype = getattr(torch, self.circuit.precision)
+        return [
+            Tile(
+                t.start,
+                self._final(t.matrix),
+                None if t.shift is None else t.shift.to(dtype),
+                self._cast_variance(t.variance),
+                None if t.reference is None else t.reference.to(dtype),
+            )
+            for t in tiles
+        ]
+
+    def _cast_variance(self, variance: Variance | None) -> Variance | None:
+        return None if variance is None else Variance(self._final(variance.matrix, squared=True))
 
 
 class SimEngine(Engine):
@@ -149,3 +398,38 @@ class SimEngine(Engine):
         if key not in self._streams:
             self._streams[key] = Normals(stream(self.circuit.seed, *key))
         return self._streams[key]
+
+
+ADC_PJ = (1.6, 15.6)
+"""pJ per 8-bit conversion, low and high: two readings of one number (ISAAC, 2 mW at 1.28 GS/s) differ tenfold."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts of one layer; ``per_mvm`` values are for one input row."""
+
+    n_cells: int
+    """Programmed cells, idle partners and reference columns included."""
+    n_arrays: int
+    """Arrays of tile_rows x tile_cols that hold them."""
+    conversions_per_mvm: int
+    """Converter readings."""
+    cell_reads_per_mvm: int
+    """Cells that carry current, times input steps."""
+
+    def energy_pJ(
+        self, *, adc_pJ: float = ADC_PJ[0], g_uS: float = 10.0, v_read: float = 0.2, t_ns: float = 10.0
+    ) -> float:
+        """Estimate in pJ per input row: converters plus array (mean conductance uS, volts, nanoseconds)."""
+        return self.conversions_per_mvm * adc_pJ + self.cell_reads_per_mvm * g_uS * v_read**2 * t_ns * 1e-3
+
+
+def count(handle: Handle, circuit: Circuit) -> Cost:
+    """The counts of ``handle`` on ``circuit``, whichever way it is computed."""
+    plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
+    n_rows, n_columns, n_planes = plan.levels.shape
+    n_tiles = -(-n_rows // circuit.mapping.tile_rows)
+    n_steps = len(circuit.drive.steps(handle.x_bits, handle.x_signed))
+    n_arrays = n_tiles * -(-n_columns * n_planes // circuit.mapping.tile_cols)
+    conversions = n_tiles * n_steps * plan.weight.numel() * plan.n_outputs
+    return Cost(plan.levels.numel(), n_arrays, conversions, plan.levels.numel() * n_steps)

@@ -26,7 +26,8 @@ from hq_lib.crossbar import (
     proportional,
     state_independent,
 )
-from hq_lib.crossbar.faults import OK
+from hq_lib.crossbar.mapping import OK
+from hq_lib.crossbar.native import Normals, _normal_points, stream
 from hq_lib.crossbar.profiles import (
     IDEAL,
     PCM_JOSHI,
@@ -36,7 +37,6 @@ from hq_lib.crossbar.profiles import (
     RRAM_WAN_1S,
     RRAM_WAN_CROSSSIM,
 )
-from hq_lib.crossbar.streams import Normals, _normal_points, stream
 
 SIGMAS = 5  # of the test statistic
 

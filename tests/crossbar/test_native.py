@@ -16,7 +16,6 @@ from hq_lib.crossbar import (
     SimEngine,
     execution,
     native,
-    streams,
 )
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI
 from hq_lib.deploy.c.build import CompilerError
@@ -69,7 +68,7 @@ def test_c_and_torch_give_the_same_bits_and_count_the_same(name, cells, monkeypa
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(in_parts[0], found[0][0])
-    for module in (execution, streams):
+    for module in (execution, native):
         monkeypatch.setattr(module, "library", lambda: None)
     for geometry, (y, counts, _) in zip(GEOMETRIES, found, strict=True):
         again, same_counts, in_c = answers(circuit, geometry)

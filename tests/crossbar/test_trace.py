@@ -1,10 +1,10 @@
 """Recording and replay: the same answers without the engine, damage refused, nothing lost when a bench fails."""
 
 import json
-import os
 
 import numpy as np
 import pytest
+import safetensors.torch
 from integer_nets import images, quantized
 
 from hq_lib.crossbar import (
@@ -27,7 +27,7 @@ from hq_lib.crossbar import (
     TraceError,
     device,
 )
-from hq_lib.crossbar.recording import load_parts, simulated
+from hq_lib.crossbar.recording import load_parts, simulated, write_sealed
 from hq_lib.integer import lower
 
 RNG = np.random.default_rng(0)
@@ -43,8 +43,8 @@ def recorded(tmp_path):
     engine.calibrate(handle, X)
     answers.append(engine.mvm(handle, X[5:]))
     trace = engine.trace()
-    trace.save(tmp_path / "trace.npz")
-    return tmp_path / "trace.npz", answers
+    trace.save(tmp_path / "trace.safetensors")
+    return tmp_path / "trace.safetensors", answers
 
 
 def test_replay_gives_the_same_answers_noise_and_calibration_included(recorded):
@@ -94,40 +94,38 @@ def test_a_trace_of_another_network_is_refused(recorded, w, name, bits, message)
 
 def test_any_tampering_is_refused(recorded):
     path, _ = recorded
-    text, sidecar = path.with_suffix(".json").read_text(), path.with_suffix(".json")
-    with np.load(path) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    for name in arrays:
-        changed = {key: value.copy() for key, value in arrays.items()}
-        changed[name].reshape(-1)[0] += 1
-        np.savez(path, **changed)
-        with pytest.raises(TraceError, match="changed after recording"):
+    content, state = path.read_bytes(), safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as opened:
+        record = opened.metadata()
+    for name in state:
+        changed = {key: value.clone() for key, value in state.items()}
+        changed[name].view(-1)[0] += 1
+        safetensors.torch.save_file(changed, path, record)
+        with pytest.raises(TraceError, match="does not match its SHA-256"):
             Trace.load(path)
-    np.savez(path, **{key: value for key, value in arrays.items() if key != "calls/0/y"})
-    with pytest.raises(TraceError, match="missing or foreign: calls/0/y"):
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != "calls/0/y"}, path, record)
+    with pytest.raises(TraceError, match="does not match its SHA-256"):
         Trace.load(path)
-    np.savez(path, **arrays)
-    Trace.load(path)
-    for old, new, message in [
-        ('"t_s": 1.0', '"t_s": 2.0', "description was changed"),
-        ('"schema": 1', '"schema": 2', "schema 2"),
-        ("{", "", "unreadable"),
-        (text, "[1]", "unreadable"),
-    ]:
-        sidecar.write_text(text.replace(old, new, 1))
-        with pytest.raises(TraceError, match=message):
+    for spoilt in (content.replace(b'\\"t_s\\": 1.0', b'\\"t_s\\": 2.0', 1), content[:200], b""):
+        assert spoilt != content
+        path.write_bytes(spoilt)
+        with pytest.raises(TraceError, match="damaged"):
             Trace.load(path)
-    sidecar.write_text(text)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(TraceError, match="damaged archive"):
+    write_sealed(path, state, {"schema": 3})
+    with pytest.raises(TraceError, match="schema 3"):
         Trace.load(path)
+    path.write_bytes(content)
+    assert Trace.load(path).n_rows == 95
 
 
 def test_missing_files_and_unknown_formats(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        Trace.load(tmp_path / "none.npz")
-    with pytest.raises(TraceError, match=r"\.npz"):
+    with pytest.raises(TraceError, match="missing"):
+        Trace.load(tmp_path / "none.safetensors")
+    with pytest.raises(TraceError, match=r"\.safetensors"):
         Trace().save(tmp_path / "trace.csv")
+    (tmp_path / "part_000000.npz").write_bytes(b"")
+    with pytest.raises(TraceError, match="schema 1"):
+        load_parts(tmp_path)
 
 
 def bench(failures=()):
@@ -184,38 +182,25 @@ def test_a_folder_of_another_engine_is_refused_but_not_of_another_time(tmp_path)
             RecordEngine(other, tmp_path)
 
 
-def test_killed_between_the_two_files_of_a_part_the_folder_still_opens(tmp_path, monkeypatch):
-    """Whichever file is written first, no archive may stand there without its description."""
-
+def test_killed_while_a_part_is_written_the_folder_still_opens(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
+    def killed(*_):
+        raise Killed
+
     with RecordEngine(IdealEngine(), tmp_path) as first:
         first.mvm(first.load(W, 1.0, "a"), X)
-    monkeypatch.setattr("hq_lib.results.atomic.os.replace", replace_once := Once(Killed))
     second = RecordEngine(IdealEngine(), tmp_path)
     second.mvm(second.load(W, 1.0, "a"), X + (X < 255))
+    monkeypatch.setattr("hq_lib.results.atomic.os.replace", killed)
     with pytest.raises(Killed):
         second.flush()
     monkeypatch.undo()
-    assert replace_once.n == 1
     assert load_parts(tmp_path).n_rows == len(X)
     with RecordEngine(IdealEngine(), tmp_path) as third:
         third.mvm(third.load(W, 1.0, "a"), X + (X < 255))
     assert load_parts(tmp_path).n_rows == 2 * len(X)
-
-
-class Once:
-    """``os.replace`` that works once and then is ``killed``."""
-
-    def __init__(self, killed):
-        self.n, self._killed, self._replace = 0, killed, os.replace
-
-    def __call__(self, source, target):
-        if self.n:
-            raise self._killed
-        self.n += 1
-        self._replace(source, target)
 
 
 def test_sampling_keeps_a_few_rows_of_each_call(tmp_path):
@@ -261,7 +246,8 @@ def test_a_recorded_simulation_is_calibrated_aged_and_kept_as_a_bare_one(tmp_pat
         np.testing.assert_array_equal(now.layer(same).adc_step, was.layer(handle).adc_step)
 
 
-def test_json_is_readable_by_others(recorded):
-    record = json.loads(recorded[0].with_suffix(".json").read_text())
+def test_the_record_is_readable_by_others(recorded):
+    with safetensors.safe_open(recorded[0], "pt") as opened:
+        record = json.loads(opened.metadata()["hq_record"][64:])
     assert record["layers"][0]["name"] == "a"
     assert record["units"]["t_s"] == "seconds after programming"

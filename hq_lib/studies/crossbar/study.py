@@ -12,7 +12,7 @@ import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from hq_lib import graph, models, ptq
 from hq_lib.crossbar import Circuit, Cost, EngineNetwork, IdealEngine, SimEngine, count, residuals
-from hq_lib.crossbar.compensation import Reference
-from hq_lib.crossbar.cost import ADC_PJ
+from hq_lib.crossbar.calibration import Reference
 from hq_lib.crossbar.engine import exact_mvm
-from hq_lib.crossbar.norms import Moments, norm_moments, reestimate_norms
+from hq_lib.crossbar.network import Moments, norm_moments, reestimate_norms
+from hq_lib.crossbar.simulator import ADC_PJ
 from hq_lib.data import ImageSet, normalize
 from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer import IntegerModel, lower
@@ -99,13 +99,13 @@ class Programmed:
 def open_integers(run: Run[Plan], place: Place, seed: int) -> Integers | None:
     """The network of ``place`` in integers; None, after a line that says why, where this machine cannot have it."""
     noise = place.noise_pct
-    folder = None if noise is None else str(run.folder / _training_name(run.plan, noise, seed))
+    folder = None if noise is None else run.folder / _training_name(run.plan, noise, seed)
     return _integers(run.plan, place.network, place.bits, place.per_layer, noise, -1 if noise is None else seed, folder)
 
 
 @lru_cache(maxsize=4)
 def _integers(
-    plan: Plan, network: str, bits: int, per_layer: bool, noise: float | None, seed: int, folder: str | None
+    plan: Plan, network: str, bits: int, per_layer: bool, noise: float | None, seed: int, folder: Path | None
 ) -> Integers | None:
     bench = open_bench(MODEL, n_test=plan.n_test)
     if bench is None:
@@ -118,7 +118,7 @@ def _integers(
     else:
         net = bench.net
         if noise is not None:
-            net = fine_tuned(net, bench.train, bench.val, plan, noise, seed, folder)
+            net = fine_tuned(net, bench.train, plan, noise, seed, folder)
         x = bench.calibration(N_PTQ, 0)
         model, moments = lower(after_training(net, x, bits=bits, per_layer=per_layer)), norm_moments(net)
     logits = run_integers(model, normalize(bench.test.images, bench.test.spec))
@@ -138,13 +138,13 @@ def after_training(net: nn.Module, x: Tensor, *, bits: int = 8, per_layer: bool 
 
 
 def fine_tuned(
-    net: nn.Module, train: ImageSet, val: ImageSet, plan: Plan, noise_pct: float, seed: int, folder: Any = None
+    net: nn.Module, train: ImageSet, plan: Plan, noise_pct: float, seed: int, folder: Path | None
 ) -> nn.Module:
     """A copy of ``net`` trained on with weight noise (percent of the channel's largest weight), batch norms kept."""
     config = replace(FINE_TUNE, epochs=plan.epochs, weight_noise=noise_pct / 100, seed=seed)
     few = train if plan.n_train is None or plan.n_train >= len(train) else train.balanced(plan.n_train, seed)
     tuned = copy.deepcopy(net)
-    fit(tuned, few, val, config, folder)
+    fit(tuned, few, None, config, folder)
     return tuned.eval()
 
 
