@@ -1,4 +1,4 @@
-"""The shipped networks with their images: what nearly every study measures on."""
+"""Networks by name or file, with their images: what nearly every study measures on."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from hq_lib import data, models
+from hq_lib import data, graph, models
 from hq_lib.data import ImageSet, folder
 from hq_lib.models import efficientnet_lite
 from hq_lib.results import paths
@@ -24,7 +24,7 @@ N_IMAGENET = 16_384
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A float network in evaluation mode, and images to train, choose and judge on."""
+    """A network in evaluation mode, and images to train, choose and judge on."""
 
     net: nn.Module
     """The network."""
@@ -64,6 +64,17 @@ def shipped(name: str, *, seed: int = 0) -> Path | None:
     return path if path.exists() else None
 
 
+def network_file(name: str) -> Path | None:
+    """The file of a network: its path, the stem of a committed file, or a shipped float network's name; else None."""
+    places = [Path(name)] if name.endswith(".safetensors") else [paths.checkpoints_dir() / f"{name}.safetensors"]
+    return next((place for place in places if place.is_file()), shipped(name))
+
+
+def known_networks() -> list[str]:
+    """What ``open_bench`` knows by name, present or not: every network of ours, and the stems of committed files."""
+    return [*models.names(), *sorted(path.stem for path in paths.checkpoints_dir().glob("*.safetensors"))]
+
+
 def open_bench(
     name: str,
     *,
@@ -72,23 +83,42 @@ def open_bench(
     n_test: int | None = None,
     device: str = "cpu",
 ) -> Bench | None:
-    """The shipped network with its images (None: all); None, after a line that says why, where they cannot be had.
+    """A network with its images (None: all); None, after a line that says why, where they cannot be had.
 
+    ``name`` is that of a shipped float network, or of a network file as ``network_file`` finds it, quantized ones too.
     Without the network's data set the embedded digits take its place if they fit: the program runs, but accuracies mean
     nothing, and rows name the data set.
     """
-    path = shipped(name)
+    path = network_file(name)
     if path is None:
         print(f"{name}: no float checkpoint in {paths.checkpoints_dir()}, not run (notebook 01 in profile full ships)")
         return None
-    net, record = models.load_checkpoint(path)
+    record = models.read_checkpoint(path)[1]
+    net = graph.load(path) if "policy" in record else models.load_checkpoint(path)[0]
     test = data.load_or_embedded(record["dataset"], "test", n=n_test)
     if test.spec.in_shape != data.SPECS[record["dataset"]].in_shape:
         print(f"{name}: {record['dataset']} is not available and the embedded digits do not fit it, not run")
         return None
     n_val = None if n_val and 0 < test.spec.n_val < n_val else n_val  # of the digits there are few
     train, val = (data.load(test.spec.name, split, n=n) for split, n in (("train", n_train), ("val", n_val)))
-    return Bench(net.to(device).eval(), record, train, val, test)
+    sets = (train, val, test)
+    if seen := record.get("images"):
+        sets = (images.normalized_by(tuple(seen["mean"]), tuple(seen["std"])) for images in sets)
+    return Bench(net.to(device).eval(), record, *sets)
+
+
+def record_of(name: str) -> dict[str, Any]:
+    """The run record of a network as ``network_file`` finds it; {} where there is no file."""
+    path = network_file(name)
+    return {} if path is None else _record(path, path.stat().st_mtime_ns)
+
+
+def file_switch(name: str) -> dict[str, str]:
+    """The switches of a row that stands on a file, its stem and its first digits; {} for a shipped float network."""
+    if name in models.names():
+        return {}
+    sha256 = record_of(name).get("sha256")
+    return {"network": Path(name).name.removesuffix(".safetensors"), **({"file": sha256[:8]} if sha256 else {})}
 
 
 def public_weights(file: str) -> Path | None:
@@ -147,21 +177,26 @@ def net_switch(name: str, *, seed: int = 0) -> dict[str, str]:
     path = shipped(name, seed=seed)
     if path is None:
         return {}
-    sha = _sha256(path, path.stat().st_mtime_ns)[:8]
+    sha = _record(path, path.stat().st_mtime_ns)["sha256"][:8]
     return {} if sha in FIRST else {"net": sha}
 
 
 @cache
-def _sha256(path: Path, mtime_ns: int) -> str:
-    return models.read_checkpoint(path)[1]["sha256"]
+def _record(path: Path, mtime_ns: int) -> dict[str, Any]:
+    return models.read_checkpoint(path)[1]
 
 
 def newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each network the rows that stand on its committed checkpoint, where there are any; else the older ones."""
-    nets = pd.Series([json.loads(text).get("net", "") for text in rows["switches"]], index=rows.index, dtype="str")
+    """Of each network the rows that stand on its committed checkpoint, where there are any; else the older ones.
+
+    Rows of a quantized network's file stand on that file alone.
+    """
+    settings = [json.loads(text) for text in rows["switches"]]
+    nets = pd.Series([s.get("net", "") for s in settings], index=rows.index, dtype="str")
+    files = pd.Series(["file" in s for s in settings], index=rows.index, dtype="bool")
     keep = pd.Series(True, index=rows.index)
     for model in rows.loc[nets != "", "model"].unique():
         current = (rows["model"] == model) & (nets == net_switch(model).get("net", ""))
         if current.any():
-            keep &= (rows["model"] != model) | current
+            keep &= (rows["model"] != model) | current | files
     return rows.loc[keep]

@@ -38,6 +38,14 @@ class StudyError(ValueError):
     """A plan, unit or state of the code that a study cannot be run with; the message names it and the mend."""
 
 
+def check_choice(study: str, kind: str, names: Iterable[Any], known: Iterable[Any]) -> None:
+    """Nothing, or ``StudyError`` for the first name that is not known, with the nearest one that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise StudyError(f"{study} has no {kind} {name!r}: choose from {', '.join(known)}{nearest(name, known)}")
+
+
 @dataclass(frozen=True)
 class Point:
     """One measurement; a subclass adds what varies."""

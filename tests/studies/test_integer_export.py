@@ -11,15 +11,13 @@ from integer_nets import images as noise
 from integer_nets import quantized as small_net
 
 import hq_lib.deploy
-from hq_lib import data, integer, models
+from hq_lib import data, graph, integer, models
 from hq_lib.deploy import c as export_c
 from hq_lib.deploy.c import CompilerError
-from hq_lib.results import store
-from hq_lib.studies.integer_export import executors
-from hq_lib.studies.integer_export import files as integer_files
-from hq_lib.studies.integer_export import study as integer_export
-from hq_lib.studies.integer_export import tables as integer_report
+from hq_lib.studies.bench import Bench
+from hq_lib.studies.integer_export import executors, study, tables
 from hq_lib.studies.integer_export.figures import INPUTS, fig_integer_agreement
+from hq_lib.studies.study import StudyError
 
 try:
     export_c.compiler()
@@ -29,22 +27,25 @@ except CompilerError:
 needs_c = pytest.mark.skipif(not COMPILER, reason="no C compiler here")
 
 
-def toy_job(profile: str = "smoke", w_bits: int = 8, a_bits: int = 8) -> integer_files.Job:
+def toy_bench() -> Bench:
     """An untrained ToyNet on the embedded digits: everything but its accuracy is as in the study."""
     torch.manual_seed(0)
     net, train, test = models.build("toynet"), data.load("digits", "train", n=20), data.load("digits", "test", n=20)
     with torch.no_grad():
         net.train()(data.normalize(train.images, train.spec))
     record = {"model": "toynet", "options": {}, "dataset": "digits", "n_classes": 10, "in_channels": 3, "seed": 0}
-    return integer_files.Job(profile, "toynet", net.eval(), record, test, train, w_bits, a_bits)
+    return Bench(net.eval(), record, train, train, test)
 
 
 @pytest.fixture
 def only_toy(monkeypatch):
     """The study, of that network alone."""
-    monkeypatch.setattr(integer_files, "job", lambda name, profile, w, a: toy_job(profile, w, a))
-    monkeypatch.setattr(integer_report, "PLAN", {"smoke": integer_files.Plan(20, 4, 20, ("toynet",))})
-    return ["toynet"]
+    monkeypatch.setattr(study, "open_bench", lambda *_, **__: toy_bench())
+    return {"networks": ["toynet"]}
+
+
+def opened(bits=(8, 8)) -> study.IntegerBench:
+    return study.open_network(study.Run("integer_export", "smoke", study.PLANS["smoke"]), ("toynet", bits))
 
 
 def cells(rows: pd.DataFrame, metric: str) -> dict[tuple[str, str], float]:
@@ -56,65 +57,87 @@ def cells(rows: pd.DataFrame, metric: str) -> dict[tuple[str, str], float]:
 @needs_c
 def test_every_executor_is_run_and_the_integers_agree(out_dir, only_toy):
     pytest.importorskip("onnxruntime")
-    rows = integer_export.run("smoke", names=only_toy, bits=[(4, 4)])
+    rows = study.STUDY.run("smoke", bits=[(4, 4)], **only_toy)
     everything = {("numpy", "float32"), ("numpy", "fixed"), ("c", "float32"), ("c", "fixed"), ("onnx", "float32")}
     assert set(cells(rows, "acc_pct")) == everything | {("float", ""), ("fake_quant", "")}
     mismatches = cells(rows, "n_logit_mismatches")
     assert mismatches == dict.fromkeys([("c", "float32"), ("c", "fixed"), ("onnx", "float32")], 0)
     assert all(cells(rows, metric)["c", "fixed"] > 0 for metric in ("cpu_ms", "file_KiB"))
-    table = integer_report.table("smoke")
+    table = tables.support_matrix(rows, study.STUDY.plan("smoke", **only_toy))
     assert list(table["executor"]) == ["float", *["fake-quantized", "NumPy", "C", "ONNX Runtime"] * 2]
     assert table.iloc[7]["against NumPy"] == "0 / 0 of 200 logits differ"
     assert (table.iloc[1:5]["accuracy, %"] == "n/r").all()  # W8A8 was not asked for
     assert not (table == "").any(axis=None)
-    assert integer_report.findings("smoke")[0].startswith("0 of 600 logits")
+    assert tables.mismatches(rows).to_dict("list") == {"n_pairs": [2, 1], "n_logits": [400, 200], "n_differ": [0, 0]}
+    (line,) = tables.accuracies(rows).to_dict("records")
+    assert line["difference"] == pytest.approx(line["integers"] - line["fake"])
 
 
-def test_accuracy_is_that_of_the_fake_quantized_graph(out_dir):
-    job = toy_job()
-    qnet = integer_files.quantized(job)
-    files = integer_files.write(job, qnet)
-    x = np.concatenate(list(integer_files.parts(job.test)))
+def test_accuracy_is_that_of_the_fake_quantized_graph(out_dir, only_toy):
+    bench = opened()
+    x = np.concatenate(list(study.parts(bench.test)))
     with torch.no_grad():
-        want = qnet(torch.from_numpy(x).contiguous(memory_format=torch.channels_last)).numpy()
-    assert np.array_equal(executors.opened("fake_quant", files["fake_quant"])(x), want)
-    with torch.no_grad():
-        plain = job.net(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(executors.opened("float", files["float"])(x), plain, atol=1e-3, rtol=1e-4)
-    imodel = integer.lower(qnet, requantizer="fixed")
-    assert np.array_equal(executors.opened("numpy", files["numpy fixed"])(x), integer.run(imodel, x))
+        want = bench.qnet(torch.from_numpy(x).contiguous(memory_format=torch.channels_last)).numpy()
+        plain = toy_bench().net(torch.from_numpy(x)).numpy()
+    assert np.array_equal(executors.opened("fake_quant", bench.files["fake_quant"])(x), want)
+    np.testing.assert_allclose(executors.opened("float", bench.files["float"])(x), plain, atol=1e-3, rtol=1e-4)
+    imodel = integer.lower(bench.qnet, requantizer="fixed")
+    assert np.array_equal(executors.opened("numpy", bench.files["numpy fixed"])(x), integer.run(imodel, x))
 
 
-def test_points_that_are_there_are_not_run_again(out_dir, only_toy, capsys, monkeypatch):
-    first = integer_export.run("smoke", names=only_toy, bits=[(8, 8)])
-    monkeypatch.setattr(executors, "measure", lambda *_, **__: pytest.fail("measured again"))
-    again = integer_export.run("smoke", names=only_toy, bits=[(8, 8)])
-    assert "done already" in capsys.readouterr().out
-    pd.testing.assert_frame_equal(first, again)
+def test_points_that_are_there_are_not_run_again(out_dir, only_toy, monkeypatch):
+    first = study.STUDY.run("smoke", bits=[(8, 8)], **only_toy)
+    monkeypatch.setattr(study, "open_bench", lambda *_, **__: pytest.fail("opened again"))
+    pd.testing.assert_frame_equal(first, study.STUDY.run("smoke", bits=[(8, 8)], **only_toy))
+    monkeypatch.setitem(study.VERSIONS, "c", 3)  # faster kernels: these alone are measured again
+    assert {p.executor for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
+    assert set(tables.current(first)["method"]) == {"float", "fake_quant", "numpy", "onnx"}
 
 
-def test_a_killed_run_goes_on_with_the_reference_it_kept(out_dir, monkeypatch):
-    job = toy_job()
-    files = integer_files.write(job, integer_files.quantized(job))
-    logits = executors.measure(executors.opened("numpy", files["numpy float32"]), integer_files.parts(job.test))[0]
-    found = integer_export._agreement(job, "onnx float32", logits + np.eye(20, 10, dtype=np.float32), files)
-    assert found == {"n_logit_mismatches": 10}  # the reference was computed, as none was kept
+def test_logits_are_compared_with_numpys_whichever_comes_first(out_dir, only_toy, monkeypatch):
+    bench, plan = opened(), study.PLANS["smoke"]
+    point = {name: study.Execution(plan, "toynet", (8, 8), *name.split()) for name in bench.files}
+    logits = bench.reference("float32").copy()
+    other = logits + np.eye(20, 10, dtype=np.float32)
+    assert study._agreement(bench, point["onnx float32"], other) == {"n_logit_mismatches": 10}
     monkeypatch.setattr(executors, "measure", lambda *_, **__: pytest.fail("computed again"))
-    assert integer_export._agreement(job, "c float32", logits, files) == {"n_logit_mismatches": 0}
-    assert integer_export._agreement(job, "float", -logits, files)["same_top1_pct"] < 50
+    assert study._agreement(bench, point["c float32"], logits) == {"n_logit_mismatches": 0}
+    assert study._agreement(bench, point["float"], -logits)["same_top1_pct"] < 50
 
 
 def test_what_a_machine_lacks_is_said_in_its_line(out_dir, only_toy, monkeypatch):
     monkeypatch.setenv("CC", "cc-that-is-not-there")
     monkeypatch.setitem(sys.modules, "hq_lib.deploy.onnx", None)  # as where onnx is not installed
     monkeypatch.delattr(hq_lib.deploy, "onnx", raising=False)
-    rows = integer_export.run("smoke", names=only_toy, bits=[(8, 8)])
+    rows = study.STUDY.run("smoke", bits=[(8, 8)], **only_toy)
     assert {method for method, _ in cells(rows, "acc_pct")} == {"float", "fake_quant", "numpy"}
-    table = integer_report.table("smoke").iloc[:5].set_index("executor")
+    plan = study.STUDY.plan("smoke", bits=[(8, 8)], **only_toy)
+    table = tables.support_matrix(rows, plan).set_index("executor")
     assert set(table.loc["C"].iloc[3:]) == {"no C compiler"}
     assert set(table.loc["ONNX Runtime"].iloc[3:]) == {"no onnxruntime"}
     assert table.loc["NumPy"].iloc[3] != "n/r"
-    assert "not measured here: no C compiler" in integer_report.findings("smoke")
+
+
+@needs_c
+def test_a_quantized_networks_file_is_taken_as_it_is(out_dir, monkeypatch, tmp_path):
+    bench = toy_bench()
+    x = data.normalize(bench.train.images, bench.train.spec)
+    qnet = graph.quantize(bench.net, graph.BitPolicy("lsq:2", "lsq:3", bn="keep", placement="academic"), x[:1])
+    graph.calibrate(qnet, x)
+    file = graph.save(qnet, tmp_path / "mine.safetensors", record=bench.record)
+    chosen = {"networks": [str(file)], "bits": [[8, 8]]}
+    rows = study.STUDY.run("smoke", **chosen)
+    assert set(rows["model"]) == {"toynet"}
+    assert set(rows["w_bits"]) | set(rows["a_bits"]) == {2, 3}
+    assert set(cells(rows, "n_logit_mismatches").values()) == {0}
+    assert study.STUDY.todo("smoke", **chosen) == []
+    table = tables.support_matrix(rows, study.STUDY.plan("smoke", **chosen))
+    assert set(table.loc[table["images"] != "n/r", "bits"]) == {"W2A3"}
+    compared = tables.layers(study.LAYERS.run("smoke", **chosen))
+    assert set(compared["model"]) == {"mine"}
+    assert tables.worst_born(compared)["largest_LSB"].max() <= 1
+    graph.save(graph.load(file), file, record={**bench.record, "seed": 1})
+    assert len(study.STUDY.todo("smoke", **chosen)) == 6  # another file under the name is another network
 
 
 def test_cpu_time_is_per_image_and_a_first_batch_goes_untimed():
@@ -139,9 +162,24 @@ def test_peak_memory_of_a_fresh_process(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["net.npz"]
 
 
+@needs_c
+def test_the_profile_of_c_names_every_operation_and_adds_up():
+    imodel = integer.lower(small_net("residual", "w8a8"))
+    runtime, x = export_c.Runtime(imodel), noise(2).numpy()
+    seconds = runtime.profile(x)
+    shown = tables.time_by_operation(imodel, seconds)
+    assert list(shown["operation"]) == [op.name for op in imodel.ops]
+    assert shown["share_pct"].sum() == pytest.approx(100, abs=1)
+    assert (seconds > 0).all()
+    record = tables.operations(imodel)
+    assert record.loc[record["kind"] == "Conv", "accumulator bits"].between(9, 32).all()
+    assert np.array_equal(runtime.run(x), integer.run(imodel, x))  # and the arena is sound behind it
+    with pytest.raises(integer.ImageError, match="takes"):
+        runtime.profile(x[:, :1])
+
+
 def test_layers_are_compared_on_both_kinds_of_inputs(out_dir, only_toy):
-    integer_export.run("smoke", names=only_toy, bits=[(8, 8)])
-    layers = integer_report.layers("smoke")
+    layers = tables.layers(study.LAYERS.run("smoke", bits=[(8, 8)], **only_toy))
     assert set(layers["inputs"]) == set(INPUTS)
     born = layers.loc[layers["inputs"] == "the graph's"]
     assert list(born["place"]) == list(range(len(born)))
@@ -154,18 +192,23 @@ def test_layers_are_compared_on_both_kinds_of_inputs(out_dir, only_toy):
         fig_integer_agreement(layers.assign(inputs="mine"))
 
 
-def test_a_network_without_a_checkpoint_is_skipped(out_dir, capsys):
-    assert integer_files.job("vgg_small", "smoke", 8, 8) is None
-    assert "no checkpoint is shipped" in capsys.readouterr().out
-    assert store.read(integer_files.STUDY, profile="smoke").empty
+def test_a_network_without_a_file_is_not_run_and_an_unknown_one_is_named(out_dir, capsys):
+    assert study.STUDY.run("smoke", networks=["vgg_small"]).empty
+    assert "no float checkpoint" in capsys.readouterr().out
+    with pytest.raises(StudyError, match=r"no network 'resnet20x'.*mean 'resnet20'"):
+        study.STUDY.run("smoke", networks=["resnet20x"])
+
+
+def test_committed_rows_are_not_measured_again(monkeypatch):
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    for one in study.STUDIES:
+        todo = one.todo("full", networks=study.MODELS)
+        assert {getattr(p, "executor", "layers") for p in todo} <= set(study.VERSIONS)
 
 
 @pytest.mark.slow
 def test_resnet20_at_eight_bits_loses_little_on_real_images(out_dir, cifar10_test):
     del cifar10_test  # only whether it is there
-    job = integer_files.job("resnet20", "quick", 8, 8)
-    qnet = integer_files.quantized(job)
-    files = integer_files.write(job, qnet)
-    x = np.concatenate(list(integer_files.parts(job.test)))
-    right = executors.opened("numpy", files["numpy float32"])(x).argmax(1) == job.test.labels.numpy()
-    assert right.mean() > 0.88
+    run = study.Run("integer_export", "quick", study.PLANS["quick"])
+    bench = study.open_network(run, ("resnet20", (8, 8)))
+    assert (bench.reference("float32").argmax(1) == bench.test.labels.numpy()).mean() > 0.88

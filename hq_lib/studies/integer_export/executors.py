@@ -18,8 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from hq_lib.results import provenance
 
 EXECUTORS = ("float", "fake_quant", "numpy", "c", "onnx")
 ENDINGS = {"float": "safetensors", "fake_quant": "safetensors", "numpy": "npz", "c": "hqm", "onnx": "onnx"}
@@ -70,6 +73,28 @@ def _opened_onnx(file: Path) -> Run:
         raise UnavailableError("no onnxruntime") from error
     session = export_onnx.session(file)
     return lambda x: export_onnx.run(session, x, batch_size=BATCH)
+
+
+def save_onnx(imodel: Any, file: Path) -> None:
+    """The ONNX file of a record, where onnx is installed."""
+    try:
+        from hq_lib.deploy import onnx as export_onnx
+    except ImportError:
+        return
+    export_onnx.save(export_onnx.export(imodel), file)
+
+
+def how(executor: str, file: Path) -> list[str]:
+    """What an executor's time depends on besides the processor: C's kernels, ONNX Runtime's session option."""
+    if executor == "c":
+        from hq_lib.deploy import c as export_c
+
+        return [f"{export_c.Runtime(file).kernel} kernels"]
+    if executor == "onnx":
+        from hq_lib.deploy.onnx.runtime import VNNI
+
+        return [] if provenance.cpu_flags() & VNNI else ["x64quantprecision"]
+    return []
 
 
 def _opened_torch(executor: str, file: Path) -> Run:

@@ -1,154 +1,372 @@
 """Integer networks in five executors: do they agree, and what does each cost (notebook 07).
 
-    python -m hq_lib.studies.integer_export.study --profile full --models resnet20 --bits 8,8 4,4
-
-quantizes each shipped network after training, writes one file per executor and runs the test set through all of them.
-``integer_export.csv`` has accuracy, agreement, file size, time and memory; ``integer_layers.csv`` how far the integers
-of each tensor are from the fake-quantized network's. A point that is there already is not run again.
+``hq study integer_export --profile full`` quantizes each float network after training (a quantized one is taken as its
+file has it), writes one file per executor and runs the test set through all of them: accuracy, agreement, file size,
+time and memory go to ``integer_export.csv``. ``hq study integer_layers`` compares the integers of each tensor with the
+fake-quantized network's.
 """
 
-import argparse
-import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import fx
 
-from hq_lib import integer
-from hq_lib.results import paths, provenance, store
+from hq_lib import data, graph, integer, models, ptq
+from hq_lib.data import ImageSet, normalize
+from hq_lib.deploy import c as export_c
+from hq_lib.graph import BitPolicy, quantize
+from hq_lib.integer.record import REQUANTIZERS
+from hq_lib.ptq.ranges import Method
+from hq_lib.results import provenance
+from hq_lib.studies.bench import Bench, file_switch, known_networks, net_switch, open_bench, record_of
 from hq_lib.studies.integer_export import executors
-from hq_lib.studies.integer_export import files as files_of
-from hq_lib.studies.integer_export.files import PLAN, STUDY, Job, parts, switches
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
 
-LAYERS = "integer_layers"
-BITS = ((8, 8), (4, 4))
+MODELS = ("lenet", "vgg11", "resnet20", "toynet", "mobilenetv2_seed")
+TRAINED = (
+    "resnet20_pact_w8a8_s0", "resnet20_pact_w4a4_s0", "resnet20_lsq_w4a4_s0", "resnet20_dsq_w4a4_s0",
+    "resnet20_pact_w2a2_s0", "resnet20_lsq_w2a2_s0", "resnet20_dsq_w2a2_s0",
+)  # fmt: skip
+"""Quantized networks of notebook 03 (``data/checkpoints``), taken as they were trained."""
+MOBILE = (
+    "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "squeezenet1_1",
+    "shufflenet_v2_x1_0", "densenet121", "googlenet", "mnasnet1_0", "inception_v3",
+)  # fmt: skip
+"""Torchvision's networks, untrained: of them only agreement, size and time are measured."""
+ENLARGED = {"inception_v3": 3}
+"""How often each pixel is repeated for an untrained network; 2 for the others."""
+PART = 500  # images that are normalised and run at a time
 UNITS = {
     "acc_pct": "%", "same_top1_pct": "%", "n_logit_mismatches": "count", "file_KiB": "KiB", "cpu_ms": "ms",
     "peak_MiB": "MiB", "unavailable": "count",
 }  # fmt: skip
+VERSIONS = {"c": 2, "onnx": 2}
+"""Executor -> switch "version" of its rows, raised when its time or file changes; rows without it are of the first: C
+before the kernels of container version 2, ONNX Runtime with an option that slowed it where VNNI is present."""
 
 
-def run(profile: str, *, names: Sequence[str] | None = None, bits: Sequence[Sequence[int]] = BITS) -> pd.DataFrame:
-    """Measures every executor of every network at every bit width; the study's rows.
+@dataclass(frozen=True)
+class Plan:
+    """How much of the study a profile runs."""
 
-    Args:
-        profile: chooses images, networks and folders.
-        names:   networks; default the profile's. One without a shipped checkpoint is skipped with a line.
-        bits:    (weights, activations) pairs.
-    """
-    for name in PLAN[paths.check_profile(profile)].models if names is None else names:
-        for w_bits, a_bits in bits:
-            job = files_of.job(name, profile, w_bits, a_bits)
-            if job is not None:
-                _measure(job)
-    return store.read(STUDY, profile=profile)
-
-
-def _measure(job: Job) -> None:
-    title = f"{job.model} W{job.w_bits}A{job.a_bits}"
-    todo = [point for point in files_of.points() if not _is_done(job, point)]
-    if not todo and _layers_done(job):
-        print(f"{title}: done already")
-        return
-    print(f"{title}: quantizing on {len(job.train)} images of {job.train.spec.name}", flush=True)
-    qnet = files_of.quantized(job)
-    files = files_of.write(job, qnet)
-    for point in todo:
-        _measure_point(job, point, files)
-    if not _layers_done(job):
-        _compare_layers(job, qnet)
+    n_test: int | None
+    """Test images that every executor classifies; None = all."""
+    n_layers: int
+    """Test images on which tensors are compared one by one."""
+    networks: tuple[str, ...]
+    """Float networks of ``MODELS``, which take ``bits``; network files by path or by stem in ``data/checkpoints``, of
+    which quantized ones have their own; untrained ones of ``MOBILE``, which take 8 bits."""
+    bits: tuple[tuple[int, int], ...] = ((8, 8), (4, 4))
+    """(weights, activations) between first and last layer of float networks."""
+    n_calib: int = 256
+    """Training images from which the activation ranges come."""
+    n_untrained: int = 16
+    """Images that untrained networks are run on."""
+    memory: bool = True
+    """Whether peak memory is measured, which takes a process per point."""
 
 
-def _is_done(job: Job, point: str) -> bool:
-    row = job.row(point.split()[0], switches=switches(job, point))
-    return store.done(STUDY, {**row, "metric": "acc_pct"}, profile=job.profile)
+PLANS = {
+    "smoke": Plan(20, 4, ("lenet", "resnet20", "resnet20_pact_w4a4_s0"), n_calib=16, memory=False),
+    "quick": Plan(500, 20, (*MODELS, "resnet20_pact_w4a4_s0", "resnet20_dsq_w2a2_s0")),
+    "full": Plan(None, 100, (*MODELS, *TRAINED, *MOBILE)),
+}
 
 
-def _measure_point(job: Job, point: str, files: dict[str, Path]) -> None:
-    executor = point.split()[0]
-    common = job.row(executor, switches=switches(job, point), **provenance.stamp())
+@dataclass(frozen=True)
+class Recipe:
+    """How a float network is quantized after training."""
+
+    weights: Method
+    """Range of each output channel's weights."""
+    acts: Method
+    """Range of each activation."""
+    stem_out_bits: int | None = None
+    """Bits of the first layer's output; None = as the others."""
+
+
+def recipe_of(bits: tuple[int, int]) -> Recipe:
+    """Min-max ranges at 8 bits, those of least squared error below."""
+    return Recipe("minmax", "minmax") if min(bits) >= 8 else Recipe("mse", "mse", stem_out_bits=8)
+
+
+@dataclass(frozen=True)
+class Network(Point):
+    """One network at one bit width: its tensors are compared, integers with fake-quantized values."""
+
+    plan: Plan
+    """What all points share."""
+    network: str
+    """See ``Plan``."""
+    bits: tuple[int, int] | None
+    """(weights, activations) that it is quantized to; None where it is quantized already."""
+
+    @property
+    def unit(self) -> str:
+        """All that share the network's files, e.g. ``resnet20_w8a8``."""
+        stem = Path(self.network).name.removesuffix(".safetensors")
+        return stem if self.bits is None else f"{stem}_w{self.bits[0]}a{self.bits[1]}"
+
+    @property
+    def name(self) -> str:
+        """As the unit."""
+        return self.unit
+
+    @property
+    def bench(self) -> Hashable:
+        """The network and its bits."""
+        return self.network, self.bits
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The training of the network."""
+        return (f"{self.network}_float_s0",) if self.network in MODELS else (self.network,)
+
+    def switches(self) -> Row:
+        """What names the network and how it was quantized."""
+        known: Row = {**file_switch(self.network), **net_switch(self.network)}
+        if self.network in MOBILE:
+            known = {"untrained": True}
+        if self.bits is None:
+            return known
+        recipe = recipe_of(self.bits)
+        stem_out_bits = recipe.stem_out_bits or self.bits[1]
+        return {**known, "weights": recipe.weights, "acts": recipe.acts, "stem_out_bits": stem_out_bits,
+                "first_last_bits": 8}  # fmt: skip
+
+    def columns(self) -> Row:
+        """Columns that name a network of ours; of a file its switches do."""
+        if "network" in self.switches() or self.bits is None:
+            return {}
+        w_bits, a_bits = self.bits
+        quantized = {"w_bits": w_bits, "a_bits": a_bits, "placement": "deploy", "n_calib": self.plan.n_calib}
+        return {"model": self.network, **quantized}
+
+
+@dataclass(frozen=True)
+class Execution(Network):
+    """One executor of a network."""
+
+    executor: str = "float"
+    """One of ``executors.EXECUTORS``; "float" is the network before it was quantized."""
+    requantizer: str = ""
+    """Of the integer executors: "float32" or "fixed"."""
+
+    @property
+    def name(self) -> str:
+        """E.g. ``resnet20_w8a8 c fixed``."""
+        return f"{self.unit} {self.file}"
+
+    @property
+    def file(self) -> str:
+        """Key of ``IntegerBench.files``: executor and requantizer."""
+        return f"{self.executor} {self.requantizer}".strip()
+
+
+def networks(plan: Plan) -> list[Network]:
+    """Every network at every bit width that it is quantized to."""
+    named = [name for name in plan.networks if not name.endswith(".safetensors") or not Path(name).is_file()]
+    check_choice("integer_export", "network", named, [*known_networks(), *TRAINED, *MOBILE])
+    found = []
+    for name in plan.networks:
+        fixed = name in TRAINED or "policy" in record_of(name)
+        widths = ((8, 8),) if name in MOBILE else (None,) if fixed else plan.bits
+        found += [Network(plan, name, None if pair is None else (int(pair[0]), int(pair[1]))) for pair in widths]
+    return found
+
+
+def points(plan: Plan) -> list[Execution]:
+    """Every executor of every network; NumPy comes first: the others are compared with it."""
+    pairs = [(executor, form) for form in REQUANTIZERS for executor in ("numpy", "c")] + [("onnx", "float32")]
+    found, whole = [], set()
+    for each in networks(plan):
+        wanted = [*pairs]
+        if each.network not in MOBILE:
+            is_first = each.bits is not None and each.network not in whole
+            wanted += [("float", "")] * is_first + [("fake_quant", "")]
+            whole.add(each.network)
+        found += [Execution(plan, each.network, each.bits, *pair) for pair in wanted]
+    return found
+
+
+def key(run: Run[Plan], point: Execution) -> Row:
+    """What names a measurement: network, executor, requantizer and, of those that changed, the executor's version."""
+    metric = "cpu_ms" if point.network in MOBILE else "acc_pct"
+    named: Row = {"experiment": run.study, "method": point.executor, "metric": metric}
+    if point.executor == "float":
+        known = {**file_switch(point.network), **net_switch(point.network)}
+        return {**named, "switches": known, **({} if "network" in known else {"model": point.network})}
+    form = {"requantizer": point.requantizer} if point.requantizer else {}
+    version = {"version": VERSIONS[point.executor]} if point.executor in VERSIONS else {}
+    return {**named, **point.columns(), "switches": {**point.switches(), **form, **version}}
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerBench:
+    """A quantized network, its images, and one file of it per executor and requantizer."""
+
+    qnet: fx.GraphModule
+    """Fake-quantized; its biases are those of the accumulators, so that it simulates the integers."""
+    test: ImageSet
+    """Images to classify."""
+    about: Row
+    """Columns that all rows share."""
+    files: dict[str, Path]
+    """"float", "fake_quant", "numpy float32", "c fixed" ..., "onnx float32" -> file."""
+    logits: dict[str, np.ndarray] = field(default_factory=dict)
+    """NumPy's, by requantizer, once they are computed."""
+
+    def reference(self, requantizer: str) -> np.ndarray:
+        """NumPy's logits of all test images."""
+        if requantizer not in self.logits:
+            run = executors.opened("numpy", self.files[f"numpy {requantizer}"])
+            self.logits[requantizer] = executors.measure(run, parts(self.test))[0]
+        return self.logits[requantizer]
+
+
+def open_network(run: Run[Plan], needed: Any) -> IntegerBench | None:
+    """The network, quantized by the recipe of its bits or as it is, and its files."""
+    network, bits = needed
+    plan = run.plan
+    if network in MOBILE:
+        bench = untrained(network, plan)
+    else:
+        bench = open_bench(network, n_train=plan.n_calib, n_val=1, n_test=plan.n_test)
+    if bench is None:
+        return None
+    if bits is None:
+        qnet = bench.net
+        policy = BitPolicy.from_dict(bench.record["policy"])
+        about = {"w_bits": policy.weight.bits, "a_bits": policy.act.bits, "placement": policy.placement}
+    else:
+        print(f"{network}: quantizing on {len(bench.train)} images of {bench.dataset}", flush=True)
+        qnet, about = quantized(bench, bits), {"w_bits": bits[0], "a_bits": bits[1], "placement": "deploy"}
+    assert isinstance(qnet, fx.GraphModule)
+    integer.round_biases(qnet, images=bench.test.spec)
+    names = {"model": bench.model, "dataset": bench.dataset, "seed": bench.record["seed"], "n_test": len(bench.test)}
+    folder = run.folder / Network(plan, network, bits).unit
+    return IntegerBench(qnet, bench.test, {**names, **about}, written(bench, qnet, folder))
+
+
+def quantized(bench: Bench, bits: tuple[int, int]) -> fx.GraphModule:
+    """The network, fake-quantized by the recipe of its bits; the same bits every time."""
+    recipe = recipe_of(bits)
+    weight, act = f"minmax:{bits[0]}", f"lsq_plus:{bits[1]}"
+    x = normalize(bench.train.images, bench.train.spec)
+    qnet = quantize(bench.net, BitPolicy(weight, act, bn="fold", stem_out_bits=recipe.stem_out_bits), x[:1])
+    ptq.fit_weights(qnet, recipe.weights, scheme="symmetric")
+    ptq.fit_acts(qnet, x, recipe.acts)
+    return qnet.eval()
+
+
+def untrained(name: str, plan: Plan) -> Bench | None:
+    """A network of torchvision with random weights and the statistics of a few images, on CIFAR-10 enlarged."""
+    import torchvision
+
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = getattr(torchvision.models, name)(num_classes=10, **options)
+    times = ENLARGED.get(name, 2)
+    sets = []
+    for split in ("train", "test"):
+        few = data.load_or_embedded("cifar10", split, n=plan.n_untrained)
+        large = few.images.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        sets.append(ImageSet(large, few.labels, few.spec, few.split))
+    with torch.no_grad():
+        net.train()(normalize(sets[0].images, sets[0].spec))
+    return Bench(net.eval(), {"model": name, "seed": 0}, sets[0], sets[0], sets[1])
+
+
+def written(bench: Bench, qnet: fx.GraphModule, folder: Path) -> dict[str, Path]:
+    """One file per executor and requantizer; the ONNX file is left out where onnx is not installed."""
+    keys = ["float", "fake_quant", *(f"{e} {form}" for form in REQUANTIZERS for e in ("numpy", "c")), "onnx float32"]
+    files = {key: folder / f"{key.replace(' ', '_')}.{executors.ENDINGS[key.split()[0]]}" for key in keys}
+    if "dataset" in bench.record:
+        kept = ("model", "options", "dataset", "n_classes", "in_channels", "seed")
+        record = {key: bench.record[key] for key in kept if key in bench.record}
+        if "policy" not in bench.record:
+            models.save_checkpoint(files["float"], bench.net, record)
+        graph.save(qnet, files["fake_quant"], form="trainable", record={**record, "images": bench.test.spec})
+    for requantizer in REQUANTIZERS:
+        imodel = integer.lower(qnet, requantizer=requantizer, images=bench.test.spec)
+        integer.save(imodel, files[f"numpy {requantizer}"])
+        export_c.save(imodel, files[f"c {requantizer}"])
+        if requantizer == "float32":
+            executors.save_onnx(imodel, files["onnx float32"])
+    return files
+
+
+def measure(run: Run[Plan], bench: IntegerBench, point: Execution) -> Iterator[Found]:
+    """Accuracy, agreement with NumPy, time, size of the file, and memory; what this machine lacks is a row too."""
+    named, file = key(run, point), bench.files[point.file]
+    about = dict(bench.about)
+    if point.executor == "float":
+        about |= {"w_bits": 32, "a_bits": 32, "placement": "-"}
     try:
-        with provenance.stopwatch() as watch:
-            logits, cpu_ms = executors.measure(executors.opened(executor, files[point]), parts(job.test))
+        logits, cpu_ms = executors.measure(executors.opened(point.executor, file), parts(bench.test))
     except executors.UnavailableError as error:
-        print(f"  {point}: {error}", flush=True)
-        reason = {**common, "switches": {**common["switches"], "reason": str(error)}}
-        store.append(STUDY, [_value(reason, "unavailable", 1)], profile=job.profile)
+        print(f"  {point.name}: {error}", flush=True)
+        reason = {**named["switches"], "reason": str(error)}
+        yield {**about, "metric": "unavailable", "value": 1, "unit": "count", "switches": reason}
         return
-    acc_pct = 100 * float((logits.argmax(1) == job.test.labels.numpy()).mean())
-    found = {"acc_pct": acc_pct, "cpu_ms": cpu_ms, "file_KiB": files[point].stat().st_size / 1024}
-    found |= _agreement(job, point, logits, files)
-    if PLAN[job.profile].memory:
-        peak = executors.peak_MiB(executor, files[point], next(parts(job.test))[:1])
+    found = {"cpu_ms": cpu_ms, "file_KiB": file.stat().st_size / 1024, **_agreement(bench, point, logits)}
+    if run.plan.memory:
+        peak = executors.peak_MiB(point.executor, file, next(parts(bench.test))[:1])
         found |= {} if peak is None else {"peak_MiB": peak}
-    common["seconds"] = watch.seconds
-    store.append(STUDY, [_value(common, metric, value) for metric, value in found.items()], profile=job.profile)
-    print(f"  {point}: " + ", ".join(f"{metric} {value:.5g}" for metric, value in found.items()), flush=True)
+    if point.network not in MOBILE:
+        found["acc_pct"] = 100 * float((logits.argmax(1) == bench.test.labels.numpy()).mean())
+    about["device"] = ", ".join([provenance.device("cpu"), *executors.how(point.executor, file)])
+    for metric, value in found.items():
+        yield {**about, "metric": metric, "value": value, "unit": UNITS[metric]}
 
 
-def _value(common: dict[str, Any], metric: str, value: float) -> dict[str, Any]:
-    return {**common, "metric": metric, "value": value, "unit": UNITS[metric]}
-
-
-def _agreement(job: Job, point: str, logits: np.ndarray, files: dict[str, Path]) -> dict[str, float]:
+def _agreement(bench: IntegerBench, point: Execution, logits: np.ndarray) -> dict[str, float]:
     """Against NumPy: logits that differ (other integer executors), or the share of equal predictions (PyTorch)."""
-    executor, *form = point.split()
-    reference = f"numpy {(form or ['float32'])[0]}"
-    kept = files[reference].with_suffix(f".{_digest(files[reference])}.{len(job.test)}.npy")
-    if executor == "numpy":
-        np.save(kept, logits)
+    if point.executor == "numpy":
+        bench.logits[point.requantizer] = logits
         return {}
-    if not kept.exists():
-        np.save(kept, executors.measure(executors.opened("numpy", files[reference]), parts(job.test))[0])
-    wanted = np.load(kept)
-    if executor in ("c", "onnx"):
+    wanted = bench.reference(point.requantizer or "float32")
+    if point.executor in ("c", "onnx"):
         return {"n_logit_mismatches": int((logits != wanted).sum())}
     return {"same_top1_pct": 100 * float((logits.argmax(1) == wanted.argmax(1)).mean())}
 
 
-def _digest(file: Path) -> str:
-    """A name for the integers in a record, whatever its provenance."""
-    return hashlib.sha256(integer.to_bytes(replace(integer.load(file), meta={}))).hexdigest()[:12]
+def parts(images: ImageSet) -> Iterator[np.ndarray]:
+    """Normalised images in parts, (B, C, H, W) float32 in row-major order."""
+    for part in images.images.split(PART):
+        yield np.ascontiguousarray(normalize(part, images.spec).numpy())
 
 
-def _layers_done(job: Job) -> bool:
-    n_test = min(PLAN[job.profile].n_layers, len(job.test))
-    row = job.row("numpy", experiment=LAYERS, n_test=n_test, metric="largest_LSB")
-    return store.done(LAYERS, row, profile=job.profile)
+def layers_key(run: Run[Plan], point: Network) -> Row:
+    """What names a network whose tensors were compared."""
+    known = {**file_switch(point.network), **net_switch(point.network)}
+    named = {f"switches.{name}": known.get(name) for name in ("network", "file", "net")}
+    return {"experiment": run.study, "method": "numpy", "metric": "largest_LSB", **point.columns(), **named}
 
 
-def _compare_layers(job: Job, qnet: fx.GraphModule) -> None:
-    images = job.test.subset(torch.arange(min(PLAN[job.profile].n_layers, len(job.test))))
-    imodel, rows = integer.lower(qnet), []
-    common = job.row("numpy", experiment=LAYERS, n_test=len(images), **provenance.stamp())
+def measure_layers(run: Run[Plan], bench: IntegerBench, point: Network) -> Iterator[Found]:
+    """Of each tensor the integers that differ, on the integer network's own integers and fed with the graph's."""
+    images = bench.test.subset(torch.arange(min(run.plan.n_layers, len(bench.test))))
+    imodel = integer.lower(bench.qnet, images=bench.test.spec)
+    known = {**file_switch(point.network), **net_switch(point.network)}
     for forced in (False, True):
-        found = integer.agreement(qnet, imodel, images, forced=forced).tensors
-        for place, tensor in enumerate(found):
-            where = {"tensor": tensor.name, "place": place, "inputs": "the graph's" if forced else "its own"}
-            own = {**common, "switches": where}
-            rows += [
-                {**own, "metric": "mismatch_pct", "value": tensor.mismatch_pct, "unit": "%"},
-                {**own, "metric": "largest_LSB", "value": tensor.largest, "unit": "LSB"},
-            ]
-    store.append(LAYERS, rows, profile=job.profile)
-    print(f"  {len(rows) // 4} tensors compared on {len(images)} images", flush=True)
+        for place, tensor in enumerate(integer.agreement(bench.qnet, imodel, images, forced=forced).tensors):
+            where = {"tensor": tensor.name, "place": place, "inputs": "the graph's" if forced else "its own", **known}
+            for metric, value, unit in (
+                ("mismatch_pct", tensor.mismatch_pct, "%"), ("largest_LSB", tensor.largest, "LSB"),
+            ):  # fmt: skip
+                yield {**bench.about, "n_test": len(images), "metric": metric, "value": value, "unit": unit,
+                       "switches": where}  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m hq_lib.studies.integer_export.study", description=run.__doc__)
-    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    parser.add_argument("--models", nargs="+", default=None, metavar="NAME")
-    parser.add_argument("--bits", nargs="+", default=["8,8", "4,4"], metavar="W,A")
-    options = parser.parse_args(arguments)
-    bits = [tuple(int(b) for b in pair.split(",")) for pair in options.bits]
-    run(options.profile, names=options.models, bits=bits)
-
-
-if __name__ == "__main__":
-    main()
+STUDY = Study("integer_export", PLANS, points=points, key=key, open_bench=open_network, measure=measure)
+LAYERS = Study(
+    "integer_layers", PLANS, key=layers_key, open_bench=open_network, measure=measure_layers,
+    points=lambda plan: [point for point in networks(plan) if point.network not in MOBILE],
+)  # fmt: skip
+STUDIES = (STUDY, LAYERS)

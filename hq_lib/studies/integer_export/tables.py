@@ -1,14 +1,18 @@
-"""What the rows of the integer study say: tab_support_matrix, the layers of fig_integer_agreement, findings."""
+"""What notebook 07 shows of the integer studies: rows in, frames out."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Mapping
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from hq_lib.results import figures, labels, store, tables
-from hq_lib.studies.integer_export.files import MODELS, PLAN, STUDY
-from hq_lib.studies.integer_export.study import BITS, LAYERS
+from hq_lib.integer import IntegerModel
+from hq_lib.integer.proof import accumulator_bound
+from hq_lib.integer.record import Layer
+from hq_lib.results import labels, tables
+from hq_lib.studies.integer_export.study import MOBILE, MODELS, VERSIONS, Plan
 
 NAMES = {"float": "float", "fake_quant": "fake-quantized", "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime"}
 METRICS = {"acc_pct": ".2f", "file_KiB": ",.0f", "cpu_ms": ".3g", "peak_MiB": ".2f"}
@@ -16,153 +20,170 @@ TITLES = {
     "acc_pct": "accuracy, %", "agreement": "against NumPy", "file_KiB": "file, KiB", "cpu_ms": "CPU ms an image",
     "peak_MiB": "peak memory, MiB",
 }  # fmt: skip
-Found = Mapping[tuple[Any, ...], float]
+CLAIM = (
+    "Every network in every executor: one integer record, equal logits. Two numbers in a cell are the requantizers "
+    "float32 / fixed; time is CPU time, summed over threads; memory is what opening the file and running one image "
+    "adds to a fresh process; differences of PyTorch are counted against NumPy with float32, those of float at W8A8"
+)
+SWITCHES = {
+    "placement": "deploy", "BN": "folded", "image": "8 bit", "first and last layer": "8 bit", "W8A8": "min-max ranges",
+    "W4A4": "MSE ranges and an 8 bit stem output", "rounding": "to nearest", "trained networks": "as their file says",
+    "batch": "100, C: 1",
+}  # fmt: skip
+"""The settings printed under tab_support_matrix."""
+Key = tuple[str, str, str]
 
 
-def table(profile: str) -> pd.DataFrame:
+def current(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with columns ``network`` (a name of ours or a file's stem), ``bits`` and ``requantizer``.
+
+    Of executors that have changed since (``VERSIONS``) only the rows of today's.
+    """
+    settings = [json.loads(text) for text in rows["switches"]]
+    named = [s.get("network", model) for s, model in zip(settings, rows["model"], strict=True)]
+    found = tables.with_bits(rows).assign(
+        network=named, requantizer=[s.get("requantizer", "") for s in settings],
+        reason=[s.get("reason", "") for s in settings], version=[s.get("version", 0) for s in settings],
+    )  # fmt: skip
+    return found.loc[found["version"] == [VERSIONS.get(str(method), 0) for method in found["method"]]]
+
+
+def support_matrix(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """tab_support_matrix: a line per network, bits and executor; both requantizers of NumPy and C in one cell."""
-    rows = _readable(store.read(STUDY, profile=profile))
-    records: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
-    found = {tuple(row[k] for k in _KEY): float(row["value"]) for row in records}
-    reasons = {tuple(row[k] for k in _KEY[:4]): row["reason"] for row in records if row["reason"]}
+    found = current(rows)
+    stems = [Path(name).name.removesuffix(".safetensors") for name in plan.networks]
+    known = list(dict.fromkeys([*stems, *found["network"]]))
+    order = [*MODELS, *(name for name in known if name not in (*MODELS, *MOBILE)), *MOBILE]
     lines = []
-    for model in [m for m in MODELS if m in set(rows["model"]) or m in PLAN[profile].models]:
-        n_test = max((row["n_test"] for row in records if row["model"] == model), default=0)
-        lines.append(_line(found, reasons, (model, 32, 32, "float"), n_test))
-        for w_bits, a_bits in BITS:
-            keys = [(model, w_bits, a_bits, name) for name in NAMES if name != "float"]
-            lines += [_line(found, reasons, key, n_test) for key in keys]
+    for network in [name for name in order if name in known]:
+        mine = found.loc[found["network"] == network]
+        bits = _planned_bits(network, plan) if mine.empty or network in MODELS else []
+        for at in dict.fromkeys([*bits, *sorted(set(mine["bits"]) - {*bits, "float"}, reverse=True)]):
+            lines += _lines(mine, network, at)
     return pd.DataFrame(lines)
 
 
-_KEY = ["model", "w_bits", "a_bits", "method", "metric", "requantizer"]
+def _planned_bits(network: str, plan: Plan) -> list[str]:
+    if network in MODELS:
+        return ["float", *(labels.bits_label(*pair) for pair in plan.bits)]
+    at = re.search(r"_w(\d+)a(\d+)", network)
+    return ["W8A8" if network in MOBILE else labels.bits_label(*map(int, at.groups())) if at else tables.NOT_RUN]
 
 
-def _readable(rows: pd.DataFrame) -> pd.DataFrame:
-    settings = [json.loads(text) for text in rows["switches"]]
-    return rows.assign(
-        requantizer=[s.get("requantizer", "") for s in settings], reason=[s.get("reason", "") for s in settings]
-    )
+def _lines(mine: pd.DataFrame, network: str, bits: str) -> list[dict[str, str]]:
+    """The lines of a network at one width, one an executor."""
+    n_test = max((int(n) for n in mine["n_test"]), default=0)
+    at = mine.loc[mine["bits"] == bits]
+    values = at.set_index(["method", "metric", "requantizer"])["value"].to_dict()
+    reasons = at.loc[at["reason"] != ""].set_index("method")["reason"].to_dict()
+    executors = ["float"] if bits == "float" else list(NAMES)[2:] if network in MOBILE else list(NAMES)[1:]
+    lines = []
+    for executor in executors:
+        line = {
+            "network": labels.printed("model", network), "bits": bits, "executor": NAMES[executor],
+            "images": f"{n_test:,}" if n_test else tables.NOT_RUN,
+        }  # fmt: skip
+        for metric, title in TITLES.items():
+            line[title] = _cell(values, executor, metric, n_test)
+        if network in MOBILE and line[TITLES["cpu_ms"]] != tables.NOT_RUN:
+            line[TITLES["acc_pct"]] = "untrained"
+        measured = any((executor, "cpu_ms", form) in values for form in ("", "float32"))
+        lacks = executor in reasons and not measured
+        lines.append({**line, **dict.fromkeys(TITLES.values(), reasons[executor])} if lacks else line)
+    return lines
 
 
-def _line(found: Found, reasons: Mapping[tuple, str], key: tuple[str, int, int, str], n_test: int) -> dict[str, str]:
-    model, w_bits, a_bits, executor = key
-    line = {
-        "network": labels.printed("model", model), "bits": labels.bits_label(w_bits, a_bits),
-        "executor": NAMES[executor], "images": f"{n_test:,}" if n_test else tables.NOT_RUN,
-    }  # fmt: skip
-    for metric, title in TITLES.items():
-        line[title] = _agreement(found, key, n_test) if metric == "agreement" else _cell(found, key, metric)
-    measured = any((*key, "acc_pct", form) in found for form in ("", "float32"))
-    return line if measured or key not in reasons else {**line, **dict.fromkeys(TITLES.values(), reasons[key])}
-
-
-def _cell(found: Found, key: tuple, metric: str) -> str:
+def _cell(values: Mapping[Key, float], executor: str, metric: str, n_test: int) -> str:
     """The value; where there are two requantizers that of "float32", then that of "fixed"."""
-    plain = found.get((*key, metric, ""), found.get((*key, metric, "float32")))
-    fixed = found.get((*key, metric, "fixed"))
+    if metric == "agreement":
+        return _agreement(values, executor, n_test)
+    plain = values.get((executor, metric, ""), values.get((executor, metric, "float32")))
+    fixed = values.get((executor, metric, "fixed"))
     if plain is None:
         return tables.NOT_RUN
     form = METRICS[metric]
     return f"{plain:{form}}" if fixed is None else f"{plain:{form}} / {fixed:{form}}"
 
 
-def _agreement(found: Found, key: tuple, n_test: int) -> str:
-    if key[3] == "numpy" and (*key, "acc_pct", "float32") in found:
+def _agreement(values: Mapping[Key, float], executor: str, n_test: int) -> str:
+    if executor == "numpy" and ("numpy", "cpu_ms", "float32") in values:
         return "the reference"
-    same = found.get((*key, "same_top1_pct", ""))
+    same = values.get((executor, "same_top1_pct", ""))
     if same is not None:
         return f"{n_test - round(same * n_test / 100)} predictions differ"
-    counts = [found.get((*key, "n_logit_mismatches", form)) for form in ("float32", "fixed")]
+    counts = [values.get((executor, "n_logit_mismatches", form)) for form in ("float32", "fixed")]
     known = [f"{count:.0f}" for count in counts if count is not None]
     return f"{' / '.join(known)} of {10 * n_test:,} logits differ" if known else tables.NOT_RUN
 
 
-def caption(profile: str) -> str:
-    """What tab_support_matrix shows, with profile, images and what the columns mean."""
-    rows = store.read(STUDY, profile=profile)
-    n_calib = max(rows["n_calib"], default=0)
-    claim = (
-        "Every network in every executor: one integer record, equal logits. Two numbers in a cell are the requantizers "
-        "float32 / fixed; time is CPU time, summed over threads; memory is what opening the file and running one image "
-        "adds to a fresh process; differences of PyTorch are counted against NumPy with float32, those of float at W8A8"
+def accuracies(rows: pd.DataFrame) -> pd.DataFrame:
+    """By network and bits, percent: float, fake-quantized, integers (NumPy, float32), and integers minus fake."""
+    found = current(rows)
+    found = found.loc[(found["metric"] == "acc_pct") & (found["requantizer"] != "fixed")]
+    whole = found.loc[found["method"] == "float"].set_index("network")["value"]
+    wide = found.loc[found["method"].isin(["fake_quant", "numpy"])].pivot_table(
+        index=["network", "bits"], columns="method", values="value", sort=False
     )
-    counted = " and ".join(sorted({f"{n:,} test images" for n in rows["n_test"]})) or tables.NOT_RUN
-    data_sets = ", ".join(sorted(set(rows["dataset"])))
-    more = f"{n_calib} calibration images"
-    return figures.caption(claim, profile=profile, n=counted, seeds=sorted(set(rows["seed"])), dataset=data_sets,
-                            switches=more)  # fmt: skip
+    wide = wide.reset_index().rename_axis(columns=None).rename(columns={"fake_quant": "fake", "numpy": "integers"})
+    return wide.assign(float=wide["network"].map(whole), difference=wide["integers"] - wide["fake"]).round(2)
 
 
-def layers(profile: str) -> pd.DataFrame:
-    """The rows of fig_integer_agreement: model, bits, tensor, place, inputs, mismatch_pct, largest_LSB, n_test."""
-    rows = store.read(LAYERS, profile=profile)
+def mismatches(rows: pd.DataFrame) -> pd.DataFrame:
+    """By executor: how many networks (at each width and requantizer) and logits were compared, and how many differ."""
+    found = current(rows)
+    found = found.loc[found["metric"] == "n_logit_mismatches"]
+    counted = found.assign(n_logits=10 * found["n_test"], executor=found["method"].map(NAMES))
+    groups = counted.groupby("executor")
+    return groups.agg(n_pairs=("value", "count"), n_logits=("n_logits", "sum"), n_differ=("value", "sum")).astype(int)
+
+
+def layers(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of fig_integer_agreement: model, bits, tensor, place, inputs, mismatch_pct, largest_LSB, n_test.
+
+    ``model`` is a network of ours, in the order of ``MODELS``, or the stem of a file.
+    """
     settings = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    known = tables.with_bits(rows).join(settings)
-    index = ["model", "bits", "inputs", "place", "tensor", "n_test"]
+    names = [json.loads(s).get("network", m) for s, m in zip(rows["switches"], rows["model"], strict=True)]
+    known = tables.with_bits(rows).join(settings[["inputs", "place", "tensor"]]).assign(model=names)
+    index = ["model", "bits", "inputs", "place", "tensor", "n_test", "dataset", "seed"]
     wide = known.pivot_table(index=index, columns="metric", values="value").reset_index()
-    order = {name: i for i, name in enumerate(MODELS)}
+    order = {name: i for i, name in enumerate([*MODELS, *sorted(set(wide["model"]) - {*MODELS})])}
     return wide.sort_values(
         ["model", "bits", "inputs", "place"], key=lambda c: c.map(order) if c.name == "model" else c
     )
 
 
-def findings(profile: str) -> list[str]:
-    """The sentences that the rows of a profile support."""
-    rows = _readable(store.read(STUDY, profile=profile))
-    counted = rows.loc[rows["metric"] == "n_logit_mismatches"]
-    total = int((10 * counted["n_test"]).sum())
-    lines = [
-        f"{counted['value'].sum():.0f} of {total:,} logits differ from NumPy's, over {len(counted)} pairs of executor "
-        f"and network ({', '.join(sorted({NAMES[m] for m in counted['method']}))}; both requantizers; W8A8 and W4A4)"
-    ]
-    lines += _accuracy_lines(rows) + _speed_lines(rows)
-    born = layers(profile).query('inputs == "the graph\'s"')
-    worst = born.sort_values("mismatch_pct").iloc[-1]
-    lines.append(
-        f"fed with the graph's own integers, no tensor differs by more than {born['largest_LSB'].max():.0f} LSB; the "
-        f"most mismatches are {worst['mismatch_pct']:.3f} % ({worst['model']} {worst['bits']}, {worst['tensor']})"
-    )
-    missing = sorted(set(rows.loc[rows["metric"] == "unavailable", "reason"]))
-    return [*lines, *(f"not measured here: {reason}" for reason in missing)]
+def worst_born(compared: pd.DataFrame) -> pd.DataFrame:
+    """Of each network, from ``layers``: the tensor with most mismatches when fed with the graph's integers."""
+    born = compared.loc[compared["inputs"] == "the graph's"].sort_values("mismatch_pct", ascending=False)
+    columns = ["model", "bits", "tensor", "mismatch_pct", "largest_LSB"]
+    return born.drop_duplicates(["model", "bits"])[columns].reset_index(drop=True)
 
 
-def _accuracy_lines(rows: pd.DataFrame) -> list[str]:
-    """Per network: float, then fake-quantized and integer at each width."""
-    kept = rows.loc[(rows["metric"] == "acc_pct") & (rows["requantizer"] != "fixed")]
-    found = {(r["model"], r["w_bits"], r["method"]): r["value"] for r in kept.to_dict("records")}
+def operations(imodel: IntegerModel) -> pd.DataFrame:
+    """The record as a table: operation, kind, shape and integer type of its output, bits that its accumulator needs."""
     lines = []
-    for model in [m for m in MODELS if (m, 32, "float") in found]:
-        parts = [f"float {found[model, 32, 'float']:.2f} %"]
-        for w_bits, a_bits in BITS:
-            fake, exact = (found.get((model, w_bits, method)) for method in ("fake_quant", "numpy"))
-            if fake is not None and exact is not None:
-                parts.append(f"W{w_bits}A{a_bits} fake {fake:.2f}, integer {exact:.2f} ({exact - fake:+.2f})")
-        lines.append(f"{labels.printed('model', model)}: {'; '.join(parts)}")
-    return lines
+    for op in imodel.ops:
+        out = imodel.tensors[op.output]
+        line = {"operation": op.name, "kind": type(op).__name__, "output": "x".join(map(str, out.shape)),
+                "type": out.dtype, "weights": 0, "weight bits": 0, "accumulator bits": 0}  # fmt: skip
+        if isinstance(op, Layer):
+            bound = int(accumulator_bound(op, imodel.tensors[op.inputs[0]]).max())
+            line |= {"weights": op.weight.size, "weight bits": op.weight_bits}
+            line["accumulator bits"] = bound.bit_length() + 1
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
-def _speed_lines(rows: pd.DataFrame) -> list[str]:
-    kept = rows.loc[(rows["metric"] == "cpu_ms") & (rows["requantizer"] != "fixed")]
-    found = {(r["model"], r["w_bits"], r["method"]): r["value"] for r in kept.to_dict("records")}
-    return [
-        f"{labels.printed('model', model)} W8A8, ONNX Runtime's time over C's: {onnx / c:.2f}"
-        for model in MODELS
-        if (c := found.get((model, 8, "c"))) and (onnx := found.get((model, 8, "onnx")))
-    ]
+def time_by_operation(imodel: IntegerModel, seconds: np.ndarray) -> pd.DataFrame:
+    """Where the time of C goes: operation, kind, thousands of products, us an image, and per cent of the whole.
 
-
-def switches() -> dict[str, str]:
-    """The settings printed under the table."""
-    return {
-        "placement": "deploy", "BN": "folded", "image": "8 bit", "first and last layer": "8 bit",
-        "W8A8": "min-max ranges", "W4A4": "MSE ranges and an 8 bit stem output", "rounding": "to nearest",
-        "batch": "100, C: 1",
-    }  # fmt: skip
-
-
-def shown(rows: pd.DataFrame, metrics: Sequence[str] = ("acc_pct", "n_logit_mismatches")) -> pd.DataFrame:
-    """The rows of some metrics as a notebook prints them."""
-    columns = ["model", "w_bits", "a_bits", "method", "requantizer", "metric", "value", "unit", "n_test"]
-    readable = _readable(rows)
-    return readable.loc[readable["metric"].isin(metrics), columns]
+    ``seconds`` from ``deploy.c.Runtime.profile``.
+    """
+    lines = []
+    for op, each in zip(imodel.ops, seconds, strict=True):
+        places = int(np.prod(imodel.tensors[op.output].shape[1:]))
+        products = op.weight.size * places if isinstance(op, Layer) else 0
+        lines.append({"operation": op.name, "kind": type(op).__name__, "kMAC": products / 1000, "us": 1e6 * each,
+                      "share_pct": 100 * each / seconds.sum()})  # fmt: skip
+    return pd.DataFrame(lines).round(1)

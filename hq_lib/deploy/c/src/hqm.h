@@ -57,6 +57,8 @@ const char *hqm_meta(const hqm_model *model, size_t *size); /* JSON, not termina
 /* image: float32 (C, H, W), normalised as in training; pixels: uint8 (C, H, W). logits: float32, hqm_output().n */
 hqm_status hqm_run(const hqm_model *model, void *arena, const float *image, float *logits);
 hqm_status hqm_run_pixels(const hqm_model *model, void *arena, const uint8_t *pixels, float *logits);
+/* operation i of model.n_ops alone, all before it having been run in this arena: to see where the time goes */
+hqm_status hqm_run_operation(const hqm_model *model, uint32_t i, void *arena, const float *image);
 
 const char *hqm_message(hqm_status status);
 size_t hqm_model_size(void); /* sizeof(hqm_model), for callers in other languages */

@@ -69,30 +69,39 @@ static void write_logits(const tensor *y, float *logits) {
     }
 }
 
+static hqm_status run_operation(const hqm_model *m, uint32_t i, void *arena, const float *image, const uint8_t *pixels) {
+    const uint32_t *op = op_at(m, i);
+    tensor x = tensor_at(m, input_of(m, op, 0), arena), y = tensor_at(m, i + 1, arena), second = x;
+    int has_second = op[O_N_INPUTS] > 1;
+    if (has_second) second = tensor_at(m, input_of(m, op, 1), arena);
+    switch (op[O_KIND]) {
+    case QUANTIZE: return image ? run_quantize(image, &y) : run_table(m, op, pixels, &y);
+    case CONV: case LINEAR: run_layer(m, op, &x, has_second ? &second : NULL, &y, arena); break;
+    case ADD: run_add(m, op, &x, &second, &y); break;
+    case TABLE: run_lookup(m, op, &x, &y); break;
+    case MUL: run_mul(m, op, &x, &second, &y); break;
+    case MAX_POOL: run_max_pool(op, &x, &y); break;
+    case AVG_POOL: run_avg_pool(m, op, &x, &y); break;
+    case CONCAT: run_concat(m, op, &y, arena); break;
+    default: run_move(op, &x, &y); break;
+    }
+    return HQM_OK;
+}
+
 static hqm_status run_all(const hqm_model *m, void *arena, const float *image, const uint8_t *pixels, float *logits) {
     if (!m || !m->n_ops || !arena || (uintptr_t)arena % 4 || !logits || (!image && !pixels)) return HQM_BAD_ARGUMENT;
     for (uint32_t i = 0; i < m->n_ops; i++) {
-        const uint32_t *op = op_at(m, i);
-        tensor x = tensor_at(m, input_of(m, op, 0), arena), y = tensor_at(m, i + 1, arena), second = x;
-        int has_second = op[O_N_INPUTS] > 1;
-        if (has_second) second = tensor_at(m, input_of(m, op, 1), arena);
-        hqm_status status = HQM_OK;
-        switch (op[O_KIND]) {
-        case QUANTIZE: status = image ? run_quantize(image, &y) : run_table(m, op, pixels, &y); break;
-        case CONV: case LINEAR: run_layer(m, op, &x, has_second ? &second : NULL, &y, arena); break;
-        case ADD: run_add(m, op, &x, &second, &y); break;
-        case TABLE: run_lookup(m, op, &x, &y); break;
-        case MUL: run_mul(m, op, &x, &second, &y); break;
-        case MAX_POOL: run_max_pool(op, &x, &y); break;
-        case AVG_POOL: run_avg_pool(m, op, &x, &y); break;
-        case CONCAT: run_concat(m, op, &y, arena); break;
-        default: run_move(op, &x, &y); break;
-        }
+        hqm_status status = run_operation(m, i, arena, image, pixels);
         if (status != HQM_OK) return status;
     }
     tensor y = tensor_at(m, header_of(m)[H_OUTPUT], arena);
     write_logits(&y, logits);
     return HQM_OK;
+}
+
+hqm_status hqm_run_operation(const hqm_model *m, uint32_t i, void *arena, const float *image) {
+    if (!m || i >= m->n_ops || !arena || (uintptr_t)arena % 4 || !image) return HQM_BAD_ARGUMENT;
+    return run_operation(m, i, arena, image, NULL);
 }
 
 hqm_status hqm_run(const hqm_model *m, void *arena, const float *image, float *logits) {
