@@ -29,8 +29,8 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_ROOMS = ("data", "models", "quantizers", "graph", "training", "ptq", "integer", "deploy", "crossbar")
-_HOMES = {
+ROOMS = ("data", "models", "quantizers", "graph", "training", "ptq", "integer", "deploy", "crossbar")
+HOMES = {
     "BitPolicy": "graph", "calibrate": "graph", "evaluate": "training", "export": "deploy", "fit": "training",
     "fold_bn": "graph.folding", "load": "graph", "lower": "integer", "quantize": "graph", "reconstruct": "ptq",
     "save": "graph",
@@ -39,12 +39,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if name in _ROOMS:
+    if name in HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    if name in ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}: it has {', '.join([*_HOMES, *_ROOMS])}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}: it has {', '.join([*HOMES, *ROOMS])}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS})
+    return sorted({*globals(), *HOMES, *ROOMS})

@@ -139,3 +139,6 @@ def test_dependencies_follow_imports():
     assert "hq_lib/data/sources.py" in found  # through hq_lib.data
     assert "hq_lib/share.py" not in found
     assert dependencies.of_source("%magic") == []
+    face = dependencies.of_source("import hq_lib as hq\nhq.fit(net)\nhq.crossbar.Adc(8)")
+    assert {"hq_lib/training/loop.py", "hq_lib/crossbar/adc.py"} <= set(face)
+    assert "hq_lib/deploy/__init__.py" not in dependencies.of_source("import hq_lib as hq\nhq.fit(net)")

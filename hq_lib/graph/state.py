@@ -90,7 +90,7 @@ def calibrate(
     if isinstance(batches, ImageSet):
         batches = normalize(batches.images, batches.spec)
     each: Iterable[Any] = [batches] if isinstance(batches, Tensor) else batches
-    images: list[Tensor] = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in each]
+    images: list[Any] = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in each]
     _check_images(images)
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
     budget = 0 if sequential else budget_MiB * 2**20

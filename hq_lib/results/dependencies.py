@@ -7,6 +7,7 @@ import ast
 import json
 from pathlib import Path
 
+from hq_lib import HOMES
 from hq_lib.results.paths import ROOT
 
 PACKAGE = "hq_lib"
@@ -35,13 +36,16 @@ def _closure(sources: list[str]) -> list[str]:
 
 
 def _imported(source: str) -> list[Path]:
-    """The hq_lib files that the import statements of a source name, package ``__init__`` files included."""
+    """The hq_lib files that a source imports, ``__init__`` files and what it asks of a face (``hq.fit``) included."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
         return []
     names: list[str] = []
+    faces = {a.asname for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name == PACKAGE}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in faces:
+            names.append(f"{PACKAGE}.{HOMES.get(node.attr, node.attr)}")
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

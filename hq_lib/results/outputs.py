@@ -39,6 +39,7 @@ class Output:
 FLOAT, FOLD, QAT = "01_float_training", "02_bn_fold", "03_dsq_pact_qat"
 PTQ, SELECTION, HYBRID = "04_aciq_qdrop_ptq", "05_calibration_selection", "06_hybrid_precision"
 INTEGER, CROSSBAR, EDGE, GALLERY = "07_integer_export", "08_crossbar", "09_edge_cloud", "10_gallery"
+YOURS = "11_your_network"
 
 OUTPUTS = (
     Output("tab_float_training", FLOAT, "the float networks: size, test accuracy, published accuracy"),
@@ -80,6 +81,7 @@ OUTPUTS = (
     Output("tab_crossbar_cost", CROSSBAR, "conversions and cells; energy as an estimate"),
     Output("fig_edge_cloud", EDGE, "accuracy against KiB sent, by cut layer and bits on the wire"),
     Output("tab_edge_cloud", EDGE, "the same as numbers, with the share of the network that runs on the edge"),
+    Output("tab_your_network", YOURS, "one's own network and pictures, from float to an analog array"),
     Output("tab_overview", GALLERY, "the paper in one table: ResNet-20 from float to analog arrays"),
 )
 
