@@ -84,6 +84,18 @@ def test_one_question_and_its_findings(path):
     assert any(re.search(r"^#+ .*Findings", p, re.M) for p in prose)
 
 
+QUOTED = re.compile(r"\*\*(Answer in brief|Right or wrong)[^*]*\*\*(.*?)(?=\n\n\*\*|\Z)", re.S)
+
+
+@names
+def test_numbers_in_the_text_say_whose_they_are(path):
+    """An answer that quotes an accuracy says that it is the reference run's: the output below may be another's."""
+    for cell in cells(path, "markdown"):
+        for name, text in QUOTED.findall("".join(cell["source"])):
+            if re.search(r"\d+\.\d+ (%|points)|\d+\.\d+ and \d+\.\d+ %", text):
+                assert "reference run" in text or "profile full" in text, name
+
+
 def test_nothing_is_defined_twice():
     defined = defaultdict(set)
     for path in NOTEBOOKS:

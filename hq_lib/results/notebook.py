@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from hq_lib.results import figures, paths, tables
 from hq_lib.results.hints import nearest
 
+REFERENCE = "full"  # the profile that the text of a notebook quotes
 INJECTED = "# Parameters"  # the first line of the cell that papermill inserts after the parameters cell
 LIVE = (
     "JPY_SESSION_NAME",
@@ -71,7 +72,8 @@ class Session:
         }
         told |= facts
         counted = n or _images(_column(rows, "n_test"))
-        caption = figures.caption(claim, profile=self.profile, n=counted, switches=note, **told)
+        noted = "; ".join(text for text in (note, _uncommitted(_column(rows, "git_sha"))) if text)
+        caption = figures.caption(claim, profile=self.profile, n=counted, switches=noted, **told)
         shown = thing if isinstance(thing, pd.DataFrame) else thing()
         if isinstance(shown, pd.DataFrame):
             tables.write(shown, name, profile=self.profile, caption=caption, switches=switches or {})
@@ -99,6 +101,10 @@ def start(cells: Sequence[str], profile: str) -> Session:
     session = Session(profile, paths.results_dir(profile), paths.figures_dir(profile), device)
     folders = f"rows in {_short(session.results)}, figures in {_short(session.figures)}"
     print(f"profile {profile}; {folders}; device {device}")
+    if profile != REFERENCE:
+        print(
+            f"What the text calls the reference run is profile {REFERENCE}; every output below is of profile {profile}."
+        )
     return session
 
 
@@ -177,6 +183,12 @@ def _column(rows: pd.DataFrame, name: str) -> list[Any]:
 
 def _joined(values: Iterable[str]) -> str:
     return ", ".join(sorted(set(values) - {"-"}))
+
+
+def _uncommitted(commits: Sequence[str]) -> str:
+    """How many rows come from code that differed from its commit; empty where none does."""
+    dirty = sum(commit.endswith("-dirty") for commit in commits)
+    return f"{dirty:,} of {len(commits):,} rows from uncommitted code" if dirty else ""
 
 
 def _images(counts: Iterable[int]) -> str:

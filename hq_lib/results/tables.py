@@ -13,8 +13,9 @@ import pandas as pd
 
 from hq_lib.results import atomic, labels, paths, rows
 
-NOT_RUN, NOT_PUBLISHED = "n/r", "–"
+NOT_RUN, NOT_PUBLISHED, FROM_MEMORY = "n/r", "–", "†"
 LEGEND = {NOT_RUN: "not run", NOT_PUBLISHED: "nothing published"}
+MEMORY_LEGEND = f"{FROM_MEMORY} = quoted from memory of the paper, not looked up again"
 
 
 class Cell(NamedTuple):
@@ -84,7 +85,8 @@ def build(
     """The table as text, ready for ``write``: one line per ``index``, and per ``columns`` ours, published, gap.
 
     Ours reads ``91.20 ± 0.13 (n=3)``. Several published numbers for one cell are all shown, best first, and the gap
-    is taken to the best, in the metric's unit. Published columns appear where at least one number exists.
+    is taken to the best, in the metric's unit; ``†`` marks one that is known from memory alone (tag M). Published
+    columns appear where at least one number exists.
 
     Args:
         results: result rows; only ``metric`` is used.
@@ -117,15 +119,23 @@ def build(
     return pd.DataFrame(table)
 
 
-def _published_lookup(theirs: pd.DataFrame | None, names: Sequence[str], best: str) -> Callable[[tuple], list[float]]:
-    """From a cell to its published values, best first; columns that published rows lack (``profile``) match any."""
+def _published_lookup(
+    theirs: pd.DataFrame | None, names: Sequence[str], best: str
+) -> Callable[[tuple], list[tuple[float, bool]]]:
+    """From a cell to its published values, best first, and whether each is known from memory alone.
+
+    Columns that published rows lack (``profile``) match any.
+    """
     if theirs is None:
         return lambda cell: []
     shared = [c for c in names if c in theirs.columns]
     if not shared:
         raise TableError(f"published rows have none of the columns {', '.join(names)}: they cannot be matched")
-    grouped = theirs.groupby(shared, observed=True)["value"]
-    values = {key: sorted(set(group), reverse=best == "max") for key, group in grouped}
+    remembered = theirs["tag"] == "M" if "tag" in theirs else pd.Series(False, index=theirs.index)
+    values: dict[Any, Any] = {
+        key: sorted(group.groupby("value")["remembered"].all().items(), reverse=best == "max")
+        for key, group in theirs.assign(remembered=remembered).groupby(shared, observed=True)
+    }
     return lambda cell: values.get(tuple(v for c, v in zip(names, cell, strict=True) if c in shared), [])
 
 
@@ -158,7 +168,7 @@ def _check_one_profile(mine: Sequence[Cell | None], title: str) -> None:
 
 
 def _printed_group(
-    title: str, mine: Sequence[Cell | None], known: Sequence[list[float]], decimals: int
+    title: str, mine: Sequence[Cell | None], known: Sequence[list[tuple[float, bool]]], decimals: int
 ) -> dict[str, list[str]]:
     """The one or three printed columns of a group."""
     printed = {title or "ours": [_ours_text(cell, decimals) for cell in mine]}
@@ -175,15 +185,16 @@ def _ours_text(cell: Cell | None, decimals: int) -> str:
     return f"{cell.mean:.{decimals}f}{spread} (n={cell.n})"
 
 
-def _published_text(values: Sequence[float], decimals: int) -> str:
-    short = [min(f"{v:.{decimals}f}", repr(v), key=len) for v in values]  # 91.7 stays 91.7, 91.416 becomes 91.42
+def _published_text(values: Sequence[tuple[float, bool]], decimals: int) -> str:
+    # 91.7 stays 91.7, 91.416 becomes 91.42
+    short = [min(f"{v:.{decimals}f}", repr(v), key=len) + (FROM_MEMORY if memory else "") for v, memory in values]
     return " / ".join(short) or NOT_PUBLISHED
 
 
-def _gap_text(cell: Cell | None, values: Sequence[float], decimals: int) -> str:
+def _gap_text(cell: Cell | None, values: Sequence[tuple[float, bool]], decimals: int) -> str:
     if not values:
         return NOT_PUBLISHED
-    return NOT_RUN if cell is None else f"{cell.mean - values[0]:+.{decimals}f}"
+    return NOT_RUN if cell is None else f"{cell.mean - values[0][0]:+.{decimals}f}"
 
 
 def write(table: pd.DataFrame, name: str, *, profile: str, caption: str, switches: Mapping[str, Any]) -> list[Path]:
@@ -217,6 +228,7 @@ def write(table: pd.DataFrame, name: str, *, profile: str, caption: str, switche
 def _notes(table: pd.DataFrame, profile: str, switches: Mapping[str, Any]) -> list[str]:
     text = table.astype(str)
     used = [f"{mark} = {meaning}" for mark, meaning in LEGEND.items() if (text == mark).any(axis=None)]
+    used += [MEMORY_LEGEND] if any(FROM_MEMORY in cell for cell in text.to_numpy().ravel()) else []
     settings = ", ".join(f"{k} = {v}" for k, v in switches.items())
     return [f"Profile: {profile}.", f"Switches: {settings or 'none'}.", *([f"{'; '.join(used)}."] if used else [])]
 
@@ -234,7 +246,7 @@ def markdown(table: pd.DataFrame) -> str:
 _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "×": r"$\times$",
         "≤": r"$\le$", "≥": r"$\ge$", "→": r"$\to$", "α": r"$\alpha$", "σ": r"$\sigma$", "µ": r"$\mu$",
-        "−": "$-$"}  # fmt: skip
+        "−": "$-$", FROM_MEMORY: r"$\dagger$"}  # fmt: skip
 
 
 def _escaped(text: Any) -> str:

@@ -1,10 +1,11 @@
-"""``explore``: a slider where somebody can move it, the picture of the defaults everywhere else."""
+"""``explore``: a slider where somebody can move it, else a picture. ``Session.show``: what a caption has to state."""
 
 import base64
 
+import pandas as pd
 import pytest
 
-from hq_lib.results import figures, notebook
+from hq_lib.results import figures, notebook, paths
 
 
 def line(slope=2, start=0):
@@ -54,3 +55,25 @@ def test_a_wrong_slider_is_named(shown, values, named):
     with pytest.raises(ValueError, match=named):
         notebook.explore(line, **values)
     assert shown == []
+
+
+def test_a_caption_counts_the_rows_of_uncommitted_code(out_dir, monkeypatch):
+    said = []
+    monkeypatch.setattr(notebook, "display", lambda thing, **_: said.append(thing))
+    session = notebook.start(["profile = 'quick'"], "quick")
+    rows = pd.DataFrame({"git_sha": ["a1", "a1-dirty", "b2-dirty"], "seed": [0, 1, 2], "n_test": 100, "dataset": "d"})
+    session.show("tab_some", pd.DataFrame({"x": ["1"]}), rows, claim="One")
+    told = (paths.figures_dir("quick") / "tab_some.md").read_text().splitlines()[0]
+    assert told == (
+        "One. [d; profile quick; n = 100 test images; 3 seeds (0, 1, 2); 2 of 3 rows from uncommitted code]"
+    )
+    assert said[1].data == f"**tab_some.** {told}"
+    session.show("fig_some", line, rows.iloc[:1], claim="One")
+    assert "uncommitted" not in (paths.figures_dir("quick") / "fig_some.caption.txt").read_text()
+
+
+def test_another_profile_says_what_the_text_quotes(out_dir, capsys):
+    notebook.start(["profile = 'quick'"], "quick")
+    assert "reference run is profile full" in capsys.readouterr().out
+    notebook.start(["profile = 'full'"], "full")
+    assert "reference run" not in capsys.readouterr().out

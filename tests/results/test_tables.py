@@ -41,6 +41,17 @@ def test_mean_sd_and_n_by_hand():
     assert np.isnan(tables.cells(OURS, by=["method"]).set_index("method")["sd"]["lsq"])
 
 
+def test_what_is_known_from_memory_alone_is_marked(out_dir):
+    numbers = published(("pact", 4, 91.7), ("pact", 4, 90.89), ("lsq", 2, 88.0), ("lsq", 2, 88.0))
+    numbers = numbers.assign(tag=["M", "R", "M", "R"])  # 88.0 is read somewhere too
+    table = tables.build(OURS, numbers, index=["method"], columns=["bits"])
+    assert table["W4A4 published"].tolist() == ["91.7† / 90.89", "–"]
+    assert table["W2A2 published"].tolist() == ["–", "88.0"]
+    assert table["W4A4 gap"][0] == "-0.40"
+    files = tables.write(table, "tab_toynet", profile="quick", caption="c", switches={})
+    assert [file.read_text().count("from memory") for file in files] == [0, 1, 1]
+
+
 def test_many_cells_agree_with_a_pandas_groupby():
     random = np.random.default_rng(0)
     many = frame(*((m, b, s, random.uniform(80, 95)) for m in ("pact", "lsq", "dsq") for b in (2, 4) for s in range(4)))

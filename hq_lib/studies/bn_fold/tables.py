@@ -59,13 +59,13 @@ def worst(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranges(rows: pd.DataFrame, model: str) -> pd.DataFrame:
-    """One network's channels, from rows of ``bn_ranges``: layer, channel, stage, max_abs; layers in order of the net.
+    """One network's channels, from rows of ``bn_ranges``: layer, channel, stage, max_abs, git_sha; in order of the net.
 
     No lines where the network has none: its checkpoint is not shipped, or its images were not to be had.
     """
     rows = rows.loc[rows["model"] == model]
     keys = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    found = keys.reindex(columns=["channel", "layer", "stage"]).assign(max_abs=rows["value"])
+    found = keys.reindex(columns=["channel", "layer", "stage"]).assign(max_abs=rows["value"], git_sha=rows["git_sha"])
     order = list(dict.fromkeys(per_channel_ranges(models.build(model))["layer"]))
     place = found["layer"].map(order.index)
     return found.assign(place=place).sort_values(["place", "stage", "channel"]).drop(columns="place")

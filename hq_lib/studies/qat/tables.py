@@ -78,9 +78,18 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
 def group_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     """tab_toynet, tab_mobilenetv2, tab_resnet20: ours beside the group's own numbers for the network.
 
-    Where the group published several numbers for one cell, all are shown, best first.
+    Where the group published several numbers for one cell, all are shown, best first; its integer runs are a line of
+    their own.
     """
-    return _table(rows, model, published.load().query("table == @GROUP_TABLE and model == @model"))
+    theirs = published.load().query("table == @GROUP_TABLE and model == @model")
+    in_integers = theirs["variant"].str.startswith("integer")
+    return _table(rows, model, theirs.assign(method=theirs["method"].mask(in_integers, theirs["method"] + "_integer")))
+
+
+def with_float(rows: pd.DataFrame, floats: pd.DataFrame) -> pd.DataFrame:
+    """The rows, and of networks that have no float one among them that of ``float_reference``."""
+    there = rows.loc[rows["method"] == FLOAT, "model"]
+    return pd.concat([rows, floats.loc[~floats["model"].isin(there)]], ignore_index=True)
 
 
 def lists_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
@@ -96,7 +105,7 @@ def _table(rows: pd.DataFrame, model: str, theirs: pd.DataFrame) -> pd.DataFrame
     ours = scores(rows)
     ours = ours.loc[ours["model"] == model]
     theirs = tables.with_bits(theirs.loc[theirs["metric"] == "acc_pct"])
-    known = [FLOAT, *PLANS["full"].methods, "dorefa_hw", "lsq_plus"]
+    known = [FLOAT, *PLANS["full"].methods, "dorefa_hw", "lsq_plus", "mpact_integer"]
     listed = [FLOAT, *TABLE_BITS.get(model, ("W8A8", "W6A6", "W4A4")), *tables.with_bits(ours)["bits"]]
     theirs = theirs.loc[theirs["method"].isin(known) & theirs["bits"].isin(listed)]
     return tables.build(ours, theirs, index=["bits", "method"], order={"bits": list(dict.fromkeys(listed))})
@@ -104,6 +113,8 @@ def _table(rows: pd.DataFrame, model: str, theirs: pd.DataFrame) -> pd.DataFrame
 
 def integers_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_qat_integers: each trained network as it was trained, with its accumulators' biases, and in integers, %."""
+    if rows.empty:
+        return pd.DataFrame()
     known = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
     shown = tables.with_bits(rows).assign(column=known["executor"].fillna("same class"))
     index = ["model", "bits", "method", "seed"]
@@ -123,7 +134,7 @@ def lengths(rows: pd.DataFrame) -> str:
 def clip_curves(rows: pd.DataFrame) -> pd.DataFrame:
     """PACT's clips of ResNet-20 for fig_pact_alpha, from rows of ``qat_clips``, of each width the longest run.
 
-    Columns w_bits, a_bits, epoch, layer, alpha, seed; layers in order of execution.
+    Columns w_bits, a_bits, epoch, layer, alpha, seed, git_sha; layers in order of execution.
     """
     known = switches_of(rows)
     rows = rows.assign(epoch=known["epoch"], layer=known["layer"], alpha=rows["value"])
@@ -133,7 +144,7 @@ def clip_curves(rows: pd.DataFrame) -> pd.DataFrame:
     order = {name: i for i, name in enumerate(_execution_order())}
     rows = rows.assign(place=[order.get(layer, len(order)) for layer in rows["layer"]])
     rows = rows.sort_values(["w_bits", "epoch", "place"])
-    return pd.DataFrame(rows, columns=["w_bits", "a_bits", "epoch", "layer", "alpha", "seed"])
+    return pd.DataFrame(rows, columns=["w_bits", "a_bits", "epoch", "layer", "alpha", "seed", "git_sha"])
 
 
 def _execution_order() -> list[str]:
