@@ -145,6 +145,24 @@ def test_unknown_parameters_are_found_in_the_injected_cell():
     notebook.check_parameters([first, "import torch"])
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("seeds = 0", r"-y 'seeds: \[0\]'"),
+        ("profile = 3", "a value like 'quick'"),
+        ("n = 'many'", "a value like 0.5"),
+        ("n = 2", None),
+    ],
+)
+def test_a_parameter_of_another_kind_is_refused_with_the_way_to_write_it(given, named):
+    cells = ["profile = 'quick'\nseeds = [0]\nn = 0.5\nany = None", f"# Parameters\n{given}\nany = 'x'"]
+    if named is None:
+        notebook.check_parameters(cells)
+        return
+    with pytest.raises(ValueError, match=named):
+        notebook.check_parameters(cells)
+
+
 def test_dependencies_follow_imports():
     found = dependencies.of_source("from hq_lib.training import fit\nimport numpy")
     assert "hq_lib/training/loop.py" in found

@@ -17,7 +17,9 @@ def list_bits(
     """Return (bits of the image, ``BitPolicy.overrides``) of seed 001's lists; see ``BitPolicy.from_lists``."""
     gm = trace(net)
     groups = _groups(gm)
-    a_bits, w_bits = _padded(layer_abit, layer_wbit, groups)
+    n_layers = max(groups.values()) + 1
+    a_bits = _padded("layer_abit", layer_abit, n_layers, last=32)
+    w_bits = _padded("layer_wbit", layer_wbit, n_layers, last=16)
     overrides: dict[str, dict[str, int]] = {}
     for layer, group in groups.items():
         overrides.setdefault(layer, {})["weight"] = w_bits[group]
@@ -39,18 +41,16 @@ def _groups(gm: fx.GraphModule) -> dict[str, int]:
     return groups
 
 
-def _padded(a: Sequence[int], w: Sequence[int], groups: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    n_layers = max(groups.values()) + 1
-    if len(a) != len(w):
-        raise PolicyError(f"layer_abit has {len(a)} entries and layer_wbit {len(w)}: one of each per layer is needed")
-    if len(a) == n_layers:
-        return list(a), list(w)
-    if len(a) == n_layers - 2:
-        return [32, *a, 32], [32, *w, 16]
-    raise PolicyError(
-        f"layer_abit and layer_wbit have {len(a)} entries; this net has {n_layers} layers (stem, blocks, header, "
-        f"classifier), so {n_layers} are needed, or {n_layers - 2} for the blocks alone"
-    )
+def _padded(name: str, bits: Sequence[int], n_layers: int, *, last: int) -> list[int]:
+    """Return ``bits`` as they are, or between a stem in float and a classifier of ``last`` bits, as the seed has it."""
+    if len(bits) == n_layers - 2:
+        return [32, *bits, last]
+    if len(bits) != n_layers:
+        raise PolicyError(
+            f"{name} has {len(bits)} entries; this net has {n_layers} layers (stem, blocks, header, classifier), so "
+            f"{n_layers} are needed, or {n_layers - 2} for the blocks alone"
+        )
+    return list(bits)
 
 
 def _places_read(gm: fx.GraphModule, groups: Mapping[str, int]) -> dict[fx.Node, set[int]]:

@@ -267,8 +267,8 @@ class BitPolicy:
         layer_abit: Sequence[int],
         layer_wbit: Sequence[int],
         *,
-        weight: str = "dorefa_hw",
-        act: str = "mpact",
+        weight: Any = "dorefa_hw",
+        act: Any = "mpact",
         placement: str = "deploy",
         bn: str = "keep",
     ) -> "BitPolicy":
@@ -284,16 +284,18 @@ class BitPolicy:
             net:        the float net: 13 entries for ToyNet, 20 for MobileNetV2, 9 or 11 for ResNet-20.
             layer_abit: bits of each layer's input.
             layer_wbit: bits of each layer's weights.
-            weight:     method of all weights.
-            act:        method of all activations but the image.
+            weight:     method of all weights, or a mapping of it with its options.
+            act:        method of all activations but the image, likewise.
             placement, bn: as in ``BitPolicy``.
 
         Raises:
-            PolicyError: the lists' length fits neither the layers nor the blocks of ``net``.
+            PolicyError: a list's length fits neither the layers nor the blocks of ``net``.
         """
         input_bits, overrides = list_bits(net, layer_abit, layer_wbit, placement=placement)
         given = {"overrides": overrides, "input_bits": input_bits, "placement": placement, "bn": bn}
-        return cls(weight=f"{weight}:8", act=f"{act}:8", first_last_bits=None, **given)
+        specs = {kind: parse_spec(like, f"policy.{kind}", base=Spec(bits=8)) for kind, like in
+                 (("weight", weight), ("act", act))}  # fmt: skip
+        return cls(**specs, first_last_bits=None, **given)
 
 
 def _bits(bits: int | None) -> str:

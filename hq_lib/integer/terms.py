@@ -159,7 +159,7 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
     scale = np.broadcast_to(_per_channel(grid.scale, name), len(w)).astype(np.float32)
     bias = layer.bias
     real_bias = np.zeros(len(w)) if bias is None else _numpy(bias, np.float64)
-    return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(layer))  # type: ignore[arg-type]
+    return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(name, layer))  # type: ignore[arg-type]
 
 
 def turned(w: np.ndarray, groups: int) -> np.ndarray:
@@ -181,13 +181,15 @@ def _per_channel(scale: torch.Tensor, name: str) -> np.ndarray:
     return values.reshape(-1)
 
 
-def _geometry(layer: nn.Module) -> dict[str, Any] | None:
+def _geometry(name: str, layer: nn.Module) -> dict[str, Any] | None:
     if isinstance(layer, nn.ConvTranspose2d):
         return {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": tuple(layer.dilation), "groups": layer.groups}
     if not isinstance(layer, nn.Conv2d):
         return None
     if layer.padding_mode != "zeros":
-        raise LowerError(f"layer padded by {layer.padding_mode!r}: only padding by zeros has an integer form")
+        raise LowerError(
+            f"layer {name!r} is padded by {layer.padding_mode!r}: only padding by zeros has an integer form"
+        )
     if layer.padding == "same":
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         before = [total // 2 for total in totals]

@@ -158,13 +158,30 @@ def _sliders(draw: Callable[..., Figure], picture: bytes, controls: Mapping[str,
 
 
 def check_parameters(cells: Sequence[str]) -> None:
-    """Raises ``ValueError`` where papermill's injected cell assigns a name that the parameters cell does not."""
+    """Raises ``ValueError`` where papermill's injected cell assigns a name that the parameters cell does not.
+
+    Or a value of another kind: one value for a list, text for a number. Where a default is None, anything goes.
+    """
     if len(cells) < 2 or not cells[1].startswith(INJECTED):
         return
-    valid = assigned_names(cells[0])
-    for name in assigned_names(cells[1]):
+    defaults, valid = _assigned(cells[0]), assigned_names(cells[0])
+    for name, value in _assigned(cells[1]).items():
         if name not in valid:
             raise ValueError(f"unknown parameter {name!r}: this notebook has {', '.join(valid)}{nearest(name, valid)}")
+        kind, given = (float if type(v) is int else type(v) for v in (defaults[name], value))
+        if isinstance(defaults[name], list) and given is not list:
+            raise ValueError(f"{name} is a list, not {value!r}: write -y '{name}: [{value}]'")
+        if defaults[name] is not None and given is not kind:
+            raise ValueError(f"{name} is {value!r}: a value like {defaults[name]!r} is needed")
+
+
+def _assigned(source: str) -> dict[str, Any]:
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            found |= dict.fromkeys(names, ast.literal_eval(node.value))
+    return found
 
 
 def assigned_names(source: str) -> list[str]:

@@ -27,7 +27,7 @@ from hq_lib.results.hints import nearest
 from hq_lib.studies.bench import shipped
 from hq_lib.studies.ptq.recipes import RECIPES, Recipe
 from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
-from hq_lib.training.bit_lists import find_lists, list_recipe
+from hq_lib.training.bit_lists import Lists, find_lists, list_recipe
 from hq_lib.training.qat_recipes import METHODS
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
@@ -36,6 +36,7 @@ PICTURES = "imagenet"
 """The data set that is a folder of pictures"""
 TORCHVISION = "torchvision"
 """``weights`` that torchvision publishes, the newest; ``torchvision:IMAGENET1K_V1`` names others"""
+LIST_KEYS = ("layer_abit", "layer_wbit")
 BUILD = ("model", "options", "n_classes", "in_channels")
 """What a record says of how a network of ours is built."""
 
@@ -67,8 +68,9 @@ class Configuration:
     """``train``: float, hybrid, or a key of ``qat_recipes.METHODS``; ``quantize``: a key of ``recipes.RECIPES``"""
     bits: list = field(default_factory=lambda: [8, 8])
     """[weights, activations] between first and last layer"""
-    lists: str = ""
-    """seed 001's bits layer by layer in place of ``bits``: cfg-1, cfg-1*, cfg-2, cfg-3"""
+    lists: str | dict = ""
+    """seed 001's bits layer by layer in place of ``bits``: cfg-1, cfg-1*, cfg-2, cfg-2*, cfg-3; or the two lists
+    themselves, ``layer_abit`` (bits of each layer's input) and ``layer_wbit`` (of its weights)"""
     policy: dict = field(default_factory=dict)
     """fields of ``BitPolicy`` in place of the method's own, ``overrides`` by layer among them"""
     hybrid: dict = field(default_factory=dict)
@@ -115,13 +117,18 @@ class Configuration:
             models.check_name(self.model)
         if bool(self.mean) != bool(self.std):
             raise ValueError("mean and std go together: give both, or neither")
-        if self.lists and self.net:
-            raise ValueError(f"lists: there are none for {self.net}; say bits by layer in policy.overrides")
+        if isinstance(self.lists, dict):
+            known_keys(self.lists, LIST_KEYS, "lists")
+            if absent := [key for key in LIST_KEYS if self.lists and key not in self.lists]:
+                raise ValueError(f"lists: {absent[0]} is missing; both {' and '.join(LIST_KEYS)} are needed")
+        elif self.lists and self.net:
+            raise ValueError(f"lists: none is called {self.lists!r} for {self.net}; write layer_abit and layer_wbit")
 
     @property
     def name(self) -> str:
         """Network, method and bits, e.g. ``resnet20_qdrop_w4a4``."""
-        width = self.lists.replace("*", "star") if self.lists else "w{}a{}".format(*self.bits)
+        lists = self.lists if isinstance(self.lists, str) else "lists"
+        width = lists.replace("*", "star") if self.lists else "w{}a{}".format(*self.bits)
         return "_".join([self.net.rpartition(":")[2].lower() or self.model, self.method, width])
 
     def target(self, ending: str = ".safetensors") -> Path:
@@ -254,7 +261,7 @@ class Configuration:
             made = qat_recipe("dsq", min(w_bits, 8), min(a_bits, 8), self.profile, seed=self.seed)
             made = dataclasses.replace(made, policy=self._hybrid_policy())
         elif self.lists:
-            made = list_recipe(net, self.model, self.lists, self.method, self.profile, seed=self.seed)
+            made = list_recipe(net, self._lists(), self.method, self.profile, seed=self.seed)
         else:
             elsewhere = "hq quantize has it" if self.method in RECIPES else ""
             known(self.method, [FLOAT, HYBRID, *METHODS], "method", hint=elsewhere)
@@ -262,6 +269,12 @@ class Configuration:
         policy = BitPolicy.from_dict({**made.policy.to_dict(), **self.policy})
         config = changed(made.config, self.protocol, "protocol")
         return QatRecipe(policy, config, self.n_train or made.n_train)
+
+    def _lists(self) -> Lists:
+        if isinstance(self.lists, str):
+            return find_lists(self.model, self.lists)
+        layer_abit, layer_wbit = (tuple(self.lists[key]) for key in LIST_KEYS)
+        return layer_abit, layer_wbit
 
     def _hybrid_policy(self) -> BitPolicy:
         settings = {key: value for key, value in self.hybrid.items() if key != "ranges"}
@@ -279,8 +292,7 @@ class Configuration:
         if self.protocol and RECIPES[self.method].passes is None:
             raise ValueError(f"protocol: method {self.method!r} reconstructs nothing; leave protocol out")
         if self.lists:
-            layer_abit, layer_wbit = find_lists(self.model, self.lists)
-            policy = BitPolicy.from_lists(net, layer_abit, layer_wbit, weight="minmax", act="lsq_plus", bn="fold")
+            policy = BitPolicy.from_lists(net, *self._lists(), weight="minmax", act="lsq_plus", bn="fold")
         else:
             policy = BitPolicy(f"minmax:{self.bits[0]}", f"lsq_plus:{self.bits[1]}", bn="fold")
         return RECIPES[self.method], BitPolicy.from_dict({**policy.to_dict(), **self.policy}), self.protocol

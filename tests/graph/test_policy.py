@@ -225,5 +225,9 @@ def test_seed_lists_of_mobilenetv2_count_every_block():
 def test_lists_of_another_length_say_what_fits(n):
     with pytest.raises(PolicyError, match=r"has 11 layers.*or 9 for the blocks alone"):
         BitPolicy.from_lists(models.build("resnet20"), [8] * n, [8] * n)
-    with pytest.raises(PolicyError, match=r"layer_abit has 9 entries and layer_wbit 11"):
-        BitPolicy.from_lists(models.build("resnet20"), [8] * 9, [8] * 11)
+
+
+def test_lists_of_the_blocks_and_of_all_layers_go_together():
+    weights, acts = resolved("resnet20", [4] * 9, [8, *range(2, 11), 6])
+    assert (weights["conv1"], weights["layer1.0.conv1"], weights["linear"]) == (8, 2, 6)
+    assert (acts["input"], acts["conv1"], acts["layer3.2.add"]) == (32, 4, 32)

@@ -12,7 +12,7 @@ EVERY = [(model, name) for model, lists in BIT_LISTS.items() for name in lists]
 
 def bits_of(model: str, name: str) -> tuple[list[int], dict[str, int]]:
     net = models.build(model).eval()
-    policy = list_recipe(net, model, name, "mpact", "full").policy
+    policy = list_recipe(net, find_lists(model, name), "mpact", "full").policy
     gm = trace(net)
     weights, acts = policy.resolve(layer_types(gm), find_sites(gm, placement="academic"))
     return [spec.bits for spec in weights.values()], {n: spec.bits for n, spec in acts.items()}
@@ -24,7 +24,7 @@ def test_every_configuration_fits_its_network(model, name):
     found, _ = bits_of(model, name)
     hard_coded = {32, 16} if model == "resnet20" else set()
     assert set(found) == set(weights) | hard_coded
-    assert least_bits(model, name) == (min(weights), min(acts))
+    assert least_bits((acts, weights)) == (min(weights), min(acts))
 
 
 def test_the_first_and_the_last_entries_are_the_seeds():
@@ -42,5 +42,9 @@ def test_only_the_configurations_that_a_network_has_are_run():
         widths("toynet", ("cfg1",), ())
     with pytest.raises(ValueError, match="no bit lists for 'vgg11'"):
         widths("vgg11", ("cfg-1",), ())
-    with pytest.raises(ValueError, match="'lsq' has options"):
-        list_recipe(models.build("resnet20"), "resnet20", "cfg-1", "lsq", "full")
+
+
+def test_a_method_with_options_takes_lists_too():
+    policy = list_recipe(models.build("resnet20"), find_lists("resnet20", "cfg-2*"), "lsq", "full").policy
+    assert (policy.weight.options, policy.act.options) == ({"init": "least_error"},) * 2
+    assert policy.overrides["layer2.0.conv1"] == {"weight": 6, "act": 8}

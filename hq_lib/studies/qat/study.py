@@ -22,7 +22,7 @@ from hq_lib.studies.float_training.study import MINUTES, history_rows
 from hq_lib.studies.qat import integers
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import FitResult, QatRecipe, evaluate, fit, qat_recipe
-from hq_lib.training.bit_lists import list_recipe, widths
+from hq_lib.training.bit_lists import find_lists, list_recipe, widths
 
 HISTORY, CLIPS = "qat_history", "qat_clips"
 FLOAT = "float"
@@ -81,7 +81,11 @@ GROUP_PLANS = {
     "smoke": Plan("smoke", ("dorefa_hw",), (), ()),
     "quick": Plan("quick", ("dorefa_hw", "mpact"), (), ("toynet",), lists=("cfg-3",), n_test=2_000, n_val=1_000),
     "full": Plan(
-        "full", ("dorefa_hw", "pact", "mpact"), ((8, 8), (4, 4)), GROUP, lists=("cfg-1", "cfg-1*", "cfg-2", "cfg-3")
+        "full",
+        ("dorefa_hw", "pact", "mpact"),
+        ((8, 8), (6, 6), (4, 4)),
+        GROUP,
+        lists=("cfg-1", "cfg-1*", "cfg-2", "cfg-2*", "cfg-3"),
     ),
 }
 """The networks and configurations of the group whose tables (seed 001) are filled."""
@@ -133,7 +137,8 @@ class Training(Point):
         plan = self.plan
         recipe = qat_recipe(self.method, self.w_bits, self.a_bits, plan.profile, seed=self.seed)
         if self.lists and net is not None:
-            recipe = list_recipe(net, self.model, self.lists, self.method, plan.profile, seed=self.seed)
+            lists = find_lists(self.model, self.lists)
+            recipe = list_recipe(net, lists, self.method, plan.profile, seed=self.seed)
         changes = {"epochs": plan.epochs, "lr": plan.lr, "distill": plan.distill}
         config = dataclasses.replace(recipe.config, **{k: v for k, v in changes.items() if v is not None})
         return dataclasses.replace(recipe, config=config)
