@@ -7,7 +7,7 @@ it measures (``study``), what its tables say (``tables``) and its figures (``fig
 import importlib
 from typing import Any
 
-FOLDERS = ("float_training", "bn_fold", "qat", "ptq", "selection", "hybrid", "integer_export", "crossbar")
+FOLDERS = ("float_training", "bn_fold", "qat", "ptq", "selection", "hybrid", "integer_export", "crossbar", "edge_cloud")
 """Folders that have studies, in the order in which a batch engine runs them."""
 
 

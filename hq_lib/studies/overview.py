@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from hq_lib.results import atomic, labels, paths, published, store, tables
+from hq_lib.studies.integer_export.executors import VERSIONS
 
 SWITCH = "switches."
 PROTOCOL = ["epochs", "iterations", "n_test"]
@@ -122,13 +123,14 @@ def _array(words: str, correction: str, effect: str = "rram, column scale") -> N
 
 
 def _sent(words: str, cut: str, bits: int, metric: str = "acc_pct", **switches: Any) -> Number:
-    chosen = {"cut": cut, "wire_bits": bits, **switches}
+    chosen = {"cut": cut, "wire_bits": bits, "network": None, **switches}
     return Number(words, "edge_cloud", {"model": "resnet20", **{f"{SWITCH}{k}": v for k, v in chosen.items()}}, metric)
 
 
 def _integers(words: str, method: str, metric: str = "acc_pct") -> Number:
-    requantizer = {f"{SWITCH}requantizer": "float32" if method == "c" else None}
-    return Number(words, "integer_export", {**_bits(8, 8), "method": method, **requantizer}, metric)
+    form = {"requantizer": "float32" if method == "c" else None, "version": VERSIONS.get(method), "network": None}
+    where = {**_bits(8, 8), "method": method, **{f"{SWITCH}{name}": value for name, value in form.items()}}
+    return Number(words, "integer_export", where, metric)
 
 
 _FLOAT = Number("float", "float_reference", {"model": "resnet20", "method": "float"})

@@ -1,6 +1,7 @@
-"""The edge-cloud study in its smallest form: rows, resuming, what is fitted to what, report and figure."""
+"""The edge-cloud study in its smallest form: rows, resuming, what is fitted to what, tables and figure."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +9,17 @@ import torch
 
 from hq_lib.crossbar import EngineNetwork, IdealEngine
 from hq_lib.data import normalize
-from hq_lib.deploy.edge_cloud import HEADER_BYTES, integer_edge, run_edge
+from hq_lib.deploy.edge_cloud import HEADER_BYTES, fit_wire, integer_edge, run_edge
 from hq_lib.integer.execute import real_values
-from hq_lib.results import store
-from hq_lib.studies.bench import shipped
-from hq_lib.studies.edge_cloud import bench as edge_cloud_bench
-from hq_lib.studies.edge_cloud import study as edge_cloud
-from hq_lib.studies.edge_cloud import tables as edge_cloud_report
-from hq_lib.studies.edge_cloud.figures import fig_edge_cloud
+from hq_lib.studies.bench import network_file, shipped
+from hq_lib.studies.edge_cloud import study, tables
+from hq_lib.studies.edge_cloud.bench import Size, workbench
+from hq_lib.studies.edge_cloud.figures import fig_edge_cloud, fig_wire
+from hq_lib.studies.study import StudyError
 
 CUT = "layer3.2"
+CHOSEN = {"edges": ("integer", "crossbar"), "cuts": (CUT,)}
+SIZE = study.PLANS["smoke"].size
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +29,17 @@ def bench(tmp_path_factory):
         pytest.skip("no ResNet-20 checkpoint is shipped")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HQ_OUT", str(tmp_path_factory.mktemp("out")))
-        edge_cloud.run("smoke", edges=("integer", "crossbar"), cuts=(CUT,))
-        yield edge_cloud_bench.workbench("smoke")
+        study.STUDY.run("smoke", **CHOSEN)
+        yield workbench("resnet20", SIZE)
 
 
-def test_packets_are_as_long_as_the_wire_says(bench):
-    frame = edge_cloud_report.measured("smoke")
+@pytest.fixture
+def rows(bench):
+    return study.STUDY.rows("smoke")
+
+
+def test_packets_are_as_long_as_the_wire_says(rows):
+    frame = tables.measured(rows)
     n_values = {"image": 3072, CUT: 4096}
     wires = frame.loc[frame["wire_bits"] > 0]
     assert set(wires["cut"]) == set(n_values)
@@ -41,44 +48,38 @@ def test_packets_are_as_long_as_the_wire_says(bench):
         assert 0 < row["deflate_KiB"] < row["packed_KiB"]
 
 
-def test_each_edge_has_its_images_draws_and_settings(bench):
-    frame = edge_cloud_report.measured("smoke")
-    sizes = frame.groupby("edge")[["n_test", "seed"]].agg(["min", "max"])
+def test_each_edge_has_its_images_draws_and_settings(bench, rows):
+    sizes = tables.measured(rows).groupby("edge")[["n_test", "seed"]].agg(["min", "max"])
     assert list(sizes.loc["integer"]) == [20, 30, -1, -1]
     assert list(sizes.loc["crossbar"]) == [20, 20, 0, 0]
     assert int(bench.subset.sum()) == 20
-    rows = store.read("edge_cloud", profile="smoke")
     described = [json.loads(s) for s in rows["switches"]]
     crossbars = [s for s in described if s["edge"] == "crossbar"]
     assert all(s["device.name"] == "rram" and s["adc.bits"] == 8 for s in crossbars)
     assert not any("device.name" in s for s in described if s["edge"] != "crossbar")
 
 
-def test_what_is_there_is_not_measured_again(bench, monkeypatch):
-    before = store.read("edge_cloud", profile="smoke")
-    for name in ("over_the_wire", "run_edge", "run_integers", "to_jpeg"):
-        monkeypatch.setattr(edge_cloud, name, lambda *_, **__: pytest.fail("measured again"))
-    after = edge_cloud.run("smoke", edges=("integer", "crossbar"), cuts=(CUT,))
-    assert before.equals(after)
+def test_what_is_there_is_not_measured_again(rows, monkeypatch):
+    monkeypatch.setattr(study, "workbench", lambda *_: pytest.fail("opened again"))
+    assert rows.equals(study.STUDY.run("smoke", **CHOSEN))
+    assert {p.draw for p in study.STUDY.todo("smoke", **{**CHOSEN, "n_draws": 2})} == {1}
 
 
-def test_wires_are_fitted_to_training_images_only(bench, monkeypatch, tmp_path):
-    monkeypatch.setenv("HQ_OUT", str(tmp_path))
+def test_committed_rows_are_not_measured_again(monkeypatch):
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    assert study.STUDY.todo("full", networks=["resnet20"]) == []
+
+
+def test_wires_are_fitted_to_training_images_only(bench, monkeypatch):
     given = []
-
-    def spy(x, *args, **kwargs):
-        given.append(x)
-        return fit(x, *args, **kwargs)
-
-    fit = edge_cloud.fit_wire
-    monkeypatch.setattr(edge_cloud, "fit_wire", spy)
-    edge_cloud.fitted_wire.cache_clear()
+    monkeypatch.setattr(study, "fit_wire", lambda x, *args, **more: given.append(x) or fit_wire(x, *args, **more))
+    study.fitted_wire.cache_clear()
     cut = bench.cut(CUT)
-    edge_cloud.measure(bench, edge_cloud_bench.exact_edge(bench), cut, "smoke")
+    study.fitted_wire(bench, cut, bits=2, per_channel=True)
     part = integer_edge(bench.qnet, bench.record, cut)
     wanted = real_values(part.tensors[part.output], run_edge(part, normalize(bench.train.images, bench.train.spec)))
-    assert len(given) == len(edge_cloud.WIRE_BITS) + len(edge_cloud.TENSOR_BITS)
-    assert all(torch.equal(x, torch.from_numpy(wanted)) for x in given)
+    assert len(given) == 1
+    assert torch.equal(given[0], torch.from_numpy(wanted))
     assert (bench.train.split, bench.test.split) == ("train", "test")
 
 
@@ -98,26 +99,61 @@ def test_shares_grow_to_almost_everything(bench):
     assert shares[-1]["edge_weight_KiB"] == sum(op.weight.size for op in bench.record.layers()[:-1]) / 1024
 
 
+def test_a_network_trained_at_two_bits_sends_two_bits_without_loss(bench):
+    """The tensor at a cut holds four levels: a wire of two bits finds them, and the answers stay."""
+    name = "resnet20_dsq_w2a2_s0"
+    if network_file(name) is None:
+        pytest.skip(f"no {name} is shipped")
+    trained = workbench(name, replace(SIZE, n_test=16, n_crossbar=16))
+    assert trained.net is trained.qnet
+    assert trained.about == {"model": "resnet20", "method": "dsq", "w_bits": 2, "a_bits": 2, "placement": "academic"}
+    point = study.Sending(study.PLANS["smoke"], name, "integer", "layer2.2", grid="tensor", wire_bits=2)
+    plan = replace(study.PLANS["smoke"], size=Size(32, 16, 16, 8))
+    right, sizes = study._answered(study.open_cut(study.Run("edge_cloud", "smoke", plan), point.bench), point)
+    with torch.no_grad():
+        answers = trained.net(normalize(trained.test.images, trained.test.spec).contiguous()).argmax(1)
+    assert torch.equal(right, answers == trained.test.labels)
+    assert sizes["packed"] == [32 * 16 * 16 * 2 // 8 + HEADER_BYTES] * 16
+
+
 def test_unknown_names_are_refused_with_the_known_ones(bench):
-    with pytest.raises(ValueError, match="unknown edge 'fpga': choose among integer, crossbar"):
-        edge_cloud.run("smoke", edges=("fpga",))
-    with pytest.raises(ValueError, match="unknown cut 'layer9': choose among conv1"):
-        edge_cloud.run("smoke", cuts=("layer9",))
+    with pytest.raises(StudyError, match="no edge 'fpga': choose from integer, crossbar"):
+        study.STUDY.run("smoke", edges=("fpga",))
+    with pytest.raises(StudyError, match="no cut of resnet20 'layer9': choose from conv1"):
+        study.STUDY.run("smoke", cuts=("layer9",))
+    with pytest.raises(StudyError, match=r"no network 'resnet20x'.*mean 'resnet20'"):
+        study.STUDY.run("smoke", networks=("resnet20x",))
 
 
-def test_table_findings_and_figure_come_from_the_rows(bench):
-    table = edge_cloud_report.table("smoke")
+def test_edges_are_compared_on_the_same_images(rows):
+    """The digital edge has a column for the crossbars' images, from the very rows on them."""
+    table = tables.table(rows)
     assert list(table["cut after"]) == ["- (the image)"] * 4 + [CUT] * 4
-    assert set(table["crossbar, 1 day"]) == {"as digital", "n/r"}
-    said = edge_cloud_report.findings("smoke")
-    assert any(line.startswith("edge: crossbar, 1 s, against the digital edge on the same 20 images") for line in said)
-    drawn = edge_cloud_report.lines("smoke")
+    assert list(table)[5:] == [
+        "W8A8, digital, 30 images", "digital, 20 images", "crossbar, 1 s, 20 images", "crossbar, 1 day, 20 images",
+    ]  # fmt: skip
+    assert set(table["crossbar, 1 day, 20 images"]) == {"as digital", "n/r"}
+    frame = tables.measured(rows)
+    few = frame.loc[(frame["edge"] == "integer") & (frame["n_test"] == 20) & (frame["grid"] == "channel")]
+    assert list(table["digital, 20 images"][4:]) == [f"{v:.2f}" for v in few.sort_values("wire_bits")["acc_pct"]]
+    (loss,) = tables.crossbar_losses(rows).query("cut == @CUT").to_dict("records")
+    crossbar = frame.loc[(frame["edge"] == "crossbar") & (frame["wire_bits"] == 8), "acc_pct"].item()
+    assert loss["mean"] == pytest.approx(crossbar - few.set_index("wire_bits")["acc_pct"][8])
+
+
+def test_tables_and_figure_come_from_the_rows(rows):
+    assert set(tables.near(rows)["edge"]) == {"integer", "crossbar"}
+    assert list(tables.scale_gains(rows).index) == [1, 2]
+    assert tables.against_jpeg(rows)["jpeg_quality"].iloc[0] > 0
+    assert tables.by_network(rows)["network"].tolist() == ["ResNet-20"]
+    assert tables.counted(rows)["seeds"] == [0]
+    drawn = tables.lines(rows)
     assert set(drawn["line"]) == {CUT, "pixels", "JPEG"}
     assert not drawn.isna().to_numpy().any()
-    named = edge_cloud_report.CUT_WORDS
-    whole = edge_cloud_report.whole_on_edge("smoke")
-    titles = {"integer": "a", "crossbar": "b"}
-    figure = fig_edge_cloud(drawn, whole, edges=titles, named=named)
+    whole, titles = tables.whole_on_edge(rows), {"integer": "a", "crossbar": "b"}
+    figure = fig_edge_cloud(drawn, whole, edges=titles, named=tables.CUT_WORDS)
     assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["a", "b"]
     with pytest.raises(ValueError, match="needs the columns"):
-        fig_edge_cloud(drawn.drop(columns="KiB"), whole, edges=titles, named=named)
+        fig_edge_cloud(drawn.drop(columns="KiB"), whole, edges=titles, named=tables.CUT_WORDS)
+    two = fig_wire(np.eye(4), np.zeros((4, 4)), title="1 bit")
+    assert np.array_equal(two.axes[0].images[0].get_array(), np.eye(4))

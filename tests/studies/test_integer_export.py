@@ -89,7 +89,7 @@ def test_points_that_are_there_are_not_run_again(out_dir, only_toy, monkeypatch)
     first = study.STUDY.run("smoke", bits=[(8, 8)], **only_toy)
     monkeypatch.setattr(study, "open_bench", lambda *_, **__: pytest.fail("opened again"))
     pd.testing.assert_frame_equal(first, study.STUDY.run("smoke", bits=[(8, 8)], **only_toy))
-    monkeypatch.setitem(study.VERSIONS, "c", 3)  # faster kernels: these alone are measured again
+    monkeypatch.setitem(executors.VERSIONS, "c", 3)  # faster kernels: these alone are measured again
     assert {p.executor for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
     assert set(tables.current(first)["method"]) == {"float", "fake_quant", "numpy", "onnx"}
 
@@ -203,7 +203,7 @@ def test_committed_rows_are_not_measured_again(monkeypatch):
     monkeypatch.delenv("HQ_OUT", raising=False)
     for one in study.STUDIES:
         todo = one.todo("full", networks=study.MODELS)
-        assert {getattr(p, "executor", "layers") for p in todo} <= set(study.VERSIONS)
+        assert {getattr(p, "executor", "layers") for p in todo} <= set(executors.VERSIONS)
 
 
 @pytest.mark.slow

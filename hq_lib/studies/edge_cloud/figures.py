@@ -21,6 +21,23 @@ PICTURES = {"pixels": "the image, 1 to 8 bits a pixel", "JPEG": "the image as JP
 
 
 @styled
+def fig_wire(sent: np.ndarray, received: np.ndarray, *, title: str) -> Figure:
+    """One channel of the tensor at a cut as it leaves the edge and as it reaches the cloud, on one scale of greys.
+
+    Args:
+        sent:     (H, W) real values.
+        received: (H, W), after the wire.
+        title:    what was sent, for the second picture.
+    """
+    figure, axes = new_figure(1, 2, height=2.6)
+    for ax, values, words in zip(axes[0], (sent, received), ("leaves the edge", title), strict=True):
+        ax.imshow(values, cmap="gray", vmin=float(sent.min()), vmax=float(sent.max()), interpolation="nearest")
+        ax.set_title(words)
+        ax.set_axis_off()
+    return figure
+
+
+@styled
 def fig_edge_cloud(
     points: pd.DataFrame,
     references: pd.DataFrame,

@@ -1,24 +1,22 @@
-"""ResNet-20 cut in two: accuracy against the bytes sent, by cut, bits on the wire and what the edge is (notebook 09).
+"""A network cut in two: accuracy against the bytes sent, by cut, bits on the wire and what the edge is (notebook 09).
 
-    python -m hq_lib.studies.edge_cloud.study --profile full --edges integer crossbar --cuts conv1 layer3.2
-
-The edge half runs in integers, exactly or on simulated crossbars; the tensor at the cut goes over the wire in real
-packets; the cloud half is the float network. Rows go to ``edge_cloud.csv`` wire by wire; those already there are not
-measured again. Grids, wires and crossbars are fitted to training images; test images are only judged.
+``hq study edge_cloud --profile full`` runs the edge half in integers, exactly or on simulated crossbars, sends the
+tensor at the cut over a wire in real packets, and runs the cloud half in PyTorch: the float network, or what is left of
+a quantized one. Rows go to ``edge_cloud.csv``. Grids, wires and crossbars are fitted to training images; test images
+are only judged.
 """
 
-import argparse
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from hq_lib.data import ImageSet, normalize
+from hq_lib.data import normalize
 from hq_lib.deploy.edge_cloud import (
     Cut,
     Wire,
@@ -33,79 +31,240 @@ from hq_lib.deploy.edge_cloud import (
     unpack,
 )
 from hq_lib.integer import IntegerModel
-from hq_lib.integer.execute import Products, real_values
+from hq_lib.integer.execute import real_values
 from hq_lib.integer.execute import run as run_integers
-from hq_lib.results import paths, provenance, store
+from hq_lib.studies.bench import file_switch, known_networks, net_switch
 from hq_lib.studies.edge_cloud.bench import (
-    EDGE_BITS,
     EDGES,
-    MODEL,
-    QUALITIES,
-    TENSOR_BITS,
-    WIRE_BITS,
+    EXACT,
+    NONE,
     Edge,
+    Size,
     Workbench,
     crossbar_edge,
     exact_edge,
+    settings_of,
     workbench,
 )
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
 
-STUDY = "edge_cloud"
 IMAGE, ALL = "image", "all"
 """Names of the two ends: nothing, or everything, runs on the edge."""
-CHUNK, SAY_EVERY_S = 250, 20.0
+WIRE_BITS = (1, 2, 4, 8)
+TENSOR_BITS = (1, 2)
+"""Bits at which one scale for the whole tensor is compared with one per channel."""
+QUALITIES = (25, 50, 75, 90, 95)
+"""JPEG qualities of the image that is sent instead."""
+STAGE_ENDS = ("conv1", "layer1.2", "layer2.2", "layer3.2")
+"""ResNet-20's cuts after the stem and after each stage: the last of each size of tensor."""
+CHUNK = 250
 
 
-def run(
-    profile: str, *, edges: Sequence[str] = EDGES, cuts: Sequence[str] = (), n_draws: int | None = None
-) -> pd.DataFrame:
-    """All rows of the study after measuring what is missing: pictures, then each edge at each cut and on each wire.
+@dataclass(frozen=True)
+class Plan:
+    """How much of the study a profile runs."""
 
-    Args:
-        profile: chooses sizes and output folders.
-        edges:   of ``EDGES``.
-        cuts:    names of cuts; default the profile's.
-        n_draws: programmings of each crossbar; default the profile's.
-
-    Raises:
-        ValueError: an unknown edge or cut, with those that exist.
-    """
-    bench = workbench(profile)
-    inner = [cut.name for cut in bench.cuts[1:]]
-    names = cuts or bench.size.cuts or inner
-    for what, asked, valid in (("edge", edges, EDGES), ("cut", names, inner)):
-        if wrong := [name for name in asked if name not in valid]:
-            raise ValueError(f"unknown {what} {wrong[0]!r}: choose among {', '.join(valid)}")
-    _shares(bench, names, profile)
-    _pixels(bench, profile)
-    _jpeg(bench, profile)
-    for kind in edges:
-        for draw in range(1 if kind == "integer" else n_draws or bench.size.n_draws):
-            edge = exact_edge(bench) if kind == "integer" else crossbar_edge(bench, kind, draw)
-            _whole(bench, edge, profile)
-            for name in names:
-                measure(bench, edge, bench.cut(name), profile)
-    return store.read(STUDY, profile=profile)
+    size: Size
+    """Images."""
+    n_draws: int
+    """Programmings of each crossbar."""
+    cuts: tuple[str, ...]
+    """Cuts, of those that ``find_cuts`` names; () = all of each network, for those without a residual stage too."""
+    networks: tuple[str, ...] = ("resnet20",)
+    """Shipped float networks by name, whose edge half is W8A8; or network files, by path or stem."""
+    edges: tuple[str, ...] = EDGES
+    """Of ``bench.EDGES``."""
 
 
-def measure(bench: Workbench, edge: Edge, cut: Cut, profile: str) -> None:
-    """Appends the missing rows of one edge and cut: accuracy and bytes of each wire."""
-    grids = [("channel", bits) for bits in WIRE_BITS]
-    grids += [("tensor", bits) for bits in TENSOR_BITS] if edge.kind == "integer" else []
-    keys = {grid: _key(bench, edge, cut=cut.name, grid=grid[0], wire_bits=grid[1]) for grid in grids}
-    missing = [grid for grid in grids if not _done(keys[grid], profile)]
-    if not missing:
+PLANS = {
+    "smoke": Plan(Size(32, 30, 20, 8), 1, ("conv1", "layer3.2")),
+    "quick": Plan(Size(128, 500, 200, 32), 1, STAGE_ENDS),
+    "full": Plan(
+        Size(256, None, 1000, 64), 3, STAGE_ENDS, ("resnet20", "resnet20_pact_w4a4_s0", "resnet20_dsq_w2a2_s0")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sending(Point):
+    """What is sent of a network, from one edge over one wire; a cut without wire is the share of the edge."""
+
+    plan: Plan
+    """What all points share."""
+    network: str
+    """See ``Plan``."""
+    edge: str
+    """One of ``EDGES``, or "none": the image is sent."""
+    cut: str
+    """Name of a cut; "image", or "all": the network runs on the edge as a whole."""
+    draw: int = -1
+    """Programming of a crossbar; -1 = exact."""
+    grid: str = ""
+    """One scale per "channel" or per "tensor"; "" for what is no tensor."""
+    wire_bits: int = 0
+    """Bits of a number on the wire."""
+    jpeg_quality: int = 0
+    """Of an image that is sent as JPEG."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        wire = f"quality {self.jpeg_quality}" if self.jpeg_quality else f"{self.wire_bits} bits {self.grid}"
+        return f"{self.unit} {self.cut} {wire}"
+
+    @property
+    def stem(self) -> str:
+        """Of the network's file."""
+        return Path(self.network).name.removesuffix(".safetensors")
+
+    @property
+    def unit(self) -> str:
+        """All wires of one edge."""
+        return f"{self.stem}_{self.edge}" + ("" if self.draw < 0 else f"_{self.draw}")
+
+    @property
+    def bench(self) -> Hashable:
+        """The edge half."""
+        return self.network, self.edge, self.draw, self.cut
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The training of the network."""
+        return (f"{self.network}_float_s0", self.network)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether nothing is sent: only the share of the edge is told."""
+        return self.cut not in (IMAGE, ALL) and not self.wire_bits
+
+
+def points(plan: Plan) -> list[Sending]:
+    """Network by network the share of each cut, the pictures, then each edge at each cut and on each wire."""
+    check_choice("edge_cloud", "edge", plan.edges, EDGES)
+    named = [name for name in plan.networks if not Path(name).is_file()]
+    check_choice("edge_cloud", "network", named, known_networks())
+    found = []
+    for network in plan.networks:
+        first = Sending(plan, network, EXACT, "")
+        opened = None if plan.cuts else workbench(network, plan.size)
+        inner = plan.cuts if opened is None else tuple(cut.name for cut in opened.cuts[1:])
+        found += [replace(first, cut=cut) for cut in inner]
+        image = replace(first, edge=NONE, cut=IMAGE)
+        found += [replace(image, wire_bits=bits) for bits in WIRE_BITS]
+        found += [replace(image, jpeg_quality=quality) for quality in QUALITIES]
+        for edge in plan.edges:
+            for draw in [-1] if edge == EXACT else range(plan.n_draws):
+                grids = [("channel", bits) for bits in WIRE_BITS]
+                grids += [("tensor", bits) for bits in TENSOR_BITS] if edge == EXACT else []
+                whole = replace(first, edge=edge, draw=draw, cut=ALL)
+                sent = [replace(whole, cut=cut, grid=g, wire_bits=b) for cut in inner for g, b in grids]
+                found += [whole, *sent]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class CutBench:
+    """A network with its edge, and one of its cuts (None: the image is sent, or nothing is)."""
+
+    work: Workbench
+    """Network and images."""
+    edge: Edge
+    """What runs the first half."""
+    cut: Cut | None
+    """Where it ends."""
+
+    @cached_property
+    def part(self) -> IntegerModel:
+        """The edge half."""
+        assert self.cut is not None
+        return integer_edge(self.work.qnet, self.work.record, self.cut)
+
+    @cached_property
+    def sent(self) -> np.ndarray:
+        """The integers of all judged images at the cut, (N, *shape)."""
+        images, products, parts = self.edge.images, self.edge.products(), []
+        for some in images.images.split(CHUNK):
+            parts.append(run_edge(self.part, normalize(some, images.spec), products=products))
+        return np.concatenate(parts)
+
+
+def open_cut(run: Run[Plan], needed: Any) -> CutBench | None:
+    """The network, its edge and the cut; ``StudyError`` for a cut that it does not have."""
+    network, kind, draw, name = needed
+    work = workbench(network, run.plan.size)
+    if work is None:
+        return None
+    if name not in (IMAGE, ALL):
+        check_choice("edge_cloud", f"cut of {network}", [name], [cut.name for cut in work.cuts[1:]])
+    edge = exact_edge(work, kind) if draw < 0 else crossbar_edge(work, kind, draw)
+    return CutBench(work, edge, None if name in (IMAGE, ALL) else work.cut(name))
+
+
+def switches(point: Sending) -> Row:
+    """What names a measurement among a row's switches; a crossbar's settings stand beside it."""
+    wire = {"grid": point.grid, "wire_bits": point.wire_bits, "jpeg_quality": point.jpeg_quality}
+    known = {"edge": point.edge, "cut": point.cut, **file_switch(point.network), **net_switch(point.network)}
+    return {**known, **{name: value for name, value in wire.items() if value}}
+
+
+def key(run: Run[Plan], point: Sending) -> Row:
+    """What names a measurement: network, edge, draw, cut and wire."""
+    known = switches(point)
+    names = ("edge", "cut", "network", "file", "net", "grid", "wire_bits", "jpeg_quality")
+    named = {} if "network" in known else {"model": point.network}
+    metric = "edge_mac_pct" if point.is_share else "acc_pct"
+    wanted = {f"switches.{name}": known.get(name) for name in names}
+    return {"experiment": run.study, **named, "seed": point.draw, "metric": metric, **wanted}
+
+
+def measure(run: Run[Plan], bench: CutBench, point: Sending) -> Iterator[Found]:
+    """Accuracy and mean bytes of one wire; of the exact edge also its accuracy on the images of the crossbars."""
+    work, images = bench.work, bench.edge.images
+    about = {"dataset": work.test.spec.name, "n_test": len(images), "n_calib": len(work.train), **work.about}
+    about["switches"] = {**switches(point), **settings_of(point.edge, work.size)}
+    if point.edge == NONE and work.net is not work.qnet:
+        about |= {"method": "float", "w_bits": 32, "a_bits": 32, "placement": "-"}
+    if point.edge == NONE:
+        about["n_calib"] = 0
+    if point.is_share:
+        assert bench.cut is not None
+        about |= {"n_test": 0, "n_calib": 0}
+        for (metric, value), unit in zip(work.share(bench.cut).items(), ("%", "KiB"), strict=True):
+            yield {**about, "metric": metric, "value": value, "unit": unit}
         return
-    part, cloud = integer_edge(bench.qnet, bench.record, cut), split_at(bench.net, cut)[1]
-    spec = part.tensors[part.output]
-    x_int = computed(part, edge.images, edge.products(), f"{edge.title}: the edge half up to {cut.name}")
-    for grid, bits in missing:
-        wire = fitted_wire(bench, cut, bits=bits, per_channel=grid == "channel")
-        with provenance.stopwatch() as watch:
-            codes = (wire.encode_integers(x_int[i : i + CHUNK], spec) for i in range(0, len(x_int), CHUNK))
-            right, sizes = over_the_wire(wire, codes, cloud, edge.images.labels)
-        title = f"{edge.title}, cut after {cut.name}, {bits} bits, one scale per {grid}"
-        _append(keys[grid, bits], bench, right, sizes, profile, title=title, seconds=watch.seconds)
+    right, sizes = _answered(bench, point)
+    yield {**about, "value": _percent(right), "unit": "%"}
+    if len(right) == len(work.subset) and not work.subset.all():
+        alone = right[work.subset]
+        yield {**about, "value": _percent(alone), "unit": "%", "n_test": len(alone)}
+    for coding, each in sizes.items():
+        yield {**about, "metric": f"{coding}_KiB", "value": float(np.mean(each)) / 1024, "unit": "KiB"}
+
+
+def _answered(bench: CutBench, point: Sending) -> tuple[Tensor, dict[str, list[int]]]:
+    """Which images are answered rightly, and the bytes of each packet by coding."""
+    work, images = bench.work, bench.edge.images
+    if point.cut == ALL:
+        products = bench.edge.products()
+        logits = [
+            torch.from_numpy(run_integers(work.record, normalize(some, images.spec), products=products))
+            for some in images.images.split(CHUNK)
+        ]
+        return torch.cat(logits).argmax(1) == images.labels, {}
+    if point.jpeg_quality:
+        streams = to_jpeg(images.images, quality=point.jpeg_quality)
+        seen = from_jpeg(streams, images.images, quality=point.jpeg_quality)
+        answers = torch.cat([_answers(work.net, normalize(some, images.spec)) for some in seen.split(CHUNK)])
+        return answers.argmax(1) == images.labels, {"jpeg": [len(stream) for stream in streams]}
+    if point.cut == IMAGE:
+        wire = pixel_wire(images.spec, bits=point.wire_bits)
+        codes = (wire.encode(normalize(some, images.spec).numpy()) for some in images.images.split(CHUNK))
+        return over_the_wire(wire, codes, work.net, images.labels)
+    assert bench.cut is not None
+    wire = fitted_wire(work, bench.cut, bits=point.wire_bits, per_channel=point.grid == "channel")
+    spec, sent = bench.part.tensors[bench.part.output], bench.sent
+    codes = (wire.encode_integers(sent[i : i + CHUNK], spec) for i in range(0, len(sent), CHUNK))
+    return over_the_wire(wire, codes, split_at(work.net, bench.cut)[1], images.labels)
 
 
 @cache
@@ -119,19 +278,6 @@ def _sent_in_training(bench: Workbench, cut: Cut) -> np.ndarray:
     part = integer_edge(bench.qnet, bench.record, cut)
     x_int = run_edge(part, normalize(bench.train.images, bench.train.spec))
     return real_values(part.tensors[part.output], x_int)
-
-
-def computed(part: IntegerModel, images: ImageSet, products: Products, title: str) -> np.ndarray:
-    """The integers of ``images`` at the end of ``part``, (N, *shape); says where it is every 20 s."""
-    print(title, flush=True)
-    parts, said = [], time.perf_counter()
-    for at in torch.arange(len(images)).split(CHUNK):
-        some = images.subset(at)
-        parts.append(run_edge(part, normalize(some.images, some.spec), products=products))
-        if time.perf_counter() - said > SAY_EVERY_S:
-            said = time.perf_counter()
-            print(f"  {int(at[-1]) + 1} of {len(images)} images", flush=True)
-    return np.concatenate(parts)
 
 
 def over_the_wire(
@@ -160,104 +306,9 @@ def _answers(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)
 
 
-def _shares(bench: Workbench, names: Sequence[str], profile: str) -> None:
-    """Rows of what runs on the edge before each cut."""
-    edge, units = exact_edge(bench), {"edge_mac_pct": "%", "edge_weight_KiB": "KiB"}
-    for name in names:
-        key = _key(bench, edge, cut=name) | {"n_test": 0, "n_calib": 0}
-        if not store.done(STUDY, {**key, "metric": "edge_mac_pct"}, profile=profile):
-            share = bench.share(bench.cut(name)).items()
-            rows = [{**key, "metric": metric, "value": value, "unit": units[metric]} for metric, value in share]
-            store.append(STUDY, rows, profile=profile)
+def _percent(right: Tensor) -> float:
+    return 100 * right.double().mean().item()
 
 
-def _pixels(bench: Workbench, profile: str) -> None:
-    """Rows of the image sent in few bits a pixel; the whole network is float, in the cloud."""
-    edge, spec = exact_edge(bench, "none"), bench.test.spec
-    for bits in WIRE_BITS:
-        key = _key(bench, edge, cut=IMAGE, wire_bits=bits)
-        if _done(key, profile):
-            continue
-        wire = pixel_wire(spec, bits=bits)
-        codes = (wire.encode(normalize(some, spec).numpy()) for some in bench.test.images.split(CHUNK))
-        right, sizes = over_the_wire(wire, codes, bench.net, bench.test.labels)
-        _append(key, bench, right, sizes, profile, title=f"the image, {bits} bits a pixel")
-
-
-def _jpeg(bench: Workbench, profile: str) -> None:
-    """Rows of the image sent as JPEG."""
-    edge, images = exact_edge(bench, "none"), bench.test
-    for quality in QUALITIES if images.spec.in_shape[0] in (1, 3) else ():
-        key = _key(bench, edge, cut=IMAGE, jpeg_quality=quality)
-        if _done(key, profile):
-            continue
-        streams = to_jpeg(images.images, quality=quality)
-        seen = from_jpeg(streams, images.images, quality=quality)
-        answers = torch.cat([_answers(bench.net, normalize(some, images.spec)) for some in seen.split(CHUNK)])
-        sizes = {"jpeg": [len(stream) for stream in streams]}
-        _append(key, bench, answers.argmax(1) == images.labels, sizes, profile, title=f"JPEG of quality {quality}")
-
-
-def _whole(bench: Workbench, edge: Edge, profile: str) -> None:
-    """The row of the network that runs on the edge as a whole."""
-    key = _key(bench, edge, cut=ALL)
-    if not _done(key, profile):
-        with provenance.stopwatch() as watch:
-            products = edge.products()
-            right = torch.cat(list(_right(bench.record, edge.images, products)))
-        _append(key, bench, right, {}, profile, title=f"{edge.title}, everything on the edge", seconds=watch.seconds)
-
-
-def _right(record: IntegerModel, images: ImageSet, products: Products) -> Iterator[Tensor]:
-    for at in torch.arange(len(images)).split(CHUNK):
-        some = images.subset(at)
-        logits = run_integers(record, normalize(some.images, some.spec), products=products)
-        yield torch.from_numpy(logits).argmax(1) == some.labels
-
-
-def _key(bench: Workbench, edge: Edge, **switches: Any) -> dict[str, Any]:
-    """The columns that name one measurement."""
-    bits = 32 if edge.kind == "none" else EDGE_BITS
-    fitted = edge.kind != "none"
-    return {
-        "experiment": STUDY, "model": MODEL, "dataset": bench.test.spec.name, "method": "mse" if fitted else "float",
-        "w_bits": bits, "a_bits": bits, "placement": "deploy" if fitted else "-",
-        "n_calib": len(bench.train) if fitted else 0, "seed": edge.draw, "n_test": len(edge.images),
-        "switches": {"edge": edge.kind, **switches, **edge.settings},
-    }  # fmt: skip
-
-
-def _done(key: Mapping[str, Any], profile: str) -> bool:
-    return store.done(STUDY, {**key, "metric": "acc_pct"}, profile=profile)
-
-
-def _append(
-    key: dict[str, Any], bench: Workbench, right: Tensor, sizes: Mapping[str, list[int]], profile: str, *, title: str,
-    seconds: float = 0.0,
-) -> None:  # fmt: skip
-    """Appends accuracy and mean bytes; of the exact edge also its accuracy on the images of the crossbars."""
-    stamp = {"seconds": seconds, **provenance.stamp()}
-    acc_pct = 100 * right.double().mean().item()
-    rows = [{**key, "metric": "acc_pct", "value": acc_pct, "unit": "%", **stamp}]
-    if len(right) == len(bench.subset) and not bench.subset.all():
-        alone = right[bench.subset]
-        rows.append({**rows[0], "value": 100 * alone.double().mean().item(), "n_test": len(alone)})
-    mean_KiB = {name: float(np.mean(size)) / 1024 for name, size in sizes.items()}
-    rows += [{**key, "metric": f"{n}_KiB", "value": v, "unit": "KiB", **stamp} for n, v in mean_KiB.items()]
-    store.append(STUDY, rows, profile=profile)
-    print(f"{title}: {acc_pct:.2f} %" + "".join(f", {n} {v:.3f} KiB" for n, v in mean_KiB.items()), flush=True)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m hq_lib.studies.edge_cloud.study", description=run.__doc__)
-    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    parser.add_argument("--edges", nargs="+", default=list(EDGES), choices=EDGES)
-    parser.add_argument("--cuts", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--draws", type=int, default=None, metavar="N", help="programmings of each crossbar")
-    options = parser.parse_args(arguments)
-    run(options.profile, edges=options.edges, cuts=options.cuts, n_draws=options.draws)
-
-
-if __name__ == "__main__":
-    main()
+STUDY = Study("edge_cloud", PLANS, points=points, key=key, open_bench=open_cut, measure=measure)
+STUDIES = (STUDY,)

@@ -1,14 +1,14 @@
-"""What notebook 09 shows of the edge-cloud study: its rows as frames, the table, captions and findings."""
+"""What notebook 09 shows of the edge-cloud study: rows in, frames out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from hq_lib.results import figures, store, tables
-from hq_lib.studies.edge_cloud.bench import EDGES
-from hq_lib.studies.edge_cloud.study import ALL, IMAGE, STUDY
+from hq_lib.results import labels, tables
+from hq_lib.studies.edge_cloud.bench import EDGES, EXACT, NONE
+from hq_lib.studies.edge_cloud.study import ALL, IMAGE
 
 EDGE_TITLES = {
     "integer": "edge: W8A8, digital",
@@ -20,22 +20,27 @@ CUT_WORDS = {
     "conv1": "cut after the stem", "layer1.2": "cut after stage 1", "layer2.2": "cut after stage 2",
     "layer3.2": "cut after stage 3",
 }  # fmt: skip
-"""Cuts with a colour -> words for them."""
+"""ResNet-20's cuts with a colour -> words for them."""
 SWITCHES = ("edge", "cut", "grid", "wire_bits", "jpeg_quality")
 SIZES_AND_ACCURACY = ["acc_pct", "packed_KiB", "deflate_KiB"]
 RAW_KiB = 3.0
 """A CIFAR-10 image as it is: 32 x 32 x 3 bytes."""
 TOLERANCE_PP = 1.0
-"""Points below the float network that the findings allow."""
+"""Points below the whole network that ``near`` allows."""
 
 
-def measured(profile: str) -> pd.DataFrame:
+def of_network(rows: pd.DataFrame, name: str = "resnet20") -> pd.DataFrame:
+    """The rows of one network: a shipped float one by name, or a file by its stem."""
+    found = [json.loads(s).get("network", m) for s, m in zip(rows["switches"], rows["model"], strict=True)]
+    return rows.loc[[each == name for each in found]]
+
+
+def measured(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per accuracy: edge, cut, grid, wire_bits, jpeg_quality, seed, n_test, acc_pct, and mean KiB by coding.
 
     ``wire_bits`` and ``jpeg_quality`` are 0, and ``grid`` is "", where they do not apply. The accuracies of the exact
     edge on the crossbars' images carry the sizes of all its images.
     """
-    rows = store.read(STUDY, profile=profile)
     found = rows.assign(**{name: [json.loads(s).get(name) for s in rows["switches"]] for name in SWITCHES})
     found = found.fillna({"grid": "", "wire_bits": 0, "jpeg_quality": 0})
     keys = [*SWITCHES, "seed", "n_test"]
@@ -45,9 +50,8 @@ def measured(profile: str) -> pd.DataFrame:
     return wide.loc[wide["acc_pct"].notna()].reset_index(drop=True)
 
 
-def shares(profile: str) -> pd.DataFrame:
-    """What runs on the edge, by cut in network order: edge_mac_pct (of the network's) and edge_weight_KiB at 8 bits."""
-    rows = store.read(STUDY, profile=profile)
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """What runs on the edge, by cut in network order: edge_mac_pct (of the network's), edge_weight_KiB at its bits."""
     rows = rows.loc[rows["metric"].isin(["edge_mac_pct", "edge_weight_KiB"])]
     named = rows.assign(cut=[json.loads(text)["cut"] for text in rows["switches"]])
     return named.pivot_table(index="cut", columns="metric", values="value").sort_values("edge_mac_pct")
@@ -58,9 +62,9 @@ def largest(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[frame["n_test"] == frame.groupby("edge")["n_test"].transform("max")]
 
 
-def lines(profile: str) -> pd.DataFrame:
+def lines(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows for ``fig_edge_cloud``: edge, line, coding, KiB, acc_pct, step; scales per channel only."""
-    frame = largest(measured(profile))
+    frame = largest(measured(rows))
     inner = frame.loc[frame["grid"] == "channel"].assign(line=lambda f: f["cut"], step=lambda f: f["wire_bits"])
     pictures = frame.loc[(frame["cut"] == IMAGE)].assign(edge="")
     jpeg = pictures["jpeg_quality"] > 0
@@ -72,158 +76,137 @@ def lines(profile: str) -> pd.DataFrame:
         for coding, column in (("packed", "packed_KiB"), ("deflate", "deflate_KiB"), ("deflate", "jpeg_KiB"))
         if column in whole
     ]
-    order = {name: i for i, name in enumerate([*shares(profile).index, "pixels", "JPEG"])}
+    order = {name: i for i, name in enumerate([*shares(rows).index, "pixels", "JPEG"])}
     drawn = pd.concat(parts, ignore_index=True)
     drawn = drawn.assign(place=[order[line] for line in drawn["line"]]).sort_values(by=["place", "step"])
     return drawn.loc[:, ["edge", "line", "coding", "KiB", "acc_pct", "step"]]
 
 
-def whole_on_edge(profile: str) -> pd.DataFrame:
+def whole_on_edge(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of the network that runs on each edge as a whole, one row a draw."""
-    frame = largest(measured(profile))
+    frame = largest(measured(rows))
     return frame.loc[frame["cut"] == ALL, ["edge", "seed", "n_test", "acc_pct"]]
 
 
-def edges_there(profile: str) -> list[str]:
-    """The edges that have rows, in order."""
-    return [edge for edge in EDGES if edge in set(measured(profile)["edge"])]
+def titles(rows: pd.DataFrame) -> dict[str, str]:
+    """The edges that have rows -> title, in order."""
+    there = set(measured(rows)["edge"])
+    return {edge: title for edge, title in EDGE_TITLES.items() if edge in there}
 
 
-def table(profile: str) -> pd.DataFrame:
-    """tab_edge_cloud: per cut and bits on the wire the share of the edge, KiB a packet, and the accuracy by edge."""
-    frame, share = largest(measured(profile)), shares(profile)
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_edge_cloud: per cut and bits on the wire the share of the edge, KiB a packet, and the accuracy by edge.
+
+    The digital edge has a column for all its images and one for those that the crossbars are judged on: only the latter
+    compares with theirs.
+    """
+    frame, share = measured(rows), shares(rows)
     frame = frame.loc[(frame["grid"] == "channel") | ((frame["cut"] == IMAGE) & (frame["wire_bits"] > 0))]
-    rows = []
+    analog = frame.loc[~frame["edge"].isin([EXACT, NONE]), "n_test"]
+    n_all, n_same = frame["n_test"].max(), analog.max() if len(analog) else 0
+    columns = {f"W8A8, digital, {n_all:,} images": (EXACT, n_all)}
+    if 0 < n_same < n_all:
+        columns[f"digital, {n_same:,} images"] = (EXACT, n_same)
+    if n_same:
+        mine = {edge: EDGE_TITLES[edge].removeprefix("edge: ") for edge in EDGES if edge != EXACT}
+        columns |= {f"{words}, {n_same:,} images": (edge, n_same) for edge, words in mine.items()}
+    found = []
     for cut in [IMAGE, *share.index]:
         for bits, at in frame.loc[frame["cut"] == cut].groupby("wire_bits"):
-            sizes = at.loc[at["edge"].isin(["integer", "none"])].iloc[0]
+            sizes = at.loc[at["edge"].isin([EXACT, NONE]) & (at["n_test"] == n_all)].iloc[0]
             macs = share["edge_mac_pct"].get(cut, 0.0)
             line = {"cut after": cut if cut != IMAGE else "- (the image)", "MACs on the edge, %": f"{macs:.1f}"}
             line |= {"bits": f"{bits:.0f}", "packed, KiB": f"{sizes['packed_KiB']:.3f}"}
             line |= {"compressed, KiB": f"{sizes['deflate_KiB']:.3f}"}
-            edges = {EDGE_TITLES[edge].removeprefix("edge: "): edge for edge in EDGES}
-            line |= {title: _accuracy(at, edge, cut) for title, edge in edges.items()}
-            rows.append(line)
-    return pd.DataFrame(rows)
+            found.append(line | {title: _accuracy(at, *which, cut) for title, which in columns.items()})
+    return pd.DataFrame(found)
 
 
-def _accuracy(at: pd.DataFrame, edge: str, cut: str) -> str:
-    if cut == IMAGE:
-        return f"{at['acc_pct'].iloc[0]:.2f}" if edge == "integer" else "as digital"
-    values = at.loc[at["edge"] == edge, "acc_pct"]
+def _accuracy(at: pd.DataFrame, edge: str, n_test: int, cut: str) -> str:
+    if cut == IMAGE and edge != EXACT:
+        return "as digital"
+    values = at.loc[(at["edge"] == (NONE if cut == IMAGE else edge)) & (at["n_test"] == n_test), "acc_pct"]
     if values.empty:
         return tables.NOT_RUN
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f} (n={len(values)})" if len(values) > 1 else "")
 
 
-def caption(profile: str, claim: str) -> str:
-    """A claim with what figure and table rest on: profile, images and draws of both kinds of edge."""
-    frame = largest(measured(profile))
-    digital = frame.loc[frame["seed"] < 0, "n_test"].max()
+def counted(rows: pd.DataFrame) -> dict[str, Any]:
+    """Images and draws of both kinds of edge, for a caption."""
+    frame = largest(measured(rows))
     drawn = frame.loc[frame["seed"] >= 0]
-    counted = f"{digital:,} test images for the digital edge"
-    if len(drawn):
-        counted += f", {drawn['n_test'].max():,} for each draw of a crossbar"
-    rows = store.read(STUDY, profile=profile)
-    return figures.caption(claim, profile=profile, n=counted, seeds=sorted(set(drawn["seed"])),
-                            dataset=", ".join(sorted(set(rows["dataset"]))))  # fmt: skip
+    n = f"{frame.loc[frame['seed'] < 0, 'n_test'].max():,} test images for the digital edge"
+    n += f", {drawn['n_test'].max():,} for each draw of a crossbar" if len(drawn) else ""
+    return {"n": n, "seeds": sorted(set(drawn["seed"]))}
 
 
-def findings(profile: str) -> list[str]:
-    """The sentences that the rows of a profile support."""
-    frame = largest(measured(profile))
-    whole = frame.loc[(frame["cut"] == IMAGE) & (frame["wire_bits"] == 8)].iloc[0]
-    said = [
-        f"float network in the cloud, whole images sent: {whole['acc_pct']:.2f} % of {whole['n_test']:,} test images, "
-        f"{whole['packed_KiB']:.2f} KiB a packet, {whole['deflate_KiB']:.2f} compressed"
-    ]
-    for edge in edges_there(profile):
-        said += _of_edge(frame, shares(profile), edge, whole["acc_pct"])
-    return [*said, *_of_scales(frame), *_of_pictures(frame), *_of_crossbars(profile)]
+def near(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each edge what lies within ``TOLERANCE_PP`` of the image sent whole, on the same images, and below its bytes.
+
+    How many wires do; then, of them, the smallest packet and the earliest cut (means over the draws).
+    """
+    frame, share = measured(rows), shares(rows)
+    sent_whole = frame.loc[(frame["cut"] == IMAGE) & (frame["wire_bits"] == 8)].set_index("n_test")["acc_pct"]
+    found = []
+    for edge, mine in largest(frame.loc[frame["grid"] == "channel"]).groupby("edge"):
+        whole = sent_whole[mine["n_test"].max()]
+        wires = mine.pivot_table(index=["cut", "wire_bits"], values=SIZES_AND_ACCURACY).reset_index()
+        good = wires.loc[(wires["packed_KiB"] < RAW_KiB) & (wires["acc_pct"] >= whole - TOLERANCE_PP)]
+        good = good.assign(edge_mac_pct=good["cut"].map(share["edge_mac_pct"]))
+        about = {"edge": edge, "n_wires": len(wires), "n_near": len(good)}
+        for which, by in (("smallest", ["packed_KiB"]), ("earliest", ["edge_mac_pct", "packed_KiB"])):
+            first: list[Mapping[Any, Any]] = good.sort_values(by=by).head(1).to_dict("records")
+            found.append({**about, "which": which, **(first[0] if first else {})})
+    return pd.DataFrame(found).round(3)
 
 
-def _mean(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over the draws."""
-    return frame.pivot_table(index=["cut", "wire_bits"], values=SIZES_AND_ACCURACY, aggfunc="mean").reset_index()
+def scale_gains(rows: pd.DataFrame) -> pd.DataFrame:
+    """One scale per channel against one in all, on the digital edge: points, by bits over the cuts."""
+    frame = largest(measured(rows))
+    if "tensor" not in set(frame["grid"]):
+        return pd.DataFrame()
+    mine = frame.loc[(frame["edge"] == EXACT) & frame["grid"].isin(["channel", "tensor"])]
+    wide = mine.pivot_table(index=["wire_bits", "cut"], columns="grid", values="acc_pct").dropna()
+    gains = (wide["channel"] - wide["tensor"]).groupby("wire_bits").agg(["mean", "min", "max", "count"])
+    return pd.DataFrame(gains).round(2)
 
 
-def _of_edge(frame: pd.DataFrame, share: pd.DataFrame, edge: str, float_pct: float) -> list[str]:
-    """Of one edge, what lies within the tolerance and below the raw image: the smallest packet, the earliest cut."""
-    wires = _mean(frame.loc[(frame["edge"] == edge) & (frame["grid"] == "channel")]).to_dict("records")
-    small = [wire for wire in wires if wire["packed_KiB"] < RAW_KiB]
-    near = [wire for wire in small if wire["acc_pct"] >= float_pct - TOLERANCE_PP]
-    said = (
-        f"{EDGE_TITLES[edge]}: {len(near)} of {_count(len(wires), 'wire')} lie within {TOLERANCE_PP:g} point of it and "
-        f"below the raw image's {RAW_KiB:g} KiB"
-    )
-    if not near:
-        best = max(small, key=lambda wire: wire["acc_pct"], default=None)
-        return [said if best is None else f"{said}; the best below it is {_wire(best)}"]
-    first = min(near, key=lambda wire: (share["edge_mac_pct"][wire["cut"]], wire["packed_KiB"]))
-    macs = share["edge_mac_pct"][first["cut"]]
-    return [
-        f"{said}; the smallest is {_wire(min(near, key=lambda wire: wire['packed_KiB']))}",
-        f"{EDGE_TITLES[edge]}: the earliest such cut, with {macs:.0f} % of the MACs on the edge, is {_wire(first)}",
-    ]
+def against_jpeg(rows: pd.DataFrame) -> pd.DataFrame:
+    """The best JPEG, and the best wire of the digital edge that sends no more bytes."""
+    frame = largest(measured(rows))
+    jpeg = frame.loc[frame["jpeg_quality"] > 0].nlargest(1, "acc_pct").assign(KiB=lambda f: f["jpeg_KiB"])
+    wires = frame.loc[(frame["edge"] == EXACT) & (frame["grid"] == "channel")].assign(KiB=lambda f: f["deflate_KiB"])
+    smaller = wires.loc[wires["KiB"] <= jpeg["KiB"].max()].nlargest(1, "acc_pct")
+    columns = ["cut", "jpeg_quality", "wire_bits", "KiB", "acc_pct"]
+    return pd.DataFrame(pd.concat([jpeg, smaller], ignore_index=True), columns=columns).round(2)
 
 
-def _count(n: float, what: str) -> str:
-    return f"{n:.0f} {what}" if n == 1 else f"{n:.0f} {what}s"
+def crossbar_losses(rows: pd.DataFrame, bits: int = 8) -> pd.DataFrame:
+    """Crossbar minus digital edge on the same images, points: mean and sd over the draws, by edge and cut."""
+    frame = measured(rows)
+    frame = frame.loc[((frame["wire_bits"] == bits) & (frame["grid"] == "channel")) | (frame["cut"] == ALL)]
+    drawn = frame.loc[frame["seed"] >= 0]
+    exact = frame.loc[frame["edge"] == EXACT].set_index(["cut", "n_test"])["acc_pct"]
+    pairs = zip(drawn["cut"], drawn["n_test"], strict=True)
+    losses = drawn.assign(loss=[a - exact[pair] for a, pair in zip(drawn["acc_pct"], pairs, strict=True)])
+    order = {cut: i for i, cut in enumerate([*shares(rows).index, ALL])}
+    found = losses.groupby(["edge", "cut", "n_test"])["loss"].agg(["mean", "std", "count"]).reset_index()
+    return found.sort_values(["edge", "cut"], key=lambda c: c.map(order) if c.name == "cut" else c).round(2)
 
 
-def _wire(row: Mapping[Any, Any]) -> str:
-    sizes = f"{row['packed_KiB']:.2f} KiB, {row['deflate_KiB']:.2f} compressed"
-    return f"{_count(row['wire_bits'], 'bit')} after {row['cut']}: {row['acc_pct']:.2f} % with {sizes}"
-
-
-def _of_scales(frame: pd.DataFrame) -> list[str]:
-    """One scale per channel against one in all, on the digital edge."""
-    mine = frame.loc[(frame["edge"] == "integer") & frame["grid"].isin(["channel", "tensor"])]
-    wide = mine.pivot_table(index=["wire_bits", "cut"], columns="grid", values="acc_pct")
-    if "tensor" not in wide:
-        return []
-    gains = wide["channel"].sub(wide["tensor"]).dropna()
-    return [
-        f"a scale per channel instead of one in all, {_count(bits, 'bit')}: {gain.mean():+.2f} points on average over "
-        f"{len(gain)} cuts, from {gain.min():+.2f} to {gain.max():+.2f}"
-        for bits, gain in gains.groupby("wire_bits")
-    ]
-
-
-def _of_pictures(frame: pd.DataFrame) -> list[str]:
-    """The best JPEG, and what a wire of no more bytes gives."""
-    pictures = frame.loc[frame["jpeg_quality"] > 0].to_dict("records")
-    wires = frame.loc[(frame["edge"] == "integer") & (frame["grid"] == "channel")].to_dict("records")
-    if not pictures:
-        return []
-    best = max(pictures, key=lambda row: row["acc_pct"])
-    quality = f"JPEG at its best (quality {best['jpeg_quality']:.0f})"
-    said = f"{quality}: {best['acc_pct']:.2f} % with {best['jpeg_KiB']:.2f} KiB"
-    smaller = [wire for wire in wires if wire["deflate_KiB"] <= best["jpeg_KiB"]]
-    better = max(smaller, key=lambda wire: wire["acc_pct"], default=None)
-    return [said if better is None else f"{said}; with no more bytes, {_wire(better)}"]
-
-
-def _of_crossbars(profile: str, bits: int = 8) -> list[str]:
-    """What a crossbar costs by how much of the network it holds, on the same images."""
-    frame, order = measured(profile), [*shares(profile).index, ALL]
-    said = []
-    for edge in [e for e in edges_there(profile) if e != "integer"]:
-        drawn = frame.loc[(frame["edge"] == edge) & ((frame["wire_bits"] == bits) | (frame["cut"] == ALL))]
-        n_test, n_draws = drawn["n_test"].max(), drawn["seed"].nunique()
-        exact = frame.loc[(frame["edge"] == "integer") & (frame["n_test"] == n_test) & (frame["grid"] != "tensor")]
-        exact = exact.loc[(exact["wire_bits"] == bits) | (exact["cut"] == ALL)].set_index("cut")["acc_pct"]
-        loss = drawn.groupby("cut")["acc_pct"].agg(["mean", "std"])
-        shown = [
-            f"{cut} {loss['mean'][cut] - exact[cut]:+.2f} (sd {0.0 if n_draws < 2 else loss['std'][cut]:.2f})"
-            for cut in _ends(order, loss.index)
-        ]
-        against = f"against the digital edge on the same {n_test:,} images"
-        drawn_words = f"{_count(n_draws, 'draw')}, {bits} bits: {', '.join(shown)} points"
-        said.append(f"{EDGE_TITLES[edge]}, {against}, {drawn_words}")
-    return said
-
-
-def _ends(order: Sequence[str], there: pd.Index) -> list[str]:
-    """The cuts with words of their own, and the whole network, that were measured."""
-    return [cut for cut in order if cut in there and (cut in CUT_WORDS or cut == ALL)]
+def by_network(rows: pd.DataFrame) -> pd.DataFrame:
+    """Digital edge, a scale per channel: accuracy by network, cut and bits on the wire, beside the image sent whole."""
+    found = []
+    named = [json.loads(s).get("network", m) for s, m in zip(rows["switches"], rows["model"], strict=True)]
+    for name in dict.fromkeys(named):
+        mine = of_network(rows, name)
+        frame = largest(measured(mine))
+        whole = frame.loc[(frame["cut"] == IMAGE) & (frame["wire_bits"] == 8), "acc_pct"].max()
+        wires = frame.loc[(frame["edge"] == EXACT) & (frame["grid"] == "channel")]
+        wide = wires.pivot_table(index="cut", columns="wire_bits", values="acc_pct")
+        wide = wide.reindex([cut for cut in shares(mine).index if cut in wide.index])
+        wide.columns = [f"{bits:.0f} bits" for bits in wide.columns]
+        found.append(wide.reset_index().assign(network=labels.printed("model", name), whole=whole))
+    whole = pd.concat(found, ignore_index=True)
+    order = ["network", "whole", *(c for c in whole if c not in ("network", "whole"))]
+    return pd.DataFrame(whole, columns=order).round(2)

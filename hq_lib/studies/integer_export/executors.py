@@ -26,6 +26,9 @@ from hq_lib.results import provenance
 
 EXECUTORS = ("float", "fake_quant", "numpy", "c", "onnx")
 ENDINGS = {"float": "safetensors", "fake_quant": "safetensors", "numpy": "npz", "c": "hqm", "onnx": "onnx"}
+VERSIONS = {"c": 2, "onnx": 2}
+"""Executor -> switch "version" of its rows, raised when its time or file changes; rows without it are of the first: C
+before the kernels of container version 2, ONNX Runtime with an option that slowed it where VNNI is present."""
 BATCH = 100  # images at once; C takes one at a time
 SAY_EVERY_S = 20.0
 LIBRARIES = {

@@ -44,9 +44,6 @@ UNITS = {
     "acc_pct": "%", "same_top1_pct": "%", "n_logit_mismatches": "count", "file_KiB": "KiB", "cpu_ms": "ms",
     "peak_MiB": "MiB", "unavailable": "count",
 }  # fmt: skip
-VERSIONS = {"c": 2, "onnx": 2}
-"""Executor -> switch "version" of its rows, raised when its time or file changes; rows without it are of the first: C
-before the kernels of container version 2, ONNX Runtime with an option that slowed it where VNNI is present."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ def key(run: Run[Plan], point: Execution) -> Row:
         known = {**file_switch(point.network), **net_switch(point.network)}
         return {**named, "switches": known, **({} if "network" in known else {"model": point.network})}
     form = {"requantizer": point.requantizer} if point.requantizer else {}
-    version = {"version": VERSIONS[point.executor]} if point.executor in VERSIONS else {}
+    version = {"version": executors.VERSIONS[point.executor]} if point.executor in executors.VERSIONS else {}
     return {**named, **point.columns(), "switches": {**point.switches(), **form, **version}}
 
 

@@ -12,7 +12,8 @@ from hq_lib.integer import IntegerModel
 from hq_lib.integer.proof import accumulator_bound
 from hq_lib.integer.record import Layer
 from hq_lib.results import labels, tables
-from hq_lib.studies.integer_export.study import MOBILE, MODELS, VERSIONS, Plan
+from hq_lib.studies.integer_export.executors import VERSIONS
+from hq_lib.studies.integer_export.study import MOBILE, MODELS, Plan
 
 NAMES = {"float": "float", "fake_quant": "fake-quantized", "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime"}
 METRICS = {"acc_pct": ".2f", "file_KiB": ",.0f", "cpu_ms": ".3g", "peak_MiB": ".2f"}
