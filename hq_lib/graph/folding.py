@@ -60,10 +60,6 @@ class FoldReport:
     output_rel_diff: float = float("nan")
     """The same, divided by the largest output."""
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return the rows as a table: layer, bn, kind, status, reason, max_abs_diff."""
-        return pd.DataFrame(self.rows, columns=list(FoldRow.__dataclass_fields__))
-
 
 def fold_bn(
     net: nn.Module,

@@ -17,7 +17,7 @@ from hq_lib.quantizers.affine import (
 from hq_lib.quantizers.base import Quantizer, Tag
 from hq_lib.quantizers.build import ACT_METHODS, FLOAT_BITS, WEIGHT_METHODS, act_quantizer, weight_quantizer
 from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
-from hq_lib.quantizers.dsq import DSQ, dsq_alpha_from_slope, dsq_quantize, dsq_slope, dsq_soft
+from hq_lib.quantizers.dsq import DSQ, dsq_quantize, dsq_slope, dsq_soft
 from hq_lib.quantizers.fixed import AdaRound, FixedGrid, FrozenWeight
 from hq_lib.quantizers.fusion import enable_fusion_, fusion_status
 from hq_lib.quantizers.groups import parameter_tags
@@ -52,7 +52,6 @@ __all__ = [
     "act_quantizer",
     "affine_from_range",
     "dequantize",
-    "dsq_alpha_from_slope",
     "dsq_quantize",
     "dsq_slope",
     "dsq_soft",

@@ -32,11 +32,6 @@ def dsq_slope(dsq_alpha: Tensor) -> Tensor:
     return torch.log(2.0 / dsq_alpha - 1.0)
 
 
-def dsq_alpha_from_slope(slope: Tensor) -> Tensor:
-    """Return alpha = 1 - tanh(c / 2) of the slope ``c`` > 0: the inverse of ``dsq_slope`` (eq. 8)."""
-    return 1.0 - torch.tanh(slope / 2.0)
-
-
 def dsq_soft(x: Tensor, low: Tensor, high: Tensor, dsq_alpha: Tensor, *, bits: int) -> Tensor:
     """Return the soft staircase: (*shape), real units, differentiable by autograd in all four tensors (eq. 6).
 

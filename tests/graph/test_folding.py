@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import TypeVar
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -307,7 +308,7 @@ def test_kept_norms_still_run_exactly(case: str) -> None:
 def test_keep_folds_the_rest_and_reports_both() -> None:
     net = randomized(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     folded, report = fold_bn_with_report(net, image(2, 3, 8, 8), on_refusal="keep")
-    table = report.to_frame()
+    table = pd.DataFrame(report.rows)
     assert list(table.columns) == ["layer", "bn", "kind", "status", "reason", "max_abs_diff"]
     assert list(table.bn) == ["0", "3"]
     assert list(table.status) == ["kept", "folded"]

@@ -107,25 +107,10 @@ def test_ties_go_to_the_lower_position():
     (lambda: selection.select(SCORES, 2, pool=torch.tensor([1, 1, 2])), "twice"),
     (lambda: selection.select(SCORES, 2, pool=torch.tensor([1, 60])), "position 60"),
     (lambda: selection.draw_pool(5, 6, seed=0), "cannot be drawn"),
-    (lambda: next(selection.batch_order(4, batch_size=5, n_batches=1, seed=0, replacement=True)), "batch_size"),
 ])  # fmt: skip
 def test_impossible_wishes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_batches_without_replacement_use_every_sample_once_an_epoch():
-    batches = list(selection.batch_order(64, batch_size=16, n_batches=12, seed=0, replacement=False))
-    for epoch in range(3):
-        assert torch.cat(batches[4 * epoch : 4 * epoch + 4]).sort().values.tolist() == list(range(64))
-    assert not torch.equal(batches[0], batches[4])
-    uneven = torch.cat(list(selection.batch_order(10, batch_size=4, n_batches=5, seed=0, replacement=False)))
-    assert torch.bincount(uneven).tolist() == [2] * 10
-
-
-def test_batches_with_replacement_repeat():
-    drawn = torch.cat(list(selection.batch_order(64, batch_size=16, n_batches=4, seed=0, replacement=True)))
-    assert len(drawn.unique()) < 60
 
 
 # ---------------------------------------------------------------- features
@@ -154,16 +139,8 @@ def test_k_center_is_the_literal_loop():
 
 def test_selections_never_repeat_an_image_even_among_equal_ones():
     same = torch.ones(12, 3)
-    for chosen in (features.k_center(same, 12), features.herding(same, 12), features.kmeans_nearest(blobs(12), 12)):
+    for chosen in (features.k_center(same, 12), features.herding(same, 12)):
         assert sorted(chosen.tolist()) == list(range(12))
-
-
-def test_kmeans_takes_one_image_of_each_cluster():
-    centres = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0]])
-    phi = (centres.unsqueeze(1) + 0.1 * blobs(30, 2).view(3, 10, 2)).flatten(0, 1)
-    chosen = features.kmeans_nearest(phi, 3, seed=4)
-    assert sorted((chosen // 10).tolist()) == [0, 1, 2]
-    assert torch.equal(chosen, features.kmeans_nearest(phi, 3, seed=4))
 
 
 def test_knowledge_distance_flags_the_outlier_in_any_layer():
@@ -207,15 +184,9 @@ def test_reconstruction_error_per_image():
     torch.testing.assert_close(error, (x - x.round()).square().mean((1, 2, 3)))
 
 
-def test_entropy_and_loss_by_hand():
-    logits = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
-    torch.testing.assert_close(features.softmax_entropy(logits), torch.tensor([0.6931472, 0.0]))
-    torch.testing.assert_close(features.label_loss(logits, torch.tensor([0, 1])), torch.tensor([0.6931472, 100.0]))
-
-
 @pytest.mark.parametrize("call", [
     lambda: features.herding(blobs(5), 6), lambda: features.k_center(blobs(5), 0),
-    lambda: features.kmeans_nearest(torch.full((5, 2), float("nan")), 2), lambda: features.herding(torch.ones(5), 2),
+    lambda: features.herding(torch.full((5, 2), float("nan")), 2), lambda: features.herding(torch.ones(5), 2),
     lambda: features.knowledge_distance([]), lambda: features.knowledge_distance([blobs(5)], n_clusters=6),
 ])  # fmt: skip
 def test_bad_features_are_refused(call):

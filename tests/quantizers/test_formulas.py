@@ -18,7 +18,6 @@ from hq_lib.quantizers import (
     LSQPlusWeight,
     MinMaxAct,
     MinMaxWeight,
-    dsq_alpha_from_slope,
     dsq_quantize,
     dsq_slope,
     dsq_soft,
@@ -346,21 +345,15 @@ SLOPES = [
 def test_dsq_slope_table(alpha, c, steepest, flattest):
     got = dsq_slope(torch.tensor(alpha))
     assert got.item() == pytest.approx(c, abs=1e-4)
-    assert dsq_alpha_from_slope(got).item() == pytest.approx(alpha, abs=1e-6)
     x = torch.tensor([0.5, 1e-4, 1.0 - 1e-4], requires_grad=True)  # a threshold, and next to two levels
     zero, three = torch.tensor(0.0), torch.tensor(3.0)
     dsq_quantize(x, zero, three, torch.tensor(alpha), bits=2).sum().backward()
     assert x.grad.tolist() == pytest.approx([steepest, flattest, flattest], abs=1e-3)
 
 
-@pytest.mark.parametrize(("slope", "alpha"), [(2, 0.2384), (5, 0.01339), (10, 9.1e-5)])
-def test_dsq_alpha_from_slope(slope, alpha):
-    assert dsq_alpha_from_slope(torch.tensor(float(slope))).item() == pytest.approx(alpha, rel=5e-3)
-
-
 def test_dsq_gradients_at_the_reference_point():
     x, low, high = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.37, -0.9, 1.1))
-    alpha = dsq_alpha_from_slope(torch.tensor(2.5, dtype=torch.float64)).requires_grad_()
+    alpha = torch.tensor(1 - math.tanh(2.5 / 2), dtype=torch.float64, requires_grad=True)  # a slope of 2.5
     dsq_quantize(x, low, high, alpha, bits=2).backward()
     assert x.grad.item() == pytest.approx(0.607148, abs=1e-6)
     assert low.grad.item() == pytest.approx(0.127735, abs=1e-6)

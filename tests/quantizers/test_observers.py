@@ -138,41 +138,6 @@ def test_nothing_carries_a_gradient():
     assert not any(part.requires_grad for part in parts)
 
 
-# ---------------------------------------------------------------- running states
-
-
-def test_running_minmax_equals_minmax_of_everything():
-    batches = [heavy_tailed(8, 3, seed=s) for s in range(4)]
-    state = None
-    for batch in batches:
-        state = observers.update_minmax(state, batch, axis=1)
-    whole = observers.minmax_range(torch.cat(batches), axis=1)
-    assert torch.equal(state.low, whole.low)
-    assert torch.equal(state.high, whole.high)
-    assert state.n_batches == 4
-
-
-def test_ema_and_mean_by_hand():
-    batches = [torch.tensor([0.0, high]) for high in (1.0, 3.0, 8.0)]
-    ema = mean = None
-    for batch in batches:
-        ema = observers.update_ema(ema, batch, keep=0.75)
-        mean = observers.update_mean(mean, batch)
-    assert ema.high.item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 3) + 0.25 * 8)
-    assert mean.high.item() == pytest.approx(4.0)
-    assert (ema.n_batches, mean.n_batches) == (3, 3)
-
-
-def test_states_are_never_changed_in_place_and_refuse_other_shapes():
-    first = observers.update_minmax(None, torch.tensor([1.0]))
-    observers.update_minmax(first, torch.tensor([5.0]))
-    assert first.high.item() == 1.0
-    with pytest.raises(ValueError, match="one axis"):
-        observers.update_ema(first, torch.ones(2, 3), axis=0)
-    with pytest.raises(ValueError, match="keep"):
-        observers.update_ema(first, torch.ones(2), keep=1.0)
-
-
 # ---------------------------------------------------------------- L_p search
 
 

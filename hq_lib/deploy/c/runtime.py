@@ -73,11 +73,6 @@ class Runtime:
         """Name of the kernels in use."""
         return self._lib.hqm_kernel_name().decode()
 
-    @property
-    def arena_bytes(self) -> int:
-        """Working memory of the runtime, all there is."""
-        return self._arena.size
-
     def run(self, images: Any) -> np.ndarray:
         """Return the logits of ``images``, float32 (N, n_classes), equal to ``hq_lib.integer.run``'s.
 

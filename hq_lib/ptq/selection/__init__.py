@@ -17,10 +17,10 @@ from hq_lib.ptq.selection.manifest import (
     write,
 )
 from hq_lib.ptq.selection.metrics import METRICS, score
-from hq_lib.ptq.selection.strategies import Strategy, batch_order, check_set, disjoint_sets, draw_pool, select
+from hq_lib.ptq.selection.strategies import Strategy, check_set, disjoint_sets, draw_pool, select
 
 __all__ = [
-    "METRICS", "Manifest", "ManifestError", "Strategy", "batch_order", "check_set", "disjoint_sets", "draw_pool",
+    "METRICS", "Manifest", "ManifestError", "Strategy", "check_set", "disjoint_sets", "draw_pool",
     "features", "from_files", "from_images", "paired_difference", "read", "score", "select", "spearman", "take",
     "take_files", "write",
 ]  # fmt: skip

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
 
 
 def _checked(features: Tensor, n: int | None = None) -> Tensor:
@@ -95,18 +94,6 @@ def knowledge_distance(layers: Sequence[Tensor], *, n_clusters: int = 10, seed: 
     return total
 
 
-def kmeans_nearest(features: Tensor, n: int, *, seed: int = 0) -> Tensor:
-    """(n,) positions: of n k-means centres, each one's nearest image not yet taken."""
-    values = _checked(features, n).cpu().numpy()
-    distance = _fitted(values, n, seed).transform(values)  # (N, n)
-    free, chosen = np.ones(len(values), dtype=bool), []
-    for column in distance.T:
-        best = int(np.where(free, column, np.inf).argmin())
-        free[best] = False
-        chosen.append(best)
-    return torch.tensor(chosen)
-
-
 def _fitted(values: np.ndarray, n_clusters: int, seed: int) -> KMeans:
     """k-means on the values; no more centres than there are distinct rows."""
     n_distinct = len(np.unique(values, axis=0))
@@ -140,14 +127,3 @@ def k_center(features: Tensor, n: int) -> Tensor:
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, (phi - phi[chosen[-1]]).square().sum(1))
     return torch.tensor(chosen)
-
-
-def softmax_entropy(logits: Tensor) -> Tensor:
-    """(N,) nats: high = the network is unsure."""
-    log_p = log_softmax(_checked(logits), dim=1)
-    return -(log_p.exp() * log_p).sum(1)
-
-
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) cross-entropy of each image against its label, nats: high = hard."""
-    return cross_entropy(_checked(logits), labels, reduction="none")

@@ -4,7 +4,6 @@ Everything is deterministic in (scores, labels, pool, seed). Ties go to the lowe
 """
 
 import difflib
-from collections.abc import Iterator
 from typing import Literal, TypedDict, Unpack, get_args
 
 import numpy as np
@@ -114,28 +113,6 @@ def check_set(positions: Tensor, n: int) -> Tensor:
     if n_distinct != n:
         raise ValueError(f"only {n_distinct} of {n} images are different: a repeated image is no larger set")
     return positions
-
-
-def batch_order(n: int, *, batch_size: int, n_batches: int, seed: int, replacement: bool) -> Iterator[Tensor]:
-    """``n_batches`` index tensors (batch_size,) into n cached samples.
-
-    replacement=True:  independent draws (QDrop's ``randint``).
-    replacement=False: consecutive slices of seeded permutations, one per epoch; every sample is used equally often, to
-                       within one. A batch that spans two epochs may repeat an image.
-    """
-    if n < 1 or not 1 <= batch_size <= n or n_batches < 0:
-        raise ValueError(
-            f"n={n}, batch_size={batch_size}, n_batches={n_batches}: need 1 <= batch_size <= n, n_batches >= 0"
-        )
-    rng, ahead = np.random.default_rng(seed), np.empty(0, dtype=np.int64)
-    for _ in range(n_batches):
-        if replacement:
-            yield torch.from_numpy(rng.integers(0, n, batch_size))
-            continue
-        if len(ahead) < batch_size:
-            ahead = np.concatenate([ahead, rng.permutation(n)])
-        yield torch.from_numpy(ahead[:batch_size].copy())
-        ahead = ahead[batch_size:]
 
 
 def _size(scores: Tensor | None, labels: Tensor | None, pool: Tensor | None) -> int:
