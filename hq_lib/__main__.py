@@ -40,7 +40,7 @@ def _verbs() -> None:
 @app.command()
 def train(
     config: Config = None, set_: Set = None, model: Model = None, net: Net = None, method: Method = None,
-    bits: Bits = None, data: Data = None, output: Output = None,
+    bits: Bits = None, data: Data = None, root: Root = None, output: Output = None,
 ) -> None:  # fmt: skip
     """Train a network in float (--method float), or through its quantizers (pact, lsq, dsq, ..., hybrid).
 
@@ -48,7 +48,9 @@ def train(
 
     Example: hq train --model resnet20 --method pact --bits 4/4 --set protocol.epochs=10
     """
-    run, steps = _run(config, set_, model=model, net=net, method=method, bits=bits, data=data, output=output)
+    run, steps = _run(
+        config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, output=output
+    )  # fmt: skip
     file, acc_pct = steps.trained(run)
     _wrote(file, acc_pct, f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}")
 
@@ -122,7 +124,8 @@ def export(
 
 @app.command()
 def crossbar(
-    file: File, config: Config = None, set_: Set = None, net: Net = None, n_test: Tests = None,
+    file: File, config: Config = None, set_: Set = None, net: Net = None, data: Data = None, root: Root = None,
+    n_test: Tests = None,
     engine: Annotated[str | None, typer.Option(help="sim, rehearsal, tcp (a bench) or replay.")] = None,
     device: Annotated[str | None, typer.Option(help="Kind of cell of sim: rram, pcm_drift, ..., or a .csv.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers on the arrays, by name or pattern, with commas.")] = None,
@@ -132,7 +135,7 @@ def crossbar(
 
     Example: hq crossbar net.safetensors --device rram --layers '*' --n-test 100
     """
-    run, steps = _run(config, set_, net=net, n_test=n_test)
+    run, steps = _run(config, set_, net=net, data=data, root=root, n_test=n_test)
     named = layers.split(",") if layers else None
     given = {"engine": engine, "device": device, "layers": named, "folder": folder}
     made, lines = steps.on_crossbar(run, file, **{key: value for key, value in given.items() if value is not None})

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from hq_lib.data import DataSpec
+from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.ops import is_difference
 from hq_lib.graph.tracing import eval_mode
@@ -77,6 +77,8 @@ def lower(
     meta: dict[str, Any] = {"policy": _policy_line(qnet), "git_sha": provenance.git_sha()}
     if images is not None:
         meta["image"] = {"name": images.name, "mean": [*images.mean], "std": [*images.std]}
+        if images.short_side or images.in_shape != SPECS.get(images.name, images).in_shape:
+            meta["image"] |= {"in_shape": [*images.in_shape], "short_side": images.short_side}
     return check(IntegerModel(requantizer, walk.writer.tensors, tuple(walk.writer.ops), image, output, meta))
 
 

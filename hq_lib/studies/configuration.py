@@ -186,6 +186,11 @@ class Configuration:
         found = data.load(name, split, root=self.root or None, n=n or None, spec=spec)
         return found.normalized_by(spec.mean, spec.std)
 
+    def validation(self, record: Mapping[str, Any]) -> ImageSet | None:
+        """``n_val`` (0: all) validation images; None for a folder of pictures, which holds none out of train."""
+        name = self.data or (PICTURES if self.root else record.get("dataset", ""))
+        return None if name == PICTURES else self.images("val", record, self.n_val)
+
     def normalization(self, record: Mapping[str, Any]) -> DataSpec:
         """The data set of a network's record, with size, mean and standard deviation that it was trained with."""
         name = record.get("dataset") or self.data or (PICTURES if self.root else "")

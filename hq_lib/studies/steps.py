@@ -1,7 +1,8 @@
 """What the command line's verbs do, each from a ``Configuration`` to a file; notebooks call the same."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hq_lib import graph, models
 from hq_lib.crossbar import bench
 from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
+from hq_lib.deploy.c.container import meta_of
 from hq_lib.graph.network_file import OWN
 from hq_lib.integer import IntegerModel, LowerError, RecordError, lower, round_biases
 from hq_lib.integer import load as load_integers
@@ -39,7 +41,7 @@ def trained(run: Configuration) -> tuple[Path, float]:
 def _trained_float(run: Configuration) -> tuple[Path, float]:
     dataset, config, n = run.float_training()
     net = run.network()[0] if run.weights else run.built()
-    train, val = (run.images(split, {"dataset": dataset}, n or 0) for split, n in (("train", n), ("val", run.n_val)))
+    train, val = run.images("train", {"dataset": dataset}, n or 0), run.validation({"dataset": dataset})
     fit(net.to(run.device), train, val, config, _folder(run))
     test = run.images("test", {"dataset": dataset}, run.n_test)
     score = evaluate(net.eval(), test)
@@ -55,7 +57,7 @@ def _trained_float(run: Configuration) -> tuple[Path, float]:
 def _trained_quantized(run: Configuration) -> tuple[Path, float]:
     net, source = run.network()
     recipe = run.qat(net)
-    train, val = run.images("train", source, recipe.n_train or 0), run.images("val", source, run.n_val)
+    train, val = run.images("train", source, recipe.n_train or 0), run.validation(source)
     if run.method == HYBRID:
         few = run.calibration(source)
         x = normalize(few.images, few.spec)
@@ -118,8 +120,7 @@ def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
     if file.suffix != ".safetensors":
         kinds = {f".{ending}": kind for kind, ending in FILES.items()}
         known(file.suffix, kinds, f"{file.name}: ending")
-        record = _image_record(load_integers(file)) if file.suffix == ".npz" else {}
-        test = run.images("test", record, run.n_test)
+        test = run.images("test", _image_record(_meta(file)), run.n_test)
         yield _line(kinds[file.suffix], _accuracy(executor(kinds[file.suffix], file), test), test)
         return
     net, record = opened(file, run.net, run.options)
@@ -158,7 +159,7 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     plan = bench.Plan(**entries)
     if file.suffix == ".npz":
         imodel = load_integers(file)
-        record = _image_record(imodel)
+        record = _image_record(imodel.meta)
     else:
         net, record = opened(file, run.net, run.options)
         imodel = _lowered(run, file, net, record, run.normalization(record))
@@ -178,9 +179,20 @@ def _lowered(run: Configuration, file: Path, net: nn.Module, record: dict[str, A
     return lower(net, requantizer=run.requantizer, images=spec)  # type: ignore[arg-type]
 
 
-def _image_record(imodel: IntegerModel) -> dict[str, Any]:
-    """Data set, mean and standard deviation as a network's record has them."""
-    image = imodel.meta.get("image")
+def _meta(file: Path) -> Mapping[str, Any]:
+    """What an exported file says of the record that it was made from."""
+    if file.suffix == ".npz":
+        return load_integers(file).meta
+    if file.suffix == ".hqm":
+        return meta_of(file)
+    import onnx  # of the extra "export"
+
+    return {p.key: json.loads(p.value) for p in onnx.load(file).metadata_props if p.key == "image"}
+
+
+def _image_record(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Data set, size, mean and standard deviation as a network's record has them."""
+    image = meta.get("image")
     return {"dataset": image["name"], "images": image} if image else {}
 
 

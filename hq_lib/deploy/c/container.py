@@ -16,6 +16,7 @@ import struct
 import zlib
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,15 @@ _KINDS = {kind: i for i, kind in enumerate(r.OPS)}
 
 class ExportError(ValueError):
     """A record that no container can hold; the message says why."""
+
+
+def meta_of(file: Path | str) -> dict[str, Any]:
+    """The metadata of the record that a container was made from: policy, commit, the images' mean and deviation."""
+    raw = Path(file).read_bytes()
+    if raw[:4] != MAGIC:
+        raise ExportError(f"{file} is no container: its first bytes are {raw[:4]!r}")
+    place, size = struct.unpack_from("<2I", raw, 4 * 11)
+    return json.loads(raw[place : place + size])
 
 
 def save(model: IntegerModel, path: Path | str) -> Path:

@@ -122,8 +122,8 @@ def finished(cell: Cell, stage: Bench, n_calib: int, trained: QuantizedNet | Non
 
 
 def fit_hybrid(
-    qnet: QuantizedNet, x: Tensor, train: ImageSet, val: ImageSet, config: TrainConfig, *, ranges: Method = RANGES,
-    folder: Path | None = None,
+    qnet: QuantizedNet, x: Tensor, train: ImageSet, val: ImageSet | None, config: TrainConfig, *,
+    ranges: Method = RANGES, folder: Path | None = None,
 ) -> None:  # fmt: skip
     """Fit ``qnet``, of a ``BitPolicy.hybrid``, in place: train below the rule's boundary, then calibrate on ``x``.
 
