@@ -5,29 +5,62 @@
 
 In profile full each unit of a study (one training, or the points that share a bench) is a job of its own, on one thread
 and with rows in a part file of its own: no two jobs write one file, and many nodes can share them. What has its rows is
-no job. The notebook then gathers the parts and only draws.
+no job. Then one job a study, on the machine that Snakemake runs on, gathers the parts, and the notebook only draws.
+`--config device=cuda` gives units that train a GPU; `units=true` makes jobs of a shorter profile's units too.
 
 Result rows (data/results/**.csv) are deliberately not declared as outputs: Snakemake deletes the outputs of a failed
 job, and rows that a long run has already written must survive it. Tables and figures are built from those rows.
 """
 
+import sys
+
 from hq_lib.results import dependencies, outputs, paths
 
 PROFILE = paths.check_profile(config.get("profile", "quick"))
+DEVICE = config.get("device", "cpu")
 BUILD = str(paths.build_dir(PROFILE))
 READERS = ["00_map", "10_gallery"]  # these read what the others made
 MAKERS = [notebook for notebook in outputs.written() if notebook not in READERS]
-UNITS = []
-if PROFILE == "full":
+NODES = 20
+STUDIES, UNITS = [], []
+if config.get("units", PROFILE == "full"):
     from hq_lib import studies
 
-    UNITS = [unit for study in studies.every().values() for unit in study.units(PROFILE)]
-    print(f"{len(UNITS)} units, {sum(unit['minutes'] for unit in UNITS) / 60:.0f} hours of one thread to go", flush=True)
+    STUDIES = list(studies.every().values())
+    UNITS = [unit for study in STUDIES for unit in study.units(PROFILE)]
 
 
 def done_file(unit):
     """The mark that a unit has ended; its rows are in its part."""
     return f"{BUILD}/units/{unit['study']}/{unit['unit']}.done"
+
+
+def gathered(study):
+    """The mark that a study's rows are in the shared files."""
+    return f"{BUILD}/units/{study.name}.gathered"
+
+
+def before(unit):
+    """The units that a unit stands on."""
+    return [other for other in UNITS if other["unit"] in unit["after"]]
+
+
+def hours(n_nodes):
+    """Of one thread a node, each unit begun as soon as a node is free and what it stands on has ended."""
+    free, ended = [0.0] * n_nodes, {}
+    for unit in sorted(UNITS, key=lambda unit: (len(before(unit)) > 0, -unit["minutes"])):
+        start = max([min(free), *(ended.get(done_file(other), 0.0) for other in before(unit))])
+        free[free.index(min(free))] = ended[done_file(unit)] = start + unit["minutes"] / 60
+    return max(free)
+
+
+if UNITS and "--mode" not in sys.argv:  # not in the jobs, which read this file too
+    longest = max(UNITS, key=lambda unit: unit["minutes"])
+    print(
+        f"{sum(unit['n_points'] for unit in UNITS)} points in {len(UNITS)} jobs to go, about {hours(1):.0f} h on one "
+        f"node, {hours(NODES):.0f} h on {NODES}; the longest is {longest['unit']}, {longest['minutes'] / 60:.1f} h",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def made_by(notebook):
@@ -40,48 +73,75 @@ def needs(notebook):
     return [f"notebooks/{notebook}.ipynb", *dependencies.of_notebook(f"notebooks/{notebook}.ipynb")]
 
 
-def units_of(notebook):
-    """The marks of all units whose study is in a folder that the notebook imports."""
+def rows_of(notebook):
+    """The marks of all studies whose folder the notebook imports."""
     imported = "\n".join(needs(notebook))
-    return [done_file(unit) for unit in UNITS if f"/{unit['folder']}/study.py" in imported]
+    return [gathered(study) for study in STUDIES if f"/{study.folder}/study.py" in imported]
 
 
 # `log` is the executed copy, kept when the notebook fails
-GATHER = "python -m hq_lib study all --profile {params.profile} --gather && " if PROFILE == "full" else ""
-EXECUTE = GATHER + (
-    "papermill --log-output --no-progress-bar notebooks/{params.notebook}.ipynb {log:q} -p profile {params.profile}"
-)
+EXECUTE = "papermill --log-output --no-progress-bar notebooks/{params.notebook}.ipynb {log:q} -p profile {params.profile}"
 
 
 rule all:
+    localrule: True
     input:
         f"{BUILD}/share/index.html",
 
 
 rule reference:
+    localrule: True
     input:
-        [done_file(unit) for unit in UNITS],
+        [gathered(study) for study in STUDIES],
+
+
+rule data:
+    localrule: True
+    output:
+        touch(f"{BUILD}/data.done"),
+    message:
+        "fetching the data sets, for nodes without a network"
+    shell:
+        "python -c 'from hq_lib import data; "
+        '[data.load_or_embedded(name, "test") for name in ("cifar10", "fashion_mnist", "mnist")]\''
 
 
 for place, unit in enumerate(UNITS):
 
     rule:
         name: f"unit_{unit['study']}_{unit['unit']}".replace("-", "_").replace(".", "_")
-        input: [done_file(other) for other in UNITS if other["unit"] in unit["after"]]
+        input: [done_file(other) for other in before(unit)], fetched=ancient(rules.data.output[0])
         output: touch(done_file(unit))
-        params: study=unit["study"], unit=unit["unit"], profile=PROFILE
+        params: study=unit["study"], unit=unit["unit"], profile=PROFILE, device=DEVICE if unit["gpu"] else "cpu"
         threads: 1
         priority: len(UNITS) - place
-        resources: mem_mb=4000, runtime=int(60 + 4 * unit["minutes"])
+        resources:
+            mem_mb=unit["mem_mb"],
+            runtime=int(60 + 4 * unit["minutes"]),
+            **({"gpu": 1} if unit["gpu"] and DEVICE == "cuda" else {}),
         message: f"measuring {unit['study']}: {unit['unit']}, about {unit['minutes'] / 60:.1f} h of one thread"
-        shell: "OMP_NUM_THREADS=1 python -m hq_lib study {params.study} --profile {params.profile} --unit {params.unit:q}"
+        shell:
+            "OMP_NUM_THREADS=1 python -m hq_lib study {params.study} --profile {params.profile} --unit {params.unit:q} "
+            "--device {params.device}"
+
+
+for study in STUDIES:
+
+    rule:
+        name: f"gather_{study.name}"
+        localrule: True
+        input: [done_file(unit) for unit in UNITS if unit["study"] == study.name]
+        output: touch(gathered(study))
+        params: study=study.name, profile=PROFILE
+        message: "gathering the rows of {params.study}"
+        shell: "python -m hq_lib study {params.study} --profile {params.profile} --gather"
 
 
 for notebook in MAKERS:
 
     rule:
         name: f"notebook_{notebook}"
-        input: needs(notebook), units_of(notebook)
+        input: needs(notebook), rows_of(notebook)
         output: made_by(notebook)
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
         params: notebook=notebook, profile=PROFILE

@@ -14,11 +14,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import filelock
 import pandas as pd
 
 from hq_lib.results import paths, provenance, rows, store
@@ -126,6 +128,15 @@ class Study(Generic[Plan, P, Bench]):
     """The bench; None, after a line that says why, where this machine cannot have it: its points are n/r."""
     measure: Callable[[Run[Plan], Bench, P], Iterator[Found]]
     """Metric, value, unit (and whatever else differs from the key) of each row of a point."""
+    mem_mb: int = 4000
+    """Memory that a unit of profile full is given by a batch engine, MB."""
+    gpu: bool = False
+    """Whether a unit trains or reconstructs, so that a batch engine that has GPUs gives it one."""
+
+    @property
+    def folder(self) -> str:
+        """The folder of ``studies`` that it lies in."""
+        return self.points.__module__.split(".")[-2]
 
     def plan(self, profile: str, **changes: Any) -> Plan:
         """The profile's plan with some fields changed, lists as tuples; a change that is None leaves the profile's.
@@ -172,11 +183,14 @@ class Study(Generic[Plan, P, Bench]):
         if unit is not None and not wanted:
             units = sorted({point.unit for point in self.points(plan)})
             raise StudyError(f"{self.name} has no unit {unit!r} in profile {profile}{nearest(unit, units)}")
-        todo = self._todo(run, wanted)
-        if todo and profile == "full" and provenance.git_sha().endswith("-dirty") and not allow_dirty:
-            raise StudyError(f"{self.name}: tracked files differ from the commit, so {len(todo)} rows of profile full "
-                             "would come from code that nobody can find: commit, or say --allow-dirty")  # fmt: skip
-        self._measure(run, todo)
+        with nullcontext() if run.part is None else _alone(run.part):
+            todo = self._todo(run, wanted)
+            if todo and profile == "full" and provenance.git_sha().endswith("-dirty") and not allow_dirty:
+                raise StudyError(
+                    f"{self.name}: tracked files differ from the commit, so {len(todo)} rows of profile full would "
+                    "come from code that nobody can find: commit, or say --allow-dirty"
+                )
+            self._measure(run, todo)
         return self.rows(profile)
 
     def rows(self, profile: str) -> pd.DataFrame:
@@ -189,27 +203,32 @@ class Study(Generic[Plan, P, Bench]):
         return self._todo(Run(self.name, profile, plan), self.points(plan))
 
     def units(self, profile: str, **changes: Any) -> list[Row]:
-        """The units with something to measure, as plain data: study, folder, unit, n_points, minutes, after."""
+        """The units with something to measure, as plain data: study, unit, n_points, minutes, after, mem_mb, gpu."""
         groups: dict[str, list[P]] = {}
         for point in self.todo(profile, **changes):
             groups.setdefault(point.unit, []).append(point)
-        folder = self.points.__module__.split(".")[-2]
         return [
             {
-                "study": self.name, "folder": folder, "unit": unit, "n_points": len(own),
+                "study": self.name, "unit": unit, "n_points": len(own), "mem_mb": self.mem_mb, "gpu": self.gpu,
                 "minutes": round(sum(p.minutes for p in own), 1), "after": sorted({u for p in own for u in p.after}),
             }
             for unit, own in groups.items()
         ]  # fmt: skip
 
     def gather(self, profile: str) -> int:
-        """Brings the rows of all part files into the shared ones, then removes the parts; the number of rows."""
-        n, folder = 0, self._part(profile, "")
-        for part in sorted(folder.glob("*/*.csv")):
-            found = store.read_file(part)
-            store.append(part.stem, found, profile=profile)
-            n += len(found)
-        shutil.rmtree(folder, ignore_errors=True)
+        """Brings the rows of all part files into the shared ones, then removes the parts; the number of rows.
+
+        A unit that is being measured keeps its part until it has ended and rows are gathered again.
+        """
+        n = 0
+        for part in sorted(p for p in self._part(profile, "").glob("*") if p.is_dir()):
+            with _alone(part, wait=False) as mine:
+                for file in sorted(part.glob("*.csv")) if mine else []:
+                    found = store.read_file(file)
+                    store.append(file.stem, found, profile=profile)
+                    n += len(found)
+                if mine:
+                    shutil.rmtree(part)
         return n
 
     def _part(self, profile: str, unit: str) -> Path:
@@ -246,9 +265,37 @@ class Study(Generic[Plan, P, Bench]):
 
 
 def profile_rows(name: str, profile: str) -> pd.DataFrame:
-    """The rows of one file that belong to this very profile, of each network those on its newest checkpoint."""
-    found = store.read(name, profile=profile)
+    """The rows of one file that belong to this very profile, of each network those on its newest checkpoint.
+
+    What units have measured and nobody has gathered yet is among them: a unit may stand on another one's rows.
+    """
+    parts = sorted(paths.runs_dir(profile).glob(f"*/parts/*/{name}.csv"))
+    found = pd.concat([store.read(name, profile=profile), *(store.read_file(part) for part in parts)])
+    found = found.drop_duplicates(list(rows.KEY), keep="last")
     return newest(found.loc[found["profile"] == profile]).reset_index(drop=True)
+
+
+@contextmanager
+def _alone(part: Path, *, wait: bool = True) -> Iterator[bool]:
+    """The unit of this part is this process's while the block lasts, however that ends; without ``wait``, whether.
+
+    A batch engine that was killed and started again may begin a unit whose first job still runs: the second one waits,
+    and then finds its rows there.
+    """
+    part.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(part.with_name(f".{part.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            yield False
+            return
+        print(f"{part.name}: another process measures it, waiting for it to end", flush=True)
+        lock.acquire()
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 class _Known:

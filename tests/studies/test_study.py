@@ -1,6 +1,7 @@
 """The mechanism of the studies: identity, resuming, benches, parts, refusals; on a study of a few numbers."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from hq_lib import studies
 from hq_lib.__main__ import app
 from hq_lib.results import provenance, store
-from hq_lib.studies.study import Point, Study, StudyError, profile_rows
+from hq_lib.studies.study import Point, Run, Study, StudyError, _alone, profile_rows
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def test_units_write_parts_of_their_own_that_are_gathered_once(toy):
         study.run("smoke", unit=unit)
     study.run("smoke", unit="b2_s0")  # its part is there: nothing to do
     assert measured == ["b4_s1", "b2_s0"]
-    assert study.rows("smoke").empty
+    assert store.read("toy", profile="smoke").empty
     assert study.gather("smoke") == 4
     assert study.gather("smoke") == 0
     assert sorted(study.rows("smoke")["value"]) == [20, 41]
@@ -161,3 +162,29 @@ def test_a_row_in_a_part_keeps_the_text_that_the_shared_file_will_hold(toy, tmp_
     before = store.read_file(part)
     study.gather("smoke")
     assert study.rows("smoke").equals(before)
+
+
+def test_what_is_not_gathered_yet_can_be_read_and_a_unit_at_work_keeps_its_part(toy):
+    """As when the searches over bits stand on sensitivities that other jobs have measured."""
+    study, *_ = toy
+    study.run("smoke", unit="b2_s0")
+    assert list(profile_rows("toy", "smoke")["value"]) == [20]
+    part = study._part("smoke", "b2_s0")
+    with _alone(part):
+        assert study.gather("smoke") == 0
+    assert study.gather("smoke") == 2
+    assert not part.exists()
+    assert list(profile_rows("toy", "smoke")["value"]) == [20]
+
+
+def test_a_unit_begun_twice_is_measured_once(toy, capsys):
+    """The second process waits for the first, and then finds its rows."""
+    study, _, measured, _ = toy
+    with ThreadPoolExecutor(1) as other:
+        with _alone(study._part("smoke", "b2_s0")):
+            second = other.submit(study.run, "smoke", unit="b2_s0")
+            while "waiting" not in capsys.readouterr().out:
+                assert not second.done()
+            study._measure(Run("toy", "smoke", Plan(), part=study._part("smoke", "b2_s0")), study.points(Plan())[:1])
+        second.result(timeout=60)
+    assert measured == ["b2_s0"]
