@@ -12,9 +12,11 @@ Result rows (data/results/**.csv) are deliberately not declared as outputs: Snak
 job, and rows that a long run has already written must survive it. Tables and figures are built from those rows.
 """
 
+import json
 import sys
+from pathlib import Path
 
-from hq_lib.results import dependencies, outputs, paths
+from hq_lib.results import atomic, dependencies, outputs, paths
 
 PROFILE = paths.check_profile(config.get("profile", "quick"))
 DEVICE = config.get("device", "cpu")
@@ -22,12 +24,17 @@ BUILD = str(paths.build_dir(PROFILE))
 READERS = ["00_map", "10_gallery"]  # these read what the others made
 MAKERS = [notebook for notebook in outputs.written() if notebook not in READERS]
 NODES = 20
-STUDIES, UNITS = [], []
+IN_A_JOB = "--mode" in sys.argv  # jobs read this file too; what there is to do was settled before them
+PLAN = Path(f"{BUILD}/units/plan.json")
+STUDIES, UNITS = {}, []
 if config.get("units", PROFILE == "full"):
-    from hq_lib import studies
+    if not IN_A_JOB:
+        from hq_lib import studies
 
-    STUDIES = list(studies.every().values())
-    UNITS = [unit for study in STUDIES for unit in study.units(PROFILE)]
+        every = studies.every().values()
+        plan = [{study.name: study.folder for study in every}, [u for study in every for u in study.units(PROFILE)]]
+        atomic.write_text(PLAN, json.dumps(plan, indent=1))
+    STUDIES, UNITS = json.loads(PLAN.read_text(encoding="utf-8"))
 
 
 def done_file(unit):
@@ -37,7 +44,7 @@ def done_file(unit):
 
 def gathered(study):
     """The mark that a study's rows are in the shared files."""
-    return f"{BUILD}/units/{study.name}.gathered"
+    return f"{BUILD}/units/{study}.gathered"
 
 
 def before(unit):
@@ -54,7 +61,7 @@ def hours(n_nodes):
     return max(free)
 
 
-if UNITS and "--mode" not in sys.argv:  # not in the jobs, which read this file too
+if UNITS and not IN_A_JOB:
     longest = max(UNITS, key=lambda unit: unit["minutes"])
     print(
         f"{sum(unit['n_points'] for unit in UNITS)} points in {len(UNITS)} jobs to go, about {hours(1):.0f} h on one "
@@ -76,7 +83,7 @@ def needs(notebook):
 def rows_of(notebook):
     """The marks of all studies whose folder the notebook imports."""
     imported = "\n".join(needs(notebook))
-    return [gathered(study) for study in STUDIES if f"/{study.folder}/study.py" in imported]
+    return [gathered(study) for study, folder in STUDIES.items() if f"/{folder}/study.py" in imported]
 
 
 # `log` is the executed copy, kept when the notebook fails
@@ -128,11 +135,11 @@ for place, unit in enumerate(UNITS):
 for study in STUDIES:
 
     rule:
-        name: f"gather_{study.name}"
+        name: f"gather_{study}"
         localrule: True
-        input: [done_file(unit) for unit in UNITS if unit["study"] == study.name]
+        input: [done_file(unit) for unit in UNITS if unit["study"] == study]
         output: touch(gathered(study))
-        params: study=study.name, profile=PROFILE
+        params: study=study, profile=PROFILE
         message: "gathering the rows of {params.study}"
         shell: "python -m hq_lib study {params.study} --profile {params.profile} --gather"
 
