@@ -1,8 +1,9 @@
 # make paper   sets everything up and regenerates the paper (PROFILE=quick, the default, or full)
 # make test    sets everything up, lints, and runs all tests but the slow ones (make test-all: those too)
+#              JOBS: one-thread notebooks side by side, default as many as there are cores
 PROFILE ?= quick
 PYTHON  ?= python3
-JOBS    ?= 1
+JOBS    ?= all
 
 VENV    := .venv
 ifeq ($(OS),Windows_NT)
@@ -31,21 +32,21 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 paper: $(READY) ## regenerate every table, figure and rendered notebook (PROFILE=quick or full)
-	$(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --config profile=$(PROFILE)
+	$(BIN)/snakemake --workflow-profile profiles/local --cores $(JOBS) --config profile=$(PROFILE)
 
-reference: $(READY) ## the next unfinished runs of the reference, two side by side, until all are done or it is stopped
+reference: $(READY) ## the next unfinished runs of the reference, side by side, until all are done or it is stopped
 	mkdir -p data/runs && if [ -d data/runs_kept ]; then cp -Rn data/runs_kept/. data/runs/; fi
-	$(BIN)/snakemake --workflow-profile profiles/local --jobs 2 --config profile=full --keep-going reference
+	$(BIN)/snakemake --workflow-profile profiles/local --cores $(JOBS) --config profile=full --keep-going reference
 
-test: $(READY) ## lint and all tests but the slow ones; the ten slowest are printed
+test: $(READY) ## lint, types and all tests but the slow ones, in two processes; the ten slowest are printed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=10
 
 test-all: $(READY) ## the slow tests too: whole test sets, every network, long fuzzing
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 smoke: $(READY) ## every notebook on tiny slices, written to a temporary folder
-	out=$$(mktemp -d) && HQ_OUT=$$out $(BIN)/snakemake --workflow-profile profiles/local --jobs $(JOBS) --forceall --config profile=smoke && rm -rf $$out
+	out=$$(mktemp -d) && HQ_OUT=$$out $(BIN)/snakemake --workflow-profile profiles/local --cores $(JOBS) --forceall --config profile=smoke && rm -rf $$out
 
 lab: $(READY) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks/00_map.ipynb

@@ -5,12 +5,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: digits go by the thread count, and children inherit it
 import torch
 
 from hq_lib import data
 from hq_lib.results import paths
-
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
