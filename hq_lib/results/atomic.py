@@ -10,7 +10,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     The temporary neighbour is ``.<name>.<process id>.tmp``; ``sweep`` removes those that killed processes left.
 
     Raises:
-        OSError: the folder cannot be written (read-only, full); the old file is untouched and no temporary one stays.
+        OSError: the folder cannot be written (read-only, full); names ``path``, whose old content is untouched, and no
+            temporary file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -20,6 +21,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(fresh, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file
     finally:
         fresh.unlink(missing_ok=True)
     _sync_folder(path.parent)

@@ -1,0 +1,195 @@
+"""Killed at any moment, in a full or a closed folder, or beside another writer: nothing is lost and nothing half done.
+
+Each action runs in a forked process that SIGKILL ends at a random moment; the same action afterwards must leave the
+bits of a run that nobody disturbed, and no temporary file.
+"""
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+import yaml
+from test_command import NET, PTQ, RUN
+from typer.testing import CliRunner
+
+from hq_lib.__main__ import app
+from hq_lib.results import store
+from hq_lib.results.rows import Row
+from hq_lib.studies import every, steps
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+FORK = get_context("fork")
+LOADED_BEFORE_THE_FORK = every(), steps
+N_KILLS = int(os.environ.get("HQ_KILLS", "50"))
+VERBS = {
+    "train": ("train", "--config", "float.yaml"),
+    "quantize": ("quantize", "--config", "brecq.yaml"),
+    "study": ("study", "bn_fold", "--profile", "smoke", "--set", "models=[toynet, lenet, vgg11]", "--set", "n_test=20"),
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a network of one's own, trained; the verbs run in subfolders of it."""
+    (tmp_path / "mynet.py").write_text(NET)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    train = {**RUN, "n_train": 100, "method": "float", "output": "net.safetensors"}
+    protocol = {"iterations": 10, "batch_size": 10}
+    (tmp_path / "float.yaml").write_text(yaml.safe_dump(train))
+    (tmp_path / "brecq.yaml").write_text(
+        yaml.safe_dump({**PTQ, "method": "brecq", "bits": [4, 4], "protocol": protocol, "output": "q.safetensors"})
+    )
+    assert go(tmp_path, VERBS["train"]) == 0
+    yield tmp_path
+    sys.modules.pop("mynet", None)
+
+
+def act(folder: Path, words, said: Path) -> None:
+    os.chdir(folder)
+    os.environ["HQ_OUT"] = str(folder / "out")
+    torch._dynamo.config.disable = True  # compiling is no part of what is killed here, and takes most of the time
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    said.write_text(f"{done.output}{done.exception or ''}")
+    os._exit(done.exit_code)
+
+
+def go(folder, words, *, kill_after=None, said=None):
+    """Exit code of the verb in a process of its own; negative where it was killed."""
+    process = FORK.Process(target=act, args=(folder, words, said or folder / "said"))
+    process.start()
+    process.join(kill_after)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    return process.exitcode
+
+
+def fresh(place, name):
+    folder = place / name
+    folder.mkdir()
+    for file in (
+        "mynet.py",
+        "float.yaml",
+        "brecq.yaml",
+        *(["net.safetensors"] if not name.startswith("train") else []),
+    ):
+        (folder / file).write_bytes((place / file).read_bytes())
+    return folder
+
+
+def left(folder):
+    """What a verb made: hashes of networks' tensors and the rows without their times."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        assert not file.name.endswith(".tmp"), file
+        if file.suffix == ".safetensors":
+            content = file.read_bytes()
+            start = 8 + int.from_bytes(content[:8], "little")
+            found[file.name] = hashlib.sha256(content[start:]).hexdigest()
+        if file.suffix == ".csv" and file.parent.name == "smoke":
+            found[file.name] = store.read_file(file).drop(columns=["seconds"]).to_csv()
+    return found
+
+
+def kills(verb, place, n):
+    """``n`` times: killed at a random moment, begun again. How many were hit before they ended."""
+    whole = fresh(place, f"{verb}_whole")
+    started = time.monotonic()
+    assert go(whole, VERBS[verb]) == 0, (whole / "said").read_text()
+    lasted, hit, want, draw = time.monotonic() - started, 0, left(whole), random.Random(verb)
+    assert want
+    for i in range(n):
+        folder = fresh(place, f"{verb}_{i}")
+        hit += go(folder, VERBS[verb], kill_after=draw.uniform(0, 1.05 * lasted)) != 0
+        assert go(folder, VERBS[verb]) == 0, (folder / "said").read_text()
+        assert left(folder) == want, f"kill {i} of {verb}"
+    return hit
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_killed_verb_begun_again_ends_with_the_same_bits(place, verb):
+    kills(verb, place, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("verb", VERBS)
+def test_many_kills(place, verb):
+    hit = kills(verb, place, N_KILLS)
+    print(f"{verb}: {hit} of {N_KILLS} killed before their end")
+    assert hit > N_KILLS / 2
+
+
+def row(i: int) -> Row:
+    return Row(
+        experiment="x", model="m", dataset="d", method="pact", w_bits=4, a_bits=4, n_calib=0, seed=i,
+        metric="acc_pct", value=1.0, unit="%",
+    )  # fmt: skip
+
+
+def add_rows(first: int) -> None:
+    for i in range(first, first + 20):
+        store.append("both", [row(i)], profile="smoke")
+
+
+def test_two_writers_of_one_file_lose_no_row(out_dir):
+    writers = [FORK.Process(target=add_rows, args=(first,)) for first in (0, 100)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(store.read("both", profile="smoke")["seed"]) == [*range(20), *range(100, 120)]
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (needs root)")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_earlier_rows_stay(full, monkeypatch):
+    monkeypatch.setenv("HQ_OUT", str(full))
+    store.append("rows", [row(0)], profile="smoke")
+    before = store.path_of("rows", profile="smoke").read_bytes()
+    (full / "rest").write_bytes(b"x" * (40 * 1024))
+    with pytest.raises(store.ResultsError, match=r"rows\.csv.*No space left"):
+        store.append("rows", [row(i) for i in range(1, 400)], profile="smoke")
+    assert store.path_of("rows", profile="smoke").read_bytes() == before
+    assert not list(full.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("verb", ["train", "quantize"])
+def test_a_verb_on_a_full_disk_names_the_file_and_leaves_no_half(place, full, verb):
+    for file in ("mynet.py", "float.yaml", "brecq.yaml", "net.safetensors"):
+        (full / file).write_bytes((place / file).read_bytes())
+    (full / "rest").write_bytes(b"x" * (os.statvfs(full).f_bavail - 1) * 4096)
+    said = place / "said_full"
+    words = (*VERBS[verb], "--output", "new.safetensors")
+    assert go(full, words, said=said) == 1, said.read_text()
+    assert "No space left" in said.read_text()
+    assert str(full) in said.read_text() or "new" in said.read_text()
+    assert not (full / "new.safetensors").exists()
+    assert not list(full.rglob("*.tmp"))
+
+
+def test_a_read_only_folder_is_named(place, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (closed / "q.safetensors").mkdir()  # what root cannot write either: a folder where the file would be
+    folder = fresh(place, "quantize_closed")
+    assert go(folder, (*VERBS["quantize"], "--output", str(closed / "q.safetensors"))) == 1
+    assert "q.safetensors" in (folder / "said").read_text()
