@@ -129,6 +129,28 @@ def test_it_runs(path, smoke_out):
     assert not [text for text in warned if "Warning" in "".join(text)]
 
 
+SUBSETS = {
+    "03_dsq_pact_qat": {"methods": ["lsq"], "bits": [[2, 2]]},
+    "04_aciq_qdrop_ptq": {"nets": ["resnet18"], "recipes": ["minmax"]},  # no such weights here
+    "05_calibration_selection": {"choices": ["random"], "imagenet_nets": []},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SUBSETS))
+@pytest.mark.filterwarnings("default")
+def test_a_subset_runs_to_the_end_and_what_it_leaves_out_is_not_run(name, tmp_path, monkeypatch):
+    """On fresh outputs; a figure or table without a row is n/r and is not written."""
+    monkeypatch.setenv("HQ_OUT", str(tmp_path))
+    path, executed = paths.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "executed.ipynb"
+    chosen = {"profile": "smoke", **SUBSETS[name]}
+    papermill.execute_notebook(path, executed, parameters=chosen, progress_bar=False, cwd=path.parent)
+    printed = "".join("".join(o.get("text", "")) for c in cells(executed, "code") for o in c["outputs"])
+    for output in re.findall(r"(\w+): n/r in profile smoke", printed):
+        assert not list((tmp_path / "figures" / "smoke").glob(f"{output}.*"))
+    assert "n/r in profile smoke" in printed or name == "05_calibration_selection"
+
+
 @pytest.mark.filterwarnings("default")
 def test_an_unknown_parameter_is_named(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"unknown parameter 'seed'.*did you mean 'seeds'"):

@@ -14,7 +14,7 @@ from hq_lib.studies.bench import Bench
 from hq_lib.studies.hybrid import cells as hybrid_cells
 from hq_lib.studies.hybrid import study, tables
 from hq_lib.studies.hybrid.cells import Cell
-from hq_lib.studies.hybrid.figures import fig_hybrid_bits, fig_layer_sensitivity, fig_pareto
+from hq_lib.studies.hybrid.figures import fig_assignment, fig_hybrid_bits, fig_layer_sensitivity, fig_pareto
 from hq_lib.studies.study import Run, StudyError
 from hq_lib.training import predict
 
@@ -232,6 +232,14 @@ def test_nets_below_the_window_stand_on_its_foot_with_their_accuracy():
     assert "40" in [t.get_text() for t in size.texts]
     assert size.get_ylim()[0] > 78
     assert additivity.get_xscale() == "log"
+
+
+def test_an_assignment_is_drawn_weight_by_weight():
+    ax = fig_assignment({"weight conv1": 8, "weight layer1.0.conv1": 3}).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [8, 3]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["conv1", "layer1.0.conv1"]
+    known = pd.DataFrame({"tensor": ["weight b", "weight b", "act a"], "bits": [2, 4, 2], "kl": [0.5, 0.1, 0.2]})
+    assert tables.losses(known) == {"weight b": {2: 0.5, 4: 0.1}, "act a": {2: 0.2}}
 
 
 def test_figures_name_what_is_missing():

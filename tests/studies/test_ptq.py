@@ -14,7 +14,7 @@ from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, aciq
 from hq_lib.results import store
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.ptq import recipes, study, tables
-from hq_lib.studies.ptq.figures import fig_aciq_mse, fig_error_accumulation
+from hq_lib.studies.ptq.figures import fig_aciq_mse, fig_clip, fig_error_accumulation
 from hq_lib.studies.ptq.recipes import CHOSEN, RECIPES
 from hq_lib.studies.study import StudyError, profile_rows
 
@@ -217,6 +217,14 @@ def test_the_exact_prediction_is_the_measured_error_of_its_own_prior(bits, relu)
     power = 1.0 if relu else 2.0
     clip = aciq.clip_ratio(bits, "laplace", relu=relu)
     assert found["mse_model"] * power == pytest.approx(aciq.noise_mse(clip, bits, "laplace", relu=relu), rel=0.03)
+
+
+def test_the_clip_by_hand_marks_the_published_ratio_and_as_many_levels_as_there_are():
+    density, cost = fig_clip(alpha=5.0, bits=4).axes
+    assert cost.get_title(loc="left") == "least at 5.03 b"  # ACIQ, Laplace, 4 bits
+    (levels,) = [c for c in density.collections if len(c.get_paths()) == 16]
+    places = [path.vertices[0, 0] for path in levels.get_paths()]
+    assert max(places) == -min(places) == 5.0 - 5.0 / 16
 
 
 def test_figures_draw_what_they_are_given():

@@ -1,5 +1,7 @@
 """Figures of notebook 06, bits per tensor."""
 
+from collections.abc import Mapping
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -51,6 +53,23 @@ def fig_hybrid_bits(cells: pd.DataFrame, *, boundary: int) -> Figure:
         heat_map(ax, table, unit=unit)
         ax.set(title=title, xlabel="activation bits", ylabel="weight bits")
         _draw_boundary(ax, table, boundary)
+    return figure
+
+
+@styled
+def fig_assignment(bits: Mapping[str, int]) -> Figure:
+    """The bits of each weight, in the network's order; the dashed line is their plain mean.
+
+    Args:
+        bits: by tensor, as in ``Assignment.bits``.
+    """
+    figure, axes = new_figure(height=2.9)
+    ax, color = axes[0, 0], look("qdrop").color
+    ax.bar(range(len(bits)), list(bits.values()), color=color, width=0.75)
+    ax.axhline(np.mean(list(bits.values())), color="0.4", linestyle="--", linewidth=1)
+    ax.set_xticks(range(len(bits)), [name.removeprefix("weight ") for name in bits], rotation=90, size=7)
+    ax.set(ylabel="bits", ylim=(0, 8.4))
+    ax.grid(False, axis="x")
     return figure
 
 

@@ -36,7 +36,7 @@ from hq_lib.ptq.bits import (
 )
 from hq_lib.studies.bench import Bench, net_switch, open_bench
 from hq_lib.studies.hybrid.cells import CONFIG, FIRST_LAST_BITS, QAT, RANGES, Cell, cells, finished, train
-from hq_lib.studies.hybrid.tables import sensitivities
+from hq_lib.studies.hybrid.tables import losses, sensitivities
 from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, profile_rows
 from hq_lib.training import evaluate, predict
 
@@ -374,8 +374,8 @@ def _losses(run: Run[Plan]) -> dict[str, dict[int, float]]:
         raise StudyError(
             f"{len(missing)} tensors have no sensitivities: hq study {SENSITIVITY} --profile {run.profile}"
         )
-    by_key = known.set_index(["tensor", "bits"])["kl"]
-    return {tensor: by_key.loc[tensor].to_dict() for tensor in tensors()}
+    found = losses(known)
+    return {tensor: found[tensor] for tensor in tensors()}
 
 
 @cache

@@ -69,6 +69,12 @@ def sensitivities(rows: pd.DataFrame) -> pd.DataFrame:
     return wide.assign(kind=kinds, name=names).rename_axis(columns=None)
 
 
+def losses(known: pd.DataFrame) -> dict[str, dict[int, float]]:
+    """What the searches work on: KL, nat, by tensor (in the order of ``sensitivities``' lines) and bits."""
+    groups = known.groupby("tensor", sort=False)
+    return {str(tensor): dict(zip(mine["bits"], mine["kl"], strict=True)) for tensor, mine in groups}
+
+
 def most_sensitive(known: pd.DataFrame) -> pd.DataFrame:
     """At the boundary's bits, by kind: the most and the least sensitive tensor, and by what factor they differ."""
     found = []

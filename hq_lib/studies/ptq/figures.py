@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from hq_lib.quantizers import aciq
 from hq_lib.results import labels
 from hq_lib.results.figures.marks import band_line, label_ends
 from hq_lib.results.figures.methods import Look, look
@@ -16,6 +17,38 @@ PREDICTIONS = {"mse_model": "noise model (paper)", "mse_exact": "exact, on the r
 TENSORS = {"activation": "activations", "weight": "weights"}
 # Bits have no colours of their own: from dark (few) to light (many), with the markers of that place.
 BIT_LOOKS = ("dsq", "pact", "lsq", "dorefa", "ste")
+
+
+@styled
+def fig_clip(alpha: float = 5.0, bits: int = 4) -> Figure:
+    """A Laplace variable of spread b = 1 on a grid clipped at ``alpha``: its levels, and the error that a clip costs.
+
+    Left the density with the levels of the noise model (``bits`` of them, 2 alpha / 2^bits apart); right the clipping
+    and the rounding error against the clip, their sum, and where ``alpha`` stands on it.
+
+    Args:
+        alpha: clip, in units of b, > 0.
+        bits:  of the grid.
+    """
+    figure, axes = new_figure(1, 2, width=7.0, height=3.0)
+    density, cost = axes[0]
+    x, step = np.linspace(-12, 12, 481), 2 * alpha / 2**bits
+    density.fill_between(x, np.exp(-np.abs(x)) / 2, color="0.85")
+    density.vlines(step * (np.arange(2**bits) - (2**bits - 1) / 2), 0, 0.1, color=look("lsq").color, linewidth=0.8)
+    density.axvline(-alpha, color="0.3", linestyle="--")
+    density.axvline(alpha, color="0.3", linestyle="--")
+    density.set(xlabel="x / b", ylabel="density", title=f"{2**bits} levels, {step:.2f} b apart")
+    clips = np.linspace(0.5, 12, 116)
+    parts = {"clipping": 2 * np.exp(-clips), "rounding": clips**2 / (3 * 4.0**bits)}
+    parts["sum"] = np.array([aciq.noise_mse(clip, bits, "laplace") for clip in clips])
+    for (name, values), color in zip(parts.items(), ("0.6", "0.4", look("qdrop").color), strict=True):
+        cost.plot(clips, values, color=color, linewidth=2 if name == "sum" else 1, label=name)
+    cost.plot(alpha, aciq.noise_mse(alpha, bits, "laplace"), marker="o", color="0.2")
+    best = aciq.clip_ratio(bits, "laplace")
+    cost.axvline(best, color="0.6", linestyle=":", linewidth=1)
+    cost.set(xlabel="clip alpha / b", ylabel="squared error / b²", yscale="log", title=f"least at {best:.2f} b")
+    cost.legend(loc="lower right")
+    return figure
 
 
 @styled
