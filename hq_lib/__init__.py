@@ -22,6 +22,7 @@ Glossary (one word per concept, everywhere):
     alpha           PACT's learned clip; DSQ's characteristic is ``dsq_alpha``
     n_calib         number of calibration images
     acc_pct         top-1 accuracy, percent
+    seed            random seed; seed 000 to seed 003 are the four repositories that this one grew from
     profile         smoke (seconds, CI), quick (minutes, two cores), full (the published protocol)
 """
 

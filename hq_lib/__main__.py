@@ -52,7 +52,9 @@ def train(
         config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, output=output
     )  # fmt: skip
     file, acc_pct = steps.trained(run)
-    _wrote(file, acc_pct, f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}")
+    own = f" --net {run.net}" if run.net else ""
+    following = f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}"
+    _wrote(file, acc_pct, following + own)
 
 
 @app.command()
@@ -86,7 +88,8 @@ def quantize(
         config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, n_test=n_test, output=output
     )  # fmt: skip
     file, acc_pct = steps.quantized(run)
-    _wrote(file, acc_pct, f"hq test {file} --integer; hq export {file} --to c")
+    own = f" --net {run.net}" if run.net else ""
+    _wrote(file, acc_pct, f"hq test {file} --integer{own}; hq export {file} --to c{own}")
 
 
 @app.command("test")
@@ -119,7 +122,8 @@ def export(
     """
     run, steps = _run(config, set_, net=net, output=output)
     made = steps.exported(run, file, to)
-    _wrote(made, None, "its manifest.json says what each file is" if to == "fpga" else f"hq test {made}")
+    following = {"fpga": "its manifest.json says what each file is", "board": f"make -C {made} run"}
+    _wrote(made, None, following.get(to, f"hq test {made}"))
 
 
 @app.command()

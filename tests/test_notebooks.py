@@ -192,5 +192,5 @@ def test_dependencies_follow_imports():
     assert "hq_lib/share.py" not in found
     assert dependencies.of_source("%magic") == []
     face = dependencies.of_source("import hq_lib as hq\nhq.fit(net)\nhq.crossbar.Adc(8)")
-    assert {"hq_lib/training/loop.py", "hq_lib/crossbar/adc.py"} <= set(face)
+    assert {"hq_lib/training/loop.py", "hq_lib/crossbar/circuit.py"} <= set(face)
     assert "hq_lib/deploy/__init__.py" not in dependencies.of_source("import hq_lib as hq\nhq.fit(net)")
