@@ -33,6 +33,7 @@ from hq_lib.crossbar.devices import (
     Polynomial,
     Proportional,
     ReadNoise,
+    Verify,
     proportional,
     state_independent,
 )
@@ -52,7 +53,7 @@ __all__ = [
     "Correction", "Cost", "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "EngineNetwork",
     "FakeDriver", "Faults", "FlickerRead", "Handle", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping",
     "Measured", "Operand", "Patches", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine",
-    "Reference", "ReplayEngine", "Rows", "SimEngine", "Stencil", "TcpDriver", "Trace", "TraceError", "Wires",
+    "Reference", "ReplayEngine", "Rows", "SimEngine", "Stencil", "TcpDriver", "Trace", "TraceError", "Verify", "Wires",
     "compensate_drift", "count", "device", "effective_conductance", "fit_report", "load_calibration", "measured_device",
     "proportional", "residuals", "save_calibration", "state_independent", "take_reference",
 ]  # fmt: skip

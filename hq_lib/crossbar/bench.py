@@ -85,7 +85,8 @@ class Outcome:
     logits: np.ndarray
     """float32 (n_test, n_classes)."""
     summary: dict[str, Any]
-    """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows recorded, layers, engine."""
+    """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows recorded, layers, engine;
+    of a bench tiles_needed, n_tiles, n_writes and write_s (seconds)."""
     layers: pd.DataFrame
     """One row per matrix: layer, kind, n_rows, rmse_before_lsb, rmse_after_lsb on the calibration rows."""
 
@@ -109,9 +110,11 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
                  for name, each in (("acc_pct", logits), ("exact_acc_pct", exact))}  # fmt: skip
         error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
         trace = engine.trace() if isinstance(engine, RecordEngine) else load_parts(plan.folder)
+        inner = getattr(engine, "inner", None)
+        written = inner.programming() if isinstance(inner, HardwareEngine) else {}
         summary = {
             **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": trace.n_rows,
-            "layers": list(network.layers), "engine": engine.describe(),
+            **written, "layers": list(network.layers), "engine": engine.describe(),
         }  # fmt: skip
         fits = {group.name: engine.correction(group) for engine, group in network.groups()}
         lines = [(name, c.kind, c.n_rows, c.rmse_before, c.rmse_after) for name, c in fits.items()]

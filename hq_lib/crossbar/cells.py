@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from hq_lib.crossbar.checks import CrossbarError
-from hq_lib.crossbar.devices import Device
+from hq_lib.crossbar.devices import Device, Verify
 from hq_lib.crossbar.mapping import OK, STUCK_HIGH, Faults, Plan, partner_levels, row_order
 from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.wires import WireCache
@@ -41,9 +41,21 @@ class Cells:
     """Layer name; with ``seed`` the key of the random streams."""
     seed: int
     """Seed of the random streams."""
+    n_pulses: int
+    """Programming pulses of all cells."""
 
     @classmethod
-    def program(cls, plan: Plan, device: Device, faults: Faults, *, name: str, seed: int, remap: str = "none") -> Cells:
+    def program(
+        cls,
+        plan: Plan,
+        device: Device,
+        faults: Faults,
+        *,
+        name: str,
+        seed: int,
+        remap: str = "none",
+        verify: Verify | None = None,
+    ) -> Cells:
         """Cells programmed with the random streams of (``seed``, ``name``); remapped around their faults if asked."""
         shape = (int(plan.levels.shape[0]), int(plan.levels.shape[1]), int(plan.levels.shape[2]))
         codes = faults.codes(name, shape, stream(seed, name, "faults"))
@@ -53,10 +65,17 @@ class Cells:
         placed = plan.rows(order)
         levels = partner_levels(placed, codes) if remap in ("partner", "both") else placed.levels
         target = device.g_min_uS + levels / plan.span[None, :, None] * device.window_uS
-        xi = _normals(device, plan, shape, stream(seed, name, "program"))
+        pulses = stream(seed, name, "program")
+        xi, n_pulses = _normals(device, plan, shape, pulses), target.numel()
+        near = verify.tolerance * device.window_uS if verify else 0.0
+        for _ in range(verify.max_pulses - 1 if verify else 0):
+            off = (device.program(target, xi) - target).abs() > near
+            if not bool(off.any()):
+                break
+            xi, n_pulses = torch.where(off, _normals(device, plan, shape, pulses), xi), n_pulses + int(off.sum())
         g0 = device.program(target, xi)
         nu = device.exponents(target, stream(seed, name, "drift"))
-        return cls(plan, device, target, g0, xi, nu, codes, order, name, seed)
+        return cls(plan, device, target, g0, xi, nu, codes, order, name, seed, n_pulses)
 
     def conductance(self, t_s: float, celsius: float = 25.0) -> Tensor:
         """float64 (K, C, P), uS, physical order, as read at ``t_s`` seconds: drifted, stuck cells where they are stuck,

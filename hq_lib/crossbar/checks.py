@@ -103,11 +103,18 @@ def check_range(values: Tensor, low: int, high: int, what: str) -> None:
         raise CrossbarError(f"{what} spans {least}..{most}, outside the declared {low}..{high}; declare more bits")
 
 
+OPTION = {"option": True}
+"""Metadata of a dataclass field whose default changes nothing: descriptions leave it out while it has that, so that
+rows and records older than the option keep their identity."""
+
+
 def flatten(prefix: str, value: Any) -> dict[str, Any]:
     """{"prefix.field": plain value, ...} of a (nested) dataclass; classes are named, arrays are hashed."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found: dict[str, Any] = {prefix: type(value).__name__}
         for field in dataclasses.fields(value):
+            if field.metadata.get("option") and getattr(value, field.name) == field.default:
+                continue
             found |= flatten(f"{prefix}.{field.name}", getattr(value, field.name))
         return found
     if isinstance(value, Mapping):

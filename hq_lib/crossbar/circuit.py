@@ -7,13 +7,14 @@ A converter loses nothing only if its step is a whole number of unit currents an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from hq_lib.crossbar.checks import (
+    OPTION,
     CrossbarError,
     check_bit_width,
     check_choice,
@@ -21,7 +22,7 @@ from hq_lib.crossbar.checks import (
     check_kind,
     check_positive,
 )
-from hq_lib.crossbar.devices import Device
+from hq_lib.crossbar.devices import Device, Verify
 from hq_lib.crossbar.mapping import CHOICES as REMAPS
 from hq_lib.crossbar.mapping import Faults, Mapping
 from hq_lib.crossbar.operands import Drive
@@ -45,6 +46,10 @@ class Adc:
     """Spread of converter gain about 1, fraction in [0, 1), one draw per tile and column."""
     offset_sigma_lsb: float = 0.0
     """Spread of converter offset, codes (LSB), >= 0, one draw per tile and column."""
+    halvings: int = field(default=0, metadata=OPTION)
+    """Times that a row of inputs is read again at half the drive while any converter of an array saturates, 0..16, its
+    codes doubled digitally: aihwkit's bound management. Read noise is that of the last reading; offsets count as the
+    column's own. With ``Drive("analog")`` only."""
     inl_lsb: float = 0.0
     """Peak integral nonlinearity, codes, >= 0: an S-shaped bend, zero at both ends and in the middle of the range."""
 
@@ -54,6 +59,8 @@ class Adc:
         check_fraction(self.gain_sigma, "gain_sigma")
         check_positive(self.offset_sigma_lsb, "offset_sigma_lsb", zero=True)
         check_positive(self.inl_lsb, "inl_lsb", zero=True)
+        if not 0 <= self.halvings <= 16:
+            raise CrossbarError(f"Adc.halvings = {self.halvings} must be 0..16")
         if self.coverage is not None and not 0 < self.coverage <= 1:
             raise CrossbarError(f"coverage = {self.coverage} must be a fraction in (0, 1], e.g. 0.9999")
 
@@ -113,6 +120,15 @@ class Adc:
     def convert_(self, scaled: Tensor, signed: bool) -> int:
         """How many entries saturated; turns ``scaled`` = I / step into codes in place."""
         low, high = self.codes(signed)
+        if self.halvings:
+            most = torch.maximum(
+                scaled.amax(1) / (high + 0.5), scaled.amin(1) / (low - 0.5) if low else scaled.new_zeros(1)
+            )
+            factor = torch.exp2(torch.log2(most.clamp_min(1.0)).ceil_().clamp_max_(self.halvings))[:, None]
+            scaled /= factor
+            n_saturated = replace(self, halvings=0).convert_(scaled, signed)
+            scaled *= factor
+            return n_saturated
         if self.inl_lsb:
             u = (scaled - (low + high) / 2) * (2 / (high - low))
             scaled += self.inl_lsb * (3 * math.sqrt(3) / 2) * u * (1 - u * u).clamp_min_(0)
@@ -143,6 +159,8 @@ class Circuit:
     """Converters; None: currents are read ideally."""
     wires: Wires | None = None
     """Wire resistances; None: none."""
+    verify: Verify | None = field(default=None, metadata=OPTION)
+    """Programming in pulses with a reading after each; None: one pulse."""
     faults: Faults = field(default_factory=Faults)
     """Stuck cells."""
     remap: str = "none"
@@ -161,9 +179,11 @@ class Circuit:
     def __post_init__(self) -> None:
         for name, kind in (("device", Device), ("mapping", Mapping), ("drive", Drive), ("faults", Faults)):
             check_kind(getattr(self, name), kind, f"Circuit.{name}")
-        for name, kind in (("adc", Adc), ("wires", Wires)):
+        for name, kind in (("adc", Adc), ("wires", Wires), ("verify", Verify)):
             if getattr(self, name) is not None:
                 check_kind(getattr(self, name), kind, f"Circuit.{name}")
+        if self.adc is not None and self.adc.halvings and self.drive.mode == "serial":
+            raise CrossbarError("Adc.halvings halves analog inputs: single bits have no half; use Drive('analog')")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
             raise CrossbarError(f"Circuit.seed = {self.seed!r} must be a whole number")
         check_choice(self.remap, REMAPS, "remap")
@@ -172,4 +192,4 @@ class Circuit:
 
     def signed(self, x_signed: bool) -> bool:
         """Whether converters see currents of both signs."""
-        return self.mapping.subtract == "analog" or (x_signed and self.drive.mode == "analog")
+        return self.mapping.subtract == "analog" or (x_signed and self.drive.at_once)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_choice, check_fraction, check_positive
+from hq_lib.crossbar.checks import OPTION, CrossbarError, check_choice, check_fraction, check_positive
 
 
 class Curve(ABC):
@@ -207,13 +207,13 @@ class Device:
     """Read noise; None: reads are noiseless."""
     clip_at_zero: bool = True
     """True: a negative draw becomes 0 uS (physical; shifts the mean of cells near 0). False: the bare Gaussian."""
-    column_correlation: float = 0.0
+    column_correlation: float = field(default=0.0, metadata=OPTION)
     """Correlation of the programming errors (in their sigmas) of any two cells of one column of an array, [0, 1)."""
-    row_correlation: float = 0.0
+    row_correlation: float = field(default=0.0, metadata=OPTION)
     """The same of one row. The sum of both must be below 1."""
-    temperature_per_K: float = 0.0
+    temperature_per_K: float = field(default=0.0, metadata=OPTION)
     """Relative change of every conductance per kelvin above 25 C: G (1 + temperature_per_K (T - 25))."""
-    iv_cubic: float = 0.0
+    iv_cubic: float = field(default=0.0, metadata=OPTION)
     """a of I = G V (1 + a (V / V_max)^2) / (1 + a), > -1/3 (monotone): full drive gives the ohmic current. With one-bit
     inputs nothing changes; with pulse widths for inputs leave it 0."""
 
@@ -295,6 +295,21 @@ class Device:
             return g_uS
         noisy = g_uS + std * torch.randn(g_uS.shape, generator=generator, dtype=g_uS.dtype)
         return noisy.clamp_min_(0.0) if self.clip_at_zero else noisy
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Write-verify: cells are read after programming, and those too far from their target are programmed again."""
+
+    tolerance: float
+    """What is near enough, a fraction of the window G_max - G_min, in (0, 1)."""
+    max_pulses: int = 10
+    """Times that a cell is programmed at most, >= 1; the last state stays, wherever it is."""
+
+    def __post_init__(self) -> None:
+        check_positive(check_fraction(self.tolerance, "Verify.tolerance"), "Verify.tolerance")
+        if not 1 <= self.max_pulses <= 10_000:
+            raise CrossbarError(f"Verify.max_pulses = {self.max_pulses} must be 1..10000")
 
 
 def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:

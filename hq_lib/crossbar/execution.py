@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hq_lib.crossbar.circuit import Adc
 from hq_lib.crossbar.native import GridTile, NativeReader, Normals, library
-from hq_lib.crossbar.operands import Operand, Step
+from hq_lib.crossbar.operands import Operand, Rows, Step
 
 _FLOAT64_BITS = 52  # of a sum; what inputs and their number leave is kept per entry
 _LEAST_GRID_BITS = 20
@@ -127,6 +127,10 @@ class Reader:
     """What a row is driven with for digits of a step."""
     grid: tuple[GridTile, ...] | None = None
     """The same tiles with cells on whole numbers, where that is how they are read."""
+    power: Callable[[Tensor], Tensor] | None = None
+    """What multiplies read variances for integer inputs; None: the squares of what is driven."""
+    gain: Callable[[Operand], Tensor | None] = lambda x: None
+    """Powers of two by which rows of inputs are driven, see `Drive.gain`."""
 
     @property
     def n_conversions(self) -> int:
@@ -167,17 +171,26 @@ class Reader:
     def _totals(self, x: Operand, noise: Callable[[int, int], Normals]) -> tuple[Tensor, int]:
         """(codes (rows, Q N) summed over steps and tiles, number of saturated conversions), by torch."""
         dtype, n_saturated = self.tiles[0].matrix.dtype, 0
+        if (gain := self.gain(x)) is not None:
+            gain = gain.to(dtype)
+            x = Rows(x.rows().to(dtype) * gain)
         total = torch.zeros(x.n_rows, self.coefficient.numel(), dtype=self._sum_dtype(dtype))
         for b, step in enumerate(self.steps):
             driven = x.map(lambda v, step=step: self.drive(step.digits(v).to(dtype)))
-            power = cache(lambda d=driven, step=step: d if step.mask == 1 else d.map(torch.square))
+            power = cache(lambda d=driven, step=step: self._power(x, d, step))
             for t, tile in enumerate(self.tiles):
                 codes = self._grid_codes(x, step, t) if self.grid else tile.currents(driven)
                 tile.add_noise_(codes, power, lambda b=b, t=t: noise(b, t))
                 if self.adc is not None:
                     n_saturated += self.adc.convert_(codes, self.signed)
-                total.add_(codes, alpha=step.factor)
+                total.add_(codes if gain is None else codes / gain, alpha=step.factor)
         return total, n_saturated
+
+    def _power(self, x: Operand, driven: Operand, step: Step) -> Operand:
+        """The squares by which read variances are multiplied, for inputs ``x`` that drive ``driven``."""
+        if self.power is not None:
+            return x.map(lambda v: self.power(v).to(self.tiles[0].matrix.dtype))  # type: ignore[misc]
+        return driven if step.mask == 1 else driven.map(torch.square)
 
     def _grid_codes(self, x: Operand, step: Step, t: int) -> Tensor:
         """float32 (rows, Q N): what the library computes of tile ``t`` before noise, in its order of operations."""

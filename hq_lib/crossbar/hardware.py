@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hq_lib.crossbar.checks import BenchError, CrossbarError, check_positive, flatten
 from hq_lib.crossbar.engine import Engine, Handle
-from hq_lib.crossbar.mapping import Mapping, Plan
+from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW, Mapping, Plan
 from hq_lib.crossbar.operands import Drive, Operand
 
 
@@ -123,6 +123,7 @@ class FakeDriver:
         gain, offset: of every column, dimensionless and counts.
         noise: standard deviation of every count, counts.
         failures: what happens to the next reads, one word each: "ok", "timeout", "drop", "nan" or "shape".
+        stuck: {tile: uint8 (rows, columns) of the codes of `Faults`}; what these cells are written with is lost.
         seed: of the noise.
     """
 
@@ -134,10 +135,11 @@ class FakeDriver:
         offset: float = 0.0,
         noise: float = 0.0,
         failures: Iterable[str] = (),
+        stuck: Stuck | None = None,
         seed: int = 0,
     ) -> None:
         self._limits, self.gain, self.offset, self.noise = limits, gain, offset, noise
-        self.failures, self.n_reads = list(failures), 0
+        self.failures, self.n_reads, self.stuck = list(failures), 0, stuck or {}
         self._levels: dict[int, np.ndarray] = {}
         self._random = np.random.default_rng(seed)
 
@@ -146,7 +148,9 @@ class FakeDriver:
 
     def write(self, tile: int, levels: np.ndarray) -> None:
         refuse_levels(self._limits, tile, levels)
-        self._levels[tile] = levels.astype(np.int64)
+        codes = self.stuck.get(tile, np.zeros(levels.shape, np.uint8))[: levels.shape[0], : levels.shape[1]]
+        high = np.where(codes == STUCK_HIGH, self._limits.level_max, levels.astype(np.int64))
+        self._levels[tile] = np.where(codes == STUCK_LOW, 0, high)
 
     def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
         self.n_reads += 1
@@ -174,6 +178,7 @@ class FakeDriver:
 
 
 Answer = TypeVar("Answer")
+Stuck = dict[int, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -203,23 +208,36 @@ class Patience:
         raise BenchError(f"{what} failed {self.attempts} times; last: {type(last).__name__}: {last}") from last
 
 
+@dataclass(eq=False)
+class _Block:
+    """The part of a layer that fills one tile."""
+
+    layer: str
+    rows: slice
+    """Of the weight matrix."""
+    columns: slice
+    """Flattened."""
+    levels: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class _Placed:
-    """Where one layer sits on the bench."""
+    """One layer as the bench holds it."""
 
     plan: Plan
     steps: Tensor
     """float64 (C,), cell levels per weight step."""
-    tiles: list[tuple[int, slice, slice]]
-    """(tile, rows of the weight matrix, flattened columns)."""
+    blocks: list[_Block]
 
 
 class HardwareEngine(Engine):
-    """Multiplication on a bench.
+    """Multiplication on a bench. What does not fit on its tiles at once is written tile by tile, in order, when it is
+    read: `programming` says how often and how long.
 
     Args:
         driver: the bench.
-        mapping: pair or offset with ``subtract="digital"``; its tiles must fit on the bench.
+        mapping: pair or offset with ``subtract="digital"``; its tiles must fit on the bench. None: pairs on whole
+            tiles, and layers whose weights take more levels than a cell has in slices of as many bits as it holds.
         drive: its largest digit must not exceed the bench's largest code.
         patience: what to do when the bench fails.
     """
@@ -238,16 +256,21 @@ class HardwareEngine(Engine):
         self.mapping = mapping or Mapping(
             subtract="digital", tile_rows=self.limits.rows, tile_cols=max(self.limits.columns, 2)
         )
-        self.drive = drive or Drive("serial")
+        self.drive, self._sliced = drive or Drive("serial"), mapping is None
         if self.mapping.subtract != "digital":
             raise CrossbarError("a bench is read column by column: use Mapping(subtract='digital')")
+        if self.drive.accumulate:
+            raise CrossbarError("a bench converts every step of its inputs: use Drive('serial', accumulate=False)")
         if self.mapping.tile_rows > self.limits.rows or self.mapping.tile_cols > self.limits.columns:
             raise CrossbarError(
                 f"a tile of {self.mapping.tile_rows} x {self.mapping.tile_cols} is larger than the bench's "
                 f"{self.limits.rows} x {self.limits.columns}; lower Mapping.tile_rows or tile_cols"
             )
         self._placed: dict[str, _Placed] = {}
-        self._n_used = 0
+        self._tile_of: dict[int, int] = {}
+        self._held: list[_Block | None] = [None] * self.limits.n_tiles
+        self._next = self._n_writes = 0
+        self._write_s = 0.0
 
     @property
     def time_s(self) -> float:
@@ -263,6 +286,37 @@ class HardwareEngine(Engine):
             | {f"env.{k}": v for k, v in environment.items()}
         )
 
+    def programming(self) -> dict[str, float]:
+        """What loading has cost: tiles_needed by all layers, n_tiles of the bench, n_writes so far, write_s seconds."""
+        needed = sum(len(placed.blocks) for placed in self._placed.values())
+        counts = {"tiles_needed": needed, "n_tiles": self.limits.n_tiles, "n_writes": self._n_writes}
+        return {**counts, "write_s": self._write_s}
+
+    def fault_map(self, handle: Handle) -> np.ndarray:
+        """uint8 (K, C, P): the cells under ``handle`` that stay low or high whatever is written, for `Faults`.
+
+        Each tile is written with nothing and with full cells and read row by row; its levels are written again.
+
+        Errors: a layer that shares tiles with others, since its weights have no cells of their own.
+        """
+        placed = self._placed[handle.name]
+        if not self._fits():
+            raise CrossbarError(
+                f"{handle.name} has no tiles of its own: the layers loaded need more than the bench has"
+            )
+        found = np.zeros((placed.plan.levels.shape[0], placed.plan.levels[0].numel()), np.uint8)
+        half = self.limits.level_max * self.limits.code_max * self.limits.counts_per_unit / 2
+        for block in placed.blocks:
+            tile, shape = self._tile(block), block.levels.shape
+            for level, code, wrong in ((0, STUCK_HIGH, np.greater), (self.limits.level_max, STUCK_LOW, np.less)):
+                self._write(tile, np.full(shape, level, np.int64))
+                rows = np.array_split(np.eye(shape[0], dtype=np.int64) * self.limits.code_max,
+                                      -(-shape[0] // self.limits.rows_per_read))  # fmt: skip
+                counts = np.concatenate([self._read(tile, part, shape[1]) for part in rows])
+                found[block.rows, block.columns][wrong(counts, half)] = code
+            self._write(tile, block.levels)
+        return found.reshape(placed.plan.levels.shape)
+
     def close(self) -> None:
         self.driver.close()
 
@@ -276,53 +330,66 @@ class HardwareEngine(Engine):
                 f"{self.limits.code_max}; use Drive('serial', step_bits=...)"
             )
         plan = self.mapping.encode(handle.w_int, handle.w_bits)
+        bits = (self.limits.level_max + 1).bit_length() - 1
+        if float(plan.span.max()) > self.limits.level_max and self._sliced:
+            plan = replace(self.mapping, cell_bits=min(bits, 8)).encode(handle.w_int, handle.w_bits)
         if float(plan.span.max()) > self.limits.level_max:
-            bits = (self.limits.level_max + 1).bit_length() - 1
             raise CrossbarError(
                 f"{handle.name}: its weights take levels up to {float(plan.span.max()):.0f}, the bench's cells have "
                 f"{self.limits.level_max}; slice them: Mapping(cell_bits={bits}, subtract='digital', ...)"
             )
         steps = (self.limits.level_max / plan.span).floor()  # levels per weight step: whole, so that weights stay exact
         levels = (plan.levels * steps[:, None]).to(torch.int64).flatten(1).numpy()
-        tiles = [
-            (slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))
+        blocks = [
+            _Block(handle.name, rows, columns, levels[rows, columns])
             for r in range(0, levels.shape[0], self.mapping.tile_rows)
             for c in range(0, levels.shape[1], self.mapping.tile_cols)
+            for rows, columns in [(slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))]
         ]
-        if self._n_used + len(tiles) > self.limits.n_tiles:
-            raise CrossbarError(
-                f"{handle.name} needs {len(tiles)} tiles, {self.limits.n_tiles - self._n_used} of the "
-                f"bench's {self.limits.n_tiles} are free"
-            )
-        placed = [(self._n_used + i, rows, columns) for i, (rows, columns) in enumerate(tiles)]
-        for tile, rows, columns in placed:
-            refuse_levels(self.limits, tile, levels[rows, columns])
-            self._write(tile, levels[rows, columns])
-        self._n_used += len(tiles)
-        self._placed[handle.name] = _Placed(plan, steps, placed)
+        self._placed[handle.name] = _Placed(plan, steps, blocks)
+        for block in blocks:
+            refuse_levels(self.limits, 0, block.levels)
+            if self._fits():
+                self._tile(block)
+
+    def _fits(self) -> bool:
+        """Whether every loaded layer has tiles of its own."""
+        return sum(len(placed.blocks) for placed in self._placed.values()) <= self.limits.n_tiles
+
+    def _tile(self, block: _Block) -> int:
+        """The tile that holds ``block``, written now if none does: the next one in order."""
+        tile = self._tile_of.get(id(block))
+        if tile is not None and self._held[tile] is block:
+            return tile
+        tile, self._next = self._next, (self._next + 1) % self.limits.n_tiles
+        self._held[tile] = None  # until it is written
+        self._write(tile, block.levels)
+        self._held[tile], self._tile_of[id(block)] = block, tile
+        return tile
 
     def _rows_at_once(self, handle: Handle) -> int:
-        return self.limits.rows_per_read
+        return self.limits.rows_per_read if self._fits() else super()._rows_at_once(handle)
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
-        return torch.cat([self._measure_rows(handle, part) for part in x.rows().split(self.limits.rows_per_read)])
-
-    def _measure_rows(self, handle: Handle, rows: Tensor) -> Tensor:
-        """float64 (B, N) for no more integer ``rows`` than the bench takes at once."""
-        placed = self._placed[handle.name]
+        """float64 (B, N): tile by tile, all rows of a tile before the next is written."""
+        placed, rows = self._placed[handle.name], x.rows()
         plan, shape = placed.plan, placed.plan.levels.shape
+        parts = list(rows.split(self.limits.rows_per_read)) if len(rows) else []
         total = torch.zeros(len(rows), shape[1] * shape[2], dtype=torch.float64)
-        for step in self.drive.steps(handle.x_bits, handle.x_signed):
-            codes = step.digits(rows).to(torch.int64).numpy()
-            for tile, part, columns in placed.tiles:
-                width = len(range(*columns.indices(total.shape[1])))
-                total[:, columns] += step.factor * torch.from_numpy(self._read(tile, codes[:, part], width))
+        for block in placed.blocks:
+            tile, width = self._tile(block), block.levels.shape[1]
+            for part, out in zip(parts, total.split(self.limits.rows_per_read), strict=bool(parts)):
+                for step in self.drive.steps(handle.x_bits, handle.x_signed):
+                    codes = step.digits(part).to(torch.int64).numpy()[:, block.rows]
+                    out[:, block.columns] += step.factor * torch.from_numpy(self._read(tile, codes, width))
         units = total.view(-1, shape[1], shape[2]) / (self.limits.counts_per_unit * placed.steps[:, None])
         outputs = plan.combine(units)
         return outputs - rows.sum(1, dtype=torch.int64)[:, None] * plan.offset / plan.gain
 
     def _write(self, tile: int, levels: np.ndarray) -> None:
+        started = time.perf_counter()
         self.patience.insist(lambda: self.driver.write(tile, levels), f"writing tile {tile}")
+        self._n_writes, self._write_s = self._n_writes + 1, self._write_s + time.perf_counter() - started
 
     def _read(self, tile: int, codes: np.ndarray, width: int) -> np.ndarray:
         """float64 (B, width) counts, checked; unusable answers are asked for again."""

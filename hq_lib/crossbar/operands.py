@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hq_lib.crossbar.checks import CrossbarError, check_bit_width, check_choice
+from hq_lib.crossbar.checks import OPTION, CrossbarError, check_bit_width, check_choice
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,30 @@ class Drive:
     """"analog": one step with a multi-bit level or pulse width. "serial": ``step_bits`` bits at a time, ADC each."""
     step_bits: int = 1
     """Bits v per step of the serial mode, 1..8."""
+    accumulate: bool = field(default=False, metadata=OPTION)
+    """Serial mode: add the steps' currents by their weights in analog and convert the sum once, not every step."""
+    managed: bool = field(default=False, metadata=OPTION)
+    """Analog mode: drive each row of inputs by the power of two that brings its largest to the top of the range, and
+    divide it out digitally: aihwkit's noise management. It sets small inputs against offsets and steps of converters.
+    """
 
     def __post_init__(self) -> None:
         check_choice(self.mode, ("analog", "serial"), "Drive.mode")
         check_bit_width(self.step_bits, "Drive.step_bits", high=8)
+        if (self.accumulate and self.mode == "analog") or (self.managed and self.mode == "serial"):
+            raise CrossbarError("Drive.accumulate is for mode 'serial', Drive.managed for mode 'analog'")
+
+    @property
+    def at_once(self) -> bool:
+        """Whether converters see whole inputs, not one step of them."""
+        return self.mode == "analog" or self.accumulate
 
     def steps(self, x_bits: int, x_signed: bool) -> list[Step]:
-        """The steps that carry integers of ``x_bits`` bits; a sign bit is a step of its own in serial mode."""
+        """The steps that are converted; a sign bit is a step of its own in serial mode."""
+        return [Step(0, 0, 1.0)] if self.at_once else self.pulses(x_bits, x_signed)
+
+    def pulses(self, x_bits: int, x_signed: bool) -> list[Step]:
+        """The steps that carry integers of ``x_bits`` bits to the rows."""
         if self.mode == "analog":
             return [Step(0, 0, 1.0)]
         steps, low, plain = [], 0, x_bits - x_signed
@@ -60,17 +77,24 @@ class Drive:
         return [*steps, Step(plain, 1, -(2.0**plain))] if x_signed else steps
 
     def peak(self, x_bits: int, x_signed: bool) -> int:
-        """Largest |digit| that any step can drive."""
-        if self.mode == "analog":
+        """Largest |digit| that any converted step can carry."""
+        if self.at_once:
             return 2 ** (x_bits - 1) if x_signed else 2**x_bits - 1
         return max(step.mask for step in self.steps(x_bits, x_signed))
+
+    def gain(self, rows: Tensor, x_bits: int, x_signed: bool) -> Tensor | None:
+        """(n, 1) powers of two >= 1 by which ``rows`` (n, K) are driven; None where they are driven as they are."""
+        if not self.managed:
+            return None
+        largest = rows.abs().amax(1, keepdim=True).to(torch.float64).clamp_min(1.0)
+        return torch.exp2(torch.log2(self.peak(x_bits, x_signed) / largest).floor())
 
     def power(self, x: Tensor, x_bits: int, x_signed: bool) -> Tensor:
         """float32, shape of ``x``: sum_b factor_b^2 digit_b^2, by which a cell's read variance reaches the output."""
         if self.mode == "analog":
             return x.to(torch.float32).square_()
         total = torch.zeros(x.shape, dtype=torch.float32)
-        for step in self.steps(x_bits, x_signed):
+        for step in self.pulses(x_bits, x_signed):
             total += step.digits(x).to(torch.float32).square_() * step.factor**2
         return total
 

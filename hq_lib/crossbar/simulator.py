@@ -43,8 +43,9 @@ class ArrayLayer:
         plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
         self.handle, self.circuit, self.plan = handle, circuit, plan
         self.cells = Cells.program(
-            plan, circuit.device, circuit.faults, name=handle.name, seed=circuit.seed, remap=circuit.remap
-        )
+            plan, circuit.device, circuit.faults, name=handle.name, seed=circuit.seed, remap=circuit.remap,
+            verify=circuit.verify,
+        )  # fmt: skip
         self.adc_step = self._ruled_step()
         self.n_conversions = self.n_saturated = 0
         self.bend = self._bend()
@@ -73,7 +74,7 @@ class ArrayLayer:
             return "collapsed"
         if self.circuit.path == "collapsed":
             raise CrossbarError(f"{self.handle.name}: converters may lose something; use path='auto' or adc=None")
-        return self.circuit.drive.mode
+        return "analog" if self.circuit.drive.at_once else "serial"
 
     @property
     def reader(self) -> Reader:
@@ -109,6 +110,8 @@ class ArrayLayer:
         span = self.plan.span[: self.plan.n_outputs]
         steps = self.circuit.drive.steps(self.handle.x_bits, self.handle.x_signed)
         wide = x if x.dtype is torch.uint8 else x.to(torch.int32)
+        gain = self.circuit.drive.gain(wide, self.handle.x_bits, self.handle.x_signed)
+        wide = wide if gain is None else (wide * gain).to(torch.int32)
         found: list[list[Tensor]] = [[] for _ in range(self.plan.weight.numel())]
         for rows in self._tile_rows():
             cells = (self.planes[rows] / span[None, :, None]).to(torch.float32)
@@ -127,8 +130,12 @@ class ArrayLayer:
 
     def _bend(self) -> tuple[float, float] | None:
         """(a, largest digit) of a curved I-V characteristic that this drive can see, or None."""
-        peak = self.circuit.drive.peak(self.handle.x_bits, self.handle.x_signed)
-        return (self.circuit.device.iv_cubic, float(peak)) if self.circuit.device.iv_cubic and peak > 1 else None
+        drive, cubic = self.circuit.drive, self.circuit.device.iv_cubic
+        peak = max(step.mask for step in drive.pulses(self.handle.x_bits, self.handle.x_signed))
+        peak = peak or drive.peak(self.handle.x_bits, self.handle.x_signed)
+        if cubic and peak > 1 and drive.accumulate:
+            raise CrossbarError(f"{self.handle.name}: Drive.accumulate with a curved I-V needs step_bits=1")
+        return (cubic, float(peak)) if cubic and peak > 1 else None
 
     # -- what the cells amount to --------------------------------------------------------------------------------------
 
@@ -177,7 +184,7 @@ class ArrayLayer:
         """Whether converted reading provably equals the matmul: no converter, or whole codes that cannot saturate."""
         adc = self.circuit.adc
         if adc is None:
-            return self.bend is None or self.circuit.drive.mode == "analog"
+            return self.bend is None or self.circuit.drive.at_once
         if adc.range not in ("exact", "whole") or not adc.perfect or self.adc_step is None:
             return False
         if self.variance is not None or self.bend is not None:
@@ -189,7 +196,7 @@ class ArrayLayer:
         return [slice(k, k + n_rows) for k in range(0, len(self.planes), n_rows)]
 
     def _build_reader(self) -> Reader:
-        plan, handle = self.plan, self.handle
+        plan, handle, drive = self.plan, self.handle, self.circuit.drive
         if self.adc_step is None:
             raise CrossbarError(f"{handle.name}: a 'calibrated' ADC range needs calibrate_adc(handle, x) first")
         exact = [self._build_tile(rows) for rows in self._tile_rows()]
@@ -203,7 +210,13 @@ class ArrayLayer:
             self.signed,
             self.drive,
             self._on_grid(exact),
+            self._power if drive.accumulate else None,
+            lambda x: drive.gain(x.rows(), handle.x_bits, handle.x_signed) if drive.managed else None,
         )
+
+    def _power(self, x: Tensor) -> Tensor:
+        """Squares of what the pulses of inputs ``x`` drive, by which read variances are multiplied."""
+        return self.circuit.drive.power(x, self.handle.x_bits, self.handle.x_signed)
 
     def _lsb(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """(float64 (Q, N) unit currents per code with the gain of these converters, (Q N,) their offsets in codes)."""
@@ -229,7 +242,15 @@ class ArrayLayer:
     def _on_grid(self, tiles: list[Tile]) -> tuple[GridTile, ...] | None:
         """The tiles with cells on whole numbers, or None where they are not read so (see `execution`)."""
         adc, drive, handle = self.circuit.adc, self.circuit.drive, self.handle
-        if adc is None or adc.inl_lsb or self.bend or self.shared is not None or self.circuit.precision != "float32":
+        special = drive.managed or drive.accumulate or (adc is not None and adc.halvings)
+        if (
+            adc is None
+            or special
+            or adc.inl_lsb
+            or self.bend
+            or self.shared is not None
+            or self.circuit.precision != "float32"
+        ):
             return None
         steps, peak = drive.steps(handle.x_bits, handle.x_signed), drive.peak(handle.x_bits, handle.x_signed)
         codes = max(abs(code) for code in adc.codes(self.signed)) * len(tiles) * sum(abs(step.factor) for step in steps)
@@ -340,6 +361,10 @@ class SimEngine(Engine):
         assert layer.adc_step is not None
         return layer.adc_step
 
+    def pulses(self) -> dict[str, tuple[int, int]]:
+        """{layer: (programming pulses, cells)}; equal unless cells are verified (`Verify`)."""
+        return {name: (layer.cells.n_pulses, layer.cells.target_uS.numel()) for name, layer in self._layers.items()}
+
     def saturation(self) -> dict[str, tuple[int, int]]:
         """{layer: (saturated conversions, all conversions)} since loading."""
         return {name: (layer.n_saturated, layer.n_conversions) for name, layer in self._layers.items()}
@@ -347,9 +372,8 @@ class SimEngine(Engine):
     def describe(self) -> dict[str, Any]:
         settings = flatten("", self.circuit)
         settings.pop("")
-        return {"engine": "sim", "t_s": self._t_s, "celsius": self._celsius} | {
-            key.removeprefix("."): v for key, v in settings.items()
-        }
+        warm = {} if self._celsius == 25.0 else {"celsius": self._celsius}
+        return {"engine": "sim", "t_s": self._t_s, **warm} | {k.removeprefix("."): v for k, v in settings.items()}
 
     def effective_weight(self, handle: Handle) -> Tensor | None:
         layer = self.layer(handle)
@@ -429,7 +453,9 @@ def count(handle: Handle, circuit: Circuit) -> Cost:
     plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
     n_rows, n_columns, n_planes = plan.levels.shape
     n_tiles = -(-n_rows // circuit.mapping.tile_rows)
-    n_steps = len(circuit.drive.steps(handle.x_bits, handle.x_signed))
+    n_steps, n_pulses = (
+        len(steps(handle.x_bits, handle.x_signed)) for steps in (circuit.drive.steps, circuit.drive.pulses)
+    )
     n_arrays = n_tiles * -(-n_columns * n_planes // circuit.mapping.tile_cols)
     conversions = n_tiles * n_steps * plan.weight.numel() * plan.n_outputs
-    return Cost(plan.levels.numel(), n_arrays, conversions, plan.levels.numel() * n_steps)
+    return Cost(plan.levels.numel(), n_arrays, conversions, plan.levels.numel() * n_pulses)

@@ -11,18 +11,19 @@ with L the Laplacian of the column wire (load included) and G the cells of the c
 
 Closed forms (tests): a column of n equal cells with ideal drivers, theta = arccosh(1 + r G / 2):
     I = (V / r) (1 - cosh((n - 1/2) theta) / cosh((n + 1/2) theta))
-Limits: cells are linear and always connected; a gated 1T1R array makes the map input dependent and is not this map.
+Limits: cells are linear. A gated 1T1R array makes the map input dependent; `Wires.active` is its linearisation at the
+mean input, and `effective_conductance` of the driven rows alone the exact map of one input.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import linalg
 
-from hq_lib.crossbar.checks import CrossbarError, check_positive
+from hq_lib.crossbar.checks import OPTION, CrossbarError, check_positive
 
 _OHM_uS = 1e-6  # ohm times microsiemens
 
@@ -39,10 +40,16 @@ class Wires:
     """Driver output R_s, ohm, >= 0."""
     load_ohm: float = 0.0
     """Sense input R_l, ohm, >= 0."""
+    active: float = field(default=1.0, metadata=OPTION)
+    """Share of rows that are driven at one time, (0, 1], where cells of undriven rows are gated off (1T1R): wires then
+    carry the current of that share. The map is that of the mean, G_eff(active G) / active, since the exact one depends
+    on which rows they are; 1: all cells are connected."""
 
     def __post_init__(self) -> None:
         for name in ("row_ohm", "col_ohm", "source_ohm", "load_ohm"):
             check_positive(getattr(self, name), name, zero=True)
+        if not 0 < self.active <= 1:
+            raise CrossbarError(f"Wires.active = {self.active} is a share of rows in (0, 1]")
 
     @property
     def ideal(self) -> bool:
@@ -52,7 +59,7 @@ class Wires:
 
 def effective_conductance(g_uS: np.ndarray, wires: Wires) -> np.ndarray:
     """float64 (R, C) in uS: current into column j per volt on row i, all other rows at 0 V."""
-    return solve_tile(g_uS, wires)[0]
+    return solve_tile(np.asarray(g_uS, np.float64) * wires.active, wires)[0] / wires.active
 
 
 def solve_tile(g_uS: np.ndarray, wires: Wires) -> tuple[np.ndarray, np.ndarray]:

@@ -118,7 +118,7 @@ def _search(words: str, search: str) -> Number:
 
 
 def _array(words: str, correction: str, effect: str = "rram, column scale") -> Number:
-    where = {**_bits(8, 8), f"{SWITCH}correction": correction, f"{SWITCH}effect": effect}
+    where = {**_bits(8, 8), f"{SWITCH}correction": correction, f"{SWITCH}effect": effect, f"{SWITCH}network": None}
     return Number(words, "crossbar", where)
 
 

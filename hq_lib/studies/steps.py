@@ -166,8 +166,10 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     test, train = run.images("test", record, plan.n_test), run.images("train", record, max(plan.n_calib, 1))
     outcome = bench.run(plan, imodel, test, train)
     found = outcome.summary
+    written = "{tiles_needed} tiles on a bench of {n_tiles}: {n_writes} writes in {write_s:.1f} s"
     return plan.folder, [
         outcome.layers.to_string(index=False),
+        *([written.format(**found)] if "n_writes" in found else []),
         _line("integers, exact", found["exact_acc_pct"], test),
         f"{_line('on the arrays', found['acc_pct'], test)}; logits off by {100 * found['logit_error']:.2f} %",
     ]

@@ -2,22 +2,27 @@
 
 import numpy as np
 import pytest
-from benches import LIMITS, RNG, W, X, engine_on, fake
+from benches import LIMITS, QUICK, RNG, SLICED, W, X, engine_on, fake
 
 from hq_lib.crossbar import (
     BenchError,
     BenchServer,
+    Circuit,
     ConvEngine,
     CrossbarError,
     Drive,
     FakeDriver,
+    Faults,
+    HardwareEngine,
     IdealEngine,
     Limits,
     Mapping,
     Patience,
     RecordEngine,
+    SimEngine,
     TcpDriver,
 )
+from hq_lib.crossbar.profiles import IDEAL
 from hq_lib.crossbar.recording import load_parts
 
 
@@ -113,7 +118,6 @@ def test_counts_beyond_the_declared_range_are_refused():
     [
         ({"rows": 8}, {}, "16 x 8 is larger than the bench's 8 x 8"),
         ({"columns": 4}, {}, "larger than the bench"),
-        ({"n_tiles": 3}, {}, "needs 6 tiles, 3 of the bench's 3 are free"),
         ({"code_max": 2}, {}, "inputs need codes up to 3, the bench takes 2"),
         ({}, {"mapping": Mapping(tile_rows=16, tile_cols=8)}, "subtract='digital'"),
     ],
@@ -183,3 +187,41 @@ def test_an_impossible_bench_is_refused(change):
         Limits(**(LIMITS | change))
     with pytest.raises(CrossbarError):
         Patience(0)
+
+
+def test_layers_larger_than_the_bench_are_written_tile_by_tile_in_order():
+    driver = fake(n_tiles=2)
+    engine = engine_on(driver)
+    first, second = engine.load(W, 1.0, "a"), engine.load(-W, 1.0, "b")
+    assert engine.programming()["n_writes"] == 0  # six tiles each, two are there: nothing is written ahead
+    np.testing.assert_array_equal(engine.mvm(first, X), X @ W)
+    np.testing.assert_array_equal(engine.mvm(second, X), X @ -W)
+    cost = engine.programming()
+    assert (cost["tiles_needed"], cost["n_tiles"], cost["n_writes"]) == (12, 2, 12)  # each once for all ten rows
+    assert cost["write_s"] > 0
+    with pytest.raises(CrossbarError, match="no tiles of its own"):
+        engine.fault_map(first)
+    roomy = engine_on(fake())
+    roomy.mvm(roomy.load(W, 1.0, "a"), X)
+    assert roomy.programming()["n_writes"] == roomy.programming()["tiles_needed"] == 6
+
+
+def test_a_bench_whose_cells_hold_too_few_levels_slices_by_itself():
+    for level_max in (1, 3, 100):
+        engine = HardwareEngine(fake(level_max=level_max), drive=Drive("serial", 2), patience=QUICK)
+        np.testing.assert_array_equal(engine.mvm(engine.load(W, 1.0, "a"), X), X @ W)
+
+
+def test_the_fault_map_of_a_bench_predicts_what_it_answers():
+    """Stuck cells are found by writing and reading, and a simulation with that map gives the bench's very products."""
+    stuck = {tile: RNG.choice([0, 1, 2], (16, 8), p=[0.9, 0.05, 0.05]).astype(np.uint8) for tile in range(64)}
+    driver = FakeDriver(Limits(**(LIMITS | {"level_max": 3})), stuck=stuck, noise=0.5)
+    engine = HardwareEngine(driver, mapping=SLICED, drive=Drive("serial", 2), patience=QUICK)
+    handle = engine.load(W, 1.0, "a")
+    found = engine.fault_map(handle)
+    tile = np.concatenate([stuck[0], stuck[1], stuck[2], stuck[3], stuck[4], stuck[5]])
+    assert 0 < (found == 1).sum() < (tile == 1).sum() + 1
+    assert 0 < (found == 2).sum() < (tile == 2).sum() + 1
+    driver.noise = 0.0
+    twin = SimEngine(Circuit(IDEAL, SLICED, faults=Faults(maps={"a": found})))
+    np.testing.assert_array_equal(engine.mvm(handle, X), twin.mvm(twin.load(W, 1.0, "a"), X))

@@ -152,14 +152,14 @@ def test_a_bench_that_fails_in_mid_run_loses_nothing_and_the_run_resumes(tmp_pat
     with pytest.raises(BenchError, match="failed 2 times"):
         recorder.mvm(handle, X)
     kept = load_parts(tmp_path)
-    assert kept.n_rows == 8 * (9 // (2 * len(engine._placed["a"].tiles))) or kept.n_rows % 4 == 0
+    assert kept.n_rows == 8 * (9 // (2 * len(engine._placed["a"].blocks))) or kept.n_rows % 4 == 0
     assert kept.n_rows > 0
     fresh, driver = bench()
     fresh.drive = fresh.drive.__class__("analog")
     resumed = RecordEngine(fresh, tmp_path)
     y = resumed.mvm(resumed.load(W, 1.0, "a"), X)
     np.testing.assert_array_equal(y[: kept.n_rows], np.concatenate([call.y for call in kept.calls]))
-    assert driver.n_reads == len(fresh._placed["a"].tiles) * -(-(30 - kept.n_rows) // 4)
+    assert driver.n_reads == len(fresh._placed["a"].blocks) * -(-(30 - kept.n_rows) // 4)
     assert resumed.trace().n_rows == 30
 
 

@@ -12,7 +12,7 @@ from integer_nets import float_net, noise_set, quantized
 from hq_lib import data, graph
 from hq_lib.crossbar import Adc, Circuit, EngineNetwork, IdealEngine, Mapping, SimEngine
 from hq_lib.crossbar.network import norm_moments
-from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR
+from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.integer import lower
 from hq_lib.integer import run as run_integers
 from hq_lib.studies.crossbar import figures, study, tables
@@ -195,6 +195,22 @@ def test_shipped_trained_networks_on_perfect_cells_are_their_integers(name, cifa
     for circuit in (Circuit(IDEAL), Circuit(IDEAL, Mapping(cell_bits=2, subtract="digital"))):
         logits = EngineNetwork(model, SimEngine(circuit)).run(x)
         np.testing.assert_array_equal(logits, run_integers(model, x))
+
+
+def test_a_frozen_network_file_goes_onto_arrays_as_the_trainable_one(tmp_path, cifar10_train):
+    """Two bits from training, frozen to integers on their grids, as ``networks=[path]`` takes it."""
+    trainable = network_path("resnet20_dsq_w2a2_s0")
+    frozen = graph.save(graph.load(trainable), tmp_path / "frozen.safetensors", form="frozen")
+    assert network_path(str(frozen)) == frozen
+    x = data.normalize(cifar10_train.images[:2], cifar10_train.spec)
+    first, second = (
+        EngineNetwork(lower(graph.load(path)), SimEngine(Circuit(RRAM_WAN_1S, seed=1))).run(x)
+        for path in (trainable, frozen)
+    )
+    np.testing.assert_array_equal(first, second)
+    place = points(study.STUDY.plan("smoke", studies=["trained"], networks=[str(frozen)]))[0].place
+    named = study._network(place)
+    assert (named["method"], named["w_bits"], named["switches"]["network"]) == ("dsq", 2, "frozen")
 
 
 @pytest.mark.parametrize("draw", [figures.fig_mvm_scatter, figures.fig_mvm_calibration, figures.fig_drift])

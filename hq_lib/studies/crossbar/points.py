@@ -17,6 +17,7 @@ from hq_lib.crossbar import (
     Device,
     Drive,
     Faults,
+    FlickerRead,
     Mapping,
     Wires,
     device,
@@ -299,7 +300,7 @@ def drift(plan: Plan) -> Iterator[Place]:
 def by_rule(rule: str) -> Device:
     """Drifting PCM whose read noise is drawn once a "readout", or anew for every "product"."""
     read = PCM_NANDAKUMAR.read
-    assert read is not None
+    assert isinstance(read, FlickerRead)
     return replace(PCM_NANDAKUMAR, read=replace(read, per=rule))
 
 

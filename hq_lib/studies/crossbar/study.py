@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hq_lib import graph, models, ptq
 from hq_lib.crossbar import Circuit, Cost, EngineNetwork, IdealEngine, SimEngine, count, residuals
@@ -54,11 +54,6 @@ N_ROWS, N_HELD_OUT = 2048, 16
 """Held-out rows of inputs per layer, and the test images that they come from."""
 FINE_TUNE = TrainConfig(epochs=1, lr=0.01, precision="float32")
 """Noise-aware fine-tuning of the float network; epochs, noise and seed are the plan's."""
-ABSENT = {
-    "device.column_correlation": 0.0, "device.row_correlation": 0.0, "device.temperature_per_K": 0.0,
-    "device.iv_cubic": 0.0, "device.read.per": "product",
-}  # fmt: skip
-"""Settings that rows do not name: a row without them has these values, as rows older than the settings do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +120,7 @@ def _integers(
     return Integers(model, moments, bench.test, bench.train, logits)
 
 
-def after_training(net: nn.Module, x: Tensor, *, bits: int = 8, per_layer: bool = False) -> nn.Module:
+def after_training(net: nn.Module, x: Tensor, *, bits: int = 8, per_layer: bool = False) -> fx.GraphModule:
     """``net`` quantized to ``bits`` with ranges of least squared error on images ``x``, batch norms folded.
 
     ``per_layer`` gives the weights one scale per layer instead of one per output channel.
@@ -242,13 +237,15 @@ def key(run: Run[Plan], point: OnArrays) -> Row:
 
 
 def circuit_settings(circuit: Circuit) -> Row:
-    """What of ``describe()`` differs from the default circuit, and its device in full but for what is ``ABSENT``; the
-    seed is the row's own."""
+    """What of ``describe()`` differs from the default circuit, and its device in full; the seed is the row's own.
+
+    Rows older than the two rules of read noise name none: they are those of "product".
+    """
     described, plain = (SimEngine(c).describe() for c in (circuit, Circuit()))
     named = {name: value for name, value in described.items() if name.startswith("device") and value is not None}
     other = {name: value for name, value in described.items() if plain.get(name, "-") != value}
     hidden = ("seed", "t_s", "device.source")
-    return {k: v for k, v in (other | named).items() if k not in hidden and not (k in ABSENT and v == ABSENT[k])}
+    return {k: v for k, v in (other | named).items() if k not in hidden and (k, v) != ("device.read.per", "product")}
 
 
 def _network(place: Place) -> Row:

@@ -49,7 +49,7 @@ def means(rows: pd.DataFrame, study: str) -> pd.DataFrame:
 def mean(rows: pd.DataFrame, study: str, effect: str, correction: str, *, x: float = 0.0) -> float | None:
     """Mean accuracy over the draws in W8A8, percent; None where it was not run."""
     found = accuracies(rows, study).query("effect == @effect and correction == @correction and x == @x")
-    return float(found["acc_pct"].mean()) if len(found) else None
+    return float(found["acc_pct"].to_numpy().mean()) if len(found) else None
 
 
 def exact_pct(rows: pd.DataFrame) -> float:
