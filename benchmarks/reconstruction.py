@@ -161,13 +161,13 @@ def against_reference(bits: str, options: argparse.Namespace) -> None:
     qnet, images = prepared(bits, options)
     n, total = options.against_reference, [0.0, 0.0]
     config = ptq.ReconstructionConfig(iterations=n, keep_probability=options.keep, seed=options.seed)
-    stream = Stream(images, "float32")
+    stream = Stream(images)
     with eval_mode(qnet):
         for block in chain(qnet):
             body = cut(qnet, block)
             for name, layer in weight_layers(body).items():
                 install(layer, name)
-            cache = UnitCache(stream, None, body, "float32")
+            cache = UnitCache(stream, None, body)
             everything = cache.batch(torch.arange(len(images)))
             plain, took = plain_unit(body, options.keep), []
             for warm in (True, False):
@@ -182,7 +182,7 @@ def against_reference(bits: str, options: argparse.Namespace) -> None:
             ours, reference = took[2:]
             total = [total[0] + ours, total[1] + reference]
             print(f"{block.name}: ours {ours:.1f}, plain loop {reference:.1f} CPU ms per iteration", flush=True)
-            stream.advance(body, "float32")
+            stream.advance(body)
     ours, reference = (milliseconds / len(chain(qnet)) for milliseconds in total)
     print(
         f"{bits} qdrop, keep {options.keep}: ours / plain loop = {ours / reference:.2f} ({ours:.1f} and "

@@ -79,10 +79,6 @@ class ReconstructionConfig:
     seed: int = 0
     """of the batches and the dropping; each unit has its own stream, so that resuming changes nothing"""
 
-    budget_MiB: int = 1024
-    """memory for cached activations (quantized and float input, target) of one unit: in float32 where they fit, then
-    float16, beyond that recomputed from the images for every batch"""
-
     def __post_init__(self) -> None:
         for name, value, known in (
             ("unit", self.unit, UNITS),
@@ -96,8 +92,7 @@ class ReconstructionConfig:
                              "block does not alone decide what follows")  # fmt: skip
         for name in ("iterations", "batch_size", "seed"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), Integral), "a whole number")
-        for name in ("iterations", "budget_MiB"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _check("iterations", self.iterations, self.iterations >= 0, "0 or more")
         for name in ("batch_size", "rounding_lr", "step_lr", "beta_start", "beta_end", "loss_power"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         for name in ("keep_probability", "warm_up"):

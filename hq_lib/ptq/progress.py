@@ -42,10 +42,6 @@ class UnitReport:
     """share of h(V) in (0.01, 0.99) when the rounding was made hard, percent; below 0.1 is what a schedule aims at"""
     n_weights: int
     """weights whose rounding was learned"""
-    cache: str
-    """"float32", "float16" or "recomputed" """
-    cache_MiB: float
-    """memory that the cached activations took"""
     seconds: float
     """wall time of the unit, caches included"""
     resumed: bool = False

@@ -21,13 +21,13 @@ from torch import Tensor, fx, nn
 from hq_lib.graph import Block, act_quantizers, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.ptq.cache import Form, Stream, UnitCache, bytes_needed, chunks, form_for
+from hq_lib.ptq.cache import MAX_BYTES, Stream, UnitCache, bytes_needed, chunks
 from hq_lib.ptq.config import ReconstructionConfig
 from hq_lib.ptq.dropping import drop, dropping
 from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
 from hq_lib.ptq.rounding import install
-from hq_lib.ptq.units import Unit, chain, cut, switched, units
+from hq_lib.ptq.units import chain, cut, switched, units
 from hq_lib.quantizers import AdaRound, LSQPlusAct
 
 Progress = Callable[[UnitReport], None]
@@ -108,25 +108,27 @@ def _pass(
 ) -> Iterator[UnitReport]:
     found = [(block, units(qnet, block, unit=config.unit)) for block in chain(qnet)]
     fisher = config.loss != "mse"
-    needs = [bytes_needed(qnet, block, inside, len(images), fisher=fisher) for block, inside in found]
-    forms: list[Form] = [form_for(needed, config.budget_MiB * 2**20) for needed in needs]
+    keep = [bytes_needed(qnet, block, inside, len(images), fisher=fisher) <= MAX_BYTES for block, inside in found]
     n_units = sum(len(inside) for _, inside in found)
-    stream, position = Stream(images, forms[0]), 0
+    stream, position = Stream(images), 0
     weighing = _fishers(qnet, [block for block, _ in found], images, config) if fisher else [None] * len(found)
     for i, (block, inside) in enumerate(found):
         for unit in inside:
             body = cut(qnet, unit.region)
-            _install(body, config)
+            for name, layer in weight_layers(body).items() if config.learn_rounding else ():
+                if layer.weight_quantizer is not None:
+                    install(layer, name)
             report = files.load(position, body) if files is not None else None
             if report is None:
-                size = needs[i] / 2**20 * {"float32": 1.0, "float16": 0.5, "recomputed": 0.0}[forms[i]]
-                report = _one(qnet, unit, body, stream, config, (position, n_units, forms[i], size), weighing[i])
+                lead = cut(qnet, unit.lead) if unit.lead else None
+                cache = UnitCache(stream, lead, body, keep=keep[i], fisher=weighing[i])
+                report = _one(unit.name, cache, config, position, n_units)
                 if files is not None:
                     files.save(report, body)
             yield report
             position += 1
         if i + 1 < len(found):
-            stream.advance(cut(qnet, block), forms[i + 1])
+            stream.advance(cut(qnet, block), keep=keep[i + 1])
 
 
 def _fishers(qnet: fx.GraphModule, found: list[Block], images: Tensor, config: ReconstructionConfig) -> list[Fisher]:
@@ -139,29 +141,19 @@ def _fishers(qnet: fx.GraphModule, found: list[Block], images: Tensor, config: R
     return [Fisher(graphs[i + 1 :], labels, per_image=alike) for i in range(len(graphs))]
 
 
-def _install(body: fx.GraphModule, config: ReconstructionConfig) -> None:
-    for name, layer in weight_layers(body).items():
-        if config.learn_rounding and layer.weight_quantizer is not None:
-            install(layer, name)
-
-
-def _one(
-    qnet: fx.GraphModule, unit: Unit, body: fx.GraphModule, stream: Stream, config: ReconstructionConfig,
-    place: tuple[int, int, Form, float], fisher: Fisher | None,
-) -> UnitReport:  # fmt: skip
-    start, (position, n_units, form, size) = time.perf_counter(), place
-    cache = UnitCache(stream, cut(qnet, unit.lead) if unit.lead else None, body, form, fisher)
+def _one(name: str, cache: UnitCache, config: ReconstructionConfig, position: int, n_units: int) -> UnitReport:
+    start = time.perf_counter()
     before = after = unit_loss(cache, config.loss_power)
-    rounders = rounders_of(body) if config.learn_rounding else []
+    rounders = rounders_of(cache.body) if config.learn_rounding else []
     undecided = 0
     if config.iterations:
-        generator = torch.Generator(stream.images.device).manual_seed(config.seed * 10_007 + position)
-        undecided = train_unit(cache, rounders, config, generator, unit.name)
+        generator = torch.Generator(cache.stream.images.device).manual_seed(config.seed * 10_007 + position)
+        undecided = train_unit(cache, rounders, config, generator, name)
         after = unit_loss(cache, config.loss_power)
     n_weights = sum(q.v.numel() for q in rounders)
     percent = 100 * undecided / n_weights if n_weights else 0.0
     seconds = time.perf_counter() - start
-    return UnitReport(unit.name, position, n_units, before, after, percent, n_weights, form, size, seconds)
+    return UnitReport(name, position, n_units, before, after, percent, n_weights, seconds)
 
 
 def rounders_of(body: nn.Module) -> list[AdaRound]:
@@ -226,38 +218,24 @@ def train_unit(
         dropping(cache.body, config.keep_probability, generator),
     ):
         for i, index in enumerate(batch_indices(len(cache.stream), config, generator)):
-            _anneal(optimizer, config, i)
-            loss = _loss(cache, rounders, config, generator, index, i)
+            for group in optimizer.param_groups:
+                if group["name"] == "steps":
+                    group["lr"] = config.step_lr * 0.5 * (1 + math.cos(math.pi * i / config.iterations))
+            x_q, x_fp, target = cache.batch(index)
+            x = drop(x_q, x_fp, config.keep_probability, generator)
+            loss = distance(cache.body(x), target, config.loss_power, cache.importance(index))
+            if (beta := config.beta(i)) is not None and config.rounding_weight:
+                pull = sum((q.regulariser(beta) for q in rounders), loss.new_zeros(()))
+                loss = loss + config.rounding_weight * pull
             if not loss.requires_grad:  # all that could learn is float or dropped
                 break
-            _step(optimizer, loss)
-            if i % _CHECK_EVERY == 0 or i + 1 == config.iterations:
-                _refuse_infinite(float(loss.detach()), name, i)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if (i % _CHECK_EVERY == 0 or i + 1 == config.iterations) and not math.isfinite(float(loss.detach())):
+                raise ReconstructionError(f"unit {name!r}: the loss is {float(loss)} at iteration {i}; lower "
+                                          "rounding_lr or step_lr")  # fmt: skip
         return sum(q.undecided() for q in rounders)
-
-
-def _loss(
-    cache: UnitCache, rounders: list[AdaRound], config: ReconstructionConfig, generator: torch.Generator,
-    index: Tensor, i: int,
-) -> Tensor:  # fmt: skip
-    x_q, x_fp, target = cache.batch(index)
-    x = drop(x_q, x_fp, config.keep_probability, generator)
-    loss = distance(cache.body(x), target, config.loss_power, cache.importance(index))
-    beta = config.beta(i)
-    if beta is None or config.rounding_weight == 0:
-        return loss
-    return loss + config.rounding_weight * sum((q.regulariser(beta) for q in rounders), loss.new_zeros(()))
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-
-
-def _refuse_infinite(loss: float, name: str, i: int) -> None:
-    if not math.isfinite(loss):
-        raise ReconstructionError(f"unit {name!r}: the loss is {loss} at iteration {i}; lower rounding_lr or step_lr")
 
 
 @contextmanager
@@ -274,12 +252,6 @@ def _only_these_learn(body: nn.Module, learned: list[nn.Parameter]) -> Iterator[
         for p, wanted in before:
             p.requires_grad_(wanted)
             p.grad = None
-
-
-def _anneal(optimizer: torch.optim.Optimizer, config: ReconstructionConfig, i: int) -> None:
-    for group in optimizer.param_groups:
-        if group["name"] == "steps":
-            group["lr"] = config.step_lr * 0.5 * (1 + math.cos(math.pi * i / config.iterations))
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def known(out_dir):
 
 
 def main_of():
-    return tables.at(tables.main(tables.sets(STUDY.rows("smoke")), STUDY.plan("smoke")))
+    return tables.of_width(tables.main(tables.sets(STUDY.rows("smoke")), STUDY.plan("smoke")))
 
 
 def test_the_comparison_by_hand(known):

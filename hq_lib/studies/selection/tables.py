@@ -61,7 +61,7 @@ def main(found: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     return where(found, n_calib=plan.n_calib, n_pool=plan.n_pool, iterations=plan.iterations, **UNTOUCHED)
 
 
-def at(found: pd.DataFrame, bits: Bits = LOWEST, method: str = "qdrop") -> pd.DataFrame:
+def of_width(found: pd.DataFrame, bits: Bits = LOWEST, method: str = "qdrop") -> pd.DataFrame:
     """The sets of one width and method."""
     return where(found, method=method, w_bits=bits[0], a_bits=bits[1])
 
@@ -270,7 +270,7 @@ def claim(found: pd.DataFrame, bits: Bits) -> str:
     """One sentence: the mean paired difference of the smoothest images at a width; n/r below two shared draws."""
     parts = []
     for method in METHODS:
-        gain = paired(at(where(found, model=SHIPPED), bits, method)).get("mean")
+        gain = paired(of_width(where(found, model=SHIPPED), bits, method)).get("mean")
         parts.append(f"{labels.printed('method', method)} {tables.NOT_RUN if gain is None else f'{gain:+.2f}'}")
     return f"Smoothest instead of random calibration images at {labels.bits_label(*bits)}, points: {', '.join(parts)}"
 
