@@ -8,8 +8,6 @@ Banner et al., arXiv:1810.05723, sections 4.2 and 5; formulas and departures in 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, fx, nn
 
@@ -25,7 +23,7 @@ EDGE = 0.499
 """How far, in steps, a weight may lie beyond its channel's last level and still round to it."""
 
 
-def fit_allocated(qnet: fx.GraphModule, *, spread: Literal["sigma", "range"] = "sigma") -> dict[str, Tensor]:
+def fit_allocated(qnet: fx.GraphModule) -> dict[str, Tensor]:
     """Give each weight below 8 bits a min-max grid per channel with ``aciq.allocate_bits`` bits; return those bits.
 
     The policy's bits become the *average* over a layer's channels, met exactly where the limits of 0 and 8 bits allow;
@@ -34,8 +32,8 @@ def fit_allocated(qnet: fx.GraphModule, *, spread: Literal["sigma", "range"] = "
     bits and more get the plain min-max grid.
 
     Args:
-        qnet:   from ``graph.quantize`` with one grid per output channel; changed in place.
-        spread: what a channel's bits go by: standard deviation (the official default) or range.
+        qnet: from ``graph.quantize`` with one grid per output channel; changed in place. A channel's bits go by its
+              standard deviation (the official default).
 
     Returns:
         (C,) int64 bits by layer, of the layers that were allocated.
@@ -52,9 +50,7 @@ def fit_allocated(qnet: fx.GraphModule, *, spread: Literal["sigma", "range"] = "
         if old.axis != 0:
             raise QuantizeError(f"layer {name!r}: bits are shared out among output channels; it has one grid for all")
         w = layer.weight.detach()
-        values = rows(w, 0)
-        bits = aciq.allocate_bits(values.std(1) if spread == "sigma" else values.amax(1) - values.amin(1), old.bits,
-                                  quota="mean")  # fmt: skip
+        bits = aciq.allocate_bits(rows(w, 0).std(1), old.bits, quota="mean")
         take_place(layer, FixedGrid(channel_grid(w, bits), bits=old.bits, axis=0))
         found[name] = bits
     return found

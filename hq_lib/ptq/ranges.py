@@ -1,7 +1,7 @@
 """Ranges by method name, put onto the quantizers of a quantized graph.
 
     minmax       the smallest range that holds every value
-    percentile   99.99 % of the values (``percent``)
+    percentile   99.99 % of the values
     mse          the L_p-optimal grid, p = 2.4 (BRECQ, QDrop)
     aciq         the analytic clip (arXiv:1810.05723), after a ReLU its "theory" variant; below 3 bits grid-aware where
                  that matters: after a ReLU and on "symmetric_restricted" grids (on signed grids of 2^b levels with 0
@@ -14,7 +14,6 @@ Weights get a grid of their own per output channel (``FixedGrid``), activations 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
@@ -27,8 +26,11 @@ from hq_lib.ptq.rounding import ON_GRID, take_place
 from hq_lib.quantizers import LSQ, FixedGrid, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
 from hq_lib.quantizers.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
 from hq_lib.quantizers.observers.ranges import QParams, Scheme
+from hq_lib.results.hints import nearest
 
 Method = Literal["minmax", "percentile", "mse", "aciq", "aciq_official"]
+PERCENT = 99.99
+"""Of the values that "percentile" holds."""
 WIDE_BITS = 8
 """From these bits up a weight grid is symmetric and restricted, so that its integers fit int8 with zero point 0."""
 
@@ -37,13 +39,12 @@ def check_method(method: str) -> None:
     """Raise ValueError that names the nearest method, unless ``method`` is one."""
     known = get_args(Method)
     if method not in known:
-        near = difflib.get_close_matches(str(method), known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown range method {method!r}: did you mean {near!r}? Methods: {', '.join(known)}")
+        raise ValueError(f"unknown range method {method!r}: choose from {', '.join(known)}{nearest(method, known)}")
 
 
 def find_grid(
     x: Tensor, *, bits: int, method: Method, scheme: Scheme = "affine", axis: int | None = None,
-    signed: bool = True, percent: float = 99.99,
+    signed: bool = True,
 ) -> QParams:  # fmt: skip
     """Return the grid of ``x`` that ``method`` chooses, () or (C,).
 
@@ -53,22 +54,19 @@ def find_grid(
         scheme:  of the grid; see ``observers.range_qparams``.
         axis:    channel axis; None = one grid.
         signed:  False: values below 0 count as 0, and the zero point is 0.
-        percent: of "percentile".
     """
     check_method(method)
     x = x if signed else x.clamp(min=0.0)
     if method == "mse":
         return lp_search(x, bits=bits, scheme=scheme, axis=axis, sides="auto" if signed else "positive").qparams
-    return range_qparams(_range(x, bits, method, scheme, axis, signed, percent), bits=bits, scheme=scheme)
+    return range_qparams(_range(x, bits, method, scheme, axis, signed), bits=bits, scheme=scheme)
 
 
-def _range(
-    x: Tensor, bits: int, method: Method, scheme: Scheme, axis: int | None, signed: bool, percent: float
-) -> Range:
+def _range(x: Tensor, bits: int, method: Method, scheme: Scheme, axis: int | None, signed: bool) -> Range:
     if method == "minmax":
         return minmax_range(x, axis=axis)
     if method == "percentile":
-        return percentile_range(x, percent, axis=axis)
+        return percentile_range(x, PERCENT, axis=axis)
     if method == "aciq_official":
         return aciq.clip_range(x, bits=bits, axis=axis, prior="laplace", relu=None if signed else "official")
     if signed:
@@ -126,21 +124,16 @@ def fit_acts(
     method: Method = "mse",
     *,
     quantized_weights: bool = False,
-    sequential: bool = False,
-    percent: float = 99.99,
     only: Callable[[torch.nn.Module], bool] | None = None,
 ) -> None:
     """Fit each activation quantizer of ``qnet`` to its input on ``batches`` by ``method``, in place.
 
-    As ``graph.calibrate`` collects: one-shot, activation quantizers bypassed, or ``sequential``; eval mode, no
-    gradients, no randomness.
+    As ``graph.calibrate`` collects: one-shot, activation quantizers bypassed; eval mode, no gradients, no randomness.
 
     Args:
         qnet:              its policy's activations are "lsq_plus" (advised), "lsq" or "minmax".
         batches:           (B, C, H, W) or several, normalised; QDrop takes one batch of 256 images.
         quantized_weights: False: activations of the float net (QDrop); True: as the quantized weights make them.
-        sequential:        True: each quantizer is fitted behind those before it, a pass over the images for each.
-        percent:           of "percentile".
         only:              which quantizers; the others keep their grid.
 
     Raises:
@@ -159,11 +152,10 @@ def fit_acts(
         assert isinstance(quantizer, Quantizer)
         signed = bool(quantizer.signed)
         scheme: Scheme = "symmetric" if signed and type(quantizer) is LSQ else "affine"
-        how = {"method": method, "scheme": scheme, "signed": signed, "percent": percent}
-        found = find_grid(x, bits=quantizer.bits, axis=quantizer.axis, **how)
+        found = find_grid(x, bits=quantizer.bits, axis=quantizer.axis, method=method, scheme=scheme, signed=signed)
         set_grid(quantizer, found if quantizer.axis is None else found.broadcast(x.dim(), quantizer.axis))
 
-    calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, sequential=sequential, fit=fit)
+    calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, fit=fit)
 
 
 @torch.no_grad()

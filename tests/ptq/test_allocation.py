@@ -63,7 +63,7 @@ def test_allocation_beats_equal_bits_in_squared_error():
     equal, _ = made()
     ptq.fit_weights(equal, "minmax")
     shared, _ = made()
-    ptq.fit_allocated(shared, spread="range")
+    ptq.fit_allocated(shared)
     errors = [
         (weight_layers(net)["b"].quantized_weight() - Net().b.weight).square().sum().item() for net in (equal, shared)
     ]

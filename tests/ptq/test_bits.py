@@ -124,7 +124,7 @@ def images():
 
 def test_a_bank_leaves_the_net_in_its_mode(images):
     net = tiny().train()
-    GridBank(net, images, (8,), correct=False)
+    GridBank(net, images, (8,))
     assert all(module.training for module in net.modules())
 
 
@@ -162,7 +162,7 @@ def test_fewer_bits_are_further_from_float(bank, images):
 
 
 def test_unknown_tensors_and_bits_are_named(bank):
-    with pytest.raises(ValueError, match=r"no tensor 'weight stm': did you mean 'weight stem'"):
+    with pytest.raises(ValueError, match=r"no tensor 'weight stm'; did you mean 'weight stem'"):
         bank.assign({"weight stm": 3})
     with pytest.raises(ValueError, match=r"act stem: 4 bits were not fitted; there are \(3, 8\)"):
         bank.assign({"act stem": 4})

@@ -37,17 +37,13 @@ def test_balanced_sets_rank_within_class():
 
 @pytest.mark.parametrize("strategy", ["lowest", "highest", "trimmed", "random"])
 @pytest.mark.parametrize("labels", [None, LABELS])
-def test_sets_are_disjoint_full_and_deterministic(strategy, labels):
+def test_a_set_is_full_without_repeats_and_deterministic(strategy, labels):
     options = {"strategy": strategy, "labels": labels, "seed": 3}
-    sets = selection.disjoint_sets(SCORES, 12, 4, **options)
-    together = torch.cat(sets)
-    assert [len(s) for s in sets] == [12] * 4
-    assert len(together.unique()) == 48
-    again = selection.disjoint_sets(SCORES, 12, 4, **options)
-    assert all(torch.equal(a, b) for a, b in zip(sets, again, strict=True))
-    assert torch.equal(selection.select(SCORES, 12, **options), sets[0])
+    chosen = selection.select(SCORES, 12, **options)
+    assert len(chosen.unique()) == 12
+    assert torch.equal(chosen, selection.select(SCORES, 12, **options))
     if labels is not None:
-        assert all(torch.bincount(LABELS[s]).tolist() == [3, 3, 3, 3] for s in sets)
+        assert torch.bincount(LABELS[chosen]).tolist() == [3, 3, 3, 3]
 
 
 def test_random_depends_on_the_seed_and_not_on_the_scores():
@@ -93,7 +89,6 @@ def test_ties_go_to_the_lower_position():
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: selection.select(SCORES, 61), "pool of 60"),
-    (lambda: selection.disjoint_sets(SCORES, 31, 2), "pool of 60"),
     (lambda: selection.select(SCORES, 12, labels=LABELS, n_classes=5), "class 4 of 5 has no image"),
     (lambda: selection.select(SCORES, 20, labels=LABELS, pool=torch.arange(0, 60, 2)), "class 1 of 4 has no image"),
     (lambda: selection.select(SCORES, 20, labels=LABELS, pool=torch.cat([torch.arange(12), torch.arange(12, 60, 4)])),
@@ -192,9 +187,3 @@ def test_reconstruction_error_per_image():
 def test_bad_features_are_refused(call):
     with pytest.raises(ValueError, match=r"wanted|NaN|one row per image|no layers"):
         call()
-
-
-def test_pooled_means_positions():
-    x = torch.arange(8.0).view(1, 2, 2, 2)
-    assert features.pooled(x).tolist() == [[1.5, 5.5]]
-    assert torch.equal(features.pooled(blobs()), blobs())

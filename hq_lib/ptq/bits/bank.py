@@ -1,8 +1,8 @@
 """A net with every tensor's grid at every number of bits at hand: assignments are measured without fitting again."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from hq_lib import ptq
 from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, QuantizedNet, QuantizedWeight, quantize, weight_layers
 from hq_lib.graph.state import set_quantization
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import FLOAT_BITS
+from hq_lib.results.hints import nearest
 
 Choice = Callable[[nn.Module], bool]
 
@@ -97,7 +97,8 @@ class GridBank:
     """Fitted quantizers (and corrected biases) of every tensor of a net, at several numbers of bits.
 
     All of them are fitted to float activations, so that no tensor's grid depends on another's bits: ``assign`` only
-    swaps modules. Batch norms are folded; range method and bias correction are those of fast PTQ, nothing is learned.
+    swaps modules. Batch norms are folded, the image stays in float ("academic"); L2.4 ranges and bias correction are
+    those of fast PTQ, nothing is learned.
     """
 
     def __init__(
@@ -105,38 +106,29 @@ class GridBank:
         net: nn.Module,
         images: Tensor,
         bits: Sequence[int],
-        *,
-        placement: str = "academic",
-        method: Method = "mse",
-        correct: bool = True,
     ) -> None:
         """Fit all grids.
 
         Args:
-            net:       float; fitted in eval mode, its own is restored.
-            images:    (N, C, H, W), normalised: the calibration batch.
-            bits:      2 to 16 each.
-            placement: of the activation quantizers; in "academic" the image stays in float.
-            method:    of the ranges, see ``ptq.find_grid``.
-            correct:   whether biases are corrected (``correct_means``).
+            net:    float; fitted in eval mode, its own is restored.
+            images: (N, C, H, W), normalised: the calibration batch.
+            bits:   2 to 16 each.
         """
-        self.bits, self.placement = tuple(sorted(set(bits))), placement
+        self.bits = tuple(sorted(set(bits)))
         with eval_mode(net):
-            fitted = {b: self._fitted(net, images, b, method, correct) for b in self.bits}
-            self.net: QuantizedNet = self._fitted(net, images, None, method, correct)
+            fitted = {b: quantize(net, self._uniform(b), images[:1]) for b in self.bits}
+            for qnet in fitted.values():
+                ptq.fit_weights(qnet)
+                ptq.fit_acts(qnet, images)  # to the float net's activations, so before its biases change
+                correct_means(qnet, images)
+            self.net: QuantizedNet = quantize(net, self._uniform(self.bits[-1]), images[:1])
         self._biases = {name: layer.bias for name, layer in weight_layers(self.net).items()}
         self._targets = {site.name: f"{site.group}{QUANTIZER_SUFFIX}" for site in fitted[self.bits[0]].meta["sites"]}
         self._host(fitted)
 
-    def _fitted(self, net: nn.Module, images: Tensor, bits: int | None, method: Method, correct: bool) -> QuantizedNet:
-        """A net with ``bits`` everywhere; None = the host, with unfitted quantizers."""
-        qnet = quantize(net, uniform_policy(bits or self.bits[-1], placement=self.placement), images[:1])
-        if bits is not None:
-            ptq.fit_weights(qnet, method)
-            ptq.fit_acts(qnet, images, method)  # to the float net's activations, so before its biases change
-            if correct:
-                correct_means(qnet, images)
-        return qnet
+    @staticmethod
+    def _uniform(bits: int, **more: Any) -> BitPolicy:
+        return uniform_policy(bits, placement="academic", **more)
 
     def _host(self, fitted: Mapping[int, QuantizedNet]) -> None:
         """Keep of each fitted net its modules and biases, by tensor and bits."""
@@ -186,8 +178,7 @@ class GridBank:
 
     def _check(self, tensor: str, bits: int) -> None:
         if tensor not in self._modules:
-            near = difflib.get_close_matches(tensor, self._modules, n=1, cutoff=0.0)[0]
-            raise ValueError(f"no tensor {tensor!r}: did you mean {near!r}?")
+            raise ValueError(f"no tensor {tensor!r}{nearest(tensor, self._modules)}")
         if bits not in (*self.bits, FLOAT_BITS):
             raise ValueError(f"{tensor}: {bits!r} bits were not fitted; there are {self.bits} and {FLOAT_BITS} (float)")
 
@@ -197,4 +188,4 @@ class GridBank:
         for tensor in self._modules:
             kind, name = tensor.split(" ", 1)
             overrides.setdefault(name, {})[kind] = bits.get(tensor, FLOAT_BITS)
-        return uniform_policy(self.bits[-1], placement=self.placement, overrides=overrides)
+        return self._uniform(self.bits[-1], overrides=overrides)

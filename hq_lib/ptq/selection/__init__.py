@@ -1,7 +1,7 @@
 """Which images to calibrate with: scores, strategies and manifests that make a set reproducible.
 
 ``metrics`` smoothness of pixels; ``features`` scores and selections from a network's features; ``strategies`` from
-scores to disjoint sets; ``manifest`` a set as a verified file; ``agreement`` whether a score predicts anything.
+scores to a set; ``manifest`` a set as a verified file; ``agreement`` whether a score predicts anything.
 """
 
 from hq_lib.ptq.selection import features
@@ -17,10 +17,10 @@ from hq_lib.ptq.selection.manifest import (
     write,
 )
 from hq_lib.ptq.selection.metrics import METRICS, score
-from hq_lib.ptq.selection.strategies import Strategy, check_set, disjoint_sets, draw_pool, select
+from hq_lib.ptq.selection.strategies import Strategy, check_set, draw_pool, select
 
 __all__ = [
-    "METRICS", "Manifest", "ManifestError", "Strategy", "check_set", "disjoint_sets", "draw_pool",
+    "METRICS", "Manifest", "ManifestError", "Strategy", "check_set", "draw_pool",
     "features", "from_files", "from_images", "paired_difference", "read", "score", "select", "spearman", "take",
     "take_files", "write",
 ]  # fmt: skip

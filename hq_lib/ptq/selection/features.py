@@ -23,11 +23,6 @@ def _checked(features: Tensor, n: int | None = None) -> Tensor:
     return features.detach().float()
 
 
-def pooled(x: Tensor) -> Tensor:
-    """(N, C) mean over positions of an activation (N, C, H, W); (N, C) passes through."""
-    return x.flatten(2).mean(2) if x.dim() > 2 else x
-
-
 @torch.no_grad()
 def reconstruction_error(
     x: Tensor, block: Callable[[Tensor], Tensor], quantized_block: Callable[[Tensor], Tensor], *, batch_size: int = 256

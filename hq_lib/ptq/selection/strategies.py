@@ -3,36 +3,20 @@
 Everything is deterministic in (scores, labels, pool, seed). Ties go to the lower position.
 """
 
-import difflib
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hq_lib.results.hints import nearest
+
 Strategy = Literal["lowest", "highest", "trimmed", "random"]
 
 
-class Options(TypedDict, total=False):
-    """The keyword options of ``disjoint_sets``, explained there."""
-
-    strategy: Strategy
-    labels: Tensor | None
-    n_classes: int | None
-    pool: Tensor | None
-    seed: int
-    trim: float
-
-
-def select(scores: Tensor | None, n: int, **options: Unpack[Options]) -> Tensor:
-    """(n,) int64 positions, ascending: the one set of ``disjoint_sets(scores, n, 1, **options)``."""
-    return disjoint_sets(scores, n, 1, **options)[0]
-
-
-def disjoint_sets(
+def select(
     scores: Tensor | None,
     n: int,
-    n_sets: int,
     *,
     strategy: Strategy = "lowest",
     labels: Tensor | None = None,
@@ -40,16 +24,15 @@ def disjoint_sets(
     pool: Tensor | None = None,
     seed: int = 0,
     trim: float = 0.05,
-) -> list[Tensor]:
-    """``n_sets`` sets of n positions; no image occurs twice within or across them.
+) -> Tensor:
+    """(n,) int64 positions, ascending, none twice: the n best, or a random draw.
 
-    Images are ranked once and the sets are consecutive slices: set 0 holds the n best, set 1 the next. "random" ranks
-    by one seeded permutation, so its sets are the chunks of a draw without replacement. "trimmed" is "lowest" after the
-    lowest share ``trim`` is dropped (extremely smooth images shrink activation ranges).
+    "random" ranks by one seeded permutation. "trimmed" is "lowest" after the lowest share ``trim`` is dropped
+    (extremely smooth images shrink activation ranges).
 
     Args:
         scores:    (N,), real; None is enough for "random" with labels or pool.
-        n:         images per set.
+        n:         images.
         labels:    (N,) int64: ranks within class and takes n / n_classes of each (one more of the first n % n_classes),
                    since a plain smoothness ranking is mostly a ranking of classes. None = not balanced.
         n_classes: how many classes have to occur; default max(labels) + 1.
@@ -58,38 +41,32 @@ def disjoint_sets(
         seed:      of "random".
         trim:      [0, 1), of "trimmed", per class where balanced.
 
-    Returns:
-        list of (n,) int64, each ascending.
-
     Raises:
         ValueError: more images wanted than the pool (or a class) has, an empty class, NaN scores, repeats in the pool.
     """
-    n_images = _size(scores, labels, pool)
-    values = _values(scores, n_images, strategy)
-    allowed = _allowed(pool, n_images)
-    _check_sizes(n, n_sets, trim, len(allowed))
-    if strategy == "random":
-        values = np.random.default_rng(seed).permutation(n_images).astype(float)
-    signed, cut = (-values if strategy == "highest" else values), (trim if strategy == "trimmed" else 0.0)
-    groups = _groups(labels, n_classes, allowed, n)
-    ranked = [(_rank(signed, group, cut), quota, name) for group, quota, name in groups]
-    return _slices(ranked, n_sets)
-
-
-def _check_sizes(n: int, n_sets: int, trim: float, n_allowed: int) -> None:
-    if n < 1 or n_sets < 1 or not 0 <= trim < 1:
-        raise ValueError(f"n={n}, n_sets={n_sets}, trim={trim}: need n >= 1, n_sets >= 1 and 0 <= trim < 1")
-    if n * n_sets > n_allowed:
-        raise ValueError(f"{n_sets} x {n} images wanted from a pool of {n_allowed}: take fewer, or a larger pool")
-
-
-def _slices(ranked: list[tuple[np.ndarray, int, str]], n_sets: int) -> list[Tensor]:
-    """Consecutive slices of the ranked groups, each set ascending; a group that runs short is an error naming it."""
-    for order, quota, name in ranked:
-        if len(order) < quota * n_sets:
-            raise ValueError(f"{name} has {len(order)} images to choose from, {quota * n_sets} wanted")
-    sets = [np.concatenate([order[i * quota : (i + 1) * quota] for order, quota, _ in ranked]) for i in range(n_sets)]
-    return [torch.from_numpy(np.sort(chosen)) for chosen in sets]
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"unknown strategy {strategy!r}: {', '.join(get_args(Strategy))}"
+                         f"{nearest(strategy, get_args(Strategy))}")  # fmt: skip
+    sizes = {len(t) for t in (scores, labels) if t is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"{len(scores)} scores for {len(labels)} labels")  # type: ignore[arg-type]
+    if not sizes and pool is None:
+        raise ValueError("give scores, labels or a pool: nothing says how many images there are")
+    n_images = sizes.pop() if sizes else int(pool.max()) + 1 if len(pool) else 0  # type: ignore[union-attr,arg-type]
+    allowed = np.arange(n_images) if pool is None else _positions(pool, n_images)
+    if n < 1 or not 0 <= trim < 1:
+        raise ValueError(f"n={n}, trim={trim}: need n >= 1 and 0 <= trim < 1")
+    if n > len(allowed):
+        raise ValueError(f"{n} images wanted from a pool of {len(allowed)}: take fewer, or a larger pool")
+    ranks = np.random.default_rng(seed).permutation(n_images) if strategy == "random" else _ranks(scores, strategy)
+    chosen = []
+    for members, quota, name in _groups(labels, n_classes, allowed, n):
+        order = members[np.argsort(ranks[members], kind="stable")]
+        order = order[int(trim * len(order)) :] if strategy == "trimmed" else order
+        if len(order) < quota:
+            raise ValueError(f"{name} has {len(order)} images to choose from, {quota} wanted")
+        chosen.append(order[:quota])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
 
 
 def draw_pool(n_images: int, n_pool: int, *, seed: int, replacement: bool = False) -> Tensor:
@@ -115,39 +92,20 @@ def check_set(positions: Tensor, n: int) -> Tensor:
     return positions
 
 
-def _size(scores: Tensor | None, labels: Tensor | None, pool: Tensor | None) -> int:
-    """How many images there are; scores and labels have to agree."""
-    sizes = {len(t) for t in (scores, labels) if t is not None}
-    if len(sizes) > 1:
-        raise ValueError(f"{len(scores)} scores for {len(labels)} labels")  # type: ignore[arg-type]
-    if sizes:
-        return sizes.pop()
-    if pool is None:
-        raise ValueError("give scores, labels or a pool: nothing says how many images there are")
-    return int(pool.max()) + 1 if len(pool) else 0
-
-
-def _values(scores: Tensor | None, n_images: int, strategy: str) -> np.ndarray:
-    """(N,) float64 scores; zeros for a random draw without scores."""
-    if strategy not in get_args(Strategy):
-        near = difflib.get_close_matches(str(strategy), get_args(Strategy), n=1, cutoff=0.0)
-        raise ValueError(f"unknown strategy {strategy!r}: did you mean {near[0]!r}?")
+def _ranks(scores: Tensor | None, strategy: str) -> np.ndarray:
+    """(N,) float64, the best lowest."""
     if scores is None:
-        if strategy != "random":
-            raise ValueError(f"strategy {strategy!r} needs scores: only 'random' works without")
-        return np.zeros(n_images)
+        raise ValueError(f"strategy {strategy!r} needs scores: only 'random' works without")
     values = scores.detach().cpu().double().numpy()
     if values.ndim != 1 or np.isnan(values).any():
         raise ValueError(
             f"scores of shape {values.shape} with {int(np.isnan(values).sum())} NaN: need one number per image"
         )
-    return values
+    return -values if strategy == "highest" else values
 
 
-def _allowed(pool: Tensor | None, n_images: int) -> np.ndarray:
-    """The pool as positions, checked for range and repeats."""
-    if pool is None:
-        return np.arange(n_images)
+def _positions(pool: Tensor, n_images: int) -> np.ndarray:
+    """The pool, ascending, checked for range and repeats."""
     positions = pool.cpu().numpy()
     if len(positions) and (positions.min() < 0 or positions.max() >= n_images):
         raise ValueError(f"the pool names position {int(positions.max())} (or below 0) of {n_images} images")
@@ -169,9 +127,3 @@ def _groups(
         if len(group) == 0:
             raise ValueError(f"class {c} of {n_classes} has no image in the pool: balance is impossible")
     return [(group, n // n_classes + (c < n % n_classes), f"class {c}") for c, group in enumerate(members)]
-
-
-def _rank(values: np.ndarray, group: np.ndarray, trim: float) -> np.ndarray:
-    """The group's positions by ascending value, ties by position, without the lowest share ``trim``."""
-    order = group[np.argsort(values[group], kind="stable")]
-    return order[int(trim * len(order)) :]

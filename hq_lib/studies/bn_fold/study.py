@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.graph.folding import fold_bn, per_channel_ranges
-from hq_lib.results.hints import nearest
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
-from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
 from hq_lib.training import predict
 
 RANGES = "bn_ranges"
@@ -72,10 +71,7 @@ class Folding(Point):
 
 def points(plan: Plan) -> list[Folding]:
     """The networks of a plan; ``StudyError`` for one that does not exist."""
-    known = models.names()
-    for name in plan.models:
-        if name not in known:
-            raise StudyError(f"bn_fold has no network {name!r}: choose from {', '.join(known)}{nearest(name, known)}")
+    check_choice("bn_fold", "network", plan.models, models.names())
     return [Folding(name, "trained" if shipped(name) else "random") for name in plan.models]
 
 

@@ -20,11 +20,10 @@ from torch import Tensor, fx
 from hq_lib import data, models, ptq
 from hq_lib.graph import quantize
 from hq_lib.results import paths
-from hq_lib.results.hints import nearest
 from hq_lib.studies.bench import Bench, net_switch, open_bench, open_imagenet, public_weights
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import CHOSEN, LEARNED, NEAREST, RECIPES, Recipe
-from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
 from hq_lib.training import evaluate
 
 ERRORS = "ptq_errors"
@@ -116,12 +115,8 @@ class Quantization(Point):
 
 def points(plan: Plan) -> list[Quantization]:
     """Network by network its float line, then seed by seed and width by width each recipe; unknown ones are refused."""
-    for kind, names, known in (("network", plan.nets, NETS), ("recipe", plan.recipes, RECIPES)):
-        for name in names:
-            if name not in known:
-                raise StudyError(
-                    f"ptq_methods has no {kind} {name!r}: choose from {', '.join(known)}{nearest(name, known)}"
-                )
+    check_choice("ptq_methods", "network", plan.nets, NETS)
+    check_choice("ptq_methods", "recipe", plan.recipes, RECIPES)
     found = []
     for net in plan.nets:
         found += [Quantization(plan, net)] + [

@@ -16,12 +16,11 @@ from torch import nn
 from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.ptq import selection
-from hq_lib.results.hints import nearest
 from hq_lib.studies.bench import net_switch, open_bench, open_imagenet
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import RECIPES
 from hq_lib.studies.selection.sets import CHOICES, NETWORK_METRICS, SMOOTH, Pool
-from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
 from hq_lib.training import evaluate, predict
 
 Bits = tuple[int, int]
@@ -166,11 +165,8 @@ class Calibration(Point):
 
 def points(plan: Plan) -> list[Calibration]:
     """Every point once, those of one pool adjoining, by draw, so that a cut run is whole; unknown names are refused."""
-    known = (("way of choosing", plan.choices, CHOICES), ("network", plan.nets, (SHIPPED, *models.imagenet_names())))
-    for kind, names, valid in known:
-        for name in names:
-            if name not in valid:
-                raise StudyError(f"no {kind} {name!r}: choose from {', '.join(valid)}{nearest(name, valid)}")
+    check_choice("selection", "way of choosing", plan.choices, CHOICES)
+    check_choice("selection", "network", plan.nets, (SHIPPED, *models.imagenet_names()))
     found: list[Calibration] = []
     for net in plan.nets:
         made = dict.fromkeys(_points_of(plan, net))
