@@ -135,7 +135,45 @@ def dropped(draw, c):
     return Block(lambda s, x: F.relu(s.a(F.dropout2d(x, 0.3, s.training))), a=conv(c, c)), c
 
 
-KINDS = residual, depthwise, grouped, concat, squeeze, in_place, shared, pre_activation, pool, two_readers, dropped
+def shuffled(draw, c):
+    def forward(s, x):
+        keep, change = x.chunk(2, 1)
+        x = torch.cat([keep, F.relu(s.a(change))], 1)
+        n, _, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+    return (Block(forward, a=conv(c // 2, c // 2)), c) if c % 2 == 0 else dropped(draw, c)
+
+
+def upsampled(draw, c):
+    return Block(lambda s, x: F.interpolate(F.max_pool2d(F.relu(s.a(x)), 2, ceil_mode=True), size=x.shape[2:]) - x,
+                 a=conv(c, c)), c  # fmt: skip
+
+
+def dead(draw, c):
+    """A channel of weights that is zero, a norm that gives zero, or a map that no pixel passes."""
+    a, n = conv(c, c), nn.BatchNorm2d(c)
+    with torch.no_grad():
+        a.weight[draw.randrange(c)] = 0.0
+    clip = draw.choice([F.relu, F.relu6, lambda y: F.relu(y - 1e4)])
+    return Block(lambda s, x: clip(s.n(s.a(x))) + x, a=a, n=n), c
+
+
+def dilated(draw, c):
+    padding = draw.choice([(2, 2), (0, 2), "same"])
+    options = {"dilation": 2, "groups": draw.choice([1, 2]) if c % 2 == 0 else 1}
+    return Block(lambda s, x: F.hardswish(s.a(x)), a=nn.Conv2d(c, c, 3, padding=padding, **options)), c
+
+
+def doubled(draw, c):
+    return Block(lambda s, x: F.avg_pool2d(torch.cat([x, s.a(x), x], 1), 3, 1, 1, count_include_pad=False),
+                 a=conv(c, 2)), 2 * c + 2  # fmt: skip
+
+
+KINDS = (
+    residual, depthwise, grouped, concat, squeeze, in_place, shared, pre_activation, pool, two_readers, dropped,
+    shuffled, upsampled, dead, dilated, doubled,
+)  # fmt: skip
 BLOCKS = {kind.__name__: kind for kind in KINDS}
 
 

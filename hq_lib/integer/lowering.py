@@ -212,7 +212,8 @@ class _Walk:
         return Pending(Function(node.name, x, functions.computed(node, self.gm, source, real)))
 
     def concat(self, node: fx.Node) -> Value:
-        parts = [self.known(n, node) for n in node.all_input_nodes if "shape" in n.meta]
+        tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]  # all_input_nodes has each but once
+        parts = [self.known(n, node) for n in tensors]
         if len({(float(p.scale), p.zero_point, p.dtype) for p in parts}) > 1:
             parts = self._on_one_grid(parts, node.name)
         first, dim = parts[0], geometry.arguments(node, self.gm)["dim"]

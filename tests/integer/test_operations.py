@@ -62,6 +62,7 @@ CASES = {
     "sub": Net(lambda s, a, b: F.relu(a - F.relu(b))),
     "sub of itself": Net(lambda s, a, b: a - F.max_pool2d(a, 3, 1, 1)),
     "alpha -1": Net(lambda s, a, b: torch.add(a, F.relu(b), alpha=-1)),
+    "a tensor twice": Net(lambda s, a, b: torch.cat([a, b, a], 1), 12),
     "x + x": Net(lambda s, a, b: a + a),
     "two readers of a clip": Net(lambda s, a, b: (lambda y: F.relu6(y) + y)(a)),
     "padding left out": Net(lambda s, a, b: F.avg_pool2d(a, 3, 1, 1, count_include_pad=False)),
