@@ -92,15 +92,18 @@ class Trace:
         """The trace stored at ``path``. Errors (`TraceError`): absent, changed in anything, or of another schema."""
         state, record = read_sealed(path, SCHEMA)
         layers: dict[str, Handle] = {}
-        for i, layer in enumerate(record["layers"]):
-            bits = {key: layer[key] for key in ("w_bits", "x_bits", "x_signed")}
-            w, scale = state[f"layers/{i}/w"], state[f"layers/{i}/w_scale"]
-            layers[layer["name"]] = make_handle(w, scale, layer["name"], **bits)
-        calls = []
-        for i, call in enumerate(record["calls"]):
-            x, y, y_ideal = (state[f"calls/{i}/{part}"].numpy() for part in ("x", "y", "y_ideal"))
-            calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"]))
-        return cls(record["engine"], layers, calls)
+        try:
+            for i, layer in enumerate(record["layers"]):
+                bits = {key: layer[key] for key in ("w_bits", "x_bits", "x_signed")}
+                w, scale = state[f"layers/{i}/w"], state[f"layers/{i}/w_scale"]
+                layers[layer["name"]] = make_handle(w, scale, layer["name"], **bits)
+            calls = []
+            for i, call in enumerate(record["calls"]):
+                x, y, y_ideal = (state[f"calls/{i}/{part}"].numpy() for part in ("x", "y", "y_ideal"))
+                calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"]))
+            return cls(record["engine"], layers, calls)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise TraceError(f"{path}: its record is of another form ({type(error).__name__}: {error})") from error
 
     @classmethod
     def join(cls, parts: Iterable[Trace]) -> Trace:

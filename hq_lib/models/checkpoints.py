@@ -131,4 +131,10 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
     digest, text = found[:64], found[64:]
     if digest != _digest(text, state):
         raise CheckpointError(f"{path.name} is damaged: its content does not match its SHA-256; write it again")
-    return state, {"sha256": digest, **json.loads(text)}
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the record of {path.name} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"the record of {path.name} is no mapping but {type(record).__name__}")
+    return state, {"sha256": digest, **record}

@@ -322,7 +322,7 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
     if path is not None:
         try:
             entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that is none
             raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(entries, Mapping):
             raise ValueError(f"{path}: a mapping of keys is needed, got a {type(entries).__name__}")
