@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 
 from hq_lib import data
 from hq_lib.models.resnet import ResNet
-from hq_lib.quantizers.observers import QParams, evaluating, lp_search
+from hq_lib.quantizers import Grid
+from hq_lib.quantizers.observers import lp_search
 from hq_lib.results import paths
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the public checkpoint's recipe
@@ -56,9 +57,10 @@ def network() -> tuple[nn.Module, str]:
 def tensors(n_images: int) -> tuple[dict[str, tuple[Tensor, int | None]], str]:
     """Name -> (tensor, channel axis) of activations and weights, and a line that says what they are."""
     net, origin = network()
+    net.eval()
     images = data.load_or_embedded("cifar10", "train", n=n_images)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    with evaluating(net):
+    with torch.no_grad():
         recorder = Recorder(fx.symbolic_trace(net))
         recorder.run((images.images.float() / 255 - mean) / std)
     found: dict[str, tuple[Tensor, int | None]] = {name: (x, None) for name, x in recorder.kept.items()}
@@ -66,7 +68,7 @@ def tensors(n_images: int) -> tuple[dict[str, tuple[Tensor, int | None]], str]:
     return found, f"ResNet-20 ({origin}), {len(images)} images of {images.spec.name}"
 
 
-def error_of(x: Tensor, grid: QParams, p: float) -> Tensor:
+def error_of(x: Tensor, grid: Grid, p: float) -> Tensor:
     """Per tensor or per channel (axis 0): mean |x - x_hat|^p in float64."""
     x = x.double().reshape(-1, x.numel() // max(1, grid.scale.numel()))
     scale, zero_point = grid.scale.double().view(-1, 1), grid.zero_point.double().view(-1, 1)
@@ -74,7 +76,7 @@ def error_of(x: Tensor, grid: QParams, p: float) -> Tensor:
     return (x - scale * (x_int - zero_point)).abs().pow(p).mean(1)
 
 
-def literal(x: Tensor, *, bits: int, p: float, budget: int) -> tuple[QParams, float, bool]:
+def literal(x: Tensor, *, bits: int, p: float, budget: int) -> tuple[Grid, float, bool]:
     """(best grid found, seconds for all candidates, whether that time is scaled up); ``x`` is (C, n)."""
     low, high, n = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0), 2**bits - 1
     zero_points = range(n + 1) if bool((low < 0).any()) and bool((high > 0).any()) else [0]
@@ -92,10 +94,10 @@ def literal(x: Tensor, *, bits: int, p: float, budget: int) -> tuple[QParams, fl
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, torch.full_like(scale, zero_point), best_zero)
     seconds = (time.process_time() - start) * len(candidates) / len(tried)
-    return QParams(best_scale.flatten(), best_zero.flatten(), 0, n), seconds, len(tried) < len(candidates)
+    return Grid(best_scale.flatten(), best_zero.flatten(), 0, n), seconds, len(tried) < len(candidates)
 
 
-def timed(call: Callable[[], QParams]) -> tuple[QParams, float]:
+def timed(call: Callable[[], Grid]) -> tuple[Grid, float]:
     """(result, CPU seconds) of one call."""
     start = time.process_time()
     return call(), time.process_time() - start
@@ -104,8 +106,8 @@ def timed(call: Callable[[], QParams]) -> tuple[QParams, float]:
 def compare(name: str, x: Tensor, axis: int | None, options: argparse.Namespace) -> dict[str, object]:
     """One row: times of the exact search, of the fast one and of the literal loop, and who found the lower error."""
     search = {"bits": options.bits, "p": options.p, "axis": axis}
-    exact, exact_s = timed(lambda: lp_search(x, **search).qparams)
-    fast, fast_s = timed(lambda: lp_search(x, **search, exact=False).qparams)
+    exact, exact_s = timed(lambda: lp_search(x, **search).grid)
+    fast, fast_s = timed(lambda: lp_search(x, **search, exact=False).grid)
     rows = x.reshape(1, -1) if axis is None else x.flatten(1)
     reference, literal_s, scaled = literal(rows, bits=options.bits, p=options.p, budget=options.budget)
     errors = [error_of(rows, grid, options.p) for grid in (exact, fast, reference)]

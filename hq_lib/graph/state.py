@@ -1,7 +1,6 @@
 """What is done to a quantized network as a whole: fitting its grids, bypassing them, ending batch-norm updates."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,19 +34,33 @@ def refuse_float(net: nn.Module, what: str) -> None:
                             "quantize(net, policy, example) first")  # fmt: skip
 
 
-def set_quantization(net: nn.Module, *, weights: bool, acts: bool, only: Choice | None = None) -> None:
-    """Switch the weight and the activation quantizers of ``net`` on (True) or off (False: float values pass).
+class set_quantization:
+    """Switch the weight and the activation quantizers of ``net`` on (True), off (False: float values pass), or neither.
 
     Works on a quantized graph and on a block cut from one (which shares them). With both off, the network computes what
-    its float net computes. Grids and their parameters stay as they are. ``only`` leaves those alone for which it is
-    False: ``only=lambda quantizer: quantizer.bits >= 4`` switches what the hybrid rule leaves to PTQ.
+    its float net computes. Grids and their parameters stay as they are. As ``torch.set_grad_enabled`` it acts at once,
+    and in a ``with`` statement every switch is restored behind it.
+
+    Args:
+        weights, acts: None leaves them as they are.
+        only:          leaves those alone for which it is False: ``only=lambda quantizer: quantizer.bits >= 4`` switches
+                       what the hybrid rule leaves to PTQ.
     """
-    for layer in weight_layers(net).values():
-        if layer.weight_quantizer is not None and (only is None or only(layer.weight_quantizer)):
-            layer.weight_quantizer.enabled = weights  # type: ignore[assignment]
-    for quantizer in act_quantizers(net).values():
-        if only is None or only(quantizer):
-            quantizer.enabled = acts  # type: ignore[assignment]
+
+    def __init__(self, net: nn.Module, *, weights: bool | None, acts: bool | None, only: Choice | None = None) -> None:
+        layers: list[Any] = [q for layer in weight_layers(net).values() if (q := layer.weight_quantizer) is not None]
+        chosen = [(q, weights) for q in layers] + [(q, acts) for q in act_quantizers(net).values()]
+        chosen = [(q, on) for q, on in chosen if on is not None and (only is None or only(q))]
+        self.before = [(q, q.enabled) for q, _ in chosen]
+        for quantizer, on in chosen:
+            quantizer.enabled = on  # type: ignore[assignment]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        for quantizer, on in self.before:
+            quantizer.enabled = on
 
 
 def calibrate(
@@ -94,7 +107,9 @@ def calibrate(
     _check_images(images)
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
     budget = 0 if sequential else budget_MiB * 2**20
-    with eval_mode(qnet), torch.no_grad(), _bypassed(qnet, wanted, weights=not quantized_weights):
+    weights = set_quantization(qnet, weights=None if quantized_weights else False, acts=None)
+    acts = set_quantization(qnet, weights=None, acts=False, only=only)
+    with eval_mode(qnet), torch.no_grad(), weights, acts:
         for targets in _portions(qnet, wanted, n_images=sum(map(len, images)), budget=budget):
             for target, seen in _collect(qnet, images, targets).items():
                 quantizer = qnet.get_submodule(target)
@@ -118,22 +133,6 @@ def _check_images(images: list[Tensor]) -> None:
 
 def _init_from(quantizer: nn.Module, values: Tensor) -> None:
     quantizer.init_from(values)  # type: ignore[operator]
-
-
-@contextmanager
-def _bypassed(net: nn.Module, acts: set[str], *, weights: bool) -> Iterator[None]:
-    """Bypass the activation quantizers named, and all weight quantizers if told; every switch is restored after it."""
-    modules = [net.get_submodule(name) for name in acts]
-    if weights:
-        modules += [q for layer in weight_layers(net).values() if (q := layer.weight_quantizer) is not None]
-    before = [(module, module.enabled) for module in modules]
-    try:
-        for module in modules:
-            module.enabled = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module, enabled in before:
-            module.enabled = enabled
 
 
 def _portions(qnet: fx.GraphModule, wanted: set[str], *, n_images: int, budget: int) -> list[list[str]]:

@@ -17,7 +17,8 @@ from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
 from hq_lib.ptq.rounding import take_place
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Grid, Quantizer, aciq
-from hq_lib.quantizers.observers.ranges import MIN_SCALE, minmax_range, rows
+from hq_lib.quantizers.affine import MIN_SCALE
+from hq_lib.quantizers.observers.ranges import minmax_range, rows
 
 EDGE = 0.499
 """How far, in steps, a weight may lie beyond its channel's last level and still round to it."""

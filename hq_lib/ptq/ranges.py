@@ -24,8 +24,8 @@ from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.ptq.rounding import ON_GRID, take_place
 from hq_lib.quantizers import LSQ, FixedGrid, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
-from hq_lib.quantizers.observers import Range, lp_search, minmax_range, percentile_range, range_qparams
-from hq_lib.quantizers.observers.ranges import QParams, Scheme
+from hq_lib.quantizers.observers import Range, grid_from_range, lp_search, minmax_range, percentile_range
+from hq_lib.quantizers.observers.ranges import Scheme
 from hq_lib.results.hints import nearest
 
 Method = Literal["minmax", "percentile", "mse", "aciq", "aciq_official"]
@@ -45,21 +45,21 @@ def check_method(method: str) -> None:
 def find_grid(
     x: Tensor, *, bits: int, method: Method, scheme: Scheme = "affine", axis: int | None = None,
     signed: bool = True,
-) -> QParams:  # fmt: skip
+) -> Grid:  # fmt: skip
     """Return the grid of ``x`` that ``method`` chooses, () or (C,).
 
     Args:
         x:       (*shape), real units, finite.
         bits:    1..16.
-        scheme:  of the grid; see ``observers.range_qparams``.
+        scheme:  of the grid; see ``observers.grid_from_range``.
         axis:    channel axis; None = one grid.
         signed:  False: values below 0 count as 0, and the zero point is 0.
     """
     check_method(method)
     x = x if signed else x.clamp(min=0.0)
     if method == "mse":
-        return lp_search(x, bits=bits, scheme=scheme, axis=axis, sides="auto" if signed else "positive").qparams
-    return range_qparams(_range(x, bits, method, scheme, axis, signed), bits=bits, scheme=scheme)
+        return lp_search(x, bits=bits, scheme=scheme, axis=axis, sides="auto" if signed else "positive").grid
+    return grid_from_range(_range(x, bits, method, scheme, axis, signed), bits=bits, scheme=scheme)
 
 
 def _range(x: Tensor, bits: int, method: Method, scheme: Scheme, axis: int | None, signed: bool) -> Range:
@@ -115,7 +115,7 @@ def fit_weights(
         except ValueError as error:
             raise QuantizeError(f"weight of layer {name!r}: {error}") from error
         found = found if old.axis is None else found.broadcast(w.dim(), old.axis)
-        take_place(layer, FixedGrid(Grid(*found), bits=old.bits, axis=old.axis))
+        take_place(layer, FixedGrid(found, bits=old.bits, axis=old.axis))
 
 
 def fit_acts(
@@ -159,7 +159,7 @@ def fit_acts(
 
 
 @torch.no_grad()
-def set_grid(quantizer: Quantizer, found: QParams) -> None:
+def set_grid(quantizer: Quantizer, found: Grid) -> None:
     """Put an activation quantizer (lsq, lsq_plus, minmax) on the grid ``found``, () or broadcastable to its tensor."""
     scale, zero_point = found.scale.float(), found.zero_point.float()
     quantizer.mark_fitted()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.graph import Block, act_quantizers, weight_layers
+from hq_lib.graph import Block, act_quantizers, set_quantization, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import MAX_BYTES, Stream, UnitCache, bytes_needed, chunks
@@ -27,7 +27,7 @@ from hq_lib.ptq.dropping import drop, dropping
 from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
 from hq_lib.ptq.rounding import install
-from hq_lib.ptq.units import chain, cut, switched, units
+from hq_lib.ptq.units import chain, cut, units
 from hq_lib.quantizers import AdaRound, LSQPlusAct
 
 Progress = Callable[[UnitReport], None]
@@ -73,7 +73,7 @@ def reconstruct(
         files = None
         if folder is not None:
             files = RunFolder(Path(folder) / f"pass_{i}", fingerprint(qnet, images, config.to_dict()))
-        with eval_mode(qnet), switched(qnet, weights=True, acts=config.quantize_acts):
+        with eval_mode(qnet), set_quantization(qnet, weights=True, acts=config.quantize_acts):
             for report in _pass(qnet, images.to(device), config, files):
                 reports.append(report)
                 if progress is not None:

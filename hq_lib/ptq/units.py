@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from hq_lib.graph import Block, act_quantizers, blocks, extract_block, kinds, weight_layers
+from hq_lib.graph import Block, blocks, extract_block, kinds, set_quantization
 
 _TAIL = ("norm", "relu", "clip", "act", "quantizer")
 
@@ -70,21 +68,6 @@ def n_values(qnet: fx.GraphModule, node: str) -> int:
     return int(found.meta["shape"][1:].numel())
 
 
-@contextmanager
-def switched(net: nn.Module, *, weights: bool, acts: bool) -> Iterator[None]:
-    """Switch the weight and activation quantizers of ``net`` inside; every switch is restored afterwards."""
-    layers = [q for layer in weight_layers(net).values() if (q := layer.weight_quantizer) is not None]
-    wanted = [(q, weights) for q in layers] + [(q, acts) for q in act_quantizers(net).values()]
-    before = [(q, q.enabled) for q, _ in wanted]
-    try:
-        for quantizer, on in wanted:
-            quantizer.enabled = on  # type: ignore[assignment]
-        yield
-    finally:
-        for quantizer, on in before:
-            quantizer.enabled = on  # type: ignore[assignment]
-
-
-def as_float(net: nn.Module):
+def as_float(net: nn.Module) -> set_quantization:
     """Switch every quantizer of ``net`` off inside: it computes what its float net computes."""
-    return switched(net, weights=False, acts=False)
+    return set_quantization(net, weights=False, acts=False)

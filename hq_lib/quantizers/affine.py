@@ -30,6 +30,12 @@ class Grid(NamedTuple):
     qmax: int
     step: int = 1
 
+    def broadcast(self, n_dims: int, axis: int) -> Grid:
+        """Return the grid with (C,) scales and zero points as (1, ..., C, ..., 1), to meet a tensor of ``n_dims``."""
+        shape = [1] * n_dims
+        shape[axis] = -1
+        return self._replace(scale=self.scale.reshape(shape), zero_point=self.zero_point.reshape(shape))
+
 
 def is_width(bits: object) -> bool:
     """Whether ``bits`` is a number of bits that a grid can have: an int from 1 to 16."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hq_lib.quantizers.affine import Grid, max_abs, min_max, snap_to_levels
+from hq_lib.quantizers.affine import Grid, channel_dims, max_abs, min_max, snap_to_levels
 
 N_SAMPLE = 2**16
 """Elements an activation range is estimated from; more do not move it by a grid step."""
@@ -82,7 +82,7 @@ def best_shrink(
     for k in range(N_CANDIDATES):
         factor = 1.0 - k / N_CANDIDATES
         squared = (quantize(data, factor * low, factor * high) - data).square()
-        error = squared.mean() if axis is None else squared.mean(_others(data, axis), keepdim=True)
+        error = squared.mean() if axis is None else squared.mean(channel_dims(data, axis), keepdim=True)
         best = torch.where(error < least, torch.full_like(best, factor), best)
         least = torch.minimum(error, least)
     return best * low, best * high
@@ -93,11 +93,7 @@ def three_sigma(x: Tensor, *, axis: int | None = None) -> Tensor:
 
     The largest magnitude caps it; all-zero channels give IDLE_CLIP.
     """
-    dims = _others(x, axis)
+    dims = channel_dims(x, axis)
     mean, std = x.mean(dims, keepdim=axis is not None), x.std(dims, keepdim=axis is not None, correction=0)
     clip = torch.minimum(mean.abs() + 3.0 * std, max_abs(x, axis=axis))
     return torch.where(clip > 0, clip, torch.full_like(clip, IDLE_CLIP))
-
-
-def _others(x: Tensor, axis: int | None) -> list[int]:
-    return [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]

@@ -10,7 +10,7 @@ from scipy.stats import laplace, norm
 from torch import nn
 
 from hq_lib.quantizers import aciq
-from hq_lib.quantizers.observers import range_qparams
+from hq_lib.quantizers.observers import grid_from_range
 
 DENSITY = {"laplace": laplace.pdf, "gauss": norm.pdf}
 # Optimal ratios and model errors recomputed by golden section, independent of the closed forms here; rows are M = 1..8.
@@ -175,7 +175,7 @@ def test_grid_aware_clip_beats_the_table_at_two_bits():
     x = sample("gauss", 200_000).float().relu()
 
     def error(**options):
-        grid = range_qparams(aciq.clip_range(x, bits=2, prior="gauss", relu="theory", **options), bits=2)
+        grid = grid_from_range(aciq.clip_range(x, bits=2, prior="gauss", relu="theory", **options), bits=2)
         return (x - grid.scale * torch.clamp(torch.round(x / grid.scale), 0, 3)).square().mean().item()
 
     assert error(grid="relu_endpoint") < 0.97 * error()

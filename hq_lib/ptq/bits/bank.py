@@ -28,7 +28,7 @@ def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = Non
     another's bits.
 
     Args:
-        qnet:   from ``graph.quantize``, weight grids fitted; left as it was, its switches on.
+        qnet:   from ``graph.quantize``, weight grids fitted; left as it was.
         images: (N, C, H, W), normalised; one batch.
         only:   which quantizers (given the module).
     """
@@ -38,11 +38,9 @@ def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = Non
         if layer.weight_quantizer is not None and (only is None or only(layer.weight_quantizer)):
             hooks.append(layer.register_forward_hook(_measure(name, found)))
     try:
-        set_quantization(qnet, weights=False, acts=False, only=only)
-        with eval_mode(qnet):
+        with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet):
             qnet(images)
     finally:
-        set_quantization(qnet, weights=True, acts=True, only=only)
         for hook in hooks:
             hook.remove()
     return found
@@ -53,11 +51,8 @@ def _measure(name: str, found: dict[str, Tensor]) -> Callable[[nn.Module, tuple[
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, QuantizedWeight)
-        quantizer = layer.weight_quantizer
-        assert quantizer is not None
-        quantizer.enabled = True  # type: ignore[assignment]
-        shift = layer.forward(inputs[0]) - output
-        quantizer.enabled = False  # type: ignore[assignment]
+        with set_quantization(layer, weights=True, acts=None):
+            shift = layer.forward(inputs[0]) - output
         found[name] = shift.mean([d for d in range(shift.dim()) if d != channel_dim(layer, shift)])
 
     return hook

@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hq_lib.quantizers.affine import MIN_SCALE, Grid
 from hq_lib.quantizers.observers.lp_error import Bins, grid_error, make_bins, merge_bins, value_error, window_bounds
-from hq_lib.quantizers.observers.ranges import MIN_SCALE, QParams, Scheme, grid_ends, rows
+from hq_lib.quantizers.observers.ranges import Scheme, grid_ends, rows
 
 P_DEFAULT = 2.4  # BRECQ and QDrop, official code
 N_STEPS = 100  # QDrop, MSEObserver
-N_STEPS_BRECQ = 80  # BRECQ, UniformAffineQuantizer
 N_BINS_EXACT, N_BINS_FAST = 2**16, 2**14
 _BATCH_CELLS = 2**18  # candidates x bins refined per round and channel
 _MAX_CELLS = 2**22  # bounds (channels x candidates) held at once
@@ -28,7 +28,7 @@ Sides = Literal["auto", "positive", "negative", "both"]
 class LpResult(NamedTuple):
     """The best grid found and its error."""
 
-    qparams: QParams
+    grid: Grid
     """Scale and zero point of () or (C,), with the grid's ends."""
     error: Tensor
     """() or (C,), mean |x - x_hat|^p of the optimum (of the histogram where ``exact=False``)."""
@@ -47,15 +47,14 @@ class _Candidates(NamedTuple):
 
 @torch.no_grad()
 def lp_search(
-    x: Tensor, *, bits: int, scheme: Scheme = "affine", p: float = P_DEFAULT, n_steps: int | None = None,
-    sides: Sides = "auto", axis: int | None = None, space: Literal["qdrop", "brecq"] = "qdrop", exact: bool = True,
+    x: Tensor, *, bits: int, scheme: Scheme = "affine", p: float = P_DEFAULT, sides: Sides = "auto",
+    axis: int | None = None, exact: bool = True,
 ) -> LpResult:  # fmt: skip
     """The grid that minimises mean |x - x_hat|^p among the published candidates.
 
-    ``space="qdrop"`` (QDrop, arXiv:2203.05740, MSEObserver): steps i/n_steps of the full range, i = 1..n_steps.
-    Symmetric schemes and one-sided data: one zero point (0, or the top code for x <= 0). Two-sided affine: every
-    integer zero point, so n_steps * 2^bits candidates. ``space="brecq"`` (arXiv:2102.05426, official code): both ends
-    shrink together by 1 - 0.01 i, i = 0..79, zero point from the ends.
+    Candidates are QDrop's (arXiv:2203.05740, MSEObserver): steps i/100 of the full range, i = 1..100. Symmetric schemes
+    and one-sided data: one zero point (0, or the top code for x <= 0). Two-sided affine: every integer zero point, so
+    100 * 2^bits candidates. (BRECQ's, a part of these, shrinks both ends together.)
 
     Args:
         x:      (*shape), real units: a weight, or a layer's activations on the whole calibration batch.
@@ -73,7 +72,7 @@ def lp_search(
     values = rows(x, axis)
     if p < 1:
         raise ValueError(f"p={p!r}: the L_p search needs p >= 1 (2.4 is the published default)")
-    candidates = _candidates(values, bits, scheme, p, n_steps, sides, space)
+    candidates = _candidates(values, bits, scheme, p, sides)
     n_cells = candidates.steps.shape[1] * max(candidates.k_min.shape[-1], values.shape[1] // 4 + 1)
     size = max(1, _MAX_CELLS // n_cells)
     parts = [slice(c, c + size) for c in range(0, len(values), size)]
@@ -82,12 +81,10 @@ def lp_search(
     qmin, qmax = grid_ends(bits, scheme)
     columns = (step.to(values.dtype), (qmin - k_min).to(values.dtype), error / values.shape[1])
     scale, zero_point, error = (t.squeeze(0) if axis is None else t for t in columns)
-    return LpResult(QParams(scale, zero_point, qmin, qmax), error)
+    return LpResult(Grid(scale, zero_point, qmin, qmax), error)
 
 
-def _candidates(
-    values: Tensor, bits: int, scheme: Scheme, p: float, n_steps: int | None, sides: Sides, space: str
-) -> _Candidates:
+def _candidates(values: Tensor, bits: int, scheme: Scheme, p: float, sides: Sides) -> _Candidates:
     """The published candidate set as steps (C, S) and lowest codes k_min = qmin - zero_point."""
     qmin, qmax = grid_ends(bits, scheme)
     low, high = (end.double().unsqueeze(1) for end in torch.aminmax(values, dim=1))
@@ -95,25 +92,13 @@ def _candidates(
     sides = _check_sides(sides, bool((low < 0).any()), bool((high > 0).any()))
     n, symmetric = qmax - qmin, scheme != "affine"
     width = 2 * torch.maximum(-low, high) if symmetric else high - low
-    steps = (_fractions(space, n_steps).to(values.device) * width / n).clamp(min=MIN_SCALE)
+    fractions = torch.arange(1, N_STEPS + 1, dtype=torch.float64, device=values.device) / N_STEPS
+    steps = (fractions * width / n).clamp(min=MIN_SCALE)
     if symmetric or sides != "both":
         k_min = torch.tensor([[-n if sides == "negative" and not symmetric else qmin]], device=values.device)
-    elif space == "brecq":
-        k_min = -torch.round(-low / (width / n).clamp(min=MIN_SCALE)).clamp(0, n)
     else:
         k_min = -torch.arange(n + 1, device=values.device).unsqueeze(0)
     return _Candidates(steps, k_min.double().unsqueeze(1), n + 1, p)
-
-
-def _fractions(space: str, n_steps: int | None) -> Tensor:
-    """(S,) float64: the candidate widths as fractions of the full range, in the published order."""
-    if space not in ("qdrop", "brecq"):
-        raise ValueError(f"space={space!r}: choose 'qdrop' (every zero point) or 'brecq' (both ends shrink)")
-    n = n_steps if n_steps is not None else N_STEPS if space == "qdrop" else N_STEPS_BRECQ
-    if n < 1 or (space == "brecq" and n > 100):
-        raise ValueError(f"n_steps={n_steps}: at least 1 is needed, and BRECQ's steps of 1 % allow at most 100")
-    i = torch.arange(n, dtype=torch.float64)
-    return (i + 1) / n if space == "qdrop" else 1 - 0.01 * i
 
 
 def _check_sides(sides: Sides, has_negative: bool, has_positive: bool) -> Sides:

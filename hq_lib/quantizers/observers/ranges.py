@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from hq_lib.quantizers.affine import MIN_SCALE, Grid, affine_from_range, check_bits
+
 Scheme = Literal["affine", "symmetric", "symmetric_restricted"]
-MIN_SCALE = 1e-8  # a channel of zeros still gets a usable step
-MAX_BITS = 16
 
 
 class Range(NamedTuple):
@@ -23,25 +23,6 @@ class Range(NamedTuple):
     """() or (C,), real units, <= 0."""
     high: Tensor
     """() or (C,), real units, >= 0."""
-
-
-class QParams(NamedTuple):
-    """An affine grid: x_hat = scale * (x_int - zero_point), qmin <= x_int <= qmax."""
-
-    scale: Tensor
-    """() or (C,), real units per step, > 0, dtype of the range."""
-    zero_point: Tensor
-    """() or (C,), integer-valued float in [qmin, qmax]."""
-    qmin: int
-    """Lowest grid index."""
-    qmax: int
-    """Highest grid index."""
-
-    def broadcast(self, n_dims: int, axis: int) -> "QParams":
-        """The same grid with scale and zero_point as (1, ..., C, ..., 1), to meet a tensor of ``n_dims``."""
-        shape = [1] * n_dims
-        shape[axis] = -1
-        return self._replace(scale=self.scale.reshape(shape), zero_point=self.zero_point.reshape(shape))
 
 
 def check_scheme(scheme: str) -> None:
@@ -58,8 +39,7 @@ def grid_ends(bits: int, scheme: Scheme) -> tuple[int, int]:
     The restricted grid has no step at 1 bit; that is a ``ValueError`` (use the binary quantizer, sign times mean |w|).
     """
     check_scheme(scheme)
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits={bits!r}: a grid needs an integer from 1 to {MAX_BITS}")
+    check_bits(f"a grid of scheme {scheme!r}", bits)
     if scheme == "affine":
         return 0, 2**bits - 1
     half = 2 ** (bits - 1)
@@ -111,11 +91,10 @@ def minmax_range(x: Tensor, *, axis: int | None = None) -> Range:
     return as_range(low, high, axis)
 
 
-def percentile_range(x: Tensor, percent: float = 99.99, *, axis: int | None = None, two_ended: bool = False) -> Range:
+def percentile_range(x: Tensor, percent: float = 99.99, *, axis: int | None = None) -> Range:
     """The interval that holds ``percent`` of the values, by nearest rank (an order statistic, exact for any size).
 
-    One-sided data (all >= 0 or all <= 0) is cut at its far end. Signed data is cut at the percentile of |x| on both
-    sides, or, with ``two_ended``, at the (100-percent)/2 and (100+percent)/2 percentiles of x.
+    One-sided data (all >= 0 or all <= 0) is cut at its far end, signed data at the percentile of |x| on both sides.
 
     Args:
         x:       (*shape), real units; any number of elements (``torch.quantile`` stops at 2^24).
@@ -128,20 +107,13 @@ def percentile_range(x: Tensor, percent: float = 99.99, *, axis: int | None = No
         raise ValueError(f"percent={percent!r}: give a percentage in (0, 100], such as 99.99")
     values = rows(x, axis)
     low, high = values.amin(1), values.amax(1)
-    if two_ended and bool((low < 0).any()) and bool((high > 0).any()):
-        tail = (100.0 - percent) / 2.0
-        return as_range(_rank(values, tail), _rank(values, 100.0 - tail), axis)
-    clip = _rank(values.abs(), percent)
+    n = values.shape[1]
+    rank = min(max(math.ceil(percent / 100.0 * n - 1e-9), 1), n)  # numpy's inverted_cdf
+    clip = values.abs().kthvalue(rank, dim=1).values
     return as_range(torch.maximum(low, -clip), torch.minimum(high, clip), axis)
 
 
-def _rank(values: Tensor, percent: float) -> Tensor:
-    """Per row, the smallest value that at least ``percent`` of the row does not exceed (numpy's inverted_cdf)."""
-    n = values.shape[1]
-    return values.kthvalue(min(max(math.ceil(percent / 100.0 * n - 1e-9), 1), n), dim=1).values
-
-
-def range_qparams(value_range: Range, *, bits: int, scheme: Scheme = "affine") -> QParams:
+def grid_from_range(value_range: Range, *, bits: int, scheme: Scheme = "affine") -> Grid:
     """The grid that covers a range; real 0 is always one of its levels.
 
         affine:      s = (high - low) / (2^b - 1),  z = clip(round(-low / s), 0, 2^b - 1)     Nagel eq. 4-7
@@ -151,9 +123,8 @@ def range_qparams(value_range: Range, *, bits: int, scheme: Scheme = "affine") -
     A ReLU output needs no scheme of its own: low = 0 gives z = 0 and s = high / (2^b - 1) under ``affine``.
     """
     qmin, qmax = grid_ends(bits, scheme)
-    low, high = value_range.low.clamp(max=0.0), value_range.high.clamp(min=0.0)
     if scheme == "affine":
-        scale = ((high - low) / (qmax - qmin)).clamp(min=MIN_SCALE)
-        return QParams(scale, torch.clamp(torch.round(-low / scale), qmin, qmax), qmin, qmax)
+        return Grid(*affine_from_range(value_range.low, value_range.high, qmin=qmin, qmax=qmax), qmin, qmax)
+    low, high = value_range.low.clamp(max=0.0), value_range.high.clamp(min=0.0)
     scale = (torch.maximum(-low, high) / ((qmax - qmin) / 2)).clamp(min=MIN_SCALE)
-    return QParams(scale, torch.zeros_like(scale), qmin, qmax)
+    return Grid(scale, torch.zeros_like(scale), qmin, qmax)

@@ -132,10 +132,9 @@ def fit_hybrid(
     assert qnet.policy.hybrid_rule is not None
     late = _late(qnet.policy.hybrid_rule.boundary)
     if not all(late(quantizer) for quantizer in _quantizers(qnet).values()):
-        set_quantization(qnet, weights=False, acts=False, only=late)
-        calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
-        fit(qnet, train, val, config, folder)
-        set_quantization(qnet, weights=True, acts=True, only=late)
+        with set_quantization(qnet, weights=False, acts=False, only=late):
+            calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
+            fit(qnet, train, val, config, folder)
     _calibrate_late(qnet.eval(), x, ranges, late)
 
 

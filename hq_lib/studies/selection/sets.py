@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from hq_lib import data
 from hq_lib.data import ImageSet
 from hq_lib.graph import Block
+from hq_lib.graph.modes import eval_mode
 from hq_lib.ptq import selection
 from hq_lib.ptq.selection import Manifest, features
 from hq_lib.ptq.units import as_float, chain, cut
-from hq_lib.quantizers.observers import evaluating
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.ptq import recipes
 from hq_lib.training import predict
@@ -180,7 +180,7 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
     hooks = [norm.register_forward_pre_hook(keeper(store)) for norm, store in zip(norms, kept, strict=True)]
     hooks.append(heads[-1].register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0].flatten(1))))
     try:
-        with evaluating(net):
+        with eval_mode(net), torch.no_grad():
             for batch in x.split(batch_size):
                 net(batch)
     finally:
