@@ -52,7 +52,7 @@ lab: $(READY) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks/00_map.ipynb
 
 share: $(READY) ## one folder of self-contained HTML pages with an index, ready to send (PROFILE=quick or full)
-	$(BIN)/python -m hq_lib.results.share --profile $(PROFILE)
+	$(BIN)/python -m hq_lib.results.share $(PROFILE)
 
 lint: $(READY) ## ruff on library, tests and notebooks; pyright on the library
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -181,4 +181,4 @@ rule share:
     message:
         "rendering the notebooks as pages to share"
     shell:
-        f"python -m hq_lib.results.share --profile {PROFILE}"
+        f"python -m hq_lib.results.share {PROFILE}"

@@ -5,11 +5,12 @@ figures and runs are written). The ``smoke`` profile writes to a temporary folde
 that a test run can never overwrite real results.
 """
 
-import difflib
 import os
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from hq_lib.results.hints import nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("smoke", "quick", "full")
@@ -18,9 +19,9 @@ PROFILES = ("smoke", "quick", "full")
 def check_profile(profile: str) -> str:
     """The profile itself; an unknown one raises ``ValueError`` that names the nearest valid one."""
     if profile not in PROFILES:
-        near = difflib.get_close_matches(str(profile), PROFILES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}{hint}")
+        raise ValueError(
+            f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}{nearest(profile, PROFILES)}"
+        )
     return profile
 
 

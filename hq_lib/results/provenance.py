@@ -1,13 +1,9 @@
-"""Where a number comes from: commit, versions, device and the time it took. Nothing here needs git to be present."""
+"""Where a number comes from: commit, versions and device. Nothing here needs git to be present."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -98,37 +94,3 @@ def device(kind: str = "cpu") -> str:
 def stamp(kind: str = "cpu") -> dict[str, str]:
     """The provenance columns of a result row: ``git_sha``, ``versions`` and ``device``."""
     return {"git_sha": git_sha(), "versions": versions(), "device": device(kind)}
-
-
-@dataclass
-class Stopwatch:
-    """Wall-clock time since it was made, until ``stop``."""
-
-    started: float = field(default_factory=time.perf_counter)
-    """Reading of the monotonic clock at the start, s."""
-    stopped: float | None = None
-    """Reading at the end, s; None while it runs."""
-
-    @property
-    def seconds(self) -> float:
-        """Elapsed time, s, to the millisecond; still growing until ``stop``."""
-        return round((self.stopped or time.perf_counter()) - self.started, 3)
-
-    def stop(self) -> float:
-        """The elapsed seconds, now fixed."""
-        self.stopped = time.perf_counter()
-        return self.seconds
-
-
-@contextmanager
-def stopwatch(kind: str = "cpu") -> Iterator[Stopwatch]:
-    """A running ``Stopwatch`` that stops at the end of the block; on a GPU it waits for the queued kernels first."""
-    watch = Stopwatch()
-    try:
-        yield watch
-    finally:
-        if kind.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize(kind)
-        watch.stop()

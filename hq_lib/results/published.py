@@ -6,7 +6,6 @@ holds the switch that makes a number incomparable with its neighbours (first/las
 A cell printed "p\\q" in its source, without saying which setting is which, is two rows whose note says so.
 """
 
-import difflib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from hq_lib.results import paths
+from hq_lib.results.hints import nearest
 from hq_lib.results.rows import UNITS
 
 COLUMNS = (
@@ -93,9 +93,7 @@ def lookup(**wanted: Any) -> pd.DataFrame:
 
 
 def _check_word(column: str, word: Any, known: Sequence[str]) -> None:
-    if word in known:
-        return
-    near = difflib.get_close_matches(str(word), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known)[:40])}"
-    what = "column" if column == word else column
-    raise PublishedError(f"nothing published has the {what} {word!r}: {hint}")
+    if word not in known:
+        what = "column" if column == word else column
+        hint = nearest(word, known) or f"; there are {', '.join(sorted(known)[:40])}"
+        raise PublishedError(f"nothing published has the {what} {word!r}{hint}")

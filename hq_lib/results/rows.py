@@ -6,7 +6,6 @@ apply is written as ``-``, 0 or 32 bits, and what was not run is no row at all (
 """
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from hq_lib.results import paths
+from hq_lib.results.hints import nearest
 
 # Unit → what it counts. A metric whose name ends in one of SUFFIX_UNITS' keys must have that unit.
 UNITS = {
@@ -109,9 +109,8 @@ def check_columns(names: Iterable[str]) -> None:
     """Nothing, or ``RowError`` for the first name that is no column, with the nearest one that is."""
     for name in names:
         if name not in COLUMNS:
-            near = difflib.get_close_matches(str(name), COLUMNS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(COLUMNS)};"
-            raise RowError(f"unknown column {name!r}: {hint} Any other setting belongs into switches")
+            known = f"the columns are {', '.join(COLUMNS)}, any other setting belongs into switches"
+            raise RowError(f"unknown column {name!r}: {known}{nearest(name, COLUMNS)}")
 
 
 def clean(row: Row | Mapping[str, Any]) -> dict[str, Any]:

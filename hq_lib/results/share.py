@@ -1,15 +1,15 @@
 """Rendered notebooks to send to a collaborator: one folder of self-contained HTML pages with an index.
 
-python -m hq_lib.results.share --profile quick
+    python -m hq_lib.results.share quick
 
 A page asks no host and no other file for anything: formulas are MathML, figures lie inside, code is folded behind a
 button, and what a study prints while it works is left out.
 """
 
-import argparse
 import base64
 import html
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -139,13 +139,5 @@ def _sentence(name: str, book: nbformat.NotebookNode) -> str:
     return f"[{html.escape(_title(book))}]({name}.ipynb){failed}: {found.group(1) if found else ''}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m hq_lib.results.share", description=render.__doc__)
-    parser.add_argument("--profile", default="quick", choices=paths.PROFILES)
-    folder = render(parser.parse_args(arguments).profile)
-    print(f"pages in {folder}: open index.html")
-
-
 if __name__ == "__main__":
-    main()
+    print(f"pages in {render(sys.argv[1])}: open index.html")

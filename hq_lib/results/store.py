@@ -1,6 +1,6 @@
 """The memory of the workbook: tidy CSV files of measured numbers, one file per study, written whole or not at all.
 
-``append`` adds or replaces rows under a lock shared by all processes; ``read`` and ``done`` let a killed run resume.
+``append`` adds or replaces rows under a lock shared by all processes, so that a killed run resumes from ``read``.
 The columns are those of ``rows.Row``.
 """
 
@@ -76,17 +76,6 @@ def read(name: str, *, profile: str) -> pd.DataFrame:
 def read_file(path: Path) -> pd.DataFrame:
     """All rows of one file, wherever it lies; none where it is absent. ``ResultsError`` names a damaged line."""
     return schema.frame(_load(path).values())
-
-
-def done(name: str, key: Mapping[str, Any], *, profile: str) -> bool:
-    """Whether the study holds a row of this very profile that agrees with every column in ``key``.
-
-    Name in ``key`` all that the loop varies, and the protocol (``epochs`` ...), so that a shorter run is not taken for
-    the asked one: ``done("qat", {"method": "pact", "w_bits": 4, "seed": 0, "epochs": 30}, profile="quick")``.
-    """
-    schema.check_columns(key)
-    wanted = {c: schema.clean_cell(c, v) for c, v in {**key, "profile": profile}.items()}
-    return any(all(row[c] == v for c, v in wanted.items()) for row in _load(path_of(name, profile=profile)).values())
 
 
 def _each(rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame) -> list[Row | Mapping[str, Any]]:

@@ -7,12 +7,13 @@ or protocols are never averaged, nor set into one column; what would do so is an
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from hq_lib.results import atomic, labels, paths, rows
 
+METRIC = "acc_pct"
 NOT_RUN, NOT_PUBLISHED, FROM_MEMORY = "n/r", "–", "†"
 LEGEND = {NOT_RUN: "not run", NOT_PUBLISHED: "nothing published"}
 MEMORY_LEGEND = f"{FROM_MEMORY} = quoted from memory of the paper, not looked up again"
@@ -77,39 +78,35 @@ def build(
     *,
     index: Sequence[str],
     columns: Sequence[str] = (),
-    metric: str = "acc_pct",
     order: Mapping[str, Sequence[Any]] | None = None,
     decimals: int = 2,
-    best: Literal["max", "min"] = "max",
 ) -> pd.DataFrame:
     """The table as text, ready for ``write``: one line per ``index``, and per ``columns`` ours, published, gap.
 
     Ours reads ``91.20 ± 0.13 (n=3)``. Several published numbers for one cell are all shown, best first, and the gap
-    is taken to the best, in the metric's unit; ``†`` marks one that is known from memory alone (tag M). Published
+    is taken to the best; ``†`` marks one that is known from memory alone (tag M). Published
     columns appear where at least one number exists.
 
     Args:
-        results: result rows; only ``metric`` is used.
+        results: result rows; only those of ``acc_pct`` are used.
         published: rows of ``published.lookup``, already narrowed to the source wanted; None = no such columns.
         index: columns naming the lines; ``bits`` stands for both bit widths.
         columns: columns naming the groups of columns; () = one group.
-        metric: the metric shown.
         order: values of some columns in the wanted order; values that were not run are lines of ``n/r``. Without it
             methods stand in the order of ``labels.METHOD_LABELS`` and other values in ascending order.
         decimals: digits after the point.
-        best: whether high or low values are good.
 
     Raises:
         TableError: a column would mix profiles, a cell would mix protocols, or there is nothing to show.
     """
-    ours = with_bits(results.loc[results["metric"] == metric])
-    theirs = None if published is None else with_bits(published.loc[published["metric"] == metric])
+    ours = with_bits(results.loc[results["metric"] == METRIC])
+    theirs = None if published is None else with_bits(published.loc[published["metric"] == METRIC])
     names = [*index, *columns]
     found = {tuple(r[: len(names)]): Cell(*r[len(names) :]) for r in cells(ours, by=names).itertuples(index=False)}
-    known = _published_lookup(theirs, names, best)
+    known = _published_lookup(theirs, names)
     lines, groups = (_combinations(part, ours, theirs, order or {}) for part in (index, columns))
     if not lines or not groups:
-        raise TableError(f"no row has the metric {metric!r} and nothing published was given: run the study first")
+        raise TableError(f"no row has the metric {METRIC!r} and nothing published was given: run the study first")
     table = {c: [labels.printed(c, line[i]) for line in lines] for i, c in enumerate(index)}
     for group in groups:
         mine = [found.get((*line, *group)) for line in lines]
@@ -119,9 +116,7 @@ def build(
     return pd.DataFrame(table)
 
 
-def _published_lookup(
-    theirs: pd.DataFrame | None, names: Sequence[str], best: str
-) -> Callable[[tuple], list[tuple[float, bool]]]:
+def _published_lookup(theirs: pd.DataFrame | None, names: Sequence[str]) -> Callable[[tuple], list[tuple[float, bool]]]:
     """From a cell to its published values, best first, and whether each is known from memory alone.
 
     Columns that published rows lack (``profile``) match any.
@@ -133,7 +128,7 @@ def _published_lookup(
         raise TableError(f"published rows have none of the columns {', '.join(names)}: they cannot be matched")
     remembered = theirs["tag"] == "M" if "tag" in theirs else pd.Series(False, index=theirs.index)
     values: dict[Any, Any] = {
-        key: sorted(group.groupby("value")["remembered"].all().items(), reverse=best == "max")
+        key: sorted(group.groupby("value")["remembered"].all().items(), reverse=True)
         for key, group in theirs.assign(remembered=remembered).groupby(shared, observed=True)
     }
     return lambda cell: values.get(tuple(v for c, v in zip(names, cell, strict=True) if c in shared), [])

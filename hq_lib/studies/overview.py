@@ -45,18 +45,19 @@ class Number:
 
         Raises:
             TableError: two rows of one seed, so ``where`` names more than one number.
+            PublishedError: ``where`` names what nobody published.
         """
-        found = published.load() if self.file == "published" else store.read(self.file, profile=profile)
-        if self.file != "published":
-            found = found.loc[found["profile"] == profile]
-        found = found.loc[found["metric"] == self.metric]
+        if self.file == "published":
+            return published.lookup(metric=self.metric, **self.where)
+        found = store.read(self.file, profile=profile)
+        found = found.loc[(found["profile"] == profile) & (found["metric"] == self.metric)]
         for column, value in self.where.items():
             if column.startswith(SWITCH):
                 name = column.removeprefix(SWITCH)
                 found = found.loc[[json.loads(text).get(name) == value for text in found["switches"]]]
             else:
                 found = found.loc[found[column] == value]
-        if self.file != "published" and len(found):
+        if len(found):
             longest = found[PROTOCOL].apply(tuple, axis=1)
             found = found.loc[longest == longest.max()]
             if found["seed"].duplicated().any():

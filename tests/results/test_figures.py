@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from hq_lib.results import figures
-from hq_lib.results.figures import marks, methods
+from hq_lib.results.figures import marks, methods, style
 from hq_lib.studies.bn_fold import figures as bn_fold
 from hq_lib.studies.bn_fold.figures import fig_bn_ranges
 from hq_lib.studies.float_training.figures import fig_float_training
@@ -43,15 +43,7 @@ def ranges(n_layers=4, n_channels=9):
 @figures.styled
 def a_heat_map():
     figure, axes = figures.new_figure()
-    figures.heat_map(axes[0, 0], pd.DataFrame([[90.0, 80.0], [np.nan, 10.0]], ["W4", "W2"], ["A4", "A2"]), unit="%")
-    return figure
-
-
-@figures.styled
-def a_scatter():
-    figure, axes = figures.new_figure()
-    frame = pd.DataFrame({"ideal": [0.0, 1.0, 2.0], "measured": [0.1, 0.9, 2.2], "method": ["bn", "none", "none"]})
-    figures.scatter(axes[0, 0], frame, x="ideal", y="measured", by="method", identity=True)
+    marks.heat_map(axes[0, 0], pd.DataFrame([[90.0, 80.0], [np.nan, 10.0]], ["W4", "W2"], ["A4", "A2"]), unit="%")
     return figure
 
 
@@ -59,7 +51,6 @@ FIGURES = {
     "fig_float_training": lambda: fig_float_training(history()),
     "fig_bn_ranges": lambda: fig_bn_ranges(ranges()),
     "fig_heat": a_heat_map,
-    "fig_scatter": a_scatter,
 }
 
 
@@ -102,12 +93,12 @@ def test_another_process_with_other_settings_draws_the_same_bytes(out):
 
 
 def test_files_go_where_the_profile_says_and_ids_are_checked(out):
-    made = figures.save(a_scatter(), "fig_scatter", "quick")
-    assert [p.relative_to(out).as_posix() for p in made] == [f"figures/quick/fig_scatter.{e}" for e in ("pdf", "png")]
+    made = figures.save(a_heat_map(), "fig_heat", "quick")
+    assert [p.relative_to(out).as_posix() for p in made] == [f"figures/quick/fig_heat.{e}" for e in ("pdf", "png")]
     with pytest.raises(ValueError, match="no id of a fig"):
-        figures.save(a_scatter(), "scatter", "quick")
+        figures.save(a_heat_map(), "heat", "quick")
     with pytest.raises(ValueError, match="did you mean 'quick'"):
-        figures.save(a_scatter(), "fig_scatter", "quickly")
+        figures.save(a_heat_map(), "fig_heat", "quickly")
 
 
 def test_nothing_is_left_behind_in_matplotlib():
@@ -128,7 +119,7 @@ def test_nothing_is_left_behind_in_matplotlib():
 
 
 def test_a_notebook_shows_the_figure():
-    picture = a_scatter()._repr_png_()
+    picture = a_heat_map()._repr_png_()
     assert picture.startswith(b"\x89PNG")
     width = int.from_bytes(picture[16:20], "big")
     assert 600 < width < 800
@@ -144,7 +135,7 @@ def test_the_training_curves_are_the_means_over_seeds():
     for ax, column in ((accuracy, "val_acc_pct"), (loss, "train_loss"), (rate, "lr")):
         for line, model in zip(ax.get_lines(), ("resnet20", "toynet"), strict=True):
             assert np.allclose(line.get_ydata(), expected.loc[model, column])
-            assert line.get_color() == figures.METHOD_COLORS[model]
+            assert line.get_color() == methods.METHOD_COLORS[model]
     assert [t.get_text() for t in accuracy.texts] == ["ResNet-20", "ToyNet"]
     assert "%" in accuracy.get_ylabel()
     assert "nat" in loss.get_ylabel()
@@ -263,7 +254,7 @@ def test_methods_of_a_group_differ_in_grey_marker_and_line(group):
 
 
 def test_a_method_has_one_colour_and_a_misspelt_one_is_answered():
-    assert sum(map(len, methods.GROUPS.values())) == len(figures.METHOD_COLORS)
+    assert sum(map(len, methods.GROUPS.values())) == len(methods.METHOD_COLORS)
     with pytest.raises(ValueError, match="did you mean 'qdrop'"):
         figures.look("qdropp")
     with pytest.raises(ValueError, match="too many"):
@@ -282,7 +273,7 @@ def test_captions_say_claim_profile_n_and_seeds():
 
 def test_the_style_sheet_is_in_force_only_inside_the_block():
     outside = mpl.rcParams["axes.spines.top"]
-    with figures.house_style():
+    with style.house_style():
         assert mpl.rcParams["axes.spines.top"] is False
         assert mpl.rcParams["pdf.fonttype"] == 42
     assert mpl.rcParams["axes.spines.top"] == outside

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import time
 
 import pytest
 import torch
@@ -84,21 +83,6 @@ def test_an_absent_package_is_said_to_be_absent(monkeypatch):
     provenance.versions.cache_clear()
 
 
-def test_the_stopwatch_runs_until_the_block_ends_even_by_an_error():
-    with provenance.stopwatch() as watch:
-        time.sleep(0.05)
-        assert watch.seconds > 0.04
-    fixed = watch.seconds
-    time.sleep(0.02)
-    assert watch.seconds == fixed < 5
-    with pytest.raises(KeyError), provenance.stopwatch() as watch:
-        raise KeyError
-    assert watch.stopped is not None
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_named_and_waited_for():
+def test_a_gpu_is_named():
     assert provenance.device("cuda") == torch.cuda.get_device_name(0)
-    with provenance.stopwatch("cuda") as watch:
-        torch.ones(8, device="cuda").sum()
-    assert watch.seconds >= 0

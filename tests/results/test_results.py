@@ -80,7 +80,7 @@ def test_a_bad_cell_is_refused_by_name(changes, message):
 
 
 def test_unknown_and_missing_columns_are_named():
-    with pytest.raises(RowError, match="'n_calibs': did you mean 'n_calib'"):
+    with pytest.raises(RowError, match=r"'n_calibs'.*did you mean 'n_calib'"):
         store.append("qat", [{**vars(a_row()), "n_calibs": 4}], profile="quick")
     fields = {k: v for k, v in vars(a_row()).items() if k not in ("metric", "unit")}
     with pytest.raises(RowError, match="has no metric, unit"):
@@ -187,16 +187,6 @@ def test_nothing_run_reads_as_no_rows_with_all_columns():
 def test_a_name_that_is_no_name_is_refused(name):
     with pytest.raises(ResultsError, match="lower-case"):
         store.read(name, profile="quick")
-
-
-def test_done_compares_only_what_is_asked_and_only_this_profile():
-    store.append("qat", [a_row(switches={"first_last_bits": 8})], profile="quick")
-    assert store.done("qat", {"method": "pact", "w_bits": 4, "seed": 0, "epochs": 3}, profile="quick")
-    assert store.done("qat", {"switches": {"first_last_bits": 8}}, profile="quick")
-    assert not store.done("qat", {"method": "pact", "epochs": 30}, profile="quick")
-    assert not store.done("qat", {"method": "pact"}, profile="full")
-    with pytest.raises(RowError, match="did you mean 'method'"):
-        store.done("qat", {"methods": "pact"}, profile="quick")
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -73,13 +73,6 @@ def test_a_table_by_hand():
     }
 
 
-def test_best_can_be_the_lowest():
-    low = published(("pact", 4, 91.7), ("pact", 4, 90.89))
-    table = tables.build(OURS, low, index=["method"], columns=["bits"], best="min")
-    assert table["W4A4 published"][0] == "90.89 / 91.7"
-    assert table["W4A4 gap"][0] == "+0.41"
-
-
 def test_no_columns_gives_one_group():
     table = tables.build(OURS, published(("lsq", 2, 88.5)), index=["method", "w_bits"], decimals=1)
     assert table.columns.tolist() == ["method", "w_bits", "ours", "published", "gap"]

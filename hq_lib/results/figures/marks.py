@@ -94,21 +94,6 @@ def heat_map(ax: Axes, table: pd.DataFrame, *, unit: str, decimals: int = 1) -> 
     _figure(ax).colorbar(image, ax=ax, label=unit)
 
 
-def scatter(ax: Axes, frame: pd.DataFrame, *, x: str, y: str, by: str | None = None, identity: bool = False) -> None:
-    """Adds the points (x, y), one look per value of ``by``; ``identity`` draws the line y = x below them.
-
-    The points are rasterized in the PDF where there are more than 5,000, which keeps the file small.
-    """
-    groups = [("float", frame)] if by is None else [(str(k), g) for k, g in frame.groupby(by, sort=True, observed=True)]
-    for name, group in groups:
-        style = look(name)
-        ax.scatter(group[x], group[y], s=9, color=style.color, marker=style.marker, alpha=0.7, linewidths=0,
-                   rasterized=len(group) > 5000, label=name if by else "_points")  # fmt: skip
-    if identity:
-        low, high = (f(frame[[x, y]].to_numpy(dtype=float)) for f in (np.min, np.max))
-        ax.plot([low, high], [low, high], color="0.5", linewidth=0.8, linestyle="--", zorder=0, label="_identity")
-
-
 def _figure(ax: Axes) -> Figure:
     figure = ax.get_figure(root=True)
     if figure is None:

@@ -4,10 +4,11 @@ Within a group of methods that are compared with each other the colours also dif
 6 apart) and the markers differ, so that a figure printed in grey still tells them apart.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from hq_lib.results.hints import nearest
 
 # Groups of what is drawn together, dark to light.
 GROUPS: dict[str, dict[str, str]] = {
@@ -71,6 +72,5 @@ def look(name: str) -> Look:
         if name in group:
             place = list(group).index(name)
             return Look(group[name], _MARKERS[place], _LINES[place])
-    near = difflib.get_close_matches(name, METHOD_COLORS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHOD_COLORS)}"
-    raise ValueError(f"no colour for {name!r}: {hint}; give a new one its place in plotting.methods.GROUPS")
+    hint = nearest(name, METHOD_COLORS) or f"; known are {', '.join(METHOD_COLORS)}"
+    raise ValueError(f"no colour for {name!r}: give it a place in figures.methods.GROUPS{hint}")
