@@ -39,32 +39,24 @@ def fit_range(engine: Engine, handle: Handle, x: np.ndarray | Tensor) -> None:
 def residuals(engine: Engine, samples: Mapping[Handle, Sample]) -> pd.DataFrame:
     """One row per layer on held-out ``samples``: errors before and after its correction, in accumulator units (LSB).
 
-    Columns: layer, kind, n_rows, rmse_raw_lsb, rmse_lsb, bias_lsb, worst_column_rmse_lsb, relative_error (rmse over the
-    root mean square of what was wanted), slope and r2 of measured against wanted.
+    Columns: layer, kind, n_rows, rmse_raw_lsb, rmse_lsb, relative_error (rmse over the root mean square of what was
+    wanted), slope and r2 of measured against wanted.
     """
-    return pd.DataFrame([_residual(engine, handle, *sample) for handle, sample in samples.items()])
-
-
-def _residual(
-    engine: Engine, handle: Handle, x: np.ndarray | Tensor, wanted: np.ndarray | Tensor | None
-) -> dict[str, Any]:
-    z = exact_mvm(handle, as_tensor(x)) if wanted is None else as_tensor(wanted).to(torch.float64)
-    raw = engine.measure(handle, x)
-    y = engine.correction(handle).apply(raw)
-    error, centred = y - z, z - z.mean()
-    power = float(centred.square().sum())
-    return {
-        "layer": handle.name,
-        "kind": engine.correction(handle).kind,
-        "n_rows": len(z),
-        "rmse_raw_lsb": float((raw - z).square().mean().sqrt()),
-        "rmse_lsb": float(error.square().mean().sqrt()),
-        "bias_lsb": float(error.mean()),
-        "worst_column_rmse_lsb": float(error.square().mean(0).sqrt().max()),
-        "relative_error": float(error.square().mean().sqrt() / z.square().mean().sqrt().clamp_min(1e-30)),
-        "slope": float((centred * y).sum()) / power if power else float("nan"),
-        "r2": 1 - float(error.square().sum()) / power if power else float("nan"),
-    }
+    lines = []
+    for handle, (x, wanted) in samples.items():
+        z = exact_mvm(handle, as_tensor(x)) if wanted is None else as_tensor(wanted).to(torch.float64)
+        raw, correction = engine.measure(handle, x), engine.correction(handle)
+        y = correction.apply(raw)
+        error, centred = y - z, z - z.mean()
+        power = float(centred.square().sum()) or float("nan")
+        rmse = float(error.square().mean().sqrt())
+        lines.append({
+            "layer": handle.name, "kind": correction.kind, "n_rows": len(z),
+            "rmse_raw_lsb": float((raw - z).square().mean().sqrt()), "rmse_lsb": rmse,
+            "relative_error": rmse / float(z.square().mean().sqrt().clamp_min(1e-30)),
+            "slope": float((centred * y).sum()) / power, "r2": 1 - float(error.square().sum()) / power,
+        })  # fmt: skip
+    return pd.DataFrame(lines)
 
 
 def save_calibration(path: str | Path, engine: Engine) -> None:
@@ -102,26 +94,13 @@ def load_calibration(path: str | Path, engine: Engine) -> list[str]:
     if other := difference(record["engine"], engine.describe()):
         raise CrossbarError(f"{path}: it was fitted on another engine: {other}; calibrate this one")
     for name, layer in record["layers"].items():
-        _restore(engine, handles[name], layer, state)
+        handle = handles[name]
+        if (simulator := simulated(engine, handle)) and f"{name}/adc_step" in state:
+            simulator[0].layer(simulator[1]).set_adc_step(state[f"{name}/adc_step"])
+        gain, offset, drift = (state[f"{name}/{part}"] for part in ("gain", "offset", "drift"))
+        errors = (float("nan") if layer[part] is None else layer[part] for part in ("rmse_before", "rmse_after"))
+        engine.set_correction(handle, Correction(gain, offset, drift, layer["kind"], layer["n_rows"], *errors))
     return list(record["layers"])
-
-
-def _restore(engine: Engine, handle: Handle, layer: dict[str, Any], arrays: dict[str, Tensor]) -> None:
-    gain, offset, drift = (arrays[f"{handle.name}/{part}"] for part in ("gain", "offset", "drift"))
-    simulator = simulated(engine, handle)
-    if simulator and f"{handle.name}/adc_step" in arrays:
-        simulator[0].layer(simulator[1]).set_adc_step(arrays[f"{handle.name}/adc_step"])
-    engine.set_correction(
-        handle,
-        Correction(
-            gain,
-            offset,
-            drift,
-            layer["kind"],
-            layer["n_rows"],
-            *(float("nan") if layer[part] is None else layer[part] for part in ("rmse_before", "rmse_after")),
-        ),
-    )
 
 
 _RANGE = (0.1, 100.0)  # a factor outside it means a dead column, not drift

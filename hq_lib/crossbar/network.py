@@ -58,7 +58,6 @@ from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
 from hq_lib.integer.sums import products as exact_products
 from hq_lib.training.evaluation import Evaluation, evaluation_of
 
-LOOPS = ("open", "closed")
 Samples = dict[str, list[Tensor]]
 """{layer: one (m, K) tensor of sampled input rows per group}"""
 
@@ -171,14 +170,17 @@ class EngineNetwork:
             repeats: measurements of each row; two or more remove read noise from the slopes.
             n_rows: rows of inputs per layer, drawn at random.
         """
-        check_choice(loop, LOOPS, "loop")
+        check_choice(loop, ("open", "closed"), "loop")
         ideal = self.samples(images, n_rows=n_rows)
 
         def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
             if op.name in self.handles:
                 rows = self._rows(op, x, n_rows) if loop == "closed" else ideal[op.name]
                 for group, given, exact in zip(self.handles[op.name].groups, rows, ideal[op.name], strict=True):
-                    _fit(self.layers[op.name], group, given, exact_mvm(group, exact), kind, repeats)
+                    fit_range(self.layers[op.name], group, given)
+                    if kind is not None:
+                        wanted = exact_mvm(group, exact)
+                        self.layers[op.name].calibrate(group, given, wanted, kind=kind, repeats=repeats)
             return self.products(op, x, spec) if loop == "closed" else exact_products(op, x, spec)
 
         self._run_at_once(images, fit)
@@ -296,12 +298,6 @@ def _integers(op: Layer, x: np.ndarray, handle: ConvHandle) -> np.ndarray:
     """``x`` as the engine wants it: rows of a linear layer in two axes, a signed type where padding is negative."""
     x = x.astype(np.int32) if handle.groups[0].x_signed else x
     return x if isinstance(op, Conv) else x.reshape(-1, x.shape[-1])
-
-
-def _fit(engine: Engine, group: Handle, x: Tensor, wanted: Tensor, kind: str | None, repeats: int) -> None:
-    fit_range(engine, group, x)
-    if kind is not None:
-        engine.calibrate(group, x, wanted, kind=kind, repeats=repeats)
 
 
 def _choose(names: list[str], engines: Mapping[str, Engine]) -> dict[str, Engine]:

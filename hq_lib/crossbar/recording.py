@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, TraceError, check_choice, difference
+from hq_lib.crossbar.checks import TraceError, check_choice, difference
 from hq_lib.crossbar.engine import Engine, Handle, exact_mvm, make_handle
-from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.models import CheckpointError, read_checkpoint, write_checkpoint
@@ -179,10 +178,7 @@ class RecordEngine(Engine):
         inner: does the work; its own corrections are part of what is recorded.
         folder: where the parts go. Parts already there are used first: that resumes an interrupted run. They must be
             of an engine with this description, its time and its bench's conditions apart.
-        rows_per_part: rows of one layer that are recorded of each call, drawn at random; None: all. A sample is enough
-            for figures and calibration, not for replay or resuming.
         flush_bytes: how much may wait in memory before it is written.
-        seed: of the sampling.
     """
 
     def __init__(
@@ -190,15 +186,10 @@ class RecordEngine(Engine):
         inner: Engine,
         folder: str | Path,
         *,
-        rows_per_part: int | None = None,
         flush_bytes: int = 1 << 20,
-        seed: int = 0,
     ) -> None:
         super().__init__()
-        if rows_per_part is not None and rows_per_part < 1:
-            raise CrossbarError(f"rows_per_part = {rows_per_part} must be 1 or more, or None for all rows")
-        self.inner, self.folder, self.rows_per_part = inner, Path(folder), rows_per_part
-        self._flush_bytes, self._seed = flush_bytes, seed
+        self.inner, self.folder, self._flush_bytes = inner, Path(folder), flush_bytes
         self._description = inner.describe()  # now, because a bench that has failed cannot be asked
         self.folder.mkdir(parents=True, exist_ok=True)
         self._past = load_parts(self.folder)
@@ -208,7 +199,6 @@ class RecordEngine(Engine):
         self._answers = Answers(self._past)
         self._inner_handles: dict[str, Handle] = {}
         self._waiting: list[Call] = []
-        self._samplers: dict[str, torch.Generator] = {}
 
     @property
     def time_s(self) -> float:
@@ -240,14 +230,8 @@ class RecordEngine(Engine):
         past = self._past.layers.get(handle.name)
         if past is not None and past.digest != handle.digest:
             raise TraceError(f"{self.folder} records other weights for {handle.name!r}; use an empty folder")
-        self._inner_handles[handle.name] = self.inner.load(
-            handle.w_int,
-            handle.w_scale,
-            handle.name,
-            w_bits=handle.w_bits,
-            x_bits=handle.x_bits,
-            x_signed=handle.x_signed,
-        )
+        bits = {name: getattr(handle, name) for name in ("w_bits", "x_bits", "x_signed")}
+        self._inner_handles[handle.name] = self.inner.load(handle.w_int, handle.w_scale, handle.name, **bits)
 
     def _rows_at_once(self, handle: Handle) -> int:
         return self.inner._rows_at_once(self._inner_handles[handle.name])
@@ -272,18 +256,11 @@ class RecordEngine(Engine):
         except BaseException:
             self.flush()
             raise
-        kept = self._sample(handle.name, len(rows))
-        ideal = exact_mvm(handle, rows[kept]).to(torch.int64)
-        self._waiting.append(Call(handle.name, rows[kept].numpy(), y[kept].numpy(), ideal.numpy(), t_s))
+        ideal = exact_mvm(handle, rows).to(torch.int64)
+        self._waiting.append(Call(handle.name, rows.numpy(), y.numpy(), ideal.numpy(), t_s))
         if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= self._flush_bytes:
             self.flush()
         return y
-
-    def _sample(self, name: str, n_rows: int) -> Tensor:
-        if self.rows_per_part is None or n_rows <= self.rows_per_part:
-            return torch.arange(n_rows)
-        sampler = self._samplers.setdefault(name, stream(self._seed, name, "record"))
-        return torch.randperm(n_rows, generator=sampler)[: self.rows_per_part].sort().values
 
 
 def simulated(engine: Engine, handle: Handle) -> tuple[SimEngine, Handle] | None:

@@ -48,6 +48,8 @@ class ArrayLayer:
         )  # fmt: skip
         self.adc_step = self._ruled_step()
         self.n_conversions = self.n_saturated = 0
+        self.noise: Variance | None = None
+        self._reader: Reader | None = None
         self.bend = self._bend()
         self.build(t_s, wires, celsius)
 
@@ -58,9 +60,16 @@ class ArrayLayer:
         self.planes = made_whole(plan.planes(fractions))
         self.variance = None if variance is None else plan.plane_variance(variance)
         self.shared = None if variance is None else plan.reference_variance(variance)
-        self.weight = self._effective_weight()
-        self.noise = self._output_variance()
-        self._reader: Reader | None = None
+        weight = made_whole(plan.combine(self.planes) - plan.offset / plan.gain)  # (K, N); exact where it is whole
+        self.weight = weight.to(exact_dtype(weight, self.handle)) if is_whole(weight) else self._final(weight)
+        self.noise, self._reader = None, None
+        if (
+            self.variance is not None
+        ):  # (K, N [+ 1]) per squared input; the last column is the reference's, in fractions
+            own = self.variance @ plan.weight.square() / plan.gain.square()
+            if self.shared is not None:
+                own = torch.cat([own, (self.shared @ plan.weight.square())[:, None]], 1)
+            self.noise = Variance(self._final(own, squared=True))
 
     @property
     def signed(self) -> bool:
@@ -138,23 +147,6 @@ class ArrayLayer:
         return (cubic, float(peak)) if cubic and peak > 1 else None
 
     # -- what the cells amount to --------------------------------------------------------------------------------------
-
-    def _effective_weight(self) -> Tensor:
-        """(K, N): the effective weight, in a dtype in which x @ W is exact if it is whole, else as the circuit says."""
-        plan = self.plan
-        weight = made_whole(plan.combine(self.planes) - plan.offset / plan.gain)
-        if is_whole(weight):
-            return weight.to(exact_dtype(weight, self.handle))
-        return self._final(weight)
-
-    def _output_variance(self) -> Variance | None:
-        """(K, N [+ 1]): output variance per squared input; the last column is the reference column's, in fractions."""
-        if self.variance is None:
-            return None
-        own = self.variance @ self.plan.weight.square() / self.plan.gain.square()
-        if self.shared is not None:
-            own = torch.cat([own, (self.shared @ self.plan.weight.square())[:, None]], 1)
-        return Variance(self._final(own, squared=True))
 
     def _final(self, matrix: Tensor, *, squared: bool = False) -> Tensor:
         """``matrix`` in the precision of the circuit; ``squared`` if it multiplies squares of inputs."""
@@ -279,14 +271,11 @@ class ArrayLayer:
                 t.start,
                 self._final(t.matrix),
                 None if t.shift is None else t.shift.to(dtype),
-                self._cast_variance(t.variance),
+                None if t.variance is None else Variance(self._final(t.variance.matrix, squared=True)),
                 None if t.reference is None else t.reference.to(dtype),
             )
             for t in tiles
         ]
-
-    def _cast_variance(self, variance: Variance | None) -> Variance | None:
-        return None if variance is None else Variance(self._final(variance.matrix, squared=True))
 
 
 class SimEngine(Engine):

@@ -203,17 +203,6 @@ def test_killed_while_a_part_is_written_the_folder_still_opens(tmp_path, monkeyp
     assert load_parts(tmp_path).n_rows == 2 * len(X)
 
 
-def test_sampling_keeps_a_few_rows_of_each_call(tmp_path):
-    recorder = RecordEngine(IdealEngine(), tmp_path, rows_per_part=5)
-    handle = recorder.load(W, 1.0, "a")
-    np.testing.assert_array_equal(recorder.mvm(handle, X), X @ W)
-    call = recorder.trace().calls[0]
-    assert len(call.x) == 5
-    np.testing.assert_array_equal(call.y_ideal, call.x @ W)
-    with pytest.raises(ValueError, match="rows_per_part"):
-        RecordEngine(IdealEngine(), tmp_path, rows_per_part=0)
-
-
 def test_convolutions_are_recorded_and_replayed(tmp_path):
     w, x = RNG.integers(-8, 8, (4, 2, 3, 3)), RNG.integers(0, 256, (2, 2, 6, 6))
     recorder = RecordEngine(SimEngine(NOISY), tmp_path / "parts")

@@ -197,6 +197,12 @@ def test_shipped_trained_networks_on_perfect_cells_are_their_integers(name, cifa
         np.testing.assert_array_equal(logits, run_integers(model, x))
 
 
+def test_what_was_not_run_is_no_table(out_dir):
+    rows = profile_rows("crossbar", "smoke")
+    for table in (tables.trained_table(rows), tables.slices_table(rows), tables.gain_of_noise(rows)):
+        assert table.empty
+
+
 def test_a_frozen_network_file_goes_onto_arrays_as_the_trainable_one(tmp_path, cifar10_train):
     """Two bits from training, frozen to integers on their grids, as ``networks=[path]`` takes it."""
     trainable = network_path("resnet20_dsq_w2a2_s0")

@@ -126,6 +126,8 @@ def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
 def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_trained_arrays: accuracy of trained networks, exact and on RRAM after a second and a day, by correction."""
     found = _newest_files(accuracies(rows, "trained", bits=None))
+    if found.empty:
+        return pd.DataFrame()
     names = {"no error": "exact", RRAM_SECOND: "RRAM 1 s", RRAM_DAY: "RRAM 1 day"}
     places = [
         f"{names[e]}{'' if k == 'none' else ', column'}"
@@ -140,6 +142,8 @@ def slices_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_slices: bits of a cell, cells and conversions of one image read bit by bit, accuracy on RRAM after 1 s."""
     found = unpacked(rows, "study", "x", "correction", "network", "file").query("study == 'slices'")
     found = tables.with_bits(_newest_files(found))
+    if found.empty:
+        return pd.DataFrame()
     index = ["method", "bits", "x"]
     accuracy: Any = found.loc[found["metric"] == "acc_pct"].pivot_table(
         index=index, columns="correction", values="value"
@@ -169,6 +173,8 @@ def noise_aware_points(rows: pd.DataFrame) -> pd.DataFrame:
 def gain_of_noise(rows: pd.DataFrame) -> pd.DataFrame:
     """What weight noise in training adds to training as long without, points, paired by seed: mean, sd and n."""
     found = noise_aware_points(rows)
+    if found.empty:
+        return pd.DataFrame()
     wide: Any = found.pivot_table(index=["correction", "x", "seed"], columns="effect", values="acc_pct", sort=False)
     base = wide.columns[0]
     gains = wide.drop(columns=base).sub(wide[base], axis=0)
