@@ -1,8 +1,10 @@
 """``save`` and ``load``: a record as one ``.npz`` of plain arrays with its JSON manifest inside; NumPy alone reads it.
 
 The file is an uncompressed zip: ``manifest.json`` (schema, tensors, operations, and each array's dtype, shape and
-SHA-256) and one ``<key>.npy`` per array. The same record gives the same bytes. ``load`` trusts nothing: no pickles,
-sizes checked before anything is read, hashes and the whole record checked after.
+SHA-256) and one ``<key>.npy`` per array. A weight whose integers, divided by their largest common power of two
+(``step``), fit fewer ``bits`` than its dtype is stored in so many, two's complement, the first value in the lowest bits
+of the first byte. The same record gives the same bytes. ``load`` trusts nothing: no pickles, sizes checked before
+anything is read, hashes and the whole record checked after.
 """
 
 from __future__ import annotations
@@ -55,13 +57,44 @@ def to_bytes(model: IntegerModel) -> bytes:
     """Return the content of the file that ``save`` writes."""
     plain, arrays = to_plain(model)
     entries: dict[str, Any] = {"format": FORMAT, "schema": record.SCHEMA, **plain}
-    entries["arrays"] = {key: _describe(value) for key, value in arrays.items()}
+    entries["arrays"], stored = {}, {}
+    for key, value in arrays.items():
+        step, bits, signed = narrowest(value) if key.endswith(".weight") else (1, 64, True)
+        packed = {"bits": bits + (not signed), "step": step} if bits + (not signed) < 8 * value.itemsize else {}
+        stored[key] = _packed(value, **packed) if packed else value
+        digest = hashlib.sha256(stored[key].tobytes()).hexdigest()
+        entries["arrays"][key] = {"dtype": value.dtype.name, "shape": [*value.shape], **packed, "sha256": digest}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo(MANIFEST, _EPOCH), json.dumps(entries, indent=1, allow_nan=False))
-        for key, value in arrays.items():
+        for key, value in stored.items():
             archive.writestr(zipfile.ZipInfo(f"{key}.npy", _EPOCH), _npy(value))
     return buffer.getvalue()
+
+
+def narrowest(array: np.ndarray) -> tuple[int, int, bool]:
+    """Return (step, bits, signed): the integers are multiples of ``step``, and their quotients fit ``bits``.
+
+    Two's complement where any is negative; ``step`` is the largest common power of two (weights of few bits fill int8).
+    """
+    common = int(np.bitwise_or.reduce(array.astype(np.int64), axis=None))
+    step = common & -common if common else 1
+    low, high = int(array.min()) // step, int(array.max()) // step
+    if low < 0:
+        return step, max(high.bit_length(), (~low).bit_length()) + 1, True
+    return step, max(1, high.bit_length()), False
+
+
+def _packed(array: np.ndarray, bits: int, step: int) -> np.ndarray:
+    codes = array.reshape(-1).astype(np.int64) // step
+    return np.packbits((codes[:, None] >> np.arange(bits) & 1).astype(np.uint8), bitorder="little")
+
+
+def _unpacked(data: np.ndarray, n: int, bits: int, step: int) -> np.ndarray:
+    ones = np.unpackbits(data, count=n * bits, bitorder="little").reshape(n, bits)
+    weights = np.int64(1) << np.arange(bits, dtype=np.int64)
+    weights[-1] = -weights[-1]  # two's complement
+    return step * (ones @ weights)
 
 
 def to_plain(model: IntegerModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -116,10 +149,6 @@ def from_bytes(content: bytes, *, name: str = "integer model") -> IntegerModel:
         raise RecordError(f"{name}: not a readable integer model ({type(error).__name__}: {error})") from error
 
 
-def _describe(value: np.ndarray) -> dict[str, Any]:
-    return {"dtype": value.dtype.name, "shape": [*value.shape], "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
-
-
 def _npy(value: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, value, version=(1, 0), allow_pickle=False)
@@ -160,15 +189,23 @@ def _read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], key: str,
     shape = tuple(_integer(n) for n in like["shape"])
     if like["dtype"] not in DTYPES or len(shape) > 8 or min(shape, default=1) < 0 or math.prod(shape) > MAX_ELEMENTS:
         raise RecordError(f"array {key!r}: {like['dtype']!r:.40} of shape {shape!r:.80} is not allowed")
-    dtype = np.dtype(like["dtype"]).newbyteorder("<")
-    size = math.prod(shape) * dtype.itemsize
+    dtype, n = np.dtype(like["dtype"]).newbyteorder("<"), math.prod(shape)
+    bits, step = (_integer(like[name]) for name in ("bits", "step")) if "bits" in like else (0, 1)
+    if bits and (dtype.kind != "i" or not 1 <= bits < 8 * dtype.itemsize or not 1 <= step <= 2**15):
+        raise RecordError(f"array {key!r}: {bits} bits in steps of {step} are no {like['dtype']}")
+    size = -(-n * bits // 8) if bits else n * dtype.itemsize
     info = infos.get(f"{key}.npy")
     if info is None or not size < info.file_size <= size + 4096:
         raise RecordError(f"array {key!r}: its member is absent or not of {size:,} bytes and a header")
     data = archive.read(info)[-size:] if size else b""
     if hashlib.sha256(data).hexdigest() != like["sha256"]:
         raise RecordError(f"array {key!r}: its bytes are not those that were saved (SHA-256 differs)")
-    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    if not bits:
+        return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    values = _unpacked(np.frombuffer(data, np.uint8), n, bits, step)
+    if n and not np.iinfo(dtype).min <= values.min() <= values.max() <= np.iinfo(dtype).max:
+        raise RecordError(f"array {key!r}: its values do not fit {like['dtype']}")
+    return values.reshape(shape).astype(dtype.newbyteorder("="))
 
 
 class _Reader:

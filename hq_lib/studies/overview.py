@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from hq_lib.results import atomic, labels, paths, published, store, tables
-from hq_lib.studies.integer_export.executors import VERSIONS
+from hq_lib.studies.integer_export.executors import version
 
 SWITCH = "switches."
 PROTOCOL = ["epochs", "iterations", "n_test"]
@@ -129,7 +129,7 @@ def _sent(words: str, cut: str, bits: int, metric: str = "acc_pct", **switches: 
 
 
 def _integers(words: str, method: str, metric: str = "acc_pct") -> Number:
-    form = {"requantizer": "float32" if method == "c" else None, "version": VERSIONS.get(method), "network": None}
+    form = {"requantizer": "float32" if method == "c" else None, "version": version(method, 8), "network": None}
     where = {**_bits(8, 8), "method": method, **{f"{SWITCH}{name}": value for name, value in form.items()}}
     return Number(words, "integer_export", where, metric)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from integer_nets import images, quantized
 
+from hq_lib.graph import BitPolicy
 from hq_lib.integer import RecordError, check, from_bytes, load, lower, run, save, to_bytes
 from hq_lib.results import paths
 
@@ -29,10 +30,31 @@ def test_a_saved_model_computes_the_same_bits(model, tmp_path):
 
 
 def test_numpy_alone_reads_the_arrays(model, tmp_path):
+    """Plain arrays as they are; a weight of few bits by the rule of the docstring, spelled out here."""
     with np.load(save(model, tmp_path / "net.npz"), allow_pickle=False) as archive:
         manifest = json.loads(bytes(archive["manifest.json"]))
-        layer = next(op for op in manifest["ops"] if op["op"] == "Conv")
-        assert np.array_equal(archive[layer["weight"]], model.op(layer["name"]).weight)
+        for layer in [op for op in manifest["ops"] if op["op"] == "Conv"]:
+            wanted, like = model.op(layer["name"]).weight, manifest["arrays"][layer["weight"]]
+            assert np.array_equal(archive[layer["bias"]], model.op(layer["name"]).bias)
+            if "bits" not in like:
+                assert np.array_equal(archive[layer["weight"]], wanted)
+                continue
+            digits = "".join(f"{byte:08b}"[::-1] for byte in archive[layer["weight"]])
+            b = like["bits"]
+            codes = [int(digits[i * b : (i + 1) * b][::-1], 2) for i in range(wanted.size)]
+            assert [(c - 2**b * (c >= 2 ** (b - 1))) * like["step"] for c in codes] == wanted.ravel().tolist()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_storage_follows_bits(bits):
+    net = lower(quantized("residual", BitPolicy(f"minmax:{bits}", "minmax:8", first_last_bits=None)))
+    content = to_bytes(net)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    for i, op in enumerate(net.ops):
+        if hasattr(op, "weight"):
+            assert sizes[f"op{i}.weight.npy"] - 128 <= -(-op.weight.size * bits // 8)
+    assert to_bytes(from_bytes(content)) == content
 
 
 def test_loading_and_running_import_no_torch(model, tmp_path):
@@ -96,6 +118,9 @@ EDITS = {
     "dtype": (lambda m: m["arrays"]["op1.weight"].update(dtype="object"), "not allowed"),
     "array size": (lambda m: m["arrays"]["op1.weight"].update(shape=[10**9]), "not allowed"),
     "array shape": (lambda m: m["arrays"]["op1.weight"].update(shape=[3]), "SHA-256|absent"),
+    "bits of a weight": (lambda m: m["arrays"]["op1.weight"].update(bits=9, step=1), "are no int8"),
+    "step of a weight": (lambda m: m["arrays"]["op1.weight"].update(bits=4, step=2**16), "are no int8"),
+    "fewer bits": (lambda m: m["arrays"]["op1.weight"].update(bits=2, step=1), "absent|SHA-256"),
     "no ops": (lambda m: m.update(ops=[]), "first operation"),
     "meta": (lambda m: m.update(meta=[]), "meta"),
     "list": (lambda m: m.update(tensors={}), "readable|tensor"),

@@ -13,7 +13,8 @@ from integer_nets import quantized as small_net
 import hq_lib.deploy
 from hq_lib import data, graph, integer, models
 from hq_lib.deploy import c as export_c
-from hq_lib.deploy.c import CompilerError
+from hq_lib.deploy.c import CompilerError, container
+from hq_lib.results import paths
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.integer_export import executors, study, tables
 from hq_lib.studies.integer_export.figures import INPUTS, fig_integer_agreement
@@ -89,9 +90,11 @@ def test_points_that_are_there_are_not_run_again(out_dir, only_toy, monkeypatch)
     first = study.STUDY.run("smoke", bits=[(8, 8)], **only_toy)
     monkeypatch.setattr(study, "open_bench", lambda *_, **__: pytest.fail("opened again"))
     pd.testing.assert_frame_equal(first, study.STUDY.run("smoke", bits=[(8, 8)], **only_toy))
-    monkeypatch.setitem(executors.VERSIONS, "c", 3)  # faster kernels: these alone are measured again
+    monkeypatch.setitem(executors.VERSIONS, "c", 9)  # faster kernels: these alone are measured again
     assert {p.executor for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
-    assert set(tables.current(first)["method"]) == {"float", "fake_quant", "numpy", "onnx"}
+    left = tables.current(first)
+    assert set(left.loc[left["method"] == "c", "metric"]) == {"acc_pct"}  # the integers are the same
+    assert set(left.loc[left["method"] == "onnx", "metric"]) > {"acc_pct", "cpu_ms"}
 
 
 def test_logits_are_compared_with_numpys_whichever_comes_first(out_dir, only_toy, monkeypatch):
@@ -203,7 +206,36 @@ def test_committed_rows_are_not_measured_again(monkeypatch):
     monkeypatch.delenv("HQ_OUT", raising=False)
     for one in study.STUDIES:
         todo = one.todo("full", networks=study.MODELS)
-        assert {getattr(p, "executor", "layers") for p in todo} <= set(executors.VERSIONS)
+        assert all(executors.version(getattr(p, "executor", "layers"), p.w_bits) for p in todo)
+
+
+SHIPPED = ("lenet_w8a8", "resnet20_w8a8")
+
+
+@needs_c
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_integer_networks_run_as_they_are_and_agree(name):
+    pytest.importorskip("onnxruntime")
+    files = {kind: paths.checkpoints_dir() / f"{name}.{executors.ENDINGS[kind]}" for kind in ("c", "onnx")}
+    image = container.meta_of(files["c"])["image"]
+    shape = data.SPECS[image["name"]].in_shape
+    x = torch.randn(5, *shape).numpy()
+    logits = [executors.opened(kind, file)(x) for kind, file in files.items()]
+    assert np.array_equal(*logits)
+    assert len(np.unique(logits[0])) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_integer_networks_have_the_accuracy_that_they_say(name):
+    file = paths.checkpoints_dir() / f"{name}.hqm"
+    meta = container.meta_of(file)
+    try:
+        test = data.load(meta["image"]["name"], "test")
+    except data.DataUnavailableError as error:
+        pytest.skip(str(error))
+    logits, _ = executors.measure(executors.opened("c", file), study.parts(test))
+    assert 100 * (logits.argmax(1) == test.labels.numpy()).mean() == pytest.approx(meta["acc_pct"])
 
 
 @pytest.mark.slow

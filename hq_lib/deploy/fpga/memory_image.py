@@ -27,7 +27,7 @@ from hq_lib.deploy.fpga.layers import FpgaiError, need, plain_name
 from hq_lib.integer.check import MAX_ELEMENTS
 from hq_lib.integer.record import IntegerModel
 from hq_lib.integer.requant import RecordError
-from hq_lib.integer.storage import DTYPES, UNREADABLE, from_plain, to_plain
+from hq_lib.integer.storage import DTYPES, UNREADABLE, from_plain, narrowest, to_plain
 from hq_lib.results.atomic import write_bytes, write_text
 
 Encoding = Literal["hex", "coe"]
@@ -137,16 +137,12 @@ def _quotients(array: np.ndarray, step: int) -> np.ndarray:
 
 def _layout(array: np.ndarray, word_bits: int | None, what: str) -> dict[str, Any]:
     """Return how ``array`` is stored: its width, the step that its integers are multiples of, and its words."""
-    common = 1 if array.dtype == np.float32 else int(np.bitwise_or.reduce(array.astype(np.int64), axis=None))
-    step = common & -common if common else 1
-    low, high = (int(end) for end in (_quotients(array, step).min(), _quotients(array, step).max()))
-    bits = max(1, high.bit_length() + 1, (~low).bit_length() + 1) if low < 0 else max(1, high.bit_length())
-    bits = 32 if array.dtype == np.float32 else bits
+    step, bits, signed = (1, 32, False) if array.dtype == np.float32 else narrowest(array)
     width = bits if word_bits is None else word_bits
     _check_words(bits, width, what)
     counts = {"values_per_word": width // bits, "n_words": -(-array.size // (width // bits))}
     shape = {"dtype": array.dtype.name, "shape": [*array.shape]}
-    return {**shape, "bits": bits, "signed": low < 0, "step": step, "word_bits": width, **counts}
+    return {**shape, "bits": bits, "signed": signed, "step": step, "word_bits": width, **counts}
 
 
 def _check_words(bits: object, word_bits: object, what: str) -> None:

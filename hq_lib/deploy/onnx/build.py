@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,26 +28,26 @@ class ExportError(ValueError):
     """A record that cannot be written as ONNX; the message names the operation and the reason."""
 
 
-def export(imodel: IntegerModel, *, weights: Literal["int8", "int4"] = "int8") -> onnx.ModelProto:
+def export(imodel: IntegerModel) -> onnx.ModelProto:
     """Return ``imodel`` as an ONNX model: normalised (N, C, H, W) float32 images in, float32 logits out.
 
+    Weights of up to 4 bits are stored in 4 (INT4, opset 21) and widened once, when the model is loaded. Every value has
+    its type and shape in the file.
+
     Args:
-        imodel:  a record with the "float32" requantizer, which is onnxruntime's own arithmetic.
-        weights: how weights of up to 4 bits are stored; "int4" halves them (opset 21) and is unpacked once on loading.
+        imodel: a record with the "float32" requantizer, which is onnxruntime's own arithmetic.
 
     Raises:
-        ExportError: a "fixed" record, or an unknown storage.
+        ExportError: a "fixed" record.
     """
     check(imodel)
     if imodel.requantizer != "float32":
         raise ExportError("onnxruntime multiplies in float32: lower the network with requantizer='float32'")
-    if weights not in ("int8", "int4"):
-        raise ExportError(f"weights {weights!r}: choose 'int8' or 'int4'")
     graph = Graph()
     for op in imodel.ops:
-        _write(graph, op, [imodel.tensors[t] for t in op.inputs], imodel.tensors[op.output], int4=weights == "int4")
+        _write(graph, op, [imodel.tensors[t] for t in op.inputs], imodel.tensors[op.output])
     _logits(graph, imodel)
-    return _finished(graph, imodel, int4=weights == "int4")
+    return _finished(graph, imodel)
 
 
 def save(model: onnx.ModelProto, path: Path | str) -> Path:
@@ -56,7 +56,8 @@ def save(model: onnx.ModelProto, path: Path | str) -> Path:
     return Path(path)
 
 
-def _finished(graph: Graph, imodel: IntegerModel, *, int4: bool) -> onnx.ModelProto:
+def _finished(graph: Graph, imodel: IntegerModel) -> onnx.ModelProto:
+    int4 = any(each.data_type == onnx.TensorProto.INT4 for each in graph.initializers)
     image, out = imodel.tensors[imodel.input], imodel.tensors[imodel.output]
     float_type = ONNX_TYPE["float32"]
     body = helper.make_graph(
@@ -72,12 +73,12 @@ def _finished(graph: Graph, imodel: IntegerModel, *, int4: bool) -> onnx.ModelPr
     known = {key: value if isinstance(value, str) else json.dumps(value) for key, value in imodel.meta.items()}
     helper.set_model_props(model, {"schema": str(r.SCHEMA), "requantizer": imodel.requantizer, **known})
     onnx.checker.check_model(model, full_check=True)
-    return model
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
-def _write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec, *, int4: bool) -> None:
+def _write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> None:
     if qdq.fits(op, inputs, out):
-        qdq.write(graph, op, inputs, out, int4=int4)
+        qdq.write(graph, op, inputs, out)
     else:
         _WRITERS[type(op)](graph, op, inputs, out)
 

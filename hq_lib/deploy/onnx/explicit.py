@@ -51,13 +51,13 @@ def _weight_parts(graph: Graph, op: r.Layer, suffix: str) -> list[tuple[str, int
     w = op.weight.astype(np.int32)
     w = w if isinstance(op, r.Conv) else w.T
     if op.weight.dtype == np.int8:
-        return [(graph.constant(w, "int8", name=f"{op.name}:weight{suffix}"), 1)]
+        return [(graph.weight(w, f"{op.name}:weight{suffix}"), 1)]
     high = (w + 128) >> 8  # then w - 256 high lies in [-128, 127]
     parts = [(high, 256, "high"), (w - 256 * high, 1, "low")]
     if high.max() > 127:
         spill = np.where(high > 127, 1, 0)  # weights above 32,639: the high part takes two summands
         parts = [(high - spill, 256, "high"), (spill, 256, "spill"), (w - 256 * high, 1, "low")]
-    return [(graph.constant(v, "int8", name=f"{op.name}:weight.{part}{suffix}"), factor) for v, factor, part in parts]
+    return [(graph.weight(v, f"{op.name}:weight.{part}{suffix}"), factor) for v, factor, part in parts]
 
 
 def _integer_product(graph: Graph, op: r.Layer, q: str, zero: str, w: str) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from hq_lib.integer.storage import narrowest
+
 ONNX_TYPE = {
     "uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "uint16": TensorProto.UINT16, "int32": TensorProto.INT32,
     "float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE,
@@ -50,10 +52,14 @@ class Graph:
         self._n_values += 1
         return f"{stem}:{self._n_values}"
 
-    def int4(self, value: np.ndarray, *, name: str) -> str:
-        """Return a 4-bit initializer (two values a byte) with integers ``value`` in [-8, 7]."""
-        flat = value.astype(np.int8).reshape(-1)
+    def weight(self, value: np.ndarray, name: str) -> str:
+        """Return int8 ``value``: an initializer, of 4 bits (two values a byte) and a step where these hold it."""
+        step, bits, signed = narrowest(value)
+        if bits + (not signed) > 4:
+            return self.constant(value, "int8", name=name)
+        flat = (value // step).astype(np.int8).reshape(-1)
         nibbles = np.append(flat, np.zeros(flat.size % 2, np.int8)) & 0xF
         packed = (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
         self.initializers.append(helper.make_tensor(name, TensorProto.INT4, value.shape, packed.tobytes(), raw=True))
-        return name
+        real = self.node("Mul", [self.cast(name, "float32"), self.constant(float(step), "float32")])
+        return self.cast(real, "int8")

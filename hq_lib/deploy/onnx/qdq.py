@@ -37,13 +37,13 @@ def _mean(x: TensorSpec, out: TensorSpec) -> np.float32:
     return np.float32(x.scale) / (np.float32(x.shape[1] * x.shape[2]) * np.float32(out.scale))
 
 
-def write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec, *, int4: bool = False) -> None:
-    """Write ``op``, for which ``fits`` is true; ``int4`` stores weights that fit as 4-bit initializers."""
+def write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> None:
+    """Write ``op``, for which ``fits`` is true."""
     reals = [dequantize(graph, spec) for spec in inputs]
     if isinstance(op, r.Conv):
-        real = graph.node("Conv", [*reals, *_parameters(graph, op, int4)], name=op.name, **geometry(op))
+        real = graph.node("Conv", [*reals, *_parameters(graph, op)], name=op.name, **geometry(op))
     elif isinstance(op, r.Linear):
-        real = graph.node("Gemm", [*reals, *_parameters(graph, op, int4)], name=op.name, transB=1)
+        real = graph.node("Gemm", [*reals, *_parameters(graph, op)], name=op.name, transB=1)
     elif isinstance(op, r.Add):
         real = graph.node("Add", reals, name=op.name)
     else:
@@ -74,20 +74,10 @@ def _grid(graph: Graph, spec: TensorSpec) -> list[str]:
     return [graph.constant(spec.scale, "float32"), graph.constant(spec.zero_point, spec.dtype)]
 
 
-def _parameters(graph: Graph, op: r.Layer, int4: bool) -> list[str]:
+def _parameters(graph: Graph, op: r.Layer) -> list[str]:
     scale = graph.constant(op.weight_scale, "float32", name=f"{op.name}:weight_scale")
     zeros = [graph.constant(np.zeros(len(op.bias)), dtype, name=f"{op.name}:{what}_zero") for what, dtype in _ZEROS]
-    weight = graph.node("DequantizeLinear", [_weight(graph, op, int4), scale, zeros[0]], axis=0)
+    weight = graph.node("DequantizeLinear", [graph.weight(op.weight, f"{op.name}:weight"), scale, zeros[0]], axis=0)
     acc_scale = graph.constant(op.acc_scale, "float32", name=f"{op.name}:acc_scale")
     bias = graph.constant(op.bias, "int32", name=f"{op.name}:bias")
     return [weight, graph.node("DequantizeLinear", [bias, acc_scale, zeros[1]], axis=0)]
-
-
-def _weight(graph: Graph, op: r.Layer, int4: bool) -> str:
-    step = op.weight_step
-    trained = op.weight.astype(np.int32) // step
-    if not int4 or trained.min() < -8 or trained.max() > 7:
-        return graph.constant(op.weight, "int8", name=f"{op.name}:weight")
-    stored = graph.int4(trained, name=f"{op.name}:weight")
-    real = graph.node("Mul", [graph.cast(stored, "float32"), graph.constant(float(step), "float32")])
-    return graph.cast(real, "int8")

@@ -27,8 +27,11 @@ from hq_lib.results import provenance
 EXECUTORS = ("float", "fake_quant", "numpy", "c", "onnx")
 ENDINGS = {"float": "safetensors", "fake_quant": "safetensors", "numpy": "npz", "c": "hqm", "onnx": "onnx"}
 VERSIONS = {"c": 2, "onnx": 2}
-"""Executor -> switch "version" of its rows, raised when its time or file changes; rows without it are of the first: C
-before the kernels of container version 2, ONNX Runtime with an option that slowed it where VNNI is present."""
+NARROW_VERSIONS = {"numpy": 2, "c": 2, "onnx": 3}
+"""Executor -> switch "version" of its rows, raised when its time or file changes; the second: weights of up to 4 bits.
+
+Rows without it are of the first: C before the kernels of container version 2, ONNX Runtime with an option that slowed
+it where VNNI is present, ``.npz`` and ONNX files with a byte for a weight of 4 bits."""
 BATCH = 100  # images at once; C takes one at a time
 SAY_EVERY_S = 20.0
 LIBRARIES = {
@@ -76,6 +79,11 @@ def _opened_onnx(file: Path) -> Run:
         raise UnavailableError("no onnxruntime") from error
     session = export_onnx.session(file)
     return lambda x: export_onnx.run(session, x, batch_size=BATCH)
+
+
+def version(executor: str, w_bits: float) -> int | None:
+    """The switch "version" of today's rows of an executor; None = they have none."""
+    return (NARROW_VERSIONS if w_bits <= 4 else VERSIONS).get(executor)
 
 
 def save_onnx(imodel: Any, file: Path) -> None:

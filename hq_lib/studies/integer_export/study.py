@@ -123,6 +123,14 @@ class Network(Point):
         """The training of the network."""
         return (f"{self.network}_float_s0",) if self.network in MODELS else (self.network,)
 
+    @property
+    def w_bits(self) -> float:
+        """Bits of the weights between first and last layer."""
+        if self.bits is not None:
+            return self.bits[0]
+        policy = record_of(self.network).get("policy")
+        return 32 if policy is None else BitPolicy.from_dict(policy).weight.bits
+
     def switches(self) -> Row:
         """What names the network and how it was quantized."""
         known: Row = {**file_switch(self.network), **net_switch(self.network)}
@@ -198,8 +206,9 @@ def key(run: Run[Plan], point: Execution) -> Row:
         known = {**file_switch(point.network), **net_switch(point.network)}
         return {**named, "switches": known, **({} if "network" in known else {"model": point.network})}
     form = {"requantizer": point.requantizer} if point.requantizer else {}
-    version = {"version": executors.VERSIONS[point.executor]} if point.executor in executors.VERSIONS else {}
-    return {**named, **point.columns(), "switches": {**point.switches(), **form, **version}}
+    version = executors.version(point.executor, point.w_bits)
+    dated = {} if version is None else {"version": version}
+    return {**named, **point.columns(), "switches": {**point.switches(), **form, **dated}}
 
 
 @dataclass(frozen=True, eq=False)

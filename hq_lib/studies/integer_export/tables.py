@@ -12,7 +12,7 @@ from hq_lib.integer import IntegerModel
 from hq_lib.integer.proof import accumulator_bound
 from hq_lib.integer.record import Layer
 from hq_lib.results import labels, tables
-from hq_lib.studies.integer_export.executors import VERSIONS
+from hq_lib.studies.integer_export.executors import version
 from hq_lib.studies.integer_export.study import MOBILE, MODELS, Plan
 
 NAMES = {"float": "float", "fake_quant": "fake-quantized", "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime"}
@@ -38,15 +38,19 @@ Key = tuple[str, str, str]
 def current(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with columns ``network`` (a name of ours or a file's stem), ``bits`` and ``requantizer``.
 
-    Of executors that have changed since (``VERSIONS``) only the rows of today's.
+    Of executors that have changed since (``executors.VERSIONS``) only today's rows, but for accuracies: the integers
+    have stayed the same.
     """
     settings = [json.loads(text) for text in rows["switches"]]
     named = [s.get("network", model) for s, model in zip(settings, rows["model"], strict=True)]
     found = tables.with_bits(rows).assign(
         network=named, requantizer=[s.get("requantizer", "") for s in settings],
-        reason=[s.get("reason", "") for s in settings], version=[s.get("version", 0) for s in settings],
+        reason=[s.get("reason", "") for s in settings],
     )  # fmt: skip
-    return found.loc[found["version"] == [VERSIONS.get(str(method), 0) for method in found["method"]]]
+    today = [version(method, w_bits) for method, w_bits in zip(rows["method"], rows["w_bits"], strict=True)]
+    is_today = np.array([s.get("version") == wanted for s, wanted in zip(settings, today, strict=True)], dtype=bool)
+    kept = found.loc[is_today | (found["metric"] == "acc_pct")]
+    return kept.drop_duplicates(["network", "bits", "method", "metric", "requantizer"], keep="last")
 
 
 def support_matrix(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
@@ -107,7 +111,7 @@ def _cell(values: Mapping[Key, float], executor: str, metric: str, n_test: int) 
 
 
 def _agreement(values: Mapping[Key, float], executor: str, n_test: int) -> str:
-    if executor == "numpy" and ("numpy", "cpu_ms", "float32") in values:
+    if executor == "numpy" and any(("numpy", metric, "float32") in values for metric in ("acc_pct", "cpu_ms")):
         return "the reference"
     same = values.get((executor, "same_top1_pct", ""))
     if same is not None:
