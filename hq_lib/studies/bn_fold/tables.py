@@ -3,12 +3,12 @@
 import json
 
 import pandas as pd
-from torch import nn
 
 from hq_lib import models
 from hq_lib.graph.folding import per_channel_ranges
 from hq_lib.results import labels, tables
 from hq_lib.studies.bn_fold.figures import summary
+from hq_lib.studies.bn_fold.study import BN
 
 NO_NORM = "no batch norm"
 ERRORS = {"rel_error_float64": "relative error, float64", "rel_error_float32": "relative error, float32"}
@@ -40,13 +40,9 @@ def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _source(model: str, statistics: str) -> str:
     """The statistics in words; a trained network without any says so, since its fold changes nothing."""
-    if statistics == "trained" and not any(_is_norm(module) for module in models.build(model).modules()):
+    if statistics == "trained" and not any(isinstance(module, BN) for module in models.build(model).modules()):
         return NO_NORM
     return statistics
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def worst(rows: pd.DataFrame) -> pd.DataFrame:

@@ -16,8 +16,7 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
     Args:
         history: one row per model, seed and epoch: ``model`` (one's own gets a spare colour), ``seed``, ``epoch``,
             ``train_loss`` (nat), ``val_acc_pct`` (percent, validation split; missing throughout for a model that was
-            trained on all images, which then has no line), ``lr``. Optional columns, drawn as thin lines:
-            ``train_acc_pct`` and ``val_loss``.
+            trained on all images, which then has no line), ``lr``.
 
     Raises:
         ValueError: a column is missing or has other missing values, or there are no rows.
@@ -36,10 +35,6 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
         curves = [(accuracy, "val_acc_pct", name), (loss, "train_loss", name), (rate, "lr", "")]
         for ax, column, label in curves if model in set(judged["model"]) else curves[1:]:
             band_line(ax, runs, x="epoch", y=column, as_=style, label=label, marks=False)
-        for ax, column in ((accuracy, "train_acc_pct"), (loss, "val_loss")):
-            if column in runs and not runs[column].isna().to_numpy().any():
-                band_line(ax, runs, x="epoch", y=column, as_=style, marks=False)
-                ax.get_lines()[-1].set(linewidth=0.8, alpha=0.7)
     plain_log(loss)
     accuracy.set_ylabel("validation accuracy, %")
     loss.set_ylabel("training loss, nat")

@@ -16,7 +16,7 @@ from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.results import paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
-from hq_lib.studies.study import Found, Point, Row, Run, Study
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
 from hq_lib.training import FitResult, TrainConfig, evaluate, fit, recipe
 from hq_lib.training.recipes import find
 
@@ -94,16 +94,12 @@ class Training(Point):
 
 def points(plan: Plan) -> list[Training]:
     """Every network with its first seed, then the other seeds; ``ValueError`` for one without a recipe."""
-    repeated = plan.repeated or plan.models
+    repeated, full = plan.repeated or plan.models, plan.profile == "full"
     pairs = [(m, s) for s in plan.seeds for m in plan.models if s == plan.seeds[0] or m in repeated]
     return [
-        Training(model, seed, *recipe(model, plan.profile, seed=seed), _split(model, plan.profile))
+        Training(model, seed, *recipe(model, plan.profile, seed=seed), find(model).split if full else "train")
         for model, seed in pairs
     ]
-
-
-def _split(model: str, profile: str) -> str:
-    return find(model).split if profile == "full" else "train"
 
 
 def key(run: Run[Plan], point: Training) -> Row:
@@ -212,13 +208,8 @@ class Shipped(Point):
 
 def shipped_points(plan: Plan) -> list[Shipped]:
     """The networks of a plan."""
-    return [Shipped(find_model(name)) for name in plan.models]
-
-
-def find_model(name: str) -> str:
-    """The name itself where networks have it, else ``ValueError`` that names the nearest."""
-    models.build(name)
-    return name
+    check_choice("float_reference", "network", plan.models, models.names())
+    return [Shipped(name) for name in plan.models]
 
 
 def shipped_key(run: Run[Plan], point: Shipped) -> Row:
@@ -231,7 +222,7 @@ def shipped_key(run: Run[Plan], point: Shipped) -> Row:
     }  # fmt: skip
 
 
-def measure_shipped(run: Run[Plan], bench: Bench, point: Shipped) -> Iterator[Found]:
+def measure_shipped(run: Run[Any], bench: Bench, point: Point) -> Iterator[Row]:
     """Test accuracy of the checkpoint."""
     score, record = evaluate(bench.net, bench.test), bench.record
     yield {

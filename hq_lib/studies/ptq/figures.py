@@ -1,6 +1,7 @@
 """Figures of notebook 04, post-training quantization."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,9 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
     figure, axes = new_figure(2, 2, width=6.4, height=5.6, sharex=True, sharey=True)
     widths = sorted({int(bits) for bits in found["bits"]})
     low, high = (f(found[["mse_measured", *PREDICTIONS]].to_numpy(dtype=float)) for f in (np.min, np.max))
-    for (row, (column, title)), (place, (tensor, name)) in _product(PREDICTIONS, TENSORS):
+    for (row, (column, title)), (place, (tensor, name)) in product(
+        enumerate(PREDICTIONS.items()), enumerate(TENSORS.items())
+    ):
         ax: Any = axes[row, place]
         ax.plot([low, high], [low, high], color="0.5", linewidth=0.8, linestyle="--", zorder=0)
         for bits in widths:
@@ -87,10 +90,6 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
 def bit_look(place: int) -> Look:
     """The look of the ``place``-th width of a figure, from dark to light."""
     return look(BIT_LOOKS[place % len(BIT_LOOKS)])
-
-
-def _product(rows: dict, columns: dict) -> list:
-    return [(r, c) for r in enumerate(rows.items()) for c in enumerate(columns.items())]
 
 
 @styled

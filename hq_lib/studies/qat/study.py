@@ -18,7 +18,7 @@ from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize
 from hq_lib.quantizers.pact import PACT
 from hq_lib.results import paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench
-from hq_lib.studies.float_training.study import MINUTES, history_rows
+from hq_lib.studies.float_training.study import MINUTES, history_rows, measure_shipped
 from hq_lib.studies.qat import integers
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import FitResult, QatRecipe, evaluate, fit, qat_recipe
@@ -189,7 +189,7 @@ def key(run: Run[Plan], point: Training) -> Row:
 def measure(run: Run[Plan], bench: Bench, point: Training) -> Iterator[Found]:
     """Fine-tunes (or resumes) the network; its curve, clips, and accuracies before, after (validation) and on test."""
     if point.method == FLOAT:
-        yield from _float_row(bench)
+        yield from measure_shipped(run, bench, point)
         return
     recipe = point.settings(bench.net)
     train, few = bench.train, recipe.n_train
@@ -201,7 +201,13 @@ def measure(run: Run[Plan], bench: Bench, point: Training) -> Iterator[Found]:
     }  # fmt: skip
 
     def keep_clips(module: nn.Module, epoch: int) -> None:
-        run.append((CLIPS, _clip_row(common, epoch, layer, clip)) for layer, clip in _clips(module).items())
+        named = {**common, "experiment": CLIPS, "metric": "alpha", "unit": "1"}
+        found = []
+        for name, quantizer in act_quantizers(module).items():
+            if isinstance(quantizer, PACT):
+                switches = {**common["switches"], "epoch": epoch, "layer": name.removesuffix(QUANTIZER_SUFFIX)}
+                found.append((CLIPS, {**named, "value": quantizer.clip().item(), "switches": switches}))
+        run.append(found)
 
     before = evaluate(qnet, bench.val)
     teacher = bench.net if recipe.config.distill else None
@@ -230,14 +236,6 @@ def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) 
     return qnet
 
 
-def _float_row(bench: Bench) -> Iterator[Row]:
-    score, record = evaluate(bench.net, bench.test), bench.record
-    yield {
-        "dataset": bench.dataset, "seed": record["seed"], "n_train": record["n_train"], "n_test": score.n,
-        "value": score.acc_pct, "unit": "%", "epochs": record["config"]["epochs"],
-    }  # fmt: skip
-
-
 def _keep(
     run: Run[Plan], bench: Bench, point: Training, recipe: QatRecipe, qnet: fx.GraphModule, common: Row,
     done: FitResult, acc_pct: dict[str, float],
@@ -254,22 +252,13 @@ def _keep(
     graph.save(qnet, path, form="trainable", record=record)
 
 
-def _clips(module: nn.Module) -> dict[str, float]:
-    quantizers = act_quantizers(module).items()
-    return {name.removesuffix(QUANTIZER_SUFFIX): q.clip().item() for name, q in quantizers if isinstance(q, PACT)}
-
-
-def _clip_row(common: Row, epoch: int, layer: str, clip: float) -> Row:
-    switches = {**common["switches"], "epoch": epoch, "layer": layer}
-    return {**common, "experiment": CLIPS, "metric": "alpha", "value": clip, "unit": "1", "switches": switches}
-
-
-def _open(run: Run[Plan], name: Hashable) -> Bench | None:
+def open_net(run: Run[Plan], name: Hashable) -> Bench | None:
+    """The float network with its images."""
     return open_bench(str(name), n_val=run.plan.n_val, n_test=run.plan.n_test, device=run.device)
 
 
 STUDY, GROUP_STUDY = (
-    Study(name, plans, points=points, key=key, open_bench=_open, measure=measure)
+    Study(name, plans, points=points, key=key, open_bench=open_net, measure=measure)
     for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
 )
 STUDIES = (STUDY, GROUP_STUDY, integers.STUDY)
