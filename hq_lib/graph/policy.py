@@ -2,10 +2,8 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from torch import fx, nn
 
 from hq_lib.graph.lists import list_bits
@@ -207,27 +205,11 @@ class BitPolicy:
             entries["hybrid_rule"] = HybridRule(**pairs, boundary=rule.get("boundary", 4))
         return cls(**entries)
 
-    def to_yaml(self, path: Path | str | None = None) -> str:
-        """Return the policy as YAML text, and write it to ``path`` if one is given."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
-
-    @classmethod
-    def from_yaml(cls, source: Path | str) -> "BitPolicy":
-        """Return the policy in a YAML file (a Path, or a name ending in .yaml or .yml) or in YAML text."""
-        is_file = isinstance(source, Path) or source.endswith((".yaml", ".yml"))
-        entries = yaml.safe_load(Path(source).read_text(encoding="utf-8") if is_file else str(source))
-        if not isinstance(entries, Mapping):
-            raise PolicyError(f"policy: YAML must be a mapping of keys, got {type(entries).__name__}")
-        return cls.from_dict(entries)
-
     @classmethod
     def hybrid(
         cls,
-        w_bits: int | Mapping[str, int],
-        a_bits: int | Mapping[str, int],
+        w_bits: int,
+        a_bits: int,
         *,
         qat: str | tuple[str, str] = "dsq",
         ptq: str | tuple[str, str] = "minmax",
@@ -241,24 +223,18 @@ class BitPolicy:
         the rule. The first convolution and the classifier take part, unless ``first_last_bits`` says otherwise.
 
         Args:
-            w_bits:          weights, one number, or patterns -> bits with "*" as the default (1..16, 32 = float).
-            a_bits:          activations, likewise.
+            w_bits, a_bits:  of weights and activations (1..16, 32 = float); ``overrides`` say others by layer.
             qat, ptq:        the two methods; a pair means (weight, activation).
             boundary:        bits from which on the tensor is left to PTQ (its text: 4; its last configuration: 5).
             first_last_bits: see ``BitPolicy``; here None, so that the rule covers these layers too.
             settings:        any other field of ``BitPolicy``.
 
         Raises:
-            PolicyError: a mapping without "*", bits or methods that do not exist.
+            PolicyError: bits or methods that do not exist.
         """
         rule = HybridRule(_pair(qat), _pair(ptq), boundary)
-        overrides: dict[str, dict[str, Any]] = {}
-        defaults = {kind: _default(bits, kind, overrides) for kind, bits in (("weight", w_bits), ("act", a_bits))}
-        for pattern, entry in settings.pop("overrides", {}).items():
-            entry = entry if isinstance(entry, Mapping) else {"both": entry}
-            overrides[pattern] = {**overrides.get(pattern, {}), **entry}
-        specs = {kind: {"method": HYBRID, "bits": bits} for kind, bits in defaults.items()}
-        return cls(**specs, overrides=overrides, first_last_bits=first_last_bits, hybrid_rule=rule, **settings)
+        weight, act = ({"method": HYBRID, "bits": bits} for bits in (w_bits, a_bits))
+        return cls(weight, act, first_last_bits=first_last_bits, hybrid_rule=rule, **settings)
 
     @classmethod
     def from_lists(
@@ -304,14 +280,3 @@ def _bits(bits: int | None) -> str:
 
 def _pair(method: str | tuple[str, str]) -> tuple[str, str]:
     return (method, method) if isinstance(method, str) else (method[0], method[1])
-
-
-def _default(bits: int | Mapping[str, int], kind: str, overrides: dict[str, dict[str, Any]]) -> int:
-    if not isinstance(bits, Mapping):
-        return bits
-    if "*" not in bits:
-        raise PolicyError(f"hybrid {kind} bits: the mapping needs a default under '*'")
-    for pattern, value in bits.items():
-        if pattern != "*":
-            overrides.setdefault(pattern, {})[kind] = value
-    return bits["*"]

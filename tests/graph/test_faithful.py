@@ -366,8 +366,8 @@ def test_a_weighted_sum_is_no_sum_of_non_negative_tensors():
 
 def test_the_hybrid_rule_with_aciq_from_the_boundary_up_runs_in_integers():
     net = Net(lambda n, x: n.h(n.b(F.relu(n.a(x))))).eval()
-    policy = BitPolicy.hybrid({"*": 3, "b": 6}, 6, qat="dsq", ptq="aciq", bn="fold")
-    assert BitPolicy.from_yaml(policy.to_yaml()) == policy
+    policy = BitPolicy.hybrid(3, 6, qat="dsq", ptq="aciq", bn="fold", overrides={"b": {"weight": 6}})
+    assert BitPolicy.from_dict(policy.to_dict()) == policy
     qnet = quantize(net, policy, X[:1])
     calibrate(qnet, X)
     record = qnet.bits_record()

@@ -291,7 +291,7 @@ def test_mixed_bits_of_a_bank_bit_lists_and_a_hybrid_come_back(tmp_path):
     both_forms(qnet, tmp_path)
     rows = qnet.policy.report(qnet)
     assert rows.set_index(["tensor", "layer"]).bits["weight", "stem"] == 2
-    policy = BitPolicy.hybrid({"*": 4, "deep": 2}, 3, qat="dsq", ptq="minmax")
+    policy = BitPolicy.hybrid(4, 3, qat="dsq", ptq="minmax", overrides={"deep": {"weight": 2}})
     both_forms(fitted(policy), tmp_path)
     resnet = trained_like(models.build("resnet20"))
     policy = BitPolicy.from_lists(resnet, (8,) * 9, (4, 2, 8) * 3)

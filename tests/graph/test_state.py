@@ -126,7 +126,7 @@ def test_operations_in_place_do_not_reach_what_was_collected():
 
 
 def test_only_some_quantizers_can_be_fitted(net):
-    qnet = quantize(net, BitPolicy.hybrid(2, {"*": 8, "blocks.1.*": 2}), images())
+    qnet = quantize(net, BitPolicy.hybrid(2, 8, overrides={"blocks.1.*": {"act": 2}}), images())
     calibrate(qnet, images(8))
     before = grids(qnet)
     calibrate(qnet, 2 * images(8), only=lambda quantizer: quantizer.bits >= 4)
@@ -179,7 +179,7 @@ def test_switches_give_float_weights_only_and_activations_only(net):
 
 
 def test_switches_can_be_limited(net):
-    qnet = quantize(net, BitPolicy.hybrid({"*": 2, "fc": 8}, 8), images())
+    qnet = quantize(net, BitPolicy.hybrid(2, 8, overrides={"fc": {"weight": 8}}), images())
     set_quantization(qnet, weights=False, acts=False, only=lambda quantizer: quantizer.bits >= 4)
     on = [name for name, layer in weight_layers(qnet).items() if layer.weight_quantizer.enabled]
     assert "fc" not in on
