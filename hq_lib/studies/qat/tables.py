@@ -11,10 +11,11 @@ from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, quantize
 from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.qat.integers import EXECUTORS
-from hq_lib.studies.qat.study import FLOAT, PLANS
+from hq_lib.studies.qat.study import FLOAT, GROUP, PLANS
 from hq_lib.training.bit_lists import BIT_LISTS
 
 GROUP_TABLE = "seed001"
+IN_SHAPE = (3, 32, 32)
 TABLE_BITS = {"resnet20": ("W8A8", "W4A4", "W3A3", "W2A2", "W1A32", "W1A1"), "toynet": ("W8A8", "W6A6")}
 """Bit widths that a table lists even where nothing was run; other published ones are left out."""
 LIST_METHODS = ("dorefa_hw", "pact", "mpact")
@@ -90,6 +91,15 @@ def with_float(rows: pd.DataFrame, floats: pd.DataFrame) -> pd.DataFrame:
     """The rows, and of networks that have no float one among them that of ``float_reference``."""
     there = rows.loc[rows["method"] == FLOAT, "model"]
     return pd.concat([rows, floats.loc[~floats["model"].isin(there)]], ignore_index=True)
+
+
+def sizes() -> pd.DataFrame:
+    """Parameters of the group's networks, and MAdds by the counting that gives its numbers (``count_madds_thop``)."""
+    nets = {model: models.build(model) for model in GROUP}
+    counted = {
+        model: (models.count_parameters(net), models.count_madds_thop(net, IN_SHAPE)) for model, net in nets.items()
+    }
+    return pd.DataFrame.from_dict(counted, orient="index", columns=["parameters", "MAdds"])
 
 
 def lists_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
