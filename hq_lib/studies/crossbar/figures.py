@@ -16,8 +16,7 @@ CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn":
 """Correction → label at its line; "column" is gain and offset per column."""
 RULES = {"readout": "read noise once a read-out", "product": "anew for every product"}
 """How long a draw of PCM's read noise lasts → in words."""
-TICKS_S = {1: "1 s", 20: "20 s", 3600: "1 h", 8.64e4: "1 day", 3.156e7: "1 year",
-           3.156e8: "10 years"}  # fmt: skip
+TICKS_S = {1: "1 s", 20: "20 s", 3600: "1 h", 8.64e4: "1 d", 3.156e7: "1 y", 3.156e8: "10 y"}
 
 
 @styled
