@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,26 +83,21 @@ class _Full(OSError):
     """The cache folder cannot take the data set: no other source would change that."""
 
 
-class _writable:
-    """Turns an unwritable cache folder into an error that names the folder and the way out."""
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn an unwritable cache folder into an error that names the folder and the way out."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _full(folder, error) from error
+    yield
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __enter__(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-        except OSError as error:
-            raise _Full(error.errno, self.message(error)) from error
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-    def message(self, error: OSError) -> str:
-        """What to do about it."""
-        return f"cannot write the data cache {self.folder} ({error.strerror}): free space there or set HQ_DATA"
+def _full(folder: Path, error: OSError) -> _Full:
+    text = f"cannot write the data cache {folder} ({error.strerror}): free space there or set HQ_DATA"
+    return _Full(error.errno, text)
 
 
 def _first_line(error: Exception) -> str:
@@ -117,7 +113,7 @@ def _fetch(folder: Path, data_set: DataSet, source: Callable[[Path], Arrays]) ->
     try:
         _store(folder, arrays, sums)
     except OSError as error:
-        raise _Full(error.errno, _writable(folder.parent).message(error)) from error
+        raise _full(folder.parent, error) from error
     shutil.rmtree(scratch, ignore_errors=True)
     return arrays
 

@@ -4,7 +4,6 @@ The validation split is cut from *train*: the same number of images of every cla
 evaluations load ``test``.
 """
 
-import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from hq_lib.data import fetch, folder, sources
 from hq_lib.data.folder import Pictures
+from hq_lib.results.hints import nearest
 
 SPLITS = ("train", "val", "trainval", "test")
 SPLIT_SEED = 20260101  # fixes the validation split for good; changing it invalidates every result
@@ -135,9 +135,7 @@ def names() -> tuple[str, ...]:
 def check_name(name: str) -> DataSpec:
     """The spec of a data set; an unknown name raises ``ValueError`` with the nearest valid one."""
     if name not in SPECS:
-        near = difflib.get_close_matches(str(name), SPECS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(SPECS)}{hint}")
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(SPECS)}{nearest(name, SPECS)}")
     return SPECS[name]
 
 

@@ -3,13 +3,13 @@
 A pattern is a name with ``*``, or one of the types "first", "last", "depthwise", "linear" (``placement.layer_types``).
 """
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from hq_lib.graph.placement import LAYER_TYPES
 from hq_lib.graph.spec import PolicyError, Spec, parse_spec, unknown_key
+from hq_lib.results.hints import nearest_few
 
 KINDS = ("weight", "act")
 
@@ -90,5 +90,4 @@ def _no_match(pattern: str, key: str, names: Iterable[str], kinds: Iterable[str]
     names = sorted(names)
     if any(name.startswith(f"{pattern}.") for name in names):
         return f"{key}: matches no {what}; {pattern + '.*'!r} would match what is inside it"
-    near = difflib.get_close_matches(pattern, names, n=3) or names[:8]
-    return f"{key}: matches no {what}; nearest: {', '.join(map(repr, near))}"
+    return f"{key}: matches no {what}; nearest: {nearest_few(pattern, names)}"

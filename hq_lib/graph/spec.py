@@ -4,7 +4,6 @@ Written short, a spec is ``"lsq:4"`` (method and bits), ``4`` (bits) or ``"float
 ``{method: lsq, bits: 4, axis: null}`` whose other keys go to the method's constructor.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from hq_lib import quantizers
 from hq_lib.quantizers import FLOAT_BITS
 from hq_lib.quantizers.affine import MAX_BITS, is_width
+from hq_lib.results.hints import nearest_few
 
 HYBRID = "hybrid"
 METHODS = {*quantizers.WEIGHT_METHODS, *quantizers.ACT_METHODS, HYBRID}
@@ -133,5 +133,4 @@ def unknown_key(name: str, known: Iterable[str], key: str, *, what: str = "key")
     """Raise ``PolicyError`` that begins with ``key`` and offers the nearest of ``known``, unless ``name`` is one."""
     known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or known[:8]
-        raise PolicyError(f"{key}: there is no {what} {name!r}; nearest: {', '.join(map(repr, near))}")
+        raise PolicyError(f"{key}: there is no {what} {name!r}; nearest: {nearest_few(name, known)}")

@@ -4,7 +4,6 @@ A traced network is a ``torch.fx.GraphModule``: it computes what the network com
 the same names, but its order of execution is a list that folding and quantization can read and rewrite.
 """
 
-import difflib
 import inspect
 import os
 import sys
@@ -19,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from hq_lib.graph.inplace import changed_by, read_after_change
 from hq_lib.graph.modes import eval_mode, follow_modes, read_modes
+from hq_lib.results.hints import nearest_few
 
 Example = Tensor | tuple[Tensor, ...]
 LeafModules = Sequence[str | type[nn.Module]]
@@ -243,8 +243,7 @@ def _check_known(asked: Iterable[str], known: Iterable[str], what: str) -> None:
     known = [name for name in known if name]
     for name in asked:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known[:8]
-            raise ValueError(f"there is no {what} named {name!r}; nearest: {', '.join(map(repr, near))}")
+            raise ValueError(f"there is no {what} named {name!r}; nearest: {nearest_few(name, known)}")
 
 
 def _explain(net: nn.Module, failed_in: str | None, error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from hq_lib.quantizers.dsq import DSQ
 from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
 from hq_lib.quantizers.minmax import AciqAct, AciqWeight, MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
+from hq_lib.results.hints import nearest
 
 FLOAT_BITS = 32
 """Bits that mean "leave it float"."""
@@ -86,19 +86,12 @@ def _build(
 ) -> Quantizer | None:
     key = "minmax" if method == "ste" else method
     if key not in methods:
-        raise ValueError(f"unknown {what} method {method!r}{_nearest(method, methods)}; there are {', '.join(methods)}")
+        raise ValueError(f"unknown {what} method {method!r}: there are {', '.join(methods)}{nearest(method, methods)}")
     if bits == FLOAT_BITS:
         return None
     make, fixed = methods[key]
     known = set(inspect.signature(make).parameters) - {"bits", "role"}
     for name in set(options) - known:
-        raise ValueError(
-            f"{what} method {method!r} has no option {name!r}{_nearest(name, known)}; "
-            f"it takes {', '.join(sorted(known))}"
-        )
+        takes = ", ".join(sorted(known))
+        raise ValueError(f"{what} method {method!r} has no option {name!r}: it takes {takes}{nearest(name, known)}")
     return make(bits, **fixed, **options)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -4,6 +4,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def nearest_few(name: object, known: Iterable[object]) -> str:
+    """The three nearest of the names that exist, quoted, or where none is near the first eight of them."""
+    names = [str(k) for k in known]
+    return ", ".join(map(repr, difflib.get_close_matches(str(name), names, n=3) or names[:8]))
+
+
 def nearest(name: object, known: Iterable[object]) -> str:
     """``"; did you mean 'pact'?"``, or nothing where no known name is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.4)

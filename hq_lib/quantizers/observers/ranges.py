@@ -4,7 +4,6 @@ Symbols: ``low <= 0 <= high`` real ends of a range, ``scale`` real units per ste
 ``qmin/qmax`` grid ends; per tensor ``()`` or per channel ``(C,)``. Paper: Nagel et al. (2021), arXiv:2106.08295, 2.2.
 """
 
-import difflib
 import math
 from typing import Literal, NamedTuple, get_args
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hq_lib.quantizers.affine import MIN_SCALE, Grid, affine_from_range, check_bits
+from hq_lib.results.hints import nearest
 
 Scheme = Literal["affine", "symmetric", "symmetric_restricted"]
 
@@ -29,8 +29,7 @@ def check_scheme(scheme: str) -> None:
     """Nothing, where the scheme exists; else ``ValueError`` that names the nearest one."""
     valid = get_args(Scheme)
     if scheme not in valid:
-        near = difflib.get_close_matches(str(scheme), valid, n=1, cutoff=0.0)
-        raise ValueError(f"unknown grid scheme {scheme!r}: did you mean {near[0]!r}? Schemes: {', '.join(valid)}")
+        raise ValueError(f"unknown grid scheme {scheme!r}: there are {', '.join(valid)}{nearest(scheme, valid)}")
 
 
 def grid_ends(bits: int, scheme: Scheme) -> tuple[int, int]:
