@@ -23,7 +23,7 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
     """
     need(history, ("model", "seed", "epoch", "train_loss", "lr"), "fig_float_training")
     need(history.fillna({"val_acc_pct": 0.0}), ("val_acc_pct",), "fig_float_training")  # the column itself
-    judged = history.loc[history["model"].map(history.groupby("model")["val_acc_pct"].count()) > 0]
+    judged = history.loc[history["model"].isin(list(history.dropna(subset=["val_acc_pct"])["model"]))]
     if len(judged):
         need(judged, ("val_acc_pct",), "fig_float_training")
     figure, axes = new_figure(3, height=6.0, sharex=True, height_ratios=[3, 2, 1])
