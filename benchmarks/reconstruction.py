@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib import data, models, ptq
-from hq_lib.graph import BitPolicy, act_quantizers, quantize, weight_layers
+from hq_lib.graph import BitPolicy, act_quantizers, blocks, quantize, weight_layers
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import Stream, UnitCache
 from hq_lib.ptq.reconstruction import rounders_of, train_unit
 from hq_lib.ptq.rounding import install
-from hq_lib.ptq.units import chain, cut
+from hq_lib.ptq.units import cut
 from hq_lib.quantizers import Grid
 from hq_lib.results import paths
 from hq_lib.training import evaluate
@@ -163,7 +163,7 @@ def against_reference(bits: str, options: argparse.Namespace) -> None:
     config = ptq.ReconstructionConfig(iterations=n, keep_probability=options.keep, seed=options.seed)
     stream = Stream(images)
     with eval_mode(qnet):
-        for block in chain(qnet):
+        for block in blocks(qnet):
             body = cut(qnet, block)
             for name, layer in weight_layers(body).items():
                 install(layer, name)
@@ -183,7 +183,7 @@ def against_reference(bits: str, options: argparse.Namespace) -> None:
             total = [total[0] + ours, total[1] + reference]
             print(f"{block.name}: ours {ours:.1f}, plain loop {reference:.1f} CPU ms per iteration", flush=True)
             stream.advance(body)
-    ours, reference = (milliseconds / len(chain(qnet)) for milliseconds in total)
+    ours, reference = (milliseconds / len(blocks(qnet)) for milliseconds in total)
     print(
         f"{bits} qdrop, keep {options.keep}: ours / plain loop = {ours / reference:.2f} ({ours:.1f} and "
         f"{reference:.1f} CPU ms per iteration, mean of units; {torch.get_num_threads()} thread(s))"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -106,10 +106,6 @@ class ReconstructionConfig:
         if i < start:
             return None
         return self.beta_end + (self.beta_start - self.beta_end) * (1 - (i - start) / (self.iterations - start))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data, for records."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def _check(name: str, value: object, good: bool, wanted: str) -> None:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from hq_lib.graph import blocks
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.ptq.units import as_float, chain, cut
+from hq_lib.ptq.units import as_float, cut
 
 
 class BlockError(NamedTuple):
@@ -35,7 +36,7 @@ def block_errors(qnet: fx.GraphModule, reference: fx.GraphModule, images: Tensor
     Raises:
         ValueError: the two have other blocks.
     """
-    ours, theirs = chain(qnet), chain(reference)
+    ours, theirs = blocks(qnet), blocks(reference)
     if [block.name for block in ours] != [block.name for block in theirs]:
         raise ValueError("the two nets have other blocks: make both from one float net with one policy")
     found, x_q, x_fp = [], images, images

@@ -13,12 +13,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.graph import Block, act_quantizers, set_quantization, weight_layers
+from hq_lib.graph import Block, act_quantizers, blocks, set_quantization, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import MAX_BYTES, Stream, UnitCache, bytes_needed, chunks
@@ -27,7 +28,7 @@ from hq_lib.ptq.dropping import drop, dropping
 from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
 from hq_lib.ptq.rounding import install
-from hq_lib.ptq.units import chain, cut, units
+from hq_lib.ptq.units import cut, units
 from hq_lib.quantizers import AdaRound, LSQPlusAct
 
 Progress = Callable[[UnitReport], None]
@@ -72,7 +73,7 @@ def reconstruct(
     for i, config in enumerate(several):
         files = None
         if folder is not None:
-            files = RunFolder(Path(folder) / f"pass_{i}", fingerprint(qnet, images, config.to_dict()))
+            files = RunFolder(Path(folder) / f"pass_{i}", fingerprint(qnet, images, asdict(config)))
         with eval_mode(qnet), set_quantization(qnet, weights=True, acts=config.quantize_acts):
             for report in _pass(qnet, images.to(device), config, files):
                 reports.append(report)
@@ -106,7 +107,7 @@ def _check(qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig) -
 def _pass(
     qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig, files: RunFolder | None
 ) -> Iterator[UnitReport]:
-    found = [(block, units(qnet, block, unit=config.unit)) for block in chain(qnet)]
+    found = [(block, units(qnet, block, unit=config.unit)) for block in blocks(qnet)]
     fisher = config.loss != "mse"
     keep = [bytes_needed(qnet, block, inside, len(images), fisher=fisher) <= MAX_BYTES for block, inside in found]
     n_units = sum(len(inside) for _, inside in found)

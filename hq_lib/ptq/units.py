@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from hq_lib.graph import Block, blocks, extract_block, kinds, set_quantization
+from hq_lib.graph import Block, extract_block, kinds, set_quantization
 
 _TAIL = ("norm", "relu", "clip", "act", "quantizer")
 
@@ -55,11 +55,6 @@ def cut(qnet: fx.GraphModule, region: Block) -> fx.GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph.eval()
-
-
-def chain(qnet: fx.GraphModule) -> list[Block]:
-    """Return the blocks of ``qnet`` in execution order, named after nodes of ``qnet``."""
-    return blocks(qnet)
 
 
 def n_values(qnet: fx.GraphModule, node: str) -> int:

@@ -8,11 +8,11 @@ from graph_nets import images, trained_like
 from torch import nn
 
 from hq_lib import ptq
-from hq_lib.graph import BitPolicy, quantize
+from hq_lib.graph import BitPolicy, blocks, quantize
 from hq_lib.ptq.cache import Stream, UnitCache
 from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.reconstruction import distance, unit_loss
-from hq_lib.ptq.units import chain, cut
+from hq_lib.ptq.units import cut
 
 N = 32
 SMALL = ptq.ReconstructionConfig(
@@ -41,7 +41,7 @@ def made(bits=2):
 
 
 def graphs_of(qnet):
-    return [cut(qnet, block) for block in chain(qnet)]
+    return [cut(qnet, block) for block in blocks(qnet)]
 
 
 def test_gradients_are_the_closed_form_of_softmax_and_a_linear_layer():

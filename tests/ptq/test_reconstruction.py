@@ -8,12 +8,12 @@ from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
 from hq_lib import integer, ptq
-from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, weight_layers
+from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, blocks, quantize, weight_layers
 from hq_lib.ptq import reconstruction
 from hq_lib.ptq.cache import Stream, UnitCache
 from hq_lib.ptq.dropping import drop, dropping, keep_mask
 from hq_lib.ptq.reconstruction import batch_indices
-from hq_lib.ptq.units import chain, cut, units
+from hq_lib.ptq.units import cut, units
 from hq_lib.quantizers import AdaRound
 
 N = 32
@@ -64,7 +64,7 @@ def test_masks_keep_the_asked_share_in_every_lane():
 def test_dropping_is_all_quantized_at_1_and_all_float_at_0():
     qnet, x = made()
     quantizer = next(iter(act_quantizers(qnet).values()))
-    block = cut(qnet, chain(qnet)[0])
+    block = cut(qnet, blocks(qnet)[0])
     hard = block(x)
     with dropping(block, 1.0, generator()):
         assert torch.equal(block(x), hard)
@@ -125,7 +125,7 @@ def test_reconstruction_lowers_each_blocks_loss_and_decides_the_rounding():
 
 def test_layers_are_units_with_their_activation_function():
     qnet, _ = made()
-    block = chain(qnet)[1]
+    block = blocks(qnet)[1]
     found = units(qnet, block, unit="layer")
     assert [unit.name for unit in found] == ["a", "b"]
     assert found[0].lead is None
@@ -190,9 +190,9 @@ def test_what_is_computed_anew_is_what_was_kept():
     found = []
     for keep in (True, False):
         stream = Stream(x)
-        for block in chain(qnet)[:2]:
+        for block in blocks(qnet)[:2]:
             stream.advance(cut(qnet, block), keep=keep)
-        cache = UnitCache(stream, None, cut(qnet, chain(qnet)[2]), keep=keep)
+        cache = UnitCache(stream, None, cut(qnet, blocks(qnet)[2]), keep=keep)
         found.append(cache.batch(torch.tensor([3, 1, 30])))
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -225,7 +225,7 @@ def test_the_integers_give_the_same_classes(placement):
 def test_branches_and_transposed_convolutions_can_be_reconstructed():
     qnet, _ = made(Branches())
     reports = ptq.reconstruct(qnet, images(N, size=8), dataclasses.replace(SMALL, iterations=3, keep_probability=0.5))
-    assert len(reports) == len(chain(qnet))
+    assert len(reports) == len(blocks(qnet))
 
 
 def test_bad_images_are_refused_in_words():

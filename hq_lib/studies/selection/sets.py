@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hq_lib import data
 from hq_lib.data import ImageSet
-from hq_lib.graph import Block
+from hq_lib.graph import Block, blocks
 from hq_lib.graph.modes import eval_mode
 from hq_lib.ptq import selection
 from hq_lib.ptq.selection import Manifest, features
-from hq_lib.ptq.units import as_float, chain, cut
+from hq_lib.ptq.units import as_float, cut
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.ptq import recipes
 from hq_lib.training import predict
@@ -195,7 +195,7 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
 def first_block_error(bench: Bench, x: Tensor) -> Tensor:
     """(N,) mean squared error per image behind the first residual block, rounded to nearest at ``ERROR_BITS``."""
     qnet = recipes.quantized(bench.net, x, recipes.RECIPES["mse"], ERROR_BITS, iterations=0, seed=0)
-    found = chain(qnet)
+    found = blocks(qnet)
     upto = found[: next(i for i, block in enumerate(found) if block.residual) + 1]
     nodes, layers = (tuple(name for b in upto for name in getattr(b, key)) for key in ("nodes", "layers"))
     head = cut(qnet, Block("head", upto[0].input, upto[-1].output, nodes, layers, True))
