@@ -18,6 +18,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed-shift", type=int, default=0, help="added to the seed that every test starts from")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped by name where there is no GPU."""
+    for item in items if not torch.cuda.is_available() else []:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU with CUDA"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     """Every test starts from a seed of its own, made of its name: alone or in the suite, it draws the same numbers."""

@@ -19,6 +19,8 @@ from torch import Tensor
 
 EXTENSIONS = {".jpg", ".jpeg", ".png"}
 UNLABELLED = -1
+LONGEST = 100
+"""Long side over short side of a picture, at most: the short one is enlarged, and a line would fill the memory."""
 _FOLDERS = {"train": ("train", "sel"), "trainval": ("train", "sel"), "test": ("val",)}
 """Split -> the folders that may hold it, the first that is there"""
 
@@ -109,8 +111,10 @@ def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
     """(size, size, 3) uint8: bilinear resize of the short side, then the centre crop; a bad file is named."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > LONGEST * min(image.size):
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are a line, not a picture")
             rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     factor = short_side / min(rgb.size)
     width, height = (max(short_side, round(v * factor)) for v in rgb.size)

@@ -1,20 +1,24 @@
 """Whole files or none: bytes reach a path by way of a temporary neighbour and one rename."""
 
+import glob
 import os
+import platform
 from pathlib import Path
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Makes ``path`` hold exactly ``content``; killed at any moment it holds the old bytes or the new, never a mixture.
 
-    The temporary neighbour is ``.<name>.<process id>.tmp``; ``sweep`` removes those that killed processes left.
+    The temporary neighbour is ``.<name>.<machine>.<process id>.tmp``. The next write removes what killed processes of
+    this machine left, ``sweep`` what those of any did.
 
     Raises:
         OSError: the folder cannot be written (read-only, full); names ``path``, whose old content is untouched, and no
             temporary file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    _sweep_dead(path)
     try:
         with open(fresh, "wb") as handle:
             handle.write(content)
@@ -35,8 +39,21 @@ def write_text(path: Path, content: str) -> None:
 
 def sweep(path: Path) -> None:
     """Removes the temporary neighbours of ``path``; only under a lock that keeps other writers out."""
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         stale.unlink(missing_ok=True)
+
+
+def _sweep_dead(path: Path) -> None:
+    """Removes the temporary neighbours of processes of this machine that are no more."""
+    if os.name != "posix":
+        return  # a signal 0 would end the process there
+    for stale in path.parent.glob(f".{glob.escape(f'{path.name}.{platform.node()}')}.*.tmp"):
+        try:
+            os.kill(int(stale.name.split(".")[-2]), 0)
+        except (ProcessLookupError, ValueError):
+            stale.unlink(missing_ok=True)
+        except PermissionError:
+            continue  # another user's, alive
 
 
 def _sync_folder(folder: Path) -> None:

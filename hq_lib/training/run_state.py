@@ -48,6 +48,8 @@ def owned(folder: Path | None) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
+            for name in (STATE, LOG, CONFIG):
+                atomic.sweep(folder / name)
             yield
     except filelock.Timeout:
         raise ValueError(f"another process trains in {folder}: wait for it, or choose another folder") from None

@@ -375,3 +375,9 @@ def test_a_class_has_one_label_in_every_split(tmp_path):
     }
     assert found == {"train": [("a", 0), ("b", 1)], "test": [("b", 1), ("c", 2)]}
     assert {n_classes for *_, n_classes in lists.values()} == {3}
+
+
+def test_a_picture_that_is_a_line_is_refused_before_it_fills_the_memory(tmp_path):
+    Image.fromarray(np.zeros((1, 60_000, 3), np.uint8)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match=r"line\.png.*60000 x 1 pixels"):
+        folder.read_image(tmp_path / "line.png", size=224, short_side=256)

@@ -5,7 +5,10 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -319,3 +322,16 @@ def test_committed_reference_rows_are_sound(monkeypatch):
         )
         with path.open(newline="") as handle:
             assert tuple(next(csv.reader(handle))) == rows.COLUMNS
+
+
+def test_what_a_killed_process_left_beside_a_file_goes_with_the_next_write(tmp_path):
+    """Its own temporary file stays where it lives, that of a dead process of this machine does not."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, living = (tmp_path / f".a[1].csv.{platform.node()}.{pid}.tmp" for pid in (dead.pid, os.getppid()))
+    for file in (left, living):
+        file.write_bytes(b"half")
+    atomic.write_text(tmp_path / "a[1].csv", "whole")
+    assert not left.exists()
+    assert living.exists()
+    assert (tmp_path / "a[1].csv").read_text() == "whole"
