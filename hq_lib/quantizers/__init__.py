@@ -14,13 +14,12 @@ from hq_lib.quantizers.affine import (
     round_ste,
     symmetric_from_range,
 )
-from hq_lib.quantizers.base import Quantizer, Tag
+from hq_lib.quantizers.base import Quantizer, Tag, parameter_tags
 from hq_lib.quantizers.build import ACT_METHODS, FLOAT_BITS, WEIGHT_METHODS, act_quantizer, weight_quantizer
 from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
 from hq_lib.quantizers.dsq import DSQ, dsq_quantize, dsq_slope, dsq_soft
 from hq_lib.quantizers.fixed import AdaRound, FixedGrid, FrozenWeight
 from hq_lib.quantizers.fusion import enable_fusion_, fusion_status
-from hq_lib.quantizers.groups import parameter_tags
 from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
 from hq_lib.quantizers.minmax import MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT

@@ -151,6 +151,17 @@ class Quantizer(nn.Module):
         self._ready = bool(self.initialised)
 
 
+def parameter_tags(net: nn.Module) -> dict[str, Tag]:
+    """Return by full name (``layer.act.alpha``) how an optimiser should treat each learned quantizer parameter."""
+    return {
+        f"{path}.{name}" if path else name: module.tags[name]
+        for path, module in net.named_modules()
+        if isinstance(module, Quantizer)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+
+
 @torch.compiler.disable
 def _first_fit(quantizer: Quantizer, x: Tensor) -> None:
     if bool(quantizer.initialised):  # a copy whose state was filled tensor by tensor, as a moving average's is

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hq_lib.quantizers.base import Tag
-from hq_lib.quantizers.groups import parameter_tags
+from hq_lib.quantizers.base import Tag, parameter_tags
 
 AUTO = "auto"
 PRECISIONS = ("float32", "bfloat16", AUTO)
