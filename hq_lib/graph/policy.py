@@ -1,7 +1,7 @@
 """``BitPolicy``: the one knob. Which method and how many bits, for every weight and every activation of a network."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -47,7 +47,7 @@ class HybridRule:
         if spec.method != HYBRID:
             return spec
         methods = self.qat if spec.bits < self.boundary else self.ptq
-        return Spec(methods[kind == "act"], spec.bits, spec.options)
+        return replace(spec, method=methods[kind == "act"])
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class BitPolicy:
     """how the method "hybrid" becomes one by its bits; set by ``BitPolicy.hybrid``"""
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        for key, choices in (("placement", PLACEMENTS), ("bn", BN_MODES)):
+            unknown_key(getattr(self, key), choices, f"policy.{key}", what="choice")
         for kind in ("weight", "act"):
             spec = parse_spec(getattr(self, kind), f"policy.{kind}")
             object.__setattr__(self, kind, spec)
@@ -106,10 +107,6 @@ class BitPolicy:
         if self.input_bits is None:
             quantized = self.placement == "deploy" and not self.act.is_float
             object.__setattr__(self, "input_bits", 8 if quantized else FLOAT_BITS)
-
-    def _check_choices(self) -> None:
-        for key, value, choices in (("placement", self.placement, PLACEMENTS), ("bn", self.bn, BN_MODES)):
-            unknown_key(value, choices, f"policy.{key}", what="choice")
 
     def _try_out(self, spec: Spec, kind: str, key: str) -> None:
         """Build one quantizer of ``spec`` to have a method's own refusals here, where the key is known."""
@@ -135,7 +132,7 @@ class BitPolicy:
         weights: dict[str, Spec] = {name: self.weight for name in layers}  # noqa: C420 (pyright)
         if self.first_last_bits is not None and not self.weight.is_float:
             outer = [name for name, types in layers.items() if {"first", "last"} & set(types)]
-            weights |= {name: self._with_bits(self.weight, self.first_last_bits) for name in outer}
+            weights |= {name: replace(self.weight, bits=self.first_last_bits) for name in outer}
         acts = {site.name: self._by_role(site.role) for site in sites}
         made = {site.name: {*layers.get(site.name, ())} - {"last"} | ({"last"} & {site.role[-4:]}) for site in sites}
         origins = apply_overrides(self.overrides, weights, acts, {"weight": layers, "act": made})
@@ -157,11 +154,7 @@ class BitPolicy:
             "pool": (self.pool_bits,),
         }
         bits = next((b for b in order.get(role, ()) if b is not None), None)
-        return self.act if bits is None else self._with_bits(self.act, bits)
-
-    @staticmethod
-    def _with_bits(spec: Spec, bits: int) -> Spec:
-        return Spec(spec.method, bits, spec.options)
+        return self.act if bits is None else replace(self.act, bits=bits)
 
     def describe(self) -> str:
         """Return the policy in one line, to be printed under every table made with it."""

@@ -11,6 +11,7 @@ from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import NodeWatcher, eval_mode
+from hq_lib.quantizers import Quantizer
 
 BUDGET_MIB = 1024
 Choice = Callable[[nn.Module], bool]
@@ -114,7 +115,7 @@ def calibrate(
             for target, seen in _collect(qnet, images, targets).items():
                 quantizer = qnet.get_submodule(target)
                 try:
-                    (fit or _init_from)(quantizer, torch.cat(seen))
+                    (fit or Quantizer.init_from)(quantizer, torch.cat(seen))  # type: ignore[arg-type]
                 except ValueError as error:
                     raise ValueError(f"activation quantizer {target!r}: {error}") from error
                 if sequential:
@@ -129,10 +130,6 @@ def _check_images(images: list[Tensor]) -> None:
             raise QuantizeError(f"calibrate takes normalised float images, got {batch.dtype}: data.normalize first")
     if not images or not all(len(batch) for batch in images):
         raise QuantizeError("calibrate needs at least one image")
-
-
-def _init_from(quantizer: nn.Module, values: Tensor) -> None:
-    quantizer.init_from(values)  # type: ignore[operator]
 
 
 def _portions(qnet: fx.GraphModule, wanted: set[str], *, n_images: int, budget: int) -> list[list[str]]:
