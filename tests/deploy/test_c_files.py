@@ -62,22 +62,45 @@ def call(tool: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([tool, *map(str, words)], capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("requantizer", ["float32", "fixed"])
-@pytest.mark.parametrize(
-    ("net", "policy"),
-    [("residual", "academic"), ("mobile", "w8a8"), ("joined", "a16"), ("preactivation", "w4a4"), ("gated", "w8a8")],
-)
+HOSTILE = pytest.mark.parametrize(
+    ("net", "policy", "requantizer"),
+    [
+        (net, policy, requantizer)
+        for net, policy in (("residual", "academic"), ("mobile", "w8a8"), ("joined", "a16"), ("preactivation", "w4a4"),
+                            ("gated", "w8a8"))
+        for requantizer in ("float32", "fixed")
+    ],
+)  # fmt: skip
+
+
+def survived(content: bytes, n: int, seed: int, kernel: str, folder) -> tuple[int, int]:
+    """How many of a container and its ``n`` mutations were opened and run, and how many refused; a crash fails."""
+    corpus = [content, *mutations(content, n, seed)]
+    (folder / "corpus").write_bytes(b"".join(struct.pack("<I", len(c)) + c for c in corpus))
+    done = subprocess.run([str(fuzzer()), str(folder / "corpus"), kernel], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    opened, refused = map(int, done.stdout.split())
+    assert opened + refused == n + 1
+    return opened, refused
+
+
+@HOSTILE
 def test_mutated_containers_never_leave_their_memory(net, policy, requantizer, tmp_path, sanitized):
     content = to_bytes(lower(quantized(net, policy), requantizer=requantizer))
-    corpus = [content, *mutations(content, 250, seed=len(net))]
-    (tmp_path / "corpus").write_bytes(b"".join(struct.pack("<I", len(c)) + c for c in corpus))
     for kernel in ("scalar", "auto"):
-        done = call(str(fuzzer()), tmp_path / "corpus", kernel)
-        assert done.returncode == 0, done.stderr[-3000:]
-        opened, refused = map(int, done.stdout.split())
-        assert opened + refused == 251
+        opened, refused = survived(content, 250, len(net), kernel, tmp_path)
         assert opened > 10  # mutated ones that run all the same: what the sanitizers are for
         assert refused > 90
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@HOSTILE
+def test_a_hundred_thousand_mutations(net, policy, requantizer, tmp_path, sanitized):
+    """10,000 of each container: 100,000 in all, alternately with the scalar and the fastest kernels."""
+    content = to_bytes(lower(quantized(net, policy), requantizer=requantizer))
+    found = [survived(content, 500, 1000 + i, ("scalar", "auto")[i % 2], tmp_path) for i in range(20)]
+    assert sum(opened for opened, _ in found) > 400
 
 
 @pytest.fixture

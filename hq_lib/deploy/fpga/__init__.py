@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hq_lib.deploy.fpga.formats import read_net, write_net
 from hq_lib.deploy.fpga.layers import LENET, FpgaiError, FpgaiLayer, FpgaiNet, Stage
 from hq_lib.deploy.fpga.memory_image import read_images, write_images
-from hq_lib.deploy.fpga.multiplier import narrowed, nearest_multiplier, relative_error, seed_multiplier
+from hq_lib.deploy.fpga.multiplier import narrowed, nearest_multiplier, relative_error
 from hq_lib.deploy.fpga.semantics import int32_overflows, run
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LENET", "FpgaiError", "FpgaiLayer", "FpgaiNet", "Stage", "TupleFile", "export", "int32_overflows",
     "narrowed", "nearest_multiplier", "net_of", "quantize_layer", "read_images", "read_net", "read_tuple", "record_of",
-    "relative_error", "run", "seed_multiplier", "tuple_of", "write_images", "write_net", "write_tuple",
+    "relative_error", "run", "tuple_of", "write_images", "write_net", "write_tuple",
 ]  # fmt: skip
 _NEED_TORCH = (
     {"record_of": "conversion"}

@@ -1,4 +1,4 @@
-"""Real scales as ``m 2^-shift``: with an 8-bit m by this library's rule and seed 002's, and records with a narrow m."""
+"""Real scales as ``m 2^-shift``: with an 8-bit m, and records with a narrow m."""
 
 from __future__ import annotations
 
@@ -37,18 +37,6 @@ def nearest_multiplier(scale: float) -> tuple[int, int]:
     if not 0 <= shift <= MAX_SHIFT:
         raise FpgaiError(f"scale {scale:.3g} is outside [2^-24, 255], the reach of 8-bit multipliers and shifts 0..31")
     return m, shift
-
-
-def seed_multiplier(scale: float) -> tuple[int, int]:
-    """Return seed 002's (m, shift): the least *absolute* |scale 2^i - m|, m in 1..256, i in 0..31, first of ties.
-
-    The distance shrinks with m, so that many scales end as 1: relative errors reach 21 %. Kept to measure against.
-    """
-    pairs = [(round(math.ldexp(scale, i)), i) for i in range(MAX_SHIFT + 1)]
-    allowed = [(m, i) for m, i in pairs if 1 <= m <= _TOP]
-    if not allowed:
-        raise FpgaiError(f"scale {scale!r} has no multiplier in 1..256 by the seed's rule")
-    return min(allowed, key=lambda pair: abs(math.ldexp(scale, pair[1]) - pair[0]))
 
 
 def relative_error(scale: float, multiplier: int, shift: int) -> float:
