@@ -203,9 +203,10 @@ def _joined(values: Iterable[str]) -> str:
 
 
 def _uncommitted(commits: Sequence[str]) -> str:
-    """How many rows come from code that differed from its commit; empty where none does."""
-    dirty = sum(commit.endswith("-dirty") for commit in commits)
-    return f"{dirty:,} of {len(commits):,} rows from uncommitted code" if dirty else ""
+    """How many rows come from code that differed from its commit, "-" (no row of ours) apart; empty where none does."""
+    ours = [commit for commit in commits if commit != "-"]
+    dirty = sum(commit.endswith("-dirty") for commit in ours)
+    return f"{dirty:,} of {len(ours):,} rows from uncommitted code" if dirty else ""
 
 
 def _images(counts: Iterable[int]) -> str:

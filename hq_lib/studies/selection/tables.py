@@ -35,12 +35,12 @@ METRIC_LABELS = {
 
 
 def sets(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line a calibration set: its columns, its switches, and ``acc_pct loss_own loss_common n_test``."""
+    """One line a calibration set: its columns, its switches, and ``acc_pct loss_own loss_common n_test git_sha``."""
     rows = rows.loc[rows["method"] != FLOAT]
     if rows.empty:
-        return pd.DataFrame(columns=[*KEYS, "choice", "n_pool", *UNTOUCHED, *TARGETS, "n_test"])
+        return pd.DataFrame(columns=[*KEYS, "choice", "n_pool", *UNTOUCHED, *TARGETS, "n_test", "git_sha"])
     wide = rows.pivot(index=KEYS, columns="metric", values="value").reset_index().rename_axis(columns=None)
-    judged = rows.loc[rows["metric"] == "acc_pct"].set_index(KEYS)[["n_test"]]
+    judged = rows.loc[rows["metric"] == "acc_pct"].set_index(KEYS)[["n_test", "git_sha"]]
     wide = wide.merge(judged, left_on=KEYS, right_index=True)
     switches = pd.DataFrame([json.loads(text) for text in wide["switches"]], index=wide.index)
     for name, value in UNTOUCHED.items():
@@ -211,13 +211,13 @@ def captq_logs() -> tuple[float, int]:
 
 def pairs(found: pd.DataFrame, bits: Bits) -> pd.DataFrame:
     """Accuracy without and with selected images, ours and published: model, method, selected, source, value, and what
-    a caption needs of ours: seed, dataset, n_test."""
-    columns = ["model", "method", "selected", "source", "value", "seed", "dataset", "n_test"]
+    a caption needs of ours: seed, dataset, n_test, git_sha."""
+    columns = ["model", "method", "selected", "source", "value", "seed", "dataset", "n_test", "git_sha"]
     width = where(found, w_bits=bits[0], a_bits=bits[1])
     ours = width.loc[width["choice"].isin(["random", SMOOTH]) & width["method"].isin(METHODS)]
     ours = ours.assign(selected=ours["choice"] == SMOOTH, source="ours", value=ours["acc_pct"])
     theirs = [
-        (network, method, chosen, "published", value, -1, "-", 0)
+        (network, method, chosen, "published", value, -1, "-", 0, "-")
         for method in METHODS
         for network in NETWORKS
         for chosen in (False, True)
