@@ -84,8 +84,8 @@ SIX = ("random", SMOOTH, "tv_highest", "roughness_lowest", "block_error_lowest",
 ALL = (*SIX, "random_unbalanced", "tv_trimmed", "knowledge_lowest", "k_center")
 LITE = ("efficientnet_lite0",)
 PLANS = {
-    "smoke": Plan((SHIPPED,), 16, 64, 1, n_draws=1, n_random=2, ns=(16, 32), ns_replaced=(16,), n_draws_n=1,
-                  budgets=(0, 1), n_common=50, n_test=100),
+    "smoke": Plan((SHIPPED,), 16, 64, 1, n_draws=1, n_random=1, ns=(16, 32), n_draws_n=1, budgets=(1,), n_common=50,
+                  n_test=100),
     "quick": Plan((SHIPPED,), 64, 640, 20, SIX, 2, 3, n_draws_bits=1, ns=(16, 64, 256), ns_replaced=(64,),
                   n_draws_n=1, budgets=(0, 5, 20), n_common=250, n_test=500),
     "full": Plan((SHIPPED,), 256, 4096, 100, ALL, 5, 10, n_draws_bits=3, ns=(32, 64, 128, 256, 1024),
