@@ -103,7 +103,7 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
         engine = stack.enter_context(_engine(plan, stack))
         network = EngineNetwork(model, dict.fromkeys(plan.layers, engine))
         if plan.n_calib:
-            few = train.balanced(min(plan.n_calib, len(train)), 0)
+            few = train.drawn(plan.n_calib, 0)
             network.calibrate(normalize(few.images, few.spec))
         logits, exact = network.run(x), run_integers(model, x)
         found = {name: evaluation_of(torch.from_numpy(each), images.labels).acc_pct

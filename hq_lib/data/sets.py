@@ -94,6 +94,17 @@ class ImageSet:
         """
         return self.subset(balanced_positions(self.labels, n, self.spec.n_classes, seed))
 
+    def drawn(self, n: int, seed: int) -> "ImageSet":
+        """A seeded subset of n images: all there are (n or fewer), else balanced where each class can have one.
+
+        Fewer images than classes, or pictures without a class, are drawn from all of them.
+        """
+        if n >= len(self):
+            return self
+        if n >= self.spec.n_classes and int(self.labels.min()) != folder.UNLABELLED:
+            return self.balanced(n, seed)
+        return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n])
+
 
 def balanced_positions(labels: Tensor, n: int, n_classes: int, seed: int) -> Tensor:
     """(n,) int64 positions, sorted, with n // n_classes of each class (one more for the first n % n_classes)."""

@@ -206,14 +206,7 @@ class Configuration:
     def calibration(self, record: Mapping[str, Any]) -> ImageSet:
         """The images of the manifest, each hash verified, or ``n_calib`` training images, balanced if that can be."""
         if not self.manifest:
-            train = self.images("train", record, self.n_train)
-            n = min(self.n_calib, len(train))
-            if n == len(train):
-                return train
-            if n < train.spec.n_classes or int(train.labels.min()) == folder.UNLABELLED:
-                order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
-                return train.subset(order[:n])
-            return train.balanced(n, self.seed)
+            return self.images("train", record, self.n_train).drawn(self.n_calib, self.seed)
         listed = selection.read(Path(self.manifest))
         if not listed.files:
             spec = self.normalization({"dataset": listed.dataset, **record})

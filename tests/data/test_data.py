@@ -336,6 +336,15 @@ def test_a_set_of_ones_own_without_positions_is_cut_like_any_other():
     assert sorted(ours.balanced(6, 0).labels.tolist()) == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_draw_is_balanced_where_every_class_can_have_an_image():
+    ours = own_images()
+    assert ours.drawn(99, 0) is ours
+    assert sorted(ours.drawn(6, 0).labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    few = ours.subset([0, 3, 1]).drawn(2, 0)  # two images of three classes, one of which has none here
+    assert len(set(few.indices.tolist())) == 2
+    assert ours.drawn(2, 1).indices.tolist() == ours.drawn(2, 1).indices.tolist()
+
+
 def test_images_that_are_no_bytes_or_too_few_are_refused():
     ours = own_images()
     with pytest.raises(ValueError, match=r"float32.*torch\.uint8"):

@@ -73,7 +73,7 @@ class Integers:
 
     def calibration(self, n: int, seed: int) -> Tensor:
         """(n, C, H, W) normalised training images, balanced over classes, drawn by ``seed``."""
-        return normalize(self.train.balanced(min(n, len(self.train)), seed).images, self.train.spec)
+        return normalize(self.train.drawn(n, seed).images, self.train.spec)
 
 
 @dataclass(frozen=True, eq=False)

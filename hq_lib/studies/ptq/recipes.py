@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from hq_lib import data, ptq
@@ -96,13 +95,7 @@ def calibration(train: ImageSet, n: int, seed: int) -> Tensor:
     """
     if n > len(train):
         raise ValueError(f"n_calib is {n}, and {train.spec.name} has {len(train)} training images: ask for fewer")
-    if n == len(train):
-        chosen = train
-    elif n < train.spec.n_classes:
-        chosen = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n])
-    else:
-        chosen = train.balanced(n, seed)
-    return data.normalize(chosen.images, train.spec).contiguous()
+    return data.normalize(train.drawn(n, seed).images, train.spec).contiguous()
 
 
 def quantized(
