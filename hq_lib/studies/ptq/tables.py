@@ -111,8 +111,9 @@ def known(models: Collection[str] = ()) -> pd.DataFrame:
 def protocol(rows: pd.DataFrame) -> dict[str, str]:
     """``n`` and ``note`` of tab_ptq's caption: images, budget, and where its schedule was noticed first."""
     rows = rows.loc[rows["method"] != "float"]
-    n_test, n_calib = ("/".join(f"{n:,}" for n in sorted(set(rows[c]))) for c in ("n_test", "n_calib"))
-    budget = f"{max(rows['iterations'], default=0)} iterations a unit (BRECQ a quarter more for the steps)"
+    counts = {c: "/".join(f"{n:,}" for n in sorted(set(rows[c]) - {0})) for c in ("n_test", "n_calib", "iterations")}
+    n_test, n_calib, iterations = counts.values()
+    budget = f"{iterations or 0} iterations a unit (BRECQ a quarter more for the steps)"
     first = "the schedule was noticed on the public net's test images and chosen on the shipped net's validation images"
     return {
         "n": f"{n_test or 'no'} test images, the number of seeds in each cell",
