@@ -185,7 +185,7 @@ def _keep(
     )
 
 
-STUDY = Study("float_training", PLANS, points=points, key=key, open_bench=open_images, measure=measure)
+STUDY = Study("float_training", PLANS, points=points, key=key, open_bench=open_images, measure=measure, gpu=True)
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> 
                        "unit": "1", "n_test": len(images), "switches": where}  # fmt: skip
 
 
-METHODS = Study("ptq_methods", PLANS, points=points, key=key, open_bench=open_net, measure=measure)
+METHODS = Study("ptq_methods", PLANS, points=points, key=key, open_bench=open_net, measure=measure, gpu=True)
 
 
 @dataclass(frozen=True)

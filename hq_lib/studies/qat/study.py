@@ -258,7 +258,7 @@ def open_net(run: Run[Plan], name: Hashable) -> Bench | None:
 
 
 STUDY, GROUP_STUDY = (
-    Study(name, plans, points=points, key=key, open_bench=open_net, measure=measure)
+    Study(name, plans, points=points, key=key, open_bench=open_net, measure=measure, gpu=True)
     for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
 )
 STUDIES = (STUDY, GROUP_STUDY, integers.STUDY)
