@@ -137,6 +137,7 @@ SUBSETS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(SUBSETS))
 @pytest.mark.filterwarnings("default")
 def test_a_subset_runs_to_the_end_and_what_it_leaves_out_is_not_run(name, tmp_path, monkeypatch):
