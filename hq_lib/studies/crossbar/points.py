@@ -151,9 +151,11 @@ class OnArrays(Point):
 
     @property
     def name(self) -> str:
-        """E.g. ``drift: PCM, 86400, column, draw 0``."""
-        where = f"{self.place.study}: {self.place.effect}, {self.place.x:g}, {self.correction}, draw {self.seed}"
-        return f"{where}, {self.place.network}" if self.place.network else where
+        """E.g. ``drift: PCM, 86400, column, draw 0, 8 bits, read noise by product``."""
+        place, per = self.place, getattr(self.place.circuit.device.read, "per", "")
+        where = f"{place.study}: {place.effect}, {place.x:g}, {self.correction}, draw {self.seed}"
+        of = place.network or f"{place.bits} bits"
+        return f"{where}, {of}, read noise by {per}" if per else f"{where}, {of}"
 
     @property
     def unit(self) -> str:
