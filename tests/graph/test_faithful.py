@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_lib import integer, ptq
+from hq_lib import data, integer, ptq
 from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, calibrate, op_name, quantize, weight_layers
 from hq_lib.graph.agreement import DisagreementError, traced
 from hq_lib.graph.folding import FoldError, fold_bn
@@ -346,10 +346,17 @@ def test_what_is_no_network_or_no_policy_is_refused_with_the_mend(net, policy, e
         quantize(net, policy, X)
 
 
-def test_a_data_set_is_no_calibration_batch(digits):
-    qnet = quantize(TwoHeads().eval(), BitPolicy(), X[:1])
+def test_a_data_set_is_normalised_before_it_calibrates_and_bare_pixels_are_refused():
+    pixels = torch.randint(0, 256, (6, *X.shape[1:]), dtype=torch.uint8)
+    spec = data.DataSpec("mine", 2, tuple(X.shape[1:]), mean=(0.5,) * 3, std=(0.25,) * 3)
+    images = data.ImageSet(pixels, torch.zeros(6, dtype=torch.long), spec)
+    by_set, by_hand = (quantize(TwoHeads().eval(), BitPolicy(), X[:1]) for _ in range(2))
+    by_hand.load_state_dict(by_set.state_dict())
+    calibrate(by_set, images)
+    calibrate(by_hand, (pixels / 255 - 0.5) / 0.25)
+    assert torch.equal(by_set(X)[0], by_hand(X)[0])
     with pytest.raises(QuantizeError, match=r"data\.normalize"):
-        calibrate(qnet, digits)
+        calibrate(by_set, pixels)
 
 
 def test_a_method_run_together_with_its_bits_is_named():
