@@ -12,6 +12,7 @@ import papermill
 import pytest
 
 from hq_lib.results import dependencies, notebook, paths
+from hq_lib.results.share import RUNS_A_STUDY
 
 NOTEBOOKS = sorted((paths.ROOT / "notebooks").glob("*.ipynb"))
 names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -94,6 +95,13 @@ def test_numbers_in_the_text_say_whose_they_are(path):
         for name, text in QUOTED.findall("".join(cell["source"])):
             if re.search(r"\d+\.\d+ (%|points)|\d+\.\d+ and \d+\.\d+ %", text):
                 assert re.search("reference run|profile (full|quick)", text), name
+
+
+@names
+def test_a_cell_that_runs_a_study_prints_nothing_else(path):
+    """Pages to share leave out what it prints, for that is progress."""
+    running = [text for c in cells(path, "code") if RUNS_A_STUDY.search(text := "".join(c["source"]))]
+    assert not [text for text in running if "print(" in text]
 
 
 def test_nothing_is_defined_twice():

@@ -134,7 +134,8 @@ def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     for key in sorted(stored.keys() | now.keys()):
         passing = key in ("t_s", "celsius") or key.startswith("env.")
         if not passing and (key not in stored or key not in now or stored[key] != now[key]):
-            return f"{key} was {stored.get(key)!r:.80}, here it is {now.get(key)!r:.80}"
+            then, here = (f"{side[key]!r:.80}" if key in side else "not set" for side in (stored, now))
+            return f"{key} was {then}, here it is {here}"
     return ""
 
 

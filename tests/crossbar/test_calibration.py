@@ -18,6 +18,7 @@ from hq_lib.crossbar import (
     IdealEngine,
     Mapping,
     SimEngine,
+    checks,
     compensate_drift,
     count,
     load_calibration,
@@ -274,3 +275,9 @@ def test_counts_of_the_specification():
     assert serial.conversions_per_mvm == 64 * analog.conversions_per_mvm
     assert (analog.n_cells, analog.n_arrays) == (144 * 32, 2)
     assert analog.energy_pJ(adc_pJ=1.6) == pytest.approx(32 * 1.6 + 144 * 32 * 10 * 0.04 * 10 * 1e-3)
+
+
+def test_a_setting_that_only_one_side_has_is_told_from_one_that_is_none():
+    assert checks.difference({"adc": None}, {"adc": None, "t_s": 3.0}) == ""
+    assert checks.difference({}, {"adc": None}) == "adc was not set, here it is None"
+    assert checks.difference({"adc": 8}, {}) == "adc was 8, here it is not set"

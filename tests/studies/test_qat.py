@@ -63,7 +63,9 @@ def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, monkeypa
     line = table.loc[(table["bits"] == "W4A4") & (table["method"] == "PACT")].iloc[0]
     assert line["ours"] == f"{splits['test']:.2f} (n=1)"
     assert float(line["gap"]) == pytest.approx(splits["test"] - 91.7, abs=0.006)  # the paper's 91.7 is the best known
-    assert fig_pact_alpha(clips) is not None
+    (panel,) = (ax for ax in fig_pact_alpha(clips).axes if ax.lines)
+    drawn = sorted(line.get_ydata().tolist() for line in panel.lines)
+    assert drawn == sorted(own.sort_values("epoch")["alpha"].tolist() for _, own in clips.groupby("layer"))
     assert qat_tables.best(rows)["method"].tolist() == ["pact"]
 
 
