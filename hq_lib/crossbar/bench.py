@@ -61,7 +61,7 @@ class Plan:
     n_calib: int = 8
     """Training images behind gains and offsets per column; 0 = no calibration."""
     device: str = "rram"
-    """Kind of cell of ``sim``."""
+    """Kind of cell of ``sim``: a name, or a CSV file of measured ones (see ``crossbar.profiles``)."""
     host: str = "127.0.0.1"
     """Where the bench of ``tcp`` listens."""
     port: int = 0

@@ -162,13 +162,18 @@ def _device(rows: pd.DataFrame, path: str | Path) -> Device:
     return Device(name, source, table.target_uS[0], table.target_uS[-1], table, read=read)
 
 
-def _read(path: str | Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> pd.DataFrame:
-    """The numbers of a CSV file with these columns."""
+def _table(path: str | Path) -> pd.DataFrame:
+    """The entries of a CSV file as text."""
     try:
         rows = pd.read_csv(path, comment="#", skipinitialspace=True, dtype=str)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise CrossbarError(f"{path}: no CSV table ({error})") from error
-    rows.columns = [str(name).strip() for name in rows.columns]
+    return rows.rename(columns=lambda name: str(name).strip())
+
+
+def _read(path: str | Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> pd.DataFrame:
+    """The numbers of a CSV file with these columns."""
+    rows = _table(path)
     if not set(needed) <= set(rows.columns) <= set(needed + optional) or rows.empty:
         raise CrossbarError(f"{path}: needs lines with columns {', '.join(needed)} and at most {', '.join(optional)}")
     numbers = pd.DataFrame({name: pd.to_numeric(rows[name], errors="coerce") for name in rows}).astype(float)
@@ -239,8 +244,13 @@ DEVICES: dict[str, Device] = {
 
 
 def device(name: str | Path) -> Device:
-    """The published device called ``name``, or the `measured_device` of a path that ends in .csv; an unknown name is
-    refused with the nearest ones."""
+    """The published device called ``name``, or that of a path that ends in .csv, `measured_device` or of single cells
+    (`fit_report`); an unknown name is refused with the nearest ones."""
     if Path(name).suffix == ".csv":
-        return measured_device(name)
+        return fit_report(name)[0] if holds_cells(name) else measured_device(name)
     return DEVICES[check_choice(str(name), DEVICES, "device")]
+
+
+def holds_cells(name: str | Path) -> bool:
+    """Whether ``name`` is a CSV file with a line per cell, as `fit_report` takes it, and not one per target."""
+    return Path(name).suffix == ".csv" and set(CELLS) <= set(_table(name).columns)

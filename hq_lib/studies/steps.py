@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hq_lib import graph, models
-from hq_lib.crossbar import bench
+from hq_lib.crossbar import bench, profiles
 from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
 from hq_lib.deploy.c.container import meta_of
@@ -167,7 +167,9 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     outcome = bench.run(plan, imodel, test, train)
     found = outcome.summary
     written = "{tiles_needed} tiles on a bench of {n_tiles}: {n_writes} writes in {write_s:.1f} s"
+    fitted = plan.engine == "sim" and profiles.holds_cells(plan.device)
     return plan.folder, [
+        *([profiles.fit_report(plan.device)[1].round(3).to_string(index=False)] if fitted else []),
         outcome.layers.to_string(index=False),
         *([written.format(**found)] if "n_writes" in found else []),
         _line("integers, exact", found["exact_acc_pct"], test),

@@ -98,3 +98,4 @@ def test_the_shipped_examples_are_read():
     own, report = fit_report(folder / "example_cells.csv")
     assert own.window_uS == 40.0
     assert len(report) == 12
+    assert device(folder / "example_cells.csv") == own
