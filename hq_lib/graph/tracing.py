@@ -115,7 +115,7 @@ class NodeWatcher(fx.Interpreter):
     Nothing is changed in place: values shown stay as they are, those of an input too.
     """
 
-    def __init__(self, gm: fx.GraphModule, see: Callable[[fx.Node, Any], None]):
+    def __init__(self, gm: fx.GraphModule, see: Callable[[fx.Node, Any], None]) -> None:
         super().__init__(gm)
         self.extra_traceback = False
         self.see = see

@@ -174,7 +174,7 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
     kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in norms]
     last: list[Tensor] = []
 
-    def keeper(store: list[tuple[Tensor, Tensor]]):
+    def keeper(store: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, inputs: store.append(features.channel_moments(inputs[0]))
 
     hooks = [norm.register_forward_pre_hook(keeper(store)) for norm, store in zip(norms, kept, strict=True)]
