@@ -51,7 +51,7 @@ from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.recording import simulated
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.data import ImageSet, normalize
-from hq_lib.graph.folding import fold_bn_with_report
+from hq_lib.graph.folding import fold_bn
 from hq_lib.integer.check import need_model
 from hq_lib.integer.execute import Products, run
 from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
@@ -327,12 +327,11 @@ def norm_moments(net: nn.Module) -> dict[str, Moments]:
 
     Errors: no batch norm follows a convolution or linear layer.
     """
-    _, report = fold_bn_with_report(net, check=False, on_refusal="keep")
     found: dict[str, Moments] = {}
-    for row in report.rows:
-        bn = dict(net.named_modules()).get(row.bn)
-        if row.status == "folded" and row.kind in _AFTER and isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            found[row.layer] = _moments(bn)
+    for fold in fold_bn(net, on_refusal="keep").meta["folds"]:
+        bn = dict(net.named_modules()).get(fold.bn)
+        if fold.kind in _AFTER and isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            found[fold.layer] = _moments(bn)
     if not found:
         raise CrossbarError("the network has no batch norm after a layer: there are no statistics to re-estimate")
     return found

@@ -1,11 +1,10 @@
 """Agreement of two networks that must compute the same: run both on one example and name the first layer that differs.
 
-A graph with its network (``traced``), a changed graph with the one before (``differences``).
+A graph with its network (``traced``), a changed graph with the one before (``compare``).
 """
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,28 +25,12 @@ class DisagreementError(RuntimeError):
     """Two networks that must agree do not; the message names the first layer where they part."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far one value is from what it must be."""
-
-    max_abs: float
-    """max |got - want|, in units of the value."""
-    rel: float
-    """max |got - want| / max |want|."""
-
-
-def traced(
-    net: nn.Module,
-    example: Example | None,
-    *,
-    leaf_modules: LeafModules = (),
-    concrete_args: Mapping[str, Any] | None = None,
-) -> fx.GraphModule:
+def traced(net: nn.Module, example: Example | None, *, leaf_modules: LeafModules = ()) -> fx.GraphModule:
     """Return a copy of ``net`` as a graph that knows its shapes and computes what ``net`` does on ``example``.
 
     Args:
         example: an input, or tuple of inputs; None: shapes stay unknown and nothing is compared.
-        leaf_modules, concrete_args: see ``tracing.trace``, and its errors.
+        leaf_modules: see ``tracing.trace``, and its errors.
 
     Raises:
         DisagreementError: names the first layer that gives another value than in ``net`` (both in eval mode), and the
@@ -56,15 +39,13 @@ def traced(
     """
     net = unwrap(net)
     _refuse_weight_hooks(net)
-    gm = trace(copy.deepcopy(net), leaf_modules=leaf_modules, concrete_args=concrete_args)
+    gm = trace(copy.deepcopy(net), leaf_modules=leaf_modules)
     if example is not None:
         got = _seeded(propagate, gm, example)
         with eval_mode(net), torch.no_grad():
-            names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-            given = dict(zip(names, as_inputs(example), strict=False)) | dict(concrete_args or {})
-            want = _seeded(net, **tree_map_only(Tensor, Tensor.clone, given))
+            want = _seeded(net, *tree_map_only(Tensor, Tensor.clone, as_inputs(example)))
         try:
-            _difference(OUTPUT, *([t.nan_to_num() for t in _tensors(value)] for value in (got, want)))
+            _compare(OUTPUT, *([t.nan_to_num() for t in _tensors(value)] for value in (got, want)))
         except (DisagreementError, ValueError) as error:
             changing = [line_of(node) for node in gm.graph.nodes if changed_by(node, gm) is not None]
             cause = (
@@ -97,10 +78,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def differences(
-    original: fx.GraphModule, changed: fx.GraphModule, example: Example, same_value: Mapping[str, str]
-) -> dict[str, Difference]:
-    """Return the difference of each named layer of ``changed`` from ``original``, and of the output as "output".
+def compare(original: fx.GraphModule, changed: fx.GraphModule, example: Example, same_value: Mapping[str, str]) -> None:
+    """Run both graphs and raise where a named layer of ``changed``, or its output, is not as in ``original``.
 
     Both run on the CPU (a copy, if they are elsewhere), where float32 is float32 (no TF32), in eval mode and from one
     random seed.
@@ -114,22 +93,19 @@ def differences(
         DisagreementError: names the first layer that differs by more than ``TOLERANCE`` of its largest output, or
                            whose value in ``original`` is not finite.
     """
+    needed = {*same_value.values(), OUTPUT}
     wanted: dict[str, list[Tensor]] = {}
-    found: dict[str, Difference] = {}
 
     def remember(node: fx.Node, value: Any) -> None:
-        if node.name in needed or node.op == OUTPUT:
+        if node.name in needed:
             wanted[node.name] = _tensors(value)
 
-    def compare(node: fx.Node, value: Any) -> None:
-        layer = OUTPUT if node.op == OUTPUT else str(node.target)
-        if node.op == OUTPUT or (node.op == "call_module" and layer in same_value):
-            found[layer] = _difference(layer, _tensors(value), wanted[same_value.get(layer, OUTPUT)])
+    def check(node: fx.Node, value: Any) -> None:
+        if node.op == OUTPUT or (node.op == "call_module" and node.target in same_value):
+            _compare(str(node.target), _tensors(value), wanted[same_value.get(str(node.target), OUTPUT)])
 
-    needed = set(same_value.values())
     _run(original, example, remember)
-    _run(changed, example, compare)
-    return found
+    _run(changed, example, check)
 
 
 def _run(gm: fx.GraphModule, example: Example, see: Any) -> None:
@@ -140,9 +116,8 @@ def _run(gm: fx.GraphModule, example: Example, see: Any) -> None:
         _seeded(NodeWatcher(gm, see).run, *inputs)
 
 
-def _difference(layer: str, got: list[Tensor], want: list[Tensor]) -> Difference:
-    """Return the largest difference of two lists of tensors, or raise where it is more than rounding."""
-    worst = Difference(0.0, 0.0)
+def _compare(layer: str, got: list[Tensor], want: list[Tensor]) -> None:
+    """Raise where two lists of tensors differ by more than rounding."""
     for a, b in zip(got, want, strict=True):
         if a.shape != b.shape:
             raise DisagreementError(f"{layer!r} has shape {tuple(a.shape)}, not {tuple(b.shape)} as in the original")
@@ -155,5 +130,3 @@ def _difference(layer: str, got: list[Tensor], want: list[Tensor]) -> Difference
                 f"the changed network differs from the original, first at {layer!r}: max|error| = {max_abs:.3g}, "
                 f"{rel:.3g} of the largest value; rounding of {b.dtype} explains {TOLERANCE.get(b.dtype, 0.0):g}"
             )
-        worst = max(worst, Difference(max_abs, rel), key=lambda d: d.rel)
-    return worst

@@ -10,95 +10,54 @@ refused by name.
 """
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from hq_lib.graph.agreement import OUTPUT, Difference, differences, traced
+from hq_lib.graph.agreement import compare, traced
 from hq_lib.graph.bn_pairs import Kind, Layer, find_layer, find_norms, find_opaque_norms
 from hq_lib.graph.layers import make_plain_
 from hq_lib.graph.modes import eval_mode
 from hq_lib.graph.tracing import Example, LeafModules, trace, unwrap
+
+OnRefusal = Literal["raise", "keep"]
 
 
 class FoldError(ValueError):
     """A BN cannot be folded exactly; the message lists every such layer with its reason and the way out."""
 
 
-@dataclass(frozen=True)
-class FoldRow:
+class Fold(NamedTuple):
     """What became of one BN."""
 
-    layer: str
-    """Name of the layer that took the BN in; "" where there is none."""
     bn: str
     """Name of the BN (of the node, for a functional one)."""
+    layer: str
+    """Name of the layer that took the BN in; "" where the BN still runs."""
     kind: Kind | Literal[""]
     """Which of the folds, named in order of execution; "" where none."""
-    status: Literal["folded", "kept"]
-    """Whether the BN is gone or still runs."""
     reason: str
     """Why it was kept; "" when folded."""
-    max_abs_diff: float = float("nan")
-    """Largest error of the layer's output on the example, in its units; NaN without a check."""
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """The account of one fold."""
-
-    rows: tuple[FoldRow, ...]
-    """One per BN, in order of execution."""
-    output_max_abs_diff: float = float("nan")
-    """Largest error of the network's output on the example; NaN without a check."""
-    output_rel_diff: float = float("nan")
-    """The same, divided by the largest output."""
 
 
 def fold_bn(
-    net: nn.Module,
-    example: Example | None = None,
-    *,
-    check: bool = True,
-    on_refusal: Literal["raise", "keep"] = "raise",
-    leaf_modules: LeafModules = (),
-    concrete_args: Mapping[str, Any] | None = None,
+    net: nn.Module, example: Example | None = None, *, on_refusal: OnRefusal = "raise", leaf_modules: LeafModules = ()
 ) -> fx.GraphModule:
     """Return a copy of ``net`` as a graph in eval mode whose batch norms are folded into their neighbours.
 
-    Args and errors: see ``fold_bn_with_report``.
-    """
-    options: dict[str, Any] = {"leaf_modules": leaf_modules, "concrete_args": concrete_args}
-    return fold_bn_with_report(net, example, check=check, on_refusal=on_refusal, **options)[0]
-
-
-def fold_bn_with_report(
-    net: nn.Module,
-    example: Example | None = None,
-    *,
-    check: bool = True,
-    on_refusal: Literal["raise", "keep"] = "raise",
-    leaf_modules: LeafModules = (),
-    concrete_args: Mapping[str, Any] | None = None,
-) -> tuple[fx.GraphModule, FoldReport]:
-    """Return the folded copy of ``net`` and the account of each of its batch norms.
-
     Weights are computed in float64 and stored in the layer's own dtype. Dropout, inactive in eval mode, and identities
-    between a layer and its BN are seen through. ``net`` itself, its mode included, is not touched.
+    between a layer and its BN are seen through. ``net`` itself, its mode included, is not touched. The account of each
+    batch norm, in order of execution, is ``meta["folds"]`` of the graph, ``Fold`` by ``Fold``.
 
     Args:
         net:        the network, a plain module or a graph, in any mode.
-        example:    an input (or tuple of inputs), for shapes and the self-check; without it nothing is checked, and a
-                    linear layer is taken to have (N, C) outputs.
-        check:      compare with the original on ``example``, on the CPU (no TF32), layer by layer.
+        example:    an input (or tuple of inputs), for shapes and to compare with the original layer by layer, on the
+                    CPU (no TF32); without it nothing is compared, and a linear layer is taken to have (N, C) outputs.
         on_refusal: "raise", or "keep" the batch norms that cannot be folded exactly.
-        leaf_modules, concrete_args: see ``tracing.trace``.
+        leaf_modules: see ``tracing.trace``.
 
     Raises:
         FoldError: names each BN that cannot be folded exactly, if ``on_refusal`` is "raise".
@@ -106,20 +65,26 @@ def fold_bn_with_report(
                                      graph is another network than ``net``.
         tracing.UntraceableError: names the line that cannot be traced.
     """
-    if on_refusal not in ("raise", "keep"):
+    if on_refusal not in get_args(OnRefusal):
         raise ValueError(f"on_refusal is 'raise' or 'keep', not {on_refusal!r}")
     with eval_mode(unwrap(net)):
-        original = traced(net, example, leaf_modules=leaf_modules, concrete_args=concrete_args)
-    _drop_unused(original)
+        original = traced(net, example, leaf_modules=leaf_modules)
+    original.graph.eliminate_dead_code()  # an auxiliary head in eval mode, a value that only training reads
+    original.delete_all_unused_submodules()
+    original.recompile()
     folded = trace(original)  # shares all layers; those that change are replaced by copies
-    rows, same_value = _fold_all(folded)
-    kept = [row for row in rows if row.status == "kept"]
+    folds, same_value = _fold_all(folded)
+    kept = [fold for fold in folds if fold.reason]
     if kept and on_refusal == "raise":
-        raise FoldError(_refusals(type(net).__name__, kept))
-    report = FoldReport(tuple(rows))
-    if check and example is not None:
-        report = _checked(report, differences(original, folded, example, same_value))
-    return folded, report
+        lines = "\n".join(f"  - {fold.bn!r}: {fold.reason}" for fold in kept)
+        raise FoldError(
+            f"{type(net).__name__} has batch norms that cannot be folded exactly; fold_bn(net, x, on_refusal='keep') "
+            f"and quantize(net, policy, x, on_refusal='keep') leave them running:\n{lines}"
+        )
+    if example is not None:
+        compare(original, folded, example, same_value)
+    folded.meta["folds"] = tuple(folds)
+    return folded
 
 
 def folded_weight_bias(
@@ -154,20 +119,19 @@ def folded_weight_bias(
     Returns:
         Weight and bias, shapes as given, bias (C_out,). Gradients pass to every tensor given.
     """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
     g = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
     h = -g * mean if beta is None else beta - g * mean
+    # (groups, C_out / groups, C_in / groups, positions), of a transposed convolution C_in first
+    blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     if kind in ("conv_bn", "linear_bn"):
-        folded, from_bias = weight * g.reshape(-1, *[1] * (weight.dim() - 1)), g
-    elif kind == "conv_transpose_bn":  # group by group: (groups, C_in / groups, C_out / groups, positions)
-        blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-        folded, from_bias = (blocks * g.reshape(groups, 1, -1, 1)).reshape(weight.shape), g
-    elif kind in ("bn_conv", "bn_linear"):  # (groups, C_out / groups, C_in / groups, positions)
-        blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-        folded, from_bias = (blocks * g.reshape(groups, 1, -1, 1)).reshape(weight.shape), 1.0
-        h = (blocks * h.reshape(groups, 1, -1, 1)).sum((2, 3)).flatten()
+        folded = weight * g.reshape(-1, *[1] * (weight.dim() - 1))
     else:
-        raise ValueError(f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
-    return folded, h if bias is None else from_bias * bias + h
+        folded = (blocks * g.reshape(groups, 1, -1, 1)).reshape(weight.shape)
+    if kind.startswith("bn_"):
+        return folded, (blocks * h.reshape(groups, 1, -1, 1)).sum((2, 3)).flatten() + (0.0 if bias is None else bias)
+    return folded, h if bias is None else g * bias + h
 
 
 def per_channel_ranges(net: nn.Module) -> pd.DataFrame:
@@ -193,47 +157,35 @@ def _by_output(layer: Layer) -> Tensor:
     return blocks.transpose(1, 2).reshape(layer.out_channels, -1)
 
 
-def _drop_unused(gm: fx.GraphModule) -> None:
-    """Take out what no output depends on: an auxiliary head in eval mode, a value that only training reads."""
-    gm.graph.eliminate_dead_code()
-    gm.delete_all_unused_submodules()
-    gm.recompile()
-
-
-def _checked(report: FoldReport, found: Mapping[str, Difference]) -> FoldReport:
-    rows = tuple(replace(row, max_abs_diff=found[row.layer].max_abs) if row.layer else row for row in report.rows)
-    return FoldReport(rows, found[OUTPUT].max_abs, found[OUTPUT].rel)
-
-
-def _fold_all(gm: fx.GraphModule) -> tuple[list[FoldRow], dict[str, str]]:
+def _fold_all(gm: fx.GraphModule) -> tuple[list[Fold], dict[str, str]]:
     """Fold every batch norm of ``gm`` that can be, in place.
 
-    Returns a row for each, in order of execution, and for each layer changed (by name) the node of the original graph
-    that has the value which the layer now has.
+    Returns the account of each, in order of execution, and for each layer changed (by name) the node of the original
+    graph that has the value which the layer now has.
     """
     order = [*(_norm_name(n) for n in find_norms(gm)), *find_opaque_norms(gm)]
-    rows = {bn: _kept(bn, "it is inside a leaf module, one opaque call") for bn in order}
+    folds = {bn: Fold(bn, "", "", "it is inside a leaf module, one opaque call") for bn in order}
     same_value: dict[str, str] = {}
     progress = True
     while progress:  # a fold can make the next one possible: BN, BN, conv
         progress = False
         for norm in find_norms(gm):
-            row = rows[_norm_name(norm)] = _fold_one(gm, norm, same_value)
-            progress |= row.status == "folded"
+            fold = folds[_norm_name(norm)] = _fold_one(gm, norm, same_value)
+            progress |= not fold.reason
     gm.graph.lint()
     gm.recompile()
-    return [rows[bn] for bn in order], same_value
+    return [folds[bn] for bn in order], same_value
 
 
-def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> FoldRow:
-    found = find_layer(norm)
+def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> Fold:
+    bn, found = _norm_name(norm), find_layer(norm)
     if isinstance(found, str):
-        return _kept(_norm_name(norm), found)
+        return Fold(bn, "", "", found)
     node, kind = found
-    name, bn = str(node.target), str(norm.target)
+    name = str(node.target)
     layer = _absorbed(gm.get_submodule(name), gm.get_submodule(bn), kind)
     if layer is None:
-        return _kept(bn, "the folded weights are not finite: look at its statistics and at the weights' dtype")
+        return Fold(bn, "", "", "the folded weights are not finite: look at its statistics and at the weights' dtype")
     if kind.endswith("_bn"):
         same_value[name] = norm.name
     else:
@@ -242,26 +194,16 @@ def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> 
     norm.replace_all_uses_with(norm.all_input_nodes[0])
     gm.graph.erase_node(norm)
     gm.delete_submodule(bn)
-    return FoldRow(name, bn, kind, "folded", "")
+    return Fold(bn, name, kind, "")
 
 
-def _absorbed(layer: nn.Module, bn: nn.Module, kind: Kind) -> nn.Module | None:
+def _absorbed(layer: Any, bn: Any, kind: Kind) -> nn.Module | None:
     """Return a copy of ``layer`` with the weight and bias that make up for ``bn``; None where they are not finite."""
-    assert isinstance(layer, Layer)
-    assert isinstance(bn, _BatchNorm)
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    folded = folded_weight_bias(
-        _wide(layer.weight),
-        None if layer.bias is None else _wide(layer.bias),
-        _wide(bn.running_mean),
-        _wide(bn.running_var),
-        bn.eps,
-        _wide(bn.weight) if bn.affine else None,
-        _wide(bn.bias) if bn.affine else None,
-        kind=kind,
-        groups=getattr(layer, "groups", 1),
+    w, b, mean, var, gamma, beta = (
+        None if v is None else v.detach().cpu().double()  # on the CPU: some devices have no float64
+        for v in (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     )
+    folded = folded_weight_bias(w, b, mean, var, bn.eps, gamma, beta, kind=kind, groups=getattr(layer, "groups", 1))
     weight, bias = (value.to(layer.weight) for value in folded)
     if not (weight.isfinite().all() and bias.isfinite().all()):
         return None
@@ -272,21 +214,5 @@ def _absorbed(layer: nn.Module, bn: nn.Module, kind: Kind) -> nn.Module | None:
     return plain
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value.detach().cpu().double()  # on the CPU: some devices have no float64
-
-
 def _norm_name(norm: fx.Node) -> str:
     return str(norm.target) if norm.op == "call_module" else norm.name
-
-
-def _kept(bn: str, reason: str) -> FoldRow:
-    return FoldRow("", bn, "", "kept", reason)
-
-
-def _refusals(net: str, kept: list[FoldRow]) -> str:
-    lines = "\n".join(f"  - {row.bn!r}: {row.reason}" for row in kept)
-    return (
-        f"{net} has batch norms that cannot be folded exactly; fold_bn(net, x, on_refusal='keep') and "
-        f"quantize(net, policy, x, on_refusal='keep') leave them running:\n{lines}"
-    )

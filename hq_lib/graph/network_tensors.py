@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.packing import pack, unpack
 from hq_lib.graph.quantizer_record import n_bits, quantizers, rebuild
 from hq_lib.graph.rewrite import QuantizedNet
@@ -101,7 +100,7 @@ def _integer_weights(qnet: QuantizedNet) -> dict[str, FrozenWeight]:
 
 def _check_grids(qnet: QuantizedNet) -> None:
     shapes = {name: layer.weight.shape for name, layer in weight_layers(qnet).items()}
-    shapes |= {f"{site.group}{QUANTIZER_SUFFIX}": torch.Size([1, *site.shape]) for site in qnet.meta["sites"]}
+    shapes |= {site.quantizer: torch.Size([1, *site.shape]) for site in qnet.meta["sites"]}
     for name, quantizer in quantizers(qnet).items():
         if not quantizer.initialised:
             continue

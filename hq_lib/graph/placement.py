@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from hq_lib.graph.ops import kinds, module_path, nonnegative
+from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, module_path, nonnegative
 from hq_lib.graph.spec import QuantizeError, Spec
 
 LAYER_TYPES = ("first", "last", "depthwise", "linear")
@@ -50,6 +50,11 @@ class Site:
 
     shape: tuple[int, ...] = ()
     """of one image's tensor, without the batch; () before the graph has seen an example"""
+
+    @property
+    def quantizer(self) -> str:
+        """Name of the module that quantizes it."""
+        return f"{self.group}{QUANTIZER_SUFFIX}"
 
 
 def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:

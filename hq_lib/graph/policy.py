@@ -1,13 +1,13 @@
 """``BitPolicy``: the one knob. Which method and how many bits, for every weight and every activation of a network."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from hq_lib.graph.lists import list_bits
-from hq_lib.graph.overrides import apply_overrides, check_overrides
+from hq_lib.graph.overrides import apply_overrides, statements
 from hq_lib.graph.report import report
 from hq_lib.graph.spec import (
     FLOAT_BITS,
@@ -41,13 +41,6 @@ class HybridRule:
 
     boundary: int = 4
     """bits; the first width that is left to post-training quantization"""
-
-    def settle(self, spec: Spec, kind: str) -> Spec:
-        """Return ``spec`` with its method chosen by its bits, if it is a hybrid one."""
-        if spec.method != HYBRID:
-            return spec
-        methods = self.qat if spec.bits < self.boundary else self.ptq
-        return replace(spec, method=methods[kind == "act"])
 
 
 @dataclass(frozen=True)
@@ -99,21 +92,28 @@ class BitPolicy:
         for kind in ("weight", "act"):
             spec = parse_spec(getattr(self, kind), f"policy.{kind}")
             object.__setattr__(self, kind, spec)
-            self._try_out(spec, kind, f"policy.{kind}")
+            self._settled(spec, kind, f"policy.{kind}")
         for name in ("first_last_bits", "stem_out_bits", "input_bits", "pool_bits"):
             if getattr(self, name) is not None:
                 check_width(getattr(self, name), f"policy.{name}")
-        object.__setattr__(self, "overrides", check_overrides(self.overrides))
+        overrides: dict[str, dict[str, Any]] = {}
+        for pattern, said, _, like in statements(self.overrides):
+            overrides.setdefault(pattern, {})[said] = like
+        object.__setattr__(self, "overrides", overrides)
         if self.input_bits is None:
             quantized = self.placement == "deploy" and not self.act.is_float
             object.__setattr__(self, "input_bits", 8 if quantized else FLOAT_BITS)
 
-    def _try_out(self, spec: Spec, kind: str, key: str) -> None:
-        """Build one quantizer of ``spec`` to have a method's own refusals here, where the key is known."""
-        if spec.method == HYBRID and self.hybrid_rule is None:
-            raise PolicyError(f"{key}: method 'hybrid' needs a rule; make the policy with BitPolicy.hybrid(...)")
-        rule = self.hybrid_rule or HybridRule()
-        make_quantizer(rule.settle(spec, kind), kind, key)
+    def _settled(self, spec: Spec, kind: str, key: str) -> Spec:
+        """Return ``spec`` with the method that the hybrid rule gives it; a refusal of the method names ``key``."""
+        rule = self.hybrid_rule
+        if spec.method == HYBRID:
+            if rule is None:
+                raise PolicyError(f"{key}: method 'hybrid' needs a rule; make the policy with BitPolicy.hybrid(...)")
+            methods = rule.qat if spec.bits < rule.boundary else rule.ptq
+            spec = replace(spec, method=methods[kind == "act"])
+        make_quantizer(spec, kind, key)
+        return spec
 
     def resolve(
         self, layers: Mapping[str, Collection[str]], sites: "Iterable[Site]"
@@ -135,12 +135,12 @@ class BitPolicy:
             weights |= {name: replace(self.weight, bits=self.first_last_bits) for name in outer}
         acts = {site.name: self._by_role(site.role) for site in sites}
         made = {site.name: {*layers.get(site.name, ())} - {"last"} | ({"last"} & {site.role[-4:]}) for site in sites}
-        origins = apply_overrides(self.overrides, weights, acts, {"weight": layers, "act": made})
-        rule = self.hybrid_rule or HybridRule()
-        for kind, specs in (("weight", weights), ("act", acts)):
-            for name, spec in specs.items():
-                self._try_out(spec, kind, f"{origins.get((kind, name), f'policy.{kind}')} (tensor {name!r})")
-                specs[name] = rule.settle(spec, kind)
+        specs = {"weight": weights, "act": acts}
+        origins = apply_overrides(self.overrides, specs, {"weight": layers, "act": made})
+        for kind, of_kind in specs.items():
+            for name, spec in of_kind.items():
+                key = f"{origins.get((kind, name), f'policy.{kind}')} (tensor {name!r})"
+                of_kind[name] = self._settled(spec, kind, key)
         return weights, acts
 
     def _by_role(self, role: str) -> Spec:
@@ -180,22 +180,20 @@ class BitPolicy:
             pattern: {kind: like.to_plain() if isinstance(like, Spec) else like for kind, like in entry.items()}
             for pattern, entry in self.overrides.items()
         }
-        rule = self.hybrid_rule
-        plain["hybrid_rule"] = rule and {"qat": [*rule.qat], "ptq": [*rule.ptq], "boundary": rule.boundary}
+        plain["hybrid_rule"] = self.hybrid_rule and asdict(self.hybrid_rule)
         return plain
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "BitPolicy":
         """Return the policy that ``entries`` describe; an unknown key is an error that offers the nearest known one."""
-        known = [f.name for f in fields(cls)]
         for name in entries:
-            unknown_key(name, known, "policy")
+            unknown_key(name, [f.name for f in fields(cls)], "policy")
         entries = dict(entries)
         if isinstance(rule := entries.get("hybrid_rule"), Mapping):
             for name in rule:
                 unknown_key(name, [f.name for f in fields(HybridRule)], "policy.hybrid_rule")
-            pairs = {name: tuple(value) for name, value in rule.items() if name != "boundary"}
-            entries["hybrid_rule"] = HybridRule(**pairs, boundary=rule.get("boundary", 4))
+            given = {name: value if name == "boundary" else tuple(value) for name, value in rule.items()}
+            entries["hybrid_rule"] = HybridRule(**given)
         return cls(**entries)
 
     @classmethod
@@ -262,9 +260,8 @@ class BitPolicy:
         """
         input_bits, overrides = list_bits(net, layer_abit, layer_wbit, placement=placement)
         given = {"overrides": overrides, "input_bits": input_bits, "placement": placement, "bn": bn}
-        specs = {kind: parse_spec(like, f"policy.{kind}", base=Spec(bits=8)) for kind, like in
-                 (("weight", weight), ("act", act))}  # fmt: skip
-        return cls(**specs, first_last_bits=None, **given)
+        weight = parse_spec(weight, "policy.weight", base=Spec(bits=8))
+        return cls(weight, parse_spec(act, "policy.act", base=Spec(bits=8)), first_last_bits=None, **given)
 
 
 def _bits(bits: int | None) -> str:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib.graph.layers import QuantizedWeight
-from hq_lib.graph.ops import QUANTIZER_SUFFIX
-from hq_lib.graph.rewrite import QuantizedNet, weight_axis
-from hq_lib.graph.spec import QuantizeError, make_quantizer
+from hq_lib.graph.rewrite import QuantizedNet, fresh_quantizers
+from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.state import act_quantizers, weight_layers
 from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, Grid, Quantizer
 
@@ -47,13 +46,7 @@ def put(qnet: QuantizedNet, name: str, quantizer: Quantizer) -> None:
 
 def made_by_policy(qnet: QuantizedNet) -> dict[str, Quantizer]:
     """Return by name a fresh, unfitted quantizer for every tensor that the policy of ``qnet`` quantizes."""
-    fresh: dict[str, Quantizer | None] = {}
-    for name, spec in qnet.meta["weights"].items():
-        fresh[name] = make_quantizer(spec, "weight", name, **weight_axis(qnet.get_submodule(name)))
-    for site in qnet.meta["sites"]:
-        spec = qnet.meta["acts"][site.name]
-        fresh[f"{site.group}{QUANTIZER_SUFFIX}"] = make_quantizer(spec, "act", site.name, signed=site.signed)
-    return {name: q for name, q in fresh.items() if q is not None}
+    return fresh_quantizers(qnet, *(qnet.meta[key] for key in ("weights", "acts", "sites")))
 
 
 def describe(qnet: QuantizedNet) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from hq_lib.graph.layers import QuantizedWeight
-from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds
+from hq_lib.graph.ops import kinds
 from hq_lib.graph.spec import PolicyError, Spec
 from hq_lib.quantizers import Quantizer
 
@@ -87,7 +87,7 @@ def _act_rows(qnet: fx.GraphModule) -> list[dict[str, Any]]:
     rows = []
     for site in qnet.meta["sites"]:
         spec = qnet.meta["acts"][site.name]
-        quantizer = getattr(qnet, f"{site.group}{QUANTIZER_SUFFIX}", None)
+        quantizer = getattr(qnet, site.quantizer, None)
         sizes = {"macs": 0, "n_params": 0, "n_elements": torch.Size(site.shape).numel(), "size_KiB": 0.0}
         row = {"layer": site.name, "tensor": "activation", **_quantizer_row(spec, quantizer), **sizes}
         rows.append(row | {"signed": site.signed})

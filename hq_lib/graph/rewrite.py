@@ -5,14 +5,14 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from hq_lib.graph.agreement import traced
-from hq_lib.graph.folding import fold_bn
+from hq_lib.graph.folding import OnRefusal, fold_bn
 from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear, make_plain_
 from hq_lib.graph.modes import eval_mode
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, module_path, op_name
@@ -139,13 +139,9 @@ def _unpickled(body: dict[str, Any], nodes: list[tuple[Any, ...]], class_name: s
 
 
 def quantize(
-    net: nn.Module,
-    policy: BitPolicy,
-    example: Example,
-    *,
-    leaf_modules: LeafModules = (),
-    on_refusal: Literal["raise", "keep"] = "raise",
-) -> QuantizedNet:
+    net: nn.Module, policy: BitPolicy, example: Example, *, leaf_modules: LeafModules = (),
+    on_refusal: OnRefusal = "raise",
+) -> QuantizedNet:  # fmt: skip
     """Return ``net`` quantized by ``policy``: a new graph in the mode of ``net``, which is left as it was.
 
     Layers become ``QuantConv2d``, ``QuantLinear``, ... under their own names, each with a ``weight_quantizer`` (None =
@@ -175,7 +171,8 @@ def quantize(
         if isinstance(layer, QuantizedWeight) and isinstance(layer.weight_quantizer, Quantizer):
             layer.weight_quantizer.init_from(layer.weight)
     if (hidden := hidden_weights(qnet)) and not leaf_modules and not policy.weight.is_float:
-        readers = {op_name(user, qnet) for user in _readers(qnet, hidden)}
+        constants = [node for node in qnet.graph.nodes if node.op == "get_attr" and node.target in hidden]
+        readers = {op_name(user, qnet) for node in constants for user in node.users}
         warnings.warn(
             f"{len(hidden)} weights ({sum(w.numel() for w in hidden.values())} numbers, first {next(iter(hidden))!r}) "
             f"stay in float, read by {', '.join(sorted(readers)) or 'no layer'}: policy.report(qnet) counts them",
@@ -186,12 +183,17 @@ def quantize(
 
 def unfitted(
     net: nn.Module, policy: BitPolicy, example: Example, *, leaf_modules: LeafModules = (),
-    on_refusal: Literal["raise", "keep"] = "raise",
+    on_refusal: OnRefusal = "raise",
 ) -> QuantizedNet:  # fmt: skip
     """As ``quantize``, with weight quantizers that are not fitted yet: what ``graph.load`` fills."""
     if not isinstance(policy, BitPolicy):
         raise TypeError(f"policy is {policy!r:.60}: give a BitPolicy, BitPolicy(weight='lsq:4', act='lsq:4') say")
-    _refuse_quantized(net)
+    for name, module in net.named_modules():
+        if isinstance(module, QuantizedWeight | Quantizer):
+            raise QuantizeError(
+                f"the net is quantized already (module {name!r} is a {type(module).__name__}): "
+                f"quantize its float net, with one policy for all bits"
+            )
     if policy.bn == "fold":
         gm = fold_bn(net, example, on_refusal=on_refusal, leaf_modules=leaf_modules).train(net.training)
         propagate(gm, example)
@@ -203,8 +205,12 @@ def unfitted(
     sites = find_sites(gm, placement=policy.placement)
     weights, acts = policy.resolve(layer_types(gm), sites)
     share_bits(sites, acts)
-    _replace_layers(gm, weights)
-    _insert_quantizers(gm, sites, acts)
+    quantizers = fresh_quantizers(gm, weights, acts, sites)
+    for node, kind in kinds(gm).items():
+        name = str(node.target)
+        if kind == "layer" and not isinstance(layer := gm.get_submodule(name), QuantizedWeight):
+            gm.set_submodule(name, _FORMS[op_name(node, gm)].from_float(layer, quantizers.get(name)))
+    _insert_act_quantizers(gm, sites, quantizers)
     kept = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
     classes = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
     kept += [name for name, module in net.named_modules() if isinstance(module, classes)]
@@ -215,61 +221,39 @@ def unfitted(
     return _with_graph(gm, gm.graph, f"Quantized{type(net).__name__}", {**gm.meta, **made})
 
 
-def _readers(gm: fx.GraphModule, names: Iterable[str]) -> list[fx.Node]:
-    return [user for node in gm.graph.nodes if node.op == "get_attr" and node.target in names for user in node.users]
-
-
-def _refuse_quantized(net: nn.Module) -> None:
-    for name, module in net.named_modules():
-        if isinstance(module, QuantizedWeight | Quantizer):
-            raise QuantizeError(
-                f"the net is quantized already (module {name!r} is a {type(module).__name__}): "
-                f"quantize its float net, with one policy for all bits"
-            )
-
-
-def _replace_layers(gm: fx.GraphModule, weights: Mapping[str, Spec]) -> None:
-    forms = {str(node.target): _FORMS[op_name(node, gm)] for node, kind in kinds(gm).items() if kind == "layer"}
+def fresh_quantizers(
+    gm: fx.GraphModule, weights: Mapping[str, Spec], acts: Mapping[str, Spec], sites: Iterable[Site]
+) -> dict[str, Quantizer]:
+    """Return an unfitted quantizer for every tensor of ``gm`` that is not float, by the name of its layer or module."""
+    found: dict[str, Quantizer] = {}
     for name, spec in weights.items():
-        layer = gm.get_submodule(name)
-        key = f"policy, weight of {name!r}"
-        quantizer = make_quantizer(spec, "weight", key, **weight_axis(layer))
-        quantized = forms[name].from_float(layer)
+        layer: Any = gm.get_submodule(name)
+        axis = {"axis": 1 if layer.groups == 1 else None} if isinstance(layer, nn.ConvTranspose2d) else {}
+        quantizer = make_quantizer(spec, "weight", f"policy, weight of {name!r}", **axis)
         if quantizer is not None:
             quantizer.owner = name
-            quantizer.to(quantized.weight.device).train(layer.training)
-        quantized.weight_quantizer = quantizer
-        _set_submodule(gm, name, quantized)
-
-
-def weight_axis(layer: nn.Module) -> dict[str, Any]:
-    """Return the option that puts per-channel scales of a transposed convolution on its output channels."""
-    if not isinstance(layer, nn.ConvTranspose2d):
-        return {}
-    return {"axis": 1 if layer.groups == 1 else None}
-
-
-def _set_submodule(gm: fx.GraphModule, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(gm.get_submodule(parent), child, module)
-
-
-def _insert_quantizers(gm: fx.GraphModule, sites: list[Site], acts: Mapping[str, Spec]) -> None:
-    nodes = {node.name: node for node in gm.graph.nodes}
+            found[name] = quantizer.to(layer.weight.device).train(layer.training)
     device = next((p.device for p in gm.parameters()), torch.device("cpu"))
     for site in sites:
-        spec = acts[site.name]
-        if spec.is_float:
+        key = f"policy, activation {site.name!r}"
+        quantizer = make_quantizer(acts[site.name], "act", key, signed=site.signed)
+        if quantizer is not None and site.quantizer not in found:  # those of a group share the first one's
+            quantizer.owner = site.name
+            found[site.quantizer] = quantizer.to(device).train(gm.training)
+    return found
+
+
+def _insert_act_quantizers(gm: fx.GraphModule, sites: Iterable[Site], quantizers: Mapping[str, Quantizer]) -> None:
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for site in sites:
+        if site.quantizer not in quantizers:
             continue
         node = nodes[site.node]
-        target = f"{site.group}{QUANTIZER_SUFFIX}"
-        if not hasattr(gm, target):
-            quantizer = make_quantizer(spec, "act", f"policy, activation {site.name!r}", signed=site.signed)
-            assert quantizer is not None  # 32 bits, which were sorted out above
-            quantizer.owner = site.name
-            gm.add_submodule(target, quantizer.to(device).train(gm.training))
+        gm.add_submodule(site.quantizer, quantizers[site.quantizer])
         with gm.graph.inserting_after(node):
-            inserted = gm.graph.create_node("call_module", target, (node,), name=f"{site.node}{QUANTIZER_SUFFIX}")
+            inserted = gm.graph.create_node(
+                "call_module", site.quantizer, (node,), name=f"{site.node}{QUANTIZER_SUFFIX}"
+            )
         node.replace_all_uses_with(inserted, delete_user_cb=lambda user, new=inserted: user is not new)
         inserted.meta = {key: node.meta[key] for key in ("nn_module_stack", "shape", "dtype") if key in node.meta}
 

@@ -64,37 +64,23 @@ def parse_spec(like: Any, key: str, *, base: Spec | None = None) -> Spec:
         PolicyError: begins with ``key``; malformed text, bits outside 1..16 and 32, or a method without bits.
     """
     if isinstance(like, Spec):
-        spec = like
-    elif isinstance(like, Mapping):
-        spec = _from_mapping(dict(like), key, base)
-    elif isinstance(like, str):
-        spec = _from_text(like.strip(), key, base)
+        check_width(like.bits, key)
+        return like
+    if isinstance(like, Mapping):
+        entries = dict(like)
     elif isinstance(like, int) and not isinstance(like, bool):
-        spec = Spec(base.method, like, base.options) if base else Spec(bits=like)
+        entries = {"bits": like}
+    elif isinstance(like, str) and (found := re.fullmatch(r"([^\W\d]\w*)(?::(\d+))?", like.strip())):
+        entries = {"method": found[1]} | ({"bits": int(found[2])} if found[2] else {})
+        entries = {"bits": FLOAT_BITS} if entries == {"method": "float"} else entries
     else:
         raise PolicyError(f"{key}: {like!r} is no spec; write 4, 'lsq:4', 'float', or {{method: lsq, bits: 4}}")
-    check_width(spec.bits, key)
-    return spec
-
-
-def _from_text(text: str, key: str, base: Spec | None) -> Spec:
-    if text == "float":
-        return Spec(base.method if base else "minmax", FLOAT_BITS)
-    method, colon, bits = text.partition(":")
-    if colon and bits.isdigit():
-        return _from_mapping({"method": method, "bits": int(bits)}, key, base)
-    if colon or text.isdigit() or not text:
-        raise PolicyError(f"{key}: {text!r} is no spec; write 'lsq:4' (method:bits), 'float', or a number")
-    return _from_mapping({"method": method}, key, base)
-
-
-def _from_mapping(entries: dict[str, Any], key: str, base: Spec | None) -> Spec:
     method = entries.pop("method", base.method if base else "minmax")
     if (found := re.fullmatch(r"([a-z_]+?)(\d+)", str(method))) and found[1] in METHODS:
         raise PolicyError(f"{key}: {method!r} is no method; write '{found[1]}:{found[2]}' (method:bits)")
     if "bits" not in entries and base is None:
         raise PolicyError(f"{key}: no bits given for method {method!r}; write '{method}:4'")
-    bits = entries.pop("bits", base.bits if base else FLOAT_BITS)
+    bits = check_width(entries.pop("bits", base.bits if base else FLOAT_BITS), key)
     inherited = base.options if base and base.method == method else {}
     return Spec(method, bits, {**inherited, **entries})
 

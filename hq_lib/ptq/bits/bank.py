@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib import ptq
-from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, QuantizedNet, QuantizedWeight, quantize, weight_layers
+from hq_lib.graph import BitPolicy, QuantizedNet, QuantizedWeight, quantize, weight_layers
 from hq_lib.graph.state import set_quantization
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.quantizers import FLOAT_BITS
@@ -84,7 +84,7 @@ def uniform_policy(bits: int, *, placement: str, overrides: Mapping[str, object]
 def tensors_of(qnet: QuantizedNet) -> list[str]:
     """Names of all tensors with a quantizer: weights in execution order, then activations."""
     weights = [f"weight {name}" for name, layer in weight_layers(qnet).items() if layer.weight_quantizer is not None]
-    sites = [site for site in qnet.meta["sites"] if hasattr(qnet, f"{site.group}{QUANTIZER_SUFFIX}")]
+    sites = [site for site in qnet.meta["sites"] if hasattr(qnet, site.quantizer)]
     return weights + [f"act {site.name}" for site in sites]
 
 
@@ -118,7 +118,7 @@ class GridBank:
                 correct_means(qnet, images)
             self.net: QuantizedNet = quantize(net, self._uniform(self.bits[-1]), images[:1])
         self._biases = {name: layer.bias for name, layer in weight_layers(self.net).items()}
-        self._targets = {site.name: f"{site.group}{QUANTIZER_SUFFIX}" for site in fitted[self.bits[0]].meta["sites"]}
+        self._targets = {site.name: site.quantizer for site in fitted[self.bits[0]].meta["sites"]}
         self._host(fitted)
 
     @staticmethod

@@ -70,4 +70,4 @@ def _source(layer: fx.Node, kind_of: Mapping[fx.Node, str]) -> str | None:
 
 
 def _site(qnet: QuantizedNet, target: str) -> str:
-    return next(site.name for site in qnet.meta["sites"] if f"{site.group}{QUANTIZER_SUFFIX}" == target)
+    return next(site.name for site in qnet.meta["sites"] if site.quantizer == target)

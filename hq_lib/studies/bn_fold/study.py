@@ -162,7 +162,7 @@ def accuracies(net: nn.Module, test: ImageSet) -> list[Row]:
 
 def ranges_before_after(net: nn.Module) -> pd.DataFrame:
     """Largest |w| of every output channel: columns layer, channel, stage ("before" or "after"), max_abs."""
-    stages = {"before": net, "after": fold_bn(net, check=False)}
+    stages = {"before": net, "after": fold_bn(net)}
     return pd.concat([per_channel_ranges(n).assign(stage=s) for s, n in stages.items()], ignore_index=True)
 
 
