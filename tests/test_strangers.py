@@ -4,13 +4,17 @@ One mutator for all readers. Each campaign runs in a process of its own with 1 G
 ear on every file that is opened: none lies outside the reader's folder. `HQ_MUTATIONS=100000` draws that many.
 """
 
+import hashlib
+import importlib.util
 import io
 import json
 import os
 import random
 import resource
+import struct
 import sys
 import tempfile
+import zlib
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,21 +22,35 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from fpgai_nets import SMALL, random_net
 from integer_nets import float_net, images, quantized
 from PIL import Image
+from torch import nn
 
 from hq_lib import graph, integer, models
-from hq_lib.crossbar import IdealEngine, RecordEngine, Trace, load_calibration, measured_device, save_calibration
+from hq_lib.crossbar import (
+    IdealEngine,
+    RecordEngine,
+    Trace,
+    fit_report,
+    load_calibration,
+    measured_device,
+    save_calibration,
+)
 from hq_lib.data import folder as pictures
 from hq_lib.data import load as load_images
-from hq_lib.deploy import fpga
+from hq_lib.data import sources
+from hq_lib.deploy import edge_cloud, fpga
 from hq_lib.deploy.c import CompilerError, Runtime, to_bytes
+from hq_lib.deploy.c.container import MAGIC, meta_of
+from hq_lib.deploy.fpga import memory_image
 from hq_lib.graph import BitPolicy
 from hq_lib.models import checkpoints
-from hq_lib.ptq import selection
-from hq_lib.results import paths, store
+from hq_lib.ptq import progress, selection
+from hq_lib.results import paths, published, store
 from hq_lib.results.paths import ROOT
-from hq_lib.studies import configuration
+from hq_lib.studies import configuration, steps
+from hq_lib.training import TrainConfig, run_state
 
 FORK = get_context("fork")
 N = int(os.environ.get("HQ_MUTATIONS", "2000"))
@@ -89,13 +107,13 @@ def campaign(path, content, read, n, seed, found):
     )
     draw, refused = random.Random(seed), 0
     for i in range(n):
-        mutant = mutated(content, draw)
+        mutant = mutated(content, draw) if i else content
         path.write_bytes(mutant)
         opened.clear()
         try:
             read(path)
         except BaseException as error:
-            if not own(error):
+            if not own(error) or not i:  # the file itself is read
                 found.put(f"mutant {i}: {type(error).__name__}: {str(error)[:300]}")
                 path.with_name(f"found_{path.name}").write_bytes(mutant)
                 return
@@ -123,6 +141,115 @@ def resealed(state, read):
     return reading
 
 
+def beside(files, name, read, *, seal=None):
+    """A reader of a folder in which one file was changed; ``seal`` makes its checksums hold again."""
+
+    def reading(path):
+        place = path.parent / "beside"
+        if not place.exists():
+            place.mkdir()
+            for other, content in files.items():
+                (place / other).write_bytes(content)
+        content = path.read_bytes()
+        (place / name).write_bytes(content)
+        if seal is not None:
+            seal(place, name, content)
+        read(place)
+
+    return reading
+
+
+def seal_images(place, name, content):
+    """The checksums of an FPGA's memory images, as somebody hostile would write them."""
+    manifest = place / memory_image.MANIFEST
+    try:
+        body = json.loads((seal_images.whole if name != manifest.name else content).decode("utf-8", "replace"))
+        for image in body["images"].values():
+            if image["file"] == name:
+                image["sha256"] = hashlib.sha256(content).hexdigest()
+        body.pop("sha256", None)
+        manifest.write_text(json.dumps({**body, "sha256": memory_image._digest(body)}))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        pass  # no JSON any more: it is read as it is
+
+
+def sealed_packet(wire):
+    def reading(path):
+        content = path.read_bytes()
+        if content[-1:] > b"\x40":  # three of four
+            fields, payload = content[:13], content[17:]
+            content = fields + struct.pack("<I", zlib.crc32(payload, zlib.crc32(fields))) + payload
+        edge_cloud.unpack(wire, [content])
+
+    return reading
+
+
+def normalized(meta):
+    """How images are read that a stranger's file speaks of."""
+    configuration.Configuration().normalization(steps._image_record(meta))
+
+
+def read_meta(path):
+    content = path.read_bytes()
+    header = MAGIC + bytes(40) + struct.pack("<2I", 64, len(content)) + bytes(12)
+    path.with_suffix(".hqm").write_bytes(header + content)
+    normalized(meta_of(path.with_suffix(".hqm")))
+
+
+def more_readers(folder, record):
+    """Images of an FPGA, packets, folders of runs, tables, files of other tools."""
+    manifest = fpga.write_images(record, folder / "fpga")
+    images_of = {file.name: file.read_bytes() for file in manifest.parent.iterdir()}
+    seal_images.whole = images_of[manifest.name]
+    image = max((name for name in images_of if name != manifest.name), key=lambda name: len(images_of[name]))
+    seeds = {file.name: file.read_bytes() for file in fpga.write_net(random_net(3, SMALL), folder, "net", form="txt")}
+    read_seeds = lambda place: fpga.read_net(place, "net", SMALL, form="txt")  # noqa: E731
+    x = np.random.default_rng(0).normal(size=(1, 4, 5, 5)).astype(np.float32)
+    few, real = edge_cloud.fit_wire(torch.from_numpy(x), "cut", bits=3), edge_cloud.float_wire(x.shape[1:], "cut")
+    dots = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (1, 3, 16, 16), np.uint8))
+    torch.save({"state_dict": models.build("lenet").state_dict()}, folder / "public.pt")
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    identity = TrainConfig(epochs=3, lr=0.1).as_dict()
+    run_state.begin(folder / "run", identity)
+    run_state.save(folder / "run", {"history": [], "net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    run = {name: (folder / "run" / name).read_bytes() for name in (run_state.STATE, run_state.CONFIG)}
+    body = quantized("residual", BitPolicy("lsq:4", "lsq:4"))
+    files = progress.RunFolder(folder, {"config": {"p": 2.0}})
+    files.save(progress.UnitReport("a", 0, 1, 1.0, 0.5, 0.0, 10, 1.0), body)
+    fit = {name: (folder / name).read_bytes() for name in ("run.json", "unit_000.safetensors")}
+    read_fit = lambda place: progress.RunFolder(place, {"config": {"p": 2.0}}).load(0, body)  # noqa: E731
+    idx = b"\0\0\x08\x03" + struct.pack(">3I", 2, 3, 4) + bytes(range(24))
+    rows = published.FILE.read_bytes().splitlines(keepends=True)[:12]
+    meta = {"image": {"name": "cifar10", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "in_shape": [3, 32, 32]}}
+    return {
+        "fpga_manifest.json": (
+            seal_images.whole, beside(images_of, manifest.name, fpga.read_images, seal=seal_images)),
+        "fpga_image.hex": (images_of[image], beside(images_of, image, fpga.read_images, seal=seal_images)),
+        "fpga_weight.txt": (seeds["net_weight.txt"], beside(seeds, "net_weight.txt", read_seeds)),
+        "fpga_quant.txt": (seeds["net_quant.txt"], beside(seeds, "net_quant.txt", read_seeds)),
+        "seed.tuple": (
+            fpga.write_tuple(fpga.tuple_of(random_net(5, SMALL)), folder / "a.tuple").read_bytes(),
+            lambda p: fpga.net_of(fpga.read_tuple(p), SMALL)),
+        "public.pt": (
+            (folder / "public.pt").read_bytes(), lambda p: models.load_public(p, models.build("lenet"))),
+        "packet_deflate.bin": (edge_cloud.pack(few, few.encode(x), coding="deflate")[0], sealed_packet(few)),
+        "packet_float.bin": (edge_cloud.pack(real, x)[0], sealed_packet(real)),
+        "packet.jpg": (
+            edge_cloud.to_jpeg(dots, quality=80)[0],
+            lambda p: edge_cloud.from_jpeg([p.read_bytes()], dots, quality=80)),
+        "published.csv": (b"".join(rows), published._load.__wrapped__),
+        "cells.csv": ((ROOT / "data/devices/example_cells.csv").read_bytes(), fit_report),
+        "run_state.pt": (
+            run[run_state.STATE], beside(run, run_state.STATE, lambda place: run_state.begin(place, identity))),
+        "run_config.json": (run[run_state.CONFIG], beside(run, run_state.CONFIG, run_state.settings)),
+        "fit_unit.safetensors": (fit["unit_000.safetensors"], beside(fit, "unit_000.safetensors", read_fit)),
+        "fit_run.json": (fit["run.json"], beside(fit, "run.json", read_fit)),
+        "images.idx": (idx, sources.read_idx),
+        "exported_meta.json": (json.dumps(meta).encode(), read_meta),
+    }  # fmt: skip
+
+
 def readers(folder):
     """Name -> (a good file, its reader)."""
     qnet = quantized("residual", BitPolicy("minmax:4", "minmax:4"))
@@ -140,17 +267,10 @@ def readers(folder):
     save_calibration(folder / "calibration.safetensors", bench)
     digits = load_images("digits", "train", n=20)
     selection.write(selection.from_images(digits, range(5)), folder / "manifest.json")
-    fpga.write_images(record, folder / "fpga")
     picture = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(picture, "PNG")
     jpeg = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(jpeg, "JPEG")
-    device = (ROOT / "hq_lib").parent / "tests" / "own_device.csv"
-    table = (
-        b"target_uS,mean_uS,sigma_uS\n0,0.1,0.1\n5,5.1,0.3\n25,24.8,0.5\n"
-        if not device.exists()
-        else device.read_bytes()
-    )
     text, state = record_of(net)
     lenet_text, lenet_state = record_of(lenet)
     trace_text, trace_state = record_of(folder / "trace.safetensors")
@@ -172,20 +292,29 @@ def readers(folder):
         "picture.jpg": (jpeg.getvalue(), read_picture),
         "run.yaml": (yaml, configuration.read),
         "rows.csv": (b"".join(rows), store.read_file),
-        "device.csv": (table, measured_device),
+        "device.csv": ((ROOT / "data/devices/example.csv").read_bytes(), measured_device),
+        **more_readers(folder, record),
     }  # fmt: skip
     try:
         Runtime(record)
         found["container.hqm"] = (to_bytes(record), lambda p: Runtime(p).run(images(1)))
     except CompilerError:
         pass
+    if importlib.util.find_spec("onnxruntime"):
+        from hq_lib.deploy import onnx
+
+        file = onnx.save(onnx.export(record), folder / "net.onnx")
+        found["exported.onnx"] = (file.read_bytes(), lambda p: (onnx.meta_of(p), onnx.session(p)))
     return found
 
 
 NAMES = (
     "network.safetensors", "network_record.json", "checkpoint.safetensors", "checkpoint_record.json", "record.npz",
     "trace.safetensors", "trace_record.json", "calibration.safetensors", "manifest.json", "picture.png", "picture.jpg",
-    "run.yaml", "rows.csv", "device.csv", "container.hqm",
+    "run.yaml", "rows.csv", "device.csv", "container.hqm", "exported.onnx", "fpga_manifest.json", "fpga_image.hex",
+    "fpga_weight.txt", "fpga_quant.txt", "seed.tuple", "public.pt", "packet_deflate.bin", "packet_float.bin",
+    "packet.jpg", "published.csv", "cells.csv", "run_state.pt", "run_config.json", "fit_unit.safetensors",
+    "fit_run.json", "images.idx", "exported_meta.json",
 )  # fmt: skip
 
 
@@ -197,7 +326,7 @@ def good(tmp_path_factory):
 
 def survive(name, good, n, seed):
     if name not in good:
-        pytest.skip("no C compiler")
+        pytest.skip("no C compiler, or no onnxruntime")
     content, read = good[name]
     with tempfile.TemporaryDirectory() as folder:
         found = FORK.Queue()

@@ -4,6 +4,7 @@ The validation split is cut from *train*: the same number of images of every cla
 evaluations load ``test``.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ from hq_lib.data import fetch, folder, sources
 from hq_lib.data.folder import Pictures
 from hq_lib.results.hints import nearest
 
+LARGEST = 2**20  # classes, channels or pixels along an axis that a file may ask for
 SPLITS = ("train", "val", "trainval", "test")
 SPLIT_SEED = 20260101  # fixes the validation split for good; changing it invalidates every result
 
@@ -42,6 +44,22 @@ class DataSpec:
     """What a caption must say of this data set."""
     short_side: int = 0
     """Pixels that the shorter side of a picture is resized to before the centre crop; 0 = 256/224 of the height."""
+
+    def __post_init__(self) -> None:
+        sizes = (*_numbers(self.in_shape, 3), *_numbers((self.n_classes, self.short_side + 1), 2))
+        if not all(isinstance(n, int) and 0 < n <= LARGEST for n in sizes):
+            raise ValueError(f"{self.name}: n_classes, in_shape or short_side is no whole number up to {LARGEST:,}")
+        mean, std = (_numbers(values, 1, self.in_shape[0]) for values in (self.mean, self.std))
+        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError(f"{self.name}: mean {mean} and std {std}: finite, std > 0, in units of full scale")
+
+
+def _numbers(values: object, *counts: int) -> tuple[int | float, ...]:
+    if not isinstance(values, tuple) or len(values) not in counts or not all(type(v) in (int, float) for v in values):
+        raise ValueError(
+            f"an image's size, mean or std is {values!r:.60}: {' or '.join(map(str, counts))} numbers belong there"
+        )
+    return values
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def read_idx(path: Path) -> np.ndarray:
     raw = path.read_bytes()
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path.name}: truncated or corrupt gzip") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] not in (1, 3):
         raise ValueError(f"{path.name}: not an IDX file of bytes with 1 or 3 axes")

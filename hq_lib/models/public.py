@@ -4,11 +4,14 @@ Nothing is ever unpickled from a stranger: ``.th``/``.pt`` files are read with `
 anything but tensors and plain containers.
 """
 
+import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +66,9 @@ def load_public(path: str | os.PathLike, net: nn.Module, *, key_map: Mapping[str
     """
     path = Path(path)
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and was refused: loading it could run code") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+        content = unpickled(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         held = (
@@ -77,6 +78,25 @@ def load_public(path: str | os.PathLike, net: nn.Module, *, key_map: Mapping[str
                               f"{held}: save the one entry that is one to a file of its own")  # fmt: skip
     load_state(net, {_renamed(key, key_map): value for key, value in state.items()}, source=Path(path).name)
     return net
+
+
+def unpickled(content: bytes, name: object) -> Any:
+    """What ``torch.save`` wrote: tensors, all on the CPU, numbers and plain containers of them. Nothing in it is run.
+
+    Raises:
+        CheckpointError: it asks for anything else, or is damaged, in whatever way; called by ``name``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of other pickle protocols, which are refused or harmless
+            return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:  # its own text recommends to load the file all the same
+        raise CheckpointError(f"{name} asks for more than tensors and numbers: refused, nothing was run") from error
+    except Exception as error:  # damaged bytes come out of torch's reader as a dozen types
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{name} is not a readable file of tensors ({type(error).__name__}: {said:.160})"
+        ) from error
 
 
 def fetched(url: str) -> Path:

@@ -82,7 +82,12 @@ class RunFolder:
         if not file.exists():
             atomic.write_text(file, json.dumps(dict(record), indent=1, sort_keys=True) + "\n")
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ReconstructionError(
+                f"{file} is damaged ({error}): delete {path}, the pass is then done again"
+            ) from error
         plain = json.loads(json.dumps(dict(record)))
         if differing := [key for key in plain if found.get(key) != plain[key]]:
             raise ReconstructionError(
@@ -105,13 +110,13 @@ class RunFolder:
             return None
         try:
             state = safetensors.torch.load(file.read_bytes())
-        except safetensors.SafetensorError as error:
+            entries = json.loads(bytes(state.pop(_REPORT).tolist()).decode())
+            for name, quantizer in quantizers_of(body).items():
+                own = {key.split(":", 1)[1]: value for key, value in state.items() if key.split(":", 1)[0] == name}
+                quantizer.load_state_dict(own)
+            return UnitReport(**{**entries, "resumed": True})
+        except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ReconstructionError(f"{file} is damaged ({error}): delete it, the unit is then done again") from error
-        entries = json.loads(bytes(state.pop(_REPORT).tolist()).decode())
-        for name, quantizer in quantizers_of(body).items():
-            own = {key.split(":", 1)[1]: value for key, value in state.items() if key.split(":", 1)[0] == name}
-            quantizer.load_state_dict(own)
-        return UnitReport(**{**entries, "resumed": True})
 
     def _file(self, position: int) -> Path:
         return self.path / f"unit_{position:03d}.safetensors"

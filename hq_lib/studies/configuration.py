@@ -195,7 +195,9 @@ class Configuration:
         """The data set of a network's record, with size, mean and standard deviation that it was trained with."""
         name = record.get("dataset") or self.data or (PICTURES if self.root else "")
         known(name, data.SPECS, "data")
-        told: Mapping[str, Any] = record.get("images") or {}
+        told: Any = record.get("images") or {}
+        if not isinstance(told, Mapping):
+            raise ValueError(f"images: the network's file says {told!r:.60}, not mean, std and in_shape")
         found = {key: told[key] for key in ("mean", "std", "in_shape", "short_side") if told.get(key)}
         found |= {key: value for key in ("mean", "std") if (value := getattr(self, key))}
         if self.size:

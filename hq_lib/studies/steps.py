@@ -1,7 +1,6 @@
 """What the command line's verbs do, each from a ``Configuration`` to a file; notebooks call the same."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -189,15 +188,15 @@ def _meta(file: Path) -> Mapping[str, Any]:
         return load_integers(file).meta
     if file.suffix == ".hqm":
         return meta_of(file)
-    import onnx  # of the extra "export"
+    from hq_lib.deploy import onnx  # of the extra "export"
 
-    return {p.key: json.loads(p.value) for p in onnx.load(file).metadata_props if p.key == "image"}
+    return onnx.meta_of(file)
 
 
 def _image_record(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Data set, size, mean and standard deviation as a network's record has them."""
     image = meta.get("image")
-    return {"dataset": image["name"], "images": image} if image else {}
+    return {"dataset": image.get("name"), "images": image} if isinstance(image, Mapping) else {}
 
 
 def _accuracy(logits: Callable[[np.ndarray], np.ndarray], test: ImageSet) -> float:

@@ -228,10 +228,12 @@ class _Run:
         }
 
     def _resume(self) -> None:
-        state = None if self.run_dir is None else run_state.begin(self.run_dir, self._identity())
-        if state is None:
+        if self.run_dir is None or (state := run_state.begin(self.run_dir, self._identity())) is None:
             return
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.history = state["history"]
+        try:
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.history = [dict(row) for row in state["history"]]
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise run_state.unusable(self.run_dir, run_state.STATE, error) from error
         self.say(f"resumed after epoch {len(self.history)} of {self.config.epochs}")

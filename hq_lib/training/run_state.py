@@ -5,7 +5,6 @@ Everything is written to a temporary file and renamed, so that a kill at any mom
 
 import io
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -15,6 +14,7 @@ from typing import Any
 import filelock
 import torch
 
+from hq_lib.models.public import CheckpointError, unpickled
 from hq_lib.results import atomic
 from hq_lib.training.config import TrainConfig
 
@@ -30,10 +30,22 @@ _GONE = {
 
 def settings(folder: Path | None) -> dict[str, object]:
     """What the run of this folder began with; {} where none did."""
-    known = None if folder is None else folder / CONFIG
-    return (
-        {**_DEFAULTS, **json.loads(known.read_text(encoding="utf-8"))} if known is not None and known.exists() else {}
-    )
+    return {**_DEFAULTS, **_config(folder)} if folder is not None and (folder / CONFIG).exists() else {}
+
+
+def _config(folder: Path) -> dict[str, object]:
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise unusable(folder, CONFIG, error) from error
+    if not isinstance(found, dict):
+        raise unusable(folder, CONFIG, "no mapping")
+    return found
+
+
+def unusable(folder: Path, name: str, why: object) -> ValueError:
+    """The error of a file that no run of this library left so."""
+    return ValueError(f"{folder / name} cannot be read ({why}): delete {folder} to start afresh")
 
 
 @contextmanager
@@ -63,18 +75,19 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
             later had its default then), or a state that cannot be read (damaged, or not written by this library).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = folder / CONFIG
-    if known.exists():
-        _check_identity(json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(identity)), folder)
+    if (folder / CONFIG).exists():
+        _check_identity(_config(folder), json.loads(json.dumps(identity)), folder)
     else:
-        atomic.write_text(known, json.dumps(identity, indent=1))
-    state = folder / STATE
-    if not state.exists():
+        atomic.write_text(folder / CONFIG, json.dumps(identity, indent=1))
+    if not (folder / STATE).exists():
         return None
     try:
-        return torch.load(state, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{state} cannot be read ({type(error).__name__}): delete {folder} to start afresh") from error
+        state = unpickled((folder / STATE).read_bytes(), STATE)
+    except (CheckpointError, OSError) as error:
+        raise unusable(folder, STATE, error) from error
+    if not isinstance(state, dict):
+        raise unusable(folder, STATE, "no mapping")
+    return state
 
 
 def _check_identity(old: dict[str, object], new: dict[str, object], folder: Path) -> None:

@@ -291,5 +291,5 @@ def test_bad_pictures_are_refused():
     stream = to_jpeg(images[:1], quality=80)
     with pytest.raises(WireError, match="stream 1 is no JPEG"):
         from_jpeg([*stream, b"nonsense"], images, quality=80)
-    with pytest.raises(WireError, match=r"stream 0 holds an image \(32, 32\)"):
+    with pytest.raises(WireError, match=r"stream 0 holds an image \(3, 32, 32\)"):
         from_jpeg(stream, images[:, :, :16, :16], quality=80)

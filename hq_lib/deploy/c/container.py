@@ -43,8 +43,11 @@ def meta_of(file: Path | str) -> dict[str, Any]:
     raw = Path(file).read_bytes()
     if raw[:4] != MAGIC:
         raise ExportError(f"{file} is no container: its first bytes are {raw[:4]!r}")
-    place, size = struct.unpack_from("<2I", raw, 4 * 11)
-    return json.loads(raw[place : place + size])
+    try:
+        place, size = struct.unpack_from("<2I", raw, 4 * 11)
+        return dict(json.loads(raw[place : place + size]))
+    except (struct.error, ValueError, TypeError, RecursionError) as error:
+        raise ExportError(f"{file}: its metadata cannot be read ({error}): export it again") from error
 
 
 def save(model: IntegerModel, path: Path | str) -> Path:

@@ -63,12 +63,13 @@ def from_jpeg(streams: Sequence[bytes], like: Tensor, *, quality: int) -> Tensor
     for i, stream in enumerate(streams):
         try:
             with Image.open(io.BytesIO(tables[:-_MARKER_BYTES] + stream[_MARKER_BYTES:])) as image:
-                pixels = np.asarray(image)
-        except (OSError, SyntaxError, ValueError) as error:
+                held = (len(image.getbands()), *image.size[::-1])
+                pixels = np.array(image) if held == (channels, height, width) else None  # nothing larger is decoded
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise WireError(f"stream {i} is no JPEG image of quality {quality}: {error}") from None
-        if pixels.shape[:2] != (height, width):
-            raise WireError(f"stream {i} holds an image {pixels.shape[:2]}, not {(height, width)}")
-        found.append(torch.from_numpy(pixels.copy()).view(height, width, channels))
+        if pixels is None:
+            raise WireError(f"stream {i} holds an image {held}, not {(channels, height, width)}")
+        found.append(torch.from_numpy(pixels).view(height, width, channels))
     return torch.stack(found).permute(0, 3, 1, 2)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-import struct
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +13,11 @@ import torch
 
 from hq_lib.deploy.fpga.formats import Quant, read_file
 from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, check_quant, need
+from hq_lib.models.public import CheckpointError, unpickled
 from hq_lib.results.atomic import write_bytes
 
 GAIN = 255
 """Activation steps per unit. The seed's last Python uses 255; its NumPy program and its shipped files use 256."""
-
-_UNREADABLE = (
-    RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError, MemoryError,
-    OverflowError, AssertionError, NotImplementedError, RecursionError, struct.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +39,11 @@ def read_tuple(path: Path | str) -> TupleFile:
     """
     content = read_file(Path(path))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of other pickle protocols, which are refused or harmless
-            return _decode(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        return _decode(unpickled(content, path))
+    except CheckpointError as error:
+        raise FpgaiError(str(error)) from error
     except FpgaiError as error:
         raise FpgaiError(f"{path}: {error}") from error
-    except pickle.UnpicklingError as error:  # its own text recommends to load the file all the same
-        raise FpgaiError(
-            f"{path}: its pickle asks for more than tensors and numbers: refused, nothing was run"
-        ) from error
-    except _UNREADABLE as error:
-        said = str(error).strip().splitlines() or [""]
-        raise FpgaiError(f"{path}: not a readable .tuple ({type(error).__name__}: {said[0]:.160})") from error
 
 
 def write_tuple(contents: TupleFile, path: Path | str) -> Path:
@@ -122,5 +108,8 @@ def _decode(result: Any) -> TupleFile:
     plain = all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_cpu for k, v in state.items())
     need(plain, "its state dict holds more than tensors")
     need(all(type(n) is int for n in numbers) and len(numbers) % 3 == 0, "its list is not made of integer triples")
-    arrays = {key: value.detach().numpy() for key, value in state.items()}
+    try:
+        arrays = {key: value.detach().numpy() for key, value in state.items()}
+    except (TypeError, RuntimeError) as error:  # bfloat16, sparse
+        raise FpgaiError(f"its state dict holds a tensor that is no plain array ({error})") from error
     return TupleFile(arrays, tuple(tuple(numbers[i : i + 3]) for i in range(0, len(numbers), 3)))

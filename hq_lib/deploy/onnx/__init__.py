@@ -10,6 +10,6 @@ requantization. Needs the extra ``export`` (onnx, onnxruntime).
 """
 
 from hq_lib.deploy.onnx.build import ExportError, export, save
-from hq_lib.deploy.onnx.runtime import run, session
+from hq_lib.deploy.onnx.runtime import meta_of, run, session
 
-__all__ = ["ExportError", "export", "run", "save", "session"]
+__all__ = ["ExportError", "export", "meta_of", "run", "save", "session"]

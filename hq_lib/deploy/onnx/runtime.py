@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 
 from hq_lib.integer.execute import ImageError
+from hq_lib.integer.requant import RecordError
 from hq_lib.results.provenance import cpu_flags
 
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
@@ -26,6 +29,9 @@ def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_opt
     Args:
         n_threads:      threads inside one operator; the integers do not depend on it.
         save_optimized: where onnxruntime writes the graph with its fused kernels, if asked.
+
+    Raises:
+        RecordError: no such file, or no model that onnxruntime opens.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
@@ -35,8 +41,21 @@ def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_opt
     options.log_severity_level = 3
     if save_optimized is not None:
         options.optimized_model_filepath = str(save_optimized)
+    name = "model" if isinstance(model, onnx.ModelProto) else model
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own, a class for each of its states
+        raise RecordError(f"{name}: onnxruntime cannot open it ({str(error).strip():.200})") from error
+
+
+def meta_of(file: Path | str) -> dict[str, Any]:
+    """What the record says of its images, from the file; {} where it does not. ``RecordError``: no ONNX file."""
+    try:
+        entries = onnx.load(file, load_external_data=False).metadata_props
+        return {entry.key: json.loads(entry.value) for entry in entries if entry.key == "image"}
+    except (OSError, ValueError, RecursionError, DecodeError) as error:
+        raise RecordError(f"{file}: no readable ONNX file ({error})") from error
 
 
 def run(runtime: Any, images: Any, *, batch_size: int = 100) -> np.ndarray:
