@@ -36,7 +36,8 @@ def test_a_trained_network_is_listed_as_trained_and_one_without_norms_as_that(ro
     table = tables.fold_table(rows).set_index("model")
     assert table["statistics"].to_dict() == {"LeNet": tables.NO_NORM, "ToyNet": "trained", "VGG-Small": "random"}
     assert table.loc["ToyNet", "test images"] == "9,000"
-    assert table.loc["VGG-Small", "accuracy, %"] == "n/r"
+    assert table.loc["ToyNet", "changed"] == "0"
+    assert set(table.loc["VGG-Small"].iloc[-4:]) == {tables.UNTRAINED}
 
 
 def test_the_worst_network_of_each_format_is_named(rows):

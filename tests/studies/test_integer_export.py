@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 import torch
 from integer_nets import images as noise
 from integer_nets import quantized as small_net
+from torch import nn
 
 import hq_lib.deploy
 from hq_lib import data, graph, integer, models
@@ -53,6 +55,32 @@ def cells(rows: pd.DataFrame, metric: str) -> dict[tuple[str, str], float]:
     kept = rows.loc[rows["metric"] == metric]
     forms = [json.loads(s).get("requantizer", "") for s in kept["switches"]]
     return dict(zip(zip(kept["method"], forms, strict=True), kept["value"], strict=True))
+
+
+class Concatenating(nn.Module):
+    """A batch norm behind a concatenation, as DenseNet has them: no layer before or behind it takes it up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.norm = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1)))
+        return self.fc(y.mean((2, 3)))
+
+
+def test_norms_that_cannot_be_folded_stay_and_have_integers():
+    known = toy_bench()
+    net = Concatenating()
+    with torch.no_grad():
+        net.train()(data.normalize(known.train.images, known.train.spec))
+    qnet = study.quantized(replace(known, net=net.eval()), (8, 8))
+    assert [name for name, module in qnet.named_modules() if isinstance(module, nn.BatchNorm2d)] == ["norm"]
+    integer.round_biases(qnet, images=known.test.spec)
+    x = data.normalize(known.test.images, known.test.spec)
+    logits = integer.run(integer.lower(qnet, images=known.test.spec), x)
+    assert np.abs(logits - qnet(x).detach().numpy()).max() < 0.02 * np.abs(logits).max()
 
 
 @needs_c

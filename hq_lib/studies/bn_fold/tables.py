@@ -11,6 +11,8 @@ from hq_lib.studies.bn_fold.figures import summary
 from hq_lib.studies.bn_fold.study import BN
 
 NO_NORM = "no batch norm"
+UNTRAINED = "untrained"
+"""In place of what a network with random statistics does not have: predictions worth counting."""
 ERRORS = {"rel_error_float64": "relative error, float64", "rel_error_float32": "relative error, float32"}
 DECIMALS = {"acc_pct": ("accuracy, %", 2), "folded_acc_pct": ("folded, %", 2), "n_flips": ("changed", 0)}
 """Metric of a trained network -> title and digits in print."""
@@ -32,9 +34,10 @@ def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
     out["images"] = wide["dataset"].replace("-", "noise")
     for metric, title in ERRORS.items():
         out[title] = [f"{value:.1e}" for value in wide[metric]]
+    absent = wide["statistics"].map({"random": UNTRAINED}).fillna(tables.NOT_RUN)
     for metric, (title, digits) in DECIMALS.items():
-        out[title] = [tables.NOT_RUN if pd.isna(v) else f"{v:.{digits}f}" for v in wide[metric]]
-    out["test images"] = [f"{n:,}" if n else tables.NOT_RUN for n in wide["n_test"]]
+        out[title] = wide[metric].map(f"{{:.{digits}f}}".format, na_action="ignore").fillna(absent)
+    out["test images"] = wide["n_test"].map("{:,}".format).where(wide["n_test"] > 0, absent)
     return out
 
 

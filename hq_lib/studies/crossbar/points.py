@@ -223,7 +223,8 @@ def no_error(plan: Plan) -> Iterator[Place]:
     """What each correction costs on perfect cells; only batch-norm statistics depend on the images drawn."""
     yield Place("no_error", "no error", 0, Circuit(IDEAL), ("none", "column"), drawn=False)
     yield Place("no_error", "no error", 0, Circuit(IDEAL), ("bn",))
-    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("none",), drawn=False, per_layer=True)
+    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("none", "column"), drawn=False, per_layer=True)
+    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("bn",), per_layer=True)
     if plan.slow:
         yield Place("no_error", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, bits=4)
 

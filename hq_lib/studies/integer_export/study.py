@@ -259,11 +259,15 @@ def open_network(run: Run[Plan], needed: Any) -> IntegerBench | None:
 
 
 def quantized(bench: Bench, bits: tuple[int, int]) -> fx.GraphModule:
-    """The network, fake-quantized by the recipe of its bits; the same bits every time."""
+    """The network, fake-quantized by the recipe of its bits; the same bits every time.
+
+    Batch norms that cannot be folded exactly (DenseNet's, behind a concatenation) stay, and have integers of their own.
+    """
     recipe = recipe_of(bits)
     weight, act = f"minmax:{bits[0]}", f"lsq_plus:{bits[1]}"
     x = normalize(bench.train.images, bench.train.spec)
-    qnet = quantize(bench.net, BitPolicy(weight, act, bn="fold", stem_out_bits=recipe.stem_out_bits), x[:1])
+    policy = BitPolicy(weight, act, bn="fold", stem_out_bits=recipe.stem_out_bits)
+    qnet = quantize(bench.net, policy, x[:1], on_refusal="keep")
     ptq.fit_weights(qnet, recipe.weights, scheme="symmetric")
     ptq.fit_acts(qnet, x, recipe.acts)
     return qnet.eval()

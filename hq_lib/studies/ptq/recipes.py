@@ -53,7 +53,7 @@ class Recipe:
     passes: Callable[..., Sequence[ptq.ReconstructionConfig]] | None = None
     """the reconstruction, None = rounding to nearest"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """its settings beyond the budget; without a rate among them ``CHOSEN`` is used"""
+    """its settings, a budget of its own among them; without a rate ``CHOSEN`` is used"""
 
     def config(self, iterations: int) -> dict[str, Any]:
         """The settings of its reconstruction at a budget; {} without one."""
@@ -77,6 +77,10 @@ RECIPES = {
                            settings={"loss": "fisher_per_image"}),
     "qdrop": Recipe("qdrop", "by block, dropping 0.5", passes=ptq.qdrop),
     "qdrop_official": Recipe("qdrop", "dropping 0.5, official rate", passes=ptq.qdrop, settings=OFFICIAL),
+    "qdrop_undropped": Recipe("qdrop", "drop 1.0, official rate", passes=ptq.qdrop,
+                              settings={**OFFICIAL, "keep_probability": 1.0}),
+    "qdrop_2000": Recipe("qdrop", "2,000 iterations, rate 1e-2", passes=ptq.qdrop,
+                         settings={**OFFICIAL, "rounding_lr": 1e-2, "iterations": 2000}),
 }  # fmt: skip
 NEAREST = tuple(name for name, recipe in RECIPES.items() if recipe.passes is None)
 LEARNED = ("adaround", "brecq", "brecq_fisher", "qdrop")

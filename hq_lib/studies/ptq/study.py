@@ -105,7 +105,9 @@ class Quantization(Point):
     @property
     def iterations(self) -> int:
         """Steps a unit; 0 where nothing is reconstructed."""
-        return self.plan.iterations if self.recipe in RECIPES and RECIPES[self.recipe].passes else 0
+        if self.recipe == FLOAT or RECIPES[self.recipe].passes is None:
+            return 0
+        return RECIPES[self.recipe].settings.get("iterations", self.plan.iterations)
 
     @property
     def minutes(self) -> float:

@@ -16,16 +16,14 @@ PLACES = ("public ResNet-20", "shipped ResNet-20", "ResNet-20 on digits")
 """groups of columns of tab_ptq, before those of the ImageNet networks"""
 PAPERS = "resnet18"
 """the network whose published ImageNet numbers are always shown; those of others where they are measured"""
-OTHERS = ("drop 1.0, official rate", "2,000 iterations, rate 1e-2")
-"""lines for which there is a measured number of the official code, and none of ours"""
 OFFICIAL_LINES = {
     "min-max ranges": RECIPES["minmax"].line,
     "MSE ranges, no reconstruction": RECIPES["mse"].line,
     "500 iterations a block, drop 0.5, rounding rate 1e-2": RECIPES["qdrop"].line,
     "500 iterations a block, drop 0.5": RECIPES["qdrop_official"].line,
     "500 weight + 125 activation iterations a block": RECIPES["brecq"].line,
-    "500 iterations a block, drop 1.0": OTHERS[0],
-    "2,000 iterations a block, drop 0.5, rounding rate 1e-2": OTHERS[1],
+    "500 iterations a block, drop 1.0": RECIPES["qdrop_undropped"].line,
+    "2,000 iterations a block, drop 0.5, rounding rate 1e-2": RECIPES["qdrop_2000"].line,
 }
 """variant of the official code in data/published.csv -> line of tab_ptq"""
 PAPER_LINES = {
@@ -73,11 +71,14 @@ def constants_table() -> pd.DataFrame:
 
 
 def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """tab_ptq, from rows of ``ptq_methods``: a block of lines for each pair of widths, columns for each network."""
+    """tab_ptq, from rows of ``ptq_methods``: a block of lines for each pair of widths, columns for each network.
+
+    An ImageNet network that was not measured has the column of its published numbers alone.
+    """
     ours = named(rows)
     theirs = known(set(rows.loc[rows["dataset"] == "imagenet", "model"]))
     ours = ours.assign(line=[RECIPES[key].line if key in RECIPES else "-" for key in ours["recipe"]])
-    lines = ["-", *(recipe.line for recipe in RECIPES.values()), *OTHERS]
+    lines = ["-", *(recipe.line for recipe in RECIPES.values())]
     others = dict.fromkeys(net for net in (*ours["net"], *theirs["net"]) if net not in PLACES)
     order = {
         "bits": ["float", *(labels.bits_label(w, a) for w, a in BITS)],
@@ -86,7 +87,7 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     }
     out = tables.build(ours, theirs, index=["bits", "method", "line"], columns=["net"], order=order)
     empty = {tables.NOT_RUN, tables.NOT_PUBLISHED}
-    idle = [c for c in out.columns if c.endswith(" gap") and set(out[c]) <= empty]
+    idle = [c for c in out.columns if (c.endswith(" gap") or c in others) and set(out[c]) <= empty]
     return out.drop(columns=idle).rename(columns={"line": "how"})
 
 
