@@ -33,7 +33,7 @@ def rows(out_dir):
 
 
 def test_a_trained_network_is_listed_as_trained_and_one_without_norms_as_that(rows):
-    table = tables.fold_table(rows).set_index("model")
+    table = tables.fold_table(tables.shown(rows)).set_index("model")
     assert table["statistics"].to_dict() == {"LeNet": tables.NO_NORM, "ToyNet": "trained", "VGG-Small": "random"}
     assert table.loc["ToyNet", "test images"] == "9,000"
     assert table.loc["ToyNet", "changed"] == "0"
@@ -66,7 +66,7 @@ def test_nothing_run_is_nothing_shown(out_dir):
     ranges = tables.ranges(profile_rows(study.RANGES, "smoke"), "resnet20")
     assert ranges.empty
     assert tables.grown(tables.spread(ranges)).empty
-    assert tables.fold_table(study.STUDY.rows("smoke")).empty
+    assert tables.fold_table(tables.shown(study.STUDY.rows("smoke"))).empty
 
 
 def test_an_unknown_network_is_named_and_writes_nothing(out_dir):

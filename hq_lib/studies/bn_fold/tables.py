@@ -18,15 +18,16 @@ DECIMALS = {"acc_pct": ("accuracy, %", 2), "folded_acc_pct": ("folded, %", 2), "
 """Metric of a trained network -> title and digits in print."""
 
 
-def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """tab_bn_fold, from rows of ``bn_fold``: relative errors in both number formats, and what predictions did.
-
-    A network is listed with its trained statistics where they were folded, else with random ones.
-    """
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``bn_fold`` with ``statistics``: of each network the trained ones where they were folded, else random."""
     statistics = pd.Series([json.loads(text)["statistics"] for text in rows["switches"]], index=rows.index, dtype="str")
     rows = rows.assign(statistics=statistics)
     trained = set(rows.loc[rows["statistics"] == "trained", "model"])
-    rows = rows.loc[(rows["statistics"] == "trained") | ~rows["model"].isin(list(trained))]
+    return rows.loc[(rows["statistics"] == "trained") | ~rows["model"].isin(list(trained))]
+
+
+def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_bn_fold, from ``shown``: relative errors in both number formats, and what predictions did."""
     wide = rows.pivot_table(index=["model", "dataset", "n_test", "statistics"], columns="metric", values="value")
     wide = wide.reset_index().reindex(columns=[*wide.index.names, *ERRORS, *DECIMALS])
     out = pd.DataFrame({"model": [labels.printed("model", m) for m in wide["model"]]})
