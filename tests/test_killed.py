@@ -1,12 +1,14 @@
 """Killed at any moment, in a full or a closed folder, or beside another writer: nothing is lost and nothing half done.
 
 Each action runs in a forked process that SIGKILL ends at a random moment; the same action afterwards must leave the
-bits of a run that nobody disturbed, and no temporary file.
+bits of a run that nobody disturbed, and no temporary file. `HQ_KILLS=50` kills each so often.
 """
 
 import hashlib
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from test_command import NET, PTQ, RUN
 from typer.testing import CliRunner
 
 from hq_lib.__main__ import app
-from hq_lib.results import store
+from hq_lib.results import outputs, paths, store
 from hq_lib.results.rows import Row
 from hq_lib.studies import every, steps
 
@@ -86,7 +88,7 @@ def fresh(place, name):
 
 
 def left(folder):
-    """What a verb made: hashes of networks' tensors and the rows without their times."""
+    """What a verb made: hashes of networks' tensors and the rows without time and commit."""
     found = {}
     for file in sorted(folder.rglob("*")):
         assert not file.name.endswith(".tmp"), file
@@ -95,7 +97,7 @@ def left(folder):
             start = 8 + int.from_bytes(content[:8], "little")
             found[file.name] = hashlib.sha256(content[start:]).hexdigest()
         if file.suffix == ".csv" and file.parent.name == "smoke":
-            found[file.name] = store.read_file(file).drop(columns=["seconds"]).to_csv()
+            found[file.name] = store.read_file(file).drop(columns=["seconds", "git_sha"]).to_csv()
     return found
 
 
@@ -126,6 +128,62 @@ def test_many_kills(place, verb):
     hit = kills(verb, place, N_KILLS)
     print(f"{verb}: {hit} of {N_KILLS} killed before their end")
     assert hit > N_KILLS / 2
+
+
+NOTEBOOK = "02_bn_fold"
+
+
+def paper(folder, *, kill_after=None, alone=False):
+    """Exit code of what `make paper` runs, for the outputs of one notebook; killed with all its jobs, or ``alone``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HQ_OUT", str(folder))
+        wanted = [str(file) for output in outputs.of_notebook(NOTEBOOK) for file in output.files("smoke")]
+        words = ["--workflow-profile", "profiles/local", "--cores", "1", "--config", "profile=smoke", "--", *wanted]
+        folder.mkdir(exist_ok=True)
+        with (folder / "said").open("a") as said:
+            run = subprocess.Popen(
+                ["snakemake", *words], cwd=paths.ROOT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                return run.wait(kill_after)
+            except subprocess.TimeoutExpired:
+                run.kill() if alone else os.killpg(run.pid, signal.SIGKILL)
+                return run.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.skipif(shutil.which("snakemake") is None, reason="needs snakemake (extra batch)")
+def test_the_paper_killed_and_made_again_has_the_same_bits(tmp_path):
+    """Every second time Snakemake alone dies and its notebook runs on, beside the one that is begun again."""
+    whole, draw, hit = tmp_path / "whole", random.Random("paper"), 0
+    started = time.monotonic()
+    assert paper(whole) == 0, (whole / "said").read_text()
+    lasted, n = time.monotonic() - started, max(4, N_KILLS // 10)
+    want = left(whole) | pictures(whole)
+    assert len(want) > 4
+    for i in range(n):
+        folder = tmp_path / str(i)
+        hit += paper(folder, kill_after=draw.uniform(0, lasted), alone=i % 2 == 1) != 0
+        assert paper(folder) == 0, (folder / "said").read_text()
+        while any(str(folder).encode() in environment(process) for process in Path("/proc").glob("[0-9]*")):
+            time.sleep(0.2)  # a notebook that lost its Snakemake
+        assert left(folder) | pictures(folder) == want, f"kill {i}"
+    print(f"paper: {hit} of {n} killed before their end")
+    assert hit > n / 2
+
+
+def environment(process):
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+def pictures(folder):
+    """Bits of the tables and figures."""
+    files = (folder / "figures" / "smoke").iterdir()
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def row(i: int) -> Row:
