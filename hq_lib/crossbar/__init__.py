@@ -19,8 +19,9 @@ from hq_lib.crossbar.calibration import (
     save_calibration,
     take_reference,
 )
+from hq_lib.crossbar.cells import effective_conductance
 from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
-from hq_lib.crossbar.circuit import Adc, Circuit
+from hq_lib.crossbar.circuit import Adc, Circuit, Verify, Wires
 from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
 from hq_lib.crossbar.devices import (
     Constant,
@@ -33,27 +34,32 @@ from hq_lib.crossbar.devices import (
     Polynomial,
     Proportional,
     ReadNoise,
-    Verify,
+)
+from hq_lib.crossbar.drivers import Driver, FakeDriver, Limits
+from hq_lib.crossbar.engine import Correction, Engine, IdealEngine
+from hq_lib.crossbar.hardware import HardwareEngine, Patience
+from hq_lib.crossbar.mapping import Faults, Mapping, Plan
+from hq_lib.crossbar.network import EngineNetwork
+from hq_lib.crossbar.operands import Drive, Handle, Operand, Stencil
+from hq_lib.crossbar.profiles import (
+    DEVICES,
+    Measured,
+    device,
+    fit_report,
+    measured_device,
     proportional,
     state_independent,
 )
-from hq_lib.crossbar.engine import Correction, Engine, Handle, IdealEngine
-from hq_lib.crossbar.hardware import Driver, FakeDriver, HardwareEngine, Limits, Patience
-from hq_lib.crossbar.mapping import Faults, Mapping, Plan
-from hq_lib.crossbar.network import EngineNetwork
-from hq_lib.crossbar.operands import Drive, Operand, Patches, Rows, Stencil
-from hq_lib.crossbar.profiles import DEVICES, Measured, device, fit_report, measured_device
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace
 from hq_lib.crossbar.simulator import Cost, SimEngine, count
 from hq_lib.crossbar.tcp import BenchServer, TcpDriver
-from hq_lib.crossbar.wires import Wires, effective_conductance
 
 __all__ = [
     "DEVICES", "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "ConvEngine", "ConvHandle",
     "Correction", "Cost", "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "EngineNetwork",
     "FakeDriver", "Faults", "FlickerRead", "Handle", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping",
-    "Measured", "Operand", "Patches", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine",
-    "Reference", "ReplayEngine", "Rows", "SimEngine", "Stencil", "TcpDriver", "Trace", "TraceError", "Verify", "Wires",
+    "Measured", "Operand", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine",
+    "Reference", "ReplayEngine", "SimEngine", "Stencil", "TcpDriver", "Trace", "TraceError", "Verify", "Wires",
     "compensate_drift", "count", "device", "effective_conductance", "fit_report", "load_calibration", "measured_device",
     "proportional", "residuals", "save_calibration", "state_independent", "take_reference",
 ]  # fmt: skip

@@ -24,8 +24,9 @@ import torch
 
 from hq_lib.crossbar.checks import CrossbarError
 from hq_lib.crossbar.circuit import Circuit
+from hq_lib.crossbar.drivers import Driver, FakeDriver, Limits
 from hq_lib.crossbar.engine import Engine
-from hq_lib.crossbar.hardware import Driver, FakeDriver, HardwareEngine, Limits, Patience
+from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import device

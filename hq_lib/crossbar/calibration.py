@@ -15,25 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, as_tensor, check_choice, difference
-from hq_lib.crossbar.engine import Correction, Engine, Handle, exact_mvm
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice, difference
+from hq_lib.crossbar.engine import Correction, Engine
+from hq_lib.crossbar.operands import Handle, exact_mvm
 from hq_lib.crossbar.recording import read_sealed, simulated, write_sealed
 
 SCHEMA = 2
-Sample = tuple[np.ndarray | Tensor, np.ndarray | Tensor | None]
+Sample = tuple[Numbers, Numbers | None]
 """(inputs (m, K), wanted outputs (m, N) or None for the exact product of those inputs)"""
 
 
-def fit_range(engine: Engine, handle: Handle, x: np.ndarray | Tensor) -> None:
+def fit_range(engine: Engine, handle: Handle, x: Numbers) -> None:
     """Nothing; fits the converters behind ``handle`` to rows ``x`` (m, K), if they are simulated and "calibrated"."""
-    found = simulated(engine, handle)
-    if found and found[0].circuit.adc and found[0].circuit.adc.range == "calibrated":
-        found[0].calibrate_adc(found[1], x)
+    found = simulated(engine)
+    if found and found.circuit.adc and found.circuit.adc.range == "calibrated":
+        found.calibrate_adc(handle, x)
 
 
 def residuals(engine: Engine, samples: Mapping[Handle, Sample]) -> pd.DataFrame:
@@ -66,14 +66,14 @@ def save_calibration(path: str | Path, engine: Engine) -> None:
     """
     state: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
+    simulator = simulated(engine)
     for name, handle in engine.handles.items():
         found = engine.correction(handle)
         errors = {part: getattr(found, part) for part in ("rmse_before", "rmse_after")}
         errors = {part: None if value != value else value for part, value in errors.items()}  # JSON has no NaN
         layers[name] = {"weights": handle.digest, "kind": found.kind, "n_rows": found.n_rows, **errors}
         state |= {f"{name}/{part}": getattr(found, part) for part in ("gain", "offset", "drift")}
-        simulator = simulated(engine, handle)
-        step = simulator[0].layer(simulator[1]).adc_step if simulator else None
+        step = simulator.layer(handle).adc_step if simulator else None
         if step is not None:
             state[f"{name}/adc_step"] = step
     write_sealed(path, state, {"schema": SCHEMA, "engine": engine.describe(), "layers": layers})
@@ -95,8 +95,8 @@ def load_calibration(path: str | Path, engine: Engine) -> list[str]:
         raise CrossbarError(f"{path}: it was fitted on another engine: {other}; calibrate this one")
     for name, layer in record["layers"].items():
         handle = handles[name]
-        if (simulator := simulated(engine, handle)) and f"{name}/adc_step" in state:
-            simulator[0].layer(simulator[1]).set_adc_step(state[f"{name}/adc_step"])
+        if (simulator := simulated(engine)) and f"{name}/adc_step" in state:
+            simulator.layer(handle).set_adc_step(state[f"{name}/adc_step"])
         gain, offset, drift = (state[f"{name}/{part}"] for part in ("gain", "offset", "drift"))
         errors = (float("nan") if layer[part] is None else layer[part] for part in ("rmse_before", "rmse_after"))
         engine.set_correction(handle, Correction(gain, offset, drift, layer["kind"], layer["n_rows"], *errors))
@@ -118,7 +118,7 @@ class Reference:
     """Seconds after programming at which it was read."""
 
 
-def take_reference(engine: Engine, handle: Handle, probes: np.ndarray | Tensor) -> Reference:
+def take_reference(engine: Engine, handle: Handle, probes: Numbers) -> Reference:
     """The reference of ``handle`` for ``probes`` (m, K) at the engine's present time."""
     rows = as_tensor(probes)
     if len(rows) < 1 or not bool((rows != 0).any()):

@@ -57,14 +57,6 @@ def check_positive(value: float, what: str, *, zero: bool = False) -> float:
     return float(value)
 
 
-def check_kind(value: object, kind: type, what: str) -> None:
-    """Nothing, or an error if ``value`` is no ``kind``, with how one is made."""
-    if not isinstance(value, kind):
-        name = kind.__name__
-        how = "device('rram') gives a published one" if name == "Device" else f"{name}(...) makes one"
-        raise CrossbarError(f"{what} = {value!r:.60} must be of type {name}: {how}")
-
-
 def check_choice(value: str, choices: Iterable[str], what: str) -> str:
     """``value`` itself if it is one of ``choices``; otherwise an error with the nearest valid names."""
     names = list(choices)
@@ -74,7 +66,11 @@ def check_choice(value: str, choices: Iterable[str], what: str) -> str:
     raise CrossbarError(f"{what} {value!r} is unknown; nearest: {', '.join(near)}")
 
 
-def as_tensor(values: np.ndarray | Tensor) -> Tensor:
+Numbers = np.ndarray | Tensor
+"""What engines take; see `as_tensor`."""
+
+
+def as_tensor(values: Numbers) -> Tensor:
     """A tensor of the same numbers, sharing memory where that is allowed; uint16 becomes int32, for lack of support."""
     if not isinstance(values, np.ndarray | Tensor):
         raise CrossbarError(f"a NumPy array or a torch tensor is needed, not {type(values).__name__}")
@@ -84,13 +80,13 @@ def as_tensor(values: np.ndarray | Tensor) -> Tensor:
     return values.to(torch.int32) if values.dtype is torch.uint16 else values
 
 
-def as_integers(values: np.ndarray | Tensor, what: str) -> Tensor:
-    """(rows, columns) integer tensor of the same integers; float, complex or ragged arrays are refused."""
+def as_integers(values: Numbers, what: str, n_axes: int = 2) -> Tensor:
+    """Tensor of the same integers with ``n_axes`` axes; float, complex or ragged arrays are refused."""
     tensor = as_tensor(values)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         raise CrossbarError(f"{what} must hold integers, not {tensor.dtype}; round and cast it first")
-    if tensor.ndim != 2:
-        raise CrossbarError(f"{what} must have two axes, not shape {tuple(tensor.shape)}")
+    if tensor.ndim != n_axes:
+        raise CrossbarError(f"{what} must have {n_axes} axes, not shape {tuple(tensor.shape)}")
     return tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor
 
 

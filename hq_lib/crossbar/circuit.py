@@ -19,15 +19,13 @@ from hq_lib.crossbar.checks import (
     check_bit_width,
     check_choice,
     check_fraction,
-    check_kind,
     check_positive,
 )
-from hq_lib.crossbar.devices import Device, Verify
+from hq_lib.crossbar.devices import Device
 from hq_lib.crossbar.mapping import CHOICES as REMAPS
 from hq_lib.crossbar.mapping import Faults, Mapping
 from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import PCM_JOSHI
-from hq_lib.crossbar.wires import Wires
 
 
 @dataclass(frozen=True)
@@ -106,16 +104,12 @@ class Adc:
         if sizes.numel() == 0 or not float(sizes.max()) > 0:
             return 1.0
         if self.coverage is None:
-            return self._least_error_step(currents.flatten(), signed)
+            low, flat = self.codes(signed)[0], currents.flatten()
+            steps = [float(flat.abs().max()) / top * 2.0 ** (-k / 8) for k in range(64)]
+            losses = [((flat / s).round_().clamp_(low, top).mul_(s) - flat).abs_().mean() for s in steps]
+            return steps[int(torch.stack(losses).argmin())]
         rank = min(max(math.ceil(self.coverage * sizes.numel()), 1), sizes.numel())
         return max(float(torch.kthvalue(sizes, rank).values), float(sizes.max()) * 1e-6) / top
-
-    def _least_error_step(self, currents: Tensor, signed: bool) -> float:
-        low, high = self.codes(signed)
-        whole = float(currents.abs().max()) / high
-        steps = [whole * 2.0 ** (-k / 8) for k in range(64)]
-        losses = [((currents / s).round_().clamp_(low, high).mul_(s) - currents).abs_().mean() for s in steps]
-        return steps[int(torch.stack(losses).argmin())]
 
     def convert_(self, scaled: Tensor, signed: bool) -> int:
         """How many entries saturated; turns ``scaled`` = I / step into codes in place."""
@@ -141,8 +135,54 @@ class Adc:
         return n_saturated
 
 
+@dataclass(frozen=True)
+class Verify:
+    """Write-verify: cells are read after programming, and those too far from their target are programmed again."""
+
+    tolerance: float
+    """What is near enough, a fraction of the window G_max - G_min, in (0, 1)."""
+    max_pulses: int = 10
+    """Times that a cell is programmed at most, >= 1; the last state stays, wherever it is."""
+
+    def __post_init__(self) -> None:
+        check_positive(check_fraction(self.tolerance, "Verify.tolerance"), "Verify.tolerance")
+        if not 1 <= self.max_pulses <= 10_000:
+            raise CrossbarError(f"Verify.max_pulses = {self.max_pulses} must be 1..10000")
+
+
+@dataclass(frozen=True)
+class Wires:
+    """Resistances of one tile; leave it out (``wires=None``) for ideal wires."""
+
+    row_ohm: float = 1.0
+    """Row wire per cell, ohm, >= 0; about 0.35 (aihwkit) to 1..3 in narrow wires."""
+    col_ohm: float = 1.0
+    """Column wire per cell, ohm, >= 0."""
+    source_ohm: float = 0.0
+    """Driver output R_s, ohm, >= 0."""
+    load_ohm: float = 0.0
+    """Sense input R_l, ohm, >= 0."""
+    active: float = field(default=1.0, metadata=OPTION)
+    """Share of rows that are driven at one time, (0, 1], where cells of undriven rows are gated off (1T1R): wires then
+    carry the current of that share. The map is that of the mean, G_eff(active G) / active, since the exact one depends
+    on which rows they are; 1: all cells are connected."""
+
+    def __post_init__(self) -> None:
+        for name in ("row_ohm", "col_ohm", "source_ohm", "load_ohm"):
+            check_positive(getattr(self, name), name, zero=True)
+        if not 0 < self.active <= 1:
+            raise CrossbarError(f"Wires.active = {self.active} is a share of rows in (0, 1]")
+
+    @property
+    def ideal(self) -> bool:
+        """Whether every resistance is zero."""
+        return self.row_ohm == self.col_ohm == self.source_ohm == self.load_ohm == 0
+
+
 PATHS = ("auto", "collapsed", "converted")
 PRECISIONS = ("float32", "float64")
+_PARTS = {"device": Device, "mapping": Mapping, "drive": Drive, "faults": Faults}
+_OPTIONAL = {"adc": Adc, "wires": Wires, "verify": Verify}
 
 
 @dataclass(frozen=True)
@@ -177,16 +217,18 @@ class Circuit:
     float32 sum may depend on batch size and threads, and rarely moves a rounding."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("device", Device), ("mapping", Mapping), ("drive", Drive), ("faults", Faults)):
-            check_kind(getattr(self, name), kind, f"Circuit.{name}")
-        for name, kind in (("adc", Adc), ("wires", Wires), ("verify", Verify)):
-            if getattr(self, name) is not None:
-                check_kind(getattr(self, name), kind, f"Circuit.{name}")
+        for name, kind in (_PARTS | _OPTIONAL).items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (value is not None or name in _PARTS):
+                how = "device('rram') gives a published one" if kind is Device else f"{kind.__name__}(...) makes one"
+                raise CrossbarError(f"Circuit.{name} = {value!r:.60} must be of type {kind.__name__}: {how}")
         if self.adc is not None and self.adc.halvings and self.drive.mode == "serial":
             raise CrossbarError("Adc.halvings halves analog inputs: single bits have no half; use Drive('analog')")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
             raise CrossbarError(f"Circuit.seed = {self.seed!r} must be a whole number")
         check_choice(self.remap, REMAPS, "remap")
+        if self.remap != "none" and self.mapping.scheme != "pair":
+            raise CrossbarError("fault-aware remapping works on pairs; use Mapping(scheme='pair') or remap='none'")
         check_choice(self.path, PATHS, "path")
         check_choice(self.precision, PRECISIONS, "precision")
 

@@ -9,16 +9,16 @@ matrix are ordered (channel, kernel row, kernel column), as ``weight.flatten(1)`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hq_lib.crossbar.checks import CrossbarError, as_tensor, check_range
-from hq_lib.crossbar.engine import Engine, Handle
-from hq_lib.crossbar.operands import Patches, Stencil
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_range
+from hq_lib.crossbar.engine import Answers, Engine
+from hq_lib.crossbar.operands import Handle, Operand, Stencil
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class ConvHandle:
     """Layer name."""
     groups: tuple[Handle, ...]
     """One engine handle per group, in channel order."""
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     """(N, C / groups, kernel height, kernel width)."""
     window: Stencil
     """Kernel, stride and dilation; its padding is that of a zero point 0 with equal sides."""
@@ -54,7 +54,7 @@ class ConvEngine:
 
     def load(
         self,
-        w_int: np.ndarray | Tensor,
+        w_int: Numbers,
         w_scale: object,
         name: str,
         *,
@@ -63,74 +63,58 @@ class ConvEngine:
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         x_zero_point: int = 0,
-        w_bits: int = 8,
-        x_bits: int = 8,
-        x_signed: bool = False,
+        **bits: Any,
     ) -> ConvHandle:
         """The handle of ``w_int`` (N, C / groups, kh, kw), or (N, C) for a linear layer, loaded as ``name``.
 
-        ``padding`` is one number, (rows, columns) or (top, left, bottom, right). Groups become matrices of their own,
+        ``padding`` is one number, (rows, columns) or (top, left, bottom, right); ``bits`` are w_bits, x_bits and
+        x_signed of `Engine.load`. Groups become matrices of their own,
         ``name[g]`` (each its own small array). Errors: padding with a zero point outside the declared input range, a
         geometry that does not fit; and whatever the engine refuses.
         """
         weight = as_tensor(w_int)
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
-        if weight.ndim != 4 or groups < 1 or weight.shape[0] % groups:
+        if weight.ndim != 4 or groups < 1 or len(weight) % groups:
             raise CrossbarError(f"{name}: weights {tuple(weight.shape)} cannot be a convolution of {groups} groups")
-        scale = np.broadcast_to(np.asarray(w_scale, np.float64), (weight.shape[0],))
-        n = weight.shape[0] // groups
+        scales = np.split(np.broadcast_to(np.asarray(w_scale, np.float64), (len(weight),)), groups)
         handles = tuple(
-            self.engine.load(
-                weight[g * n : (g + 1) * n].flatten(1).T,
-                scale[g * n : (g + 1) * n],
-                f"{name}[{g}]" if groups > 1 else name,
-                w_bits=w_bits,
-                x_bits=x_bits,
-                x_signed=x_signed,
-            )
-            for g in range(groups)
+            self.engine.load(part.flatten(1).T, scale, f"{name}[{g}]" if groups > 1 else name, **bits)
+            for g, (part, scale) in enumerate(zip(weight.chunk(groups), scales, strict=True))
         )
-        top, left, bottom, right = sides = _sides(padding)
+        sides = _numbers(padding, 0, "padding")
         if any(sides):
             check_range(torch.tensor([x_zero_point]), *handles[0].x_range, f"zero point of {name}")
-        n_out, c_in, kh, kw = weight.shape
-        window = Stencil((kh, kw), _pair(stride, 1, "stride"), dilation=_pair(dilation, 1, "dilation"))
+        (top, left, bottom, right), kernel = sides, (weight.shape[2], weight.shape[3])
+        window = Stencil(kernel, _numbers(stride, 1, "stride")[:2], (0, 0), _numbers(dilation, 1, "dilation")[:2])
         if x_zero_point == 0 and (top, left) == (bottom, right):
             window, sides = replace(window, padding=(top, left)), (0, 0, 0, 0)
         weight_sum = weight.flatten(1).sum(1, dtype=torch.int64).to(torch.float64)
-        return ConvHandle(name, handles, (n_out, c_in, kh, kw), window, sides, int(x_zero_point), weight_sum)
+        return ConvHandle(name, handles, tuple(weight.shape), window, sides, int(x_zero_point), weight_sum)
 
-    @overload
-    def conv(self, handle: ConvHandle, x: np.ndarray) -> np.ndarray: ...
-
-    @overload
-    def conv(self, handle: ConvHandle, x: Tensor) -> Tensor: ...
-
-    def conv(self, handle: ConvHandle, x: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    def conv(self, handle: ConvHandle, x: Answers) -> Answers:
         """float64 (B, N, H', W') accumulators of integer images ``x`` (B, C, H, W); (B, N) of rows ``x`` (B, C)."""
-        images, flat = _images(x), x.ndim == 2
-        parts = self._patches(handle, images)
+        parts = self._patches(handle, x)
         y = self._grouped(handle, parts)
         if y is None:
-            done = [self.engine.mvm(group, part) for group, part in zip(handle.groups, parts, strict=True)]
+            done = [self.engine.multiply(group, part) for group, part in zip(handle.groups, parts, strict=True)]
             y = done[0] if len(done) == 1 else torch.cat(done, 1)
         if handle.x_zero_point:
             y -= handle.x_zero_point * handle.weight_sum
-        size = parts[0].window.out_size(*parts[0].values.shape[2:])
-        y = y if flat else y.view(len(images), *size, -1).permute(0, 3, 1, 2)
-        return y.numpy() if isinstance(x, np.ndarray) else y
+        size = handle.window.out_size(*parts[0].values.shape[2:])
+        y = y if x.ndim == 2 else y.view(len(x), *size, -1).permute(0, 3, 1, 2)
+        return y.numpy() if isinstance(x, np.ndarray) else y  # type: ignore[return-value]
 
-    def rows(self, handle: ConvHandle, x: np.ndarray | Tensor) -> list[Tensor]:
+    def rows(self, handle: ConvHandle, x: Numbers) -> list[Tensor]:
         """One (B H' W', K) integer tensor per group: the rows that `conv` multiplies, for calibration."""
-        return [part.rows() for part in self._patches(handle, _images(x))]
+        return [part.rows() for part in self._patches(handle, x)]
 
-    def measure(self, handle: ConvHandle, x: np.ndarray | Tensor) -> list[Tensor]:
+    def measure(self, handle: ConvHandle, x: Numbers) -> list[Tensor]:
         """One (B H' W', N / groups) float64 tensor per group: what the engine reads, uncorrected, zero point's share
         included."""
-        patches = self._patches(handle, _images(x))
-        return [self.engine.measure(group, part) for group, part in zip(handle.groups, patches, strict=True)]
+        parts = self._patches(handle, x)
+        return [self.engine.measure(group, part) for group, part in zip(handle.groups, parts, strict=True)]
 
-    def _grouped(self, handle: ConvHandle, parts: list[Patches]) -> Tensor | None:
+    def _grouped(self, handle: ConvHandle, parts: list[Operand]) -> Tensor | None:
         """float64 (rows, N) of all groups by one grouped convolution where the engine is linear, else None."""
         if len(parts) == 1:
             return None
@@ -138,58 +122,37 @@ class ConvEngine:
         if len(weights) < len(parts) or any(w.dtype is not torch.float32 for w in weights):
             return None
         kernel = torch.cat([w.T for w in weights]).view(handle.shape)
-        images, window = torch.cat([part.values for part in parts], 1), parts[0].window
+        images = torch.cat([part.values for part in parts], 1)
         check_range(images, *handle.groups[0].x_range, f"inputs of {handle.name}")
-        with torch.backends.nnpack.flags(enabled=False):
-            y = functional.conv2d(
-                images.float(),
-                kernel,
-                stride=window.stride,
-                padding=window.padding,
-                dilation=window.dilation,
-                groups=len(parts),
-            )
+        y = handle.window.convolved(images.float(), kernel, len(parts))
         raw = y.permute(0, 2, 3, 1).flatten(0, 2).chunk(len(parts), 1)
         done = torch.empty(raw[0].shape[0], handle.shape[0], dtype=torch.float64)
         for g, part, r, out in zip(handle.groups, parts, raw, done.chunk(len(parts), 1), strict=True):
             self.engine.finish(g, self.engine.add_noise_(g, part, r.contiguous()), out)
         return done
 
-    def _patches(self, handle: ConvHandle, x: Tensor) -> list[Patches]:
-        """Per group, the images as patches; padded here unless the zero point is 0."""
+    def _patches(self, handle: ConvHandle, x: Numbers) -> list[Operand]:
+        """Per group, the images (rows are images of one place) as patches; padded here unless the zero point is 0."""
+        images = as_tensor(x)
+        images = images[:, :, None, None] if images.ndim == 2 else images
         n_channels = handle.shape[1] * len(handle.groups)
-        if x.dtype.is_floating_point or x.ndim != 4 or x.shape[1] != n_channels:
+        if images.dtype.is_floating_point or images.ndim != 4 or images.shape[1] != n_channels:
             wanted = f"{handle.name}: wants integers (B, {n_channels}, H, W)"
-            raise CrossbarError(f"{wanted}, not {x.dtype} {tuple(x.shape)}")
+            raise CrossbarError(f"{wanted}, not {images.dtype} {tuple(images.shape)}")
         top, left, bottom, right = handle.padding
         if any(handle.padding):
-            x = functional.pad(x, (left, right, top, bottom), value=handle.x_zero_point)
-        if min(handle.window.out_size(*x.shape[2:])) < 1:
-            raise CrossbarError(f"{handle.name}: the kernel is larger than the padded image {tuple(x.shape[2:])}")
-        return [Patches(part, handle.window) for part in x.chunk(len(handle.groups), 1)]
+            images = functional.pad(images, (left, right, top, bottom), value=handle.x_zero_point)
+        if min(handle.window.out_size(*images.shape[2:])) < 1:
+            raise CrossbarError(f"{handle.name}: the kernel is larger than the padded image {tuple(images.shape[2:])}")
+        return [Operand(part, handle.window) for part in images.chunk(len(handle.groups), 1)]
 
 
-def _images(x: np.ndarray | Tensor) -> Tensor:
-    """(B, C, H, W) tensor of images, or of rows (B, C) as 1 x 1 images."""
-    images = as_tensor(x)
-    return images[:, :, None, None] if images.ndim == 2 else images
-
-
-def _sides(padding: int | tuple[int, ...]) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right)."""
-    if not isinstance(padding, int) and len(padding) not in (2, 4):
-        raise CrossbarError(f"padding = {padding} must be one, two or four numbers")
-    if not isinstance(padding, int) and len(padding) == 4:
-        top, left, bottom, right = (int(side) for side in padding)
-    else:
-        top, left = bottom, right = _pair(padding, 0, "padding")
-    if min(top, left, bottom, right) < 0:
-        raise CrossbarError(f"padding = {padding} must be 0 or more")
+def _numbers(value: int | tuple[int, ...], least: int, what: str) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of one, two or four numbers."""
+    given = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(given) not in (1, 2, 4):
+        raise CrossbarError(f"{what} = {value} must be one, two or four numbers")
+    if min(given) < least:
+        raise CrossbarError(f"{what} = {value} must be {least} or more")
+    top, left, bottom, right = given * (4 // len(given))
     return top, left, bottom, right
-
-
-def _pair(value: int | tuple[int, ...], least: int, what: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-    if min(pair) < least:
-        raise CrossbarError(f"{what} = {pair} must be {least} or more")
-    return pair

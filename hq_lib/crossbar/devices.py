@@ -295,31 +295,3 @@ class Device:
             return g_uS
         noisy = g_uS + std * torch.randn(g_uS.shape, generator=generator, dtype=g_uS.dtype)
         return noisy.clamp_min_(0.0) if self.clip_at_zero else noisy
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Write-verify: cells are read after programming, and those too far from their target are programmed again."""
-
-    tolerance: float
-    """What is near enough, a fraction of the window G_max - G_min, in (0, 1)."""
-    max_pulses: int = 10
-    """Times that a cell is programmed at most, >= 1; the last state stays, wherever it is."""
-
-    def __post_init__(self) -> None:
-        check_positive(check_fraction(self.tolerance, "Verify.tolerance"), "Verify.tolerance")
-        if not 1 <= self.max_pulses <= 10_000:
-            raise CrossbarError(f"Verify.max_pulses = {self.max_pulses} must be 1..10000")
-
-
-def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
-    """A generic cell whose error is ``fraction`` (2 % is 0.02) of the window at every target."""
-    error = Constant(check_fraction(fraction, "fraction") * (g_max_uS - g_min_uS))
-    name = f"state_independent_{fraction:g}"
-    return Device(name, "generic, no device", g_min_uS, g_max_uS, error, clip_at_zero=clip)
-
-
-def proportional(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
-    """A generic cell whose error is ``fraction`` (10 % is 0.1) of its own target."""
-    name = f"proportional_{fraction:g}"
-    return Device(name, "generic, no device", g_min_uS, g_max_uS, Proportional(fraction), clip_at_zero=clip)

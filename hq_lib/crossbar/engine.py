@@ -10,20 +10,20 @@ The noise term removes the shrinking of slopes by read noise (errors in variable
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, as_integers, as_tensor, check_bit_width, check_choice, check_range
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_integers, as_tensor, check_choice, check_range
 from hq_lib.crossbar.native import rounded
-from hq_lib.crossbar.operands import Operand, as_operand
+from hq_lib.crossbar.operands import Handle, Operand, exact_dtype, exact_mvm, make_handle
 
+Answers = TypeVar("Answers", np.ndarray, Tensor)
 _RIDGE = 1e-9  # of the ideal variance: a dead column gets gain 0 instead of an infinite one
 
 
@@ -65,10 +65,26 @@ class Correction:
             raise CrossbarError(f"measured {tuple(runs.shape[1:])} and wanted {tuple(wanted.shape)} rows do not fit")
         if not bool(torch.isfinite(runs.sum()) & torch.isfinite(wanted.sum())):
             raise CrossbarError("calibration rows hold NaN or infinity")
-        y = runs.mean(0)
-        gain, offset = _FITS[kind](y, wanted, _noise(runs))
-        made = cls(gain, offset, torch.ones_like(gain), kind, len(wanted), _rmse(y, wanted))
-        return replace(made, rmse_after=_rmse(made.apply(y), wanted))
+        y, z = runs.mean(0), wanted
+        noise = runs.var(0, correction=1).mean(0) / len(runs) if len(runs) > 1 else 0.0  # of the averaged reading
+        gain, offset = torch.ones(y.shape[1], dtype=y.dtype), torch.zeros(y.shape[1], dtype=y.dtype)
+        if kind == "zero":
+            offset = (z - y).mean(0)
+        elif kind == "gain":
+            power = (y.square().mean(0) - noise).clamp_min(0).sum() + _RIDGE * z.square().mean() + 1e-30
+            gain = gain * ((y * z).mean(0).sum() / power)
+        elif kind == "column_gain":
+            power = (y.square().mean(0) - noise).clamp_min(0) + _RIDGE * z.square().mean(0) + 1e-30
+            gain = (y * z).mean(0) / power
+        else:
+            y_mean, z_mean = y.mean(0), z.mean(0)
+            variance = (y - y_mean).square().mean(0)
+            clean = torch.maximum(variance - noise, 0.05 * variance)  # few repeats may overestimate the noise
+            power = clean + _RIDGE * (z - z_mean).square().mean(0) + 1e-30
+            gain = ((y - y_mean) * (z - z_mean)).mean(0) / power
+            offset = z_mean - gain * y_mean
+        made = cls(gain, offset, torch.ones_like(gain), kind, len(wanted), _rmse(y, z))
+        return replace(made, rmse_after=_rmse(made.apply(y), z))
 
     @property
     def is_identity(self) -> bool:
@@ -86,69 +102,8 @@ class Correction:
         return replace(self, drift=factor.to(torch.float64).expand_as(self.gain).clone())
 
 
-def _noise(runs: Tensor) -> Tensor | float:
-    """(N,) variance of the averaged reading's noise, or 0 with a single run."""
-    return runs.var(0, correction=1).mean(0) / len(runs) if len(runs) > 1 else 0.0
-
-
 def _rmse(y: Tensor, wanted: Tensor) -> float:
     return float((y - wanted).square().mean().sqrt())
-
-
-def _fit_zero(y: Tensor, z: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    return torch.ones(y.shape[1], dtype=y.dtype), (z - y).mean(0)
-
-
-def _fit_gain(y: Tensor, z: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    power = (y.square().mean(0) - noise).clamp_min(0).sum() + _RIDGE * z.square().mean() + 1e-30
-    return ((y * z).mean(0).sum() / power).expand(y.shape[1]).clone(), torch.zeros(y.shape[1], dtype=y.dtype)
-
-
-def _fit_column_gain(y: Tensor, z: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    power = (y.square().mean(0) - noise).clamp_min(0) + _RIDGE * z.square().mean(0) + 1e-30
-    return (y * z).mean(0) / power, torch.zeros(y.shape[1], dtype=y.dtype)
-
-
-def _fit_column(y: Tensor, z: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    y_mean, z_mean = y.mean(0), z.mean(0)
-    covariance = ((y - y_mean) * (z - z_mean)).mean(0)
-    variance = (y - y_mean).square().mean(0)
-    clean = torch.maximum(variance - noise, 0.05 * variance)  # few repeats may overestimate the noise
-    gain = covariance / (clean + _RIDGE * (z - z_mean).square().mean(0) + 1e-30)
-    return gain, z_mean - gain * y_mean
-
-
-_FITS = {"zero": _fit_zero, "gain": _fit_gain, "column_gain": _fit_column_gain, "column": _fit_column}
-
-
-@dataclass(frozen=True, eq=False)
-class Handle:
-    """A loaded weight matrix."""
-
-    name: str
-    """Layer name, unique in its engine; random streams and records are keyed by it."""
-    w_int: Tensor
-    """int32 (K, N) weights."""
-    w_scale: Tensor
-    """float64 () or (N,): real units per weight step; carried along for reports, never used in the arithmetic."""
-    w_bits: int
-    """Declared weight bits: -2^(b-1)..2^(b-1)-1, and -1..1 for one bit."""
-    x_bits: int
-    """Declared input bits."""
-    x_signed: bool
-    """Inputs lie in -2^(b-1)..2^(b-1)-1 (True) or 0..2^b-1 (False)."""
-
-    @property
-    def x_range(self) -> tuple[int, int]:
-        """(smallest, largest) input."""
-        half = 2 ** (self.x_bits - 1)
-        return (-half, half - 1) if self.x_signed else (0, 2 * half - 1)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of weights and declared bits: equal for equal layers, whatever their name."""
-        text = f"{tuple(self.w_int.shape)} {self.w_bits} {self.x_bits} {self.x_signed} "
-        return hashlib.sha256(text.encode() + self.w_int.contiguous().numpy().tobytes()).hexdigest()
 
 
 class Engine(ABC):
@@ -159,14 +114,7 @@ class Engine(ABC):
         self._corrections: dict[str, Correction] = {}
 
     def load(
-        self,
-        w_int: np.ndarray | Tensor,
-        w_scale: object,
-        name: str,
-        *,
-        w_bits: int = 8,
-        x_bits: int = 8,
-        x_signed: bool = False,
+        self, w_int: Numbers, w_scale: object, name: str, *, w_bits: int = 8, x_bits: int = 8, x_signed: bool = False
     ) -> Handle:
         """The handle of weights ``w_int`` (K, N), programmed under ``name``.
 
@@ -176,31 +124,31 @@ class Engine(ABC):
             name: layer name; a second load under one name is refused.
             w_bits, x_bits: declared bits, 1..16; ``x_signed``: whether inputs are two's complement.
         """
-        handle = make_handle(w_int, w_scale, name, w_bits=w_bits, x_bits=x_bits, x_signed=x_signed)
-        if name in self._handles:
-            raise CrossbarError(f"layer {name!r} is already loaded; give every layer of an engine its own name")
+        return self.add(make_handle(w_int, w_scale, name, w_bits=w_bits, x_bits=x_bits, x_signed=x_signed))
+
+    def add(self, handle: Handle) -> Handle:
+        """``handle`` itself, of another engine or a trace, now programmed into this engine too."""
+        if handle.name in self._handles:
+            raise CrossbarError(f"layer {handle.name!r} is already loaded; give every layer of an engine its own name")
         self._program(handle)
-        self._handles[name] = handle
+        self._handles[handle.name] = handle
         return handle
 
-    @overload
-    def mvm(self, handle: Handle, x: np.ndarray) -> np.ndarray: ...
-
-    @overload
-    def mvm(self, handle: Handle, x: Tensor | Operand) -> Tensor: ...
-
-    def mvm(self, handle: Handle, x: np.ndarray | Tensor | Operand) -> np.ndarray | Tensor:
+    def mvm(self, handle: Handle, x: Answers) -> Answers:
         """float64 (B, N), integer-valued: the engine's answer to ``x @ w_int``, corrected and rounded.
 
         Args:
             handle: from this engine's `load`.
-            x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out. An `Operand`
-                (the patches of images) gives a torch tensor with one row per patch.
+            x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out.
         """
-        y = self._in_parts(handle, self._checked(handle, x), self.finish)
-        return y.numpy() if isinstance(x, np.ndarray) else y
+        y = self.multiply(handle, x)
+        return y.numpy() if isinstance(x, np.ndarray) else y  # type: ignore[return-value]
 
-    def measure(self, handle: Handle, x: np.ndarray | Tensor | Operand) -> Tensor:
+    def multiply(self, handle: Handle, x: Numbers | Operand) -> Tensor:
+        """As `mvm`, a tensor whatever goes in: of an `Operand` (the patches of images) one row per patch."""
+        return self._in_parts(handle, self._checked(handle, x), self.finish)
+
+    def measure(self, handle: Handle, x: Numbers | Operand) -> Tensor:
         """float64 (rows, N): what the engine reads for ``x``, before correction and rounding."""
         return self._in_parts(handle, self._checked(handle, x), lambda _, raw, out: out.copy_(raw))
 
@@ -226,13 +174,7 @@ class Engine(ABC):
         return out
 
     def calibrate(
-        self,
-        handle: Handle,
-        x: np.ndarray | Tensor,
-        y_ideal: np.ndarray | Tensor | None = None,
-        *,
-        kind: str = "column",
-        repeats: int = 1,
+        self, handle: Handle, x: Numbers, y_ideal: Numbers | None = None, *, kind: str = "column", repeats: int = 1
     ) -> Correction:
         """The correction fitted on inputs ``x`` (m, K), now in force for ``handle``.
 
@@ -303,11 +245,12 @@ class Engine(ABC):
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         """(rows, N) raw answers to checked integer inputs."""
 
-    def _checked(self, handle: Handle, x: np.ndarray | Tensor | Operand) -> Operand:
+    def _checked(self, handle: Handle, x: Numbers | Operand) -> Operand:
         if self._handles.get(handle.name) is not handle:
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._handles)}")
         what = f"inputs of {handle.name}"
-        operand = as_operand(x if isinstance(x, Operand) else as_tensor(x), what)
+        operand = x if isinstance(x, Operand) else Operand(as_tensor(x))
+        operand = replace(operand, values=as_integers(operand.values, what, 4 if operand.window else 2))
         if operand.n_columns != handle.w_int.shape[0]:
             raise CrossbarError(f"{what} have {operand.n_columns} columns, weights {handle.w_int.shape[0]} rows")
         check_range(operand.values, *handle.x_range, what)
@@ -320,51 +263,14 @@ class IdealEngine(Engine):
     def describe(self) -> dict[str, Any]:
         return {"engine": "ideal"}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._weights: dict[str, Tensor] = {}
-
     def effective_weight(self, handle: Handle) -> Tensor:
-        return self._weights[handle.name]
+        return handle.w_int.to(exact_dtype(handle.w_int, handle))
 
     def _program(self, handle: Handle) -> None:
-        self._weights[handle.name] = handle.w_int.to(exact_dtype(handle.w_int, handle))
+        pass
 
     def _rows_at_once(self, handle: Handle) -> int:
         return (1 << 20) // (4 * handle.w_int.shape[1])
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         return x.product(self.effective_weight(handle))
-
-
-def make_handle(
-    w_int: np.ndarray | Tensor, w_scale: object, name: str, *, w_bits: int, x_bits: int, x_signed: bool
-) -> Handle:
-    """The checked, not yet programmed handle of a layer; see `Engine.load`."""
-    w = as_integers(w_int, f"weights of {name}")
-    if w.numel() == 0:
-        raise CrossbarError(f"weights of {name} are empty: {tuple(w.shape)}")
-    half = 2 ** (check_bit_width(w_bits, f"w_bits of {name}") - 1)
-    check_bit_width(x_bits, f"x_bits of {name}", low=2 if x_signed else 1)
-    check_range(w, -half, max(half - 1, 1), f"weights of {name}")
-    scale = (
-        w_scale.detach().to(torch.float64)
-        if isinstance(w_scale, Tensor)
-        else torch.tensor(np.array(w_scale, dtype=np.float64))
-    )
-    if scale.numel() not in (1, w.shape[1]) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CrossbarError(f"w_scale of {name} must be one positive number or {w.shape[1]} of them")
-    return Handle(name, w.to(torch.int32).contiguous(), scale, w_bits, x_bits, bool(x_signed))
-
-
-def exact_mvm(handle: Handle, x: Tensor) -> Tensor:
-    """float64 (B, N): ``x @ w_int`` exactly, in float32 where that is provably exact and in float64 elsewhere."""
-    dtype = exact_dtype(handle.w_int, handle)
-    return (x.to(dtype) @ handle.w_int.to(dtype)).to(torch.float64)
-
-
-def exact_dtype(weights: Tensor, handle: Handle) -> torch.dtype:
-    """float32 if no partial sum of whole-number ``weights`` (K, N) can reach 2^24 for legal inputs, else float64."""
-    largest = max(abs(limit) for limit in handle.x_range)
-    bound = float(weights.to(torch.float64).abs().sum(0).max()) * largest
-    return torch.float32 if bound < 2**24 else torch.float64

@@ -1,8 +1,4 @@
-"""A bench: the little that its driver must offer, an engine on it, and a bench in memory that can be broken at will.
-
-A bench is a set of tiles of rows x columns cells. It takes whole-number cell levels and input codes and returns counts:
-
-    count[b, j] = counts_per_unit sum_i code[b, i] level[i, j]  + its own errors
+"""An engine on a bench.
 
 Weights become whole cell levels of the bench's tiles, inputs become codes, and counts become accumulator units again;
 subtraction, shifts and offsets are digital. Nothing beyond the bench's limits is ever sent.
@@ -11,174 +7,21 @@ subtraction, shifts and offsets are digital. Nothing beyond the bench's limits i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hq_lib.crossbar.checks import BenchError, CrossbarError, check_positive, flatten
-from hq_lib.crossbar.engine import Engine, Handle
+from hq_lib.crossbar.drivers import Driver
+from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW, Mapping, Plan
-from hq_lib.crossbar.operands import Drive, Operand
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a bench can take and give."""
-
-    n_tiles: int
-    """Tiles, >= 1."""
-    rows: int
-    """Rows of a tile."""
-    columns: int
-    """Columns of a tile."""
-    level_max: int
-    """Largest cell level; levels are 0..level_max."""
-    code_max: int
-    """Largest input code; codes are 0..code_max."""
-    count_max: int
-    """Largest count; counts are -count_max..count_max."""
-    rows_per_read: int
-    """Input vectors per read, >= 1."""
-    counts_per_unit: float
-    """Nominal counts per code times level, > 0."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_tiles", "rows", "columns", "level_max", "code_max", "count_max", "rows_per_read"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise CrossbarError(
-                    f"a bench with {name} = {value!r} cannot be used: whole numbers from 1 on are needed"
-                )
-        if not isinstance(self.counts_per_unit, Real):
-            raise CrossbarError(f"a bench with counts_per_unit = {self.counts_per_unit!r} cannot be used")
-        check_positive(float(self.counts_per_unit), "counts_per_unit")
-
-
-class Driver(Protocol):
-    """A bench. Every call returns or raises within the driver's own time limit: ``TimeoutError`` and
-    ``ConnectionError`` (both may be retried), or `CrossbarError` for what the bench refuses."""
-
-    def limits(self) -> Limits:
-        """What the bench can take and give."""
-        ...
-
-    def write(self, tile: int, levels: np.ndarray) -> None:
-        """Programs ``levels`` (rows, columns) integers into ``tile``; repeating it does no harm."""
-        ...
-
-    def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
-        """(B, columns) counts of ``tile`` for input ``codes`` (B, rows)."""
-        ...
-
-    def environment(self) -> dict[str, float]:
-        """Present conditions: "time_s" since programming, "temperature_C", and whatever else the bench knows."""
-        ...
-
-    def close(self) -> None:
-        """Gives the bench back."""
-        ...
-
-
-def refuse_levels(limits: Limits, tile: int, levels: np.ndarray) -> None:
-    """Nothing, or an error if ``tile`` or ``levels`` are beyond the bench."""
-    _refuse_tile(limits, tile)
-    if levels.ndim != 2 or levels.shape[0] > limits.rows or levels.shape[1] > limits.columns:
-        raise CrossbarError(
-            f"a tile of {levels.shape} is larger than the bench's {limits.rows} x {limits.columns}; "
-            "lower Mapping.tile_rows or tile_cols"
-        )
-    _refuse_integers(levels, limits.level_max, "levels")
-
-
-def refuse_codes(limits: Limits, tile: int, codes: np.ndarray) -> None:
-    """Nothing, or an error if ``tile`` or ``codes`` are beyond the bench."""
-    _refuse_tile(limits, tile)
-    if codes.ndim != 2 or codes.shape[1] > limits.rows or len(codes) > limits.rows_per_read:
-        raise CrossbarError(f"codes {codes.shape} exceed {limits.rows_per_read} reads of {limits.rows} rows")
-    _refuse_integers(codes, limits.code_max, "codes")
-
-
-def _refuse_tile(limits: Limits, tile: int) -> None:
-    if not 0 <= tile < limits.n_tiles:
-        raise CrossbarError(f"tile {tile} does not exist; the bench has {limits.n_tiles}")
-
-
-def _refuse_integers(values: np.ndarray, largest: int, what: str) -> None:
-    if not np.issubdtype(values.dtype, np.integer):
-        raise CrossbarError(f"{what} must be integers, not {values.dtype}")
-    if values.size and (values.min() < 0 or values.max() > largest):
-        raise CrossbarError(f"{what} span {values.min()}..{values.max()}, the bench takes 0..{largest}")
-
-
-class FakeDriver:
-    """A bench in memory, exact but for the errors it is given; follows `Driver`.
-
-    Args:
-        limits: its size.
-        gain, offset: of every column, dimensionless and counts.
-        noise: standard deviation of every count, counts.
-        failures: what happens to the next reads, one word each: "ok", "timeout", "drop", "nan" or "shape".
-        stuck: {tile: uint8 (rows, columns) of the codes of `Faults`}; what these cells are written with is lost.
-        seed: of the noise.
-    """
-
-    def __init__(
-        self,
-        limits: Limits,
-        *,
-        gain: float = 1.0,
-        offset: float = 0.0,
-        noise: float = 0.0,
-        failures: Iterable[str] = (),
-        stuck: Stuck | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._limits, self.gain, self.offset, self.noise = limits, gain, offset, noise
-        self.failures, self.n_reads, self.stuck = list(failures), 0, stuck or {}
-        self._levels: dict[int, np.ndarray] = {}
-        self._random = np.random.default_rng(seed)
-
-    def limits(self) -> Limits:
-        return self._limits
-
-    def write(self, tile: int, levels: np.ndarray) -> None:
-        refuse_levels(self._limits, tile, levels)
-        codes = self.stuck.get(tile, np.zeros(levels.shape, np.uint8))[: levels.shape[0], : levels.shape[1]]
-        high = np.where(codes == STUCK_HIGH, self._limits.level_max, levels.astype(np.int64))
-        self._levels[tile] = np.where(codes == STUCK_LOW, 0, high)
-
-    def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
-        self.n_reads += 1
-        happens = self.failures.pop(0) if self.failures else "ok"
-        if happens == "timeout":
-            raise TimeoutError("the fake bench was told to time out")
-        if happens == "drop":
-            raise ConnectionError("the fake bench was told to drop the connection")
-        refuse_codes(self._limits, tile, codes)
-        if tile not in self._levels:
-            raise CrossbarError(f"tile {tile} was never written")
-        exact = codes.astype(np.int64) @ self._levels[tile][: codes.shape[1]]
-        counts = self._limits.counts_per_unit * self.gain * exact + self.offset
-        counts = np.rint(counts + self.noise * self._random.standard_normal(counts.shape))
-        counts = counts.clip(-self._limits.count_max, self._limits.count_max)
-        if happens == "nan":
-            counts[0, 0] = np.nan
-        return counts[:, :-1] if happens == "shape" else counts
-
-    def environment(self) -> dict[str, float]:
-        return {"time_s": float(self.n_reads), "temperature_C": 25.0}
-
-    def close(self) -> None:
-        self._levels.clear()
-
+from hq_lib.crossbar.operands import Drive, Handle, Operand
 
 Answer = TypeVar("Answer")
-Stuck = dict[int, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -212,7 +55,6 @@ class Patience:
 class _Block:
     """The part of a layer that fills one tile."""
 
-    layer: str
     rows: slice
     """Of the weight matrix."""
     columns: slice
@@ -267,7 +109,6 @@ class HardwareEngine(Engine):
                 f"{self.limits.rows} x {self.limits.columns}; lower Mapping.tile_rows or tile_cols"
             )
         self._placed: dict[str, _Placed] = {}
-        self._tile_of: dict[int, int] = {}
         self._held: list[_Block | None] = [None] * self.limits.n_tiles
         self._next = self._n_writes = 0
         self._write_s = 0.0
@@ -341,14 +182,14 @@ class HardwareEngine(Engine):
         steps = (self.limits.level_max / plan.span).floor()  # levels per weight step: whole, so that weights stay exact
         levels = (plan.levels * steps[:, None]).to(torch.int64).flatten(1).numpy()
         blocks = [
-            _Block(handle.name, rows, columns, levels[rows, columns])
+            _Block(rows, columns, levels[rows, columns])
             for r in range(0, levels.shape[0], self.mapping.tile_rows)
             for c in range(0, levels.shape[1], self.mapping.tile_cols)
             for rows, columns in [(slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))]
         ]
         self._placed[handle.name] = _Placed(plan, steps, blocks)
         for block in blocks:
-            refuse_levels(self.limits, 0, block.levels)
+            self.limits.refuse(0, block.levels, "levels")
             if self._fits():
                 self._tile(block)
 
@@ -358,13 +199,12 @@ class HardwareEngine(Engine):
 
     def _tile(self, block: _Block) -> int:
         """The tile that holds ``block``, written now if none does: the next one in order."""
-        tile = self._tile_of.get(id(block))
-        if tile is not None and self._held[tile] is block:
-            return tile
+        if block in self._held:
+            return self._held.index(block)
         tile, self._next = self._next, (self._next + 1) % self.limits.n_tiles
         self._held[tile] = None  # until it is written
         self._write(tile, block.levels)
-        self._held[tile], self._tile_of[id(block)] = block, tile
+        self._held[tile] = block
         return tile
 
     def _rows_at_once(self, handle: Handle) -> int:
@@ -393,10 +233,14 @@ class HardwareEngine(Engine):
 
     def _read(self, tile: int, codes: np.ndarray, width: int) -> np.ndarray:
         """float64 (B, width) counts, checked; unusable answers are asked for again."""
-        refuse_codes(self.limits, tile, codes)
+        self.limits.refuse(tile, codes, "codes")
 
         def once() -> np.ndarray:
-            counts = _as_counts(self.driver.read(tile, codes), tile)
+            answer = self.driver.read(tile, codes)
+            try:
+                counts = np.array(answer, np.float64)
+            except (TypeError, ValueError) as error:
+                raise _BadAnswer(f"tile {tile} answered no array of numbers ({error})") from error
             if counts.shape != (len(codes), width):
                 raise _BadAnswer(f"tile {tile} answered shape {counts.shape}, expected {(len(codes), width)}")
             if not np.isfinite(counts).all():
@@ -406,13 +250,6 @@ class HardwareEngine(Engine):
             return counts
 
         return self.patience.insist(once, f"reading tile {tile}")
-
-
-def _as_counts(answer: Any, tile: int) -> np.ndarray:
-    try:
-        return np.array(answer, np.float64)
-    except (TypeError, ValueError) as error:
-        raise _BadAnswer(f"tile {tile} answered no array of numbers ({error})") from error
 
 
 class _BadAnswer(Exception):

@@ -56,8 +56,33 @@ class Mapping:
 
     def encode(self, w_int: Tensor, w_bits: int) -> Plan:
         """The plan of cell levels for ``w_int`` (K, N), integers of ``w_bits`` bits."""
-        encode = _encode_pair if self.scheme == "pair" else _encode_offset
-        return encode(self, w_int.to(torch.int64), w_bits)
+        w, n, c, pair = w_int.to(torch.int64), w_int.shape[1], self.cell_bits, self.scheme == "pair"
+        peak = w.abs().amax(0)  # the magnitude that fills the window
+        if self.scale != "column":
+            peak = torch.full((n,), 2 ** (w_bits - 1) if self.scale == "none" else int(peak.max()))
+        peak, gain, n_slices, middle = peak.clamp_min(1), torch.ones(n, dtype=torch.int64), 1, 1
+        if c is None:
+            span, offset = (peak, 0 * peak) if pair else (2 * peak, peak)
+        else:
+            n_slices = -(-(max(w_bits - 1, int(w.abs().max()).bit_length(), 1) if pair else max(w_bits, 2)) // c)
+            middle = 2 ** (c * n_slices - 1)
+            if self.scale != "none":
+                gain = (((2 * middle if pair else middle) - 1) // peak).clamp_min(1)
+            span, offset = torch.full((n,), 2**c - 1), torch.full((n,), 0 if pair else middle)
+
+        def cells(*parts: Tensor) -> Tensor:
+            """(K, ., P) levels: base-2^c digits of non-negative ``parts``, lowest first, or the parts themselves."""
+            shifts = torch.arange(n_slices) * (c or 0)
+            digits = [part[..., None] >> shifts & (2**c - 1) if c else part[..., None] for part in parts]
+            return torch.stack(digits, -1).flatten(2)
+
+        signs = (1.0, -1.0) if pair and self.subtract == "digital" else (1.0,)
+        factors = torch.tensor([sign * 2.0 ** ((c or 0) * s) for s in range(n_slices) for sign in signs])
+        levels = cells((w * gain).clamp_min(0), (-w * gain).clamp_min(0)) if pair else cells(w * gain + offset)
+        if not pair and self.subtract == "analog":  # the reference column sits at mid conductance
+            levels = torch.cat([levels, cells(torch.full((len(w), 1), middle))], 1)
+            span, offset = torch.cat([span, span[:1] if c else torch.tensor([2])]), 0 * offset
+        return Plan(self, *(part.to(torch.float64) for part in (levels, span, gain, offset, factors)))
 
 
 @dataclass(frozen=True)
@@ -83,14 +108,14 @@ class Plan:
         return self.gain.numel()
 
     @property
-    def fractions(self) -> Tensor:
-        """float64 (K, C, P): where in the window each cell should sit, 0 = G_min, 1 = G_max."""
-        return self.levels / self.span[None, :, None]
-
-    @property
     def signed(self) -> bool:
         """Whether a converter sees currents of both signs (analog subtraction)."""
         return self.mapping.subtract == "analog"
+
+    @property
+    def slices(self) -> Tensor:
+        """float64 (S,): the factor of each slice, without signs."""
+        return self.weight.abs()[:: 1 if self.signed else 2]
 
     def rows(self, rows: slice | Tensor) -> Plan:
         """The plan of some of its rows, or of its rows in another order."""
@@ -105,93 +130,24 @@ class Plan:
             return steps - fractions[:, n:] * self.span[None, :n, None]
         return steps
 
-    def plane_variance(self, variance: Tensor) -> Tensor:
-        """(K, N, Q) variance in squared weight steps, from cell ``variance`` (K, C, P) in squared fractions.
+    def plane_variance(self, variance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """((K, N, Q) variance in squared weight steps, (K, Q) of the reference column in squared fractions, or None).
 
-        The reference column's share is returned by `reference_variance`, because all outputs of a tile share it.
+        From cell ``variance`` (K, C, P) in squared fractions. All outputs of a tile share the reference column's.
         """
-        steps = variance[:, : self.n_outputs] * self.span[None, : self.n_outputs, None] ** 2
+        n = self.n_outputs
+        steps = variance[:, :n] * self.span[None, :n, None] ** 2
         if self.mapping.scheme == "pair" and self.signed:
-            return steps[..., 0::2] + steps[..., 1::2]
-        return steps
-
-    def reference_variance(self, variance: Tensor) -> Tensor | None:
-        """(K, Q) variance of the reference column in squared fractions, or None where there is none."""
-        return variance[:, self.n_outputs] if self.levels.shape[1] > self.n_outputs else None
+            steps = steps[..., 0::2] + steps[..., 1::2]
+        return steps, variance[:, n] if self.levels.shape[1] > n else None
 
     def combine(self, planes: Tensor) -> Tensor:
         """(..., N) weights, or outputs before the digital offset, from read ``planes`` (..., N, Q)."""
         return (planes.to(torch.float64) @ self.weight) / self.gain
 
-    def decode(self, fractions: Tensor | None = None) -> Tensor:
-        """float64 (K, N) weights that the cells hold; exactly the encoded integers for the planned fractions."""
-        cells = self.fractions if fractions is None else fractions
-        return self.combine(self.planes(cells)) - self.offset / self.gain
-
-
-def _encode_pair(mapping: Mapping, w: Tensor, w_bits: int) -> Plan:
-    peak, n = _peaks(mapping, w, w_bits), w.shape[1]
-    gain = torch.ones(n, dtype=torch.int64)
-    if mapping.cell_bits is None:
-        levels, span, factors = torch.stack([w.clamp_min(0), (-w).clamp_min(0)], -1), peak, [1.0]
-    else:
-        n_slices = _slices(max(w_bits - 1, int(w.abs().max()).bit_length(), 1), mapping.cell_bits)
-        if mapping.scale != "none":
-            gain = ((2 ** (mapping.cell_bits * n_slices) - 1) // peak).clamp_min(1)
-        positive, negative = (_digits((v * gain).clamp_min(0), mapping.cell_bits, n_slices) for v in (w, -w))
-        levels = torch.stack([positive, negative], -1).flatten(2)
-        span = torch.full((n,), 2**mapping.cell_bits - 1)
-        factors = [2.0 ** (mapping.cell_bits * s) for s in range(n_slices)]
-    if mapping.subtract == "digital":
-        factors = [sign * factor for factor in factors for sign in (1.0, -1.0)]
-    return _plan(mapping, levels, span, gain, torch.zeros(n), factors)
-
-
-def _encode_offset(mapping: Mapping, w: Tensor, w_bits: int) -> Plan:
-    peak, n = _peaks(mapping, w, w_bits), w.shape[1]
-    gain = torch.ones(n, dtype=torch.int64)
-    if mapping.cell_bits is None:
-        offset, span, factors = peak, 2 * peak, [1.0]
-        levels = (w + offset)[..., None]
-        reference = torch.ones(w.shape[0], 1, 1), torch.tensor([2])  # mid conductance
-    else:
-        n_slices = _slices(max(w_bits, 2), mapping.cell_bits)
-        half = 2 ** (mapping.cell_bits * n_slices - 1)
-        if mapping.scale != "none":
-            gain = ((half - 1) // peak).clamp_min(1)
-        offset = torch.full((n,), half)
-        levels = _digits(w * gain + offset, mapping.cell_bits, n_slices)
-        span = torch.full((n,), 2**mapping.cell_bits - 1)
-        factors = [2.0 ** (mapping.cell_bits * s) for s in range(n_slices)]
-        column = torch.full((w.shape[0], 1), half)
-        reference = _digits(column, mapping.cell_bits, n_slices), span[:1]
-    if mapping.subtract == "analog":
-        levels, span = torch.cat([levels, reference[0].to(levels.dtype)], 1), torch.cat([span, reference[1]])
-        offset = torch.zeros(n)
-    return _plan(mapping, levels, span, gain, offset, factors)
-
-
-def _plan(mapping: Mapping, levels: Tensor, span: Tensor, gain: Tensor, offset: Tensor, factors: list[float]) -> Plan:
-    f64 = torch.float64
-    return Plan(mapping, levels.to(f64), span.to(f64), gain.to(f64), offset.to(f64), torch.tensor(factors, dtype=f64))
-
-
-def _peaks(mapping: Mapping, w: Tensor, w_bits: int) -> Tensor:
-    """int64 (N,): the weight magnitude that fills the window, >= 1."""
-    if mapping.scale == "none":
-        return torch.full((w.shape[1],), 2 ** (w_bits - 1)).clamp_min(1)
-    column = w.abs().amax(0)
-    return (column if mapping.scale == "column" else column.max().expand_as(column)).clamp_min(1)
-
-
-def _slices(bits: int, cell_bits: int) -> int:
-    return -(-bits // cell_bits)
-
-
-def _digits(value: Tensor, cell_bits: int, n_slices: int) -> Tensor:
-    """int64 (..., n_slices): base-2^cell_bits digits of non-negative ``value``, lowest first."""
-    shifts = torch.arange(n_slices) * cell_bits
-    return (value[..., None] >> shifts) & (2**cell_bits - 1)
+    def decode(self, planes: Tensor) -> Tensor:
+        """float64 (K, N) weights that the cells of ``planes`` (K, N, Q) hold; the encoded integers if exact."""
+        return self.combine(planes) - self.offset / self.gain
 
 
 OK, STUCK_LOW, STUCK_HIGH = 0, 1, 2
@@ -216,7 +172,7 @@ class Faults:
             if codes.dtype != np.uint8 or codes.ndim != 3 or (codes > STUCK_HIGH).any():
                 raise CrossbarError(f"fault map {name!r} must be uint8 (rows, columns, planes) of codes 0, 1, 2")
 
-    def codes(self, name: str, shape: tuple[int, int, int], generator: Generator) -> Tensor:
+    def codes(self, name: str, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """uint8 codes of layer ``name``, ``shape`` = (rows, columns, planes): its map if there is one, else a draw."""
         if name in self.maps:
             if self.maps[name].shape != shape:
@@ -235,8 +191,7 @@ def partner_levels(plan: Plan, codes: Tensor) -> Tensor:
 
     With G+ stuck at level v and a wanted difference w, the partner gets clip(v - w, 0, span); likewise for G-.
     """
-    _require_pair(plan)
-    factors = _slice_factors(plan)
+    factors = plan.slices
     rest = (plan.levels[..., 0::2] - plan.levels[..., 1::2]) @ factors  # (K, N), what is still to be given
     levels, span = plan.levels.clone(), plan.span
     for s in range(len(factors) - 1, -1, -1):
@@ -266,7 +221,6 @@ def row_order(plan: Plan, codes: Tensor, *, partner: bool) -> Tensor:
         codes: (K, C, P) fault codes in physical order.
         partner: whether weights will be re-encoded around faults (then the remaining error counts).
     """
-    _require_pair(plan)
     order = torch.arange(plan.levels.shape[0])
     for start in range(0, len(order), plan.mapping.tile_rows):
         rows = slice(start, start + plan.mapping.tile_rows)
@@ -279,7 +233,7 @@ def row_order(plan: Plan, codes: Tensor, *, partner: bool) -> Tensor:
 def _row_costs(plan: Plan, codes: Tensor, partner: bool) -> Tensor:
     """float64 (physical, logical): squared weight error if that logical row sits on that physical row."""
     cost = torch.zeros(len(codes), len(codes), dtype=torch.float64)
-    factors = _slice_factors(plan)
+    factors = plan.slices
     wanted = (plan.levels[..., 0::2] - plan.levels[..., 1::2]) @ factors
     for p in torch.nonzero((codes != OK).flatten(1).any(1)).flatten().tolist():
         here = codes[p].expand_as(plan.levels)
@@ -289,13 +243,3 @@ def _row_costs(plan: Plan, codes: Tensor, partner: bool) -> Tensor:
         error = (got[..., 0::2] - got[..., 1::2]) @ factors - wanted
         cost[p] = (error / plan.gain).square().sum(1)
     return cost
-
-
-def _slice_factors(plan: Plan) -> Tensor:
-    """float64 (S,): the factor of each slice, without signs."""
-    return plan.weight.abs()[:: 1 if plan.signed else 2]
-
-
-def _require_pair(plan: Plan) -> None:
-    if plan.mapping.scheme != "pair":
-        raise CrossbarError("fault-aware remapping works on pairs; use Mapping(scheme='pair') or remap='none'")

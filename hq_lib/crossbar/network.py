@@ -9,32 +9,18 @@
 
 Only sums of products are the engine's: biases, requantization, additions and pooling stay digital and exact, so that
 with `IdealEngine` every integer equals the NumPy executor's. Accumulators saturate at int32 as digital ones would.
-
-`reestimate_norms` is AdaBS (Joshi et al. 2020): batch-norm statistics estimated again on the device, without paired
-measurements.
-
-A batch norm whose mean and variance are those of its own input gives every channel mean beta and standard deviation
-|gamma|. Folded into its layer it is gone, but the same can be asked of the layer's accumulators u = scale (acc + bias):
-
-    y = gain u + shift,    gain = |gamma| / sqrt(var_now(u) + eps'),    shift = beta - gain mean_now(u)
-
-where "now" is measured through the arrays, layer after layer, each on what the layers before it then deliver. This is
-one gain and one offset per column, as in any `Correction`; what differs is the aim: stored moments, not ideal outputs.
-Re-estimation can cost accuracy even without any device error, where stored moments are not those of the images that are
-measured: always print the line of an `IdealEngine` beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hq_lib.crossbar.calibration import (
     Reference,
@@ -44,16 +30,16 @@ from hq_lib.crossbar.calibration import (
     save_calibration,
     take_reference,
 )
-from hq_lib.crossbar.checks import CrossbarError, check_choice
+from hq_lib.crossbar.checks import CrossbarError, Numbers, check_choice
 from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
-from hq_lib.crossbar.engine import Correction, Engine, Handle, exact_mvm
+from hq_lib.crossbar.engine import Correction, Engine
 from hq_lib.crossbar.native import stream
+from hq_lib.crossbar.operands import Handle, exact_mvm
 from hq_lib.crossbar.recording import simulated
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.data import ImageSet, normalize
-from hq_lib.graph.folding import fold_bn
 from hq_lib.integer.check import need_model
-from hq_lib.integer.execute import Products, run
+from hq_lib.integer.execute import run
 from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
 from hq_lib.integer.sums import products as exact_products
 from hq_lib.training.evaluation import Evaluation, evaluation_of
@@ -95,7 +81,7 @@ class EngineNetwork:
             for group in handle.groups:
                 yield self.layers[name], group
 
-    def run(self, images: np.ndarray | Tensor, *, batch_size: int = 50) -> np.ndarray:
+    def run(self, images: Numbers, *, batch_size: int = 50) -> np.ndarray:
         """float32 (N, n_classes): the logits of normalised float32 ``images`` (N, C, H, W), as ``integer.run``."""
         return run(self.model, images, batch_size=batch_size, products=self.products)
 
@@ -123,10 +109,10 @@ class EngineNetwork:
 
     def _simulators(self) -> list[SimEngine]:
         """The simulators in use, behind recorders too, each once; none is an error."""
-        found = [pair[0] for pair in (simulated(engine, group) for engine, group in self.groups()) if pair]
+        found = [inner for inner in map(simulated, self.engines) if inner is not None]
         if not found:
             raise CrossbarError("no layer is on simulated cells: there is no time or temperature to set")
-        return list({id(engine): engine for engine in found}.values())
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Flat dictionary for result rows: which layers, and every setting of their engines."""
@@ -138,7 +124,7 @@ class EngineNetwork:
 
     # -- calibration ---------------------------------------------------------------------------------------------------
 
-    def samples(self, images: np.ndarray | Tensor, *, n_rows: int = 4096) -> Samples:
+    def samples(self, images: Numbers, *, n_rows: int = 4096) -> Samples:
         """Up to ``n_rows`` input rows of each layer on an engine, drawn from the exact network's run on ``images``."""
         found: Samples = {}
 
@@ -147,12 +133,12 @@ class EngineNetwork:
                 found[op.name] = self._rows(op, x, n_rows)
             return exact_products(op, x, spec)
 
-        self._run_at_once(images, look)
+        run(self.model, images, batch_size=len(images), products=look)
         return found
 
     def calibrate(
         self,
-        images: np.ndarray | Tensor,
+        images: Numbers,
         *,
         kind: str | None = "column",
         loop: str = "closed",
@@ -183,10 +169,10 @@ class EngineNetwork:
                         self.layers[op.name].calibrate(group, given, wanted, kind=kind, repeats=repeats)
             return self.products(op, x, spec) if loop == "closed" else exact_products(op, x, spec)
 
-        self._run_at_once(images, fit)
+        run(self.model, images, batch_size=len(images), products=fit)
         return {group.name: engine.correction(group) for engine, group in self.groups()}
 
-    def references(self, images: np.ndarray | Tensor, *, n_rows: int = 256) -> dict[str, Reference]:
+    def references(self, images: Numbers, *, n_rows: int = 256) -> dict[str, Reference]:
         """{matrix: what it reads now for sampled input rows}: take it just after programming, before `compensate`."""
         rows = [x for parts in self.samples(images, n_rows=n_rows).values() for x in parts]
         pairs = zip(self.groups(), rows, strict=True)
@@ -250,9 +236,6 @@ class EngineNetwork:
         order = torch.randperm(len(groups[0]), generator=stream(0, op.name, "calibration rows"))
         return [rows[order[:n_rows]] for rows in groups]
 
-    def _run_at_once(self, images: np.ndarray | Tensor, engine: Products) -> None:
-        run(self.model, images, batch_size=len(images), products=engine)
-
 
 def load_layer(engine: Engine, op: Layer, spec: TensorSpec) -> ConvHandle:
     """The handle of layer ``op`` with inputs on the grid of ``spec``, loaded into ``engine``.
@@ -261,37 +244,27 @@ def load_layer(engine: Engine, op: Layer, spec: TensorSpec) -> ConvHandle:
     and more only where a method's grid (DoReFa's without zero, a zero point off the grid) needs them.
     """
     w = op.weight.astype(np.int32) // op.weight_step
-    low, high = _input_range(op, spec)
-    x_bits = max(int(high).bit_length() + (low < 0), int(-low - 1).bit_length() + 1 if low < 0 else 1)
-    fields: dict[str, Any] = {}
+    ends, fields = [0, spec.qmin, spec.qmax], {}
     if isinstance(op, Conv):
         fields = {"stride": op.stride, "padding": op.padding, "dilation": op.dilation, "groups": op.groups}
+        ends += [spec.zero_point] if any(op.padding) else []
+    low, high = int(min(ends)), int(max(ends))
+    w_low, w_high = int(w.min(initial=0)), int(w.max(initial=0))
     return ConvEngine(engine).load(
         w,
         op.weight_scale.astype(np.float64) * op.weight_step,
         op.name,
         x_zero_point=spec.zero_point,
-        w_bits=max(op.weight_bits, _signed_bits(w)),
-        x_bits=x_bits if low < 0 else max(x_bits, spec.bits),
+        w_bits=max(op.weight_bits, 1 if w_low >= -1 and w_high <= 1 else _signed_bits(w_low, w_high)),
+        x_bits=_signed_bits(low, high) if low < 0 else max(high.bit_length(), 1, spec.bits),
         x_signed=low < 0,
         **fields,
     )
 
 
-def _input_range(op: Layer, spec: TensorSpec) -> tuple[int, int]:
-    """(smallest, largest) integer that the engine can be given: the tensor's, and the zero point where it pads."""
-    ends = [0, spec.qmin, spec.qmax]
-    if isinstance(op, Conv) and any(op.padding):
-        ends.append(spec.zero_point)
-    return min(ends), max(ends)
-
-
-def _signed_bits(w: np.ndarray) -> int:
-    """Least b with all weights in -2^(b-1)..2^(b-1)-1, or 1 for weights in -1..1."""
-    low, high = int(w.min(initial=0)), int(w.max(initial=0))
-    if low >= -1 and high <= 1:
-        return 1
-    return 1 + max(high.bit_length(), (-low - 1).bit_length() if low else 0)
+def _signed_bits(low: int, high: int) -> int:
+    """Least b with low..high in -2^(b-1)..2^(b-1)-1."""
+    return 1 + max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0)
 
 
 def _integers(op: Layer, x: np.ndarray, handle: ConvHandle) -> np.ndarray:
@@ -307,92 +280,3 @@ def _choose(names: list[str], engines: Mapping[str, Engine]) -> dict[str, Engine
             check_choice(pattern, names, "the network's layer or pattern")
     fits = {name: [e for pattern, e in engines.items() if fnmatchcase(name, pattern)] for name in names}
     return {name: found[0] for name, found in fits.items() if found}
-
-
-_AFTER = ("conv_bn", "linear_bn")
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """What a batch norm wants of the layer that took it in, per channel."""
-
-    mean: Tensor
-    """float64 (N,), real units: beta."""
-    std: Tensor
-    """float64 (N,), real units, >= 0: |gamma| sqrt(var / (var + eps))."""
-
-
-def norm_moments(net: nn.Module) -> dict[str, Moments]:
-    """{layer: moments that its batch norm gives it}, of the float network ``net`` before its batch norms were folded.
-
-    Errors: no batch norm follows a convolution or linear layer.
-    """
-    found: dict[str, Moments] = {}
-    for fold in fold_bn(net, on_refusal="keep").meta["folds"]:
-        bn = dict(net.named_modules()).get(fold.bn)
-        if fold.kind in _AFTER and isinstance(bn, nn.modules.batchnorm._BatchNorm):
-            found[fold.layer] = _moments(bn)
-    if not found:
-        raise CrossbarError("the network has no batch norm after a layer: there are no statistics to re-estimate")
-    return found
-
-
-def reestimate_norms(
-    network: EngineNetwork, images: np.ndarray | Tensor, moments: Mapping[str, Moments]
-) -> dict[str, Correction]:
-    """{matrix: correction now in force}: every layer of ``moments`` has its batch norm's moments on ``images`` again.
-
-    Args:
-        network: on engines; corrections in force are replaced. Layers without moments (the classifier) keep theirs.
-        images: (N, C, H, W) normalised float32 training images, N of some hundreds; all go through at once.
-        moments: from `norm_moments`.
-
-    Errors: a layer of ``moments`` that is not on an engine is passed over; none at all is an error.
-    """
-    layers = [name for name in moments if name in network.handles]
-    if not layers:
-        raise CrossbarError(f"no layer on an engine has a batch norm: {list(network.handles)} against {list(moments)}")
-    made: dict[str, Correction] = {}
-
-    def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
-        if op.name in layers:
-            made.update(_fit_layer(network, op, x, moments[op.name]))
-        return network.products(op, x, spec)
-
-    run(network.model, images, batch_size=len(images), products=fit)
-    return made
-
-
-def _moments(bn: nn.modules.batchnorm._BatchNorm) -> Moments:
-    assert bn.running_var is not None  # it was folded
-    var = bn.running_var.detach().to(torch.float64)
-    one = torch.ones_like(var)
-    gamma = one if bn.weight is None else bn.weight.detach().to(torch.float64)
-    beta = 0 * one if bn.bias is None else bn.bias.detach().to(torch.float64)
-    return Moments(beta, gamma.abs() * (var / (var + bn.eps)).sqrt())
-
-
-def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -> dict[str, Correction]:
-    """{matrix: correction} of one layer, in force; a channel without any variance keeps its gain."""
-    handle, made, first = network.handles[op.name], {}, 0
-    for group, raw in zip(handle.groups, network.measure(op, x), strict=True):
-        columns = slice(first, first + raw.shape[1])
-        mean, std = _in_steps(op, handle, aim, columns)
-        now = raw.std(0, correction=0)
-        gain = torch.where(now > 0, std / now.clamp_min(1e-30), 1.0)
-        offset = mean - gain * raw.mean(0)
-        fitted = Correction(gain, offset, torch.ones_like(gain), "norms", len(raw))
-        network.layers[op.name].set_correction(group, fitted)
-        made[group.name], first = fitted, columns.stop
-    return made
-
-
-def _in_steps(op: Layer, handle: ConvHandle, aim: Moments, columns: slice) -> tuple[Tensor, Tensor]:
-    """(mean, std), float64 (n,): the moments wanted of an engine's own answers, in its accumulator steps.
-
-    Answers are sum w q, without the bias and before the zero point's share is taken off.
-    """
-    step = torch.from_numpy(op.acc_scale.astype(np.float64)) * op.weight_step
-    bias = torch.from_numpy(op.bias.astype(np.float64)) / op.weight_step
-    mean = aim.mean / step - bias + handle.x_zero_point * handle.weight_sum
-    return mean[columns], (aim.std / step)[columns]

@@ -23,8 +23,18 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_choice
-from hq_lib.crossbar.devices import Curve, Device, Drift, FlickerRead, LogClamp, Polynomial, ReadNoise
+from hq_lib.crossbar.checks import CrossbarError, check_choice, check_fraction
+from hq_lib.crossbar.devices import (
+    Constant,
+    Curve,
+    Device,
+    Drift,
+    FlickerRead,
+    LogClamp,
+    Polynomial,
+    Proportional,
+    ReadNoise,
+)
 
 NEEDED, OPTIONAL = ("target_uS", "mean_uS", "sigma_uS"), ("time_s", "read_sigma_uS")
 CELLS = ("target_uS", "g_uS")
@@ -183,6 +193,19 @@ def _read(path: str | Path, needed: tuple[str, ...], optional: tuple[str, ...]) 
         raise CrossbarError(f"{path}: {rows.columns[column]} of data line {line + 1} is {rows.iloc[line, column]!r}, "
                             "not a number >= 0")  # fmt: skip
     return numbers
+
+
+def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
+    """A generic cell whose error is ``fraction`` (2 % is 0.02) of the window at every target."""
+    error = Constant(check_fraction(fraction, "fraction") * (g_max_uS - g_min_uS))
+    name = f"state_independent_{fraction:g}"
+    return Device(name, "generic, no device", g_min_uS, g_max_uS, error, clip_at_zero=clip)
+
+
+def proportional(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
+    """A generic cell whose error is ``fraction`` (10 % is 0.1) of its own target."""
+    name = f"proportional_{fraction:g}"
+    return Device(name, "generic, no device", g_min_uS, g_max_uS, Proportional(fraction), clip_at_zero=clip)
 
 
 IDEAL = Device("ideal", "no errors; infinite on/off ratio", 0.0, 25.0)

@@ -16,8 +16,10 @@ all: a changed number anywhere is refused. That guards against damage, not again
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ import torch
 from torch import Tensor
 
 from hq_lib.crossbar.checks import TraceError, check_choice, difference
-from hq_lib.crossbar.engine import Engine, Handle, exact_mvm, make_handle
-from hq_lib.crossbar.operands import Operand
+from hq_lib.crossbar.engine import Engine
+from hq_lib.crossbar.operands import Handle, Operand, exact_mvm, make_handle
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.models import CheckpointError, read_checkpoint, write_checkpoint
 
@@ -61,11 +63,39 @@ class Trace:
     """Recorded layers by name."""
     calls: list[Call] = field(default_factory=list)
     """Recorded calls, oldest first."""
+    _used: Counter[tuple[str, bytes]] = field(default_factory=Counter)
 
     @property
     def n_rows(self) -> int:
         """Recorded rows."""
         return sum(len(call.x) for call in self.calls)
+
+    def take(self, layer: str, rows: Tensor, y: Tensor) -> dict[int, int]:
+        """{row: times it was measured} of the ``rows`` (B, K) of ``layer`` that have no measurement (left).
+
+        Each other row of ``y`` (B, N) is filled with its next measurement; each is given out once.
+        """
+        missing: dict[int, int] = {}
+        for i, key in enumerate(_keys(layer, rows.numpy())):
+            measured, n = self._measured.get(key, []), self._used[key]
+            if n == len(measured):
+                missing[i] = n
+            else:
+                y[i], self._used[key] = torch.from_numpy(measured[n]), n + 1
+        return missing
+
+    @cached_property
+    def _measured(self) -> dict[tuple[str, bytes], list[np.ndarray]]:
+        """Measurements by layer and row, in the order in which they were made."""
+        found: dict[tuple[str, bytes], list[np.ndarray]] = {}
+        for call in self.calls:
+            for key, y in zip(_keys(call.layer, call.x), call.y, strict=True):
+                found.setdefault(key, []).append(y)
+        return found
+
+    def rewind(self) -> None:
+        """Nothing; every measurement can be given out again."""
+        self._used.clear()
 
     def save(self, path: str | Path) -> None:
         """Nothing; writes ``path`` (.safetensors), whole or not at all."""
@@ -136,41 +166,6 @@ def read_sealed(path: str | Path, schema: int) -> tuple[dict[str, Tensor], dict[
     return state, record
 
 
-class Answers:
-    """Recorded rows, looked up by layer and content; each measurement is given out once.
-
-    Args:
-        trace: what was recorded.
-    """
-
-    def __init__(self, trace: Trace) -> None:
-        self._found: dict[tuple[str, bytes], list[np.ndarray]] = {}
-        for call in trace.calls:
-            for key, y in zip(_keys(call.x), call.y, strict=True):
-                self._found.setdefault((call.layer, key), []).append(y)
-        self._used: dict[tuple[str, bytes], int] = {}
-
-    def take(self, layer: str, rows: np.ndarray) -> list[np.ndarray | None]:
-        """Per row its next measurement, or None where there is none (left)."""
-        return [self._next((layer, key)) for key in _keys(rows)]
-
-    def rewind(self) -> None:
-        """Nothing; every measurement can be given out again."""
-        self._used.clear()
-
-    def n_measured(self, layer: str, row: np.ndarray) -> int:
-        """How often ``row`` (1, K) of ``layer`` was measured."""
-        return len(self._found.get((layer, _keys(row)[0]), []))
-
-    def _next(self, key: tuple[str, bytes]) -> np.ndarray | None:
-        index = self._used.get(key, 0)
-        measured = self._found.get(key, [])
-        if index >= len(measured):
-            return None
-        self._used[key] = index + 1
-        return measured[index]
-
-
 class RecordEngine(Engine):
     """Another engine, with everything it answers kept in a folder of small traces ("part_000000.safetensors", ...).
 
@@ -181,13 +176,7 @@ class RecordEngine(Engine):
         flush_bytes: how much may wait in memory before it is written.
     """
 
-    def __init__(
-        self,
-        inner: Engine,
-        folder: str | Path,
-        *,
-        flush_bytes: int = 1 << 20,
-    ) -> None:
+    def __init__(self, inner: Engine, folder: str | Path, *, flush_bytes: int = 1 << 20) -> None:
         super().__init__()
         self.inner, self.folder, self._flush_bytes = inner, Path(folder), flush_bytes
         self._description = inner.describe()  # now, because a bench that has failed cannot be asked
@@ -196,8 +185,6 @@ class RecordEngine(Engine):
         other = difference(self._past.engine, self._description) if self._past.engine else ""
         if other:
             raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
-        self._answers = Answers(self._past)
-        self._inner_handles: dict[str, Handle] = {}
         self._waiting: list[Call] = []
 
     @property
@@ -230,21 +217,16 @@ class RecordEngine(Engine):
         past = self._past.layers.get(handle.name)
         if past is not None and past.digest != handle.digest:
             raise TraceError(f"{self.folder} records other weights for {handle.name!r}; use an empty folder")
-        bits = {name: getattr(handle, name) for name in ("w_bits", "x_bits", "x_signed")}
-        self._inner_handles[handle.name] = self.inner.load(handle.w_int, handle.w_scale, handle.name, **bits)
+        self.inner.add(handle)
 
     def _rows_at_once(self, handle: Handle) -> int:
-        return self.inner._rows_at_once(self._inner_handles[handle.name])
+        return self.inner._rows_at_once(handle)
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         rows = x.rows()
-        found = self._answers.take(handle.name, rows.numpy())
-        missing = [i for i, y in enumerate(found) if y is None]
         y = torch.empty(len(rows), handle.w_int.shape[1], dtype=torch.float64)
-        for i, known in enumerate(found):
-            if known is not None:
-                y[i] = torch.from_numpy(known)
-        for part in torch.tensor(missing, dtype=torch.int64).split(max(1, self._rows_at_once(handle))):
+        missing = torch.tensor(list(self._past.take(handle.name, rows, y)), dtype=torch.int64)
+        for part in missing.split(max(1, self._rows_at_once(handle))):
             y[part] = self._ask(handle, rows[part])
         return y
 
@@ -252,7 +234,7 @@ class RecordEngine(Engine):
         """The inner engine's answer, recorded; if it fails, what is waiting is written first."""
         try:
             t_s = self.inner.time_s
-            y = self.inner.mvm(self._inner_handles[handle.name], rows)
+            y = self.inner.mvm(handle, rows)
         except BaseException:
             self.flush()
             raise
@@ -263,11 +245,11 @@ class RecordEngine(Engine):
         return y
 
 
-def simulated(engine: Engine, handle: Handle) -> tuple[SimEngine, Handle] | None:
-    """The simulator that answers for ``handle`` of ``engine``, itself or behind a recorder, with its own handle."""
+def simulated(engine: Engine) -> SimEngine | None:
+    """The simulator that answers for ``engine``, itself or behind a recorder."""
     while isinstance(engine, RecordEngine):
-        engine, handle = engine.inner, engine._inner_handles[handle.name]
-    return (engine, handle) if isinstance(engine, SimEngine) else None
+        engine = engine.inner
+    return engine if isinstance(engine, SimEngine) else None
 
 
 class ReplayEngine(Engine):
@@ -280,14 +262,13 @@ class ReplayEngine(Engine):
     def __init__(self, trace: Trace | str | Path) -> None:
         super().__init__()
         self.trace = trace if isinstance(trace, Trace) else Trace.load(trace)
-        self._answers = Answers(self.trace)
 
     def describe(self) -> dict[str, Any]:
         return {"engine": "replay"} | {f"recorded.{key}": value for key, value in self.trace.engine.items()}
 
     def rewind(self) -> None:
         """Nothing; the trace is played from its beginning again."""
-        self._answers.rewind()
+        self.trace.rewind()
 
     def _program(self, handle: Handle) -> None:
         check_choice(handle.name, self.trace.layers, "the trace's layer")
@@ -295,16 +276,13 @@ class ReplayEngine(Engine):
             raise TraceError(f"layer {handle.name!r} has other weights or bits in the trace: it is of another network")
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
-        rows = x.rows().numpy()
-        answers = self._answers.take(handle.name, rows)
-        for i, y in enumerate(answers):
-            if y is None:
-                n = self._answers.n_measured(handle.name, rows[i : i + 1])
-                raise TraceError(
-                    f"{handle.name}: row {i} was measured {n} times in the trace, not {n + 1} times; "
-                    "record it, or rewind() to play the trace again"
-                )
-        return torch.from_numpy(np.stack([y for y in answers if y is not None]))
+        y = torch.empty(x.n_rows, handle.w_int.shape[1], dtype=torch.float64)
+        for i, n in self.trace.take(handle.name, x.rows(), y).items():
+            raise TraceError(
+                f"{handle.name}: row {i} was measured {n} times in the trace, not {n + 1} times; "
+                "record it, or rewind() to play the trace again"
+            )
+        return y
 
 
 def load_parts(folder: str | Path) -> Trace:
@@ -314,6 +292,6 @@ def load_parts(folder: str | Path) -> Trace:
     return Trace.join(Trace.load(part) for part in sorted(Path(folder).glob("part_*.safetensors")))
 
 
-def _keys(rows: np.ndarray) -> list[bytes]:
+def _keys(layer: str, rows: np.ndarray) -> list[tuple[str, bytes]]:
     """One key per row of (B, K) integers, equal for equal numbers whatever their dtype."""
-    return [row.tobytes() for row in np.ascontiguousarray(rows, np.int32)]
+    return [(layer, row.tobytes()) for row in np.ascontiguousarray(rows, np.int32)]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hq_lib.crossbar.checks import CrossbarError, check_positive
-from hq_lib.crossbar.hardware import Driver, Limits
+from hq_lib.crossbar.drivers import Driver, Limits
 
 _MAX_BYTES = 64 << 20
 _DTYPES = ("<i8", "<f8")

@@ -112,7 +112,7 @@ def test_saturation_is_counted():
 
 def test_converter_gain_and_offset_are_what_they_say():
     engine, handle = engine_and_handle(Adc(14, "max", offset_sigma_lsb=3.0))
-    tiles = engine.layer(handle).reader.tiles
+    tiles = engine.layer(handle).tiles
     offset = torch.stack([tile.shift for tile in tiles])
     assert 1 < float(offset.std()) < 6
     zero = engine.measure(handle, np.zeros((1, 200), int))

@@ -13,6 +13,7 @@ from hq_lib.crossbar import (
     Correction,
     CrossbarError,
     Device,
+    Drive,
     Engine,
     Faults,
     IdealEngine,
@@ -27,7 +28,6 @@ from hq_lib.crossbar import (
     take_reference,
 )
 from hq_lib.crossbar.mapping import OK, STUCK_HIGH, STUCK_LOW, partner_levels, row_order
-from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI, PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.crossbar.recording import write_sealed
 

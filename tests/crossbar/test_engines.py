@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hq_lib.crossbar import Adc, Circuit, ConstantRead, CrossbarError, Device, Drive, IdealEngine, Mapping, SimEngine
-from hq_lib.crossbar.execution import on_exact_grid
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI
+from hq_lib.crossbar.tiles import on_exact_grid
 
 FINITE_RATIO = Device("finite", "test", 1.3, 31.0)
 NOISY = Device("noisy", "test", 0.0, 25.0, PCM_JOSHI.error, read=ConstantRead(0.01))
@@ -210,7 +210,7 @@ def test_integers_of_either_library_give_the_same_and_return_the_same_kind():
         ({"w_int": np.full((4, 2), 128)}, "outside the declared -128..127"),
         ({"w_int": np.full((4, 2), 2), "w_bits": 2}, "outside the declared -2..1"),
         ({"w_int": np.ones((4, 2))}, "must hold integers"),
-        ({"w_int": np.ones(4, int)}, "two axes"),
+        ({"w_int": np.ones(4, int)}, "2 axes"),
         ({"w_int": [[1, 2], [3, 4]]}, "NumPy array or a torch tensor is needed, not list"),
         ({"w_int": np.ones((0, 2), int)}, "empty"),
         ({"w_bits": 0}, "does not mean 'ideal'"),
@@ -235,7 +235,7 @@ def test_bad_weights_are_refused(change, message):
         (np.full((2, 4), -1), "outside the declared"),
         (np.ones((2, 4)), "must hold integers"),
         (np.ones((2, 5), int), "5 columns, weights 4 rows"),
-        (np.ones(4, int), "rows"),
+        (np.ones(4, int), "axes"),
         ([[1, 1, 1, 1]], "NumPy array or a torch tensor is needed, not list"),
     ],
 )

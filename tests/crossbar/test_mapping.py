@@ -24,9 +24,10 @@ def test_weights_come_back_and_levels_fit(mapping, w_bits, seed):
     half = 2 ** (w_bits - 1)
     w = torch.from_numpy(np.random.default_rng(seed).integers(-half, max(half, 2), (7, 4)))
     plan = mapping.encode(w, w_bits)
-    torch.testing.assert_close(plan.decode(), w.to(torch.float64), rtol=0, atol=1e-9)
-    assert float(plan.fractions.min()) >= 0
-    assert float(plan.fractions.max()) <= 1
+    fractions = plan.levels / plan.span[None, :, None]
+    torch.testing.assert_close(plan.decode(plan.planes(fractions)), w.to(torch.float64), rtol=0, atol=1e-9)
+    assert float(fractions.min()) >= 0
+    assert float(fractions.max()) <= 1
     if mapping.cell_bits is not None:
         assert torch.equal(plan.levels, plan.levels.round())
 
@@ -47,8 +48,8 @@ def test_offset_by_hand():
 @pytest.mark.parametrize("scale", ["column", "layer"])
 def test_scale_fills_the_window(scale):
     w = torch.tensor([[10, 2], [-3, -5]])
-    top = Mapping(scale=scale).encode(w, 8).fractions.amax((0, 2))
-    assert top.tolist() == ([1.0, 1.0] if scale == "column" else [1.0, 0.5])
+    plan = Mapping(scale=scale).encode(w, 8)
+    assert (plan.levels.amax((0, 2)) / plan.span).tolist() == ([1.0, 1.0] if scale == "column" else [1.0, 0.5])
 
 
 def test_column_gain_of_slices_is_whole_and_fills_the_levels():

@@ -14,7 +14,7 @@ from hq_lib.crossbar import (
     Drive,
     Mapping,
     SimEngine,
-    execution,
+    arrays,
     native,
 )
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI
@@ -51,7 +51,7 @@ def answers(circuit, geometry, parts=1):
     if circuit.adc.range == "calibrated":
         engine.calibrate_adc(group, conv.rows(handle, x)[0])
     y = torch.cat([conv.measure(handle, part)[0] for part in x.chunk(parts)])
-    return y, engine.saturation()["a"], engine.layer(group).reader.native
+    return y, engine.saturation()["a"], engine.layer(group).native
 
 
 @pytest.mark.parametrize("cells", [IDEAL, PCM_JOSHI, NOISY], ids=lambda cells: cells.name + str(cells.read is not None))
@@ -68,7 +68,7 @@ def test_c_and_torch_give_the_same_bits_and_count_the_same(name, cells, monkeypa
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(in_parts[0], found[0][0])
-    for module in (execution, native):
+    for module in (arrays, native):
         monkeypatch.setattr(module, "library", lambda: None)
     for geometry, (y, counts, _) in zip(GEOMETRIES, found, strict=True):
         again, same_counts, in_c = answers(circuit, geometry)

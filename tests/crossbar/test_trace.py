@@ -230,8 +230,8 @@ def test_a_recorded_simulation_is_calibrated_aged_and_kept_as_a_bare_one(tmp_pat
     again = made("other parts")
     again.load(tmp_path / "state")
     again.set_time(1e6)
-    for pair, other in zip(network.groups(), again.groups(), strict=True):
-        (was, handle), (now, same) = simulated(*pair), simulated(*other)
+    for (engine, handle), (other, same) in zip(network.groups(), again.groups(), strict=True):
+        was, now = simulated(engine), simulated(other)
         np.testing.assert_array_equal(now.layer(same).adc_step, was.layer(handle).adc_step)
 
 

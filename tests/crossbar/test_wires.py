@@ -6,8 +6,8 @@ from scipy import sparse
 from scipy.sparse import linalg
 
 from hq_lib.crossbar import Circuit, CrossbarError, Device, Mapping, SimEngine, Wires, effective_conductance
+from hq_lib.crossbar.cells import solve_tile
 from hq_lib.crossbar.profiles import IDEAL
-from hq_lib.crossbar.wires import WireCache, solve_tile
 
 RNG = np.random.default_rng(0)
 
@@ -118,14 +118,6 @@ def test_engine_with_wires_is_superposition_of_its_effective_tiles():
     want = x @ (seen[:, 0::2] - seen[:, 1::2]) / 25.0 * np.abs(w).max(0)
     np.testing.assert_allclose(engine.measure(handle, x), want, rtol=1e-5, atol=0.5)
     assert np.abs(want - x @ w).max() > 100
-
-
-def test_equal_tiles_are_solved_once(monkeypatch):
-    cache, g, solved = WireCache(Wires()), RNG.uniform(1, 40, (6, 4)), []
-    monkeypatch.setattr("hq_lib.crossbar.wires.solve_tile", lambda g, w: solved.append(1) or (g, g))
-    cache.effective(g)
-    cache.effective(g.copy())
-    assert len(solved) == 1
 
 
 @pytest.mark.parametrize(

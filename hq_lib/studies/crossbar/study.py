@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from hq_lib import graph, models, ptq
 from hq_lib.crossbar import Circuit, Cost, EngineNetwork, IdealEngine, SimEngine, count, residuals
 from hq_lib.crossbar.calibration import Reference
-from hq_lib.crossbar.engine import exact_mvm
-from hq_lib.crossbar.network import Moments, norm_moments, reestimate_norms
+from hq_lib.crossbar.norms import Moments, norm_moments, reestimate_norms
+from hq_lib.crossbar.operands import exact_mvm
 from hq_lib.crossbar.simulator import ADC_PJ
 from hq_lib.data import ImageSet, normalize
 from hq_lib.graph import BitPolicy, quantize

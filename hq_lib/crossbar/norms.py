@@ -1,0 +1,103 @@
+"""Batch-norm statistics estimated again on the device, without paired measurements: AdaBS (Joshi et al. 2020).
+
+A batch norm whose mean and variance are those of its own input gives every channel mean beta and standard deviation
+|gamma|. Folded into its layer it is gone, but the same can be asked of the layer's accumulators u = scale (acc + bias):
+
+    y = gain u + shift,    gain = |gamma| / sqrt(var_now(u) + eps'),    shift = beta - gain mean_now(u)
+
+where "now" is measured through the arrays, layer after layer, each on what the layers before it then deliver. This is
+one gain and one offset per column, as in any `Correction`; what differs is the aim: stored moments, not ideal outputs.
+Re-estimation can cost accuracy even without any device error, where stored moments are not those of the images that are
+measured: always print the line of an `IdealEngine` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hq_lib.crossbar.checks import CrossbarError, Numbers
+from hq_lib.crossbar.engine import Correction
+from hq_lib.crossbar.network import EngineNetwork
+from hq_lib.graph.folding import fold_bn
+from hq_lib.integer.execute import run
+from hq_lib.integer.record import Layer, TensorSpec
+
+_AFTER = ("conv_bn", "linear_bn")
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a batch norm wants of the layer that took it in, per channel."""
+
+    mean: Tensor
+    """float64 (N,), real units: beta."""
+    std: Tensor
+    """float64 (N,), real units, >= 0: |gamma| sqrt(var / (var + eps))."""
+
+
+def norm_moments(net: nn.Module) -> dict[str, Moments]:
+    """{layer: moments that its batch norm gives it}, of the float network ``net`` before its batch norms were folded.
+
+    Errors: no batch norm follows a convolution or linear layer.
+    """
+    found: dict[str, Moments] = {}
+    for fold in fold_bn(net, on_refusal="keep").meta["folds"]:
+        bn = dict(net.named_modules()).get(fold.bn)
+        if fold.kind in _AFTER and isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            assert bn.running_var is not None  # it was folded
+            var = bn.running_var.detach().to(torch.float64)
+            gamma = torch.ones_like(var) if bn.weight is None else bn.weight.detach().to(torch.float64)
+            beta = torch.zeros_like(var) if bn.bias is None else bn.bias.detach().to(torch.float64)
+            found[fold.layer] = Moments(beta, gamma.abs() * (var / (var + bn.eps)).sqrt())
+    if not found:
+        raise CrossbarError("the network has no batch norm after a layer: there are no statistics to re-estimate")
+    return found
+
+
+def reestimate_norms(network: EngineNetwork, images: Numbers, moments: Mapping[str, Moments]) -> dict[str, Correction]:
+    """{matrix: correction now in force}: every layer of ``moments`` has its batch norm's moments on ``images`` again.
+
+    Args:
+        network: on engines; corrections in force are replaced. Layers without moments (the classifier) keep theirs.
+        images: (N, C, H, W) normalised float32 training images, N of some hundreds; all go through at once.
+        moments: from `norm_moments`.
+
+    Errors: a layer of ``moments`` that is not on an engine is passed over; none at all is an error.
+    """
+    layers = [name for name in moments if name in network.handles]
+    if not layers:
+        raise CrossbarError(f"no layer on an engine has a batch norm: {list(network.handles)} against {list(moments)}")
+    made: dict[str, Correction] = {}
+
+    def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
+        if op.name in layers:
+            made.update(_fit_layer(network, op, x, moments[op.name]))
+        return network.products(op, x, spec)
+
+    run(network.model, images, batch_size=len(images), products=fit)
+    return made
+
+
+def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -> dict[str, Correction]:
+    """{matrix: correction} of one layer, in force; a channel without any variance keeps its gain.
+
+    The moments wanted are those of an engine's own answers, in its accumulator steps: answers are sum w q, without the
+    bias and before the zero point's share is taken off.
+    """
+    handle, made = network.handles[op.name], {}
+    step = torch.from_numpy(op.acc_scale.astype(np.float64)) * op.weight_step
+    bias = torch.from_numpy(op.bias.astype(np.float64)) / op.weight_step
+    mean, std = aim.mean / step - bias + handle.x_zero_point * handle.weight_sum, aim.std / step
+    parts = zip(handle.groups, network.measure(op, x), *(m.chunk(len(handle.groups)) for m in (mean, std)), strict=True)
+    for group, raw, wanted, spread in parts:
+        now = raw.std(0, correction=0)
+        gain = torch.where(now > 0, spread / now.clamp_min(1e-30), 1.0)
+        fitted = Correction(gain, wanted - gain * raw.mean(0), torch.ones_like(gain), "norms", len(raw))
+        network.layers[op.name].set_correction(group, fitted)
+        made[group.name] = fitted
+    return made
