@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ import pandas as pd
 from hq_lib.results import paths
 from hq_lib.results.hints import nearest
 
-# Unit → what it counts. A metric whose name ends in one of SUFFIX_UNITS' keys must have that unit.
+# Unit → what it counts. A metric whose name ends in one of SUFFIX_UNITS' keys, begins with n_ (a count) or is one of
+# METRIC_UNITS' has that unit and no other.
 UNITS = {
     "%": "percent", "pp": "percentage points", "1": "a pure number", "nat": "natural-log entropy or loss",
     "bit": "bits", "LSB": "integer steps", "count": "how many", "epoch": "epochs", "iteration": "optimizer steps",
@@ -33,6 +34,13 @@ SUFFIX_UNITS = {
     "_pct": "%", "_pp": "pp", "_per_s": "1/s", "_s": "s", "_ms": "ms", "_us": "us", "_kB": "kB", "_KiB": "KiB",
     "_MiB": "MiB", "_LSB": "LSB", "_uS": "uS", "_pJ": "pJ", "_nJ": "nJ", "_uJ": "uJ",
 }  # fmt: skip
+METRIC_UNITS = {
+    **dict.fromkeys(("loss", "train_loss", "loss_rise", "kl", "predicted_kl", "set_entropy"), "nat"),
+    **dict.fromkeys(("alpha", "lr", "r2", "slope", "max_abs_w", "loss_own", "loss_common", "logit_error"), "1"),
+    **dict.fromkeys(("rel_error", "relative_error", "rel_error_float32", "rel_error_float64"), "1"),
+    **dict.fromkeys(("mse_measured", "mse_model", "mse_exact"), "1"),
+    "bops": "BOP", "unavailable": "count",
+}  # fmt: skip
 
 
 class RowError(ValueError):
@@ -41,7 +49,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured number. Defaults mean "does not apply"; the empty ones are filled in when the row is appended."""
+    """The columns, in the order of the file. A default means "does not apply"; ``append`` fills in the empty ones."""
 
     experiment: str
     """Id of the study or output that asked for it, e.g. ``tab_resnet20_methods``."""
@@ -51,12 +59,6 @@ class Row:
     """Data set the value was measured on; the split is ``test`` unless ``switches`` says otherwise."""
     method: str
     """Quantization method, a key of ``plotting.METHOD_COLORS`` where it is drawn; ``float`` = none."""
-    metric: str
-    """What ``value`` is, e.g. ``acc_pct``."""
-    value: float
-    """The number, finite. A run that diverged is metric ``diverged``, value 1."""
-    unit: str
-    """A key of ``UNITS``."""
     w_bits: float = 32
     """Bits of the weights, (0, 32]; averages of mixed policies may be fractions; 32 = float."""
     a_bits: float = 32
@@ -67,6 +69,12 @@ class Row:
     """Calibration images used; 0 = none."""
     seed: int = -1
     """Seed of the run or draw; -1 = deterministic, there is nothing to draw."""
+    metric: str
+    """What ``value`` is, e.g. ``acc_pct``."""
+    value: float
+    """The number, finite. A run that diverged is metric ``diverged``, value 1."""
+    unit: str
+    """A key of ``UNITS``; left out where the metric's name says it, see ``unit_of``."""
     profile: str = ""
     """``smoke``, ``quick`` or ``full``."""
     epochs: int = 0
@@ -77,8 +85,6 @@ class Row:
     """Training images seen per epoch; 0 = none."""
     n_test: int = 0
     """Images the value was measured on; 0 = measured on no image."""
-    switches: str = "{}"
-    """Everything else that changes the number (first/last bits, drop probability, engine ...) as canonical JSON."""
     git_sha: str = ""
     """Commit of the code, ``-dirty`` if changed."""
     versions: str = ""
@@ -87,21 +93,16 @@ class Row:
     """CPU model and threads, or GPU."""
     seconds: float = 0.0
     """Wall-clock time of the run behind the number, s; 0 = not timed."""
+    switches: str = "{}"
+    """Everything else that changes the number (first/last bits, drop probability, engine ...) as canonical JSON."""
 
 
-COLUMNS = (
-    "experiment", "model", "dataset", "method", "w_bits", "a_bits", "placement", "n_calib", "seed", "metric", "value",
-    "unit", "profile", "epochs", "iterations", "n_train", "n_test", "git_sha", "versions", "device", "seconds",
-    "switches",
-)  # fmt: skip
-PROVENANCE = ("git_sha", "versions", "device", "seconds")
-PROTOCOL = ("profile", "epochs", "iterations", "n_train", "n_test")
-KEY = tuple(c for c in COLUMNS if c not in (*PROVENANCE, "value", "unit"))
-CELL = tuple(c for c in KEY if c not in (*PROTOCOL, "seed"))
-BITS, FLOATS = ("w_bits", "a_bits"), ("value", "seconds")
-COUNTS = ("n_calib", "seed", "epochs", "iterations", "n_train", "n_test")
-DTYPES = {c: "float64" if c in (*BITS, *FLOATS) else "int64" if c in COUNTS else "str" for c in COLUMNS}
-REQUIRED = ("experiment", "model", "dataset", "method", "metric", "value", "unit")
+TYPES: dict[str, Any] = {f.name: f.type for f in fields(Row)}
+COLUMNS = tuple(TYPES)
+KEY = tuple(c for c in COLUMNS if c not in ("value", "unit", "git_sha", "versions", "device", "seconds"))
+BITS = ("w_bits", "a_bits")
+DTYPES = {c: {float: "float64", int: "int64", str: "str"}[kind] for c, kind in TYPES.items()}
+REQUIRED = tuple(f.name for f in fields(Row) if f.default is MISSING)
 _DEFAULTS = {f.name: f.default for f in fields(Row) if f.name not in REQUIRED}
 
 
@@ -113,20 +114,31 @@ def check_columns(names: Iterable[str]) -> None:
             raise RowError(f"unknown column {name!r}: {known}{nearest(name, COLUMNS)}")
 
 
-def clean(row: Row | Mapping[str, Any]) -> dict[str, Any]:
+def unit_of(metric: str) -> str | None:
+    """The unit that a metric's name says, by its ending or as one of ``METRIC_UNITS``; None where it says none."""
+    ending = next((unit for suffix, unit in SUFFIX_UNITS.items() if metric.endswith(suffix)), None)
+    return ending or ("count" if metric.startswith("n_") else METRIC_UNITS.get(metric))
+
+
+def clean(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row as a plain dict in column order, defaults filled in, every cell of its column's exact type.
 
     Raises:
         RowError: an unknown or missing column, a value of the wrong type or range, a metric in another unit.
     """
-    given = dict(vars(row)) if isinstance(row, Row) else dict(row)
+    given = dict(row)
     check_columns(given)
+    if unit := unit_of(str(given.get("metric"))):
+        given.setdefault("unit", unit)
     missing = [c for c in REQUIRED if c not in given]
     if missing:
         raise RowError(f"the row has no {', '.join(missing)}: give every row {', '.join(REQUIRED)}")
     given = {**_DEFAULTS, **given}
     tidy = {c: clean_cell(c, given[c]) for c in COLUMNS}
-    _check_metric(tidy)
+    if unit not in (None, tidy["unit"]):
+        raise RowError(f"metric {tidy['metric']!r} has unit {tidy['unit']!r}: its name promises {unit!r}")
+    if tidy["metric"] == "acc_pct" and not 0 <= tidy["value"] <= 100:
+        raise RowError(f"acc_pct is {tidy['value']!r}: an accuracy in percent lies in [0, 100]")
     return tidy
 
 
@@ -134,11 +146,7 @@ def clean_cell(column: str, value: Any) -> Any:
     """``value`` as the type that the column holds, else ``RowError`` naming the column."""
     if column == "switches":
         return _canonical_switches(value)
-    if column in COUNTS:
-        return _count(column, value)
-    if column in (*BITS, *FLOATS):
-        return _number(column, value)
-    return _text(column, value)
+    return {int: _count, float: _number, str: _text}[TYPES[column]](column, value)
 
 
 def _text(column: str, value: Any) -> str:
@@ -189,15 +197,6 @@ def _canonical_switches(value: Any) -> str:
         raise RowError(f"switches is {value!r}: it must be a JSON object such as {example} ({error})") from None
 
 
-def _check_metric(row: Mapping[str, Any]) -> None:
-    metric, unit = row["metric"], row["unit"]
-    suffix = next((s for s in SUFFIX_UNITS if metric.endswith(s)), None)
-    if suffix is not None and unit != SUFFIX_UNITS[suffix]:
-        raise RowError(f"metric {metric!r} has unit {unit!r}: its name promises {SUFFIX_UNITS[suffix]!r}")
-    if metric == "acc_pct" and not 0 <= row["value"] <= 100:
-        raise RowError(f"acc_pct is {row['value']!r}: an accuracy in percent lies in [0, 100]")
-
-
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What identifies the measurement: every column but value, unit and provenance."""
     return tuple(row[c] for c in KEY)
@@ -221,7 +220,7 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 def _cell_text(column: str, value: Any) -> str:
     if column in BITS and float(value).is_integer():
         return str(int(value))
-    return repr(float(value)) if column in (*BITS, *FLOATS) else str(value)
+    return repr(float(value)) if TYPES[column] is float else str(value)
 
 
 def from_cells(cells: list[str]) -> dict[str, Any]:
@@ -232,9 +231,7 @@ def from_cells(cells: list[str]) -> dict[str, Any]:
 
 
 def _parsed(column: str, cell: str) -> Any:
-    if DTYPES[column] == "str":
-        return cell
     try:
-        return int(cell) if column in COUNTS else float(cell)
+        return TYPES[column](cell)
     except ValueError:
         raise RowError(f"{column} is {cell!r}: it must be a number") from None

@@ -16,7 +16,7 @@ import pandas as pd
 
 from hq_lib.results import atomic, paths, provenance
 from hq_lib.results import rows as schema
-from hq_lib.results.rows import Row, RowError
+from hq_lib.results.rows import RowError
 
 LOCK_TIMEOUT_S = 120.0
 
@@ -34,7 +34,7 @@ def path_of(name: str, *, profile: str) -> Path:
 
 def append(
     name: str,
-    rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame,
+    rows: Iterable[Mapping[str, Any]],
     *,
     profile: str,
     folder: Path | None = None,
@@ -46,7 +46,7 @@ def append(
 
     Args:
         name: study, e.g. ``"qat"``.
-        rows: ``Row`` objects, dicts of their columns (``switches`` may be a dict), or a DataFrame of them.
+        rows: dicts of the columns of ``rows.Row``; ``switches`` may be a dict.
         profile: profile of the run, which chooses the folder; a row that states another one is refused.
         folder: another folder for the file, where no two processes may write one: ``<folder>/<name>.csv``.
 
@@ -54,7 +54,7 @@ def append(
         RowError: a row is malformed, or two rows of this call share a key.
         ResultsError: the file is damaged, locked for two minutes, or cannot be written; it is left as it was.
     """
-    fresh = _by_key(_completed(row, profile) for row in _each(rows))
+    fresh = _by_key(_completed(row, profile) for row in rows)
     path = path_of(name, profile=profile)
     path = path if folder is None else folder / path.name
     with _locked(path):
@@ -78,17 +78,12 @@ def read_file(path: Path) -> pd.DataFrame:
     return schema.frame(_load(path).values())
 
 
-def _each(rows: Iterable[Row | Mapping[str, Any]] | pd.DataFrame) -> list[Row | Mapping[str, Any]]:
-    return rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)  # type: ignore[return-value]
-
-
-def _completed(row: Row | Mapping[str, Any], profile: str) -> dict[str, Any]:
-    given = dict(vars(row)) if isinstance(row, Row) else dict(row)
-    stated = given.get("profile") or profile
+def _completed(row: Mapping[str, Any], profile: str) -> dict[str, Any]:
+    stated = row.get("profile") or profile
     if stated != profile:
         raise RowError(f"a row of profile {stated!r} cannot go to profile {profile!r}: results never mix them")
-    filled = {c: given.get(c) or default for c, default in provenance.stamp().items()}
-    return schema.clean({**given, **filled, "profile": profile})
+    filled = {c: row.get(c) or default for c, default in provenance.stamp().items()}
+    return schema.clean({**row, **filled, "profile": profile})
 
 
 def _by_key(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:

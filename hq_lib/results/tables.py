@@ -4,6 +4,7 @@ A cell is never blank: ``n/r`` says that it was not run, ``–`` that nobody pub
 or protocols are never averaged, nor set into one column; what would do so is an error that says how to part them.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -42,6 +43,17 @@ def with_bits(frame: pd.DataFrame) -> pd.DataFrame:
     """A copy with a column ``bits`` (``W4A4``, ``float``), for tables whose columns are bit widths."""
     pairs = zip(frame["w_bits"], frame["a_bits"], strict=True)
     return frame.assign(bits=pd.Series([labels.bits_label(w, a) for w, a in pairs], index=frame.index, dtype="str"))
+
+
+def with_switches(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """A copy with these settings of ``switches`` as columns; NaN where a row has none."""
+    found = [json.loads(text) for text in frame["switches"]]
+    return frame.assign(**{name: [switches.get(name) for switches in found] for name in names})
+
+
+def longest(frame: pd.DataFrame, *cell: str) -> pd.DataFrame:
+    """Of each cell the rows of most epochs."""
+    return frame.loc[frame["epochs"] == frame.groupby(list(cell), dropna=False)["epochs"].transform("max")]
 
 
 def cells(results: pd.DataFrame, *, by: Sequence[str]) -> pd.DataFrame:

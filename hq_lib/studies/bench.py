@@ -1,6 +1,7 @@
 """Networks by name or file, with their images: what nearly every study measures on."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from hq_lib import data, graph, models
+from hq_lib import data, graph, models, ptq
 from hq_lib.data import ImageSet, folder
 from hq_lib.models import efficientnet_lite
 from hq_lib.results import paths
@@ -119,6 +120,27 @@ def file_switch(name: str) -> dict[str, str]:
         return {}
     sha256 = record_of(name).get("sha256")
     return {"network": Path(name).name.removesuffix(".safetensors"), **({"file": sha256[:8]} if sha256 else {})}
+
+
+def quantized_as(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that a quantized network's run record tells: model, method, bits and placement."""
+    policy = graph.BitPolicy.from_dict(record["policy"])
+    return {
+        "model": record["model"], "method": record.get("method", policy.weight.method), "w_bits": policy.weight.bits,
+        "a_bits": policy.act.bits, "placement": policy.placement,
+    }  # fmt: skip
+
+
+def after_training(net: nn.Module, x: Tensor, *, bits: int = 8, per_layer: bool = False) -> fx.GraphModule:
+    """``net`` quantized to ``bits`` with ranges of least squared error on images ``x``, batch norms folded.
+
+    ``per_layer`` gives the weights one scale per layer instead of one per output channel.
+    """
+    weight = {"method": "minmax", "bits": bits, "axis": None if per_layer else 0}
+    qnet = graph.quantize(net.eval(), graph.BitPolicy(weight, f"minmax:{bits}", bn="fold"), x[:1])
+    ptq.fit_weights(qnet, "mse")
+    ptq.fit_acts(qnet, x, "mse")
+    return qnet
 
 
 def public_weights(file: str) -> Path | None:

@@ -16,7 +16,6 @@ import pandas as pd
 from hq_lib.results import atomic, labels, paths, published, store, tables
 from hq_lib.studies.integer_export.executors import version
 
-SWITCH = "switches."
 PROTOCOL = ["epochs", "iterations", "n_test"]
 _GROUP_SOURCE = "louvinci/PACT-Quantization (later README)"
 PEERS = {
@@ -36,7 +35,9 @@ class Number:
     file: str
     """Results file; "published" = data/published.csv."""
     where: Mapping[str, Any]
-    """Columns and their values; ``switches.NAME`` is one switch, None = the row has no such switch."""
+    """Columns and their values."""
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    """Switches and theirs; None = the row has no such switch."""
     metric: str = "acc_pct"
     """The metric."""
 
@@ -52,11 +53,9 @@ class Number:
         found = store.read(self.file, profile=profile)
         found = found.loc[(found["profile"] == profile) & (found["metric"] == self.metric)]
         for column, value in self.where.items():
-            if column.startswith(SWITCH):
-                name = column.removeprefix(SWITCH)
-                found = found.loc[[json.loads(text).get(name) == value for text in found["switches"]]]
-            else:
-                found = found.loc[found[column] == value]
+            found = found.loc[found[column] == value]
+        settings = [json.loads(text) for text in found["switches"]]
+        found = found.loc[[all(each.get(name) == v for name, v in self.switches.items()) for each in settings]]
         if len(found):
             longest = found[PROTOCOL].apply(tuple, axis=1)
             found = found.loc[longest == longest.max()]
@@ -89,54 +88,51 @@ class Line:
     """What it is compared with."""
 
 
-def _bits(w: int, a: int) -> dict[str, Any]:
-    return {"model": "resnet20", "w_bits": w, "a_bits": a}
+def _bits(w: int, a: int, **more: Any) -> dict[str, Any]:
+    return {"model": "resnet20", "w_bits": w, "a_bits": a, **more}
 
 
 def _trained(w: int, a: int) -> Number:
-    plain = {f"{SWITCH}{name}": None for name in ("split", "lists", "distill")}
-    return Number("", "qat", {**_bits(w, a), "method": "pact", **plain})
+    return Number("", "qat", _bits(w, a, method="pact"), dict.fromkeys(("split", "lists", "distill")))
 
 
 def _official_qdrop(w: int, a: int) -> Number:
     variant = "500 iterations a block, drop 0.5, rounding rate 1e-2"
-    where = {"table": "official_ptq", **_bits(w, a), "method": "qdrop", "variant": variant}
+    where = _bits(w, a, table="official_ptq", method="qdrop", variant=variant)
     return Number("official code, 500 iterations", "published", where)
 
 
 def _qdrop(w: int, a: int) -> Number:
-    return Number("", "ptq_methods", {**_bits(w, a), f"{SWITCH}recipe": "qdrop", f"{SWITCH}net": "public"})
+    return Number("", "ptq_methods", _bits(w, a), {"recipe": "qdrop", "net": "public"})
 
 
 def _pact(w: int, a: int) -> Number:
-    where = {"table": "resnet20_cifar10", **_bits(w, a), "method": "pact", "variant": "first and last layer 8 bit"}
+    where = _bits(w, a, table="resnet20_cifar10", method="pact", variant="first and last layer 8 bit")
     return Number("published, the same first and last layer", "published", where)
 
 
 def _search(words: str, search: str) -> Number:
     chosen = {"search": search, "budget": "size", "equivalent": 3.0, "split": "test"}
-    return Number(words, "bit_allocation", {"model": "resnet20", **{f"{SWITCH}{k}": v for k, v in chosen.items()}})
+    return Number(words, "bit_allocation", {"model": "resnet20"}, chosen)
 
 
 def _array(words: str, correction: str, effect: str = "rram, column scale") -> Number:
-    where = {**_bits(8, 8), f"{SWITCH}correction": correction, f"{SWITCH}effect": effect, f"{SWITCH}network": None}
-    return Number(words, "crossbar", where)
+    return Number(words, "crossbar", _bits(8, 8), {"correction": correction, "effect": effect, "network": None})
 
 
 def _sent(words: str, cut: str, bits: int, metric: str = "acc_pct", **switches: Any) -> Number:
     chosen = {"cut": cut, "wire_bits": bits, "network": None, **switches}
-    return Number(words, "edge_cloud", {"model": "resnet20", **{f"{SWITCH}{k}": v for k, v in chosen.items()}}, metric)
+    return Number(words, "edge_cloud", {"model": "resnet20"}, chosen, metric)
 
 
 def _integers(words: str, method: str, metric: str = "acc_pct") -> Number:
     form = {"requantizer": "float32" if method == "c" else None, "version": version(method, 8), "network": None}
-    where = {**_bits(8, 8), "method": method, **{f"{SWITCH}{name}": value for name, value in form.items()}}
-    return Number(words, "integer_export", where, metric)
+    return Number(words, "integer_export", _bits(8, 8, method=method), form, metric)
 
 
 _FLOAT = Number("float", "float_reference", {"model": "resnet20", "method": "float"})
-_GROUP = Number("the group's", "published", {"table": "seed001", **_bits(32, 32), "source": _GROUP_SOURCE})
-_PUBLIC = Number("float", "ptq_methods", {**_bits(32, 32), f"{SWITCH}net": "public"})
+_GROUP = Number("the group's", "published", _bits(32, 32, table="seed001", source=_GROUP_SOURCE))
+_PUBLIC = Number("float", "ptq_methods", _bits(32, 32), {"net": "public"})
 _EXACT = _array("exact", "none", "no error")
 _WIRE = {"edge": "integer", "grid": "channel"}
 _MISMATCHES = _integers("logits unlike NumPy's", "c", "n_logit_mismatches")
@@ -173,16 +169,15 @@ def table(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 def speed(profile: str) -> pd.DataFrame:
     """C's time an image and how many times as long its peers take, from the rows of ``benchmarks/integer.py``."""
     found = store.read("integer_speed", profile=profile)
-    found = found.assign(batch=[json.loads(text)["batch"] for text in found["switches"]])
-    cell = ["model", "w_bits", "a_bits", "batch"]
+    found = tables.with_bits(tables.with_switches(found, "batch"))
+    cell = ["model", "bits", "batch"]
     ratios = found.loc[found["metric"] == "over_c"].set_index(["method", *cell])["value"]
     times = found.loc[(found["metric"] == "time_ms") & found["method"].str.startswith("C ")]
     lines = []
-    for *key, time in times[[*cell, "value"]].itertuples(index=False):
-        peers = [ratios.get((peer, *key)) for peer in PEERS]
+    for model, bits, batch, time in times[[*cell, "value"]].itertuples(index=False):
+        peers = [ratios.get((peer, model, bits, batch)) for peer in PEERS]
         shown = [tables.NOT_RUN if ratio is None else f"{ratio:.2f}" for ratio in peers]
-        bits = labels.bits_label(float(key[1]), float(key[2]))
-        lines.append((labels.printed("model", key[0]), bits, str(key[3]), f"{time:.3g}", *shown))
+        lines.append((labels.printed("model", model), bits, str(batch), f"{time:.3g}", *shown))
     return pd.DataFrame(lines, columns=["network", "bits", "batch", "C, ms an image", *PEERS.values()])
 
 

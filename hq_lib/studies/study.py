@@ -1,6 +1,6 @@
 """The one mechanism of the studies: a plan gives points, points that share a bench are measured on it, rows are kept.
 
-    STUDY = Study("qat", PLANS, points=points, key=key, open_bench=open_bench, measure=measure)
+    STUDY = Study("qat", PLANS, points=points, open_bench=open_bench, measure=measure)
     STUDY.run("quick", methods=["lsq"], bits=[[2, 2]])                  # a notebook: the profile's plan, changed
     hq study qat --profile full --unit resnet20_lsq_w2a2_s0             # a batch engine: one unit, rows to a part file
 
@@ -13,9 +13,10 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,6 +41,11 @@ class StudyError(ValueError):
     """A plan, unit or state of the code that a study cannot be run with; the message names it and the mend."""
 
 
+def metric_rows(values: Mapping[str, float], **columns: Any) -> Iterator[Row]:
+    """A row for each metric and its value, the other columns being equal; units are those of the metrics' names."""
+    yield from ({**columns, "metric": metric, "value": value} for metric, value in values.items())
+
+
 def check_choice(study: str, kind: str, names: Iterable[Any], known: Iterable[Any]) -> None:
     """Nothing, or ``StudyError`` for the first name that is not known, with the nearest one that is."""
     known = list(known)
@@ -50,32 +56,26 @@ def check_choice(study: str, kind: str, names: Iterable[Any], known: Iterable[An
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement; a subclass adds what varies."""
+    """One measurement, as data."""
 
-    @property
-    def name(self) -> str:
-        """In words, unique within the study; what progress lines call it."""
-        raise NotImplementedError
+    name: str
+    """In words, unique within the study; what progress lines call it."""
+    key: Row
+    """The columns that identify its rows, protocol included; ``"switches.NAME"`` is one switch among others. Without
+    "experiment" it is the study's."""
+    what: Any = None
+    """What ``measure`` has to know of it besides."""
+    bench: Any = None
+    """What has to be open to measure it; hashable."""
+    unit: str = ""
+    """The process it is measured in by a batch engine, a file name; "" = one of its own, called by its name."""
+    after: tuple[str, ...] = ()
+    """Units, of whatever study, whose result it stands on: a batch engine runs them first."""
+    minutes: float = 1.0
+    """Rough cost on one thread in profile full."""
 
-    @property
-    def unit(self) -> str:
-        """The process it is measured in by a batch engine; a file name."""
-        return self.name
-
-    @property
-    def bench(self) -> Hashable:
-        """What has to be open to measure it."""
-        return None
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """Units, of whatever study, whose result it stands on: a batch engine runs them first."""
-        return ()
-
-    @property
-    def minutes(self) -> float:
-        """Rough cost on one thread in profile full."""
-        return 1.0
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", self.unit or self.name)
 
 
 @dataclass(frozen=True)
@@ -109,25 +109,20 @@ class Run(Generic[Plan]):
         return [row for own in files.values() for row in own]
 
 
-P = TypeVar("P", bound=Point)
-
-
 @dataclass(frozen=True)
-class Study(Generic[Plan, P, Bench]):
-    """A study as data and four functions."""
+class Study(Generic[Plan, Bench]):
+    """A study as data and three functions."""
 
     name: str
     """Its command and the CSV that it appends to."""
     plans: Mapping[str, Plan]
     """Profile -> plan."""
-    points: Callable[[Plan], Sequence[P]]
+    points: Callable[[Plan], Sequence[Point]]
     """All points of a plan, those of one bench and unit adjoining; raises ``StudyError`` for what does not exist."""
-    key: Callable[[Run[Plan], P], Row]
-    """The columns that identify a point's rows, protocol included; ``"switches.NAME"`` is one switch among others."""
-    open_bench: Callable[[Run[Plan], Hashable], Bench | None]
+    open_bench: Callable[[Run[Plan], Any], Bench | None]
     """The bench; None, after a line that says why, where this machine cannot have it: its points are n/r."""
-    measure: Callable[[Run[Plan], Bench, P], Iterator[Found]]
-    """Metric, value, unit (and whatever else differs from the key) of each row of a point."""
+    measure: Callable[[Run[Plan], Bench, Point], Iterator[Found]]
+    """Metric, value (and whatever else differs from the key) of each row of a point."""
     mem_mb: int = 4000
     """Memory that a unit of profile full is given by a batch engine, MB."""
     gpu: bool = False
@@ -197,14 +192,14 @@ class Study(Generic[Plan, P, Bench]):
         """The rows of this profile that are there."""
         return profile_rows(self.name, profile)
 
-    def todo(self, profile: str, **changes: Any) -> list[P]:
+    def todo(self, profile: str, **changes: Any) -> list[Point]:
         """The points that have no row yet."""
         plan = self.plan(profile, **changes)
         return self._todo(Run(self.name, profile, plan), self.points(plan))
 
     def units(self, profile: str, **changes: Any) -> list[Row]:
         """The units with something to measure, as plain data: study, unit, n_points, minutes, after, mem_mb, gpu."""
-        groups: dict[str, list[P]] = {}
+        groups: dict[str, list[Point]] = {}
         for point in self.todo(profile, **changes):
             groups.setdefault(point.unit, []).append(point)
         return [
@@ -224,7 +219,7 @@ class Study(Generic[Plan, P, Bench]):
         for part in sorted(p for p in self._part(profile, "").glob("*") if p.is_dir()):
             with _alone(part, wait=False) as mine:
                 for file in sorted(part.glob("*.csv")) if mine else []:
-                    found = store.read_file(file)
+                    found = store.read_file(file).to_dict("records")
                     store.append(file.stem, found, profile=profile)
                     n += len(found)
                 if mine:
@@ -234,13 +229,24 @@ class Study(Generic[Plan, P, Bench]):
     def _part(self, profile: str, unit: str) -> Path:
         return paths.runs_dir(profile) / self.name / "parts" / unit
 
-    def _todo(self, run: Run[Plan], wanted: Sequence[P]) -> list[P]:
-        known = _Known(store.read(self.name, profile=run.profile))
+    def _todo(self, run: Run[Plan], wanted: Sequence[Point]) -> list[Point]:
+        have = store.read(self.name, profile=run.profile).to_dict("records")
         if run.part is not None:
-            known.add(store.read_file(run.part / f"{self.name}.csv"))
-        return [point for point in wanted if not known.has({**self.key(run, point), "profile": run.profile})]
+            have += store.read_file(run.part / f"{self.name}.csv").to_dict("records")
 
-    def _measure(self, run: Run[Plan], todo: Sequence[P]) -> None:
+        @cache
+        def known(columns: tuple[str, ...]) -> set[tuple[Any, ...]]:
+            return {tuple(_cell(row, column) for column in columns) for row in have}
+
+        def is_new(point: Point) -> bool:
+            key = {"experiment": self.name, **point.key, "profile": run.profile}
+            rows.check_columns(c for c in key if not c.startswith(SWITCH))
+            cells = (value if c.startswith(SWITCH) else rows.clean_cell(c, value) for c, value in key.items())
+            return tuple(cells) not in known(tuple(key))
+
+        return [point for point in wanted if is_new(point)]
+
+    def _measure(self, run: Run[Plan], todo: Sequence[Point]) -> None:
         started = said = time.perf_counter()
         n = 0
         for needed, group in groupby(todo, key=lambda point: point.bench):
@@ -254,8 +260,8 @@ class Study(Generic[Plan, P, Bench]):
                     said = time.perf_counter()
                     print(f"[{n}/{len(todo)}, {said - started:.0f} s] {point.name}: {_shown(measured)}", flush=True)
 
-    def _measure_point(self, run: Run[Plan], bench: Bench, point: P) -> list[Row]:
-        key, started = self.key(run, point), time.perf_counter()
+    def _measure_point(self, run: Run[Plan], bench: Bench, point: Point) -> list[Row]:
+        key, started = {"experiment": self.name, **point.key}, time.perf_counter()
         found = [(self.name, item) if isinstance(item, dict) else item for item in self.measure(run, bench, point)]
         seconds = round(time.perf_counter() - started, 3)
         # the point's own rows last: they say that it is done
@@ -298,26 +304,6 @@ def _alone(part: Path, *, wait: bool = True) -> Iterator[bool]:
         lock.release()
 
 
-class _Known:
-    """Which keys have a row; the rows are looked through once for each set of columns."""
-
-    def __init__(self, found: pd.DataFrame) -> None:
-        self.rows: list[Any] = found.to_dict("records")
-        self.by_columns: dict[tuple[str, ...], set[tuple[Any, ...]]] = {}
-
-    def add(self, found: pd.DataFrame) -> None:
-        self.rows += found.to_dict("records")
-        self.by_columns.clear()
-
-    def has(self, key: Row) -> bool:
-        columns = tuple(sorted(key))
-        rows.check_columns(c for c in columns if not c.startswith(SWITCH))
-        if columns not in self.by_columns:
-            self.by_columns[columns] = {tuple(_cell(row, c) for c in columns) for row in self.rows}
-        wanted = (key[c] if c.startswith(SWITCH) else rows.clean_cell(c, key[c]) for c in columns)
-        return tuple(wanted) in self.by_columns[columns]
-
-
 def _cell(row: Mapping[Any, Any], column: str) -> Any:
     if column.startswith(SWITCH):
         return json.loads(row["switches"]).get(column.removeprefix(SWITCH))
@@ -330,4 +316,6 @@ def _as_tuple(value: Any) -> Any:
 
 def _shown(measured: Sequence[Row]) -> str:
     """The first few numbers of a point, for a line of progress."""
-    return ", ".join(f"{row['metric']} {row['value']:.5g} {row['unit']}".removesuffix(" 1") for row in measured[-3:])
+    units = [row.get("unit") or rows.unit_of(row["metric"]) for row in measured[-3:]]
+    told = zip(measured[-3:], units, strict=True)
+    return ", ".join(f"{row['metric']} {row['value']:.5g} {unit}".removesuffix(" 1") for row, unit in told)

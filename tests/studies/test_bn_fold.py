@@ -14,10 +14,7 @@ from hq_lib.studies.study import StudyError, profile_rows
 
 def row(model, metric, value, statistics, **more):
     named = {"experiment": "bn_fold", "model": model, "dataset": "-", "method": "float", "metric": metric}
-    return {**named, "value": value, "unit": UNITS.get(metric, "1"), "switches": {"statistics": statistics}, **more}
-
-
-UNITS = {"acc_pct": "%", "folded_acc_pct": "%", "n_flips": "count"}
+    return {**named, "value": value, "switches": {"statistics": statistics}, **more}
 
 
 @pytest.fixture
@@ -90,12 +87,12 @@ def test_random_statistics_show_an_error_and_an_exact_fold_has_none(out_dir, mon
 
     monkeypatch.setattr(study, "fold_bn", wrong)
     again = study.errors(nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval(), torch.ones(1, 3, 2, 2))
-    assert min(line["value"] for line in again) > 1e-3
+    assert min(again.values()) > 1e-3
 
 
 def test_committed_rows_are_not_measured_again(monkeypatch):
     """Every point of profile full that has rows in the repository is known by its key."""
     monkeypatch.delenv("HQ_OUT", raising=False)
     have = set(study.STUDY.rows("full")["model"])
-    left = {p.model for p in study.STUDY.todo("full") if p.statistics == "random"}
+    left = {p.key["model"] for p in study.STUDY.todo("full") if p.key["switches"]["statistics"] == "random"}
     assert not left & have

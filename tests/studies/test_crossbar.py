@@ -25,7 +25,7 @@ from hq_lib.studies.crossbar.points import (
     STUDIES,
     by_rule,
     network_path,
-    points,
+    places,
 )
 from hq_lib.studies.study import StudyError, profile_rows
 
@@ -52,11 +52,10 @@ def run(studies, **more):
 
 @pytest.mark.parametrize("profile", PLANS)
 def test_every_profile_measures_every_study_and_correction(profile):
-    todo = points(PLANS[profile])
-    assert {p.place.study for p in todo} == set(STUDIES)
-    assert {p.correction for p in todo} == set(CORRECTIONS)
-    plan = study.STUDY.plan(profile)
-    keys = [json.dumps(study.key(_run(plan), p), sort_keys=True) for p in todo]
+    todo = study.points(PLANS[profile])
+    assert {p.what[0].study for p in todo} == set(STUDIES)
+    assert {p.what[1] for p in todo} == set(CORRECTIONS)
+    keys = [json.dumps(p.key, sort_keys=True) for p in todo]
     assert len(set(keys)) == len(keys)
 
 
@@ -75,13 +74,13 @@ def test_full_meets_the_promised_protocol():
 
 
 def test_percent_becomes_a_fraction_once():
-    for point in points(study.STUDY.plan("full", studies=["sigma"])):
-        error = point.place.circuit.device.error
+    for place in places(study.STUDY.plan("full", studies=["sigma"])):
+        error = place.circuit.device.error
         assert error is not None
-        assert float(error.sigma(torch.tensor(25.0).double())) / 25 == pytest.approx(point.place.x / 100)
-    for point in points(study.STUDY.plan("full", studies=["stuck"])):
-        faults = point.place.circuit.faults
-        assert faults.low_fraction + faults.high_fraction == pytest.approx(point.place.x / 100)
+        assert float(error.sigma(torch.tensor(25.0).double())) / 25 == pytest.approx(place.x / 100)
+    for place in places(study.STUDY.plan("full", studies=["stuck"])):
+        faults = place.circuit.faults
+        assert faults.low_fraction + faults.high_fraction == pytest.approx(place.x / 100)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +90,16 @@ def test_percent_becomes_a_fraction_once():
 )  # fmt: skip
 def test_unknown_names_are_refused_with_the_nearest(changes, message):
     with pytest.raises(StudyError, match=message):
-        points(study.STUDY.plan("smoke", **changes))
+        places(study.STUDY.plan("smoke", **changes))
 
 
 def test_committed_points_are_not_measured_again(monkeypatch):
     """Rows older than correlations, temperature and the two rules of read noise keep their identity."""
     monkeypatch.delenv("HQ_OUT", raising=False)
     old = ["no_error", "recovery", "budget", "sigma", "adc", "stuck", "drift"]
-    todo = study.STUDY.todo("full", studies=old)
-    reads = {point.place.circuit.device.read.per for point in todo if point.place.circuit.device.read}
-    assert reads <= {"readout"}
-    assert all(point.place.circuit.device.read or point.place.effect == ONE_SCALE for point in todo)
+    places_left = [point.what[0] for point in study.STUDY.todo("full", studies=old)]
+    reads = [place.circuit.device.read for place in places_left if place.effect != ONE_SCALE]
+    assert all(read and read.per == "readout" for read in reads)
     assert study.COSTS.todo("full") == []
 
 
@@ -123,13 +121,13 @@ def test_a_run_resumes_and_measures_nothing_twice(small, monkeypatch):
 
 def test_corrections_do_not_leak_into_each_other(small):
     plan = study.STUDY.plan("smoke", studies=["drift"], n_calib=10)
-    todo = [point for point in points(plan) if point.place.t_s > 20]
+    todo = [point for point in study.points(plan) if point.what[0].t_s > 20]
     bench = study.open_arrays(_run(plan), todo[0].bench)
     assert bench is not None
-    together = {p.correction: list(study.measure(_run(plan), bench, p)) for p in todo[:4]}
+    together = {p.what[1]: list(study.measure(_run(plan), bench, p)) for p in todo[:4]}
     alone = study.open_arrays(_run(plan), todo[1].bench)
     assert alone is not None
-    assert list(study.measure(_run(plan), alone, todo[1])) == together[todo[1].correction]
+    assert list(study.measure(_run(plan), alone, todo[1])) == together[todo[1].what[1]]
 
 
 def test_settings_name_the_device_and_what_differs():
@@ -171,8 +169,8 @@ def test_costs_are_the_sums_over_layers(small):
     conversions = sum(
         int(np.prod(small.model.tensors[op.output].shape)) * -(-op.weight[0].size // 128) for op in small.model.layers()
     )
-    assert cost["n_conversions"] == (conversions, "count")
-    assert cost["n_cells"] == (2 * sum(op.weight.size for op in small.model.layers()), "count")
+    assert cost["n_conversions"] == conversions
+    assert cost["n_cells"] == 2 * sum(op.weight.size for op in small.model.layers())
     table = tables.cost_table(rows).set_index("circuit")
     assert table.loc["analog input, pair, 128 rows", "conversions per image"] == f"{conversions:,}"
 
@@ -215,7 +213,7 @@ def test_a_frozen_network_file_goes_onto_arrays_as_the_trainable_one(tmp_path, c
         for path in (trainable, frozen)
     )
     np.testing.assert_array_equal(first, second)
-    place = points(study.STUDY.plan("smoke", studies=["trained"], networks=[str(frozen)]))[0].place
+    place = places(study.STUDY.plan("smoke", studies=["trained"], networks=[str(frozen)]))[0]
     named = study._network(place)
     assert (named["method"], named["w_bits"], named["switches"]["network"]) == ("dsq", 2, "frozen")
 

@@ -62,7 +62,7 @@ def test_each_edge_has_its_images_draws_and_settings(bench, rows):
 def test_what_is_there_is_not_measured_again(rows, monkeypatch):
     monkeypatch.setattr(study, "workbench", lambda *_: pytest.fail("opened again"))
     assert rows.equals(study.STUDY.run("smoke", **CHOSEN))
-    assert {p.draw for p in study.STUDY.todo("smoke", **{**CHOSEN, "n_draws": 2})} == {1}
+    assert {p.what.draw for p in study.STUDY.todo("smoke", **{**CHOSEN, "n_draws": 2})} == {1}
 
 
 def test_committed_rows_are_not_measured_again(monkeypatch):
@@ -107,9 +107,9 @@ def test_a_network_trained_at_two_bits_sends_two_bits_without_loss(bench):
     trained = workbench(name, replace(SIZE, n_test=16, n_crossbar=16))
     assert trained.net is trained.qnet
     assert trained.about == {"model": "resnet20", "method": "dsq", "w_bits": 2, "a_bits": 2, "placement": "academic"}
-    point = study.Sending(study.PLANS["smoke"], name, "integer", "layer2.2", grid="tensor", wire_bits=2)
+    what = study.Sending(name, "integer", "layer2.2", grid="tensor", wire_bits=2)
     plan = replace(study.PLANS["smoke"], size=Size(32, 16, 16, 8))
-    right, sizes = study._answered(study.open_cut(study.Run("edge_cloud", "smoke", plan), point.bench), point)
+    right, sizes = study._answered(study.open_cut(study.Run("edge_cloud", "smoke", plan), what.point().bench), what)
     with torch.no_grad():
         answers = trained.net(normalize(trained.test.images, trained.test.spec).contiguous()).argmax(1)
     assert torch.equal(right, answers == trained.test.labels)

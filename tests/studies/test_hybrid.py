@@ -34,8 +34,8 @@ def test_the_plan_of_cells():
     assert sum(cell.boundary == 0 for cell in found) == 9
     hybrid = [cell for cell in found if cell.boundary == 4]
     assert len(hybrid) == 5
-    assert len({cell.unit for cell in hybrid}) == 3
-    names = [cell.unit for cell in hybrid]
+    assert len({cell.training for cell in hybrid}) == 3
+    names = [cell.training for cell in hybrid]
     assert names == sorted(names, key=names.index)  # cells of one run adjoin
     assert found[-1] == Cell(4, 4, 5)
 
@@ -168,7 +168,7 @@ def test_searches_keep_their_budgets_and_name_every_tensor():
     plan = study.PLANS["full"]
     rng = np.random.default_rng(0)
     losses = {t: {b: float(rng.lognormal()) * 4.0**-b for b in plan.bits} for t in names}
-    wanted = [p for p in study.search_points(plan) if p.seed == 0 and p.search != "float"]
+    wanted = [p.what for p in study.search_points(plan) if p.what and p.what.seed == 0]
     for point in wanted:
         found, cost = point.found(losses), study._costs()[point.budget]
         if point.search != "ends_8":
@@ -181,7 +181,7 @@ def test_searches_keep_their_budgets_and_name_every_tensor():
 def test_a_search_without_sensitivities_says_what_to_run(out_dir):
     run = Run("bit_allocation", "smoke", study.PLANS["smoke"])
     with pytest.raises(StudyError, match="hq study layer_sensitivity --profile smoke"):
-        next(study.measure_search(run, None, study.Search("optimal", "size", 4.0)))
+        next(study.measure_search(run, None, study.Search("optimal", "size", 4.0).point(run.plan)))
 
 
 def test_what_the_reference_has_is_not_measured_again(monkeypatch):

@@ -48,7 +48,7 @@ def only_toy(monkeypatch):
 
 
 def opened(bits=(8, 8)) -> study.IntegerBench:
-    return study.open_network(study.Run("integer_export", "smoke", study.PLANS["smoke"]), ("toynet", bits))
+    return study.open_network(study.Run("integer_export", "smoke", study.PLANS["smoke"]), study.Network("toynet", bits))
 
 
 def cells(rows: pd.DataFrame, metric: str) -> dict[tuple[str, str], float]:
@@ -119,21 +119,20 @@ def test_points_that_are_there_are_not_run_again(out_dir, only_toy, monkeypatch)
     monkeypatch.setattr(study, "open_bench", lambda *_, **__: pytest.fail("opened again"))
     pd.testing.assert_frame_equal(first, study.STUDY.run("smoke", bits=[(8, 8)], **only_toy))
     monkeypatch.setitem(executors.VERSIONS, "c", 9)  # faster kernels: these alone are measured again
-    assert {p.executor for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
+    assert {p.what[1] for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
     left = tables.current(first)
     assert set(left.loc[left["method"] == "c", "metric"]) == {"acc_pct"}  # the integers are the same
     assert set(left.loc[left["method"] == "onnx", "metric"]) > {"acc_pct", "cpu_ms"}
 
 
 def test_logits_are_compared_with_numpys_whichever_comes_first(out_dir, only_toy, monkeypatch):
-    bench, plan = opened(), study.PLANS["smoke"]
-    point = {name: study.Execution(plan, "toynet", (8, 8), *name.split()) for name in bench.files}
+    bench = opened()
     logits = bench.reference("float32").copy()
     other = logits + np.eye(20, 10, dtype=np.float32)
-    assert study._agreement(bench, point["onnx float32"], other) == {"n_logit_mismatches": 10}
+    assert study._agreement(bench, "onnx", "float32", other) == {"n_logit_mismatches": 10}
     monkeypatch.setattr(executors, "measure", lambda *_, **__: pytest.fail("computed again"))
-    assert study._agreement(bench, point["c float32"], logits) == {"n_logit_mismatches": 0}
-    assert study._agreement(bench, point["float"], -logits)["same_top1_pct"] < 50
+    assert study._agreement(bench, "c", "float32", logits) == {"n_logit_mismatches": 0}
+    assert study._agreement(bench, "float", "", -logits)["same_top1_pct"] < 50
 
 
 def test_what_a_machine_lacks_is_said_in_its_line(out_dir, only_toy, monkeypatch):
@@ -232,9 +231,9 @@ def test_a_network_without_a_file_is_not_run_and_an_unknown_one_is_named(out_dir
 
 def test_committed_rows_are_not_measured_again(monkeypatch):
     monkeypatch.delenv("HQ_OUT", raising=False)
-    for one in study.STUDIES:
-        todo = one.todo("full", networks=study.MODELS)
-        assert all(executors.version(getattr(p, "executor", "layers"), p.w_bits) for p in todo)
+    assert study.LAYERS.todo("full", networks=study.MODELS) == []
+    todo = study.STUDY.todo("full", networks=study.MODELS)
+    assert all(executors.version(executor, net.w_bits) for net, executor, _ in (point.what for point in todo))
 
 
 SHIPPED = ("lenet_w8a8", "resnet20_w8a8")
@@ -270,5 +269,5 @@ def test_the_shipped_integer_networks_have_the_accuracy_that_they_say(name):
 def test_resnet20_at_eight_bits_loses_little_on_real_images(out_dir, cifar10_test):
     del cifar10_test  # only whether it is there
     run = study.Run("integer_export", "quick", study.PLANS["quick"])
-    bench = study.open_network(run, ("resnet20", (8, 8)))
+    bench = study.open_network(run, study.Network("resnet20", (8, 8)))
     assert (bench.reference("float32").argmax(1) == bench.test.labels.numpy()).mean() > 0.88

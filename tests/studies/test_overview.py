@@ -8,8 +8,8 @@ from hq_lib.studies import overview
 ROW = {"experiment": "e", "model": "resnet20", "dataset": "d", "method": "m", "metric": "acc_pct", "unit": "%"}
 
 
-def number(**where):
-    return overview.Number("", "some", where)
+def number(switches=None, **where):
+    return overview.Number("", "some", where, switches or {})
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_number_is_mean_and_sd_over_seeds(rows):
 def test_few_images_have_one_decimal_and_units_are_said(rows):
     rows({"value": 90.04, "n_test": 1000}, {"metric": "packed_KiB", "unit": "KiB", "value": 1.514})
     assert number().text("quick") == "90.0"
-    assert overview.Number("", "some", {}, "packed_KiB").text("quick") == "1.51 KiB"
+    assert overview.Number("", "some", {}, metric="packed_KiB").text("quick") == "1.51 KiB"
 
 
 def test_the_longest_protocol_counts(rows):
@@ -42,7 +42,7 @@ def test_two_rows_of_one_seed_are_no_number(rows):
     rows({"value": 90.0, "switches": {"x": 1}}, {"value": 80.0, "switches": {}})
     with pytest.raises(tables.TableError, match="several numbers"):
         number().text("quick")
-    assert number(**{"switches.x": None}).text("quick") == "80.00"
+    assert number({"x": None}).text("quick") == "80.00"
 
 
 def test_every_line_and_what_it_is_compared_with_has_rows():

@@ -96,7 +96,7 @@ def test_tables_list_what_was_not_run(out_dir):
 
 def test_methods_that_are_not_for_one_bit_are_left_out_there():
     full = qat.STUDY.points(qat.STUDY.plan("full", seeds=[0]))
-    assert {p.method for p in full if p.w_bits == 1} == {"dsq", "dorefa", "ste"}
+    assert {p.key["method"] for p in full if p.key.get("w_bits") == 1} == {"dsq", "dorefa", "ste"}
     assert len({p.name for p in full}) == len(full)
 
 

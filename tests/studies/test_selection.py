@@ -20,7 +20,7 @@ from hq_lib.studies.selection.study import STUDY, Calibration, Plan
 from hq_lib.studies.study import Run, StudyError, profile_rows
 
 PLAN = Plan(("resnet20",), 32, 200, 2)
-POINT = Calibration(PLAN, "resnet20", "tv_lowest", 32, 200, 3, iterations=2)
+SET = Calibration("resnet20", "tv_lowest", 32, 200, 3, iterations=2)
 RUN = Run("selection_study", "smoke", PLAN)
 
 
@@ -50,7 +50,8 @@ def at_hand(bench, monkeypatch):
 @pytest.mark.parametrize("profile", paths.PROFILES)
 @pytest.mark.parametrize("one", study.STUDIES, ids=lambda one: one.name)
 def test_every_way_has_its_random_partner_of_the_same_draw(one, profile):
-    found = [p for p in one.points(one.plan(profile)) if p.method != "float" and p.n_pool == one.plan(profile).n_pool]
+    every = [p.what for p in one.points(one.plan(profile)) if p.what]
+    found = [p for p in every if p.n_pool == one.plan(profile).n_pool]
     assert len(set(found)) == len(found)
     assert [p.draw for p in found] == sorted(p.draw for p in found)
     assert all(dataclasses.replace(p, choice="random") in found for p in found)
@@ -63,12 +64,12 @@ def test_points_of_one_pool_adjoin_and_have_names_and_rows_of_their_own(profile)
     pools = [point.bench for point in found]
     assert len(set(pools)) == 1 + sum(a != b for a, b in itertools.pairwise(pools))
     assert len({point.name for point in found}) == len(found)
-    keys = {json.dumps(STUDY.key(Run(STUDY.name, profile, plan), point), sort_keys=True) for point in found}
+    keys = {json.dumps(point.key, sort_keys=True) for point in found}
     assert len(keys) == len(found)
 
 
 def test_switched_points_have_a_plain_partner():
-    found = STUDY.points(STUDY.plan("full"))
+    found = [p.what for p in STUDY.points(STUDY.plan("full")) if p.what]
     replaced = [p for p in found if p.batch_sampling == "with_replacement" or p.choice == "random_repeated"]
     plain = {"choice": "random_unbalanced", "batch_sampling": "without_replacement"}
     assert replaced
@@ -157,7 +158,7 @@ def test_a_net_without_batch_norm_is_refused():
 
 
 def test_the_own_loss_is_the_last_units_reconstruction_loss(bench, pool, out_dir):
-    values = {v["metric"]: v["value"] for v in study.measure(RUN, pool, POINT) if isinstance(v, dict)}
+    values = {v["metric"]: v["value"] for v in study.measure(RUN, pool, SET.point({})) if isinstance(v, dict)}
     x = data.normalize(bench.train.images, bench.train.spec)[pool.positions[pool.choose("tv_lowest", 32)]].contiguous()
     qnet = recipes.quantized(bench.net, x, recipes.RECIPES["mse"], (2, 2), iterations=0, seed=0)
     config = ptq.qdrop(iterations=2, n_images=32, seed=3, batch_size=16, beta_start=8.0, rounding_lr=0.5)
@@ -168,14 +169,14 @@ def test_the_own_loss_is_the_last_units_reconstruction_loss(bench, pool, out_dir
 
 
 def test_a_set_goes_through_its_manifest_and_an_altered_one_is_refused(pool, out_dir):
-    chosen = study.calibration_set(RUN, pool, POINT)
+    chosen = study.calibration_set(RUN, pool, SET)
     assert torch.equal(chosen.images, pool.images.subset(pool.choose("tv_lowest", 32)).images)
     (file,) = (paths.runs_dir("smoke") / STUDY.name / "manifests").glob("*.json")
     record = json.loads(file.read_text())
     assert record["n"] == 32
     file.write_text(json.dumps({**record, "hashes": record["hashes"][:-1], "indices": record["indices"][:-1]}))
     with pytest.raises(selection.ManifestError, match="promises"):
-        study.calibration_set(RUN, pool, POINT)
+        study.calibration_set(RUN, pool, SET)
 
 
 CHANGES = {
@@ -233,10 +234,9 @@ def made(choice, draw, acc, **changes):
     """One hand-made point of the smoke profile on digits."""
     plan = STUDY.plan("smoke")
     columns = {k: changes.pop(k) for k in ("loss_own", "loss_common") if k in changes}
-    point = Calibration(plan, "resnet20", choice, plan.n_calib, plan.n_pool, draw, plan.iterations)
-    row = {**STUDY.key(Run(STUDY.name, "smoke", plan), dataclasses.replace(point, **changes)), "dataset": "digits"}
-    values = {"acc_pct": (acc, "%"), **{k: (v, "1") for k, v in columns.items()}}
-    return [{**row, "metric": k, "value": v, "unit": unit, "n_test": 100} for k, (v, unit) in values.items()]
+    chosen = Calibration("resnet20", choice, plan.n_calib, plan.n_pool, draw, plan.iterations)
+    row = {"experiment": STUDY.name, **dataclasses.replace(chosen, **changes).point({}).key, "dataset": "digits"}
+    return [{**row, "metric": k, "value": v, "n_test": 100} for k, v in {"acc_pct": acc, **columns}.items()]
 
 
 @pytest.fixture

@@ -19,20 +19,6 @@ class Plan:
     n_test: int = 7
 
 
-@dataclass(frozen=True)
-class Number(Point):
-    bits: int
-    seed: int
-
-    @property
-    def name(self):
-        return f"b{self.bits}_s{self.seed}"
-
-    @property
-    def bench(self):
-        return self.bits
-
-
 class Killed(BaseException):
     """What stops a process, as no library error does."""
 
@@ -41,9 +27,9 @@ class Killed(BaseException):
 def toy(out_dir):
     opened, measured, kill_at = [], [], []
 
-    def key(run, point):
-        named = {"experiment": run.study, "model": "m", "method": "pact", "metric": "acc_pct"}
-        return {**named, "w_bits": point.bits, "seed": point.seed, "switches": {"n": run.plan.n_test}}
+    def number(plan, bits, seed):
+        named = {"model": "m", "method": "pact", "metric": "acc_pct", "switches": {"n": plan.n_test}}
+        return Point(f"b{bits}_s{seed}", {**named, "w_bits": bits, "seed": seed}, bench=bits)
 
     def open_bench(run, bits):
         opened.append(bits)
@@ -54,11 +40,11 @@ def toy(out_dir):
             raise Killed
         measured.append(point.name)
         yield "toy_more", {"experiment": "toy_more", "dataset": "d", "metric": "loss", "value": 0.5, "unit": "nat"}
-        yield {"dataset": "d", "value": bench + point.seed, "unit": "%"}
+        yield {"dataset": "d", "value": bench + point.key["seed"], "unit": "%"}
 
     plans = {"smoke": Plan(), "quick": Plan(), "full": Plan()}
-    points = lambda plan: [Number(b, s) for b in plan.bits for s in plan.seeds]  # noqa: E731
-    study = Study("toy", plans, points=points, key=key, open_bench=open_bench, measure=measure)
+    points = lambda plan: [number(plan, b, s) for b in plan.bits for s in plan.seeds]  # noqa: E731
+    study = Study("toy", plans, points=points, open_bench=open_bench, measure=measure)
     return study, opened, measured, kill_at
 
 

@@ -7,9 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hq_lib.results.figures.marks import plain_log
-from hq_lib.results.figures.methods import look
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import look, need, new_figure, plain_log, styled
 
 STAGES = ("before", "after")
 SUMMARY = ["min", "q25", "median", "q75", "max", "n_zero"]

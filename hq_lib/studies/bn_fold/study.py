@@ -7,7 +7,7 @@ U(0.5, 2), gamma ~ U(0.5, 1.5), beta ~ U(-1, 1)) and are judged on the error alo
 """
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,12 +18,12 @@ from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.graph.folding import fold_bn, per_channel_ranges
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
-from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
+from hq_lib.studies.study import Found, Point, Run, Study, check_choice, metric_rows
 from hq_lib.training import predict
 
 RANGES = "bn_ranges"
 BN = nn.modules.batchnorm._BatchNorm
-N_EXAMPLES = {"trained": 32, "random": 2}
+N_COMPARED, N_NOISE = 32, 2
 """Images on which logits are compared: test images, or noise."""
 
 
@@ -44,54 +44,26 @@ EVERY = (
 PLANS = {"smoke": Plan(("resnet20", "toynet"), n_test=200), "quick": Plan(EVERY), "full": Plan(EVERY)}
 
 
-@dataclass(frozen=True)
-class Folding(Point):
-    """One network, folded."""
-
-    model: str
-    """Network."""
-    statistics: str
-    """"trained" where a checkpoint is shipped, else "random"."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``fold_resnet20``."""
-        return f"fold_{self.model}"
-
-    @property
-    def bench(self) -> Hashable:
-        """The network."""
-        return self.model
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The training that ships its checkpoint."""
-        return (f"{self.model}_float_s0",) if self.statistics == "trained" else ()
-
-
-def points(plan: Plan) -> list[Folding]:
-    """The networks of a plan; ``StudyError`` for one that does not exist."""
+def points(plan: Plan) -> list[Point]:
+    """The networks of a plan, trained where a checkpoint is shipped; ``StudyError`` for one that does not exist."""
     check_choice("bn_fold", "network", plan.models, models.names())
-    return [Folding(name, "trained" if shipped(name) else "random") for name in plan.models]
-
-
-def key(run: Run[Plan], point: Folding) -> Row:
-    """What names a network in the rows, and where its statistics come from."""
-    trained = point.statistics == "trained"
-    how = net_switch(point.model) if trained else {"input_px": _pixels(point.model)}
-    return {
-        "experiment": run.study, "model": point.model, "method": "float", "metric": "rel_error_float64",
-        "switches": {"statistics": point.statistics, **how},
-    }  # fmt: skip
+    found = []
+    for model in plan.models:
+        trained = shipped(model) is not None
+        how = net_switch(model) if trained else {"input_px": _pixels(model)}
+        switches = {"statistics": "trained" if trained else "random", **how}
+        key = {"model": model, "method": "float", "metric": "rel_error_float64", "switches": switches}
+        after = (f"{model}_float_s0",) if trained else ()
+        found.append(Point(f"fold_{model}", key, bench=model, after=after))
+    return found
 
 
 def _pixels(model: str) -> int:
     return 64 if model in models.imagenet_names() else 32
 
 
-def open_net(run: Run[Plan], needed: Hashable) -> Bench | nn.Module | None:
+def open_net(run: Run[Plan], name: str) -> Bench | nn.Module | None:
     """The shipped network with its images, or one with random statistics."""
-    name = str(needed)
     if shipped(name) is not None:
         return open_bench(name, n_test=run.plan.n_test)
     torch.manual_seed(0)
@@ -100,24 +72,22 @@ def open_net(run: Run[Plan], needed: Hashable) -> Bench | nn.Module | None:
     return net.eval()
 
 
-def measure(run: Run[Plan], bench: Bench | nn.Module, point: Folding) -> Iterator[Found]:
+def measure(run: Run[Plan], bench: Bench | nn.Module, point: Point) -> Iterator[Found]:
     """Errors in both number formats; of a shipped network also accuracies and the ranges of its channels."""
-    n = N_EXAMPLES[point.statistics]
     if isinstance(bench, nn.Module):
-        size = _pixels(point.model)
-        noise = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
-        yield from ({"dataset": "-", **row} for row in errors(bench, noise))
+        size = _pixels(point.key["model"])
+        noise = torch.randn(N_NOISE, 3, size, size, generator=torch.Generator().manual_seed(1))
+        yield from metric_rows(errors(bench, noise), dataset="-")
         return
     test = bench.test
-    found = errors(bench.net, data.normalize(test.images[:n], test.spec))
+    found = errors(bench.net, data.normalize(test.images[:N_COMPARED], test.spec))
     known = bench.dataset == bench.record["dataset"]  # the embedded digits would give a meaningless accuracy
-    n_test = len(test) if known else 0
-    found += accuracies(bench.net, test) if known else []
-    yield from ({"dataset": bench.dataset, "n_test": n_test, **row} for row in found)
+    found |= accuracies(bench.net, test) if known else {}
+    yield from metric_rows(found, dataset=bench.dataset, n_test=len(test) if known else 0)
     for row in ranges_before_after(bench.net).to_dict("records"):
-        where = {**net_switch(point.model), **{name: row[name] for name in ("layer", "channel", "stage")}}
+        where = {**net_switch(point.key["model"]), **{name: row[name] for name in ("layer", "channel", "stage")}}
         yield RANGES, {"experiment": RANGES, "dataset": bench.record["dataset"], "metric": "max_abs_w",
-                       "value": row["max_abs"], "unit": "1", "switches": where}  # fmt: skip
+                       "value": row["max_abs"], "switches": where}  # fmt: skip
 
 
 def randomize_statistics(net: nn.Module, generator: torch.Generator) -> None:
@@ -134,30 +104,28 @@ def randomize_statistics(net: nn.Module, generator: torch.Generator) -> None:
                 module.bias.copy_(2 * draw[2] - 1)
 
 
-def errors(net: nn.Module, example: Tensor) -> list[Row]:
+def errors(net: nn.Module, example: Tensor) -> dict[str, float]:
     """Largest error of the folded network's logits on an example (N, C, H, W), relative to the largest logit.
 
-    Returns metric, value and unit of ``rel_error_float64`` and ``rel_error_float32``, pure numbers.
+    Returns ``rel_error_float64`` and ``rel_error_float32``, pure numbers.
     """
-    found = []
+    found = {}
     for name, dtype in (("rel_error_float64", torch.float64), ("rel_error_float32", torch.float32)):
         original, x = copy.deepcopy(net).to(dtype).eval(), example.to(dtype)
         folded = fold_bn(original, x)
         with torch.no_grad():
             want, got = original(x), folded(x)
-        found.append({"metric": name, "value": ((got - want).abs().max() / want.abs().max()).item(), "unit": "1"})
+        found[name] = ((got - want).abs().max() / want.abs().max()).item()
     return found
 
 
-def accuracies(net: nn.Module, test: ImageSet) -> list[Row]:
-    """Metric, value and unit of the accuracies before and after the fold, and of how many predictions changed."""
+def accuracies(net: nn.Module, test: ImageSet) -> dict[str, float]:
+    """The accuracies before and after the fold, percent, and how many predictions changed."""
     before = predict(net, test).argmax(1)
     after = predict(fold_bn(net, data.normalize(test.images[:4], test.spec)), test).argmax(1)
-    shares = {"acc_pct": before == test.labels, "folded_acc_pct": after == test.labels}
-    found: list[Row] = [
-        {"metric": name, "value": 100 * right.double().mean().item(), "unit": "%"} for name, right in shares.items()
-    ]
-    return [*found, {"metric": "n_flips", "value": float((before != after).sum()), "unit": "count"}]
+    right = {"acc_pct": before == test.labels, "folded_acc_pct": after == test.labels}
+    found = {name: 100 * share.double().mean().item() for name, share in right.items()}
+    return {**found, "n_flips": float((before != after).sum())}
 
 
 def ranges_before_after(net: nn.Module) -> pd.DataFrame:
@@ -166,5 +134,5 @@ def ranges_before_after(net: nn.Module) -> pd.DataFrame:
     return pd.concat([per_channel_ranges(n).assign(stage=s) for s, n in stages.items()], ignore_index=True)
 
 
-STUDY = Study("bn_fold", PLANS, points=points, key=key, open_bench=open_net, measure=measure)
+STUDY = Study("bn_fold", PLANS, points=points, open_bench=open_net, measure=measure)
 STUDIES = (STUDY,)

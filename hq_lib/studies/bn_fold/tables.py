@@ -1,7 +1,5 @@
 """What notebook 02 shows of the folds: how exact they are and how channel ranges spread; rows in, frames out."""
 
-import json
-
 import pandas as pd
 
 from hq_lib import models
@@ -20,10 +18,9 @@ DECIMALS = {"acc_pct": ("accuracy, %", 2), "folded_acc_pct": ("folded, %", 2), "
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of ``bn_fold`` with ``statistics``: of each network the trained ones where they were folded, else random."""
-    statistics = pd.Series([json.loads(text)["statistics"] for text in rows["switches"]], index=rows.index, dtype="str")
-    rows = rows.assign(statistics=statistics)
-    trained = set(rows.loc[rows["statistics"] == "trained", "model"])
-    return rows.loc[(rows["statistics"] == "trained") | ~rows["model"].isin(list(trained))]
+    rows = tables.with_switches(rows, "statistics")
+    trained = rows["statistics"] == "trained"
+    return rows.loc[trained | ~rows["model"].isin(list(rows.loc[trained, "model"]))]
 
 
 def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -64,11 +61,10 @@ def ranges(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     No lines where the network has none: its checkpoint is not shipped, or its images were not to be had.
     """
     rows = rows.loc[rows["model"] == model]
-    keys = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    found = keys.reindex(columns=["channel", "layer", "stage"]).assign(max_abs=rows["value"], git_sha=rows["git_sha"])
+    found = tables.with_switches(rows, "channel", "layer", "stage").assign(max_abs=rows["value"])
     order = list(dict.fromkeys(per_channel_ranges(models.build(model))["layer"]))
-    place = found["layer"].map(order.index)
-    return found.assign(place=place).sort_values(["place", "stage", "channel"]).drop(columns="place")
+    found = found.assign(place=found["layer"].map(order.index)).sort_values(["place", "stage", "channel"])
+    return found[["channel", "layer", "stage", "max_abs", "git_sha"]]
 
 
 def spread(found: pd.DataFrame) -> pd.DataFrame:
@@ -82,10 +78,7 @@ def spread(found: pd.DataFrame) -> pd.DataFrame:
 def grown(spreads: pd.DataFrame) -> pd.DataFrame:
     """In how many layers of ``spread`` it grew, its median and largest growth, and the layer of the largest."""
     ratio = spreads["ratio"].dropna()
-    line = {
-        "layers": len(ratio),
-        "grew in": ratio.gt(1).to_numpy().sum(),
-        "median": ratio.median(),
-        "largest": ratio.max(),
-    }
-    return pd.DataFrame([{**line, "in": ratio.idxmax()}] if len(ratio) else []).round(2)
+    if ratio.empty:
+        return pd.DataFrame()
+    line = (len(ratio), ratio.gt(1).to_numpy().sum(), ratio.median(), ratio.max(), ratio.idxmax())
+    return pd.DataFrame([line], columns=["layers", "grew in", "median", "largest", "in"]).round(2)

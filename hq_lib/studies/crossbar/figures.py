@@ -8,9 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hq_lib.results.figures.marks import band, band_line, label_ends, plain_log
-from hq_lib.results.figures.methods import Look, look, looks
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import Look, band, band_line, label_ends, look, looks, need, new_figure, plain_log, styled
 
 CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn": "batch norm"}
 """Correction → label at its line; "column" is gain and offset per column."""

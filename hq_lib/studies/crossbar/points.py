@@ -6,7 +6,7 @@ in every column, so that it fills the window; a scale per layer needs weights th
 written as a fraction wherever a device takes it.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from hq_lib.crossbar import (
 from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.results import paths
 from hq_lib.results.hints import nearest
-from hq_lib.studies.study import Point, StudyError
+from hq_lib.studies.study import StudyError, check_choice
 
 HOUR_S, DAY_S, YEAR_S = 3600.0, 86_400.0, 3.156e7
 CORRECTIONS = {
@@ -138,48 +138,6 @@ class Place:
     """Weight noise that the float network is fine-tuned with first; None: it is not."""
 
 
-@dataclass(frozen=True)
-class OnArrays(Point):
-    """One correction at one place: one accuracy."""
-
-    place: Place
-    """What is put on which cells."""
-    correction: str
-    """Key of ``CORRECTIONS``."""
-    seed: int
-    """Number of the draw."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``drift: PCM, 86400, column, draw 0, 8 bits, read noise by product``."""
-        place, per = self.place, getattr(self.place.circuit.device.read, "per", "")
-        where = f"{place.study}: {place.effect}, {place.x:g}, {self.correction}, draw {self.seed}"
-        of = place.network or f"{place.bits} bits"
-        return f"{where}, {of}, read noise by {per}" if per else f"{where}, {of}"
-
-    @property
-    def unit(self) -> str:
-        """A study's draw; each training of its own."""
-        noise = self.place.noise_pct
-        return f"crossbar_{self.place.study}_s{self.seed}" + ("" if noise is None else f"_{noise:g}pct")
-
-    @property
-    def bench(self) -> Hashable:
-        """The network on its programmed cells."""
-        return self.place, self.seed
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The network that is put on arrays, where a study of ours trains it."""
-        return (Path(self.place.network).stem if self.place.network else "resnet20_float_s0",)
-
-    @property
-    def minutes(self) -> float:
-        """Rough cost; of a training, on its first point."""
-        first = self.place.noise_pct is not None and self.correction == "none"
-        return 0.2 + (4.0 if first else 0.0)
-
-
 DRIFT_ONLY = replace(PCM_NANDAKUMAR, name="pcm_drift_only", error=None, read=None)
 RRAM_SECOND, RRAM_DAY = "rram, column scale", "programming, RRAM 1 day (Wan)"
 ONE_SCALE = "no error, one scale per layer"
@@ -188,26 +146,17 @@ NOISY_READS = replace(IDEAL, name="ideal_noisy_reads", read=ConstantRead(0.01))
 ALL_OF_IT = Circuit(PCM_NANDAKUMAR, adc=Adc(8), faults=Faults(0.001, 0.001))
 
 
-def points(plan: Plan) -> list[OnArrays]:
-    """The first draw of everything that a plan measures, study after study, then the second; unknown names are refused.
+def places(plan: Plan) -> list[Place]:
+    """Everything that a plan measures, study after study; unknown names are refused.
 
     Raises:
         StudyError: a study, a rule or a trained network that does not exist.
     """
-    for kind, names, known in (("study", plan.studies, STUDIES), ("rule", plan.read_rules, ("readout", "product"))):
-        for name in names:
-            if name not in known:
-                raise StudyError(f"crossbar has no {kind} {name!r}: it has {', '.join(known)}{nearest(name, known)}")
+    check_choice("crossbar", "study", plan.studies, STUDIES)
+    check_choice("crossbar", "rule", plan.read_rules, ("readout", "product"))
     for name in plan.networks:
         network_path(name)
-    places = [place for name in STUDIES if name in plan.studies for place in _MAKERS[name](plan)]
-    return [
-        OnArrays(place, correction, draw)
-        for draw in range(plan.n_draws)
-        for place in places
-        if place.drawn or draw == 0
-        for correction in place.corrections
-    ]
+    return [place for name in STUDIES if name in plan.studies for place in _MAKERS[name](plan)]
 
 
 def network_path(name: str) -> Path:

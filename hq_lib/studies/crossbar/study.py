@@ -9,38 +9,38 @@ Calibration images are training images; nothing is chosen on test.
 import copy
 import hashlib
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from hq_lib import graph, models, ptq
+from hq_lib import graph
 from hq_lib.crossbar import Circuit, Cost, EngineNetwork, IdealEngine, SimEngine, count, residuals
 from hq_lib.crossbar.calibration import Reference
 from hq_lib.crossbar.norms import Moments, norm_moments, reestimate_norms
 from hq_lib.crossbar.operands import exact_mvm
 from hq_lib.crossbar.simulator import ADC_PJ
 from hq_lib.data import ImageSet, normalize
-from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer import IntegerModel, lower
 from hq_lib.integer import run as run_integers
-from hq_lib.studies.bench import net_switch, open_bench
+from hq_lib.studies.bench import after_training, net_switch, open_bench, quantized_as, record_of
 from hq_lib.studies.crossbar.points import (
     CIRCUITS,
     PANELS,
     PLANS,
     SERIAL,
-    OnArrays,
     Place,
     Plan,
     network_path,
-    points,
+    places,
 )
-from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError
+from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, metric_rows
 from hq_lib.training import TrainConfig, fit
 from hq_lib.training.evaluation import evaluation_of
 
@@ -48,6 +48,8 @@ MODEL = "resnet20"
 N_PTQ = 256
 """Training images that the activation grids of the shipped network are fitted to."""
 PAIRS, LAYERS, COST = "crossbar_mvm", "crossbar_layers", "crossbar_cost"
+FIRST = ("resnet20_float_s0",)
+"""The training of the shipped network, which points stand on."""
 LAYER = "layer2.1.conv1"
 """The layer of the scatter: K = 288 inputs on three tiles, N = 32 outputs."""
 N_ROWS, N_HELD_OUT = 2048, 16
@@ -120,18 +122,6 @@ def _integers(
     return Integers(model, moments, bench.test, bench.train, logits)
 
 
-def after_training(net: nn.Module, x: Tensor, *, bits: int = 8, per_layer: bool = False) -> fx.GraphModule:
-    """``net`` quantized to ``bits`` with ranges of least squared error on images ``x``, batch norms folded.
-
-    ``per_layer`` gives the weights one scale per layer instead of one per output channel.
-    """
-    weight = {"method": "minmax", "bits": bits, "axis": None if per_layer else 0}
-    qnet = quantize(net.eval(), BitPolicy(weight, f"minmax:{bits}", bn="fold"), x[:1])
-    ptq.fit_weights(qnet, "mse")
-    ptq.fit_acts(qnet, x, "mse")
-    return qnet
-
-
 def fine_tuned(
     net: nn.Module, train: ImageSet, plan: Plan, noise_pct: float, seed: int, folder: Path | None
 ) -> nn.Module:
@@ -147,18 +137,6 @@ def _training_name(plan: Plan, noise_pct: float, seed: int) -> str:
     return f"noise{noise_pct:g}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
 
 
-@cache
-def _file(name: str, mtime_ns: int) -> Row:
-    """What a trained network's rows say of it."""
-    path = network_path(name)
-    record, policy = models.read_checkpoint(path)[1], graph.load(path).policy
-    return {
-        "model": record["model"], "method": record.get("method", "-"), "w_bits": policy.weight.bits,
-        "a_bits": policy.act.bits, "placement": policy.placement,
-        "switches": {"network": path.stem, "file": file_digest(name)},
-    }  # fmt: skip
-
-
 def file_digest(name: str) -> str:
     """First digits of the SHA-256 of a network file, "" where it is absent."""
     try:
@@ -170,9 +148,9 @@ def file_digest(name: str) -> str:
 # -- accuracies --------------------------------------------------------------------------------------------------------
 
 
-def open_arrays(run: Run[Plan], needed: Hashable) -> Programmed | None:
+def open_arrays(run: Run[Plan], needed: Any) -> Programmed | None:
     """The network of (place, draw) on freshly programmed cells, at the place's time."""
-    place, seed = needed  # type: ignore[misc]
+    place, seed = needed
     integers = open_integers(run, place, seed)
     if integers is None:
         return None
@@ -187,17 +165,17 @@ def open_arrays(run: Run[Plan], needed: Hashable) -> Programmed | None:
     return Programmed(integers, network, references)
 
 
-def measure(run: Run[Plan], bench: Programmed, point: OnArrays) -> Iterator[Found]:
+def measure(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
     """Accuracy, and relative distance of all logits to the exact integers', under one correction; costs of slices."""
-    correct(run.plan, bench, point.correction, point.seed)
+    place, correction, seed = point.what
+    correct(run.plan, bench, correction, seed)
     test = bench.integers.test
     logits = bench.network.run(normalize(test.images, test.spec))
     exact, acc_pct = bench.integers.logits, evaluation_of(torch.from_numpy(logits), test.labels).acc_pct
-    found = {"logit_error": (float(np.linalg.norm(logits - exact) / np.linalg.norm(exact)), "1")}
-    if point.place.study == "slices":
-        found |= total_cost(bench.network, replace(SERIAL, mapping=point.place.circuit.mapping))
-    for metric, (value, unit) in {**found, "acc_pct": (acc_pct, "%")}.items():
-        yield {"dataset": test.spec.name, "metric": metric, "value": value, "unit": unit}
+    found = {"logit_error": float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))}
+    if place.study == "slices":
+        found |= total_cost(bench.network, replace(SERIAL, mapping=place.circuit.mapping))
+    yield from metric_rows({**found, "acc_pct": acc_pct}, dataset=test.spec.name)
 
 
 def correct(plan: Plan, bench: Programmed, kind: str, seed: int) -> None:
@@ -219,21 +197,38 @@ def correct(plan: Plan, bench: Programmed, kind: str, seed: int) -> None:
         network.calibrate(images, kind=kinds[kind], loop="open" if kind == "column_open" else "closed")
 
 
-def key(run: Run[Plan], point: OnArrays) -> Row:
-    """What names an accuracy: network, circuit, time, correction, draw, and how many images each took."""
-    place, plan = point.place, run.plan
-    n_calib = {"none": 0, "bn": plan.n_norm}.get(point.correction, plan.n_calib)
-    switches = {"study": place.study, "effect": place.effect, "x": place.x, "correction": point.correction,
-                "t_s": place.t_s, **circuit_settings(place.circuit)}  # fmt: skip
-    named = _network(place)
-    trained: Row = {}
-    if place.noise_pct is not None:
-        trained = {"epochs": plan.epochs, "n_train": plan.n_train or 0}
-    return {
-        "experiment": run.study, **named, "metric": "acc_pct", "seed": point.seed if place.drawn else -1,
+def points(plan: Plan) -> list[Point]:
+    """The first draw of every place under each correction, then the second."""
+    wanted = places(plan)
+    return [
+        _point(plan, place, correction, draw)
+        for draw in range(plan.n_draws)
+        for place in wanted
+        if place.drawn or draw == 0
+        for correction in place.corrections
+    ]
+
+
+def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
+    """A study's draw is a unit, but each training has its own; a training's cost is on its first point."""
+    n_calib = {"none": 0, "bn": plan.n_norm}.get(correction, plan.n_calib)
+    named, noise, per = _network(place), place.noise_pct, getattr(place.circuit.device.read, "per", "")
+    switches = {**named["switches"], "study": place.study, "effect": place.effect, "x": place.x,
+                "correction": correction, "t_s": place.t_s, **circuit_settings(place.circuit)}  # fmt: skip
+    trained = {} if noise is None else {"epochs": plan.epochs, "n_train": plan.n_train or 0}
+    key = {
+        **named, "metric": "acc_pct", "seed": draw if place.drawn else -1,
         "n_calib": max(n_calib, plan.n_calib if _fitted(place) else 0), "n_test": plan.n_test,
-        "switches": {**named["switches"], **switches}, **trained,
+        "switches": switches, **trained,
     }  # fmt: skip
+    name = f"{place.study}: {place.effect}, {place.x:g}, {correction}, draw {draw}, "
+    name += (place.network or f"{place.bits} bits") + (f", read noise by {per}" if per else "")
+    return Point(
+        name, key, (place, correction, draw), bench=(place, draw),
+        unit=f"crossbar_{place.study}_s{draw}" + ("" if noise is None else f"_{noise:g}pct"),
+        after=(Path(place.network).stem,) if place.network else FIRST,
+        minutes=4.2 if noise is not None and correction == "none" else 0.2,
+    )  # fmt: skip
 
 
 def circuit_settings(circuit: Circuit) -> Row:
@@ -250,7 +245,8 @@ def circuit_settings(circuit: Circuit) -> Row:
 
 def _network(place: Place) -> Row:
     if place.network:
-        return dict(_file(place.network, network_path(place.network).stat().st_mtime_ns))
+        switches = {"network": Path(place.network).stem, "file": file_digest(place.network)}
+        return {**quantized_as(record_of(place.network)), "switches": switches}
     bits = {"w_bits": place.bits, "a_bits": place.bits}
     return {"model": MODEL, "method": "mse", **bits, "placement": "deploy", "switches": net_switch(MODEL)}
 
@@ -262,56 +258,24 @@ def _fitted(place: Place) -> bool:
 # -- single dot products -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Products(Point):
-    """The dot products of all layers in one panel, under one correction, on one draw of the cells."""
+def product_points(plan: Plan) -> list[Point]:
+    """The products of all layers, panel by panel and draw by draw under every correction; a draw is a unit.
 
-    panel: str
-    """Key of ``PANELS``."""
-    correction: str
-    """"none", "global" or "column"."""
-    seed: int
-    """Number of the draw."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``PCM, 1 day, column, draw 0``."""
-        return f"{self.panel}, {self.correction}, draw {self.seed}"
-
-    @property
-    def unit(self) -> str:
-        """A draw."""
-        return f"crossbar_layers_s{self.seed}"
-
-    @property
-    def bench(self) -> Hashable:
-        """The network on its programmed cells."""
-        return PANELS[self.panel], self.seed
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The float network."""
-        return ("resnet20_float_s0",)
-
-
-def product_points(plan: Plan) -> list[Products]:
-    """Panel by panel and draw by draw every correction."""
-    return [
-        Products(panel, kind, draw)
-        for panel, place in PANELS.items()
-        for draw in range(plan.n_draws)
-        for kind in place.corrections
-    ]
-
-
-def product_key(run: Run[Plan], point: Products) -> Row:
-    """What names the errors of a panel; a row is one layer's, and the layer of the scatter stands for all."""
-    place, named = PANELS[point.panel], _network(PANELS[point.panel])
-    switches = {"panel": point.panel, "t_s": place.t_s, "layer": LAYER, "correction": point.correction}
-    return {
-        "experiment": PAIRS, **named, "metric": "relative_error", "n_calib": run.plan.n_calib, "seed": point.seed,
-        "n_test": N_HELD_OUT, "switches": {**named["switches"], **switches, **circuit_settings(place.circuit)},
-    }  # fmt: skip
+    A row is one layer's, and the layer of the scatter stands for all.
+    """
+    found = []
+    for (panel, place), draw in product(PANELS.items(), range(plan.n_draws)):
+        named = _network(place)
+        for kind in place.corrections:
+            switches = {**named["switches"], "panel": panel, "t_s": place.t_s, "layer": LAYER, "correction": kind,
+                        **circuit_settings(place.circuit)}  # fmt: skip
+            key = {
+                "experiment": PAIRS, **named, "metric": "relative_error", "n_calib": plan.n_calib, "seed": draw,
+                "n_test": N_HELD_OUT, "switches": switches,
+            }  # fmt: skip
+            name, unit = f"{panel}, {kind}, draw {draw}", f"crossbar_layers_s{draw}"
+            found.append(Point(name, key, (kind, draw), bench=(place, draw), unit=unit, after=FIRST))
+    return found
 
 
 def read(w_int: Tensor, x_int: Tensor, circuit: Circuit, t_s: float) -> Tensor:
@@ -322,82 +286,56 @@ def read(w_int: Tensor, x_int: Tensor, circuit: Circuit, t_s: float) -> Tensor:
     return engine.mvm(handle, x_int)
 
 
-def measure_products(run: Run[Plan], bench: Programmed, point: Products) -> Iterator[Found]:
+def measure_products(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
     """Error, slope and r2 of every layer on held-out rows, open loop; of draw 0 a sample of products too."""
-    network, test = bench.network, bench.integers.test
+    (correction, seed), network, test = point.what, bench.network, bench.integers.test
     network.reset()
-    if point.correction != "none":
-        kind = "gain" if point.correction == "global" else "column"
-        network.calibrate(bench.integers.calibration(run.plan.n_calib, point.seed), kind=kind, loop="open")
+    if correction != "none":
+        kind = "gain" if correction == "global" else "column"
+        network.calibrate(bench.integers.calibration(run.plan.n_calib, seed), kind=kind, loop="open")
     samples = network.samples(normalize(test.images[:N_HELD_OUT], test.spec), n_rows=N_ROWS)
     groups = {handle.groups[0]: (samples[name][0], None) for name, handle in network.handles.items()}
-    named = {**product_key(run, point)["switches"]}
+    named = point.key["switches"]
     for line in residuals(network.engines[0], groups).to_dict("records"):
-        for metric in ("r2", "slope", "relative_error"):
-            yield {"dataset": test.spec.name, "metric": metric, "value": line[metric], "unit": "1",
-                   "switches": {**named, "layer": line["layer"]}}  # fmt: skip
-    if point.seed > 0 or point.correction == "global":
+        values = {metric: line[metric] for metric in ("r2", "slope", "relative_error")}
+        yield from metric_rows(values, dataset=test.spec.name, switches={**named, "layer": line["layer"]})
+    if seed > 0 or correction == "global":
         return
     engine, handle = network.engines[0], network.handles[LAYER].groups[0]
     ideal = exact_mvm(handle, samples[LAYER][0]).flatten()
     measured = engine.correction(handle).apply(engine.measure(handle, samples[LAYER][0])).flatten()
     for i in torch.randperm(len(ideal), generator=torch.Generator().manual_seed(0))[: run.plan.n_pairs].tolist():
-        yield PAIRS, {"dataset": test.spec.name, "metric": "measured_LSB", "value": float(measured[i]), "unit": "LSB",
+        yield PAIRS, {"dataset": test.spec.name, "metric": "measured_LSB", "value": float(measured[i]),
                       "switches": {**named, "i": i, "ideal_LSB": float(ideal[i])}}  # fmt: skip
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Counted(Point):
-    """The counts of the whole network on one circuit."""
-
-    circuit: str
-    """Key of ``CIRCUITS``."""
-
-    @property
-    def name(self) -> str:
-        """The circuit."""
-        return self.circuit
-
-    @property
-    def unit(self) -> str:
-        """All circuits."""
-        return "crossbar_cost"
-
-    @property
-    def bench(self) -> Hashable:
-        """The network on its exact engine: counts need no cells."""
-        return Place("cost", "", 0, Circuit(), ("none",))
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The float network."""
-        return ("resnet20_float_s0",)
+def cost_points(plan: Plan) -> list[Point]:
+    """The counts of the whole network on each circuit; its exact engine will do, as counts need no cells."""
+    exact, found = Place("cost", "", 0, Circuit(), ("none",)), []
+    named = _network(exact)
+    for circuit, of in CIRCUITS.items():
+        switches = {**named["switches"], "circuit": circuit, **circuit_settings(of)}
+        key = {"experiment": PAIRS, **named, "metric": "n_cells", "switches": switches}
+        found.append(Point(circuit, key, of, bench=exact, unit="crossbar_cost", after=FIRST))
+    return found
 
 
-def cost_key(run: Run[Plan], point: Counted) -> Row:
-    """What names a count."""
-    switches = {"circuit": point.circuit, **circuit_settings(CIRCUITS[point.circuit])}
-    named = _network(Place("cost", "", 0, Circuit(), ()))
-    return {"experiment": PAIRS, **named, "metric": "n_cells", "switches": {**named["switches"], **switches}}
-
-
-def open_counted(run: Run[Plan], needed: Hashable) -> Programmed | None:
+def open_counted(run: Run[Plan], needed: Any) -> Programmed | None:
     """The integer network, exact."""
-    integers = open_integers(run, needed, 0)  # type: ignore[arg-type]
+    integers = open_integers(run, needed, 0)
     return integers and Programmed(integers, EngineNetwork(integers.model, IdealEngine()), None)
 
 
-def measure_cost(run: Run[Plan], bench: Programmed, point: Counted) -> Iterator[Found]:
+def measure_cost(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
     """Counts of one image, and the two ends of the energy estimate."""
-    for metric, (value, unit) in total_cost(bench.network, CIRCUITS[point.circuit]).items():
-        yield {"dataset": bench.integers.test.spec.name, "metric": metric, "value": value, "unit": unit}
+    yield from metric_rows(total_cost(bench.network, point.what), dataset=bench.integers.test.spec.name)
 
 
-def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, tuple[float, str]]:
-    """{metric: (value, unit)} of one image through all layers on ``circuit``: counts first, then energy estimates."""
+def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, float]:
+    """{metric: value} of one image through all layers on ``circuit``: counts first, then energy estimates."""
     costs: list[tuple[Cost, int]] = []
     for name, handle in network.handles.items():
         op = next(op for op in network.model.layers() if op.name == name)
@@ -405,21 +343,15 @@ def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, tuple[floa
         costs += [(count(group, circuit), n_mvm) for group in handle.groups]
     low, high = (sum(n * cost.energy_pJ(adc_pJ=adc_pJ) for cost, n in costs) / 1e6 for adc_pJ in ADC_PJ)
     return {
-        "n_cells": (sum(cost.n_cells for cost, _ in costs), "count"),
-        "n_arrays": (sum(cost.n_arrays for cost, _ in costs), "count"),
-        "n_conversions": (sum(n * cost.conversions_per_mvm for cost, n in costs), "count"),
-        "n_cell_reads": (sum(n * cost.cell_reads_per_mvm for cost, n in costs), "count"),
-        "energy_low_uJ": (low, "uJ"),
-        "energy_high_uJ": (high, "uJ"),
-    }
+        "n_cells": sum(cost.n_cells for cost, _ in costs),
+        "n_arrays": sum(cost.n_arrays for cost, _ in costs),
+        "n_conversions": sum(n * cost.conversions_per_mvm for cost, n in costs),
+        "n_cell_reads": sum(n * cost.cell_reads_per_mvm for cost, n in costs),
+        "energy_low_uJ": low, "energy_high_uJ": high,
+    }  # fmt: skip
 
 
-STUDY = Study("crossbar", PLANS, points=points, key=key, open_bench=open_arrays, measure=measure)
-PRODUCTS = Study(
-    LAYERS, PLANS, points=product_points, key=product_key, open_bench=open_arrays, measure=measure_products
-)
-COSTS = Study(
-    COST, PLANS, points=lambda plan: [Counted(name) for name in CIRCUITS], key=cost_key, open_bench=open_counted,
-    measure=measure_cost,
-)  # fmt: skip
+STUDY = Study("crossbar", PLANS, points=points, open_bench=open_arrays, measure=measure)
+PRODUCTS = Study(LAYERS, PLANS, points=product_points, open_bench=open_arrays, measure=measure_products)
+COSTS = Study(COST, PLANS, points=cost_points, open_bench=open_counted, measure=measure_cost)
 STUDIES = (STUDY, PRODUCTS, COSTS)

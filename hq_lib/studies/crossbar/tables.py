@@ -1,6 +1,5 @@
 """What notebook 08 shows of the crossbar studies: rows in, frames out."""
 
-import json
 from typing import Any
 
 import pandas as pd
@@ -23,10 +22,9 @@ BASE = "ResNet-20, W8A8 (mse ranges), pair of cells, column scale, 128 rows unle
 
 def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     """``rows`` with these keys of their switches as columns, and ``rule``: that of PCM's read noise, else ""."""
-    found = [json.loads(text) for text in rows["switches"]]
-    rules = ["product" if s.get("device.read") == "FlickerRead" else "" for s in found]
-    rules = [s.get("device.read.per") or rule for s, rule in zip(found, rules, strict=True)]
-    return rows.assign(rule=rules, **{name: [switches.get(name) for switches in found] for name in names})
+    rows = tables.with_switches(rows, "device.read", "device.read.per", *names)
+    older = (rows["device.read"] == "FlickerRead").map({True: "product", False: ""})
+    return rows.assign(rule=rows["device.read.per"].fillna(older))
 
 
 def accuracies(rows: pd.DataFrame, *studies: str, bits: int | None = 8) -> pd.DataFrame:

@@ -7,15 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib import ptq
 from hq_lib.crossbar import Adc, Circuit, EngineNetwork, SimEngine, device
 from hq_lib.data import ImageSet, normalize
 from hq_lib.deploy.edge_cloud import Cut, find_cuts
-from hq_lib.graph import BitPolicy, layer_macs, quantize
+from hq_lib.graph import layer_macs
 from hq_lib.integer import IntegerModel, lower
 from hq_lib.integer.execute import Products
 from hq_lib.integer.sums import products as exact_products
-from hq_lib.studies.bench import open_bench
+from hq_lib.studies.bench import after_training, open_bench, quantized_as
 from hq_lib.studies.study import Row
 
 EDGE_BITS = 8
@@ -93,18 +92,14 @@ def workbench(network: str, size: Size) -> Workbench | None:
     net, train, test = found.net, found.train.balanced(size.n_calib, 0), found.test
     x = normalize(train.images, train.spec)
     if "policy" in found.record:
-        qnet, policy = net, BitPolicy.from_dict(found.record["policy"])
-        bits = {"w_bits": policy.weight.bits, "a_bits": policy.act.bits, "placement": policy.placement}
-        about = {"method": found.record.get("method", policy.weight.method), **bits}
+        qnet, about = net, quantized_as(found.record)
     else:
-        qnet = quantize(net, BitPolicy(f"minmax:{EDGE_BITS}", f"minmax:{EDGE_BITS}", bn="fold"), x[:1])
-        ptq.fit_weights(qnet, "mse")
-        ptq.fit_acts(qnet, x, "mse")
-        about = {"method": "mse", "w_bits": EDGE_BITS, "a_bits": EDGE_BITS, "placement": "deploy"}
+        qnet = after_training(net, x, bits=EDGE_BITS)
+        bits = {"w_bits": EDGE_BITS, "a_bits": EDGE_BITS, "placement": "deploy"}
+        about = {"model": found.model, "method": "mse", **bits}
     assert isinstance(qnet, fx.GraphModule)
     chosen = test.balanced(min(size.n_crossbar, len(test)), 0).indices
     subset, record = torch.isin(test.indices, chosen), lower(qnet, images=test.spec)
-    about = {"model": found.model, **about}
     return Workbench(network, net, qnet, record, find_cuts(net, x[:1]), train, test, subset, size, about)
 
 

@@ -9,9 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from hq_lib.results.figures.marks import band
-from hq_lib.results.figures.methods import Look, looks
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import Look, band, looks, need, new_figure, styled
 
 CODINGS = {"packed": "packed bits", "deflate": "compressed"}
 TICKS_KiB = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)

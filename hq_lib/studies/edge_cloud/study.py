@@ -6,7 +6,7 @@ a quantized one. Rows go to ``edge_cloud.csv``. Grids, wires and crossbars are f
 are only judged.
 """
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -46,7 +46,7 @@ from hq_lib.studies.edge_cloud.bench import (
     settings_of,
     workbench,
 )
-from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 
 IMAGE, ALL = "image", "all"
 """Names of the two ends: nothing, or everything, runs on the edge."""
@@ -86,11 +86,9 @@ PLANS = {
 
 
 @dataclass(frozen=True)
-class Sending(Point):
+class Sending:
     """What is sent of a network, from one edge over one wire; a cut without wire is the share of the edge."""
 
-    plan: Plan
-    """What all points share."""
     network: str
     """See ``Plan``."""
     edge: str
@@ -107,59 +105,50 @@ class Sending(Point):
     """Of an image that is sent as JPEG."""
 
     @property
-    def name(self) -> str:
-        """In words."""
-        wire = f"quality {self.jpeg_quality}" if self.jpeg_quality else f"{self.wire_bits} bits {self.grid}"
-        return f"{self.unit} {self.cut} {wire}"
-
-    @property
-    def stem(self) -> str:
-        """Of the network's file."""
-        return Path(self.network).name.removesuffix(".safetensors")
-
-    @property
-    def unit(self) -> str:
-        """All wires of one edge."""
-        return f"{self.stem}_{self.edge}" + ("" if self.draw < 0 else f"_{self.draw}")
-
-    @property
-    def bench(self) -> Hashable:
-        """The edge half."""
-        return self.network, self.edge, self.draw, self.cut
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The training of the network."""
-        return (f"{self.network}_float_s0", self.network)
-
-    @property
     def is_share(self) -> bool:
         """Whether nothing is sent: only the share of the edge is told."""
         return self.cut not in (IMAGE, ALL) and not self.wire_bits
 
+    @property
+    def switches(self) -> Row:
+        """What names a measurement among a row's switches; a crossbar's settings stand beside it."""
+        wire = {"grid": self.grid, "wire_bits": self.wire_bits, "jpeg_quality": self.jpeg_quality}
+        known = {"edge": self.edge, "cut": self.cut, **file_switch(self.network), **net_switch(self.network)}
+        return {**known, **{name: value for name, value in wire.items() if value}}
 
-def points(plan: Plan) -> list[Sending]:
+    def point(self) -> Point:
+        """A unit is all wires of one edge, a bench one of its cuts."""
+        known, names = self.switches, ("edge", "cut", "network", "file", "net", "grid", "wire_bits", "jpeg_quality")
+        key: Row = {f"switches.{name}": known.get(name) for name in names}
+        key |= {"seed": self.draw, "metric": "edge_mac_pct" if self.is_share else "acc_pct"}
+        key |= {} if "network" in known else {"model": self.network}
+        stem = Path(self.network).name.removesuffix(".safetensors")
+        unit = f"{stem}_{self.edge}" + ("" if self.draw < 0 else f"_{self.draw}")
+        wire = f"quality {self.jpeg_quality}" if self.jpeg_quality else f"{self.wire_bits} bits {self.grid}"
+        bench, after = (self.network, self.edge, self.draw, self.cut), (f"{self.network}_float_s0", self.network)
+        return Point(f"{unit} {self.cut} {wire}", key, self, bench, unit, after)
+
+
+def points(plan: Plan) -> list[Point]:
     """Network by network the share of each cut, the pictures, then each edge at each cut and on each wire."""
     check_choice("edge_cloud", "edge", plan.edges, EDGES)
     named = [name for name in plan.networks if not Path(name).is_file()]
     check_choice("edge_cloud", "network", named, known_networks())
     found = []
     for network in plan.networks:
-        first = Sending(plan, network, EXACT, "")
         opened = None if plan.cuts else workbench(network, plan.size)
         inner = plan.cuts if opened is None else tuple(cut.name for cut in opened.cuts[1:])
-        found += [replace(first, cut=cut) for cut in inner]
-        image = replace(first, edge=NONE, cut=IMAGE)
+        found += [Sending(network, EXACT, cut) for cut in inner]
+        image = Sending(network, NONE, IMAGE)
         found += [replace(image, wire_bits=bits) for bits in WIRE_BITS]
         found += [replace(image, jpeg_quality=quality) for quality in QUALITIES]
         for edge in plan.edges:
             for draw in [-1] if edge == EXACT else range(plan.n_draws):
                 grids = [("channel", bits) for bits in WIRE_BITS]
                 grids += [("tensor", bits) for bits in TENSOR_BITS] if edge == EXACT else []
-                whole = replace(first, edge=edge, draw=draw, cut=ALL)
-                sent = [replace(whole, cut=cut, grid=g, wire_bits=b) for cut in inner for g, b in grids]
-                found += [whole, *sent]
-    return found
+                found += [Sending(network, edge, ALL, draw)]
+                found += [Sending(network, edge, cut, draw, grid, bits) for cut in inner for grid, bits in grids]
+    return [each.point() for each in found]
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,68 +189,48 @@ def open_cut(run: Run[Plan], needed: Any) -> CutBench | None:
     return CutBench(work, edge, None if name in (IMAGE, ALL) else work.cut(name))
 
 
-def switches(point: Sending) -> Row:
-    """What names a measurement among a row's switches; a crossbar's settings stand beside it."""
-    wire = {"grid": point.grid, "wire_bits": point.wire_bits, "jpeg_quality": point.jpeg_quality}
-    known = {"edge": point.edge, "cut": point.cut, **file_switch(point.network), **net_switch(point.network)}
-    return {**known, **{name: value for name, value in wire.items() if value}}
-
-
-def key(run: Run[Plan], point: Sending) -> Row:
-    """What names a measurement: network, edge, draw, cut and wire."""
-    known = switches(point)
-    names = ("edge", "cut", "network", "file", "net", "grid", "wire_bits", "jpeg_quality")
-    named = {} if "network" in known else {"model": point.network}
-    metric = "edge_mac_pct" if point.is_share else "acc_pct"
-    wanted = {f"switches.{name}": known.get(name) for name in names}
-    return {"experiment": run.study, **named, "seed": point.draw, "metric": metric, **wanted}
-
-
-def measure(run: Run[Plan], bench: CutBench, point: Sending) -> Iterator[Found]:
+def measure(run: Run[Plan], bench: CutBench, point: Point) -> Iterator[Found]:
     """Accuracy and mean bytes of one wire; of the exact edge also its accuracy on the images of the crossbars."""
-    work, images = bench.work, bench.edge.images
+    what, work, images = point.what, bench.work, bench.edge.images
     about = {"dataset": work.test.spec.name, "n_test": len(images), "n_calib": len(work.train), **work.about}
-    about["switches"] = {**switches(point), **settings_of(point.edge, work.size)}
-    if point.edge == NONE and work.net is not work.qnet:
+    about["switches"] = {**what.switches, **settings_of(what.edge, work.size)}
+    if what.edge == NONE and work.net is not work.qnet:
         about |= {"method": "float", "w_bits": 32, "a_bits": 32, "placement": "-"}
-    if point.edge == NONE:
+    if what.edge == NONE:
         about["n_calib"] = 0
-    if point.is_share:
+    if what.is_share:
         assert bench.cut is not None
-        about |= {"n_test": 0, "n_calib": 0}
-        for (metric, value), unit in zip(work.share(bench.cut).items(), ("%", "KiB"), strict=True):
-            yield {**about, "metric": metric, "value": value, "unit": unit}
+        yield from metric_rows(work.share(bench.cut), **{**about, "n_test": 0, "n_calib": 0})
         return
-    right, sizes = _answered(bench, point)
-    yield {**about, "value": _percent(right), "unit": "%"}
+    right, sizes = _answered(bench, what)
+    yield {**about, "value": _percent(right)}
     if len(right) == len(work.subset) and not work.subset.all():
         alone = right[work.subset]
-        yield {**about, "value": _percent(alone), "unit": "%", "n_test": len(alone)}
-    for coding, each in sizes.items():
-        yield {**about, "metric": f"{coding}_KiB", "value": float(np.mean(each)) / 1024, "unit": "KiB"}
+        yield {**about, "value": _percent(alone), "n_test": len(alone)}
+    yield from metric_rows({f"{coding}_KiB": float(np.mean(each)) / 1024 for coding, each in sizes.items()}, **about)
 
 
-def _answered(bench: CutBench, point: Sending) -> tuple[Tensor, dict[str, list[int]]]:
+def _answered(bench: CutBench, what: Sending) -> tuple[Tensor, dict[str, list[int]]]:
     """Which images are answered rightly, and the bytes of each packet by coding."""
     work, images = bench.work, bench.edge.images
-    if point.cut == ALL:
+    if what.cut == ALL:
         products = bench.edge.products()
         logits = [
             torch.from_numpy(run_integers(work.record, normalize(some, images.spec), products=products))
             for some in images.images.split(CHUNK)
         ]
         return torch.cat(logits).argmax(1) == images.labels, {}
-    if point.jpeg_quality:
-        streams = to_jpeg(images.images, quality=point.jpeg_quality)
-        seen = from_jpeg(streams, images.images, quality=point.jpeg_quality)
+    if what.jpeg_quality:
+        streams = to_jpeg(images.images, quality=what.jpeg_quality)
+        seen = from_jpeg(streams, images.images, quality=what.jpeg_quality)
         answers = torch.cat([_answers(work.net, normalize(some, images.spec)) for some in seen.split(CHUNK)])
         return answers.argmax(1) == images.labels, {"jpeg": [len(stream) for stream in streams]}
-    if point.cut == IMAGE:
-        wire = pixel_wire(images.spec, bits=point.wire_bits)
+    if what.cut == IMAGE:
+        wire = pixel_wire(images.spec, bits=what.wire_bits)
         codes = (wire.encode(normalize(some, images.spec).numpy()) for some in images.images.split(CHUNK))
         return over_the_wire(wire, codes, work.net, images.labels)
     assert bench.cut is not None
-    wire = fitted_wire(work, bench.cut, bits=point.wire_bits, per_channel=point.grid == "channel")
+    wire = fitted_wire(work, bench.cut, bits=what.wire_bits, per_channel=what.grid == "channel")
     spec, sent = bench.part.tensors[bench.part.output], bench.sent
     codes = (wire.encode_integers(sent[i : i + CHUNK], spec) for i in range(0, len(sent), CHUNK))
     return over_the_wire(wire, codes, split_at(work.net, bench.cut)[1], images.labels)
@@ -310,5 +279,5 @@ def _percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
 
 
-STUDY = Study("edge_cloud", PLANS, points=points, key=key, open_bench=open_cut, measure=measure)
+STUDY = Study("edge_cloud", PLANS, points=points, open_bench=open_cut, measure=measure)
 STUDIES = (STUDY,)

@@ -1,6 +1,5 @@
 """What notebook 09 shows of the edge-cloud study: rows in, frames out."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +30,12 @@ TOLERANCE_PP = 1.0
 
 def of_network(rows: pd.DataFrame, name: str = "resnet20") -> pd.DataFrame:
     """The rows of one network: a shipped float one by name, or a file by its stem."""
-    found = [json.loads(s).get("network", m) for s, m in zip(rows["switches"], rows["model"], strict=True)]
-    return rows.loc[[each == name for each in found]]
+    return rows.loc[names_of(rows) == name]
+
+
+def names_of(rows: pd.DataFrame) -> pd.Series:
+    """The network of each row: a shipped float one by name, or a file by its stem."""
+    return tables.with_switches(rows, "network")["network"].fillna(rows["model"])
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
@@ -41,8 +44,7 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     ``wire_bits`` and ``jpeg_quality`` are 0, and ``grid`` is "", where they do not apply. The accuracies of the exact
     edge on the crossbars' images carry the sizes of all its images.
     """
-    found = rows.assign(**{name: [json.loads(s).get(name) for s in rows["switches"]] for name in SWITCHES})
-    found = found.fillna({"grid": "", "wire_bits": 0, "jpeg_quality": 0})
+    found = tables.with_switches(rows, *SWITCHES).fillna({"grid": "", "wire_bits": 0, "jpeg_quality": 0})
     keys = [*SWITCHES, "seed", "n_test"]
     wide = found.pivot_table(index=keys, columns="metric", values="value").reset_index().rename_axis(columns=None)
     sizes = [c for c in ("packed_KiB", "deflate_KiB", "jpeg_KiB") if c in wide]
@@ -53,8 +55,8 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
 def shares(rows: pd.DataFrame) -> pd.DataFrame:
     """What runs on the edge, by cut in network order: edge_mac_pct (of the network's), edge_weight_KiB at its bits."""
     rows = rows.loc[rows["metric"].isin(["edge_mac_pct", "edge_weight_KiB"])]
-    named = rows.assign(cut=[json.loads(text)["cut"] for text in rows["switches"]])
-    return named.pivot_table(index="cut", columns="metric", values="value").sort_values("edge_mac_pct")
+    wide = tables.with_switches(rows, "cut").pivot_table(index="cut", columns="metric", values="value")
+    return wide.sort_values("edge_mac_pct")
 
 
 def largest(frame: pd.DataFrame) -> pd.DataFrame:
@@ -197,8 +199,7 @@ def crossbar_losses(rows: pd.DataFrame, bits: int = 8) -> pd.DataFrame:
 def by_network(rows: pd.DataFrame) -> pd.DataFrame:
     """Digital edge, a scale per channel: accuracy by network, cut and bits on the wire, beside the image sent whole."""
     found = []
-    named = [json.loads(s).get("network", m) for s, m in zip(rows["switches"], rows["model"], strict=True)]
-    for name in dict.fromkeys(named):
+    for name in names_of(rows).unique():
         mine = of_network(rows, name)
         frame = largest(measured(mine))
         whole = frame.loc[(frame["cut"] == IMAGE) & (frame["wire_bits"] == 8), "acc_pct"].max()

@@ -4,9 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hq_lib.results import labels
-from hq_lib.results.figures.marks import band_line, label_ends, plain_log
-from hq_lib.results.figures.methods import looks
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import band_line, label_ends, looks, need, new_figure, plain_log, styled
 
 
 @styled

@@ -5,7 +5,7 @@ record in ``data/checkpoints``, where the other studies find it; ``hq study floa
 Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.csv``.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.results import paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
-from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 from hq_lib.training import FitResult, TrainConfig, evaluate, fit, recipe
 from hq_lib.training.recipes import find
 
@@ -24,7 +24,7 @@ HISTORY = "float_history"
 MODELS = ("resnet20", "lenet", "toynet", "vgg11", "mobilenetv2_seed")
 LENETS = ("lenet_relu1", "lenet_mnist")
 MAX_BYTES = 4_000_000  # of a checkpoint in float32; a larger one is stored in float16
-CURVES = {"train_loss": "nat", "val_acc_pct": "%", "lr": "1"}
+CURVES = ("train_loss", "val_acc_pct", "lr")
 MINUTES = {"resnet20": 4.5, "toynet": 3.5, "mobilenetv2_seed": 10.0, "vgg11": 2.0} | dict.fromkeys(
     ("lenet", *LENETS), 0.2
 )
@@ -60,7 +60,7 @@ PLANS = {
 
 
 @dataclass(frozen=True)
-class Training(Point):
+class Training:
     """One network trained with one seed."""
 
     model: str
@@ -76,38 +76,20 @@ class Training(Point):
     split: str
     """"train", or "trainval": all images, nothing is then left to validate on."""
 
-    @property
-    def name(self) -> str:
-        """E.g. ``resnet20_float_s0``."""
-        return f"{self.model}_float_s{self.seed}"
 
-    @property
-    def bench(self) -> Hashable:
-        """Its images."""
-        return self.dataset, self.n_train, self.split
-
-    @property
-    def minutes(self) -> float:
-        """See ``MINUTES``."""
-        return MINUTES.get(self.model, 5.0) * self.config.epochs
-
-
-def points(plan: Plan) -> list[Training]:
+def points(plan: Plan) -> list[Point]:
     """Every network with its first seed, then the other seeds; ``ValueError`` for one without a recipe."""
-    repeated, full = plan.repeated or plan.models, plan.profile == "full"
-    pairs = [(m, s) for s in plan.seeds for m in plan.models if s == plan.seeds[0] or m in repeated]
-    return [
-        Training(model, seed, *recipe(model, plan.profile, seed=seed), find(model).split if full else "train")
-        for model, seed in pairs
-    ]
-
-
-def key(run: Run[Plan], point: Training) -> Row:
-    """What names a training in the rows."""
-    return {
-        "experiment": run.study, "model": point.model, "method": "float", "seed": point.seed,
-        "epochs": point.config.epochs, "metric": "acc_pct",
-    }  # fmt: skip
+    found = []
+    for model, seed in ((m, s) for s in plan.seeds for m in plan.models):
+        if seed != plan.seeds[0] and model not in (plan.repeated or plan.models):
+            continue
+        split = find(model).split if plan.profile == "full" else "train"
+        what = Training(model, seed, *recipe(model, plan.profile, seed=seed), split)
+        key = {"model": model, "method": "float", "seed": seed, "epochs": what.config.epochs, "metric": "acc_pct"}
+        minutes = MINUTES.get(model, 5.0) * what.config.epochs
+        images = (what.dataset, what.n_train, split)
+        found.append(Point(f"{model}_float_s{seed}", key, what, bench=images, minutes=minutes))
+    return found
 
 
 def open_images(run: Run[Plan], needed: Any) -> tuple[ImageSet, ImageSet | None, ImageSet] | None:
@@ -121,15 +103,15 @@ def open_images(run: Run[Plan], needed: Any) -> tuple[ImageSet, ImageSet | None,
     return train, val, data.load(train.spec.name, "test", n=run.plan.n_test)
 
 
-def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], point: Training) -> Iterator[Found]:
+def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], point: Point) -> Iterator[Found]:
     """Trains (or resumes) the network; its learning curve, and accuracies on validation and, once, on test images."""
-    train, val, test = images
-    torch.manual_seed(point.seed)
-    found = find(point.model)
+    (train, val, test), config = images, point.what.config
+    torch.manual_seed(point.what.seed)
+    found = find(point.what.model)
     sizes = {"n_classes": train.spec.n_classes, "in_channels": train.spec.in_shape[0]}
-    net = models.build(found.network or point.model, **sizes, **found.options).to(run.device)
-    print(f"{point.name}: {point.config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
-    done = fit(net, train, val, point.config, run.folder / point.name)
+    net = models.build(found.network or point.what.model, **sizes, **found.options).to(run.device)
+    print(f"{point.name}: {config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
+    done = fit(net, train, val, config, run.folder / point.name)
     score = evaluate(net, test)
     common: Row = {
         "dataset": train.spec.name, "n_train": len(train), "seconds": round(done.seconds, 1),
@@ -137,42 +119,36 @@ def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], 
     }  # fmt: skip
     accuracies = {"test": (score.acc_pct, score.n), **({} if val is None else {"val": (done.val_acc_pct, len(val))})}
     if run.profile == "full":
-        _keep(run, point, net, common, done, accuracies)
+        _keep(run, point, net, common, done, {split: acc_pct for split, (acc_pct, _) in accuracies.items()})
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY))
     for split, (acc_pct, n) in accuracies.items():
         where = {} if split == "test" else {"split": split}
-        yield {**common, "value": acc_pct, "unit": "%", "n_test": n, "switches": {**common["switches"], **where}}
+        yield {**common, "value": acc_pct, "n_test": n, "switches": {**common["switches"], **where}}
 
 
 def history_rows(common: Row, done: FitResult, experiment: str) -> Iterator[Row]:
     """The learning curve, one row an epoch and number."""
     for row in done.history:
-        for metric, unit in CURVES.items():
-            if metric not in row:
-                continue  # no validation images
-            switches = {**common["switches"], "epoch": int(row["epoch"])}
-            yield {
-                **common, "experiment": experiment, "metric": metric, "value": row[metric], "unit": unit,
-                "switches": switches, "seconds": round(row["seconds"], 1),
-            }  # fmt: skip
+        values = {metric: row[metric] for metric in CURVES if metric in row}  # without validation images less
+        switches = {**common["switches"], "epoch": int(row["epoch"])}
+        own = {"experiment": experiment, "switches": switches, "seconds": round(row["seconds"], 1)}
+        yield from metric_rows(values, **{**common, **own})
 
 
 def _keep(
-    run: Run[Plan], point: Training, net: nn.Module, common: Row, done: FitResult,
-    accuracies: dict[str, tuple[float, int]],
-) -> None:  # fmt: skip
+    run: Run[Plan], point: Point, net: nn.Module, common: Row, done: FitResult, acc_pct: dict[str, float]
+) -> None:
     """Writes the trained network and its run record where the other studies look for it.
 
     A network beyond ``MAX_BYTES`` in float32 is stored in float16, and the record's accuracies are those of the weights
     as stored.
     """
-    spec, found = data.SPECS[common["dataset"]], find(point.model)
-    acc_pct = {split: value for split, (value, _) in accuracies.items()}
+    spec, found = data.SPECS[common["dataset"]], find(point.what.model)
     record: Row = {
-        "model": found.network or point.model, "options": dict(found.options), "n_classes": spec.n_classes,
-        "in_channels": spec.in_shape[0], "dataset": spec.name, "seed": point.seed, "profile": run.profile,
-        "config": done.config.as_dict(), "trained_on": point.split, "n_train": common["n_train"], "acc_pct": acc_pct,
-        "kept": "last epoch; test was seen once, after training",
+        "model": found.network or point.what.model, "options": dict(found.options), "n_classes": spec.n_classes,
+        "in_channels": spec.in_shape[0], "dataset": spec.name, "seed": point.what.seed, "profile": run.profile,
+        "config": done.config.as_dict(), "trained_on": point.what.split, "n_train": common["n_train"],
+        "acc_pct": acc_pct, "kept": "last epoch; test was seen once, after training",
         "seconds": common["seconds"], **provenance.stamp(run.device),
     }  # fmt: skip
     dtype = torch.float16 if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES else None
@@ -185,41 +161,18 @@ def _keep(
     )
 
 
-STUDY = Study("float_training", PLANS, points=points, key=key, open_bench=open_images, measure=measure, gpu=True)
+STUDY = Study("float_training", PLANS, points=points, open_bench=open_images, measure=measure, gpu=True)
 
 
-@dataclass(frozen=True)
-class Shipped(Point):
-    """One shipped checkpoint, evaluated."""
-
-    model: str
-    """Network."""
-
-    @property
-    def name(self) -> str:
-        """The network's."""
-        return self.model
-
-    @property
-    def bench(self) -> Hashable:
-        """The network with its images."""
-        return self.model
-
-
-def shipped_points(plan: Plan) -> list[Shipped]:
-    """The networks of a plan."""
+def shipped_points(plan: Plan) -> list[Point]:
+    """The networks of a plan; a key has the file's own hash, once it is not the first one."""
     check_choice("float_reference", "network", plan.models, models.names())
-    return [Shipped(name) for name in plan.models]
-
-
-def shipped_key(run: Run[Plan], point: Shipped) -> Row:
-    """What names the evaluation of a checkpoint; the file's own hash, once it is not the first one."""
-    path = shipped(point.model)
-    file = {} if path is None else {"checkpoint": path.name, **net_switch(point.model)}
-    return {
-        "experiment": run.study, "model": point.model, "method": "float", "metric": "acc_pct",
-        **({"switches": file} if file else {}),
-    }  # fmt: skip
+    found = []
+    for model in plan.models:
+        path = shipped(model)
+        file = {} if path is None else {"switches": {"checkpoint": path.name, **net_switch(model)}}
+        found.append(Point(model, {"model": model, "method": "float", "metric": "acc_pct", **file}, bench=model))
+    return found
 
 
 def measure_shipped(run: Run[Any], bench: Bench, point: Point) -> Iterator[Row]:
@@ -227,7 +180,7 @@ def measure_shipped(run: Run[Any], bench: Bench, point: Point) -> Iterator[Row]:
     score, record = evaluate(bench.net, bench.test), bench.record
     yield {
         "dataset": bench.dataset, "seed": record["seed"], "epochs": record["config"]["epochs"],
-        "n_train": record["n_train"], "n_test": score.n, "value": score.acc_pct, "unit": "%",
+        "n_train": record["n_train"], "n_test": score.n, "value": score.acc_pct,
     }  # fmt: skip
 
 
@@ -235,8 +188,7 @@ REFERENCE = Study(
     "float_reference",
     {"smoke": Plan("smoke", MODELS, n_test=200), "quick": Plan("quick", MODELS), "full": Plan("full", MODELS)},
     points=shipped_points,
-    key=shipped_key,
-    open_bench=lambda run, name: open_bench(str(name), n_test=run.plan.n_test, device=run.device),
+    open_bench=lambda run, name: open_bench(name, n_test=run.plan.n_test, device=run.device),
     measure=measure_shipped,
 )
 STUDIES = (STUDY, REFERENCE)

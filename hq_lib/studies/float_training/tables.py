@@ -1,7 +1,5 @@
 """What notebook 01 shows: the shipped networks beside the published ones, and learning curves; rows in, frames out."""
 
-import json
-
 import pandas as pd
 
 from hq_lib import models
@@ -30,8 +28,7 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 
     Of a network and seed trained more than once, the longest run.
     """
-    rows = rows.assign(epoch=[json.loads(text)["epoch"] for text in rows["switches"]])
-    rows = rows.loc[rows["epochs"] == rows.groupby(["model", "dataset", "seed"])["epochs"].transform("max")]
+    rows = tables.longest(tables.with_switches(rows, "epoch"), "model", "dataset", "seed")
     wide = rows.pivot_table(index=["model", "dataset", "seed", "epoch"], columns="metric", values="value")
     return wide.reset_index().rename_axis(columns=None)
 

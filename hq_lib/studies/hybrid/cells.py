@@ -19,7 +19,6 @@ from hq_lib.ptq.bits import correct_means
 from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import FLOAT_BITS, Quantizer
 from hq_lib.studies.bench import Bench
-from hq_lib.studies.study import Point
 from hq_lib.training import TrainConfig, fit
 
 QAT, RANGES = "dsq", "mse"
@@ -31,7 +30,7 @@ CONFIG = TrainConfig(epochs=1, lr=0.01, weight_decay=1e-4)
 
 
 @dataclass(frozen=True)
-class Cell(Point):
+class Cell:
     """One point of the map."""
 
     w_bits: int
@@ -66,12 +65,7 @@ class Cell(Point):
         return f"w{self.w_bits}a{self.a_bits}_{how}_s{self.seed}"
 
     @property
-    def unit(self) -> str:
-        """Cells that share their trained tensors."""
-        return self.training
-
-    @property
-    def bench(self) -> "Cell":
+    def shared(self) -> "Cell":
         """A cell that stands for all that share its training."""
         return Cell(*self.trained, self.boundary, self.seed)
 
@@ -101,7 +95,7 @@ def cells(bits: Sequence[int], *, seed: int = 0, trained_at_the_boundary: bool =
 def train(cell: Cell, stage: Bench, folder: Path, *, n_calib: int, n_train: int) -> QuantizedNet:
     """The network after the short training of its tensors below the boundary; what is above was float in it."""
     late, x = cell.late(), stage.calibration(n_calib, cell.seed)
-    qnet = quantize(stage.net, cell.bench.policy(), x[:1]).train()
+    qnet = quantize(stage.net, cell.shared.policy(), x[:1]).train()
     set_quantization(qnet, weights=False, acts=False, only=late)
     calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
     few = stage.train.balanced(min(n_train, len(stage.train)), cell.seed)

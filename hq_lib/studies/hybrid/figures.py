@@ -9,9 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from hq_lib.results.figures.marks import band, band_line, heat_map, label_ends
-from hq_lib.results.figures.methods import Look, look
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import Look, band, band_line, heat_map, label_ends, look, need, new_figure, styled
 
 SEARCHES = {
     "optimal": "integer program",

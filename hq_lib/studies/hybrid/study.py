@@ -9,7 +9,7 @@
 All nets of the last two are calibrated only (fast PTQ): nothing is trained or reconstructed.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -46,10 +46,6 @@ ENDS, ENDS_BITS = ("weight conv1", "weight linear", "act pool"), 8
 """first and last layer, and their bits where they are an exception"""
 ACT_BITS = 8
 """of the activations where the budget is a size"""
-UNITS = {
-    "kl": "nat", "loss_rise": "nat", "acc_drop_pp": "pp", "acc_pct": "%", "predicted_kl": "nat", "size_KiB": "KiB",
-    "bops": "BOP",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,23 +73,23 @@ MAP_PLANS = {
 }
 
 
-def map_points(plan: MapPlan) -> list[Cell]:
-    """Every cell, those that share a training adjoining."""
+def map_points(plan: MapPlan) -> list[Point]:
+    """Every cell, those that share a training adjoining: they are one unit."""
     flag = plan.trained_at_the_boundary
-    return [cell for seed in plan.seeds for cell in cells(plan.bits, seed=seed, trained_at_the_boundary=flag)]
+    every = [cell for seed in plan.seeds for cell in cells(plan.bits, seed=seed, trained_at_the_boundary=flag)]
+    return [Point(cell.name, _map_key(plan, cell), cell, bench=cell.shared, unit=cell.training) for cell in every]
 
 
-def map_key(run: Run[MapPlan], cell: Cell) -> Row:
-    """What names a cell in the rows."""
+def _map_key(plan: MapPlan, cell: Cell) -> Row:
     switches = {
         "boundary": cell.boundary, "qat": QAT, "ranges": RANGES, "bias": "means", "first_last_bits": FIRST_LAST_BITS,
         "lr": CONFIG.lr, **net_switch(MODEL),
     }  # fmt: skip
     return {
         "experiment": "fig_hybrid_bits", "model": MODEL, "method": "hybrid" if cell.boundary else RANGES,
-        "w_bits": cell.w_bits, "a_bits": cell.a_bits, "placement": "academic", "n_calib": run.plan.n_calib,
+        "w_bits": cell.w_bits, "a_bits": cell.a_bits, "placement": "academic", "n_calib": plan.n_calib,
         "seed": cell.seed, "epochs": CONFIG.epochs if cell.is_trained else 0,
-        "n_train": run.plan.n_train if cell.is_trained else 0, "switches": switches,
+        "n_train": plan.n_train if cell.is_trained else 0, "switches": switches,
     }  # fmt: skip
 
 
@@ -105,14 +101,14 @@ def open_map(run: Run[MapPlan], shared: Any) -> tuple[Bench, QuantizedNet | None
     return bench, train(shared, bench, run.folder, n_calib=plan.n_calib, n_train=plan.n_train)
 
 
-def measure_map(run: Run[MapPlan], bench: tuple[Bench, QuantizedNet | None], cell: Cell) -> Iterator[Found]:
+def measure_map(run: Run[MapPlan], bench: tuple[Bench, QuantizedNet | None], point: Point) -> Iterator[Found]:
     """Test accuracy of a cell."""
     stage, trained = bench
-    score = evaluate(finished(cell, stage, run.plan.n_calib, trained), stage.test, batch_size=EVAL_BATCH)
-    yield {"dataset": stage.dataset, "n_test": score.n, "metric": "acc_pct", "unit": "%", "value": score.acc_pct}
+    score = evaluate(finished(point.what, stage, run.plan.n_calib, trained), stage.test, batch_size=EVAL_BATCH)
+    yield {"dataset": stage.dataset, "n_test": score.n, "metric": "acc_pct", "value": score.acc_pct}
 
 
-MAP = Study("hybrid_bits", MAP_PLANS, points=map_points, key=map_key, open_bench=open_map, measure=measure_map)
+MAP = Study("hybrid_bits", MAP_PLANS, points=map_points, open_bench=open_map, measure=measure_map)
 
 
 @dataclass(frozen=True)
@@ -198,11 +194,10 @@ class Laboratory:
     def rows(self, values: Mapping[str, float], switches: Row) -> Iterator[Row]:
         """One row per metric; those measured on validation images say so."""
         for metric, value in values.items():
-            test = metric == "acc_pct"
+            split, images = ("test", self.bench.test) if metric == "acc_pct" else ("val", self.bench.val)
             yield {
-                "n_test": len(self.bench.test if test else self.bench.val), "dataset": self.bench.dataset,
-                "metric": metric, "value": value, "unit": UNITS[metric],
-                "switches": {**switches, **net_switch(MODEL), "split": "test" if test else "val"},
+                "n_test": len(images), "dataset": self.bench.dataset, "metric": metric, "value": value,
+                "switches": {**switches, **net_switch(MODEL), "split": split},
             }  # fmt: skip
 
 
@@ -212,99 +207,52 @@ def open_laboratory(run: Run[Plan], seed: Any) -> Laboratory | None:
     return bench and Laboratory(run, bench, seed)
 
 
-def _common(run: Run[Plan], experiment: str, seed: int) -> Row:
+def _common(plan: Plan, experiment: str, seed: int) -> Row:
     return {
-        "experiment": experiment, "model": MODEL, "method": RANGES, "placement": "academic",
-        "n_calib": run.plan.n_calib, "seed": seed,
+        "experiment": experiment, "model": MODEL, "method": RANGES, "placement": "academic", "n_calib": plan.n_calib,
+        "seed": seed,
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Alone(Point):
-    """One tensor quantized, all others in float."""
+def sensitivity_points(plan: Plan) -> list[Point]:
+    """Every tensor ("weight ..." or "act ...") at all bits, all others in float, on calibration draw 0.
 
-    tensor: str
-    """"weight ..." or "act ..."."""
-    bits: int
-    """Its bits."""
-    part: int
-    """Which unit it is measured in."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``weight conv1 at 4 bits``."""
-        return f"{self.tensor} at {self.bits} bits"
-
-    @property
-    def unit(self) -> str:
-        """A few tensors, as the grids of all are fitted for them."""
-        return f"sensitivity_{self.part}"
-
-    @property
-    def bench(self) -> Hashable:
-        """Calibration draw."""
-        return 0
+    A unit is a few tensors, as the grids of all are fitted for them.
+    """
+    found = []
+    for i, tensor in enumerate(tensors()):
+        column = "w_bits" if tensor.startswith("weight ") else "a_bits"
+        switches = {"tensor": tensor, "split": "val", **net_switch(MODEL)}
+        common = {**_common(plan, "fig_layer_sensitivity", 0), "switches": switches}
+        for bits in plan.bits:
+            name, unit = f"{tensor} at {bits} bits", f"sensitivity_{i // TENSORS_A_UNIT}"
+            found.append(Point(name, {**common, column: bits}, (tensor, bits), bench=0, unit=unit))
+    return found
 
 
-def sensitivity_points(plan: Plan) -> list[Alone]:
-    """Every tensor at all bits."""
-    return [Alone(t, bits, i // TENSORS_A_UNIT) for i, t in enumerate(tensors()) for bits in plan.bits]
-
-
-def sensitivity_key(run: Run[Plan], point: Alone) -> Row:
-    """What names a sensitivity in the rows."""
-    column = "w_bits" if point.tensor.startswith("weight ") else "a_bits"
-    switches = {"tensor": point.tensor, "split": "val", **net_switch(MODEL)}
-    return {**_common(run, "fig_layer_sensitivity", 0), column: point.bits, "switches": switches}
-
-
-def measure_sensitivity(run: Run[Plan], lab: Laboratory, point: Alone) -> Iterator[Found]:
+def measure_sensitivity(run: Run[Plan], lab: Laboratory, point: Point) -> Iterator[Found]:
     """KL, rise of the loss and drop of the accuracy on validation images."""
-    yield from lab.rows(lab.on_validation({point.tensor: point.bits}), {"tensor": point.tensor})
+    tensor, bits = point.what
+    yield from lab.rows(lab.on_validation({tensor: bits}), {"tensor": tensor})
 
 
 SENSITIVITIES = Study(
-    SENSITIVITY,
-    PLANS,
-    points=sensitivity_points,
-    key=sensitivity_key,
-    open_bench=open_laboratory,
-    measure=measure_sensitivity,
+    SENSITIVITY, PLANS, points=sensitivity_points, open_bench=open_laboratory, measure=measure_sensitivity
 )
 
 
 @dataclass(frozen=True)
-class Search(Point):
-    """One assignment, found from the sensitivities and measured; "float" is the network itself."""
+class Search:
+    """One assignment, to be found from the sensitivities."""
 
     search: str
-    """"optimal", "greedy", "uniform", "ends_8" (uniform but for first and last layer), "at_random" or "float"."""
-    budget: str = "size"
+    """"optimal", "greedy", "uniform", "ends_8" (uniform but for first and last layer) or "at_random"."""
+    budget: str
     """"size" or "bop"."""
-    equivalent: float = 32.0
+    equivalent: float
     """Its budget is the cost of this many bits everywhere."""
     seed: int = 0
     """Calibration draw; of "at_random" the draw of the assignment."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``size of 3 bits, optimal, draw 0``."""
-        return f"{self.budget} of {self.equivalent:g} bits, {self.search}, draw {self.seed}"
-
-    @property
-    def unit(self) -> str:
-        """All searches of a calibration draw."""
-        return f"search_{self.bench}"
-
-    @property
-    def bench(self) -> int:
-        """Calibration draw."""
-        return 0 if self.search == "at_random" else self.seed
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The sensitivities that searches go by."""
-        return tuple(sorted({point.unit for point in sensitivity_points(PLANS["full"])}))
 
     def found(self, losses: Mapping[str, Mapping[int, float]]) -> Assignment:
         """The bits that it searches, given the KL, nat, of every tensor at all bits."""
@@ -318,52 +266,50 @@ class Search(Point):
             return at_random(table, cost, limit, np.random.default_rng(self.seed))
         return (optimal if self.search == "optimal" else greedy)(table, cost, limit)
 
+    def point(self, plan: Plan) -> Point:
+        """Its key is how it was searched, not what was found; a unit is all searches of a calibration draw."""
+        draw = 0 if self.search == "at_random" else self.seed
+        searched = {"search": self.search, "budget": self.budget, "equivalent": self.equivalent, **net_switch(MODEL)}
+        switches = {f"switches.{name}": value for name, value in searched.items()}
+        key = {**_common(plan, "fig_pareto", self.seed), **switches, "metric": "predicted_kl"}
+        name = f"{self.budget} of {self.equivalent:g} bits, {self.search}, draw {self.seed}"
+        return Point(name, key, self, bench=draw, unit=f"search_{draw}", after=_sensitivity_units())
 
-def search_points(plan: Plan) -> list[Search]:
+
+@cache
+def _sensitivity_units() -> tuple[str, ...]:
+    return tuple(sorted({point.unit for point in sensitivity_points(PLANS["full"])}))
+
+
+def search_points(plan: Plan) -> list[Point]:
     """The float network, then every assignment of the plan; those of equal calibration draw adjoin."""
-    made = [Search("float")]
+    switches = {"split": "test", **net_switch(MODEL)}
+    key = {**_common(plan, "fig_pareto", 0), "method": "float", "n_calib": 0, "placement": "-", "switches": switches}
+    whole = Point("size of 32 bits, float, draw 0", key, bench=0, unit="search_0", after=_sensitivity_units())
+    made = []
     for budget in ("size", "bop"):
         made += [Search("greedy", budget, float(bits)) for bits in plan.optimal]
         named = {"uniform": plan.uniform, "ends_8": plan.ends_8, "optimal": plan.optimal}
         made += [Search(n, budget, float(b), seed) for n, many in named.items() for b in many for seed in plan.seeds]
         made += [Search("at_random", budget, float(b), d) for b in plan.at_random for d in range(plan.n_draws)]
-    return sorted(made, key=lambda point: point.bench)
+    return sorted([whole, *(each.point(plan) for each in made)], key=lambda point: point.bench)
 
 
-def search_key(run: Run[Plan], point: Search) -> Row:
-    """What names an assignment in the rows: how it was searched, not what was found."""
-    common = _common(run, "fig_pareto", point.seed)
-    if point.search == "float":
-        return {
-            **common,
-            "method": "float",
-            "n_calib": 0,
-            "placement": "-",
-            "switches": {"split": "test", **net_switch(MODEL)},
-        }
-    searched = {"search": point.search, "budget": point.budget, "equivalent": point.equivalent}
-    return {
-        **common,
-        **{f"switches.{k}": v for k, v in (searched | net_switch(MODEL)).items()},
-        "metric": "predicted_kl",
-    }
-
-
-def measure_search(run: Run[Plan], lab: Laboratory, point: Search) -> Iterator[Found]:
+def measure_search(run: Run[Plan], lab: Laboratory, point: Point) -> Iterator[Found]:
     """Predicted loss and cost; but for "greedy", whose rows hold the prediction alone, what it is in truth."""
-    if point.search == "float":
+    if point.what is None:
         score = evaluate(lab.bench.net, lab.bench.test, batch_size=EVAL_BATCH)
         yield from lab.rows({"acc_pct": score.acc_pct}, {})
         return
     losses = _losses(run)
-    some = point.found(losses)
+    some = point.what.found(losses)
     bits = {t: some.bits.get(t, ACT_BITS) for t in losses}
     costs = _costs()
     values = {"predicted_kl": sum(losses[t][b] for t, b in bits.items())}
     values |= {"size_KiB": costs["size"].of(bits), "bops": costs["bop"].of(bits)}
-    if point.search != "greedy":
+    if point.what.search != "greedy":
         values |= lab.on_validation(bits) | {"acc_pct": lab.on_test(bits)}
-    yield from ({**averages(bits), **row} for row in lab.rows(values, _switches(point, bits)))
+    yield from ({**averages(bits), **row} for row in lab.rows(values, _switches(point.what, bits)))
 
 
 def _losses(run: Run[Plan]) -> dict[str, dict[int, float]]:
@@ -398,16 +344,14 @@ def averages(bits: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-def _switches(point: Search, bits: Mapping[str, int]) -> Row:
+def _switches(search: Search, bits: Mapping[str, int]) -> Row:
     """The search and its result, one digit a tensor in the network's order."""
     digits = {
         column: "".join(str(b) for t, b in bits.items() if t.startswith(kind))
         for column, kind in (("w", "weight "), ("a", "act "))
     }
-    return {"search": point.search, "budget": point.budget, "equivalent": point.equivalent, **digits}
+    return {"search": search.search, "budget": search.budget, "equivalent": search.equivalent, **digits}
 
 
-SEARCHES = Study(
-    ALLOCATION, PLANS, points=search_points, key=search_key, open_bench=open_laboratory, measure=measure_search
-)
+SEARCHES = Study(ALLOCATION, PLANS, points=search_points, open_bench=open_laboratory, measure=measure_search)
 STUDIES = (MAP, SENSITIVITIES, SEARCHES)

@@ -1,11 +1,10 @@
 """What notebook 06 shows: the map, sensitivities and assignments; rows in, frames out."""
 
-import json
-
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from hq_lib.results import tables
 from hq_lib.studies.hybrid.cells import BOUNDARY, QAT, RANGES
 
 ADDITIVE = 0.1
@@ -17,16 +16,12 @@ def map_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Where no tensor is below the boundary the rule calibrates everything, so both columns agree.
     """
-    boundary = rows["switches"].str.extract(r'"boundary":(\d+)')[0].astype(int)
-    known = {
-        name: rows.loc[boundary == at].groupby(["w_bits", "a_bits"])["value"].mean()
-        for name, at in (("calibrated", 0), ("hybrid", BOUNDARY))
-    }
-    wide = pd.DataFrame({"calibrated": known["calibrated"]})
-    wide["hybrid"] = known["hybrid"].reindex(wide.index)
-    both = [w >= BOUNDARY and a >= BOUNDARY for w, a in wide.index]
-    wide.loc[both, "hybrid"] = wide.loc[both, "calibrated"]
-    return wide.reset_index()
+    rows = tables.with_switches(rows, "boundary")
+    means = rows.pivot_table(index=["w_bits", "a_bits"], columns="boundary", values="value").reset_index()
+    both = means[["w_bits", "a_bits"]].min(axis=1) >= BOUNDARY
+    known = means.reindex(columns=["w_bits", "a_bits", 0, BOUNDARY]).rename_axis(columns=None)
+    known = known.rename(columns={0: "calibrated", BOUNDARY: "hybrid"})
+    return known.assign(hybrid=known["hybrid"].where(~both, known["calibrated"]))
 
 
 def map_gains(rows: pd.DataFrame) -> pd.DataFrame:
@@ -37,7 +32,7 @@ def map_gains(rows: pd.DataFrame) -> pd.DataFrame:
     found = map_table(rows)
     below = found.loc[found[["w_bits", "a_bits"]].min(axis=1) < BOUNDARY]
     below = below.assign(gain=below["hybrid"] - below["calibrated"]).sort_values("gain")
-    at = rows.loc[rows["switches"].str.contains(f'"boundary":{BOUNDARY + 1},', regex=False), "value"]
+    at = tables.with_switches(rows, "boundary").query("boundary == @BOUNDARY + 1")["value"]
     if at.empty:
         return below
     here = found.loc[(found["w_bits"] == BOUNDARY) & (found["a_bits"] == BOUNDARY)]
@@ -61,11 +56,9 @@ def search_note(rows: pd.DataFrame) -> str:
 
 def sensitivities(rows: pd.DataFrame) -> pd.DataFrame:
     """Columns kind ("weight" or "act"), name, tensor, bits, kl, loss_rise, acc_drop_pp."""
-    tensors = [json.loads(text)["tensor"] for text in rows["switches"]]
-    tidy = rows.assign(tensor=tensors, bits=rows[["w_bits", "a_bits"]].min(axis=1).astype(int))
+    tidy = tables.with_switches(rows, "tensor").assign(bits=rows[["w_bits", "a_bits"]].min(axis=1).astype(int))
     wide = tidy.pivot_table(index=["tensor", "bits"], columns="metric", values="value").reset_index()
-    parts = [str(tensor).partition(" ") for tensor in wide["tensor"]]
-    kinds, names = [kind for kind, _, _ in parts], [name for *_, name in parts]
+    kinds, names = ([str(tensor).partition(" ")[place] for tensor in wide["tensor"]] for place in (0, 2))
     return wide.assign(kind=kinds, name=names).rename_axis(columns=None)
 
 
@@ -100,9 +93,8 @@ def slopes(known: pd.DataFrame) -> pd.DataFrame:
 def points(rows: pd.DataFrame) -> pd.DataFrame:
     """One line an assignment: budget, search, equivalent, seed, w, a, w_bits, a_bits, the metrics."""
     rows = rows.loc[rows["method"] == RANGES]
-    told = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
     keys = ["budget", "search", "equivalent", "seed", "w", "a", "w_bits", "a_bits"]
-    tidy = pd.concat([told.drop(columns="split"), rows[["seed", "w_bits", "a_bits", "metric", "value"]]], axis=1)
+    tidy = tables.with_switches(rows, "budget", "search", "equivalent", "w", "a")
     return tidy.pivot_table(index=keys, columns="metric", values="value").reset_index().rename_axis(columns=None)
 
 

@@ -6,8 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from hq_lib.results import labels
-from hq_lib.results.figures.methods import look
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import look, need, new_figure, styled
 
 INPUTS = {"its own": "numpy", "the graph's": "before"}
 """Whose integers every operation reads -> whose look the line takes."""

@@ -6,7 +6,7 @@ time and memory go to ``integer_export.csv``. ``hq study integer_layers`` compar
 fake-quantized network's.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer.record import REQUANTIZERS
 from hq_lib.ptq.ranges import Method
 from hq_lib.results import provenance
-from hq_lib.studies.bench import Bench, file_switch, known_networks, net_switch, open_bench, record_of
+from hq_lib.studies.bench import Bench, file_switch, known_networks, net_switch, open_bench, quantized_as, record_of
 from hq_lib.studies.integer_export import executors
-from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 
 MODELS = ("lenet", "vgg11", "resnet20", "toynet", "mobilenetv2_seed")
 TRAINED = (
@@ -40,10 +40,6 @@ MOBILE = (
 ENLARGED = {"inception_v3": 3}
 """How often each pixel is repeated for an untrained network; 2 for the others."""
 PART = 500  # images that are normalised and run at a time
-UNITS = {
-    "acc_pct": "%", "same_top1_pct": "%", "n_logit_mismatches": "count", "file_KiB": "KiB", "cpu_ms": "ms",
-    "peak_MiB": "MiB", "unavailable": "count",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,10 @@ def recipe_of(bits: tuple[int, int]) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Network(Point):
-    """One network at one bit width: its tensors are compared, integers with fake-quantized values."""
+class Network:
+    """One network at one bit width."""
 
-    plan: Plan
-    """What all points share."""
-    network: str
+    name: str
     """See ``Plan``."""
     bits: tuple[int, int] | None
     """(weights, activations) that it is quantized to; None where it is quantized already."""
@@ -105,37 +99,25 @@ class Network(Point):
     @property
     def unit(self) -> str:
         """All that share the network's files, e.g. ``resnet20_w8a8``."""
-        stem = Path(self.network).name.removesuffix(".safetensors")
+        stem = Path(self.name).name.removesuffix(".safetensors")
         return stem if self.bits is None else f"{stem}_w{self.bits[0]}a{self.bits[1]}"
-
-    @property
-    def name(self) -> str:
-        """As the unit."""
-        return self.unit
-
-    @property
-    def bench(self) -> Hashable:
-        """The network and its bits."""
-        return self.network, self.bits
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The training of the network."""
-        return (f"{self.network}_float_s0",) if self.network in MODELS else (self.network,)
 
     @property
     def w_bits(self) -> float:
         """Bits of the weights between first and last layer."""
         if self.bits is not None:
             return self.bits[0]
-        policy = record_of(self.network).get("policy")
+        policy = record_of(self.name).get("policy")
         return 32 if policy is None else BitPolicy.from_dict(policy).weight.bits
+
+    @property
+    def file(self) -> Row:
+        """The switches that name a file, and the float network of our own behind it."""
+        return {**file_switch(self.name), **net_switch(self.name)}
 
     def switches(self) -> Row:
         """What names the network and how it was quantized."""
-        known: Row = {**file_switch(self.network), **net_switch(self.network)}
-        if self.network in MOBILE:
-            known = {"untrained": True}
+        known: Row = {"untrained": True} if self.name in MOBILE else self.file
         if self.bits is None:
             return known
         recipe = recipe_of(self.bits)
@@ -143,33 +125,18 @@ class Network(Point):
         return {**known, "weights": recipe.weights, "acts": recipe.acts, "stem_out_bits": stem_out_bits,
                 "first_last_bits": 8}  # fmt: skip
 
-    def columns(self) -> Row:
+    def columns(self, plan: Plan) -> Row:
         """Columns that name a network of ours; of a file its switches do."""
         if "network" in self.switches() or self.bits is None:
             return {}
         w_bits, a_bits = self.bits
-        quantized = {"w_bits": w_bits, "a_bits": a_bits, "placement": "deploy", "n_calib": self.plan.n_calib}
-        return {"model": self.network, **quantized}
+        quantized = {"w_bits": w_bits, "a_bits": a_bits, "placement": "deploy", "n_calib": plan.n_calib}
+        return {"model": self.name, **quantized}
 
-
-@dataclass(frozen=True)
-class Execution(Network):
-    """One executor of a network."""
-
-    executor: str = "float"
-    """One of ``executors.EXECUTORS``; "float" is the network before it was quantized."""
-    requantizer: str = ""
-    """Of the integer executors: "float32" or "fixed"."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``resnet20_w8a8 c fixed``."""
-        return f"{self.unit} {self.file}"
-
-    @property
-    def file(self) -> str:
-        """Key of ``IntegerBench.files``: executor and requantizer."""
-        return f"{self.executor} {self.requantizer}".strip()
+    def point(self, name: str, key: Row, what: Any = None) -> Point:
+        """A point of this network; its files are opened once for all of them, behind its training."""
+        after = f"{self.name}_float_s0" if self.name in MODELS else self.name
+        return Point(name, key, what, bench=self, unit=self.unit, after=(after,))
 
 
 def networks(plan: Plan) -> list[Network]:
@@ -180,35 +147,35 @@ def networks(plan: Plan) -> list[Network]:
     for name in plan.networks:
         fixed = name in TRAINED or "policy" in record_of(name)
         widths = ((8, 8),) if name in MOBILE else (None,) if fixed else plan.bits
-        found += [Network(plan, name, None if pair is None else (int(pair[0]), int(pair[1]))) for pair in widths]
+        found += [Network(name, None if pair is None else (int(pair[0]), int(pair[1]))) for pair in widths]
     return found
 
 
-def points(plan: Plan) -> list[Execution]:
+def points(plan: Plan) -> list[Point]:
     """Every executor of every network; NumPy comes first: the others are compared with it."""
     pairs = [(executor, form) for form in REQUANTIZERS for executor in ("numpy", "c")] + [("onnx", "float32")]
     found, whole = [], set()
-    for each in networks(plan):
+    for net in networks(plan):
         wanted = [*pairs]
-        if each.network not in MOBILE:
-            is_first = each.bits is not None and each.network not in whole
+        if net.name not in MOBILE:
+            is_first = net.bits is not None and net.name not in whole
             wanted += [("float", "")] * is_first + [("fake_quant", "")]
-            whole.add(each.network)
-        found += [Execution(plan, each.network, each.bits, *pair) for pair in wanted]
+            whole.add(net.name)
+        found += [_point(plan, net, *pair) for pair in wanted]
     return found
 
 
-def key(run: Run[Plan], point: Execution) -> Row:
-    """What names a measurement: network, executor, requantizer and, of those that changed, the executor's version."""
-    metric = "cpu_ms" if point.network in MOBILE else "acc_pct"
-    named: Row = {"experiment": run.study, "method": point.executor, "metric": metric}
-    if point.executor == "float":
-        known = {**file_switch(point.network), **net_switch(point.network)}
-        return {**named, "switches": known, **({} if "network" in known else {"model": point.network})}
-    form = {"requantizer": point.requantizer} if point.requantizer else {}
-    version = executors.version(point.executor, point.w_bits)
-    dated = {} if version is None else {"version": version}
-    return {**named, **point.columns(), "switches": {**point.switches(), **form, **dated}}
+def _point(plan: Plan, net: Network, executor: str, requantizer: str) -> Point:
+    """A key names the network, executor, requantizer and, of those that changed, the executor's version."""
+    file = f"{executor} {requantizer}".strip()
+    key: Row = {"method": executor, "metric": "cpu_ms" if net.name in MOBILE else "acc_pct"}
+    if executor == "float":
+        key |= {"switches": net.file, **({} if "network" in net.file else {"model": net.name})}
+    else:
+        form = {"requantizer": requantizer, "version": executors.version(executor, net.w_bits)}
+        key |= net.columns(plan)
+        key["switches"] = {**net.switches(), **{name: value for name, value in form.items() if value}}
+    return net.point(f"{net.unit} {file}", key, (net, executor, requantizer))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +203,7 @@ class IntegerBench:
 
 def open_network(run: Run[Plan], needed: Any) -> IntegerBench | None:
     """The network, quantized by the recipe of its bits or as it is, and its files."""
-    network, bits = needed
-    plan = run.plan
+    network, bits, plan = needed.name, needed.bits, run.plan
     if network in MOBILE:
         bench = untrained(network, plan)
     else:
@@ -245,17 +211,15 @@ def open_network(run: Run[Plan], needed: Any) -> IntegerBench | None:
     if bench is None:
         return None
     if bits is None:
-        qnet = bench.net
-        policy = BitPolicy.from_dict(bench.record["policy"])
-        about = {"w_bits": policy.weight.bits, "a_bits": policy.act.bits, "placement": policy.placement}
+        qnet, about = bench.net, quantized_as(bench.record)
     else:
         print(f"{network}: quantizing on {len(bench.train)} images of {bench.dataset}", flush=True)
         qnet, about = quantized(bench, bits), {"w_bits": bits[0], "a_bits": bits[1], "placement": "deploy"}
     assert isinstance(qnet, fx.GraphModule)
     integer.round_biases(qnet, images=bench.test.spec)
+    about = {key: about[key] for key in ("w_bits", "a_bits", "placement")}
     names = {"model": bench.model, "dataset": bench.dataset, "seed": bench.record["seed"], "n_test": len(bench.test)}
-    folder = run.folder / Network(plan, network, bits).unit
-    return IntegerBench(qnet, bench.test, {**names, **about}, written(bench, qnet, folder))
+    return IntegerBench(qnet, bench.test, {**names, **about}, written(bench, qnet, run.folder / needed.unit))
 
 
 def quantized(bench: Bench, bits: tuple[int, int]) -> fx.GraphModule:
@@ -311,37 +275,37 @@ def written(bench: Bench, qnet: fx.GraphModule, folder: Path) -> dict[str, Path]
     return files
 
 
-def measure(run: Run[Plan], bench: IntegerBench, point: Execution) -> Iterator[Found]:
+def measure(run: Run[Plan], bench: IntegerBench, point: Point) -> Iterator[Found]:
     """Accuracy, agreement with NumPy, time, size of the file, and memory; what this machine lacks is a row too."""
-    named, file = key(run, point), bench.files[point.file]
-    about = dict(bench.about)
-    if point.executor == "float":
+    net, executor, requantizer = point.what
+    file, about = bench.files[f"{executor} {requantizer}".strip()], dict(bench.about)
+    if executor == "float":
         about |= {"w_bits": 32, "a_bits": 32, "placement": "-"}
     try:
-        logits, cpu_ms = executors.measure(executors.opened(point.executor, file), parts(bench.test))
+        logits, cpu_ms = executors.measure(executors.opened(executor, file), parts(bench.test))
     except executors.UnavailableError as error:
         print(f"  {point.name}: {error}", flush=True)
-        reason = {**named["switches"], "reason": str(error)}
-        yield {**about, "metric": "unavailable", "value": 1, "unit": "count", "switches": reason}
+        reason = {**point.key["switches"], "reason": str(error)}
+        yield {**about, "metric": "unavailable", "value": 1, "switches": reason}
         return
-    found = {"cpu_ms": cpu_ms, "file_KiB": file.stat().st_size / 1024, **_agreement(bench, point, logits)}
+    agreement = _agreement(bench, executor, requantizer, logits)
+    found = {"cpu_ms": cpu_ms, "file_KiB": file.stat().st_size / 1024, **agreement}
     if run.plan.memory:
-        peak = executors.peak_MiB(point.executor, file, next(parts(bench.test))[:1])
+        peak = executors.peak_MiB(executor, file, next(parts(bench.test))[:1])
         found |= {} if peak is None else {"peak_MiB": peak}
-    if point.network not in MOBILE:
+    if net.name not in MOBILE:
         found["acc_pct"] = 100 * float((logits.argmax(1) == bench.test.labels.numpy()).mean())
-    about["device"] = ", ".join([provenance.device("cpu"), *executors.how(point.executor, file)])
-    for metric, value in found.items():
-        yield {**about, "metric": metric, "value": value, "unit": UNITS[metric]}
+    about["device"] = ", ".join([provenance.device("cpu"), *executors.how(executor, file)])
+    yield from metric_rows(found, **about)
 
 
-def _agreement(bench: IntegerBench, point: Execution, logits: np.ndarray) -> dict[str, float]:
+def _agreement(bench: IntegerBench, executor: str, requantizer: str, logits: np.ndarray) -> dict[str, float]:
     """Against NumPy: logits that differ (other integer executors), or the share of equal predictions (PyTorch)."""
-    if point.executor == "numpy":
-        bench.logits[point.requantizer] = logits
+    if executor == "numpy":
+        bench.logits[requantizer] = logits
         return {}
-    wanted = bench.reference(point.requantizer or "float32")
-    if point.executor in ("c", "onnx"):
+    wanted = bench.reference(requantizer or "float32")
+    if executor in ("c", "onnx"):
         return {"n_logit_mismatches": int((logits != wanted).sum())}
     return {"same_top1_pct": 100 * float((logits.argmax(1) == wanted.argmax(1)).mean())}
 
@@ -352,31 +316,28 @@ def parts(images: ImageSet) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(normalize(part, images.spec).numpy())
 
 
-def layers_key(run: Run[Plan], point: Network) -> Row:
-    """What names a network whose tensors were compared."""
-    known = {**file_switch(point.network), **net_switch(point.network)}
-    named = {f"switches.{name}": known.get(name) for name in ("network", "file", "net")}
-    return {"experiment": run.study, "method": "numpy", "metric": "largest_LSB", **point.columns(), **named}
+def layer_points(plan: Plan) -> list[Point]:
+    """The networks whose tensors are compared, integers with fake-quantized values."""
+    found = []
+    for net in (net for net in networks(plan) if net.name not in MOBILE):
+        named = {f"switches.{name}": net.file.get(name) for name in ("network", "file", "net")}
+        key = {"method": "numpy", "metric": "largest_LSB", **net.columns(plan), **named}
+        found.append(net.point(net.unit, key, net.file))
+    return found
 
 
-def measure_layers(run: Run[Plan], bench: IntegerBench, point: Network) -> Iterator[Found]:
+def measure_layers(run: Run[Plan], bench: IntegerBench, point: Point) -> Iterator[Found]:
     """Of each tensor the integers that differ, on the integer network's own integers and fed with the graph's."""
     images = bench.test.subset(torch.arange(min(run.plan.n_layers, len(bench.test))))
     imodel = integer.lower(bench.qnet, images=bench.test.spec)
-    known = {**file_switch(point.network), **net_switch(point.network)}
     for forced in (False, True):
+        inputs = "the graph's" if forced else "its own"
         for place, tensor in enumerate(integer.agreement(bench.qnet, imodel, images, forced=forced).tensors):
-            where = {"tensor": tensor.name, "place": place, "inputs": "the graph's" if forced else "its own", **known}
-            for metric, value, unit in (
-                ("mismatch_pct", tensor.mismatch_pct, "%"), ("largest_LSB", tensor.largest, "LSB"),
-            ):  # fmt: skip
-                yield {**bench.about, "n_test": len(images), "metric": metric, "value": value, "unit": unit,
-                       "switches": where}  # fmt: skip
+            where = {"tensor": tensor.name, "place": place, "inputs": inputs, **point.what}
+            found = {"mismatch_pct": tensor.mismatch_pct, "largest_LSB": tensor.largest}
+            yield from metric_rows(found, **{**bench.about, "n_test": len(images), "switches": where})
 
 
-STUDY = Study("integer_export", PLANS, points=points, key=key, open_bench=open_network, measure=measure)
-LAYERS = Study(
-    "integer_layers", PLANS, key=layers_key, open_bench=open_network, measure=measure_layers,
-    points=lambda plan: [point for point in networks(plan) if point.network not in MOBILE],
-)  # fmt: skip
+STUDY = Study("integer_export", PLANS, points=points, open_bench=open_network, measure=measure)
+LAYERS = Study("integer_layers", PLANS, points=layer_points, open_bench=open_network, measure=measure_layers)
 STUDIES = (STUDY, LAYERS)

@@ -1,6 +1,5 @@
 """What notebook 07 shows of the integer studies: rows in, frames out."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,15 +40,10 @@ def current(rows: pd.DataFrame) -> pd.DataFrame:
     Of executors that have changed since (``executors.VERSIONS``) only today's rows, but for accuracies: the integers
     have stayed the same.
     """
-    settings = [json.loads(text) for text in rows["switches"]]
-    named = [s.get("network", model) for s, model in zip(settings, rows["model"], strict=True)]
-    found = tables.with_bits(rows).assign(
-        network=named, requantizer=[s.get("requantizer", "") for s in settings],
-        reason=[s.get("reason", "") for s in settings],
-    )  # fmt: skip
-    today = [version(method, w_bits) for method, w_bits in zip(rows["method"], rows["w_bits"], strict=True)]
-    is_today = np.array([s.get("version") == wanted for s, wanted in zip(settings, today, strict=True)], dtype=bool)
-    kept = found.loc[is_today | (found["metric"] == "acc_pct")]
+    found = tables.with_switches(tables.with_bits(rows), "network", "requantizer", "reason", "version")
+    found = found.fillna({"network": found["model"], "requantizer": "", "reason": "", "version": 0})
+    today = [version(method, w_bits) or 0 for method, w_bits in zip(rows["method"], rows["w_bits"], strict=True)]
+    kept = found.loc[(found["version"] == today) | (found["metric"] == "acc_pct")]
     return kept.drop_duplicates(["network", "bits", "method", "metric", "requantizer"], keep="last")
 
 
@@ -147,9 +141,8 @@ def layers(rows: pd.DataFrame) -> pd.DataFrame:
 
     ``model`` is a network of ours, in the order of ``MODELS``, or the stem of a file.
     """
-    settings = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    names = [json.loads(s).get("network", m) for s, m in zip(rows["switches"], rows["model"], strict=True)]
-    known = tables.with_bits(rows).join(settings[["inputs", "place", "tensor"]]).assign(model=names)
+    known = tables.with_switches(tables.with_bits(rows), "inputs", "place", "tensor", "network")
+    known["model"] = known["network"].fillna(known["model"])
     index = ["model", "bits", "inputs", "place", "tensor", "n_test", "dataset", "seed"]
     wide = known.pivot_table(index=index, columns="metric", values="value").reset_index()
     order = {name: i for i, name in enumerate([*MODELS, *sorted(set(wide["model"]) - {*MODELS})])}

@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 
 from hq_lib.quantizers import aciq
 from hq_lib.results import labels
-from hq_lib.results.figures.marks import band_line, label_ends
-from hq_lib.results.figures.methods import Look, look
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import Look, band_line, label_ends, look, need, new_figure, styled
 
 PREDICTIONS = {"mse_model": "noise model (paper)", "mse_exact": "exact, on the real grid"}
 TENSORS = {"activation": "activations", "weight": "weights"}

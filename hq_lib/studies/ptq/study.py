@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hq_lib.results import paths
 from hq_lib.studies.bench import Bench, net_switch, open_bench, open_imagenet, public_weights
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import CHOSEN, LEARNED, NEAREST, RECIPES, Recipe
-from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice
+from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 from hq_lib.training import evaluate
 
 ERRORS = "ptq_errors"
@@ -32,6 +33,8 @@ NETS = {PUBLIC: "resnet20", SHIPPED: "resnet20", **{name: name for name in model
 """The public ResNet-20 (option A, 91.73 %), the shipped one, and the ImageNet networks by name -> network."""
 PUBLIC_FILE = "resnet20_akamaster_9173.th"
 FLOAT = "float"
+FIRST = ("resnet20_float_s0",)
+"""The training of the shipped network, which points stand on."""
 ERROR_BITS = ((4, 4), (2, 2))
 """Widths at which the error behind each block is kept."""
 
@@ -72,80 +75,46 @@ PLANS = {
 
 
 @dataclass(frozen=True)
-class Quantization(Point):
-    """One network quantized by one recipe, or (recipe "float") as it was."""
+class Quantization:
+    """One network quantized by one recipe."""
 
-    plan: Plan
-    """What all points share."""
-    net: str
-    """Key of ``NETS``."""
-    recipe: str = FLOAT
-    """Key of ``RECIPES``."""
-    bits: tuple[int, int] = (32, 32)
+    recipe: Recipe
+    """By which."""
+    bits: tuple[int, int]
     """Of weights and activations."""
-    seed: int = -1
+    seed: int
     """See ``Plan``."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``public_qdrop_w2a2_s1005``."""
-        tail = "" if self.recipe == FLOAT else f"_w{self.bits[0]}a{self.bits[1]}_s{self.seed}"
-        return f"{self.net}_{self.recipe}{tail}"
-
-    @property
-    def bench(self) -> Hashable:
-        """The float network."""
-        return self.net
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The float network that it starts from."""
-        return ("resnet20_float_s0",) if self.net == SHIPPED else ()
-
-    @property
-    def iterations(self) -> int:
-        """Steps a unit; 0 where nothing is reconstructed."""
-        if self.recipe == FLOAT or RECIPES[self.recipe].passes is None:
-            return 0
-        return RECIPES[self.recipe].settings.get("iterations", self.plan.iterations)
-
-    @property
-    def minutes(self) -> float:
-        """Rough cost."""
-        return 0.5 + 2.0 * self.iterations / 500
+    iterations: int
+    """Steps a unit; 0 where nothing is reconstructed."""
 
 
-def points(plan: Plan) -> list[Quantization]:
+def points(plan: Plan) -> list[Point]:
     """Network by network its float line, then seed by seed and width by width each recipe; unknown ones are refused."""
     check_choice("ptq_methods", "network", plan.nets, NETS)
     check_choice("ptq_methods", "recipe", plan.recipes, RECIPES)
     found = []
     for net in plan.nets:
-        found += [Quantization(plan, net)] + [
-            Quantization(plan, net, recipe, (int(w_bits), int(a_bits)), seed)
-            for seed in plan.seeds
-            for w_bits, a_bits in plan.bits
-            for recipe in plan.recipes
-            if w_bits < 8 or RECIPES[recipe].passes is None
-        ]
+        named = {"model": NETS[net], "metric": "acc_pct"}
+        known: Row = {"net": PUBLIC if net == PUBLIC else SHIPPED, **(_checkpoint() if net == SHIPPED else {})}
+        if net not in (PUBLIC, SHIPPED) and plan.root:
+            known["images"] = Path(plan.root).name
+        after = FIRST if net == SHIPPED else ()
+        key = {**named, "method": FLOAT, "switches": {**known, "recipe": FLOAT}}
+        found.append(Point(f"{net}_{FLOAT}", key, bench=net, after=after, minutes=0.5))
+        for seed, (w_bits, a_bits), name in product(plan.seeds, plan.bits, plan.recipes):
+            recipe = RECIPES[name]
+            if w_bits >= 8 and recipe.passes:
+                continue
+            iterations = recipe.settings.get("iterations", plan.iterations) if recipe.passes else 0
+            what = Quantization(recipe, (w_bits, a_bits), seed, iterations)
+            key = {
+                **named, "method": recipe.method, "w_bits": w_bits, "a_bits": a_bits, "placement": "academic",
+                "n_calib": plan.n_calib, "seed": seed, "iterations": what.iterations,
+                "switches": {**known, "recipe": name, "first_last_bits": 8, **recipe.config(what.iterations)},
+            }  # fmt: skip
+            called, minutes = f"{net}_{name}_w{w_bits}a{a_bits}_s{seed}", 0.5 + 2.0 * what.iterations / 500
+            found.append(Point(called, key, what, bench=net, after=after, minutes=minutes))
     return found
-
-
-def key(run: Run[Any], point: Quantization) -> Row:
-    """What names a measurement: network, recipe with its settings, bits, images, budget and seed."""
-    net = PUBLIC if point.net == PUBLIC else SHIPPED
-    switches: Row = {"net": net, "recipe": point.recipe, **(_checkpoint() if point.net == SHIPPED else {})}
-    if point.net not in (PUBLIC, SHIPPED) and point.plan.root:
-        switches["images"] = Path(point.plan.root).name
-    named = {"experiment": run.study, "model": NETS[point.net], "metric": "acc_pct"}
-    if point.recipe == FLOAT:
-        return {**named, "method": FLOAT, "switches": switches}
-    recipe = RECIPES[point.recipe]
-    return {
-        **named, "method": recipe.method, "w_bits": point.bits[0], "a_bits": point.bits[1], "placement": "academic",
-        "n_calib": point.plan.n_calib, "seed": point.seed, "iterations": point.iterations,
-        "switches": {**switches, "first_last_bits": 8, **recipe.config(point.iterations)},
-    }  # fmt: skip
 
 
 def _checkpoint() -> Row:
@@ -154,11 +123,11 @@ def _checkpoint() -> Row:
     return {"checkpoint": later["net"]} if later else {}
 
 
-def open_net(run: Run[Plan], needed: Hashable) -> Bench | None:
+def open_net(run: Run[Plan], needed: Any) -> Bench | None:
     """The float network with its images; None, after a line that says why, where they cannot be had."""
     plan = run.plan
     if needed not in (PUBLIC, SHIPPED):
-        bench = open_imagenet(str(needed), root=plan.root, n_test=plan.n_test, device=run.device)
+        bench = open_imagenet(needed, root=plan.root, n_test=plan.n_test, device=run.device)
         return bench and dataclasses.replace(bench, val=bench.test)
     bench = open_bench("resnet20", n_test=plan.n_test, device=run.device)
     if bench is None or needed == SHIPPED:
@@ -171,27 +140,26 @@ def open_net(run: Run[Plan], needed: Hashable) -> Bench | None:
     return Bench(models.resnet20_akamaster(path).eval().to(run.device), bench.record, *parts)
 
 
-def measure(run: Run[Plan], bench: Bench, point: Quantization) -> Iterator[Found]:
+def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     """Accuracy and loss on test images, the CPU time of the quantization, and errors behind each block."""
-    if point.recipe == FLOAT:
+    if point.what is None:
         score = evaluate(bench.net, bench.test, batch_size=bench.eval_batch)
-        yield {"dataset": bench.dataset, "value": score.acc_pct, "unit": "%", "n_test": score.n}
+        yield {"dataset": bench.dataset, "value": score.acc_pct, "n_test": score.n}
         return
-    plan, reporter = point.plan, Reporter()
-    x = recipes.calibration(bench.train, plan.n_calib, point.seed)
-    folder = _folder(run, point) if point.iterations else None
+    what, reporter = point.what, Reporter()
+    x = recipes.calibration(bench.train, run.plan.n_calib, what.seed)
+    folder = _folder(run, point) if what.iterations else None
     started = time.process_time()
-    qnet = recipes.quantized(bench.net, x, RECIPES[point.recipe], point.bits, iterations=point.iterations,
-                             seed=point.seed, folder=folder, progress=reporter)  # fmt: skip
+    qnet = recipes.quantized(bench.net, x, what.recipe, what.bits, iterations=what.iterations, seed=what.seed,
+                             folder=folder, progress=reporter)  # fmt: skip
     cpu = time.process_time() - started
     score = evaluate(qnet, bench.test, batch_size=bench.eval_batch)
-    if point.bits in ERROR_BITS:
-        yield from _errors(key(run, point), qnet, bench, x, plan.n_errors)
-    values = {"loss": (score.loss, "nat"), "calibration_cpu_s": (cpu, "s"), "acc_pct": (score.acc_pct, "%")}
-    if reporter.resumed:  # what an earlier process spent is not known
-        del values["calibration_cpu_s"]
-    for metric, (value, unit) in values.items():
-        yield {"dataset": bench.dataset, "metric": metric, "value": value, "unit": unit, "n_test": score.n}
+    if what.bits in ERROR_BITS:
+        yield from _errors(point.key, qnet, bench, x, run.plan.n_errors)
+    known = {} if reporter.resumed else {"calibration_cpu_s": cpu}  # what an earlier process spent is not known
+    yield from metric_rows(
+        {"loss": score.loss, **known, "acc_pct": score.acc_pct}, dataset=bench.dataset, n_test=score.n
+    )
 
 
 class Reporter:
@@ -208,8 +176,8 @@ class Reporter:
             print(f"  {report}", flush=True)
 
 
-def _folder(run: Run[Plan], point: Quantization) -> Path:
-    text = json.dumps(key(run, point), sort_keys=True)
+def _folder(run: Run[Plan], point: Point) -> Path:
+    text = json.dumps({"experiment": run.study, **point.key}, sort_keys=True)
     return run.folder / f"{point.name}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
@@ -221,10 +189,10 @@ def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> 
     for error in ptq.block_errors(qnet, reference, data.normalize(images.images, images.spec)):
         where = {**key["switches"], "block": error.name, "position": error.position}
         yield ERRORS, {"experiment": ERRORS, "dataset": bench.dataset, "metric": "rel_error", "value": error.error,
-                       "unit": "1", "n_test": len(images), "switches": where}  # fmt: skip
+                       "n_test": len(images), "switches": where}  # fmt: skip
 
 
-METHODS = Study("ptq_methods", PLANS, points=points, key=key, open_bench=open_net, measure=measure, gpu=True)
+METHODS = Study("ptq_methods", PLANS, points=points, open_bench=open_net, measure=measure, gpu=True)
 
 
 @dataclass(frozen=True)
@@ -252,63 +220,37 @@ SCHEDULES = {
 }
 
 
-@dataclass(frozen=True)
-class Scheduling(Point):
-    """The shipped network quantized by QDrop at W2A2 with one schedule."""
-
-    plan: SchedulePlan
-    """What all points share."""
-    schedule: Mapping[str, float]
-    """See ``SchedulePlan``."""
-    seed: int
-    """See ``Plan``."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``schedule_travel25_beta_start8_s1005``."""
-        return "_".join(["schedule", *(f"{k}{v:g}" for k, v in self.schedule.items()), f"s{self.seed}"])
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The float network that it starts from."""
-        return ("resnet20_float_s0",)
+def schedule_points(plan: SchedulePlan) -> list[Point]:
+    """Every schedule with every seed, called e.g. ``schedule_travel25_beta_start8_s1005``."""
+    found = []
+    for seed, schedule in product(plan.seeds, plan.schedules):
+        switches = {"net": SHIPPED, "split": "val", "first_last_bits": 8, **_checkpoint(), **schedule}
+        key = {
+            "model": "resnet20", "method": "qdrop", "w_bits": 2, "a_bits": 2, "placement": "academic",
+            "n_calib": plan.n_calib, "seed": seed, "metric": "acc_pct", "iterations": plan.iterations,
+            "switches": switches,
+        }  # fmt: skip
+        name = "_".join(["schedule", *(f"{k}{v:g}" for k, v in schedule.items()), f"s{seed}"])
+        found.append(Point(name, key, (schedule, seed), after=FIRST))
+    return found
 
 
-def schedule_points(plan: SchedulePlan) -> list[Scheduling]:
-    """Every schedule with every seed."""
-    return [Scheduling(plan, schedule, seed) for seed in plan.seeds for schedule in plan.schedules]
-
-
-def schedule_key(run: Run[SchedulePlan], point: Scheduling) -> Row:
-    """What names a schedule in the rows."""
-    return {
-        "experiment": run.study, "model": "resnet20", "method": "qdrop", "w_bits": 2, "a_bits": 2,
-        "placement": "academic", "n_calib": point.plan.n_calib, "seed": point.seed, "metric": "acc_pct",
-        "iterations": point.plan.iterations,
-        "switches": {"net": SHIPPED, "split": "val", "first_last_bits": 8, **_checkpoint(), **point.schedule},
-    }  # fmt: skip
-
-
-def measure_schedule(run: Run[SchedulePlan], bench: Bench, point: Scheduling) -> Iterator[Found]:
+def measure_schedule(run: Run[SchedulePlan], bench: Bench, point: Point) -> Iterator[Found]:
     """Accuracy on validation images, which were held out of the network's training; test images play no part."""
-    plan, n = point.plan, point.plan.n_val
-    val = bench.val if n is None or n >= len(bench.val) else bench.val.balanced(n, 0)
-    settings = recipes.rated(point.schedule, plan.iterations)
-    recipe = Recipe("qdrop", "schedule", passes=ptq.qdrop, settings=settings)
-    x = recipes.calibration(bench.train, plan.n_calib, point.seed)
-    qnet = recipes.quantized(bench.net, x, recipe, (2, 2), iterations=plan.iterations, seed=point.seed)
+    (schedule, seed), plan = point.what, run.plan
+    val = bench.val if plan.n_val is None or plan.n_val >= len(bench.val) else bench.val.balanced(plan.n_val, 0)
+    recipe = Recipe("qdrop", "schedule", passes=ptq.qdrop, settings=recipes.rated(schedule, plan.iterations))
+    x = recipes.calibration(bench.train, plan.n_calib, seed)
+    qnet = recipes.quantized(bench.net, x, recipe, (2, 2), iterations=plan.iterations, seed=seed)
     score = evaluate(qnet, val)
-    yield {"dataset": bench.dataset, "value": score.acc_pct, "unit": "%", "n_test": score.n}
+    yield {"dataset": bench.dataset, "value": score.acc_pct, "n_test": score.n}
 
 
-def _shipped(run: Run[Any], _needed: Hashable) -> Bench | None:
+def _shipped(run: Run[Any], _needed: Any) -> Bench | None:
     return open_bench("resnet20", n_test=1, device=run.device)
 
 
-SCHEDULE = Study(
-    "ptq_schedule", SCHEDULES, points=schedule_points, key=schedule_key, measure=measure_schedule,
-    open_bench=_shipped,
-)  # fmt: skip
+SCHEDULE = Study("ptq_schedule", SCHEDULES, points=schedule_points, open_bench=_shipped, measure=measure_schedule)
 
 
 @dataclass(frozen=True)
@@ -326,46 +268,28 @@ class AciqPlan:
 ACIQ_PLANS = {"smoke": AciqPlan((2, 4), 32), "quick": AciqPlan((2, 3, 4, 8)), "full": AciqPlan((2, 3, 4, 8))}
 
 
-@dataclass(frozen=True)
-class Predicting(Point):
-    """All tensors of the shipped network at one width."""
-
-    plan: AciqPlan
-    """What all points share."""
-    bits: int
-    """Of each tensor's grid."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``aciq_4bit``."""
-        return f"aciq_{self.bits}bit"
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The network whose tensors they are."""
-        return ("resnet20_float_s0",)
+def aciq_points(plan: AciqPlan) -> list[Point]:
+    """All tensors at each width; the rows of the activations stand for all."""
+    shared = {
+        "model": "resnet20",
+        "method": "aciq",
+        "n_calib": plan.n_calib,
+        "seed": plan.seed,
+        "metric": recipes.MSE[0],
+    }
+    return [Point(f"aciq_{bits}bit", {**shared, "w_bits": 32, "a_bits": bits}, bits, after=FIRST) for bits in plan.bits]
 
 
-def aciq_key(run: Run[AciqPlan], point: Predicting) -> Row:
-    """What names a width in the rows: those of its activations stand for all."""
-    return {
-        "experiment": run.study, "model": "resnet20", "method": "aciq", "w_bits": 32, "a_bits": point.bits,
-        "n_calib": point.plan.n_calib, "seed": point.plan.seed, "metric": recipes.MSE[0],
-    }  # fmt: skip
-
-
-def measure_aciq(run: Run[AciqPlan], bench: Bench, point: Predicting) -> Iterator[Found]:
+def measure_aciq(run: Run[AciqPlan], bench: Bench, point: Point) -> Iterator[Found]:
     """Measured and predicted error of every activation after a ReLU and of every weight, norms folded."""
-    x = recipes.calibration(bench.train, point.plan.n_calib, point.plan.seed)
+    bits = point.what
+    x = recipes.calibration(bench.train, run.plan.n_calib, run.plan.seed)
     for kind, name, values in recipes.tensors(bench.net, x):
-        found = recipes.aciq_errors(values, bits=point.bits, relu=kind == "activation")
-        width = {"a_bits": point.bits} if kind == "activation" else {"w_bits": point.bits, "a_bits": 32}
+        found = recipes.aciq_errors(values, bits=bits, relu=kind == "activation")
+        width = {"a_bits": bits} if kind == "activation" else {"w_bits": bits, "a_bits": 32}
         switches = {"net": SHIPPED, "tensor": kind, "layer": name, "prior": found.pop("prior")}
-        for metric in recipes.MSE:
-            yield {**width, "dataset": bench.dataset, "metric": metric, "value": found[metric], "unit": "1",
-                   "switches": switches}  # fmt: skip
+        yield from metric_rows(found, **width, dataset=bench.dataset, switches=switches)
 
 
-ACIQ = Study("aciq_mse", ACIQ_PLANS, points=lambda plan: [Predicting(plan, b) for b in plan.bits], key=aciq_key,
-             open_bench=_shipped, measure=measure_aciq)  # fmt: skip
+ACIQ = Study("aciq_mse", ACIQ_PLANS, points=aciq_points, open_bench=_shipped, measure=measure_aciq)
 STUDIES = (ACIQ, SCHEDULE, METHODS)

@@ -38,11 +38,8 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 
     Of an ImageNet network measured on a folder of one's own, the rows on the sample are left out.
     """
-    switches = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    wanted = switches.reindex(columns=["net", "recipe", "block", "position", "images"])
-    found = rows.assign(**{column: wanted[column] for column in wanted})
-    named_nets = zip(found["net"], found["dataset"], found["model"], strict=True)
-    found = found.assign(net=[column_of(*each) for each in named_nets])
+    found = tables.with_switches(rows, "net", "recipe", "block", "position", "images")
+    found["net"] = [column_of(*each) for each in zip(found["net"], found["dataset"], found["model"], strict=True)]
     elsewhere = set(found.loc[found["images"].notna(), "net"])
     return found.loc[found["images"].notna() | ~found["net"].isin(list(elsewhere))]
 
@@ -191,12 +188,10 @@ def _schedule_name(switches: dict) -> str:
 
 def aciq_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of ``aciq_mse`` side by side: dataset, net, tensor, layer, prior, bits, and a column for each error."""
-    keys = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    keys = keys.reindex(columns=["net", "tensor", "layer", "prior"])
-    bits = rows["a_bits"].where(keys["tensor"] == "activation", rows["w_bits"]).astype(int)
-    wide = keys.assign(bits=bits, dataset=rows["dataset"], metric=rows["metric"], value=rows["value"])
     index = ["dataset", "net", "tensor", "layer", "prior", "bits"]
-    wide = wide.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
+    rows = tables.with_switches(rows, *index[1:5])
+    rows["bits"] = rows["a_bits"].where(rows["tensor"] == "activation", rows["w_bits"]).astype(int)
+    wide = rows.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
     return wide.reindex(columns=[*index, *sorted(MSE)])
 
 

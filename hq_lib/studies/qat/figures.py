@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hq_lib.results import labels
-from hq_lib.results.figures.marks import label_ends, plain_log
-from hq_lib.results.figures.methods import METHOD_COLORS, SPARE, look
-from hq_lib.results.figures.style import need, new_figure, styled
+from hq_lib.results.figures import label_ends, look, need, new_figure, plain_log, styled
+from hq_lib.results.figures.methods import METHOD_COLORS, SPARE
 
 
 @styled

@@ -6,12 +6,12 @@ three times: as it was trained, with the biases that its accumulators hold, and 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
-from hq_lib import data, graph, integer, models
+from hq_lib import data, graph, integer
 from hq_lib.data import ImageSet
 from hq_lib.results import paths
-from hq_lib.studies.study import Found, Point, Row, Run, Study
+from hq_lib.studies.bench import quantized_as, record_of
+from hq_lib.studies.study import Found, Point, Run, Study
 from hq_lib.training import evaluate
 
 EXECUTORS = ("fake_quant", "fake_quant, integer biases", "integers")
@@ -28,59 +28,27 @@ class Plan:
     """Methods of training; () = of every checkpoint there is."""
 
 
-@dataclass(frozen=True)
-class Trained(Point):
-    """One checkpoint."""
-
-    file: str
-    """Its name, ``resnet20_pact_w4a4_s0.safetensors``."""
-
-    @property
-    def name(self) -> str:
-        """E.g. ``integers_resnet20_pact_w4a4_s0``."""
-        return f"integers_{self.file.removesuffix('.safetensors')}"
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The training that ships it."""
-        return (self.file.removesuffix(".safetensors"),)
-
-    @property
-    def minutes(self) -> float:
-        """Rough cost."""
-        return 10.0
+def points(plan: Plan) -> list[Point]:
+    """The quantized checkpoints that are there; a key names the training behind one, and the file by its hash."""
+    found = []
+    for stem in (file.stem for file in sorted(paths.checkpoints_dir().glob("*_w*a*_s*.safetensors"))):
+        record = record_of(stem)
+        if plan.methods and record["method"] not in plan.methods:
+            continue
+        named = {"epochs": record["config"]["epochs"], "switches.checkpoint": record["sha256"][:8]}
+        key = {**quantized_as(record), "metric": "acc_pct", "seed": record["seed"], **named}
+        found.append(Point(f"integers_{stem}", key, stem, after=(stem,), minutes=10.0))
+    return found
 
 
-@cache
-def _record(file: str) -> Row:
-    return models.read_checkpoint(paths.checkpoints_dir() / file)[1]
-
-
-def points(plan: Plan) -> list[Trained]:
-    """The quantized checkpoints that are there."""
-    files = sorted(file.name for file in paths.checkpoints_dir().glob("*_w*a*_s*.safetensors"))
-    return [Trained(file) for file in files if not plan.methods or _record(file)["method"] in plan.methods]
-
-
-def key(run: Run[Plan], point: Trained) -> Row:
-    """What names a checkpoint in the rows: the training behind it, and the file with its hash."""
-    record = _record(point.file)
-    policy = graph.BitPolicy.from_dict(record["policy"])
-    return {
-        "experiment": run.study, "model": record["model"], "method": record["method"], "metric": "acc_pct",
-        "w_bits": policy.weight.bits, "a_bits": policy.act.bits, "seed": record["seed"], "placement": policy.placement,
-        "epochs": record["config"]["epochs"], "switches.checkpoint": record["sha256"][:8],
-    }  # fmt: skip
-
-
-def measure(run: Run[Plan], test: ImageSet, point: Trained) -> Iterator[Found]:
+def measure(run: Run[Plan], test: ImageSet, point: Point) -> Iterator[Found]:
     """Accuracy by executor, and the share of images to which network and integers give one class."""
-    qnet = graph.load(paths.checkpoints_dir() / point.file)
+    qnet = graph.load(paths.checkpoints_dir() / f"{point.what}.safetensors")
     trained = evaluate(qnet, test).acc_pct
     integer.round_biases(qnet, images=test.spec)
     found = integer.agreement(qnet, integer.lower(qnet, images=test.spec), test, batch_size=BATCH)
-    record = _record(point.file)
-    common = {"dataset": test.spec.name, "n_train": record["n_train"], "n_test": len(test), "unit": "%"}
+    record = record_of(point.what)
+    common = {"dataset": test.spec.name, "n_train": record["n_train"], "n_test": len(test)}
     checkpoint = {"checkpoint": record["sha256"][:8]}
     for executor, value in zip(EXECUTORS, (trained, found.fake_quant_acc_pct, found.integer_acc_pct), strict=True):
         yield {**common, "value": value, "switches": {**checkpoint, "executor": executor}}
@@ -91,7 +59,6 @@ STUDY = Study(
     "qat_integers",
     {"smoke": Plan(100, ("lsq",)), "quick": Plan(300), "full": Plan()},
     points=points,
-    key=key,
     open_bench=lambda run, _: data.load_or_embedded("cifar10", "test", n=run.plan.n_test),
     measure=measure,
 )

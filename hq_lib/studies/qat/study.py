@@ -6,7 +6,7 @@ with its run record in ``data/checkpoints``.
 """
 
 import dataclasses
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -92,45 +92,23 @@ GROUP_PLANS = {
 
 
 @dataclass(frozen=True)
-class Training(Point):
-    """One run of the study, or (method "float") the network that it starts from, judged on the same images."""
+class Training:
+    """One run of the study."""
 
     plan: Plan
-    """What all points share."""
+    """What all share."""
     model: str
     """Network, as in ``models.names``."""
     method: str
-    """Key of ``qat_recipes.METHODS``, or "float"."""
-    w_bits: int = 32
+    """Key of ``qat_recipes.METHODS``."""
+    w_bits: int
     """Bits of the weights between first and last layer."""
-    a_bits: int = 32
+    a_bits: int
     """Bits of the activations there."""
-    seed: int = 0
+    seed: int
     """See ``Plan``."""
     lists: str = ""
     """Seed 001's bits for each layer; bits above are then the fewest among them."""
-
-    @property
-    def name(self) -> str:
-        """Folder of the run and stem of its checkpoint, e.g. ``resnet20_lsq_w4a4_s0``."""
-        tail = f"_kd{self.plan.distill:g}" if self.plan.distill else ""
-        tail += f"_{self.lists.replace('*', 'star')}" if self.lists else ""
-        return f"{self.model}_{self.method}_w{self.w_bits}a{self.a_bits}_s{self.seed}{tail}"
-
-    @property
-    def bench(self) -> Hashable:
-        """The float network and the images that its recipe trains on."""
-        return self.model
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The float network that it starts from."""
-        return (f"{self.model}_float_s0",)
-
-    @property
-    def minutes(self) -> float:
-        """Rough cost: twice a float epoch's."""
-        return 1.0 if self.method == FLOAT else 1.5 * MINUTES.get(self.model, 5.0) * self.settings().config.epochs
 
     def settings(self, net: nn.Module | None = None) -> QatRecipe:
         """Policy and training; seed 001's lists need the float network to speak of its layers."""
@@ -143,8 +121,27 @@ class Training(Point):
         config = dataclasses.replace(recipe.config, **{k: v for k, v in changes.items() if v is not None})
         return dataclasses.replace(recipe, config=config)
 
+    def point(self) -> Point:
+        """It is called as the folder of the run and its checkpoint, e.g. ``resnet20_lsq_w4a4_s0``."""
+        recipe = self.settings()
+        config, policy = recipe.config, recipe.policy
+        more = {"distill": self.plan.distill, "lists": self.lists}
+        switches = {
+            "first_last_bits": policy.first_last_bits, "precision": config.precision, "lr": config.lr,
+            "weight_decay": config.weight_decay, **{k: v for k, v in more.items() if v}, **net_switch(self.model),
+        }  # fmt: skip
+        key = {
+            "model": self.model, "method": self.method, "metric": "acc_pct", "w_bits": self.w_bits,
+            "a_bits": self.a_bits, "seed": self.seed, "epochs": config.epochs, "switches": switches,
+        }  # fmt: skip
+        tail = f"_kd{self.plan.distill:g}" if self.plan.distill else ""
+        tail += f"_{self.lists.replace('*', 'star')}" if self.lists else ""
+        name = f"{self.model}_{self.method}_w{self.w_bits}a{self.a_bits}_s{self.seed}{tail}"
+        minutes = 1.5 * MINUTES.get(self.model, 5.0) * config.epochs
+        return Point(name, key, self, self.model, after=(f"{self.model}_float_s0",), minutes=minutes)
 
-def points(plan: Plan) -> list[Training]:
+
+def points(plan: Plan) -> list[Point]:
     """Every network's float line, then seed by seed and width by width every method; ``ValueError`` for an unknown."""
     found = []
     for model in plan.models:
@@ -162,46 +159,31 @@ def points(plan: Plan) -> list[Training]:
             for method, w_bits, a_bits in plan.spread
             if seed not in plan.seeds and method in plan.methods and (w_bits, a_bits) in plan.bits
         ]
-        trained.sort(key=lambda point: point.method in plan.last)
-        for point in trained:
-            point.settings()
-        found += [Training(plan, model, FLOAT), *trained]
+        trained.sort(key=lambda each: each.method in plan.last)
+        start = f"{model}_float_s0"
+        switches = {"checkpoint": f"{start}.safetensors", **net_switch(model)}
+        key = {"model": model, "method": FLOAT, "metric": "acc_pct", "switches": switches}
+        found += [Point(f"{model}_{FLOAT}_w32a32_s0", key, bench=model, after=(start,))]
+        found += [each.point() for each in trained]
     return found
 
 
-def key(run: Run[Plan], point: Training) -> Row:
-    """What names a run in the rows: network, method, bits, seed, length, and what else a table could mix up."""
-    named = {"experiment": run.study, "model": point.model, "method": point.method, "metric": "acc_pct"}
-    if point.method == FLOAT:
-        return {**named, "switches": {"checkpoint": f"{point.model}_float_s0.safetensors", **net_switch(point.model)}}
-    recipe = point.settings()
-    return {
-        **named, "w_bits": point.w_bits, "a_bits": point.a_bits, "seed": point.seed, "epochs": recipe.config.epochs,
-        "switches": {
-            "first_last_bits": recipe.policy.first_last_bits, "precision": recipe.config.precision,
-            "lr": recipe.config.lr, "weight_decay": recipe.config.weight_decay,
-            **({"distill": point.plan.distill} if point.plan.distill else {}),
-            **({"lists": point.lists} if point.lists else {}), **net_switch(point.model),
-        },
-    }  # fmt: skip
-
-
-def measure(run: Run[Plan], bench: Bench, point: Training) -> Iterator[Found]:
+def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     """Fine-tunes (or resumes) the network; its curve, clips, and accuracies before, after (validation) and on test."""
-    if point.method == FLOAT:
+    if point.what is None:
         yield from measure_shipped(run, bench, point)
         return
-    recipe = point.settings(bench.net)
+    recipe = point.what.settings(bench.net)
     train, few = bench.train, recipe.n_train
     train = train if few is None or few >= len(train) else train.balanced(few, SPLIT_SEED)
-    qnet = quantized(bench.net, recipe, train, seed=point.seed).to(run.device)
+    qnet = quantized(bench.net, recipe, train, seed=point.what.seed).to(run.device)
     common: Row = {
-        **key(run, point), "dataset": bench.dataset, "n_train": len(train), "n_calib": min(N_CALIB, len(train)),
+        **point.key, "dataset": bench.dataset, "n_train": len(train), "n_calib": min(N_CALIB, len(train)),
         "placement": recipe.policy.placement,
     }  # fmt: skip
 
     def keep_clips(module: nn.Module, epoch: int) -> None:
-        named = {**common, "experiment": CLIPS, "metric": "alpha", "unit": "1"}
+        named = {**common, "experiment": CLIPS, "metric": "alpha"}
         found = []
         for name, quantizer in act_quantizers(module).items():
             if isinstance(quantizer, PACT):
@@ -215,16 +197,15 @@ def measure(run: Run[Plan], bench: Bench, point: Training) -> Iterator[Found]:
     keep_clips(qnet, recipe.config.epochs)
     score = evaluate(qnet, bench.test)
     common["seconds"] = round(done.seconds, 1)
-    common["device"] = (
-        f"{provenance.device(run.device)}, {done.config.precision}{', compiled' * bool(done.config.compile)}"
-    )
+    compiled = ", compiled" * bool(done.config.compile)
+    common["device"] = f"{provenance.device(run.device)}, {done.config.precision}{compiled}"
     if run.profile == "full":
-        _keep(run, bench, point, recipe, qnet, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
+        _keep(run, bench, point, qnet, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY) if row["metric"] != "lr")
     scores = {"start": (before.acc_pct, len(bench.val)), "val": (done.val_acc_pct, len(bench.val))}
     for split, (acc_pct, n) in {**scores, "test": (score.acc_pct, score.n)}.items():
         switches = {**common["switches"], **({} if split == "test" else {"split": split})}
-        yield {**common, "value": acc_pct, "unit": "%", "n_test": n, "switches": switches}
+        yield {**common, "value": acc_pct, "n_test": n, "switches": switches}
 
 
 def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) -> fx.GraphModule:
@@ -237,13 +218,13 @@ def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) 
 
 
 def _keep(
-    run: Run[Plan], bench: Bench, point: Training, recipe: QatRecipe, qnet: fx.GraphModule, common: Row,
-    done: FitResult, acc_pct: dict[str, float],
+    run: Run[Plan], bench: Bench, point: Point, qnet: fx.GraphModule, common: Row, done: FitResult,
+    acc_pct: dict[str, float],
 ) -> None:  # fmt: skip
     """Writes the quantized network and its run record where the other studies look for it."""
     record = {
         **{k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
-        "seed": point.seed, "profile": run.profile, "method": point.method, "images": bench.test.spec,
+        "seed": point.what.seed, "profile": run.profile, "method": point.what.method, "images": bench.test.spec,
         "config": done.config.as_dict(), "n_train": common["n_train"], "start": bench.record["sha256"],
         "acc_pct": acc_pct, "kept": "last epoch; test was seen once, after training",
         "seconds": common["seconds"], **provenance.stamp(run.device),
@@ -252,13 +233,13 @@ def _keep(
     graph.save(qnet, path, form="trainable", record=record)
 
 
-def open_net(run: Run[Plan], name: Hashable) -> Bench | None:
+def open_net(run: Run[Plan], name: str) -> Bench | None:
     """The float network with its images."""
-    return open_bench(str(name), n_val=run.plan.n_val, n_test=run.plan.n_test, device=run.device)
+    return open_bench(name, n_val=run.plan.n_val, n_test=run.plan.n_test, device=run.device)
 
 
 STUDY, GROUP_STUDY = (
-    Study(name, plans, points=points, key=key, open_bench=open_net, measure=measure, gpu=True)
+    Study(name, plans, points=points, open_bench=open_net, measure=measure, gpu=True)
     for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
 )
 STUDIES = (STUDY, GROUP_STUDY, integers.STUDY)

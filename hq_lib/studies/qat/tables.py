@@ -1,6 +1,5 @@
 """What notebook 03 shows of the QAT study: curves by hand, tables beside published numbers; rows in, frames out."""
 
-import json
 from collections.abc import Sequence
 
 import pandas as pd
@@ -44,24 +43,17 @@ def dsq_curves(
     return pd.concat(frames, ignore_index=True)
 
 
-def switches_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """The settings of each row, a column each; "" where a row does not have one."""
-    found = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    wanted = {name: found.get(name, "") for name in ("split", "lists", "distill", "epoch", "layer")}
-    return pd.DataFrame(wanted, index=rows.index).fillna("")
-
-
-def scores(rows: pd.DataFrame, *, split: str = "", lists: bool = False) -> pd.DataFrame:
-    """Of each cell the longest runs of one split ("" = test, "val", or "start": validation before training).
+def scores(rows: pd.DataFrame, *, split: str | None = None, lists: bool = False) -> pd.DataFrame:
+    """Of each cell the longest runs of one split (None = test, "val", or "start": validation before training).
 
     Distilled runs are left out. ``lists``: the rows of seed 001's configurations, named in column ``configuration``, in
     place of all others.
     """
-    known = switches_of(rows)
-    kept = rows.loc[(known["split"] == split) & (known["distill"] == "") & ((known["lists"] != "") == lists)]
-    kept = kept.assign(configuration=known["lists"])
-    cell = ["model", "method", "w_bits", "a_bits", "configuration"]
-    return kept.loc[kept["epochs"] == kept.groupby(cell)["epochs"].transform("max")]
+    known = tables.with_switches(rows, "split", "lists", "distill")
+    judged = known["split"].isna() if split is None else known["split"] == split
+    kept = known.loc[judged & known["distill"].isna() & (known["lists"].notna() == lists)]
+    kept = kept.assign(configuration=kept["lists"])
+    return tables.longest(kept, "model", "method", "w_bits", "a_bits", "configuration")
 
 
 def calibrated_and_trained(rows: pd.DataFrame) -> pd.DataFrame:
@@ -125,11 +117,10 @@ def integers_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_qat_integers: each trained network as it was trained, with its accumulators' biases, and in integers, %."""
     if rows.empty:
         return pd.DataFrame()
-    known = pd.DataFrame([json.loads(text) for text in rows["switches"]], index=rows.index)
-    shown = tables.with_bits(rows).assign(column=known["executor"].fillna("same class"))
+    shown = tables.with_bits(tables.with_switches(rows, "executor")).fillna({"executor": "same class"})
     index = ["model", "bits", "method", "seed"]
-    wide = shown.pivot_table(index=index, columns="column", values="value", sort=False)[[*EXECUTORS, "same class"]]
-    labelled = wide.map("{:.2f}".format).reset_index()
+    wide = shown.pivot_table(index=index, columns="executor", values="value", sort=False)[[*EXECUTORS, "same class"]]
+    labelled = wide.map("{:.2f}".format).reset_index().rename_axis(columns=None)
     for column in ("model", "method"):
         labelled[column] = [labels.printed(column, name) for name in labelled[column]]
     return labelled
@@ -146,13 +137,13 @@ def clip_curves(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns w_bits, a_bits, epoch, layer, alpha, seed, git_sha; layers in order of execution.
     """
-    known = switches_of(rows)
-    rows = rows.assign(epoch=known["epoch"], layer=known["layer"], alpha=rows["value"])
-    plain = (known["lists"] == "") & (known["distill"] == "")
+    rows = tables.with_switches(rows, "epoch", "layer", "lists", "distill").assign(alpha=rows["value"])
+    plain = rows["lists"].isna() & rows["distill"].isna()
     rows = rows.loc[plain & (rows["method"] == "pact") & (rows["model"] == "resnet20")]
-    rows = rows.loc[rows["epochs"] == rows.groupby(["w_bits", "a_bits"])["epochs"].transform("max")]
     order = {name: i for i, name in enumerate(_execution_order())}
-    rows = rows.assign(place=[order.get(layer, len(order)) for layer in rows["layer"]])
+    rows = tables.longest(rows, "w_bits", "a_bits").assign(
+        place=lambda f: [order.get(n, len(order)) for n in f["layer"]]
+    )
     rows = rows.sort_values(["w_bits", "epoch", "place"])
     return pd.DataFrame(rows, columns=["w_bits", "a_bits", "epoch", "layer", "alpha", "seed", "git_sha"])
 

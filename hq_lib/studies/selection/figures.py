@@ -10,9 +10,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from hq_lib.results import labels
-from hq_lib.results.figures.marks import band, band_line, heat_map
-from hq_lib.results.figures.methods import look, looks
-from hq_lib.results.figures.style import PaperFigure, need, new_figure, styled
+from hq_lib.results.figures import PaperFigure, band, band_line, heat_map, look, looks, need, new_figure, styled
 
 STEPS = (
     ("candidates", "{n_pool:,} training\nimages, one\nseeded draw"),

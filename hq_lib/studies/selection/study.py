@@ -7,8 +7,9 @@ into the folder of runs; ``hq study selection_imagenet`` does so for ImageNet ne
 which is what a large net on a CPU can afford.
 """
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ SETS = "selection_sets"
 SHIPPED, FLOAT = "resnet20", "float"
 LOWEST: Bits = (2, 2)
 """of the main comparison: the width most sensitive to the calibration set"""
-METHODS = ("qdrop", "brecq")
+METHODS, PAIR = ("qdrop", "brecq"), ("random", SMOOTH)
 SCHEDULE = {"travel": 20.0, "beta_start": 8.0}
 """rounding rate x iterations as published (1e-3 x 20,000), kept for short budgets"""
 BATCH_SIZE = 16
@@ -100,22 +101,20 @@ IMAGENET_PLANS = {
 
 
 @dataclass(frozen=True)
-class Calibration(Point):
-    """One calibration set, quantized with once; or (method "float") the network as it was."""
+class Calibration:
+    """One calibration set, quantized with once."""
 
-    plan: Plan = field(repr=False, compare=False)
-    """What all points share."""
     net: str
     """See ``Plan``."""
-    choice: str = ""
+    choice: str
     """Key of ``CHOICES``."""
-    n_calib: int = 0
+    n_calib: int
     """Images."""
-    n_pool: int = 0
+    n_pool: int
     """Candidates that it is chosen from."""
-    draw: int = 0
+    draw: int
     """Seed of pool, choice and (unless ``run_seed`` says otherwise) reconstruction."""
-    iterations: int = 0
+    iterations: int
     """Steps a block (BRECQ: and a quarter more for the activation steps)."""
     method: str = "qdrop"
     """"qdrop", "brecq", or ranges alone: "mse", "minmax"."""
@@ -134,91 +133,67 @@ class Calibration(Point):
         usual = {"batch_sampling": "without_replacement", "run_seed": None, "split": "test"}
         return {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
 
-    @property
-    def name(self) -> str:
-        """E.g. ``resnet20_qdrop_w2a2_tv_lowest_n256_of4096_i100_d0``."""
-        if self.method == FLOAT:
-            return f"{self.net}_{FLOAT}"
-        how = f"{self.net}_{self.method}_w{self.bits[0]}a{self.bits[1]}_{self.choice}_n{self.n_calib}_of{self.n_pool}"
-        return "_".join([how, f"i{self.iterations}", f"d{self.draw}", *map(str, self.altered.values())])
-
-    @property
-    def unit(self) -> str:
-        """All points of one pool of candidates, so that its scores and features are computed once."""
-        return f"{self.net}_draw{self.draw}_of{self.n_pool}"
-
-    @property
-    def bench(self) -> Hashable:
-        """Network and candidates."""
-        return self.net, self.n_pool, self.draw
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """The network that is quantized."""
-        return (f"{SHIPPED}_float_s0",) if self.net == SHIPPED else ()
-
-    @property
-    def minutes(self) -> float:
-        """Rough cost."""
-        return 0.2 + self.iterations / 200
+    def point(self, known: Row) -> Point:
+        """``known``: the switches that name network and images. All points of one pool are a unit, so that its scores
+        and features are computed once; the name is e.g. ``resnet20_qdrop_w2a2_tv_lowest_n256_of4096_i100_d0``."""
+        switches = {**known, "choice": self.choice, "n_pool": self.n_pool, **SETTINGS, **self.altered}
+        if self.iterations:
+            switches |= {**STEPS, "rounding_lr": recipes.rated(SCHEDULE, self.iterations)["rounding_lr"]}
+        w_bits, a_bits = self.bits
+        key = {
+            "model": self.net, "method": self.method, "metric": "acc_pct", "w_bits": w_bits, "a_bits": a_bits,
+            "placement": "academic", "n_calib": self.n_calib, "seed": self.draw, "iterations": self.iterations,
+            "switches": switches,
+        }  # fmt: skip
+        how = f"{self.net}_{self.method}_w{w_bits}a{a_bits}_{self.choice}_n{self.n_calib}_of{self.n_pool}"
+        name = "_".join([how, f"i{self.iterations}", f"d{self.draw}", *map(str, self.altered.values())])
+        return _point(name, key, self, (self.net, self.n_pool, self.draw), 0.2 + self.iterations / 200)
 
 
-def points(plan: Plan) -> list[Calibration]:
+def _point(name: str, key: Row, what: Calibration | None, pool: tuple[str, int, int], minutes: float) -> Point:
+    net, n_pool, draw = pool
+    after = (f"{SHIPPED}_float_s0",) if net == SHIPPED else ()
+    return Point(name, key, what, pool, f"{net}_draw{draw}_of{n_pool}", after, minutes)
+
+
+def points(plan: Plan) -> list[Point]:
     """Every point once, those of one pool adjoining, by draw, so that a cut run is whole; unknown names are refused."""
     check_choice("selection", "way of choosing", plan.choices, CHOICES)
     check_choice("selection", "network", plan.nets, (SHIPPED, *models.imagenet_names()))
-    found: list[Calibration] = []
+    found = []
     for net in plan.nets:
-        made = dict.fromkeys(_points_of(plan, net))
-        found += sorted(made, key=lambda point: (point.draw, -point.n_pool))
+        images = {"images": plan.root.rstrip("/").rsplit("/", 1)[-1]} if plan.root else {}
+        known = net_switch(SHIPPED) if net == SHIPPED else images
+        key = {"model": net, "method": FLOAT, "metric": "acc_pct", "switches": known}
+        sets = [each.point(known) for each in dict.fromkeys(_sets(plan, net))]
+        whole = _point(f"{net}_{FLOAT}", key, None, (net, plan.n_pool, 0), 0.2)
+        found += sorted([whole, *sets], key=lambda point: (point.bench[2], -point.bench[1]))
     return found
 
 
-def _points_of(plan: Plan, net: str) -> Iterator[Calibration]:
+def _sets(plan: Plan, net: str) -> Iterator[Calibration]:
     def made(choice: str, draw: int, **changes: Any) -> Calibration:
         main = {"n_calib": plan.n_calib, "n_pool": plan.n_pool, "iterations": plan.iterations}
-        return Calibration(plan, net, choice, draw=draw, **{**main, **changes})
+        return Calibration(net, choice, draw=draw, **{**main, **changes})
 
-    yield Calibration(plan, net, n_pool=plan.n_pool, method=FLOAT, bits=(32, 32))
     for iterations in plan.budgets:
         yield made("random", 0, iterations=iterations, method="qdrop" if iterations else "mse", split="common")
     for draw in range(plan.n_random):
         for choice in plan.choices if draw < plan.n_draws else ("random",):
             yield made(choice, draw)
-    for draw in range(plan.n_draws_bits):
-        for method in METHODS:
-            for bits in (LOWEST, *plan.widths):
-                for choice in ("random", SMOOTH):
-                    yield made(choice, draw, method=method, bits=bits)
-    for draw in range(plan.n_draws_n):
-        for n in plan.ns:
-            of = {"n_calib": n, "n_pool": max(plan.ns)}
-            yield made("random_unbalanced", draw, **of)
-            if n in plan.ns_replaced:
-                yield made("random_repeated", draw, **of)
-                yield made("random_unbalanced", draw, **of, batch_sampling="with_replacement")
+    for draw, method, bits, choice in product(range(plan.n_draws_bits), METHODS, (LOWEST, *plan.widths), PAIR):
+        yield made(choice, draw, method=method, bits=bits)
+    for draw, n in product(range(plan.n_draws_n), plan.ns):
+        of = {"n_calib": n, "n_pool": max(plan.ns)}
+        yield made("random_unbalanced", draw, **of)
+        if n in plan.ns_replaced:
+            yield made("random_repeated", draw, **of)
+            yield made("random_unbalanced", draw, **of, batch_sampling="with_replacement")
     for seed in range(plan.n_reseeds):
         yield made("random", 0, run_seed=1000 + seed)
     for method, bits, n_draws in plan.ranges:
-        for draw in range(n_draws):
-            for choice in ("random", SMOOTH):
-                yield made(choice, draw, iterations=0, method=method, bits=bits)
-
-
-def key(run: Run[Plan], point: Calibration) -> Row:
-    """What names a set's rows: network, method, bits, images, draw, budget, and how it was chosen."""
-    images = {"images": run.plan.root.rstrip("/").rsplit("/", 1)[-1]} if run.plan.root else {}
-    switches: Row = {**(net_switch(SHIPPED) if point.net == SHIPPED else images)}
-    named = {"experiment": run.study, "model": point.net, "method": point.method, "metric": "acc_pct"}
-    if point.method == FLOAT:
-        return {**named, "switches": switches}
-    switches |= {"choice": point.choice, "n_pool": point.n_pool, **SETTINGS, **point.altered}
-    if point.iterations:
-        switches |= {**STEPS, "rounding_lr": recipes.rated(SCHEDULE, point.iterations)["rounding_lr"]}
-    return {
-        **named, "w_bits": point.bits[0], "a_bits": point.bits[1], "placement": "academic", "n_calib": point.n_calib,
-        "seed": point.draw, "iterations": point.iterations, "switches": switches,
-    }  # fmt: skip
+        for draw, choice in product(range(n_draws), PAIR):
+            yield made(choice, draw, iterations=0, method=method, bits=bits)
 
 
 def open_pool(run: Run[Plan], needed: Any) -> Pool | None:
@@ -234,46 +209,41 @@ def open_pool(run: Run[Plan], needed: Any) -> Pool | None:
     return bench and Pool(bench, n_pool, draw, n_common=plan.n_common)
 
 
-def measure(run: Run[Plan], pool: Pool, point: Calibration) -> Iterator[Found]:
+def measure(run: Run[Plan], pool: Pool, point: Point) -> Iterator[Found]:
     """Accuracy, then the squared error of the logits on a set's own and on common images."""
-    bench = pool.bench
-    if point.method == FLOAT:
+    bench, what = pool.bench, point.what
+    if what is None:
         score = evaluate(bench.net, bench.test, batch_size=bench.eval_batch)
-        yield {"dataset": bench.dataset, "value": score.acc_pct, "unit": "%", "n_test": score.n}
+        yield {"dataset": bench.dataset, "value": score.acc_pct, "n_test": score.n}
         return
-    chosen = calibration_set(run, pool, point)
+    chosen = calibration_set(run, pool, what)
     x = data.normalize(chosen.images, chosen.spec).contiguous().to(run.device)
-    seed = point.draw if point.run_seed is None else point.run_seed
     qnet = recipes.quantized(
-        bench.net, x, RECIPES[point.method], point.bits, iterations=point.iterations, seed=seed,
-        batch_sampling=point.batch_sampling, batch_size=min(BATCH_SIZE, len(x)),
-        **recipes.rated(SCHEDULE, point.iterations),
+        bench.net, x, RECIPES[what.method], what.bits, iterations=what.iterations,
+        seed=what.draw if what.run_seed is None else what.run_seed, batch_sampling=what.batch_sampling,
+        batch_size=min(BATCH_SIZE, len(x)), **recipes.rated(SCHEDULE, what.iterations),
     )  # fmt: skip
-    if point.method == "qdrop" and point.bits == LOWEST and not point.altered and point.choice != "random_repeated":
-        yield from _scores(pool, point)
-    score = evaluate(qnet, bench.test if point.split == "test" else pool.common, batch_size=bench.eval_batch)
-    own, common = logit_loss(pool, qnet, chosen), logit_loss(pool, qnet, pool.common)
-    values = {
-        "acc_pct": (score.acc_pct, "%", score.n),
-        "loss_own": (own, "1", len(chosen)),
-        "loss_common": (common, "1", len(pool.common)),
-    }
-    for metric, (value, unit, n) in values.items():
-        yield {"dataset": bench.dataset, "metric": metric, "value": value, "unit": unit, "n_test": n}
+    if what.method == "qdrop" and what.bits == LOWEST and not what.altered and what.choice != "random_repeated":
+        yield from _scores(pool, what)
+    score = evaluate(qnet, bench.test if what.split == "test" else pool.common, batch_size=bench.eval_batch)
+    yield {"dataset": bench.dataset, "metric": "acc_pct", "value": score.acc_pct, "n_test": score.n}
+    for metric, images in (("loss_own", chosen), ("loss_common", pool.common)):
+        loss = logit_loss(pool, qnet, images)
+        yield {"dataset": bench.dataset, "metric": metric, "value": loss, "n_test": len(images)}
 
 
-def calibration_set(run: Run[Plan], pool: Pool, point: Calibration) -> ImageSet:
-    """The images of a point, taken through its manifest: hashes verified, short or repeated sets refused.
+def calibration_set(run: Run[Plan], pool: Pool, what: Calibration) -> ImageSet:
+    """The images of a set, taken through its manifest: hashes verified, short or repeated sets refused.
 
     Draws with replacement have no manifest; their rows say so.
     """
-    chosen = pool.choose(point.choice, point.n_calib)
-    if point.choice == "random_repeated":
+    chosen = pool.choose(what.choice, what.n_calib)
+    if what.choice == "random_repeated":
         return pool.images.subset(chosen)
-    name = f"{pool.bench.dataset}_{point.choice}_n{point.n_calib}_of{point.n_pool}_s{point.draw}.json"
+    name = f"{pool.bench.dataset}_{what.choice}_n{what.n_calib}_of{what.n_pool}_s{what.draw}.json"
     file = run.folder / "manifests" / name
     if not file.exists():
-        selection.write(pool.manifest(point.choice, chosen), file)
+        selection.write(pool.manifest(what.choice, chosen), file)
     return selection.take(selection.read(file), pool.bench.train)
 
 
@@ -284,20 +254,19 @@ def logit_loss(pool: Pool, qnet: nn.Module, images: ImageSet) -> float:
     return (predict(qnet, images, batch_size=size) - target).square().sum(1).mean().item()
 
 
-def _scores(pool: Pool, point: Calibration) -> Iterator[Found]:
+def _scores(pool: Pool, what: Calibration) -> Iterator[Found]:
     """The mean score of a set's images in every metric, for ``SETS``."""
     plain = {"experiment": SETS, "dataset": pool.bench.dataset, "method": FLOAT, "w_bits": 32, "a_bits": 32}
-    plain |= {"placement": "-", "iterations": 0, "unit": "1"}
-    switches = {"choice": point.choice, "n_pool": point.n_pool}
-    chosen = pool.choose(point.choice, point.n_calib)
+    plain |= {"placement": "-", "iterations": 0, "switches": {"choice": what.choice, "n_pool": what.n_pool}}
+    chosen = pool.choose(what.choice, what.n_calib)
     for metric in (*selection.METRICS, *NETWORK_METRICS):
-        unit = {"unit": "nat"} if metric == "entropy" else {}
+        unit = "nat" if metric == "entropy" else "1"
         value = pool.scores(metric)[chosen].mean().item()
-        yield SETS, {**plain, **unit, "metric": f"set_{metric}", "value": value, "switches": switches}
+        yield SETS, {**plain, "metric": f"set_{metric}", "value": value, "unit": unit}
 
 
 STUDY, IMAGENET = (
-    Study(name, plans, points=points, key=key, open_bench=open_pool, measure=measure)
+    Study(name, plans, points=points, open_bench=open_pool, measure=measure)
     for name, plans in (("selection_study", PLANS), ("selection_imagenet", IMAGENET_PLANS))
 )
 STUDIES = (STUDY, IMAGENET)

@@ -1,6 +1,5 @@
 """What notebook 05 shows of the calibration study: rows in, frames out."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,10 +41,7 @@ def sets(rows: pd.DataFrame) -> pd.DataFrame:
     wide = rows.pivot(index=KEYS, columns="metric", values="value").reset_index().rename_axis(columns=None)
     judged = rows.loc[rows["metric"] == "acc_pct"].set_index(KEYS)[["n_test", "git_sha"]]
     wide = wide.merge(judged, left_on=KEYS, right_index=True)
-    switches = pd.DataFrame([json.loads(text) for text in wide["switches"]], index=wide.index)
-    for name, value in UNTOUCHED.items():
-        switches[name] = switches[name].fillna(value) if name in switches else value
-    return wide.join(switches[["choice", "n_pool", *UNTOUCHED]])
+    return tables.with_switches(wide, "choice", "n_pool", *UNTOUCHED).fillna(UNTOUCHED)
 
 
 def where(found: pd.DataFrame, **wanted: object) -> pd.DataFrame:
@@ -177,9 +173,8 @@ def _rho(found: pd.DataFrame, loss: str) -> float:
 
 def scored(found: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """The sets with the mean score of their images in every metric (columns ``set_...``) and ``label`` in print."""
-    known = pd.DataFrame([json.loads(text) for text in scores["switches"]], columns=["choice", "n_pool"])
-    known = scores.reset_index(drop=True).join(known)
     shared = ["dataset", "n_calib", "seed", "choice", "n_pool"]
+    known = tables.with_switches(scores, "choice", "n_pool")
     wide = known.pivot_table(index=shared, columns="metric", values="value").reset_index()
     out = found.drop(columns="switches").merge(wide, on=shared)
     return out.assign(label=[CHOICES[choice].label for choice in out["choice"]])
