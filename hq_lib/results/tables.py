@@ -48,7 +48,9 @@ def with_bits(frame: pd.DataFrame) -> pd.DataFrame:
 def with_switches(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
     """A copy with these settings of ``switches`` as columns; NaN where a row has none."""
     found = [json.loads(text) for text in frame["switches"]]
-    return frame.assign(**{name: [switches.get(name) for switches in found] for name in names})
+    kind: Any = None if found else "object"  # nothing is not taken for numbers
+    columns = {name: pd.Series([each.get(name) for each in found], frame.index, kind) for name in names}
+    return frame.assign(**columns)
 
 
 def longest(frame: pd.DataFrame, *cell: str) -> pd.DataFrame:

@@ -93,7 +93,7 @@ def test_a_network_that_is_absent_is_not_run_and_an_unknown_one_writes_nothing(a
 
 def test_a_recipe_may_have_a_budget_of_its_own_and_the_row_says_so():
     plan = study.METHODS.plan("full", nets=["public"], recipes=["qdrop", "qdrop_2000"], bits=[[2, 2]], seeds=[1005])
-    keys = [study.key(study.Run("ptq_methods", "full", plan), point) for point in study.points(plan)[1:]]
+    keys = [point.key for point in study.points(plan)[1:]]
     assert [(key["iterations"], RECIPES[key["switches"]["recipe"]].config(500).get("iterations")) for key in keys] == [
         (500, None), (2000, 2000)
     ]  # fmt: skip

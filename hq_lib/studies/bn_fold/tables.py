@@ -64,7 +64,7 @@ def ranges(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     found = tables.with_switches(rows, "channel", "layer", "stage").assign(max_abs=rows["value"])
     order = list(dict.fromkeys(per_channel_ranges(models.build(model))["layer"]))
     found = found.assign(place=found["layer"].map(order.index)).sort_values(["place", "stage", "channel"])
-    return found[["channel", "layer", "stage", "max_abs", "git_sha"]]
+    return pd.DataFrame(found, columns=["channel", "layer", "stage", "max_abs", "git_sha"])
 
 
 def spread(found: pd.DataFrame) -> pd.DataFrame:

@@ -23,7 +23,7 @@ BASE = "ResNet-20, W8A8 (mse ranges), pair of cells, column scale, 128 rows unle
 def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     """``rows`` with these keys of their switches as columns, and ``rule``: that of PCM's read noise, else ""."""
     rows = tables.with_switches(rows, "device.read", "device.read.per", *names)
-    older = (rows["device.read"] == "FlickerRead").map({True: "product", False: ""})
+    older = pd.Series(rows["device.read"] == "FlickerRead").map({True: "product", False: ""})
     return rows.assign(rule=rows["device.read.per"].fillna(older))
 
 

@@ -35,7 +35,7 @@ def of_network(rows: pd.DataFrame, name: str = "resnet20") -> pd.DataFrame:
 
 def names_of(rows: pd.DataFrame) -> pd.Series:
     """The network of each row: a shipped float one by name, or a file by its stem."""
-    return tables.with_switches(rows, "network")["network"].fillna(rows["model"])
+    return pd.Series(tables.with_switches(rows, "network")["network"].fillna(rows["model"]))
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
