@@ -32,7 +32,7 @@ def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
     out["images"] = wide["dataset"].replace("-", "noise")
     for metric, title in ERRORS.items():
         out[title] = [f"{value:.1e}" for value in wide[metric]]
-    absent = wide["statistics"].map({"random": UNTRAINED}).fillna(tables.NOT_RUN)
+    absent = pd.Series(wide["statistics"]).map({"random": UNTRAINED}).fillna(tables.NOT_RUN)
     for metric, (title, digits) in DECIMALS.items():
         out[title] = wide[metric].map(f"{{:.{digits}f}}".format, na_action="ignore").fillna(absent)
     out["test images"] = wide["n_test"].map("{:,}".format).where(wide["n_test"] > 0, absent)
