@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from hq_lib import data
 from hq_lib.models.resnet import ResNet
 from hq_lib.quantizers import Grid
-from hq_lib.quantizers.observers import lp_search
+from hq_lib.quantizers.lp_grid import lp_search
 from hq_lib.results import paths
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the public checkpoint's recipe

@@ -16,9 +16,9 @@ from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
 from hq_lib.ptq.rounding import take_place
-from hq_lib.quantizers import FixedGrid, FrozenWeight, Grid, Quantizer, aciq
+from hq_lib.quantizers import FixedGrid, FrozenWeight, Grid, Quantizer, aciq, dequantize
 from hq_lib.quantizers.affine import MIN_SCALE
-from hq_lib.quantizers.observers.ranges import minmax_range, rows
+from hq_lib.quantizers.ranges import minmax_range, per_channel, rows
 
 EDGE = 0.499
 """How far, in steps, a weight may lie beyond its channel's last level and still round to it."""
@@ -51,7 +51,7 @@ def fit_allocated(qnet: fx.GraphModule) -> dict[str, Tensor]:
         if old.axis != 0:
             raise QuantizeError(f"layer {name!r}: bits are shared out among output channels; it has one grid for all")
         w = layer.weight.detach()
-        bits = aciq.allocate_bits(rows(w, 0).std(1), old.bits, quota="mean")
+        bits = aciq.allocate_bits(rows(w, 0).std(1), old.bits)
         take_place(layer, FixedGrid(channel_grid(w, bits), bits=old.bits, axis=0))
         found[name] = bits
     return found
@@ -64,14 +64,12 @@ def channel_grid(w: Tensor, bits: Tensor) -> Grid:
     widened where its outermost value would round to a level more.
     """
     low, high = (end.double() for end in minmax_range(w, axis=0))
-    n_steps = 2.0 ** bits.double() - 1
+    n_steps = per_channel(2.0 ** bits.double() - 1, w, 0)
     scale = ((high - low) / n_steps.clamp(min=1)).clamp(min=MIN_SCALE)
     zero_point = torch.minimum(torch.round(-low / scale), n_steps)
     scale = torch.maximum(scale, high / (n_steps - zero_point + EDGE))
     scale = torch.maximum(scale, -low / (zero_point + EDGE))
-    shape = (-1, *[1] * (w.dim() - 1))
-    widest = 2 ** max(int(bits.max()), 1) - 1
-    return Grid(scale.float().reshape(shape), zero_point.float().reshape(shape), 0, widest)
+    return Grid(scale.float(), zero_point.float(), 0, 2 ** max(int(bits.max()), 1) - 1)
 
 
 @torch.no_grad()
@@ -121,11 +119,10 @@ def _correct(layer: QuantizedWeight, x: Tensor) -> aciq.Correction:
         raise QuantizeError(f"{old}: a correction stretches its scale, which is a power of two: leave one of them out")
     w = layer.weight
     x_int, grid = old.integers(w)
-    correction = aciq.bias_correction(w, grid.scale * (x_int - grid.zero_point))
+    correction = aciq.bias_correction(w, dequantize(x_int, grid))
     scale, bias = aciq.absorb(
         correction, scale=grid.scale.flatten(), bias=layer.bias, window_sum=aciq.window_sum_mean(x, layer)
     )
-    shape = (-1, *[1] * (w.dim() - 1))
-    take_place(layer, FrozenWeight(x_int, grid._replace(scale=scale.reshape(shape)), bits=old.bits, axis=0))
+    take_place(layer, FrozenWeight(x_int, grid._replace(scale=per_channel(scale, w, 0)), bits=old.bits, axis=0))
     layer.bias = nn.Parameter(bias)
     return correction

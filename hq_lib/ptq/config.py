@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Literal
-
-SAMPLINGS = ("without_replacement", "with_replacement")
-UNITS = ("block", "layer")
-LOSSES = ("mse", "fisher", "fisher_per_image")
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -80,13 +76,10 @@ class ReconstructionConfig:
     """of the batches and the dropping; each unit has its own stream, so that resuming changes nothing"""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("unit", self.unit, UNITS),
-            ("batch_sampling", self.batch_sampling, SAMPLINGS),
-            ("loss", self.loss, LOSSES),
-        ):
-            if value not in known:
-                raise ValueError(f"reconstruction.{name} is {value!r}: choose {' or '.join(map(repr, known))}")
+        for name, hint in get_type_hints(type(self)).items():
+            known = get_args(hint)
+            if get_origin(hint) is Literal and getattr(self, name) not in known:
+                _check(name, getattr(self, name), False, " or ".join(map(repr, known)))
         if self.loss != "mse" and self.unit != "block":
             raise ValueError(f"reconstruction.loss {self.loss!r} needs unit 'block': the output of a layer inside a "
                              "block does not alone decide what follows")  # fmt: skip

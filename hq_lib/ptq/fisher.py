@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from hq_lib.ptq.progress import ReconstructionError
 from hq_lib.ptq.units import as_float
 
 
@@ -60,7 +61,7 @@ def drawn_labels(blocks: Sequence[fx.GraphModule], images: Tensor, *, seed: int,
         images: (N, C, H, W), normalised.
 
     Raises:
-        ValueError: the network's output is not (N, classes), so that there is no softmax to draw from.
+        ReconstructionError: the network's output is not (N, classes), so that there is no softmax to draw from.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     labels = []
@@ -69,6 +70,7 @@ def drawn_labels(blocks: Sequence[fx.GraphModule], images: Tensor, *, seed: int,
             with as_float(graph):
                 z = graph(z)
         if z.dim() != 2:
-            raise ValueError(f"the Fisher loss needs logits (N, classes); this network's output is {tuple(z.shape)}")
+            shape = tuple(z.shape)
+            raise ReconstructionError(f"the Fisher loss needs logits (N, classes); this network's output is {shape}")
         labels.append(torch.multinomial(z.softmax(1), 1, generator=generator).squeeze(1))
     return torch.cat(labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.graph import act_quantizers, weight_layers
+from hq_lib.quantizers.base import as_bytes
 from hq_lib.results import atomic
 
 _REPORT = "__report__"
@@ -56,16 +57,12 @@ class UnitReport:
 
 def fingerprint(qnet: fx.GraphModule, images: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a resumed run must agree with: settings, images, and the network with its grids at the start."""
-    return {"config": dict(config), "images": _sha([images]), "network": _sha(_state(qnet))}
+    return {"config": dict(config), "images": _sha([images]), "network": _sha(qnet.state_dict().values())}
 
 
-def _state(net: nn.Module) -> list[Tensor]:
-    return [value for value in net.state_dict().values() if isinstance(value, Tensor)]
-
-
-def _sha(tensors: list[Tensor]) -> str:
+def _sha(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for value in tensors:
+    for value in (value for value in values if isinstance(value, Tensor)):
         plain = value.detach().cpu().contiguous()
         digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -88,8 +85,7 @@ class RunFolder:
             raise ReconstructionError(
                 f"{file} is damaged ({error}): delete {path}, the pass is then done again"
             ) from error
-        plain = json.loads(json.dumps(dict(record)))
-        if differing := [key for key in plain if found.get(key) != plain[key]]:
+        if differing := [key for key, value in record.items() if found.get(key) != json.loads(json.dumps(value))]:
             raise ReconstructionError(
                 f"{file} belongs to a run with another {', '.join(differing)}: resume with the same, or give a "
                 f"fresh folder"
@@ -97,8 +93,7 @@ class RunFolder:
 
     def save(self, report: UnitReport, body: nn.Module) -> None:
         """Write the quantizers of a finished unit, whole or not at all."""
-        text = json.dumps(dataclasses.asdict(report)).encode()
-        state = {_REPORT: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        state = {_REPORT: as_bytes(json.dumps(dataclasses.asdict(report)))}
         for name, quantizer in quantizers_of(body).items():
             state |= {f"{name}:{key}": value.detach().cpu().clone() for key, value in quantizer.state_dict().items()}
         atomic.write_bytes(self._file(report.position), safetensors.torch.save(state))

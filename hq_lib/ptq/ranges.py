@@ -24,8 +24,8 @@ from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.ptq.rounding import ON_GRID, take_place
 from hq_lib.quantizers import LSQ, FixedGrid, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
-from hq_lib.quantizers.observers import Range, grid_from_range, lp_search, minmax_range, percentile_range
-from hq_lib.quantizers.observers.ranges import Scheme
+from hq_lib.quantizers.lp_grid import lp_search
+from hq_lib.quantizers.ranges import Scheme, grid_from_range, minmax_range, percentile_range
 from hq_lib.results.hints import nearest
 
 Method = Literal["minmax", "percentile", "mse", "aciq", "aciq_official"]
@@ -46,33 +46,32 @@ def find_grid(
     x: Tensor, *, bits: int, method: Method, scheme: Scheme = "affine", axis: int | None = None,
     signed: bool = True,
 ) -> Grid:  # fmt: skip
-    """Return the grid of ``x`` that ``method`` chooses, () or (C,).
+    """Return the grid of ``x`` that ``method`` chooses; per channel its scales broadcast to ``x``.
 
     Args:
         x:       (*shape), real units, finite.
         bits:    1..16.
-        scheme:  of the grid; see ``observers.grid_from_range``.
+        scheme:  of the grid; see ``quantizers.ranges.grid_from_range``.
         axis:    channel axis; None = one grid.
         signed:  False: values below 0 count as 0, and the zero point is 0.
     """
     check_method(method)
     x = x if signed else x.clamp(min=0.0)
     if method == "mse":
-        return lp_search(x, bits=bits, scheme=scheme, axis=axis, sides="auto" if signed else "positive").grid
-    return grid_from_range(_range(x, bits, method, scheme, axis, signed), bits=bits, scheme=scheme)
-
-
-def _range(x: Tensor, bits: int, method: Method, scheme: Scheme, axis: int | None, signed: bool) -> Range:
+        return lp_search(x, bits=bits, scheme=scheme, axis=axis).grid
     if method == "minmax":
-        return minmax_range(x, axis=axis)
-    if method == "percentile":
-        return percentile_range(x, PERCENT, axis=axis)
-    if method == "aciq_official":
-        return aciq.clip_range(x, bits=bits, axis=axis, prior="laplace", relu=None if signed else "official")
-    if signed:
+        found = minmax_range(x, axis=axis)
+    elif method == "percentile":
+        found = percentile_range(x, PERCENT, axis=axis)
+    elif method == "aciq_official":
+        found = aciq.clip_range(x, bits=bits, axis=axis, prior="laplace", relu=None if signed else "official")
+    elif signed:
         restricted = scheme == "symmetric_restricted" and bits < 3
-        return aciq.clip_range(x, bits=bits, axis=axis, grid="restricted" if restricted else None)
-    return aciq.clip_range(x, bits=bits, axis=axis, relu="theory", grid="relu_endpoint" if bits < 3 else None)
+        found = aciq.clip_range(x, bits=bits, axis=axis, grid="restricted" if restricted else None)
+    else:
+        grid = "relu_endpoint" if bits < 3 else None
+        found = aciq.clip_range(x, bits=bits, axis=axis, relu="theory", grid=grid)
+    return grid_from_range(found, bits=bits, scheme=scheme)
 
 
 def fit_weights(
@@ -114,7 +113,6 @@ def fit_weights(
             found = find_grid(w, bits=old.bits, method=method, scheme=chosen, axis=old.axis)
         except ValueError as error:
             raise QuantizeError(f"weight of layer {name!r}: {error}") from error
-        found = found if old.axis is None else found.broadcast(w.dim(), old.axis)
         take_place(layer, FixedGrid(found, bits=old.bits, axis=old.axis))
 
 
@@ -152,8 +150,8 @@ def fit_acts(
         assert isinstance(quantizer, Quantizer)
         signed = bool(quantizer.signed)
         scheme: Scheme = "symmetric" if signed and type(quantizer) is LSQ else "affine"
-        found = find_grid(x, bits=quantizer.bits, axis=quantizer.axis, method=method, scheme=scheme, signed=signed)
-        set_grid(quantizer, found if quantizer.axis is None else found.broadcast(x.dim(), quantizer.axis))
+        axis = quantizer.axis
+        set_grid(quantizer, find_grid(x, bits=quantizer.bits, axis=axis, method=method, scheme=scheme, signed=signed))
 
     calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, fit=fit)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.graph import Block, act_quantizers, blocks, set_quantization, weight_layers
+from hq_lib.graph import act_quantizers, blocks, set_quantization, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import MAX_BYTES, Stream, UnitCache, bytes_needed, chunks
@@ -112,7 +112,11 @@ def _pass(
     keep = [bytes_needed(qnet, block, inside, len(images), fisher=fisher) <= MAX_BYTES for block, inside in found]
     n_units = sum(len(inside) for _, inside in found)
     stream, position = Stream(images), 0
-    weighing = _fishers(qnet, [block for block, _ in found], images, config) if fisher else [None] * len(found)
+    weighing: list[Fisher | None] = [None] * len(found)
+    if fisher:
+        graphs, alike = [cut(qnet, block) for block, _ in found], config.loss == "fisher_per_image"
+        labels = drawn_labels(graphs, images, seed=config.seed)
+        weighing = [Fisher(graphs[i + 1 :], labels, per_image=alike) for i in range(len(graphs))]
     for i, (block, inside) in enumerate(found):
         for unit in inside:
             body = cut(qnet, unit.region)
@@ -132,21 +136,10 @@ def _pass(
             stream.advance(cut(qnet, block), keep=keep[i + 1])
 
 
-def _fishers(qnet: fx.GraphModule, found: list[Block], images: Tensor, config: ReconstructionConfig) -> list[Fisher]:
-    graphs = [cut(qnet, block) for block in found]
-    try:
-        labels = drawn_labels(graphs, images, seed=config.seed)
-    except ValueError as error:
-        raise ReconstructionError(str(error)) from error
-    alike = config.loss == "fisher_per_image"
-    return [Fisher(graphs[i + 1 :], labels, per_image=alike) for i in range(len(graphs))]
-
-
 def _one(name: str, cache: UnitCache, config: ReconstructionConfig, position: int, n_units: int) -> UnitReport:
     start = time.perf_counter()
     before = after = unit_loss(cache, config.loss_power)
-    rounders = rounders_of(cache.body) if config.learn_rounding else []
-    undecided = 0
+    rounders, undecided = rounders_of(cache.body) if config.learn_rounding else [], 0
     if config.iterations:
         generator = torch.Generator(cache.stream.images.device).manual_seed(config.seed * 10_007 + position)
         undecided = train_unit(cache, rounders, config, generator, name)
@@ -173,11 +166,11 @@ def distance(y: Tensor, target: Tensor, power: float, weight: Tensor | None = No
 @torch.no_grad()
 def unit_loss(cache: UnitCache, power: float) -> float:
     """Return ``distance`` of the quantized unit behind the quantized prefix, nothing dropped, over all images."""
-    total, n = 0.0, len(cache.stream)
-    for index in chunks(n, cache.stream.images.device):
+    total, images = 0.0, cache.stream.images
+    for index in chunks(images):
         x_q, _, target = cache.batch(index)
         total += float(distance(cache.body(x_q), target, power, cache.importance(index))) * len(index)
-    return total / n
+    return total / len(images)
 
 
 def batch_indices(n: int, config: ReconstructionConfig, generator: torch.Generator) -> Iterator[Tensor]:
@@ -213,12 +206,10 @@ def train_unit(
     optimizer = torch.optim.Adam(groups, fused=True)
     with (
         torch.enable_grad(),
-        _only_these_learn(cache.body, [p for group in groups for p in group["params"]]),
-        _soft(rounders),
-        _zero_points_kept(acts),
+        _learning(cache.body, rounders, [p for group in groups for p in group["params"]]),
         dropping(cache.body, config.keep_probability, generator),
     ):
-        for i, index in enumerate(batch_indices(len(cache.stream), config, generator)):
+        for i, index in enumerate(batch_indices(len(cache.stream.images), config, generator)):
             for group in optimizer.param_groups:
                 if group["name"] == "steps":
                     group["lr"] = config.step_lr * 0.5 * (1 + math.cos(math.pi * i / config.iterations))
@@ -240,40 +231,27 @@ def train_unit(
 
 
 @contextmanager
-def _only_these_learn(body: nn.Module, learned: list[nn.Parameter]) -> Iterator[None]:
-    """Let only ``learned`` get gradients inside; afterwards all is as it was, and no gradient is left."""
+def _learning(body: nn.Module, rounders: list[AdaRound], learned: list[nn.Parameter]) -> Iterator[None]:
+    """Let only ``learned`` get gradients inside, with soft rounding; afterwards all is as it was, without gradients.
+
+    The zero points of lsq_plus stay, whatever its step becomes, as QDrop's and BRECQ's code does.
+    """
     before = [(p, p.requires_grad) for p in body.parameters()]
+    offset = [q for q in act_quantizers(body).values() if isinstance(q, LSQPlusAct)]
     try:
-        for p, _ in before:
-            p.requires_grad_(False)
+        body.requires_grad_(False)
         for p in learned:
             p.requires_grad_(True)
+        for q in rounders:
+            q.soft = True
+        for q in offset:
+            q.hold_zero_point(True)
         yield
     finally:
+        for q in offset:
+            q.hold_zero_point(False)
+        for q in rounders:
+            q.soft = False
         for p, wanted in before:
             p.requires_grad_(wanted)
             p.grad = None
-
-
-@contextmanager
-def _zero_points_kept(acts: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold the zero points of lsq_plus inside, whatever its step becomes, as QDrop's and BRECQ's code does."""
-    offset = [q for q in acts if isinstance(q, LSQPlusAct)]
-    try:
-        for quantizer in offset:
-            quantizer.hold_zero_point(True)
-        yield
-    finally:
-        for quantizer in offset:
-            quantizer.hold_zero_point(False)
-
-
-@contextmanager
-def _soft(rounders: list[AdaRound]) -> Iterator[None]:
-    try:
-        for quantizer in rounders:
-            quantizer.soft = True
-        yield
-    finally:
-        for quantizer in rounders:
-            quantizer.soft = False

@@ -57,12 +57,6 @@ def cut(qnet: fx.GraphModule, region: Block) -> fx.GraphModule:
     return graph.eval()
 
 
-def n_values(qnet: fx.GraphModule, node: str) -> int:
-    """Return the elements of one image's value at ``node``, from the shape that ``quantize`` has seen."""
-    found = next(n for n in qnet.graph.nodes if n.name == node)
-    return int(found.meta["shape"][1:].numel())
-
-
 def as_float(net: nn.Module) -> set_quantization:
     """Switch every quantizer of ``net`` off inside: it computes what its float net computes."""
     return set_quantization(net, weights=False, acts=False)

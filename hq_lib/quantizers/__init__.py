@@ -4,16 +4,7 @@
 trains on a grid that it can name exactly: ``q(x) == grid.scale * (q.to_int(x) - grid.zero_point)``, bit for bit.
 """
 
-from hq_lib.quantizers.affine import (
-    Grid,
-    affine_from_range,
-    dequantize,
-    fake_quantize,
-    integer_range,
-    quantize_to_int,
-    round_ste,
-    symmetric_from_range,
-)
+from hq_lib.quantizers.affine import Grid, dequantize, fake_quantize, quantize_to_int
 from hq_lib.quantizers.base import Quantizer, Tag, parameter_tags
 from hq_lib.quantizers.build import ACT_METHODS, FLOAT_BITS, WEIGHT_METHODS, act_quantizer, weight_quantizer
 from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
@@ -26,42 +17,9 @@ from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
 from hq_lib.quantizers.straight_through import Slope, staircase
 
 __all__ = [
-    "ACT_METHODS",
-    "DSQ",
-    "FLOAT_BITS",
-    "LSQ",
-    "MPACT",
-    "PACT",
-    "WEIGHT_METHODS",
-    "AdaRound",
-    "DoReFaAct",
-    "DoReFaHardwareWeight",
-    "DoReFaWeight",
-    "FixedGrid",
-    "FixedMPACT",
-    "FrozenWeight",
-    "Grid",
-    "LSQPlusAct",
-    "LSQPlusWeight",
-    "MinMaxAct",
-    "MinMaxWeight",
-    "Quantizer",
-    "Slope",
-    "Tag",
-    "act_quantizer",
-    "affine_from_range",
-    "dequantize",
-    "dsq_quantize",
-    "dsq_slope",
-    "dsq_soft",
-    "enable_fusion_",
-    "fake_quantize",
-    "fusion_status",
-    "integer_range",
-    "parameter_tags",
-    "quantize_to_int",
-    "round_ste",
-    "staircase",
-    "symmetric_from_range",
-    "weight_quantizer",
-]
+    "ACT_METHODS", "DSQ", "FLOAT_BITS", "LSQ", "MPACT", "PACT", "WEIGHT_METHODS", "AdaRound", "DoReFaAct",
+    "DoReFaHardwareWeight", "DoReFaWeight", "FixedGrid", "FixedMPACT", "FrozenWeight", "Grid", "LSQPlusAct",
+    "LSQPlusWeight", "MinMaxAct", "MinMaxWeight", "Quantizer", "Slope", "Tag", "act_quantizer", "dequantize",
+    "dsq_quantize", "dsq_slope", "dsq_soft", "enable_fusion_", "fake_quantize", "fusion_status", "parameter_tags",
+    "quantize_to_int", "staircase", "weight_quantizer",
+]  # fmt: skip

@@ -30,12 +30,6 @@ class Grid(NamedTuple):
     qmax: int
     step: int = 1
 
-    def broadcast(self, n_dims: int, axis: int) -> Grid:
-        """Return the grid with (C,) scales and zero points as (1, ..., C, ..., 1), to meet a tensor of ``n_dims``."""
-        shape = [1] * n_dims
-        shape[axis] = -1
-        return self._replace(scale=self.scale.reshape(shape), zero_point=self.zero_point.reshape(shape))
-
 
 def is_width(bits: object) -> bool:
     """Whether ``bits`` is a number of bits that a grid can have: an int from 1 to 16."""
@@ -115,11 +109,6 @@ def levels_from_range(low: Tensor, high: Tensor, *, n_steps: int, half_steps: bo
     per_step = 2.0 if half_steps else 1.0
     zero = torch.round(-low / delta * per_step) / per_step
     return delta, zero.clamp(min=0.0, max=float(n_steps))
-
-
-def symmetric_from_range(max_abs: Tensor, *, qmax: int) -> Tensor:
-    """Return the scale ``max_abs / qmax`` (real units, shape of ``max_abs``), at least MIN_SCALE; zero point is 0."""
-    return (max_abs / qmax).clamp(min=MIN_SCALE)
 
 
 def channel_dims(x: Tensor, axis: int | None) -> tuple[int, ...]:

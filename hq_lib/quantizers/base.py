@@ -6,15 +6,16 @@ The promise, tested for each method in float32: after ``x_hat = q(x)``, with ``g
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hq_lib.quantizers.affine import Grid, check_bits, check_finite, quantize_to_int
+from hq_lib.quantizers.straight_through import LOW_PRECISION, Slope, staircase
 
 Role = Literal["weight", "act"]
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class Tag(NamedTuple):
@@ -39,7 +40,10 @@ class Quantizer(nn.Module):
     """Name of the method, as in ``weight_quantizer`` and ``act_quantizer``."""
     tags: ClassVar[dict[str, Tag]] = {}
     """Parameter name to optimiser treatment; every learned parameter has one."""
+    slope: ClassVar[Slope] = Slope.ROUND
+    """What its backward pass gives."""
     initialised: Tensor
+    ends: Tensor  # (2,), qmin / step and qmax / step
     spec: Tensor  # what it is, as text: two kinds may share all their other keys
 
     def __init__(self, bits: int, *, signed: bool, axis: int | None, role: Role) -> None:
@@ -49,6 +53,8 @@ class Quantizer(nn.Module):
         if role not in ("weight", "act"):
             raise ValueError(f"role is {role!r}: a quantizer is for 'weight' or 'act'")
         self.bits, self.signed, self.axis, self.role = check_bits(self.method, bits), signed, axis, role
+        self.binary = signed and bits == 1
+        """Whether its levels are -s and +s alone."""
         self.enabled = True
         """False makes forward the identity (for calibration); to_int and grid still answer."""
         self.owner = ""
@@ -56,6 +62,11 @@ class Quantizer(nn.Module):
         self._ready = False
         self.register_buffer("initialised", torch.tensor(False))
         self.register_buffer("spec", as_bytes(f"{type(self).__name__} of {bits} bits, signed={signed}"))
+
+    def use_integers(self, qmin: int, qmax: int, step: int) -> None:
+        """Run the grid on the integers qmin, qmin + step, ..., qmax."""
+        self.qmin, self.qmax, self.step = qmin, qmax, step
+        self.register_buffer("ends", torch.tensor((qmin / step, qmax / step)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` on the grid: (*shape), real units, ``x``'s dtype; the gradient is the method's own.
@@ -123,13 +134,30 @@ class Quantizer(nn.Module):
         text = f"{self.bits} bit, signed={self.signed}, axis={self.axis}, role={self.role}"
         return f"{text}, of {self.owner!r}" if self.owner else text
 
+    def gradient_factor(self, x: Tensor, n_steps: int) -> float:
+        """Return g = 1 / sqrt(n n_steps), n the elements of ``x`` that share a grid, without the batch for activations.
+
+        LSQ's (Esser et al. 2020, section 2.2): with it one learning rate serves all layers.
+        """
+        n = x.numel() if self.axis is None else x.numel() // x.shape[self.axis]
+        if self.role == "act" and x.ndim > 1 and self.axis != 0:
+            n = max(1, n // x.shape[0])
+        return 1.0 / math.sqrt(n * n_steps)
+
     def _quantize(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self._snap(x, *self._scale_and_zero())
+
+    def _snap(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        delta, zero = scale * self.step, zero_point / self.step
+        return staircase(x, delta, zero, self.ends, odd=self.step == 2, slope=self.slope)
 
     def _to_int(self, x: Tensor) -> Tensor:
         return quantize_to_int(x, self._grid())
 
     def _grid(self) -> Grid:
+        return Grid(*self._scale_and_zero(), self.qmin, self.qmax, self.step)
+
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def _fit(self, x: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hq_lib.quantizers.base import Quantizer
@@ -17,29 +18,29 @@ from hq_lib.results.hints import nearest
 FLOAT_BITS = 32
 """Bits that mean "leave it float"."""
 
-WEIGHT_METHODS: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]] = {
-    "minmax": (MinMaxWeight, {}),
-    "aciq": (AciqWeight, {}),
-    "dorefa": (DoReFaWeight, {}),
-    "dorefa_hw": (DoReFaHardwareWeight, {}),
-    "pact": (DoReFaWeight, {}),
-    "mpact": (DoReFaHardwareWeight, {}),
-    "lsq": (LSQ, {"role": "weight"}),
-    "lsq_plus": (LSQPlusWeight, {}),
-    "dsq": (DSQ, {"role": "weight"}),
+WEIGHT_METHODS: dict[str, Callable[..., Quantizer]] = {
+    "minmax": MinMaxWeight,
+    "aciq": AciqWeight,
+    "dorefa": DoReFaWeight,
+    "dorefa_hw": DoReFaHardwareWeight,
+    "pact": DoReFaWeight,
+    "mpact": DoReFaHardwareWeight,
+    "lsq": partial(LSQ, role="weight"),
+    "lsq_plus": LSQPlusWeight,
+    "dsq": partial(DSQ, role="weight"),
 }
 """Weight quantizer of each method. PACT is about activations and takes DoReFa's weights, mPACT the hardware form."""
 
-ACT_METHODS: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]] = {
-    "minmax": (MinMaxAct, {}),
-    "aciq": (AciqAct, {}),
-    "dorefa": (DoReFaAct, {}),
-    "dorefa_hw": (DoReFaAct, {}),
-    "pact": (PACT, {}),
-    "mpact": (MPACT, {}),
-    "lsq": (LSQ, {"role": "act"}),
-    "lsq_plus": (LSQPlusAct, {}),
-    "dsq": (DSQ, {"role": "act"}),
+ACT_METHODS: dict[str, Callable[..., Quantizer]] = {
+    "minmax": MinMaxAct,
+    "aciq": AciqAct,
+    "dorefa": DoReFaAct,
+    "dorefa_hw": DoReFaAct,
+    "pact": PACT,
+    "mpact": MPACT,
+    "lsq": partial(LSQ, role="act"),
+    "lsq_plus": LSQPlusAct,
+    "dsq": partial(DSQ, role="act"),
 }
 """Activation quantizer of each method."""
 
@@ -72,26 +73,20 @@ def act_quantizer(method: str, bits: int, *, signed: bool, **options: Any) -> Qu
 
     Raises ValueError, naming the method and the nearest valid name, for an unknown method or option and for other bits.
     """
-    if method == "mpact" and "clip" in options:
-        return _build({"mpact": (FixedMPACT, {})}, "activation", method, bits, {"signed": signed, **options})
-    return _build(ACT_METHODS, "activation", method, bits, {"signed": signed, **options})
+    fixed = {"mpact": FixedMPACT} if "clip" in options else {}
+    return _build({**ACT_METHODS, **fixed}, "activation", method, bits, {"signed": signed, **options})
 
 
 def _build(
-    methods: dict[str, tuple[Callable[..., Quantizer], dict[str, Any]]],
-    what: str,
-    method: str,
-    bits: int,
-    options: dict[str, Any],
+    methods: dict[str, Callable[..., Quantizer]], what: str, method: str, bits: int, options: dict[str, Any]
 ) -> Quantizer | None:
     key = "minmax" if method == "ste" else method
     if key not in methods:
         raise ValueError(f"unknown {what} method {method!r}: there are {', '.join(methods)}{nearest(method, methods)}")
     if bits == FLOAT_BITS:
         return None
-    make, fixed = methods[key]
-    known = set(inspect.signature(make).parameters) - {"bits", "role"}
+    known = set(inspect.signature(methods[key]).parameters) - {"bits", "role"}
     for name in set(options) - known:
         takes = ", ".join(sorted(known))
         raise ValueError(f"{what} method {method!r} has no option {name!r}: it takes {takes}{nearest(name, known)}")
-    return make(bits, **fixed, **options)
+    return methods[key](bits, **options)

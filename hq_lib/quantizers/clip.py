@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from hq_lib.quantizers.affine import MIN_SCALE, Grid, integer_range
+from hq_lib.quantizers.affine import MIN_SCALE, integer_range
 from hq_lib.quantizers.base import Quantizer, positive
-from hq_lib.quantizers.straight_through import Slope, staircase
+from hq_lib.quantizers.straight_through import Slope
 
 
 class ClipQuantizer(Quantizer):
@@ -17,8 +19,7 @@ class ClipQuantizer(Quantizer):
     signed:   x_hat = alpha / n round(clip(x, -alpha, alpha) n / alpha),   n = 2^(b-1) - 1;  1 bit {-alpha, alpha}
     """
 
-    slope: Slope = Slope.CLIP
-    ends: Tensor
+    slope = Slope.CLIP
     zero: Tensor
 
     def __init__(self, bits: int, *, signed: bool, axis: int | None = None) -> None:
@@ -26,39 +27,32 @@ class ClipQuantizer(Quantizer):
         if axis is not None:
             raise ValueError(f"{self.method} activations have one clip per tensor: axis must be None, not {axis}")
         super().__init__(bits, signed=signed, axis=None, role="act")
-        self.qmin, self.qmax, self.step = integer_range(bits, signed=signed, narrow=True)
-        ends = (self.qmin / self.step, self.qmax / self.step)
-        self.register_buffer("ends", torch.tensor(ends), persistent=False)
+        self.use_integers(*integer_range(bits, signed=signed, narrow=True))
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
 
     def clip(self) -> Tensor:
         """Return the clip in use: (), real units, > 0, differentiable if it is learned."""
         raise NotImplementedError
 
-    def _scale(self) -> Tensor:
-        return positive(self.clip() / self.qmax, floor=MIN_SCALE)
-
-    def _grid(self) -> Grid:
-        return Grid(self._scale(), self.zero, self.qmin, self.qmax, self.step)
-
-    def _quantize(self, x: Tensor) -> Tensor:
-        delta = self._scale() * self.step
-        return staircase(x, delta, self.zero, self.ends, odd=self.step == 2, slope=self.slope)
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        return positive(self.clip() / self.qmax, floor=MIN_SCALE), self.zero
 
 
 class FixedClip(ClipQuantizer):
     """A clip that is set, not learned. Gradient: dx = 1 for low <= x < high, 0 outside. Ready without data."""
 
+    published: ClassVar[float]
+    """The clip where none is given."""
     value: Tensor
 
-    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, clip: float) -> None:
+    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, clip: float | None = None) -> None:
         """``clip``: real units, > 0; raises ValueError otherwise."""
         super().__init__(bits, signed=signed, axis=axis)
+        clip = self.published if clip is None else clip
         if not 0.0 < clip < float("inf"):
             raise ValueError(f"{self.method}: clip is {clip}; give a finite size > 0 in activation units")
         self.register_buffer("value", torch.tensor(float(clip)))
-        self.initialised.fill_(True)
-        self._ready = True
+        self.mark_fitted()
 
     def clip(self) -> Tensor:
         """Return the fixed clip: (), real units."""

@@ -5,12 +5,14 @@ Two weight grids: the paper's, with 2^k levels and no zero, and seed 001's hardw
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from hq_lib.quantizers.affine import MIN_SCALE, max_abs, mean_abs, refuse_nan, round_ste
 from hq_lib.quantizers.clip import FixedClip
-from hq_lib.quantizers.minmax import FollowingQuantizer, binary_ste, binary_to_int
+from hq_lib.quantizers.minmax import FollowingQuantizer
 
 
 class DoReFaHardwareWeight(FollowingQuantizer):
@@ -27,6 +29,8 @@ class DoReFaHardwareWeight(FollowingQuantizer):
     """
 
     method = "dorefa_hw"
+    has_zero: ClassVar[bool] = True
+    """Whether real 0 is one of the levels."""
 
     def __init__(self, bits: int, *, signed: bool = True, axis: int | None = None, keep_magnitude: bool = True) -> None:
         """``axis``: None for the paper's one maximum per layer, 0 per output channel. ``keep_magnitude``: see class.
@@ -35,38 +39,33 @@ class DoReFaHardwareWeight(FollowingQuantizer):
         """
         if not signed:
             raise ValueError(f"{self.method} cannot do {bits} bits unsigned: its weight grid is symmetric about 0")
-        super().__init__(bits, signed=True, axis=axis, narrow=True)
+        super().__init__(bits, signed=True, axis=axis)
+        if not self.has_zero:
+            self.use_integers(1 - 2**bits, 2**bits - 1, 2)
         self.keep_magnitude = keep_magnitude
 
-    def _steps(self) -> float:
-        return float(self.qmax)  # steps between 0 and the largest level
-
-    def _scale_and_zero(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        if self.bits == 1:
+    def _found(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        if self.binary:
             return mean_abs(w, axis=self.axis).clamp(min=MIN_SCALE), w.new_zeros(())
         size = max_abs(w, axis=self.axis)
         size = size if self.keep_magnitude else torch.ones_like(size)
         return (size / self.qmax).clamp(min=MIN_SCALE), w.new_zeros(())
 
-    def _position(self, w: Tensor) -> Tensor:
-        t = torch.tanh(w)
-        return t / max_abs(t.detach(), axis=self.axis).clamp(min=MIN_SCALE) * self._steps()
-
-    def _quantize(self, x: Tensor) -> Tensor:
-        scale, _ = self._follow(x)
-        if self.bits == 1:
-            return binary_ste(x, scale)
-        return scale * self._round(self._position(x))
+    def _snap(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return scale * self._index(x)
 
     def _to_int(self, x: Tensor) -> Tensor:
+        if self.binary:
+            return super()._to_int(x)
         self._follow(x)
-        if self.bits == 1:
-            return binary_to_int(x)
         refuse_nan(x)
-        return self._round(self._position(x)).to(torch.int32)
+        return self._index(x).to(torch.int32)
 
-    def _round(self, position: Tensor) -> Tensor:
-        return round_ste(position)
+    def _index(self, w: Tensor) -> Tensor:
+        t = torch.tanh(w)
+        position = t / max_abs(t.detach(), axis=self.axis).clamp(min=MIN_SCALE) * (self.qmax / self.step)
+        half = 0.0 if self.has_zero else 0.5
+        return self.step * (round_ste(position - half) + half)
 
 
 class DoReFaWeight(DoReFaHardwareWeight):
@@ -80,18 +79,7 @@ class DoReFaWeight(DoReFaHardwareWeight):
     """
 
     method = "dorefa"
-
-    def __init__(self, bits: int, *, signed: bool = True, axis: int | None = None, keep_magnitude: bool = True) -> None:
-        """See DoReFaHardwareWeight."""
-        super().__init__(bits, signed=signed, axis=axis, keep_magnitude=keep_magnitude)
-        self.qmax = 2**bits - 1
-        self.qmin, self.step = -self.qmax, 2
-
-    def _steps(self) -> float:
-        return self.qmax / 2.0
-
-    def _round(self, position: Tensor) -> Tensor:
-        return 2.0 * (round_ste(position - 0.5) + 0.5)
+    has_zero = False
 
 
 class DoReFaAct(FixedClip):
@@ -102,7 +90,4 @@ class DoReFaAct(FixedClip):
     """
 
     method = "dorefa"
-
-    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, clip: float = 1.0) -> None:
-        """``clip``: real units, > 0."""
-        super().__init__(bits, signed=signed, axis=axis, clip=clip)
+    published = 1.0

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.affine import MIN_SCALE, Grid, levels_from_range, max_abs, snap_to_levels
+from hq_lib.quantizers.affine import MIN_SCALE, levels_from_range, max_abs
 from hq_lib.quantizers.base import Quantizer, Role, Tag, scale_gradient
 from hq_lib.quantizers.fusion import Fused
 from hq_lib.quantizers.ranges import best_shrink, widest_range
-from hq_lib.quantizers.straight_through import forward_kernel
+from hq_lib.quantizers.straight_through import forward_kernel, sum_to
 
 ALPHA_MIN, ALPHA_MAX = 1e-3, 0.5
 """Open ends of the learned dsq_alpha; the paper has 0 and 0.5, and 0 would make the slope infinite."""
@@ -60,8 +60,8 @@ def _backward(
     sech2_f = 1.0 - tanh_f * tanh_f
     slope = torch.where(position == t, sech2_f * (0.5 * c * per_tanh), 0.0)
     grad_x, d_high = grad * slope, (cell + 0.5 + tanh_f * (0.5 * per_tanh) - slope * t) * per_n
-    grad_high = _sum_to(grad * d_high, delta)
-    grad_low = _sum_to(grad - grad_x, delta) - grad_high
+    grad_high = sum_to(grad * d_high, delta)
+    grad_low = sum_to(grad - grad_x, delta) - grad_high
     d_c = f * sech2_f * per_tanh - tanh_f * (0.5 * (1.0 - tanh_half * tanh_half) * per_tanh * per_tanh)
     return grad_x, grad_low, grad_high, (grad * (0.5 * delta * d_c)).sum()
 
@@ -69,10 +69,6 @@ def _backward(
 def _reflected(size: Tensor) -> Tensor:
     """Return |size|; its slope at 0 is 1, so that a bound that starts there can leave (``abs`` has slope 0)."""
     return torch.where(size >= 0, size, -size)
-
-
-def _sum_to(values: Tensor, like: Tensor) -> Tensor:
-    return values.sum() if like.ndim == 0 else values.sum_to_size(like.shape)
 
 
 backward_kernel = Fused(_backward, n_elementwise=2, apart=True)
@@ -106,8 +102,7 @@ def dsq_quantize(x: Tensor, low: Tensor, high: Tensor, dsq_alpha: Tensor, *, bit
 class DSQ(Quantizer):
     """Weights or activations through DSQ, with learned bounds and a learned dsq_alpha per layer.
 
-    Gradient: as ``dsq_quantize``; the bounds' and dsq_alpha's times 1 / sqrt(n N) as LSQ's step (n: elements that
-    share a bound, without the batch), so that one learning rate serves all layers (``grad_scale=False``: bare sums).
+    Gradient: as ``dsq_quantize``; the bounds' and dsq_alpha's times ``gradient_factor`` with N, as LSQ's step.
 
     Departures: (1) the bounds are kept at low <= 0 <= high by reflection and moved, straight-through, by at most half
     a step (quarter with half steps) so that real 0 is a level: zero padding stays exact and the grid runs on integers.
@@ -123,29 +118,19 @@ class DSQ(Quantizer):
         "high": Tag(lr_factor=1.0, decay=False),
         "dsq_alpha_raw": Tag(lr_factor=1.0, decay=False),
     }
-    n: Tensor
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool,
-        axis: int | None = None,
-        role: Role,
-        dsq_alpha: float = 0.2,
-        grad_scale: bool = True,
-    ) -> None:
+    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, role: Role, dsq_alpha: float = 0.2) -> None:
         """``dsq_alpha``: first value, in (0.001, 0.5). ``axis``: 0 for bounds per channel (dsq_alpha stays one)."""
         super().__init__(bits, signed=signed, axis=axis, role=role)
         if not ALPHA_MIN < dsq_alpha < ALPHA_MAX:
             raise ValueError(f"dsq: dsq_alpha is {dsq_alpha}; it lies strictly between {ALPHA_MIN} and {ALPHA_MAX}")
         share = (dsq_alpha - ALPHA_MIN) / (ALPHA_MAX - ALPHA_MIN)
-        self.grad_scale = grad_scale
         self.half_steps = signed and (bits == 1 or (role == "weight" and bits <= HALF_STEP_BITS))
+        self.n_steps, step = 2**bits - 1, 2 if self.half_steps else 1
+        self.use_integers(0, step * self.n_steps, step)
         self.low = nn.Parameter(torch.tensor(-1.0 if signed else 0.0), requires_grad=signed)
         self.high = nn.Parameter(torch.tensor(1.0))
         self.dsq_alpha_raw = nn.Parameter(torch.tensor(math.log(share / (1.0 - share))))
-        self.register_buffer("n", torch.tensor(float(2**bits - 1)), persistent=False)
 
     def dsq_alpha(self) -> Tensor:
         """Return the characteristic dsq_alpha: (), in (0.001, 0.5), differentiable; 0 is a hard staircase."""
@@ -155,35 +140,26 @@ class DSQ(Quantizer):
         """Return the learned (low, high), low <= 0 <= high, real units, before real 0 is put on the grid."""
         return -_reflected(-self.low), _reflected(self.high)
 
-    def _delta_and_zero(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return levels_from_range(low, high, n_steps=2**self.bits - 1, half_steps=self.half_steps)
+    def _levels(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return levels_from_range(low, high, n_steps=self.n_steps, half_steps=self.half_steps)
 
-    def _grid(self) -> Grid:
-        delta, zero = self._delta_and_zero(*self.bounds())
-        step = 2 if self.half_steps else 1
-        return Grid(delta / step, zero * step, 0, step * (2**self.bits - 1), step)
-
-    def _factor(self, x: Tensor) -> float:
-        n = x.numel() if self.axis is None else x.numel() // x.shape[self.axis]
-        n = max(1, n // x.shape[0]) if self.role == "act" and x.ndim > 1 and self.axis != 0 else n
-        return 1.0 / math.sqrt(n * (2**self.bits - 1)) if self.grad_scale else 1.0
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        delta, zero = self._levels(*self.bounds())
+        return delta / self.step, zero * self.step
 
     def _quantize(self, x: Tensor) -> Tensor:
-        low, high = (scale_gradient(bound, self._factor(x)) for bound in self.bounds())
-        c = dsq_slope(scale_gradient(self.dsq_alpha(), self._factor(x)))
-        delta, zero = self._delta_and_zero(low.detach(), high.detach())
-        return _HardForwardSoftBackward.apply(x, low, high, c, delta, zero, self.n, self.half_steps)
+        g = self.gradient_factor(x, self.n_steps)
+        low, high = (scale_gradient(bound, g) for bound in self.bounds())
+        c = dsq_slope(scale_gradient(self.dsq_alpha(), g))
+        delta, zero = self._levels(low.detach(), high.detach())
+        return _HardForwardSoftBackward.apply(x, low, high, c, delta, zero, self.ends[1], self.half_steps)
 
     def _fit(self, x: Tensor) -> None:
         low, high = widest_range(x, signed=self.signed, axis=self.axis)
-        if self.bits == 1 and self.signed:
+        if self.binary:
             low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-        low, high = best_shrink(x, low, high, self._on_range, axis=self.axis)
+        low, high = best_shrink(x, low, high, self._levels, n_steps=self.n_steps, axis=self.axis)
         if self.half_steps and self.role == "weight":  # no level at 0: a channel of zeros stays as small as can be
             idle = max_abs(x, axis=self.axis) == 0
             low, high = low.masked_fill(idle, -MIN_SCALE), high.masked_fill(idle, MIN_SCALE)
         self.low.data, self.high.data = low, high
-
-    def _on_range(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        delta, zero = self._delta_and_zero(low, high)
-        return snap_to_levels(x, delta, zero, n_steps=2**self.bits - 1)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hq_lib.quantizers.affine import Grid
 from hq_lib.quantizers.base import Quantizer, Role, Tag, as_bytes
-from hq_lib.quantizers.straight_through import Slope, staircase
 
 ZETA, GAMMA = 1.1, -0.1  # AdaRound, section 3.2
 DECIDED = (0.01, 0.99)
@@ -30,27 +29,20 @@ class FixedGrid(Quantizer):
     method = "grid"
     scale: Tensor
     zero_point: Tensor
-    ends: Tensor
 
     def __init__(
         self, grid: Grid, *, bits: int, axis: int | None = 0, role: Role = "weight", signed: bool = True
     ) -> None:
         """``grid``: its scale broadcastable to the tensor; ``axis``: its channel axis."""
         super().__init__(bits, signed=signed, axis=axis, role=role)
-        self.qmin, self.qmax, self.step = grid.qmin, grid.qmax, grid.step
+        self.use_integers(*grid[2:])
         self.spec = as_bytes(f"{bytes(self.spec.tolist()).decode()}, {self.qmin}..{self.qmax} by {self.step}")
         self.register_buffer("scale", grid.scale.detach().clone())
         self.register_buffer("zero_point", grid.zero_point.detach().clone())
-        ends = (self.qmin / self.step, self.qmax / self.step)
-        self.register_buffer("ends", torch.tensor(ends), persistent=False)
         self.mark_fitted()
 
-    def _quantize(self, x: Tensor) -> Tensor:
-        delta, zero = self.scale * self.step, self.zero_point / self.step
-        return staircase(x, delta, zero, self.ends, odd=self.step == 2, slope=Slope.ROUND)
-
-    def _grid(self) -> Grid:
-        return Grid(self.scale, self.zero_point, self.qmin, self.qmax, self.step)
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
 
     def _fit(self, x: Tensor) -> None:
         raise RuntimeError(f"{self}: its grid is given; ptq.fit_weights and ptq.fit_acts choose others")
@@ -103,13 +95,13 @@ class AdaRound(FixedGrid):
         if not torch.isfinite(steps).all():
             raise ValueError(f"{self}: the weight holds NaN or Inf; look at the checkpoint")
         self.register_buffer("floor", torch.floor(steps))
-        self.v = nn.Parameter(logits_of(steps - self.floor))
+        self.v = nn.Parameter(-torch.log((ZETA - GAMMA) / (steps - self.floor - GAMMA) - 1.0))  # h's inverse
         self.soft = False
         """True while the rounding is learned; not part of the state dict."""
 
     def h(self) -> Tensor:
-        """Return h(V), the shape of the weight, in [0, 1]."""
-        return rectified_sigmoid(self.v)
+        """Return h(V), eq. 23, the shape of the weight, in [0, 1]; flat where clipped."""
+        return torch.clamp(torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
     def undecided(self) -> int:
         """Return how many h lie between ``DECIDED``; waits for the device."""
@@ -117,8 +109,11 @@ class AdaRound(FixedGrid):
         return int(((h > DECIDED[0]) & (h < DECIDED[1])).sum())
 
     def regulariser(self, beta: float) -> Tensor:
-        """Return sum(1 - |2 h(V) - 1|^beta), (), eq. 24: 0 once every rounding is decided."""
-        return rounding_penalty(self.h(), beta)
+        """Return sum(1 - |2 h(V) - 1|^beta), (), eq. 24: 0 once every rounding is decided.
+
+        d/dh = -2 beta |2 h - 1|^(beta - 1) sign(2 h - 1).
+        """
+        return (1.0 - (2.0 * self.h() - 1.0).abs().pow(beta)).sum()
 
     def _levels(self) -> Tensor:
         up = self.h() if self.soft else (self.v.detach() >= 0).to(self.floor.dtype)
@@ -137,18 +132,3 @@ class AdaRound(FixedGrid):
         if self.soft:
             raise RuntimeError(f"{self} is still soft: its weights are not on the grid; set soft = False")
         return self._levels().to(torch.int32)
-
-
-def rectified_sigmoid(v: Tensor) -> Tensor:
-    """Return h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), AdaRound eq. 23; flat where clipped."""
-    return torch.clamp(torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
-
-
-def logits_of(h: Tensor) -> Tensor:
-    """Return V with h(V) = ``h`` in [0, 1], ``rectified_sigmoid``'s inverse: -ln((zeta - gamma)/(h - gamma) - 1)."""
-    return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1.0)
-
-
-def rounding_penalty(h: Tensor, beta: float) -> Tensor:
-    """Return sum(1 - |2 h - 1|^beta), (), AdaRound eq. 24. d/dh = -2 beta |2 h - 1|^(beta - 1) sign(2 h - 1)."""
-    return (1.0 - (2.0 * h - 1.0).abs().pow(beta)).sum()

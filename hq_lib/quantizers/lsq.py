@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.affine import MIN_SCALE, Grid, integer_range, levels_from_range, mean_abs, snap_to_levels
+from hq_lib.quantizers.affine import MIN_SCALE, integer_range, levels_from_range, mean_abs
 from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
 from hq_lib.quantizers.ranges import IDLE_CLIP, best_shrink, three_sigma, widest_range
-from hq_lib.quantizers.straight_through import Slope, staircase
+from hq_lib.quantizers.straight_through import Slope
 
 INITS = ("paper", "least_error")
 """Where a step starts; see ``LSQ``."""
@@ -36,7 +36,6 @@ class LSQ(Quantizer):
     method = "lsq"
     slope = Slope.LSQ
     tags: ClassVar[dict[str, Tag]] = {"step_size": Tag(lr_factor=1.0, decay=False)}
-    ends: Tensor
     zero: Tensor
 
     def __init__(self, bits: int, *, signed: bool, axis: int | None = None, role: Role, init: str = "paper") -> None:
@@ -45,48 +44,32 @@ class LSQ(Quantizer):
         if init not in INITS:
             raise ValueError(f"{self.method}: init is {init!r}; choose one of {', '.join(INITS)}")
         self.init = init
-        self.qmin, self.qmax, self.step = integer_range(bits, signed=signed)
+        self.use_integers(*integer_range(bits, signed=signed))
         self.step_size = nn.Parameter(torch.tensor(1.0))
-        ends = (self.qmin / self.step, self.qmax / self.step)
-        self.register_buffer("ends", torch.tensor(ends), persistent=False)
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
-
-    def gradient_factor(self, x: Tensor) -> float:
-        """Return g = 1 / sqrt(n qmax), n the elements that share a step, without the batch for activations."""
-        n = x.numel() if self.axis is None else x.numel() // x.shape[self.axis]
-        if self.role == "act":
-            n = max(1, n // x.shape[0]) if x.ndim > 1 and self.axis != 0 else n
-        return 1.0 / math.sqrt(n * self.qmax)
 
     def _scale(self) -> Tensor:
         return positive(self.step_size, floor=MIN_SCALE)
 
-    def _zero(self) -> Tensor:
-        return self.zero
-
-    def _grid(self) -> Grid:
-        return Grid(self._scale(), self._zero(), self.qmin, self.qmax, self.step)
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        return self._scale(), self.zero
 
     def _quantize(self, x: Tensor) -> Tensor:
-        g = self.gradient_factor(x)
-        delta = scale_gradient(self._scale(), g) * self.step
-        zero = scale_gradient(self._zero(), g) / self.step
-        return staircase(x, delta, zero, self.ends, odd=self.step == 2, slope=self.slope)
+        g = self.gradient_factor(x, self.qmax)
+        return self._snap(x, *(scale_gradient(learned, g) for learned in self._scale_and_zero()))
 
     def _fit(self, x: Tensor) -> None:
         size = mean_abs(x if self.signed else x.clamp(min=0.0), axis=self.axis)
-        idle = 2.0 * MIN_SCALE if self.step == 2 and self.role == "weight" else IDLE_CLIP
+        idle = 2.0 * MIN_SCALE if self.binary and self.role == "weight" else IDLE_CLIP
         size = torch.where(size > 0, size, torch.full_like(size, idle))
-        factor = 1.0 if self.step == 2 else 2.0 / math.sqrt(self.qmax)
-        start = size * factor
-        if self.init == "least_error" and self.step == 1:
+        start = size * (1.0 if self.binary else 2.0 / math.sqrt(self.qmax))
+        if self.init == "least_error" and not self.binary:
             low, high = widest_range(x, signed=self.signed, axis=self.axis)
             widest = torch.maximum(high / self.qmax, low / min(self.qmin, -1)).clamp(min=MIN_SCALE)
-            _, start = best_shrink(x, torch.zeros_like(widest), widest, self._on_step, axis=self.axis)
+            zero = widest.new_tensor(float(-self.qmin))
+            n_steps = self.qmax - self.qmin
+            _, start = best_shrink(x, widest, widest, lambda _, s: (s, zero), n_steps=n_steps, axis=self.axis)
         self.step_size.data = start
-
-    def _on_step(self, x: Tensor, _: Tensor, step_size: Tensor) -> Tensor:
-        return step_size * torch.clamp(torch.round(x / step_size), self.qmin, self.qmax)
 
 
 class LSQPlusWeight(LSQ):
@@ -103,7 +86,7 @@ class LSQPlusWeight(LSQ):
 
     def _fit(self, x: Tensor) -> None:
         super()._fit(x)
-        if self.step == 1:
+        if not self.binary:
             self.step_size.data = three_sigma(x, axis=self.axis) / (self.qmax + int(self.signed))
 
 
@@ -128,11 +111,9 @@ class LSQPlusAct(LSQ):
         super().__init__(bits, signed=signed, axis=axis, role="act")
         if axis is not None:
             raise ValueError(f"lsq_plus activations have one grid per tensor: axis must be None, not {axis}")
-        self.half_steps = signed and bits == 1
-        self.step = 2 if self.half_steps else 1
         self.n_steps = 2**bits - 1
-        self.qmin, self.qmax = 0, self.n_steps * self.step
-        self.ends = torch.tensor((0.0, float(self.n_steps)))
+        step = 2 if self.binary else 1
+        self.use_integers(0, self.n_steps * step, step)
         self.beta = nn.Parameter(torch.tensor(0.0), requires_grad=signed)
         self._held: Tensor | None = None
 
@@ -140,26 +121,24 @@ class LSQPlusAct(LSQ):
         """Keep the zero point of now while the step is learned (True), and leave it where it is afterwards (False)."""
         with torch.no_grad():
             if on:
-                self._held = self._zero().clone()
+                self._held = self._scale_and_zero()[1].clone()
             elif self._held is not None:
                 self.beta.data, self._held = -self._scale() * self._held, None
 
-    def _zero(self) -> Tensor:
+    def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        scale = self._scale()
         if self._held is not None:
-            return self._held
-        position = -self.beta / self._scale()  # not detached: eq. 5 needs the path through z
-        return torch.round(position).clamp(0, self.qmax).detach() + (position - position.detach())
+            return scale, self._held
+        position = -self.beta / scale  # not detached: eq. 5 needs the path through z
+        return scale, torch.round(position).clamp(0, self.qmax).detach() + (position - position.detach())
 
     def _fit(self, x: Tensor) -> None:
         low, high = widest_range(x, signed=self.signed)
-        if self.half_steps:
+        if self.binary:
             low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-        delta, zero = self._levels(*best_shrink(x, low, high, self._on_range))
+        delta, zero = self._levels(*best_shrink(x, low, high, self._levels, n_steps=self.n_steps))
         self.step_size.copy_(delta / self.step)
         self.beta.copy_(-delta * zero)
 
     def _levels(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return levels_from_range(low, high, n_steps=self.n_steps, half_steps=self.half_steps)
-
-    def _on_range(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return snap_to_levels(x, *self._levels(low, high), n_steps=self.n_steps)
+        return levels_from_range(low, high, n_steps=self.n_steps, half_steps=self.binary)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hq_lib.quantizers.base import Tag
 from hq_lib.quantizers.clip import ClipQuantizer, FixedClip
-from hq_lib.quantizers.ranges import least_error_clip, percentile_clip
+from hq_lib.quantizers.ranges import least_error_clip
 from hq_lib.quantizers.straight_through import Slope
 
 
@@ -31,65 +31,42 @@ class PACT(ClipQuantizer):
     slope = Slope.PACT
     tags: ClassVar[dict[str, Tag]] = {"alpha": Tag(lr_factor=0.1, decay=True)}
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool,
-        axis: int | None = None,
-        init: float | None = None,
-        percent: float | None = None,
-    ) -> None:
+    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, init: float | None = None) -> None:
         """``init``: first alpha in real units (the paper's 10, for training from scratch), no data needed.
 
-        None fits alpha to the first batch: at the smallest squared error, or at the ``percent`` (0 to 100) percentile.
+        None fits alpha to the first batch, at the smallest squared error.
         """
         super().__init__(bits, signed=signed, axis=axis)
-        if percent is not None and not 0.0 < percent <= 100.0:
-            raise ValueError(f"{self.method}: percent is {percent}; it lies in (0, 100]")
         if init is not None and not 0.0 < abs(init) < float("inf"):
             raise ValueError(
                 f"{self.method}: init is {init}; the first clip is a finite size in activation units, not 0"
             )
-        self.percent, self.init = percent, init
+        self.init = init
         self.alpha = nn.Parameter(torch.tensor(1.0 if init is None else float(init)))
         if init is not None:
-            self.initialised.fill_(True)
-            self._ready = True
+            self.mark_fitted()
 
     def clip(self) -> Tensor:
         """Return |alpha|: (), real units."""
         return self.alpha.abs()
 
     def _fit(self, x: Tensor) -> None:
-        if self.percent is not None:
-            self.alpha.copy_(percentile_clip(x, signed=self.signed, percent=self.percent))
-        else:
-            self.alpha.copy_(least_error_clip(x, self._grid()))
+        self.alpha.copy_(least_error_clip(x, self._grid()))
 
 
 class MPACT(PACT):
     """Modified PACT of seed 001, its learned form: a signed symmetric clip [-alpha, alpha], wherever it stands.
 
     2^(b-1) - 1 levels on each side, so linear outputs keep their negative part. After a ReLU half of the range is
-    idle, as in the seed; ``symmetric=False`` uses [0, alpha] there. Gradient: dx = 1 inside, d alpha = sum where
-    x >= alpha minus sum where x < -alpha. Decayed like PACT's (the seed adds 0.0002 alpha^2 to the loss besides).
+    idle, as in the seed. Gradient: dx = 1 inside, d alpha = sum where x >= alpha minus sum where x < -alpha. Decayed
+    like PACT's (the seed adds 0.0002 alpha^2 to the loss besides).
     """
 
     method = "mpact"
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool = True,
-        axis: int | None = None,
-        init: float | None = None,
-        percent: float | None = None,
-        symmetric: bool = True,
-    ) -> None:
-        """``init``, ``percent``: as PACT (the seed starts at 10). ``symmetric``: signed grid even for unsigned data."""
-        super().__init__(bits, signed=signed or symmetric, axis=axis, init=init, percent=percent)
+    def __init__(self, bits: int, *, signed: bool = True, axis: int | None = None, init: float | None = None) -> None:
+        """``init``: as PACT (the seed starts at 10). ``signed``: the grid is, whatever the data are."""
+        super().__init__(bits, signed=True, axis=axis, init=init)
 
 
 class FixedMPACT(FixedClip):
@@ -101,7 +78,4 @@ class FixedMPACT(FixedClip):
     """
 
     method = "mpact"
-
-    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, clip: float = 6.0) -> None:
-        """``clip``: S, real units, > 0."""
-        super().__init__(bits, signed=signed, axis=axis, clip=clip)
+    published = 6.0

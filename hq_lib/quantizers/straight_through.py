@@ -17,6 +17,8 @@ from torch import Tensor
 from hq_lib.quantizers.affine import snap
 from hq_lib.quantizers.fusion import Fused
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
 
 class Slope(Enum):
     """What the backward pass gives to the input and to ``delta``; a member per published rule."""
@@ -37,7 +39,8 @@ def _forward(x: Tensor, delta: Tensor, low: Tensor, high: Tensor, odd: bool) -> 
     return delta * (snap(clipped, _offset(low, odd)) if odd else torch.round(clipped))
 
 
-def _sum_to(values: Tensor, like: Tensor) -> Tensor:
+def sum_to(values: Tensor, like: Tensor) -> Tensor:
+    """Return ``values`` summed to the shape of ``like``: the gradient of what was broadcast."""
     return values.sum() if like.ndim == 0 else values.sum_to_size(like.shape)
 
 
@@ -54,7 +57,7 @@ def _mask_backward(
 def _clip_backward(grad: Tensor, x: Tensor, delta: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     v = x / delta
     below, above = v < low, v >= high
-    grad_delta = _sum_to(grad * torch.where(below, low, torch.where(above, high, 0.0)), delta)
+    grad_delta = sum_to(grad * torch.where(below, low, torch.where(above, high, 0.0)), delta)
     return torch.where((v >= low) & (v < high), grad, 0.0), grad_delta
 
 
@@ -65,8 +68,8 @@ def _step_backward(
     inside = (v >= low) & (v < high)
     level = snap(torch.clamp(v, low, high), _offset(low, odd))
     grad_x = torch.where(inside, grad, 0.0)
-    grad_delta = _sum_to(grad * (level - torch.where(inside, v, 0.0)), delta)
-    return grad_x, grad_delta, -delta * _sum_to(grad - grad_x, delta)
+    grad_delta = sum_to(grad * (level - torch.where(inside, v, 0.0)), delta)
+    return grad_x, grad_delta, -delta * sum_to(grad - grad_x, delta)
 
 
 forward_kernel = Fused(_forward, n_elementwise=1, apart=False)
@@ -109,6 +112,6 @@ def staircase(x: Tensor, delta: Tensor, zero: Tensor, ends: Tensor, *, odd: bool
     Returns:
         (*shape), ``x``'s dtype and memory order. NaN stays NaN and passes no gradient; +-Inf is clipped.
     """
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in LOW_PRECISION:
         return _Staircase.apply(x.float(), delta, zero, ends, odd, slope).to(x.dtype)
     return _Staircase.apply(x, delta, zero, ends, odd, slope)

@@ -9,9 +9,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,40 +101,39 @@ def _size(images: ImageSet | Batches, split: str) -> dict[str, object]:
     return {f"n_{split}": f"{len(images)} batches" if isinstance(images, Sized) else "batches"}
 
 
+@dataclass
 class _Run:
-    """The state of one call of ``fit``."""
+    """The state of one call of ``fit``, whose arguments it has."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        train: ImageSet | Batches,
-        val: ImageSet | Batches | None,
-        config: TrainConfig,
-        run_dir: Path | None,
-        teacher: nn.Module | None,
-        before_epoch: Callable[[nn.Module, int], None] | None,
-        say: Callable[[str], None],
-    ) -> None:
-        if (teacher is None) != (config.distill == 0):
+    net: nn.Module
+    train: ImageSet | Batches
+    val: ImageSet | Batches | None
+    config: TrainConfig
+    run_dir: Path | None
+    teacher: nn.Module | None
+    before_epoch: Callable[[nn.Module, int], None] | None
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        if (self.teacher is None) != (self.config.distill == 0):
             raise ValueError(
-                f"config.distill={config.distill} and teacher={'None' if teacher is None else 'given'}: "
+                f"config.distill={self.config.distill} and teacher={'None' if self.teacher is None else 'given'}: "
                 "distillation needs both"
             )
         machine.keep_freed_memory_()
-        self.net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.device = device_of(net)
-        self.train = _on(train, self.device)
-        self.val, self.run_dir, self.before_epoch, self.say = val, run_dir, before_epoch, say
-        self.steps = _n_steps(train, config)
-        self.config = config
-        self.config = config = machine.settled(
-            config, net, self._first, n_steps=config.epochs * self.steps, stored=run_state.settings(run_dir), say=say
-        )
-        self.optimizer = sgd(net, config)
-        self.forward = machine.compiled(net) if config.compile else net
-        self.teacher = None if teacher is None else teacher.eval()
-        self.taught = machine.compiled(teacher) if teacher is not None and config.compile else self.teacher
+        self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.device = device_of(self.net)
+        self.train = _on(self.train, self.device)
+        self.steps = _n_steps(self.train, self.config)
+        n_steps, stored = self.config.epochs * self.steps, run_state.settings(self.run_dir)
+        self.config = machine.settled(self.config, self.net, self._first, n_steps=n_steps, stored=stored, say=self.say)
+        self.optimizer = sgd(self.net, self.config)
+        self.forward = self._fast(self.net)
+        self.taught = None if self.teacher is None else self._fast(self.teacher.eval())
         self.history: list[dict[str, float]] = []
+
+    def _fast(self, net: nn.Module) -> Callable[[Tensor], Tensor]:
+        return machine.compiled(net) if self.config.compile else net
 
     def go(self) -> FitResult:
         """All epochs that are still to do."""
@@ -209,22 +207,16 @@ class _Run:
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         if self.run_dir is not None:
-            run_state.save(self.run_dir, self._state())
+            state = {"history": self.history, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+            run_state.save(self.run_dir, state)
         self.say(f"epoch {epoch + 1}/{self.config.epochs}: loss {train_loss:.4f}, {validation}{row['seconds']:.0f} s")
 
     def _identity(self) -> dict[str, object]:
         return {
-            **self.config.as_dict(),
+            **asdict(self.config),
             **_size(self.train, "train"),
             **({"n_val": 0} if self.val is None else _size(self.val, "val")),
             "n_parameters": sum(p.numel() for p in self.net.parameters()),
-        }
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "history": self.history,
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
         }
 
     def _resume(self) -> None:

@@ -6,13 +6,13 @@ work, not an accuracy.
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from hq_lib.graph import BitPolicy
 from hq_lib.quantizers import act_quantizer
 from hq_lib.quantizers.base import Quantizer
+from hq_lib.results.hints import nearest
 from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
 
@@ -80,9 +80,7 @@ def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int
     """
     check_profile(profile)
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no QAT method {method!r}: choose one of {', '.join(METHODS)}{hint}")
+        raise ValueError(f"no QAT method {method!r}: choose one of {', '.join(METHODS)}{nearest(method, METHODS)}")
     weight, act = METHODS[method]
     specs = {"weight": _with_bits(weight, w_bits), "act": _with_bits(act, a_bits)}
     policy = BitPolicy(**specs, first_last_bits=8, input_bits=8, placement="academic", bn="keep")

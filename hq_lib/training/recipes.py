@@ -6,11 +6,11 @@ work rather than to reach an accuracy.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hq_lib.results.hints import nearest
 from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
 
@@ -72,9 +72,7 @@ def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig
     An unknown network or profile raises ``ValueError`` naming the nearest valid one.
     """
     check_profile(profile)
-    chosen = find(
-        model,
-    )
+    chosen = find(model)
     if profile == "full":
         epochs = chosen.config.epochs if seed == 0 else chosen.later_epochs or chosen.config.epochs
         return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs), None
@@ -85,7 +83,5 @@ def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig
 def find(model: str) -> Recipe:
     """The recipe of a network; an unknown one raises ``ValueError`` naming the nearest one that has a recipe."""
     if model not in RECIPES:
-        near = difflib.get_close_matches(str(model), RECIPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no recipe for {model!r}: choose one of {', '.join(RECIPES)}{hint}")
+        raise ValueError(f"no recipe for {model!r}: choose one of {', '.join(RECIPES)}{nearest(model, RECIPES)}")
     return RECIPES[model]

@@ -205,7 +205,7 @@ def test_without_memory_the_result_is_nearly_the_same(unit, monkeypatch):
     ptq.reconstruct(plain, x, settings)
     lean, _ = made()
     filled = []
-    monkeypatch.setattr(UnitCache, "_fill", lambda cache: filled.append(cache))
+    monkeypatch.setattr("hq_lib.ptq.cache.filled", lambda *args: filled.append(args))
     monkeypatch.setattr(reconstruction, "MAX_BYTES", 0)
     ptq.reconstruct(lean, x, settings)
     assert not filled

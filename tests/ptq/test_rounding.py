@@ -1,4 +1,4 @@
-"""AdaRound's quantizer against its closed form, and ranges against the observers."""
+"""AdaRound's quantizer against its closed form, and ranges against the L_p search."""
 
 import pytest
 import torch
@@ -8,8 +8,7 @@ from hq_lib import ptq
 from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, calibrate, quantize, weight_layers
 from hq_lib.graph.tracing import trace
 from hq_lib.quantizers import AdaRound, FixedGrid, Grid, dequantize
-from hq_lib.quantizers.fixed import logits_of, rectified_sigmoid, rounding_penalty
-from hq_lib.quantizers.observers import lp_search
+from hq_lib.quantizers.lp_grid import lp_search
 
 WEIGHT = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
 GRID = Grid(torch.linspace(0.2, 0.4, 5).reshape(5, 1, 1, 1), torch.tensor(3.0).expand(5, 1, 1, 1), 0, 7)
@@ -50,21 +49,29 @@ def test_values_are_exactly_the_integers_on_the_named_grid():
         q.to_int(WEIGHT)
 
 
-def test_logits_invert_the_rectified_sigmoid():
-    h = torch.linspace(0, 1, 21, dtype=torch.float64)
-    assert torch.allclose(rectified_sigmoid(logits_of(h)), h, atol=1e-12)
-    assert float(rectified_sigmoid(torch.tensor(0.0))) == pytest.approx(0.5)
-    assert float(logits_of(torch.tensor(0.5))) == pytest.approx(0.0)
+def of_fractions(h: list[float]) -> AdaRound:
+    return AdaRound(torch.tensor(h), Grid(torch.tensor(1.0), torch.tensor(0.0), 0, 3), bits=2, axis=None)
+
+
+def test_logits_start_where_the_rectified_sigmoid_is_the_fraction():
+    h = torch.linspace(0, 1, 21)[:-1]
+    assert torch.allclose(of_fractions(h.tolist()).h(), h, atol=1e-6)
+    assert of_fractions([0.5]).v.item() == pytest.approx(0.0, abs=1e-6)  # sigmoid(0) = 1/2
 
 
 @pytest.mark.parametrize("beta", [2.0, 5.0, 20.0])
 def test_gradient_of_the_regulariser_is_the_closed_form(beta):
-    h = torch.tensor([0.05, 0.3, 0.5, 0.8, 0.97], dtype=torch.float64, requires_grad=True)
-    rounding_penalty(h, beta).backward()
+    q = of_fractions([0.05, 0.3, 0.5, 0.8, 0.97])
+    h = q.h()
+    h.retain_grad()
+    q.h = lambda: h
+    q.regulariser(beta).backward()
     d = 2 * h.detach() - 1
-    assert torch.allclose(h.grad, -2 * beta * d.abs() ** (beta - 1) * d.sign())
-    assert float(rounding_penalty(torch.tensor([0.0, 1.0]), beta)) == 0
-    assert float(rounding_penalty(torch.tensor([0.5]), beta)) == 1
+    assert torch.allclose(h.grad, -2 * beta * d.abs() ** (beta - 1) * d.sign(), atol=1e-5)
+    assert of_fractions([0.5]).regulariser(beta).item() == pytest.approx(1)
+    q.v.data = torch.tensor([-9.0, 9.0])
+    del q.h
+    assert q.regulariser(beta).item() == 0  # all decided
 
 
 def test_the_logits_gradient_is_the_step_times_the_sigmoids_slope():
@@ -95,14 +102,14 @@ def test_another_weight_or_a_nan_is_refused():
         AdaRound(torch.full_like(WEIGHT, torch.nan), GRID, bits=3)
 
 
-def test_weight_ranges_are_the_observers_per_channel():
+def test_weight_ranges_are_the_searchs_per_channel():
     qnet = quantize(trained_like(Tiny()), BitPolicy("minmax:3", "float", bn="fold"), images(1))
     ptq.fit_weights(qnet, "mse")
     layer = weight_layers(qnet)["blocks.1.project"]
     found = lp_search(layer.weight, bits=3, axis=0).grid
     grid = layer.weight_quantizer.grid()
-    assert torch.equal(grid.scale.flatten(), found.scale)
-    assert torch.equal(grid.zero_point.flatten(), found.zero_point)
+    assert torch.equal(grid.scale, found.scale)
+    assert torch.equal(grid.zero_point, found.zero_point)
     assert weight_layers(qnet)["fc"].weight_quantizer.grid().qmin == -127
 
 

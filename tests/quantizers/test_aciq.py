@@ -10,7 +10,7 @@ from scipy.stats import laplace, norm
 from torch import nn
 
 from hq_lib.quantizers import aciq
-from hq_lib.quantizers.observers import grid_from_range
+from hq_lib.quantizers.ranges import grid_from_range
 
 DENSITY = {"laplace": laplace.pdf, "gauss": norm.pdf}
 # Optimal ratios and model errors recomputed by golden section, independent of the closed forms here; rows are M = 1..8.
@@ -157,7 +157,7 @@ def test_per_channel_is_a_loop_over_channels_even_with_own_bits():
     got = aciq.clip_range(x, bits=bits, axis=0)
     for c in range(3):
         one = aciq.clip_range(x[c], bits=int(bits[c]))
-        torch.testing.assert_close(torch.stack([got.low[c], got.high[c]]), torch.stack(one), rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.cat([got.low[c], got.high[c]]), torch.stack(one), rtol=1e-12, atol=0)
     assert aciq.fit(x, axis=0).is_laplace[:2].tolist() == [True, False]
 
 
@@ -185,25 +185,18 @@ def test_grid_aware_clip_beats_the_table_at_two_bits():
 
 
 def test_bit_allocation_example():
-    spreads = torch.tensor([1.0, 1.0, 8.0])
-    assert aciq.allocate_bits(spreads, 4).tolist() == [3, 3, 5]
-    assert int(aciq.allocate_bits(spreads, 4, quota="mean").sum()) == 12
+    bits = aciq.allocate_bits(torch.tensor([1.0, 1.0, 8.0]), 4).tolist()
+    assert (sorted(bits[:2]), bits[2]) == ([3, 4], 5)  # the formula's (3, 3, 5) and one bit more to meet the average
 
 
 def test_bit_allocation_meets_its_limits():
     assert aciq.allocate_bits(torch.ones(5), 3).tolist() == [3] * 5
     assert aciq.allocate_bits(torch.tensor([0.0, 0.0]), 4).tolist() == [0, 0]
-    assert aciq.allocate_bits(torch.tensor([0.0, 1.0]), 4, quota="mean").tolist() == [0, 8]
-    wild = torch.tensor([1e-9, 1.0, 1e9])
-    assert aciq.allocate_bits(wild, 4).tolist() == [0, 0, 6]
+    assert aciq.allocate_bits(torch.tensor([0.0, 1.0]), 4).tolist() == [0, 8]
+    assert aciq.allocate_bits(torch.tensor([1e-9, 1.0, 1e9]), 2).tolist() == [0, 0, 6]  # no bit for the negligible
     spreads = torch.rand(64, generator=torch.Generator().manual_seed(0)) * 5
-    assert int(aciq.allocate_bits(spreads, 4, quota="mean").sum()) == 256
-    assert (aciq.allocate_bits(spreads, 4, rounding="ceil") >= aciq.allocate_bits(spreads, 4)).all()
-    for bad in (
-        {"spreads": -spreads, "bits": 4},
-        {"spreads": spreads, "bits": 9},
-        {"spreads": spreads, "bits": 4, "quota": "x"},
-    ):
+    assert int(aciq.allocate_bits(spreads, 4).sum()) == 256
+    for bad in ({"spreads": -spreads, "bits": 4}, {"spreads": spreads, "bits": 9}):
         with pytest.raises(ValueError, match=r"negative|need 0\.\.8"):
             aciq.allocate_bits(**bad)
 
@@ -213,11 +206,16 @@ def coarse(w: torch.Tensor, levels: int = 3) -> torch.Tensor:
     return scale * torch.clamp(torch.round(w / scale.clamp(min=1e-9)), -levels, levels)
 
 
+def corrected(correction: aciq.Correction, w_hat: torch.Tensor) -> torch.Tensor:
+    shape = (-1, *[1] * (w_hat.dim() - 1))
+    return (correction.gain.view(shape) * w_hat.double() + correction.offset.view(shape)).to(w_hat.dtype)
+
+
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (5, 40), (6, 1, 3, 3)])
 def test_bias_correction_restores_mean_and_norm(shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.3
     w_hat = coarse(w)
-    fixed = aciq.bias_correction(w, w_hat).apply(w_hat.double()).flatten(1)
+    fixed = corrected(aciq.bias_correction(w, w_hat), w_hat.double()).flatten(1)
     real = w.double().flatten(1)
     torch.testing.assert_close(fixed.mean(1), real.mean(1), rtol=1e-6, atol=0)
     centred, want = fixed - fixed.mean(1, keepdim=True), real - real.mean(1, keepdim=True)
@@ -230,7 +228,7 @@ def test_bias_correction_of_constant_channels():
     w_hat = torch.stack([torch.zeros(9), torch.full((9,), 0.25), torch.zeros(9)])
     correction = aciq.bias_correction(w, w_hat)
     assert correction.gain.tolist() == [1.0, 1.0, 1.0]
-    torch.testing.assert_close(correction.apply(w_hat).mean(1), w.mean(1))
+    torch.testing.assert_close(corrected(correction, w_hat).mean(1), w.mean(1))
     with pytest.raises(ValueError, match="differ in shape"):
         aciq.bias_correction(w, w_hat[:2])
 
@@ -248,7 +246,7 @@ def test_correction_survives_the_integer_form(geometry):
         correction, scale=scale, bias=layer.bias, window_sum=aciq.window_sum_mean(x, layer)
     )
     with torch.no_grad():
-        exact = layer._conv_forward(x, correction.apply(scale.view(-1, 1, 1, 1) * w_int), layer.bias)
+        exact = layer._conv_forward(x, corrected(correction, scale.view(-1, 1, 1, 1) * w_int), layer.bias)
         integer = layer._conv_forward(x, w_int, None) * new_scale.view(1, -1, 1, 1) + new_bias.view(1, -1, 1, 1)
     torch.testing.assert_close(integer.mean((0, 2, 3)), exact.mean((0, 2, 3)), rtol=1e-9, atol=1e-12)
     assert (correction.offset.abs() > 1e-6).any()

@@ -235,8 +235,8 @@ def test_thirty_two_bits_mean_no_quantizer():
 def test_unknown_names_get_the_nearest_one():
     with pytest.raises(ValueError, match=r"lsqplus.*did you mean 'lsq_plus'"):
         weight_quantizer("lsqplus", 4)
-    with pytest.raises(ValueError, match=r"no option 'percnt'.*did you mean 'percent'"):
-        act_quantizer("pact", 4, signed=False, percnt=3)
+    with pytest.raises(ValueError, match=r"no option 'innit'.*did you mean 'init'"):
+        act_quantizer("pact", 4, signed=False, innit=3)
     with pytest.raises(ValueError, match="unsigned"):
         weight_quantizer("dorefa", 4, signed=False)
     with pytest.raises(ValueError, match="axis"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hq_lib.integer import TensorSpec
 from hq_lib.integer.execute import real_values
-from hq_lib.quantizers.observers import lp_search
+from hq_lib.quantizers.lp_grid import lp_search
 
 FLOAT_BITS = 32
 MAX_BITS = 8

@@ -1,7 +1,8 @@
 """A net with every tensor's grid at every number of bits at hand: assignments are measured without fitting again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,10 @@ from torch import Tensor, nn
 
 from hq_lib import ptq
 from hq_lib.graph import BitPolicy, QuantizedNet, QuantizedWeight, quantize, weight_layers
-from hq_lib.graph.state import set_quantization
+from hq_lib.graph.state import Choice, set_quantization
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.quantizers import FLOAT_BITS
 from hq_lib.results.hints import nearest
-
-Choice = Callable[[nn.Module], bool]
 
 
 @torch.no_grad()
@@ -33,10 +32,16 @@ def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = Non
         only:   which quantizers (given the module).
     """
     found: dict[str, Tensor] = {}
-    hooks = []
-    for name, layer in weight_layers(qnet).items():
-        if layer.weight_quantizer is not None and (only is None or only(layer.weight_quantizer)):
-            hooks.append(layer.register_forward_hook(_measure(name, found)))
+
+    def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, QuantizedWeight)
+        with set_quantization(layer, weights=True, acts=None):
+            shift = layer.forward(inputs[0]) - output
+        channels = shift.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        found[name] = shift.mean([d for d in range(shift.dim()) if d != channels])
+
+    chosen = {n: m for n, m in weight_layers(qnet).items() if (q := m.weight_quantizer) and (only is None or only(q))}
+    hooks = [layer.register_forward_hook(partial(measure, name)) for name, layer in chosen.items()]
     try:
         with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet):
             qnet(images)
@@ -44,23 +49,6 @@ def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = Non
         for hook in hooks:
             hook.remove()
     return found
-
-
-def _measure(name: str, found: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A forward hook that runs the layer once more, quantized, and keeps the mean difference per output channel."""
-
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(layer, QuantizedWeight)
-        with set_quantization(layer, weights=True, acts=None):
-            shift = layer.forward(inputs[0]) - output
-        found[name] = shift.mean([d for d in range(shift.dim()) if d != channel_dim(layer, shift)])
-
-    return hook
-
-
-def channel_dim(layer: nn.Module, output: Tensor) -> int:
-    """The dimension of a layer's output that holds its channels."""
-    return output.dim() - 1 if isinstance(layer, nn.Linear) else 1
 
 
 def correct_means(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> None:
@@ -88,6 +76,9 @@ def tensors_of(qnet: QuantizedNet) -> list[str]:
     return weights + [f"act {site.name}" for site in sites]
 
 
+_uniform = partial(uniform_policy, placement="academic")
+
+
 class GridBank:
     """Fitted quantizers (and corrected biases) of every tensor of a net, at several numbers of bits.
 
@@ -96,12 +87,7 @@ class GridBank:
     those of fast PTQ, nothing is learned.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        images: Tensor,
-        bits: Sequence[int],
-    ) -> None:
+    def __init__(self, net: nn.Module, images: Tensor, bits: Sequence[int]) -> None:
         """Fit all grids.
 
         Args:
@@ -111,33 +97,24 @@ class GridBank:
         """
         self.bits = tuple(sorted(set(bits)))
         with eval_mode(net):
-            fitted = {b: quantize(net, self._uniform(b), images[:1]) for b in self.bits}
+            fitted = {b: quantize(net, _uniform(b), images[:1]) for b in self.bits}
             for qnet in fitted.values():
                 ptq.fit_weights(qnet)
                 ptq.fit_acts(qnet, images)  # to the float net's activations, so before its biases change
                 correct_means(qnet, images)
-            self.net: QuantizedNet = quantize(net, self._uniform(self.bits[-1]), images[:1])
+            self.net: QuantizedNet = quantize(net, _uniform(self.bits[-1]), images[:1])
         self._biases = {name: layer.bias for name, layer in weight_layers(self.net).items()}
-        self._targets = {site.name: site.quantizer for site in fitted[self.bits[0]].meta["sites"]}
-        self._host(fitted)
-
-    @staticmethod
-    def _uniform(bits: int, **more: Any) -> BitPolicy:
-        return uniform_policy(bits, placement="academic", **more)
-
-    def _host(self, fitted: Mapping[int, QuantizedNet]) -> None:
-        """Keep of each fitted net its modules and biases, by tensor and bits."""
-        self._modules: dict[str, dict[int, tuple[nn.Module, nn.Parameter | None]]] = {}
+        self._targets = {site.name: site.quantizer for site in self.net.meta["sites"]}
+        self._modules: dict[str, dict[int, tuple[Any, nn.Parameter | None]]] = {}
         for b, qnet in fitted.items():
+            layers = weight_layers(qnet)
             for tensor in tensors_of(qnet):
                 kind, name = tensor.split(" ", 1)
-                layer = weight_layers(qnet).get(name)
-                found = (
-                    layer.weight_quantizer if kind == "weight" and layer else qnet.get_submodule(self._targets[name])
-                )
-                assert found is not None
-                bias = layer.bias if kind == "weight" and layer else None
-                self._modules.setdefault(tensor, {})[b] = (found, bias)
+                if kind == "weight":
+                    found = layers[name].weight_quantizer, layers[name].bias
+                else:
+                    found = qnet.get_submodule(self._targets[name]), None
+                self._modules.setdefault(tensor, {})[b] = found
 
     @property
     def tensors(self) -> list[str]:
@@ -151,7 +128,12 @@ class GridBank:
             ValueError: an unknown tensor (with the nearest name), or bits that were not fitted.
         """
         for tensor, b in bits.items():
-            self._check(tensor, b)
+            if tensor not in self._modules:
+                raise ValueError(f"no tensor {tensor!r}{nearest(tensor, self._modules)}")
+            if b not in (*self.bits, FLOAT_BITS):
+                raise ValueError(
+                    f"{tensor}: {b!r} bits were not fitted; there are {self.bits} and {FLOAT_BITS} (float)"
+                )
         for tensor, fitted in self._modules.items():
             kind, name = tensor.split(" ", 1)
             module, bias = fitted.get(bits.get(tensor, FLOAT_BITS), (None, None))
@@ -160,22 +142,12 @@ class GridBank:
             else:
                 layer = weight_layers(self.net)[name]
                 layer.weight_quantizer, layer.bias = module, bias if module is not None else self._biases[name]
-        self._say(bits)
-        return self.net
-
-    def _say(self, bits: Mapping[str, int]) -> None:
-        """Let the net's policy, which reports and files go by, be that of ``bits``."""
-        meta = self.net.meta
+        meta = self.net.meta  # reports and files go by it
         for key, kind in (("weights", "weight"), ("acts", "act")):
             known = {name: f"{kind} {name}" for name in meta[key]}
             meta[key] = {name: replace(meta[key][name], bits=bits.get(t, FLOAT_BITS)) for name, t in known.items()}
         meta["policy"] = self.policy(bits)
-
-    def _check(self, tensor: str, bits: int) -> None:
-        if tensor not in self._modules:
-            raise ValueError(f"no tensor {tensor!r}{nearest(tensor, self._modules)}")
-        if bits not in (*self.bits, FLOAT_BITS):
-            raise ValueError(f"{tensor}: {bits!r} bits were not fitted; there are {self.bits} and {FLOAT_BITS} (float)")
+        return self.net
 
     def policy(self, bits: Mapping[str, int]) -> BitPolicy:
         """The policy that gives the same bits; tensors that are not named are float in it."""
@@ -183,4 +155,4 @@ class GridBank:
         for tensor in self._modules:
             kind, name = tensor.split(" ", 1)
             overrides.setdefault(name, {})[kind] = bits.get(tensor, FLOAT_BITS)
-        return self._uniform(self.bits[-1], overrides=overrides)
+        return _uniform(self.bits[-1], overrides=overrides)

@@ -63,9 +63,10 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
     price = [cost.per_bit.get(tensor, 0.0) * bits for tensor, bits in choices]
     price += [cost.per_bit_pair[w, a] * b_w * b_a for w, b_w, a, b_a in joint]
     loss = [OBJECTIVE_SCALE * losses[tensor][bits] for tensor, bits in choices] + [0.0] * len(joint)
+    one_each = [[t == tensor for t, _ in choices] + [False] * len(joint) for tensor in losses]
     limits = [
         LinearConstraint(np.array([price]) / budget, -np.inf, 1.0),
-        LinearConstraint(_one_choice_each(losses, choices, len(joint)), 1.0, 1.0),
+        LinearConstraint(np.array(one_each, float), 1.0, 1.0),
     ]
     if joint:
         limits.append(LinearConstraint(_margins(choices, joint), 0.0, 0.0))
@@ -90,14 +91,6 @@ def _check(losses: Losses, cost: Cost, budget: float) -> None:
     least = cost.of({tensor: min(row) for tensor, row in losses.items()})
     if least > budget * (1 + 1e-9):
         raise ValueError(f"budget {budget:g} {cost.unit}: the cheapest assignment already costs {least:g}")
-
-
-def _one_choice_each(losses: Losses, choices: list[tuple[str, int]], n_joint: int) -> np.ndarray:
-    tensors = {tensor: i for i, tensor in enumerate(losses)}
-    table = np.zeros((len(tensors), len(choices) + n_joint))
-    for column, (tensor, _) in enumerate(choices):
-        table[tensors[tensor], column] = 1.0
-    return table
 
 
 def _margins(choices: list[tuple[str, int]], joint: list[tuple[str, int, str, int]]) -> np.ndarray:

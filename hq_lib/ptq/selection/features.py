@@ -1,6 +1,6 @@
 """Scores and selections from what a network computes: pure functions of feature arrays, no network inside.
 
-Features come from ``quantizers.observers.record`` (evaluation mode, no gradients). Functions named for a score return
+Features are of a network in evaluation mode, without gradients. Functions named for a score return
 (N,) values for ``select``; functions named for a method (``herding``, ``k_center`` ...) return the positions.
 """
 
@@ -30,7 +30,7 @@ def reconstruction_error(
     """(N,) mean squared difference per image between a float block and its rounded-to-nearest twin, on inputs ``x``.
 
     The quantity that smoothness is supposed to lower. Both callables are to be in evaluation mode
-    (``hq_lib.quantizers.observers.evaluating``) and must not mix images, else a score depends on its batch.
+    (``graph.modes.eval_mode``) and must not mix images, else a score depends on its batch.
     """
     errors = [(block(part) - quantized_block(part)).square().flatten(1).mean(1) for part in x.split(batch_size)]
     return torch.cat(errors)
@@ -84,15 +84,11 @@ def knowledge_distance(layers: Sequence[Tensor], *, n_clusters: int = 10, seed: 
     total = torch.zeros(len(layers[0]))
     for features in layers:
         values = _checked(features, n_clusters).cpu().numpy()
-        distance = _fitted(values, n_clusters, seed).transform(values).min(1)
+        n_distinct = len(np.unique(values, axis=0))  # no more centres than that
+        clusters = KMeans(min(n_clusters, n_distinct), n_init="auto", random_state=seed).fit(values)
+        distance = clusters.transform(values).min(1)
         total += torch.from_numpy(distance / max(float(distance.mean()), 1e-12)).float()
     return total
-
-
-def _fitted(values: np.ndarray, n_clusters: int, seed: int) -> KMeans:
-    """k-means on the values; no more centres than there are distinct rows."""
-    n_distinct = len(np.unique(values, axis=0))
-    return KMeans(min(n_clusters, n_distinct), n_init="auto", random_state=seed).fit(values)
 
 
 def herding(features: Tensor, n: int) -> Tensor:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,15 +75,6 @@ class Manifest:
         return json.dumps({"n": len(self), **asdict(self)}, indent=1) + "\n"
 
 
-class How(TypedDict, total=False):
-    """How a set was chosen: the fields of ``Manifest`` that say so."""
-
-    metric: str
-    strategy: str
-    seed: int
-    balanced: bool
-
-
 def pixel_hash(image: Tensor) -> str:
     """SHA-256 of one uint8 image (C, H, W): its shape, then its bytes, whatever its memory layout."""
     if image.dtype != torch.uint8:
@@ -93,7 +84,7 @@ def pixel_hash(image: Tensor) -> str:
     return digest.hexdigest()
 
 
-def from_images(images: ImageSet, positions: Tensor | Sequence[int], **how: Unpack[How]) -> Manifest:
+def from_images(images: ImageSet, positions: Tensor | Sequence[int], **how: Any) -> Manifest:
     """The manifest of the images at ``positions`` of a set; ``how``: metric, strategy, seed, balanced."""
     chosen = images.subset(torch.as_tensor(positions, dtype=torch.int64))
     hashes = tuple(pixel_hash(image) for image in chosen.images)
@@ -101,8 +92,8 @@ def from_images(images: ImageSet, positions: Tensor | Sequence[int], **how: Unpa
     return Manifest(images.spec.name, images.split, hashes, indices=indices, **how)
 
 
-def from_files(root: Path, files: Sequence[str], *, dataset: str, split: str = "train", **how: Unpack[How]) -> Manifest:
-    """The manifest of image files below ``root``; ``files`` are relative, with forward slashes."""
+def from_files(root: Path, files: Sequence[str], *, dataset: str, split: str = "train", **how: Any) -> Manifest:
+    """The manifest of image files below ``root``; ``files`` are relative, with forward slashes; ``how`` as there."""
     hashes = tuple(_file_hash(_inside(root, name)) for name in files)
     return Manifest(dataset, split, hashes, files=tuple(files), **how)
 

@@ -5,13 +5,15 @@ exactly the pixels the network sees: after resize and crop, before normalisation
 Y = 0.299 R + 0.587 G + 0.114 B; a one-channel image is its own luma.
 """
 
-import difflib
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from scipy.fft import dct
 from torch import Tensor
 from torch.nn.functional import conv2d
+
+from hq_lib.results.hints import nearest
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _CHUNK = 1024  # images held as float at once
@@ -39,70 +41,68 @@ def luma(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 else (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
+def per_image(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``function`` of images (N, C, H, W) in [0, 1] as one of any images, which are checked and taken in slices."""
+
+    @wraps(function)
+    @torch.no_grad()
+    def scored(images: Tensor) -> Tensor:
+        if len(images) == 0:
+            raise ValueError("no images to score")
+        return torch.cat([function(unit_images(chunk)) for chunk in images.split(_CHUNK)])
+
+    return scored
+
+
+@per_image
 def total_variation(images: Tensor) -> Tensor:
     """(N,) TV = mean |D_h Y| + mean |D_v Y|, forward differences."""
-
-    def score(x: Tensor) -> Tensor:
-        y = luma(x)
-        return y.diff(dim=3).abs().mean((1, 2, 3)) + y.diff(dim=2).abs().mean((1, 2, 3))
-
-    return _in_chunks(score, images)
+    y = luma(images)
+    return y.diff(dim=3).abs().mean((1, 2, 3)) + y.diff(dim=2).abs().mean((1, 2, 3))
 
 
+@per_image
 def gradient_energy(images: Tensor) -> Tensor:
     """(N,) GE = mean (Sobel_x Y)^2 + (Sobel_y Y)^2, 3 x 3 Sobel without normalisation, interior pixels."""
-
-    def score(x: Tensor) -> Tensor:
-        sobel = x.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
-        gradients = conv2d(luma(x), torch.stack([sobel, sobel.T]).unsqueeze(1))
-        return gradients.square().sum(1).mean((1, 2))
-
-    return _in_chunks(score, images)
+    sobel = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+    gradients = conv2d(luma(images), torch.stack([sobel, sobel.T]).unsqueeze(1))
+    return gradients.square().sum(1).mean((1, 2))
 
 
+@per_image
 def laplacian_variance(images: Tensor) -> Tensor:
     """(N,) LV = Var(Y * [[0, 1, 0], [1, -4, 1], [0, 1, 0]]), interior pixels, population variance."""
-
-    def score(x: Tensor) -> Tensor:
-        kernel = x.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
-        return conv2d(luma(x), kernel).var((1, 2, 3), correction=0)
-
-    return _in_chunks(score, images)
+    kernel = images.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
+    return conv2d(luma(images), kernel).var((1, 2, 3), correction=0)
 
 
+@per_image
 def high_frequency_ratio(images: Tensor) -> Tensor:
     """(N,) HF = sum_{u+v>=4} C_uv^2 / (sum_{(u,v)!=(0,0)} C_uv^2 + 1e-8), orthonormal 8 x 8 DCT-II of Y.
 
     Sums run over all whole 8 x 8 blocks from the top left; rows and columns that fill no block are left out.
     ``ValueError`` for images under 8 x 8.
     """
-    if images.dim() == 4 and min(images.shape[2:]) < 8:
+    if min(images.shape[2:]) < 8:
         raise ValueError(f"images of {tuple(images.shape[2:])} pixels hold no 8 x 8 block: the DCT ratio needs one")
-
-    def score(x: Tensor) -> Tensor:
-        basis = torch.from_numpy(dct(torch.eye(8).double().numpy(), norm="ortho", axis=0)).to(x)
-        blocks = luma(x)[:, 0].unfold(1, 8, 8).unfold(2, 8, 8)  # (N, H/8, W/8, 8, 8)
-        energy = (basis @ blocks @ basis.T).square().sum((1, 2))
-        order = torch.arange(8, device=x.device)
-        high = (order.unsqueeze(1) + order) >= 4
-        return energy[:, high].sum(1) / (energy.sum((1, 2)) - energy[:, 0, 0] + 1e-8)
-
-    return _in_chunks(score, images)
+    basis = torch.from_numpy(dct(torch.eye(8).double().numpy(), norm="ortho", axis=0)).to(images)
+    blocks = luma(images)[:, 0].unfold(1, 8, 8).unfold(2, 8, 8)  # (N, H/8, W/8, 8, 8)
+    energy = (basis @ blocks @ basis.T).square().sum((1, 2))
+    order = torch.arange(8, device=images.device)
+    high = (order.unsqueeze(1) + order) >= 4
+    return energy[:, high].sum(1) / (energy.sum((1, 2)) - energy[:, 0, 0] + 1e-8)
 
 
-def histogram(images: Tensor, n_bins: int | None = None) -> Tensor:
+@per_image
+def histogram(images: Tensor) -> Tensor:
     """(N, n_bins) share of each image's pixel values (all channels) per bin; every bin holds 256 / n_bins grey levels.
 
-    ``n_bins=None``: 64 for images up to 32 x 32, else 256.
+    64 bins for images up to 32 x 32, else 256.
     """
-    n = n_bins or (64 if images.shape[2] * images.shape[3] <= 32 * 32 else 256)
-
-    def share(x: Tensor) -> Tensor:
-        index = ((x.flatten(1) * 255 + 0.5) * (n / 256)).long().clamp_(0, n - 1)
-        counts = x.new_zeros(len(x), n).scatter_add_(1, index, torch.ones_like(x.flatten(1)))
-        return counts / index.shape[1]
-
-    return _in_chunks(share, images)
+    n_bins = 64 if images.shape[2] * images.shape[3] <= 32 * 32 else 256
+    index = ((images.flatten(1) * 255 + 0.5) * (n_bins / 256)).long().clamp_(0, n_bins - 1)
+    counts = images.new_zeros(len(images), n_bins).scatter_add_(1, index, torch.ones_like(images.flatten(1)))
+    return counts / index.shape[1]
 
 
 def histogram_roughness(images: Tensor) -> Tensor:
@@ -129,14 +129,5 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 def score(images: Tensor, metric: str) -> Tensor:
     """(N,) float32 scores by metric name; an unknown name raises ``ValueError`` with the nearest valid one."""
     if metric not in METRICS:
-        near = difflib.get_close_matches(str(metric), METRICS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown metric {metric!r}: did you mean {near[0]!r}? Metrics: {', '.join(METRICS)}")
+        raise ValueError(f"unknown metric {metric!r}: there are {', '.join(METRICS)}{nearest(metric, METRICS)}")
     return METRICS[metric](images)
-
-
-@torch.no_grad()
-def _in_chunks(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """``function`` over slices of checked images, concatenated."""
-    if len(images) == 0:
-        raise ValueError("no images to score")
-    return torch.cat([function(unit_images(chunk)) for chunk in images.split(_CHUNK)])

@@ -6,7 +6,7 @@ The model ignores where the grid's levels lie; below 3 bits that matters: see ``
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from scipy.optimize import root_scalar
 from scipy.special import lambertw
@@ -23,14 +23,10 @@ PUBLISHED: dict[tuple[Prior, bool], dict[int, float]] = {
 }
 
 
-def check_prior(prior: str) -> None:
-    """Nothing for a known prior; else ``ValueError``."""
-    if prior not in ("laplace", "gauss"):
+def check(prior: str, bits: float = 0) -> None:
+    """Nothing for a known prior and 0 <= bits <= 32; else ``ValueError``."""
+    if prior not in get_args(Prior):
         raise ValueError(f"prior={prior!r}: the analytic clip knows 'laplace' and 'gauss'")
-
-
-def check_average_bits(bits: float) -> None:
-    """Nothing for 0 <= bits <= 32; else ``ValueError``."""
     if not 0 <= bits <= 32:
         raise ValueError(f"bits={bits!r}: the analytic clip needs 0 to 32 bits")
 
@@ -46,8 +42,7 @@ def clip_ratio(bits: float, prior: Prior, *, relu: bool = False) -> float:
         bits: M, 0..32; fractions are allowed (bit allocation meets them).
         relu: True for the positive half of a zero-mean variable, range [0, alpha].
     """
-    check_prior(prior)
-    check_average_bits(bits)
+    check(prior, bits)
     m = bits + 1 if relu else bits
     if prior == "laplace":
         return float(lambertw(3.0 * 4.0**m).real)
@@ -67,8 +62,7 @@ def noise_mse(ratio: float, bits: float, prior: Prior, *, relu: bool = False) ->
 
     Multiply by b^2 (sigma^2) for real units.
     """
-    check_prior(prior)
-    check_average_bits(bits)
+    check(prior, bits)
     if not ratio >= 0:
         raise ValueError(f"ratio={ratio!r}: alpha / spread cannot be negative or NaN")
     if prior == "laplace":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from hq_lib.quantizers.aciq.clip import Prior, check_prior
+from hq_lib.quantizers.aciq.clip import Prior, check
 
 GridKind = Literal["midpoint", "endpoint", "restricted", "relu_endpoint"]
 MAX_BITS = 12  # 4096 levels; beyond it the noise model is exact to 1e-4
@@ -49,7 +49,7 @@ def grid_mse(ratio: float, bits: int, prior: Prior, grid: GridKind) -> float:
 
     For ``relu_endpoint`` x = max(0, y): the negative half sits on level 0 and costs nothing.
     """
-    check_prior(prior)
+    check(prior)
     level = levels(ratio, bits, grid)
     edges = np.concatenate([[0.0], (level[1:] + level[:-1]) / 2, [np.inf]])
     m_0, m_1, m_2 = (np.diff(moment) for moment in _partial_moments(edges, prior))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hq_lib.quantizers.aciq.clip import Prior, clip_ratio, noise_mse
 from hq_lib.quantizers.aciq.exact import GridKind, grid_clip_ratio, grid_mse
-from hq_lib.quantizers.observers.ranges import Range, as_range, rows
+from hq_lib.quantizers.ranges import Range, per_channel, rows
 
 ReluVariant = Literal["official", "theory"]
 
@@ -79,7 +79,7 @@ def clip_range(
                With a ReLU variant only "relu_endpoint" makes sense.
 
     Returns:
-        ``Range`` of () or (C,), dtype of ``x``. No gradient.
+        ``Range``, dtype of ``x``. No gradient.
     """
     if relu not in (None, "official", "theory"):
         raise ValueError(f"relu={relu!r}: choose None (signed), 'official' or 'theory'")
@@ -97,7 +97,8 @@ def clip_range(
     else:
         low = torch.maximum(values.amin(1).double(), spread.mean - alpha)
         high = low + 2 * alpha
-    return as_range(low.to(x.dtype), high.to(x.dtype), axis)
+    low, high = (per_channel(end.to(x.dtype), x, axis) for end in (low, high))
+    return Range(low.clamp(max=0.0), high.clamp(min=0.0))
 
 
 def _alpha(spread: Fit, bits: int | Tensor, prior: str, relu: bool, grid: GridKind | None) -> Tensor:

@@ -11,12 +11,15 @@ weight's. What survives an integer export:
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.observers.ranges import rows
+from hq_lib.quantizers.ranges import rows
+
+MAX_BITS = 8
+"""Of a channel."""
 
 
 class Correction(NamedTuple):
@@ -27,29 +30,19 @@ class Correction(NamedTuple):
     offset: Tensor
     """(C,) float64, real units of the weight."""
 
-    def apply(self, w_hat: Tensor) -> Tensor:
-        """The corrected weight, shape and dtype of ``w_hat`` (channels on axis 0)."""
-        shape = (-1, *[1] * (w_hat.dim() - 1))
-        return (self.gain.view(shape) * w_hat.double() + self.offset.view(shape)).to(w_hat.dtype)
 
-
-def allocate_bits(
-    spreads: Tensor, bits: int, *, max_bits: int = 8, rounding: Literal["round", "ceil"] = "round",
-    quota: Literal["bins", "mean"] = "bins",
-) -> Tensor:  # fmt: skip
+def allocate_bits(spreads: Tensor, bits: int) -> Tensor:
     """Bits per channel that minimise total rounding noise under a quota of n * 2^M bins.
 
-        bins_i = B r_i^(2/3) / sum_j r_j^(2/3),   B = n 2^M,   bits_i = round(log2 bins_i), clipped to 0..max_bits
+        bins_i = B r_i^(2/3) / sum_j r_j^(2/3),   B = n 2^M,   bits_i = round(log2 bins_i), clipped to 0..``MAX_BITS``
 
-    Spreads (1, 1, 8) at M = 4: bins (8, 8, 32), bits (3, 3, 5).
+    The average of these may miss M; then single bits move, largest rounding residual first, until sum(bits) = n M (or
+    every channel is at its limit). Departure: the official code shifts the target of all channels in up to ten steps.
+    Spreads (1, 1, 8) at M = 4: bins (8, 8, 32), bits (3, 3, 5), then a fourth for one of the first two.
 
     Args:
-        spreads:  (n,), >= 0: range, sigma or b of each channel (the official default is sigma).
-        bits:     M, the average asked for.
-        rounding: of log2 bins; the official default is "round".
-        quota:    "bins" = the formula, whose average may miss M (3.67 above); "mean" = then single bits move, largest
-                  rounding residual first, until sum(bits) = n M (or every channel is at its limit).
-                  Departure: the official code shifts the target of all channels in up to ten steps instead.
+        spreads: (n,), >= 0: range, sigma or b of each channel (the official default is sigma).
+        bits:    M, the average asked for.
 
     Returns:
         (n,) int64; 0 bits = the channel is a constant (its spread is 0 or negligible).
@@ -57,25 +50,16 @@ def allocate_bits(
     spreads = rows(spreads).flatten().double()
     if (spreads < 0).any():
         raise ValueError("spreads are ranges or deviations: none may be negative")
-    if not 0 <= bits <= max_bits or rounding not in ("round", "ceil") or quota not in ("bins", "mean"):
-        raise ValueError(
-            f"bits={bits}, rounding={rounding!r}, quota={quota!r}: need 0..{max_bits}, round|ceil, bins|mean"
-        )
+    if not 0 <= bits <= MAX_BITS:
+        raise ValueError(f"bits={bits}: need 0..{MAX_BITS}")
     if not (spreads > 0).any():
         return torch.zeros(len(spreads), dtype=torch.int64)
     share = (spreads / spreads.max()) ** (2 / 3)
     wanted = torch.log2(len(spreads) * 2.0**bits * share / share.sum())
-    whole = wanted.ceil() if rounding == "ceil" else wanted.round()
-    allocated = whole.clamp(0, max_bits).long()
-    return allocated if quota == "bins" else _meet_mean(allocated, wanted, len(spreads) * bits, max_bits)
-
-
-def _meet_mean(allocated: Tensor, wanted: Tensor, total: int, max_bits: int) -> Tensor:
-    """``allocated`` moved one bit at a time towards ``total``, the largest rounding residual first."""
-    allocated = allocated.clone()
-    while (missing := total - int(allocated.sum())) != 0:
+    allocated = wanted.round().clamp(0, MAX_BITS).long()
+    while (missing := len(spreads) * bits - int(allocated.sum())) != 0:
         step = 1 if missing > 0 else -1
-        free = (allocated < max_bits) & torch.isfinite(wanted) if step > 0 else allocated > 0
+        free = (allocated < MAX_BITS) & torch.isfinite(wanted) if step > 0 else allocated > 0
         if not free.any():
             break
         residual = torch.where(free, step * (wanted - allocated), -torch.inf)

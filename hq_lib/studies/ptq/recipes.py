@@ -15,7 +15,7 @@ from hq_lib.data import ImageSet
 from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, act_quantizers, calibrate, quantize, weight_layers
 from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import aciq, fake_quantize
-from hq_lib.quantizers.observers import grid_from_range
+from hq_lib.quantizers.ranges import grid_from_range
 
 CHOSEN = {"travel": 25.0, "beta_start": 8.0}
 """schedule of a short budget, rounding rate x iterations and the regulariser's first exponent: noticed first in a

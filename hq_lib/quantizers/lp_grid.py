@@ -6,14 +6,14 @@ search stops when no bound is below the best error measured on the values themse
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hq_lib.quantizers.affine import MIN_SCALE, Grid
-from hq_lib.quantizers.observers.lp_error import Bins, grid_error, make_bins, merge_bins, value_error, window_bounds
-from hq_lib.quantizers.observers.ranges import Scheme, grid_ends, rows
+from hq_lib.quantizers.lp_error import Bins, grid_error, make_bins, merge_bins, value_error, window_bounds
+from hq_lib.quantizers.ranges import Scheme, grid_ends, per_channel, rows
 
 P_DEFAULT = 2.4  # BRECQ and QDrop, official code
 N_STEPS = 100  # QDrop, MSEObserver
@@ -22,16 +22,14 @@ _BATCH_CELLS = 2**18  # candidates x bins refined per round and channel
 _MAX_CELLS = 2**22  # bounds (channels x candidates) held at once
 _SLACK = 1e-9  # relative; covers float64 summation order
 
-Sides = Literal["auto", "positive", "negative", "both"]
-
 
 class LpResult(NamedTuple):
     """The best grid found and its error."""
 
     grid: Grid
-    """Scale and zero point of () or (C,), with the grid's ends."""
+    """Scale and zero point, () or per channel in a shape that broadcasts to the tensor, with the grid's ends."""
     error: Tensor
-    """() or (C,), mean |x - x_hat|^p of the optimum (of the histogram where ``exact=False``)."""
+    """Mean |x - x_hat|^p of the optimum (of the histogram where ``exact=False``), shape of the scale."""
 
 
 class _Candidates(NamedTuple):
@@ -47,8 +45,8 @@ class _Candidates(NamedTuple):
 
 @torch.no_grad()
 def lp_search(
-    x: Tensor, *, bits: int, scheme: Scheme = "affine", p: float = P_DEFAULT, sides: Sides = "auto",
-    axis: int | None = None, exact: bool = True,
+    x: Tensor, *, bits: int, scheme: Scheme = "affine", p: float = P_DEFAULT, axis: int | None = None,
+    exact: bool = True,
 ) -> LpResult:  # fmt: skip
     """The grid that minimises mean |x - x_hat|^p among the published candidates.
 
@@ -60,19 +58,18 @@ def lp_search(
         x:      (*shape), real units: a weight, or a layer's activations on the whole calibration batch.
         bits:   1..16 (at 8 bits two-sided: 25,600 candidates).
         p:      >= 1; 2 is the mean squared error, 2.4 the published default.
-        sides:  which signs occur. "auto" reads it off this tensor; name it where several batches must agree.
-        axis:   channel axis of a per-channel search; None = per tensor. "auto" decides once for all channels.
+        axis:   channel axis of a per-channel search; None = per tensor. Which signs occur is decided once for all.
         exact:  True: the literal loop's optimum (ties, to 1e-12, go to the first in (step, zero point) order).
                 False: every value stands at the mean of its bin (16,384 bins over the range): no second pass over x;
                 the error of the chosen grid is typically within 0.5 % of the optimum.
 
     Returns:
-        ``LpResult``. No gradient. ``ValueError`` for NaN, infinity, no values, or signs that contradict ``sides``.
+        ``LpResult``. No gradient. ``ValueError`` for NaN, Inf or no values.
     """
     values = rows(x, axis)
     if p < 1:
         raise ValueError(f"p={p!r}: the L_p search needs p >= 1 (2.4 is the published default)")
-    candidates = _candidates(values, bits, scheme, p, sides)
+    candidates = _candidates(values, bits, scheme, p)
     n_cells = candidates.steps.shape[1] * max(candidates.k_min.shape[-1], values.shape[1] // 4 + 1)
     size = max(1, _MAX_CELLS // n_cells)
     parts = [slice(c, c + size) for c in range(0, len(values), size)]
@@ -80,36 +77,25 @@ def lp_search(
     step, k_min, error = (torch.cat(column) for column in zip(*found, strict=True))
     qmin, qmax = grid_ends(bits, scheme)
     columns = (step.to(values.dtype), (qmin - k_min).to(values.dtype), error / values.shape[1])
-    scale, zero_point, error = (t.squeeze(0) if axis is None else t for t in columns)
+    scale, zero_point, error = (per_channel(column, x, axis) for column in columns)
     return LpResult(Grid(scale, zero_point, qmin, qmax), error)
 
 
-def _candidates(values: Tensor, bits: int, scheme: Scheme, p: float, sides: Sides) -> _Candidates:
+def _candidates(values: Tensor, bits: int, scheme: Scheme, p: float) -> _Candidates:
     """The published candidate set as steps (C, S) and lowest codes k_min = qmin - zero_point."""
     qmin, qmax = grid_ends(bits, scheme)
     low, high = (end.double().unsqueeze(1) for end in torch.aminmax(values, dim=1))
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    sides = _check_sides(sides, bool((low < 0).any()), bool((high > 0).any()))
+    has_negative, has_positive = bool((low < 0).any()), bool((high > 0).any())
     n, symmetric = qmax - qmin, scheme != "affine"
     width = 2 * torch.maximum(-low, high) if symmetric else high - low
     fractions = torch.arange(1, N_STEPS + 1, dtype=torch.float64, device=values.device) / N_STEPS
     steps = (fractions * width / n).clamp(min=MIN_SCALE)
-    if symmetric or sides != "both":
-        k_min = torch.tensor([[-n if sides == "negative" and not symmetric else qmin]], device=values.device)
+    if symmetric or not (has_negative and has_positive):
+        k_min = torch.tensor([-n if has_negative and not symmetric else qmin], device=values.device)
     else:
-        k_min = -torch.arange(n + 1, device=values.device).unsqueeze(0)
-    return _Candidates(steps, k_min.double().unsqueeze(1), n + 1, p)
-
-
-def _check_sides(sides: Sides, has_negative: bool, has_positive: bool) -> Sides:
-    """``sides`` with "auto" resolved from the signs present; contradictions raise."""
-    if sides not in ("auto", "positive", "negative", "both"):
-        raise ValueError(f"sides={sides!r}: choose 'auto', 'positive', 'negative' or 'both'")
-    if (sides == "positive" and has_negative) or (sides == "negative" and has_positive):
-        raise ValueError(f"sides={sides!r}, but the tensor has values of the other sign: use sides='both' or 'auto'")
-    if sides != "auto":
-        return sides
-    return "both" if has_negative and has_positive else "negative" if has_negative else "positive"
+        k_min = -torch.arange(n + 1, device=values.device)
+    return _Candidates(steps, k_min.double().view(1, 1, -1), n + 1, p)
 
 
 def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
