@@ -44,7 +44,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train a network in float (--method float), or through its quantizers (pact, lsq, dsq, ..., hybrid).
 
-    Killed? The same command goes on where it stopped.
+    Killed? The same command goes on where it stopped. Several GPUs: torchrun --nproc_per_node=4 -m hq_lib train ...
 
     Example: hq train --model resnet20 --method pact --bits 4/4 --set protocol.epochs=10
     """

@@ -20,7 +20,10 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def augment(images: Tensor, generator: torch.Generator, *, pad: int = 4, flip: bool = True) -> Tensor:
+def augment(
+    images: Tensor, generator: torch.Generator, *, pad: int = 4, flip: bool = True, n_drawn: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:  # fmt: skip
     """A random crop after zero padding by ``pad`` pixels, and a random left-right flip, drawn per image.
 
     Args:
@@ -28,15 +31,17 @@ def augment(images: Tensor, generator: torch.Generator, *, pad: int = 4, flip: b
         generator: CPU generator; consumes 2 B integers and, with ``flip``, B bits more.
         pad:       pixels added on each side, >= 0.
         flip:      whether half of the images are mirrored.
+        n_drawn:   images that crops and flips are drawn for, of which ``images`` are ``part``; None = these alone.
 
     Returns:
         (B, C, H, W) uint8, on the device of ``images``.
     """
     n, _, height, width = images.shape
-    rows = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator) + torch.arange(height)
-    cols = torch.randint(0, 2 * pad + 1, (n, 1), generator=generator) + torch.arange(width)
+    drawn = (n if n_drawn is None else n_drawn, 1)
+    rows = torch.randint(0, 2 * pad + 1, drawn, generator=generator)[part] + torch.arange(height)
+    cols = torch.randint(0, 2 * pad + 1, drawn, generator=generator)[part] + torch.arange(width)
     if flip:
-        mirrored = torch.randint(0, 2, (n, 1), generator=generator).bool()
+        mirrored = torch.randint(0, 2, drawn, generator=generator)[part].bool()
         cols = torch.where(mirrored, cols.flip(1), cols)
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # (B, H, W, C)
     each = torch.arange(n, device=images.device).view(n, 1, 1)
@@ -52,6 +57,7 @@ def batches(
     pad: int = 0,
     flip: bool = False,
     device: torch.device | str = "cpu",
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (normalised images (B, C, H, W) float32, labels (B,) int64).
 
@@ -63,6 +69,7 @@ def batches(
         generator:  CPU generator that draws permutation and augmentation; its state alone decides the epoch.
         pad, flip:  augmentation, see ``augment``; need a generator. Flips only where ``DataSpec.flip`` allows them.
         device:     where the batch is wanted.
+        part:       the share of each batch that is yielded, augmented as it is in the whole batch.
     """
     if generator is None and (pad or flip):
         raise ValueError("augmentation needs a generator: pass generator=torch.Generator().manual_seed(seed)")
@@ -71,8 +78,8 @@ def batches(
     stop = n if generator is None or n < batch_size else n - n % batch_size
     for start in range(0, stop, batch_size):
         chosen = order[start : min(start + batch_size, stop)]
-        at = chosen.to(images.images.device)
+        at = chosen[part].to(images.images.device)
         x = images.images[at]
         if generator is not None and (pad or flip):
-            x = augment(x, generator, pad=pad, flip=flip and images.spec.flip)
+            x = augment(x, generator, pad=pad, flip=flip and images.spec.flip, n_drawn=len(chosen), part=part)
         yield normalize(x.to(device), images.spec), images.labels[at].to(device)

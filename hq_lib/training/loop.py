@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
-from hq_lib.training import machine, run_state
+from hq_lib.training import machine, processes, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
 from hq_lib.training.distillation import distance
 from hq_lib.training.evaluation import Batches, cross_entropy, device_of, evaluate
@@ -66,13 +66,17 @@ def fit(
                       puts in eval mode stays there for the epoch.
         say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
 
+    Several processes, with a batch shared among them, train as one: see ``training.processes``.
+
     Raises:
         FloatingPointError: the loss stopped being finite; names the epoch and the learning rate.
         ValueError: ``run_dir`` holds a run of another configuration, a damaged state, or one that
-            another process is writing; batches without a length;
+            another process is writing; batches without a length, or that processes cannot share evenly;
             a teacher without ``config.distill``, or the other way round.
     """
     noisy = weight_noise(net, config.weight_noise) if config.weight_noise else nullcontext()
+    if processes.rank():  # the first process alone writes and speaks
+        run_dir = say = None
     with run_state.owned(run_dir), noisy:
         return _Run(net, train, val, config, run_dir, teacher, before_epoch, say or (lambda _: None)).go()
 
@@ -125,10 +129,14 @@ class _Run:
         self.device = device_of(self.net)
         self.train = _on(self.train, self.device)
         self.steps = _n_steps(self.train, self.config)
+        self.part = slice(None)
+        if isinstance(self.train, ImageSet):
+            self.part = processes.share(min(len(self.train), self.config.batch_size))
         n_steps, stored = self.config.epochs * self.steps, run_state.settings(self.run_dir)
-        self.config = machine.settled(self.config, self.net, self._first, n_steps=n_steps, stored=stored, say=self.say)
+        settled = machine.settled(self.config, self.net, self._first, n_steps=n_steps, stored=stored, say=self.say)
+        self.config = processes.agreed(settled)
         self.optimizer = sgd(self.net, self.config)
-        self.forward = self._fast(self.net)
+        self.forward = self._fast(processes.parallel(self.net))
         self.taught = None if self.teacher is None else self._fast(self.teacher.eval())
         self.history: list[dict[str, float]] = []
 
@@ -140,7 +148,7 @@ class _Run:
         self._resume()
         for epoch in range(len(self.history), self.config.epochs):
             start = time.perf_counter()
-            torch.manual_seed(self._epoch_seed(epoch))
+            torch.manual_seed(self._epoch_seed(epoch) + 1_000_000_007 * processes.rank())
             self.net.train()
             if self.before_epoch:
                 self.before_epoch(self.net, epoch)
@@ -165,7 +173,7 @@ class _Run:
             if time.perf_counter() - spoken > SAY_EVERY_S:
                 spoken = time.perf_counter()
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
-        mean = total.item() / self.steps
+        mean = processes.synchronised(self.net, total.item() / self.steps)
         if not math.isfinite(mean):
             lr = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(f"loss is {mean} in epoch {epoch + 1} at learning rate {lr:.3g}: lower config.lr")
@@ -173,10 +181,11 @@ class _Run:
 
     def _walk(self, epoch: int) -> Batches:
         if not isinstance(self.train, ImageSet):
-            return self.train
+            return ((x[processes.share(len(x))], y[processes.share(len(y))]) for x, y in self.train)
+        generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
         return batches(
-            self.train, self.config.batch_size, generator=torch.Generator().manual_seed(self._epoch_seed(epoch)),
-            pad=self.config.pad, flip=self.config.flip, device=self.device,
+            self.train, self.config.batch_size, generator=generator, pad=self.config.pad, flip=self.config.flip,
+            device=self.device, part=self.part,
         )  # fmt: skip
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -220,12 +229,13 @@ class _Run:
         }
 
     def _resume(self) -> None:
-        if self.run_dir is None or (state := run_state.begin(self.run_dir, self._identity())) is None:
+        state = processes.agreed(None if self.run_dir is None else run_state.begin(self.run_dir, self._identity()))
+        if state is None:
             return
         try:
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.history = [dict(row) for row in state["history"]]
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise run_state.unusable(self.run_dir, run_state.STATE, error) from error
+            raise run_state.unusable(self.run_dir or Path(), run_state.STATE, error) from error
         self.say(f"resumed after epoch {len(self.history)} of {self.config.epochs}")
