@@ -1,6 +1,9 @@
 """Random FPGAI networks, and when two are the same."""
 
+from collections import OrderedDict
+
 import numpy as np
+import torch
 
 from hq_lib.deploy.fpga import LENET, FpgaiLayer, FpgaiNet, Stage
 
@@ -29,3 +32,14 @@ def assert_same(a, b):
         assert x.weight.dtype == y.weight.dtype == np.uint8
         assert np.array_equal(x.weight, y.weight)
         assert np.array_equal(x.bias, y.bias)
+
+
+def write_tuple(net, path):
+    """``net`` as seed 002's Python saves it: int32 weights, real biases, a flat list of its quant triples."""
+    state = OrderedDict()
+    for layer in net.layers:
+        state[f"{layer.name}.weight"] = torch.from_numpy(layer.weight.astype(np.int32))
+        state[f"{layer.name}.bias"] = torch.from_numpy((layer.bias * layer.scale / 255).astype(np.float32))
+    quant = [n for layer in net.layers for n in (layer.multiplier, layer.shift, layer.zero_point)]
+    torch.save((state, quant), path)
+    return path

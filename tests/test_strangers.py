@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from fpgai_nets import SMALL, random_net
+from fpgai_nets import SMALL, random_net, write_tuple
 from integer_nets import float_net, images, quantized
 from PIL import Image
 from torch import nn
@@ -229,7 +229,7 @@ def more_readers(folder, record):
         "fpga_weight.txt": (seeds["net_weight.txt"], beside(seeds, "net_weight.txt", read_seeds)),
         "fpga_quant.txt": (seeds["net_quant.txt"], beside(seeds, "net_quant.txt", read_seeds)),
         "seed.tuple": (
-            fpga.write_tuple(fpga.tuple_of(random_net(5, SMALL)), folder / "a.tuple").read_bytes(),
+            write_tuple(random_net(5, SMALL), folder / "a.tuple").read_bytes(),
             lambda p: fpga.net_of(fpga.read_tuple(p), SMALL)),
         "public.pt": (
             (folder / "public.pt").read_bytes(), lambda p: models.load_public(p, models.build("lenet"))),

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hq_lib.integer.check import check
-from hq_lib.integer.execute import ImageError, quantize, run
+from hq_lib.integer.execute import ImageError, output_integers, quantize, run
 from hq_lib.integer.pixels import pixel_table, quantize_pixels
 from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.requant import RecordError
@@ -26,25 +26,10 @@ if TYPE_CHECKING:
     from hq_lib.integer.lowering import lower
 
 __all__ = [
-    "Agreement",
-    "ImageError",
-    "IntegerModel",
-    "LowerError",
-    "RecordError",
-    "TensorSpec",
-    "agreement",
-    "check",
-    "from_bytes",
-    "load",
-    "lower",
-    "pixel_table",
-    "quantize",
-    "quantize_pixels",
-    "round_biases",
-    "run",
-    "save",
-    "to_bytes",
-]
+    "Agreement", "ImageError", "IntegerModel", "LowerError", "RecordError", "TensorSpec", "agreement", "check",
+    "from_bytes", "load", "lower", "output_integers", "pixel_table", "quantize", "quantize_pixels", "round_biases",
+    "run", "save", "to_bytes",
+]  # fmt: skip
 
 
 _NEED_TORCH = {

@@ -12,7 +12,7 @@ from hq_lib.data import DataSpec
 from hq_lib.graph import kinds, op_name
 from hq_lib.integer.geometry import LowerError
 from hq_lib.integer.lowering import SAME, lower
-from hq_lib.integer.terms import norm_gain
+from hq_lib.integer.products import norm_gain
 
 
 @torch.no_grad()

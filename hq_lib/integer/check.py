@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,13 +78,13 @@ def _check_spec(name: str, spec: r.TensorSpec) -> None:
     _need(spec.bits == 32 if wide else 1 <= spec.bits <= 16, f"tensor {name!r}: {spec.bits} bits as {spec.dtype}")
     _need(wide or spec.qmax - spec.qmin < 2**spec.bits, f"tensor {name!r}: range wider than {spec.bits} bits")
     _need(spec.zero_point == 0 or not wide, f"tensor {name!r}: {spec.dtype} has zero point 0")
-    shapes = [(), (_channels(spec),)] if spec.dtype == "int32" else [()]
+    shapes = [(), (_channels(spec.shape),)] if spec.dtype == "int32" else [()]
     _check_array(spec.scale, "float32", shapes, f"tensor {name!r}, scale")
     _need(np.all(np.isfinite(spec.scale)) and np.all(spec.scale > 0), f"tensor {name!r}: scale must be finite and > 0")
 
 
-def _channels(spec: r.TensorSpec) -> int:
-    return spec.shape[0] if len(spec.shape) == 3 else spec.shape[-1]
+def _channels(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 3 else shape[-1]
 
 
 def _check_array(value: Any, dtypes: str, shapes: list[tuple[int, ...]], what: str) -> None:
@@ -106,33 +105,63 @@ def _check_requant(requant: r.Requant, n: int, what: str, *, top: int = 31) -> N
     _need(np.all(off <= step + 1e-5 * m), f"{what}: the fixed multipliers are not those of the float32 form")
 
 
+_N_INPUTS = {r.Add: (2, 2), r.Mul: (2, 2), r.Concat: (1, 64), r.Conv: (1, 2), r.Linear: (1, 2)}
+"""Operation -> least and most inputs, where these are not one"""
+
+
 def _check_op(op: r.Op, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
-    _need(type(op) in _CHECKS, f"{op.name!r}: unknown operation {type(op).__name__}")
-    arity = {r.Add: (2, 2), r.Mul: (2, 2), r.Concat: (1, 64), r.Conv: (1, 2), r.Linear: (1, 2)}.get(type(op), (1, 1))
-    _need(arity[0] <= len(inputs) <= arity[1], f"{op.name!r}: {len(inputs)} inputs")
+    _need(type(op) in r.OPS, f"{op.name!r}: unknown operation {type(op).__name__}")
+    least, most = _N_INPUTS.get(type(op), (1, 1))
+    _need(least <= len(inputs) <= most, f"{op.name!r}: {len(inputs)} inputs")
     for i, spec in enumerate(inputs):
         allowed = {"float32"} if isinstance(op, r.Quantize) else {"uint8", "uint16"}
         if isinstance(op, r.Reshape | r.Clip) or (i and isinstance(op, r.Layer)):
             allowed.add("int32")
         _need(spec.dtype in allowed, f"{op.name!r} cannot read {spec.name!r}, which is {spec.dtype}")
-    shape = _CHECKS[type(op)](op, inputs, out)
+    if isinstance(op, r.Quantize | r.Table | r.Mul):
+        _need(out.dtype in ("uint8", "uint16"), f"{op.name!r}: writes {out.dtype}")
+    match op:
+        case r.Conv() | r.Linear():
+            _check_layer(op, inputs, out)
+        case r.MaxPool() | r.AvgPool():
+            _check_pool(op, inputs[0], out)
+        case r.Add() | r.Mul():
+            _check_two(op, *inputs)
+        case r.Table():
+            _check_array(op.values, out.dtype, [(inputs[0].qmax + 1,)], f"{op.name!r}, table")
+            ends = int(op.values.min()), int(op.values.max())
+            inside = out.qmin <= ends[0] and ends[1] <= out.qmax
+            _need(inside, f"{op.name!r}: its table goes from {ends[0]} to {ends[1]}")
+        case r.Concat() | r.Reshape() | r.Transpose() | r.Slice() | r.Pad() | r.Clip():
+            for x in inputs:
+                _check_kept(op, x, out)
+            _check_move(op, [x.shape for x in inputs], out)
+    shape = r.output_shape(op, [x.shape for x in inputs])
+    if shape is None:
+        shape = out.shape if math.prod(out.shape) == math.prod(inputs[0].shape) else inputs[0].shape
+    _need(min(shape) >= 1, f"{op.name!r}: the window is larger than its padded input {inputs[0].shape}")
     _need(out.shape == shape, f"{op.name!r}: its output has shape {shape}, tensor {out.name!r} says {out.shape}")
 
 
-def _kept(op: r.Op, x: r.TensorSpec, out: r.TensorSpec) -> None:
+def _check_kept(op: r.Op, x: r.TensorSpec, out: r.TensorSpec) -> None:
     same = np.array_equal(out.scale, x.scale) and out.zero_point == x.zero_point and out.dtype == x.dtype
     _need(same, f"{op.name!r} must keep dtype, scale and zero point of {x.name!r}")
     clips = isinstance(op, r.Clip)
     _need(clips or (out.qmin <= x.qmin and x.qmax <= out.qmax), f"{op.name!r} cannot narrow the range of {x.name!r}")
 
 
-def _quantize(op: r.Quantize, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _need(out.dtype in ("uint8", "uint16"), f"{op.name!r}: writes {out.dtype}")
-    return inputs[0].shape
-
-
-def _layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
+def _check_layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
+    x, axes = inputs[0].shape, 4 if isinstance(op, r.Conv) else 2
+    _need(isinstance(op.weight, np.ndarray) and op.weight.ndim == axes, f"{op.name!r}: weight must have {axes} axes")
     n = op.weight.shape[0]
+    if isinstance(op, r.Conv):
+        _need(op.groups >= 1 and n % op.groups == 0, f"{op.name!r}: {n} channels in {op.groups} groups")
+        fits = len(x) == 3 and x[0] == op.weight.shape[1] * op.groups
+        _check_window(op, op.weight.shape[2:], op.dilation)
+    else:
+        fits = len(x) <= 2 and x[-1:] == op.weight.shape[1:]
+    _need(fits, f"{op.name!r}: input {x}, weight {op.weight.shape}")
+    _check_array(op.weight, "int8|int16", [op.weight.shape], f"{op.name!r}, weight")
     _check_array(op.bias, "int32", [(n,)], f"{op.name!r}, bias")
     for scale in (op.weight_scale, op.acc_scale):
         _check_array(scale, "float32", [(n,)], f"{op.name!r}, scales")
@@ -153,142 +182,63 @@ def _layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
         _need(np.all(op.residual.requant.shift == op.requant.shift), f"{op.name!r}: the residual has another shift")
 
 
-def _conv(op: r.Conv, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _need(isinstance(op.weight, np.ndarray) and op.weight.ndim == 4, f"{op.name!r}: weight must have 4 axes")
-    n, per_group = op.weight.shape[:2]
-    _need(op.groups >= 1 and n % op.groups == 0, f"{op.name!r}: {n} channels in {op.groups} groups")
-    x = inputs[0].shape
-    _need(len(x) == 3 and x[0] == per_group * op.groups, f"{op.name!r}: input {x}, weight {op.weight.shape}")
-    _check_array(op.weight, "int8|int16", [op.weight.shape], f"{op.name!r}, weight")
-    shape = (n, *_window(op, x, op.weight.shape[2:], op.dilation))
-    _layer(op, inputs, out)
-    return shape
+def _check_window(op: r.Conv | r.MaxPool | r.AvgPool, kernel: tuple[int, ...], dilation: tuple[int, int]) -> None:
+    _check_sizes(op, op.padding, 4, 0)
+    for sizes in (kernel, op.stride, dilation):
+        _check_sizes(op, sizes, 2, 1)
 
 
-def _linear(op: r.Linear, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _need(isinstance(op.weight, np.ndarray) and op.weight.ndim == 2, f"{op.name!r}: weight must have 2 axes")
-    x = inputs[0].shape
-    _need(len(x) <= 2 and x[-1:] == op.weight.shape[1:], f"{op.name!r}: input {x}, weight {op.weight.shape}")
-    _check_array(op.weight, "int8|int16", [op.weight.shape], f"{op.name!r}, weight")
-    _layer(op, inputs, out)
-    return (*x[:-1], op.weight.shape[0])
-
-
-def _window(op: Any, x: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, int]) -> tuple[int, int]:
-    top, left, bottom, right = _sizes(op, op.padding, 4, 0)
-    windows = zip(*(_sizes(op, sizes, 2, 1) for sizes in (kernel, op.stride, dilation)), strict=True)
-    sides = (x[1] + top + bottom, x[2] + left + right)
-    rows, columns = (r.n_windows(n, *window) for n, window in zip(sides, windows, strict=True))
-    _need(min(rows, columns) >= 1, f"{op.name!r}: the window is larger than its padded input {x}")
-    return rows, columns
-
-
-def _sizes(op: r.Op, values: tuple[int, ...], n: int, least: int) -> tuple[int, ...]:
+def _check_sizes(op: r.Op, values: tuple[int, ...], n: int, least: int) -> None:
     ok = len(values) == n and all(least <= v <= 2**16 for v in values)
     _need(ok, f"{op.name!r}: {values} must be {n} numbers from {least} to 65536")
-    return values
 
 
-def _add(op: r.Add, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    a, b = inputs
+def _check_pool(op: r.MaxPool | r.AvgPool, x: r.TensorSpec, out: r.TensorSpec) -> None:
+    _need(len(x.shape) == 3, f"{op.name!r}: pools (C, H, W), not {x.shape}")
+    _check_window(op, op.kernel, op.dilation if isinstance(op, r.MaxPool) else (1, 1))
+    if isinstance(op, r.AvgPool):
+        prove_accumulator(op, x)
+        if op.requant is not None:
+            _check_requant(op.requant, 1, repr(op.name))
+        return
+    _check_kept(op, x, out)
+    reach = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]
+    pads = (max(op.padding[0], op.padding[2]), max(op.padding[1], op.padding[3]))
+    _need(pads[0] < reach[0] and pads[1] < reach[1], f"{op.name!r}: padding {op.padding} leaves windows empty")
+
+
+def _check_two(op: r.Add | r.Mul, a: r.TensorSpec, b: r.TensorSpec) -> None:
+    if isinstance(op, r.Mul):
+        fits = len(a.shape) == len(b.shape) and all(m in (1, n) for n, m in zip(a.shape, b.shape, strict=True))
+        _need(fits, f"{op.name!r}: {b.shape} cannot be repeated to {a.shape}")
+        _check_requant(op.requant, 1, repr(op.name))
+        prove_product(op, a, b)
+        return
     _need(a.shape == b.shape, f"{op.name!r}: inputs {a.shape} and {b.shape}")
     for requant in op.requants:
         _check_requant(requant, 1, repr(op.name), top=30)
     _need(op.requants[0].shift[0] == op.requants[1].shift[0], f"{op.name!r}: its inputs have one shift")
     _need(type(op.offset) is np.float32 and bool(np.isfinite(op.offset)), f"{op.name!r}: offset")
     prove_add(op, a, b)
-    return a.shape
 
 
-def _max_pool(op: r.MaxPool, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _kept(op, inputs[0], out)
-    shape = (inputs[0].shape[0], *_pooled(op, inputs[0], op.dilation))
-    reach = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]
-    pads = (max(op.padding[0], op.padding[2]), max(op.padding[1], op.padding[3]))
-    _need(pads[0] < reach[0] and pads[1] < reach[1], f"{op.name!r}: padding {op.padding} leaves windows empty")
-    return shape
-
-
-def _avg_pool(op: r.AvgPool, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    prove_accumulator(op, inputs[0])
-    if op.requant is not None:
-        _check_requant(op.requant, 1, repr(op.name))
-    return (inputs[0].shape[0], *_pooled(op, inputs[0], (1, 1)))
-
-
-def _pooled(op: Any, x: r.TensorSpec, dilation: tuple[int, int]) -> tuple[int, int]:
-    _need(len(x.shape) == 3, f"{op.name!r}: pools (C, H, W), not {x.shape}")
-    return _window(op, x.shape, op.kernel, dilation)
-
-
-def _concat(op: r.Concat, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    rank = len(inputs[0].shape)
-    _need(0 <= op.axis < rank and all(len(x.shape) == rank for x in inputs), f"{op.name!r}: axis {op.axis}")
-    rests = {x.shape[: op.axis] + x.shape[op.axis + 1 :] for x in inputs}
-    _need(len(rests) == 1, f"{op.name!r}: shapes {[x.shape for x in inputs]} do not join on axis {op.axis}")
-    for x in inputs:
-        _kept(op, x, out)
-    joined = sum(x.shape[op.axis] for x in inputs)
-    return (*inputs[0].shape[: op.axis], joined, *inputs[0].shape[op.axis + 1 :])
-
-
-def _reshape(op: r.Reshape, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _kept(op, inputs[0], out)
-    same = math.prod(inputs[0].shape) == math.prod(out.shape)
-    flat = out.dtype != "int32" or {math.prod(inputs[0].shape)} == {_channels(inputs[0]), *out.shape}
-    _need(flat, f"{op.name!r}: int32 is reshaped from (C, 1, 1) to (C,) only")
-    return out.shape if same else inputs[0].shape
-
-
-def _transpose(op: r.Transpose, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _kept(op, inputs[0], out)
-    _need(sorted(op.axes) == list(range(len(inputs[0].shape))), f"{op.name!r}: axes {op.axes}")
-    return tuple(inputs[0].shape[a] for a in op.axes)
-
-
-def _slice(op: r.Slice, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    x = inputs[0].shape
-    _kept(op, inputs[0], out)
-    _need(len(op.start) == len(op.stop) == len(op.step) == len(x), f"{op.name!r}: one range per axis of {x}")
-    ok = all(0 <= a < b <= n and s >= 1 for a, b, s, n in zip(op.start, op.stop, op.step, x, strict=True))
-    _need(ok, f"{op.name!r}: {op.start}, {op.stop}, {op.step} is no slice of {x}")
-    return tuple(-(-(b - a) // s) for a, b, s in zip(op.start, op.stop, op.step, strict=True))
-
-
-def _pad(op: r.Pad, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    x = inputs[0]
-    _kept(op, x, out)
-    _sizes(op, op.before, len(x.shape), 0)
-    _sizes(op, op.after, len(x.shape), 0)
-    _need(out.qmin <= x.zero_point <= out.qmax, f"{op.name!r}: its range must hold the zero point")
-    return tuple(a + n + b for a, n, b in zip(op.before, x.shape, op.after, strict=True))
-
-
-def _clip(op: r.Clip, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _kept(op, inputs[0], out)
-    return inputs[0].shape
-
-
-def _table(op: r.Table, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    _need(out.dtype in ("uint8", "uint16"), f"{op.name!r}: writes {out.dtype}")
-    _check_array(op.values, out.dtype, [(inputs[0].qmax + 1,)], f"{op.name!r}, table")
-    ends = int(op.values.min()), int(op.values.max())
-    _need(out.qmin <= ends[0] and ends[1] <= out.qmax, f"{op.name!r}: its table goes from {ends[0]} to {ends[1]}")
-    return inputs[0].shape
-
-
-def _mul(op: r.Mul, inputs: list[r.TensorSpec], out: r.TensorSpec) -> tuple[int, ...]:
-    a, b = inputs
-    fits = len(a.shape) == len(b.shape) and all(m in (1, n) for n, m in zip(a.shape, b.shape, strict=True))
-    _need(fits, f"{op.name!r}: {b.shape} cannot be repeated to {a.shape}")
-    _need(out.dtype in ("uint8", "uint16"), f"{op.name!r}: writes {out.dtype}")
-    _check_requant(op.requant, 1, repr(op.name))
-    prove_product(op, a, b)
-    return a.shape
-
-
-_CHECKS: dict[type[r.Op], Callable[..., tuple[int, ...]]] = {
-    r.Quantize: _quantize, r.Conv: _conv, r.Linear: _linear, r.Add: _add, r.MaxPool: _max_pool,
-    r.AvgPool: _avg_pool, r.Concat: _concat, r.Reshape: _reshape, r.Transpose: _transpose, r.Slice: _slice,
-    r.Pad: _pad, r.Clip: _clip, r.Table: _table, r.Mul: _mul,
-}  # fmt: skip
+def _check_move(op: r.Op, shapes: list[tuple[int, ...]], out: r.TensorSpec) -> None:
+    x, rank = shapes[0], len(shapes[0])
+    match op:
+        case r.Concat():
+            _need(0 <= op.axis < rank and all(len(s) == rank for s in shapes), f"{op.name!r}: axis {op.axis}")
+            rests = {s[: op.axis] + s[op.axis + 1 :] for s in shapes}
+            _need(len(rests) == 1, f"{op.name!r}: shapes {shapes} do not join on axis {op.axis}")
+        case r.Reshape():
+            flat = out.dtype != "int32" or {math.prod(x)} == {_channels(x), *out.shape}
+            _need(flat, f"{op.name!r}: int32 is reshaped from (C, 1, 1) to (C,) only")
+        case r.Transpose():
+            _need(sorted(op.axes) == list(range(rank)), f"{op.name!r}: axes {op.axes}")
+        case r.Slice():
+            _need(len(op.start) == len(op.stop) == len(op.step) == rank, f"{op.name!r}: one range per axis of {x}")
+            ok = all(0 <= a < b <= n and s >= 1 for a, b, s, n in zip(op.start, op.stop, op.step, x, strict=True))
+            _need(ok, f"{op.name!r}: {op.start}, {op.stop}, {op.step} is no slice of {x}")
+        case r.Pad():
+            _check_sizes(op, op.before, rank, 0)
+            _check_sizes(op, op.after, rank, 0)
+            _need(out.qmin <= out.zero_point <= out.qmax, f"{op.name!r}: its range must hold the zero point")

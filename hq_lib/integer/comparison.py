@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from hq_lib.graph.tracing import NodeWatcher, eval_mode
 from hq_lib.integer.execute import run
 from hq_lib.integer.lowering import tensor_names
 from hq_lib.integer.record import IntegerModel, Op
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,6 @@ class Agreement:
     integer_acc_pct: float | None
     """top-1 of the integer network, percent; None without labels"""
 
-    def table(self) -> DataFrame:
-        """Return one row per tensor: name, bits, n, mismatch_pct, largest (LSB), and the histogram from -2 to +2."""
-        import pandas as pd
-
-        rows = [
-            {"tensor": t.name, "bits": t.bits, "n": t.n, "mismatch_pct": t.mismatch_pct, "largest_lsb": t.largest}
-            | {f"{steps:+d}": t.histogram.get(steps, 0) for steps in range(-2, 3)}
-            for t in self.tensors
-        ]
-        return pd.DataFrame(rows)
-
 
 def agreement(
     qnet: fx.GraphModule,
@@ -113,7 +99,16 @@ def agreement(
 
         ours.append(run(imodel, part.contiguous(), batch_size=batch_size, watch=compare))
         theirs.append(logits)
-    return _summary(imodel, counts, np.concatenate(ours), np.concatenate(theirs), labels)
+    tensors = tuple(
+        TensorAgreement(name, spec.bits, counts[name].total(), dict(sorted(counts[name].items())))
+        for name, spec in imodel.tensors.items()
+        if name in counts
+    )
+    found, wanted = np.concatenate(ours), np.concatenate(theirs)
+    classes = [logits.argmax(1) for logits in (wanted, found)]
+    acc = [None if labels is None else 100 * float((c == labels.numpy()).mean()) for c in classes]
+    same = 100 * float((classes[0] == classes[1]).mean())
+    return Agreement(tensors, len(found), same, float(np.abs(found - wanted).max()), acc[0], acc[1])
 
 
 def _graph_integers(
@@ -136,17 +131,3 @@ def _graph_integers(
     with eval_mode(qnet), torch.no_grad():
         NodeWatcher(qnet, look).run(images.to(device))
     return found, logits
-
-
-def _summary(
-    imodel: IntegerModel, counts: dict[str, Counter[int]], ours: np.ndarray, theirs: np.ndarray, labels: Tensor | None
-) -> Agreement:
-    tensors = tuple(
-        TensorAgreement(name, imodel.tensors[name].bits, sum(counts[name].values()), dict(sorted(counts[name].items())))
-        for name in imodel.tensors
-        if name in counts
-    )
-    classes = [logits.argmax(1) for logits in (theirs, ours)]
-    acc = [None if labels is None else 100 * float((c == labels.numpy()).mean()) for c in classes]
-    same = 100 * float((classes[0] == classes[1]).mean())
-    return Agreement(tensors, len(ours), same, float(np.abs(ours - theirs).max()), acc[0], acc[1])

@@ -6,6 +6,7 @@ It follows ``record``'s text operation by operation, over a batch at once, and i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from hq_lib.integer import record as r
 from hq_lib.integer.check import need_model
 from hq_lib.integer.record import IntegerModel, Requant, TensorSpec
+from hq_lib.integer.requant import RecordError
 from hq_lib.integer.sums import FLOAT32_EXACT, centred, padded, products, taps
 
 Products = Callable[[r.Layer, np.ndarray, TensorSpec], np.ndarray]
@@ -44,6 +46,14 @@ def run(
     Raises:
         ImageError: names what the model takes and what came. RecordError: ``model`` is a graph: lower it first.
     """
+    integers = output_integers(model, images, batch_size=batch_size, products=products, watch=watch)
+    return real_values(model.tensors[model.output], integers)
+
+
+def output_integers(
+    model: IntegerModel, images: Any, *, batch_size: int = 50, products: Products = products, watch: Watch | None = None
+) -> np.ndarray:
+    """Return the integers of the tensor ``model.output``, (N, *shape); arguments and errors of ``run``."""
     need_model(model)
     images = _as_images(model, images)
     parts = [_run_batch(model, images[i : i + batch_size], products, watch) for i in range(0, len(images), batch_size)]
@@ -59,6 +69,11 @@ def real_values(spec: TensorSpec, x: np.ndarray) -> np.ndarray:
     """Return the real values of integers ``x`` (B, *spec.shape): f32(f32(q - z) * scale), float32."""
     values = (x.astype(np.int64) - spec.zero_point).astype(np.float32)
     return values * (per_channel(spec.scale, values) if spec.scale.ndim else spec.scale)
+
+
+def levels(spec: TensorSpec) -> np.ndarray:
+    """Return the real value of each integer 0 .. qmax of a tensor with one scale: float32 (qmax + 1,)."""
+    return real_values(spec, np.arange(spec.qmax + 1))
 
 
 def to_grid(x: np.ndarray, out: TensorSpec) -> np.ndarray:
@@ -86,20 +101,63 @@ def _run_batch(model: IntegerModel, images: np.ndarray, products: Products, watc
     values: dict[str, np.ndarray] = {model.input: images}
     last_use = {tensor: i for i, op in enumerate(model.ops) for tensor in op.inputs}
     for i, op in enumerate(model.ops):
-        specs = [model.tensors[t] for t in op.inputs]
-        inputs, out = [values[t] for t in op.inputs], model.tensors[op.output]
-        if isinstance(op, r.Layer):
-            values[op.output] = _layer(op, inputs, specs, out, model.requantizer, products)
-        elif isinstance(op, r.Add | r.AvgPool | r.Mul):
-            values[op.output] = _SUMS[type(op)](op, inputs, specs, out, model.requantizer)
-        else:
-            values[op.output] = _MOVES[type(op)](op, inputs, specs, out)
-        if watch is not None and (instead := watch(op, values[op.output])) is not None:
-            values[op.output] = instead
+        inputs = [(values[t], model.tensors[t]) for t in op.inputs]
+        made = _executed(op, inputs, model.tensors[op.output], model.requantizer, products)
+        instead = None if watch is None else watch(op, made)
+        values[op.output] = made if instead is None else instead
         for tensor in set(op.inputs):
             if last_use[tensor] == i and tensor != model.output:
                 del values[tensor]
-    return real_values(model.tensors[model.output], values[model.output])
+    return values[model.output]
+
+
+def _executed(
+    op: r.Op, inputs: list[tuple[np.ndarray, TensorSpec]], out: TensorSpec, requantizer: r.Requantizer,
+    products: Products,
+) -> np.ndarray:  # fmt: skip
+    x, spec = inputs[0]
+    match op:
+        case r.Quantize():
+            return to_grid(x, out)
+        case r.Conv() | r.Linear():
+            return _layer(op, inputs, out, requantizer, products)
+        case r.Add() if requantizer == "float32":
+            (a, m_a), (b, m_b) = (
+                (x.astype(np.float64), q.multiplier.astype(np.float64))
+                for (x, _), q in zip(inputs, op.requants, strict=True)
+            )
+            y = (a * m_a + (b * m_b + np.float64(op.offset)).astype(np.float32)).astype(np.float32)
+            return _from_float(y, out.qmin, out.qmax, 0, out.dtype)
+        case r.Add():
+            terms = [(centred(x, s, np.int64), q) for (x, s), q in zip(inputs, op.requants, strict=True)]
+            return requantize(terms, out, requantizer)
+        case r.Mul():
+            a, b = (centred(x, s, np.int32) for x, s in inputs)
+            return requantize([(a * b, op.requant)], out, requantizer)
+        case r.AvgPool():
+            first, *rest = taps(padded(centred(x, spec, np.int32), op.padding), op.kernel, op.stride, (1, 1))
+            acc = sum(rest, start=first)
+            if op.requant is None:
+                return (acc + np.int32(out.zero_point)).astype(out.dtype)
+            return requantize([(acc, op.requant)], out, requantizer)
+        case r.MaxPool():
+            return reduce(np.maximum, taps(padded(x, op.padding), op.kernel, op.stride, op.dilation))
+        case r.Concat():
+            return np.concatenate([x for x, _ in inputs], axis=op.axis + 1)
+        case r.Reshape():
+            return x.reshape(len(x), *out.shape)
+        case r.Transpose():
+            return np.ascontiguousarray(x.transpose(0, *(a + 1 for a in op.axes)))
+        case r.Slice():
+            return np.ascontiguousarray(x[:, *map(slice, op.start, op.stop, op.step)])
+        case r.Pad():
+            return np.pad(x, [(0, 0), *zip(op.before, op.after, strict=True)], constant_values=spec.zero_point)
+        case r.Clip():
+            return np.clip(x, out.qmin, out.qmax)
+        case r.Table():
+            return op.values[x]
+        case _:
+            raise RecordError(f"{op.name!r}: unknown operation {type(op).__name__}")
 
 
 def requantize(terms: list[tuple[np.ndarray, Requant]], out: TensorSpec, requantizer: r.Requantizer) -> np.ndarray:
@@ -116,16 +174,11 @@ def requantize(terms: list[tuple[np.ndarray, Requant]], out: TensorSpec, requant
         total = sum(x.astype(np.int64) * per_channel(q.fixed.astype(np.int64), x) for x, q in terms)
         y = np.right_shift(total + (np.int64(1) << (shift - 1)), shift)
         return (np.clip(y, low, high) + z).astype(out.dtype)
-    reals = [_float32(x) for x, _ in terms]
+    reals = [x.astype(np.float32, copy=False) for x, _ in terms]  # integers beyond 2^24: half to even
     for real, (_, q) in zip(reals, terms, strict=True):
         np.multiply(real, per_channel(q.multiplier, real), out=real)
     y = reals[0] if len(reals) == 1 else np.add(*reals, out=reals[0])
     return _from_float(y, low, high, z, out.dtype)
-
-
-def _float32(x: np.ndarray) -> np.ndarray:
-    """Return integer-valued ``x`` rounded to float32 (half to even), its own memory where it can be."""
-    return x if x.dtype == np.float32 else x.astype(np.float32)
 
 
 def _from_float(y: np.ndarray, low: int, high: int, z: int, dtype: str) -> np.ndarray:
@@ -135,17 +188,17 @@ def _from_float(y: np.ndarray, low: int, high: int, z: int, dtype: str) -> np.nd
 
 
 def _layer(
-    op: r.Layer, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec, requantizer: r.Requantizer,
+    op: r.Layer, inputs: list[tuple[np.ndarray, TensorSpec]], out: TensorSpec, requantizer: r.Requantizer,
     products: Products,
 ) -> np.ndarray:  # fmt: skip
-    acc = products(op, inputs[0], specs[0])
-    acc = _add_bias(acc, op.bias)
+    acc = _add_bias(products(op, *inputs[0]), op.bias)
     if op.requant is None:
         return acc.astype(np.int32)
     terms = [(acc, op.requant)]
     if op.residual is not None:
-        dtype = np.float32 if specs[1].dtype != "int32" else np.int64
-        terms.append((centred(inputs[1], specs[1], dtype), op.residual.requant))
+        other, spec = inputs[1]
+        dtype = np.float32 if spec.dtype != "int32" else np.int64
+        terms.append((centred(other, spec, dtype), op.residual.requant))
     return requantize(terms, out, requantizer)
 
 
@@ -156,85 +209,3 @@ def _add_bias(acc: np.ndarray, bias: np.ndarray) -> np.ndarray:
         if room <= 0 or max(acc.max(initial=0), -acc.min(initial=0)) >= room:
             acc = acc.astype(np.float64)
     return np.add(acc, per_channel(bias.astype(acc.dtype), acc), out=acc)
-
-
-def _add(
-    op: r.Add, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec, requantizer: r.Requantizer
-) -> np.ndarray:
-    if requantizer == "fixed":
-        terms = [(centred(x, s, np.int64), q) for x, s, q in zip(inputs, specs, op.requants, strict=True)]
-        return requantize(terms, out, requantizer)
-    a, b = (x.astype(np.float64) * q.multiplier.astype(np.float64) for x, q in zip(inputs, op.requants, strict=True))
-    y = (b + np.float64(op.offset)).astype(np.float32)
-    y = (a + y).astype(np.float32)
-    return _from_float(y, out.qmin, out.qmax, 0, out.dtype)
-
-
-def _avg_pool(
-    op: r.AvgPool, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec, requantizer: r.Requantizer
-) -> np.ndarray:
-    x = centred(inputs[0], specs[0], np.int32)
-    if op.kernel == x.shape[2:] and not any(op.padding):
-        acc = x.sum((2, 3), keepdims=True, dtype=np.int32)
-    else:
-        first, *rest = taps(padded(x, op.padding), op.kernel, op.stride, (1, 1))
-        acc = sum(rest, start=first)
-    if op.requant is None:
-        return (acc + np.int32(out.zero_point)).astype(out.dtype)
-    return requantize([(acc, op.requant)], out, requantizer)
-
-
-def _mul(
-    op: r.Mul, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec, requantizer: r.Requantizer
-) -> np.ndarray:
-    a, b = (centred(x, spec, np.int32) for x, spec in zip(inputs, specs, strict=True))
-    return requantize([(a * b, op.requant)], out, requantizer)
-
-
-def _quantize(op: r.Op, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    return to_grid(inputs[0], out)
-
-
-def _max_pool(op: r.MaxPool, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    views = taps(padded(inputs[0], op.padding, fill=0), op.kernel, op.stride, op.dilation)
-    y = views[0].copy()
-    for view in views[1:]:
-        np.maximum(y, view, out=y)
-    return y
-
-
-def _concat(op: r.Concat, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    return np.concatenate(inputs, axis=op.axis + 1)
-
-
-def _reshape(op: r.Reshape, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    return inputs[0].reshape(len(inputs[0]), *out.shape)
-
-
-def _transpose(op: r.Transpose, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    return np.ascontiguousarray(inputs[0].transpose(0, *(a + 1 for a in op.axes)))
-
-
-def _slice(op: r.Slice, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    ranges = (slice(*ends) for ends in zip(op.start, op.stop, op.step, strict=True))
-    return np.ascontiguousarray(inputs[0][:, *ranges])
-
-
-def _pad(op: r.Pad, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    widths = [(0, 0), *zip(op.before, op.after, strict=True)]
-    return np.pad(inputs[0], widths, constant_values=specs[0].zero_point)
-
-
-def _clip(op: r.Clip, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    return np.clip(inputs[0], out.qmin, out.qmax)
-
-
-def _table(op: r.Table, inputs: list[np.ndarray], specs: list[TensorSpec], out: TensorSpec) -> np.ndarray:
-    return op.values[inputs[0]]
-
-
-_SUMS: dict[type[r.Op], Callable[..., np.ndarray]] = {r.Add: _add, r.AvgPool: _avg_pool, r.Mul: _mul}
-_MOVES: dict[type[r.Op], Callable[..., np.ndarray]] = {
-    r.Quantize: _quantize, r.MaxPool: _max_pool, r.Concat: _concat, r.Reshape: _reshape, r.Transpose: _transpose,
-    r.Slice: _slice, r.Pad: _pad, r.Clip: _clip, r.Table: _table,
-}  # fmt: skip

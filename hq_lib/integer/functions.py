@@ -18,24 +18,11 @@ from hq_lib.integer.geometry import LowerError
 RESIZES = {"interpolate", "upsample", "upsamplingbilinear2d"}
 """Operations that are no function of one element but of one tensor: see ``resampling``."""
 _OF_ONE = {
-    *(
-        "sigmoid",
-        "hardsigmoid",
-        "silu",
-        "hardswish",
-        "gelu",
-        "elu",
-        "selu",
-        "celu",
-        "leakyrelu",
-        "prelu",
-        "rrelu",
-        "tanh",
-    ),
-    *("mish", "softplus", "softsign", "tanhshrink", "logsigmoid", "threshold", "add", "iadd", "sub", "isub", "rsub"),
-    *("mul", "imul", "div", "truediv", "itruediv", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "pow", "square"),
-    *("reciprocal", "sin", "cos", "erf", "sign", "round", "floor", "ceil", "relu6", "hardtanh", "clamp"),
-}
+    "sigmoid", "hardsigmoid", "silu", "hardswish", "gelu", "elu", "selu", "celu", "leakyrelu", "prelu", "rrelu",
+    "tanh", "mish", "softplus", "softsign", "tanhshrink", "logsigmoid", "threshold", "add", "iadd", "sub", "isub",
+    "rsub", "mul", "imul", "div", "truediv", "itruediv", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "pow",
+    "square", "reciprocal", "sin", "cos", "erf", "sign", "round", "floor", "ceil", "relu6", "hardtanh", "clamp",
+}  # fmt: skip
 """Operations of one tensor (and numbers) that work element by element."""
 _INSTEAD = {
     **dict.fromkeys(("softmax", "logsoftmax"), (

@@ -20,26 +20,15 @@ from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.ops import is_difference
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.integer import functions, geometry, moves, resampling
+from hq_lib.integer import functions, geometry, moves, resampling, terms
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.emit import Writer
-from hq_lib.integer.execute import real_values, to_grid
+from hq_lib.integer.execute import levels
 from hq_lib.integer.geometry import LowerError
+from hq_lib.integer.products import Product, norm_product, product, with_norm
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.integer.terms import (
-    Average,
-    Function,
-    Image,
-    Patches,
-    Pending,
-    Product,
-    Sum,
-    Times,
-    norm_product,
-    product,
-    with_norm,
-)  # fmt: skip
+from hq_lib.integer.terms import Average, Function, Image, Patches, Pending, Sum, Times
 from hq_lib.results import provenance
 
 Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
@@ -74,7 +63,8 @@ def lower(
     with eval_mode(qnet):
         walk = _Walk(qnet, requantizer, tensor_names(qnet), images)
         image, output = walk.run()
-    meta: dict[str, Any] = {"policy": _policy_line(qnet), "git_sha": provenance.git_sha()}
+    policy = qnet.meta.get("policy")
+    meta: dict[str, Any] = {"policy": policy.describe() if policy else "", "git_sha": provenance.git_sha()}
     if images is not None:
         meta["image"] = {"name": images.name, "mean": [*images.mean], "std": [*images.std]}
         if images.short_side or images.in_shape != SPECS.get(images.name, images).in_shape:
@@ -87,11 +77,6 @@ def tensor_names(qnet: fx.GraphModule) -> dict[str, str]:
     names = {f"{site.node}{QUANTIZER_SUFFIX}": site.name for site in qnet.meta.get("sites", ())}
     nodes = (node.name for node in qnet.graph.nodes if str(node.target).endswith(QUANTIZER_SUFFIX))
     return {name: names.get(name, name.removesuffix(QUANTIZER_SUFFIX)) for name in nodes}
-
-
-def _policy_line(qnet: fx.GraphModule) -> str:
-    policy = qnet.meta.get("policy")
-    return "" if policy is None else policy.describe()
 
 
 class _Walk:
@@ -135,10 +120,10 @@ class _Walk:
         if isinstance(value, TensorSpec):
             return value
         if isinstance(value, Pending) and isinstance(value.term, Average) and not value.clipped:
-            self.values[node] = found = self.writer.exact_average(value.term, node.name)
+            self.values[node] = found = value.term.write_exact(self.writer, node.name)
             return found
         if isinstance(value, Pending) and isinstance(value.term, Image) and self.images is not None:
-            self.values[node] = found = self.writer.finish(value, pixel_grid(value.term.x.shape, self.images))
+            self.values[node] = found = value.term.write(self.writer, pixel_grid(value.term.x.shape, self.images))
             return found
         if self.kinds[node] == "quantizer":  # switched off
             node = node.all_input_nodes[0]
@@ -187,7 +172,7 @@ class _Walk:
             is_layer = isinstance(value, Pending) and isinstance(value.term, Product)
             operands.append(value if is_layer else self.known(arg, node))
         if is_difference(node, self.gm):
-            operands[1] = self.writer.negated(operands[1], node.name)
+            operands[1] = terms.negated(self.writer, operands[1], node.name)
         return Pending(Sum(node.name, (operands[0], operands[1])))
 
     def mul(self, node: fx.Node) -> Value:
@@ -208,37 +193,12 @@ class _Walk:
             x, real = value.term.x, np.clip(value.term.real, value.low, value.high)
         else:
             x = self.known(source, node)
-            real = real_values(x, np.arange(x.qmax + 1))
+            real = levels(x)
         return Pending(Function(node.name, x, functions.computed(node, self.gm, source, real)))
 
     def concat(self, node: fx.Node) -> Value:
         tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]  # all_input_nodes has each but once
-        parts = [self.known(n, node) for n in tensors]
-        if len({(float(p.scale), p.zero_point, p.dtype) for p in parts}) > 1:
-            parts = self._on_one_grid(parts, node.name)
-        first, dim = parts[0], geometry.arguments(node, self.gm)["dim"]
-        axis = geometry.axis_of(dim or 0, len(first.shape), node)
-        shape = [*first.shape[:axis], sum(p.shape[axis] for p in parts), *first.shape[axis + 1 :]]
-        ends = min(p.qmin for p in parts), max(p.qmax for p in parts)
-        out = replace(first, name=node.name, shape=tuple(shape), qmin=ends[0], qmax=ends[1])
-        return self.writer.write(r.Concat, node.name, parts, out, axis=axis)
-
-    def _on_one_grid(self, parts: list[TensorSpec], name: str) -> list[TensorSpec]:
-        """Bring tensors to a grid that spans them all, as many bits as the widest: a rounding the graph has not."""
-        bits = max(p.bits for p in parts)
-        low = min(0.0, *(float(p.scale) * (p.qmin - p.zero_point) for p in parts))
-        high = max(0.0, *(float(p.scale) * (p.qmax - p.zero_point) for p in parts))
-        scale = np.asarray((high - low) / (2**bits - 1), np.float32)
-        dtype, zero = "uint8" if bits <= 8 else "uint16", round(-low / float(scale))
-        moved = []
-        for i, part in enumerate(parts):
-            out = TensorSpec(f"{name}.{i}", part.shape, dtype, bits, 0, 2**bits - 1, scale, zero)
-            moved.append(self._moved(part, out))
-        return moved
-
-    def _moved(self, x: TensorSpec, out: TensorSpec) -> TensorSpec:
-        """Write ``x`` on the grid of ``out``."""
-        return self.writer.table(out.name, x, to_grid(real_values(x, np.arange(x.qmax + 1)), out), out)
+        return moves.concat(self.writer, self.gm, node, [self.known(n, node) for n in tensors])
 
     def average(self, node: fx.Node) -> Value:
         x = self.known(node.all_input_nodes[0], node)
@@ -258,11 +218,11 @@ class _Walk:
             spec = replace(spec, qmin=qmin, qmax=qmax)
             if isinstance(value.term, Function):
                 return self._table(value.term, module, spec)
-            return self.writer.finish(value, spec)
+            return value.term.write(self.writer, spec)
         x = self.known(node.all_input_nodes[0], node)
         if (x.scale, x.zero_point, x.dtype) == (spec.scale, spec.zero_point, spec.dtype) and x.qmax <= spec.qmax:
             return x
-        return self._table(Function(node.name, x, real_values(x, np.arange(x.qmax + 1))), module, spec)
+        return self._table(Function(node.name, x, levels(x)), module, spec)
 
     def _table(self, term: Function, quantizer: Any, spec: TensorSpec) -> TensorSpec:
         """Write what ``quantizer`` makes of ``term`` at every integer of its input."""
@@ -279,13 +239,10 @@ class _Walk:
             return self.values[source][node.args[1]]  # type: ignore[index]
         value = self.values[source]
         if name in moves.RESHAPES and isinstance(value, Pending) and isinstance(value.term, Product):
-            return self._flat_logits(node, value)
+            acc = terms.logits(self.writer, value, f"{node.name}.map")  # nothing quantizes a 1x1 map of logits
+            return moves.reshape(self.writer, node, acc, self.shape(node))
         x = self.known(source, node)
         return moves.move(self.writer, self.gm, node, x, self.shape(node) if name not in moves.SPLITS else ())
-
-    def _flat_logits(self, node: fx.Node, value: Pending) -> Value:
-        """A 1x1 output map flattened to logits: the accumulators are reshaped, since nothing quantizes them."""
-        return moves.reshape(self.writer, node, self.writer.logits(value, f"{node.name}.map"), self.shape(node))
 
     def output(self, node: fx.Node) -> str:
         """Write the network's output and return its name."""
@@ -293,7 +250,7 @@ class _Walk:
             raise LowerError("the network has more than one output; one tensor of logits is what executors give")
         value = self.values[node.args[0]]
         if isinstance(value, Pending):
-            value = self.writer.logits(value, "logits")
+            value = terms.logits(self.writer, value, "logits")
         assert isinstance(value, TensorSpec)
         return value.name
 

@@ -1,20 +1,23 @@
-"""Operations that keep the grid: max-pools, reshapes, transposes, slices, padding; integers move, none changes."""
+"""Operations that keep the grid: max-pools, concatenations, reshapes, transposes, slices, padding; integers move."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
 from torch import fx
 
 from hq_lib.graph import op_name
 from hq_lib.integer import geometry
 from hq_lib.integer import record as r
 from hq_lib.integer.emit import Writer
+from hq_lib.integer.execute import levels, to_grid
 from hq_lib.integer.geometry import LowerError
 from hq_lib.integer.record import TensorSpec
+from hq_lib.integer.resampling import with_zero
+from hq_lib.integer.terms import squeezed
 
 RESHAPES = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten"}
 """Operations whose output shape says it all."""
@@ -44,13 +47,34 @@ def reshape(writer: Writer, node: fx.Node, x: TensorSpec, shape: tuple[int, ...]
     """Return ``x`` under another shape; the same tensor if it has that shape already."""
     if math.prod(shape) != math.prod(x.shape):
         raise LowerError(f"{node.name!r}: reshapes across the batch, {x.shape} to {shape}")
-    return x if shape == x.shape else _write(writer, r.Reshape, node, x, shape)
+    return x if shape == x.shape else _reshape(writer, node, x, shape)
 
 
-def _write(
-    writer: Writer, kind: type[r.Op], node: fx.Node, x: TensorSpec, shape: tuple[int, ...], **rest: Any
-) -> TensorSpec:
-    return writer.write(kind, node.name, [x], replace(x, name=node.name, shape=shape), **rest)
+def _reshape(writer: Writer, node: fx.Node, x: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
+    return writer.write(r.Reshape, node.name, [x], replace(x, name=node.name, shape=shape))
+
+
+def concat(writer: Writer, gm: fx.GraphModule, node: fx.Node, parts: list[TensorSpec]) -> TensorSpec:
+    """Write tensors joined; those of different grids on one that spans them all first."""
+    if len({(float(p.scale), p.zero_point, p.dtype) for p in parts}) > 1:
+        parts = _on_one_grid(writer, parts, node.name)
+    axis = geometry.axis_of(geometry.arguments(node, gm)["dim"] or 0, len(parts[0].shape), node)
+    ends = {"qmin": min(p.qmin for p in parts), "qmax": max(p.qmax for p in parts)}
+    return writer.write(r.Concat, node.name, parts, replace(parts[0], name=node.name, **ends), axis=axis)
+
+
+def _on_one_grid(writer: Writer, parts: list[TensorSpec], name: str) -> list[TensorSpec]:
+    """Bring tensors to a grid that spans them all, as many bits as the widest: a rounding the graph has not."""
+    bits = max(p.bits for p in parts)
+    low = min(0.0, *(float(p.scale) * (p.qmin - p.zero_point) for p in parts))
+    high = max(0.0, *(float(p.scale) * (p.qmax - p.zero_point) for p in parts))
+    scale = np.asarray((high - low) / (2**bits - 1), np.float32)
+    dtype, zero = "uint8" if bits <= 8 else "uint16", round(-low / float(scale))
+    moved = []
+    for i, part in enumerate(parts):
+        out = TensorSpec(f"{name}.{i}", part.shape, dtype, bits, 0, 2**bits - 1, scale, zero)
+        moved.append(writer.table(out.name, part, to_grid(levels(part), out), out))
+    return moved
 
 
 def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
@@ -60,11 +84,7 @@ def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) 
             f"{node.name!r}: a max-pool from {x.shape[1:]} to a size that does not divide it; use one that does"
         )
     fields = {"kernel": w.kernel, "stride": w.stride, "padding": w.padding, "dilation": w.dilation}
-    if not w.squeeze:
-        return _write(writer, r.MaxPool, node, x, (x.shape[0], *node.meta["shape"][2:]), **fields)
-    pooled = replace(x, name=f"{node.name}.pooled", shape=(x.shape[0], 1, 1))
-    pooled = writer.write(r.MaxPool, node.name, [x], pooled, **fields)
-    return writer.write(r.Reshape, f"{node.name}.squeeze", [pooled], replace(x, name=node.name, shape=x.shape[:1]))
+    return squeezed(writer, w, r.MaxPool, node.name, x, replace(x, name=node.name), **fields)
 
 
 def _pieces(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -78,22 +98,17 @@ def _index(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> 
 
 
 def _cut(writer: Writer, node: fx.Node, x: TensorSpec, taken: list[slice]) -> TensorSpec:
-    ends = [(s.start, s.stop, s.step) for s in taken]
-    start, stop, step = zip(*ends, strict=True)
-    shape = tuple(len(range(*each)) for each in ends)
-    return _write(writer, r.Slice, node, x, shape, start=start, stop=stop, step=step)
+    start, stop, step = zip(*((s.start, s.stop, s.step) for s in taken), strict=True)
+    return writer.write(r.Slice, node.name, [x], start=start, stop=stop, step=step)
 
 
 def _transpose(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
-    axes = geometry.permutation(node, gm, len(x.shape))
-    return _write(writer, r.Transpose, node, x, tuple(x.shape[a] for a in axes), axes=axes)
+    return writer.write(r.Transpose, node.name, [x], axes=geometry.permutation(node, gm, len(x.shape)))
 
 
 def _pad(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
     before, after = geometry.pads(node, gm, len(x.shape))
-    shape = tuple(a + n + b for a, n, b in zip(before, x.shape, after, strict=True))
-    wider = replace(x, qmin=min(x.qmin, x.zero_point), qmax=max(x.qmax, x.zero_point))
-    return _write(writer, r.Pad, node, wider, shape, before=before, after=after)
+    return writer.write(r.Pad, node.name, [x], with_zero(replace(x, name=node.name)), before=before, after=after)
 
 
 def _resize(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
@@ -105,11 +120,9 @@ def _resize(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) ->
     for axis, factor in ((2, factors[1]), (1, factors[0])):
         if factor == 1:
             continue
-        beside = _write(writer, r.Reshape, node, x, (*x.shape[: axis + 1], 1, *x.shape[axis + 1 :]))
-        shape = [*beside.shape[: axis + 1], factor, *x.shape[axis + 1 :]]
-        joined = replace(x, name=node.name, shape=tuple(shape))
-        joined = writer.write(r.Concat, node.name, [beside] * factor, joined, axis=axis + 1)
-        x = _write(writer, r.Reshape, node, joined, (*x.shape[:axis], x.shape[axis] * factor, *x.shape[axis + 1 :]))
+        beside = _reshape(writer, node, x, (*x.shape[: axis + 1], 1, *x.shape[axis + 1 :]))
+        joined = writer.write(r.Concat, node.name, [beside] * factor, axis=axis + 1)
+        x = _reshape(writer, node, joined, (*x.shape[:axis], x.shape[axis] * factor, *x.shape[axis + 1 :]))
     return x
 
 
@@ -123,9 +136,9 @@ def _shuffle(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -
         "pixelshuffle": ((c // n**2, n, n, h, w), (0, 3, 1, 4, 2)),
         "pixelunshuffle": ((c, h // n, n, w // n, n), (0, 2, 4, 1, 3)),
     }[kind]
-    apart = _write(writer, r.Reshape, node, x, split)
-    turned = _write(writer, r.Transpose, node, apart, tuple(split[a] for a in axes), axes=axes)
-    return _write(writer, r.Reshape, node, turned, tuple(node.meta["shape"][1:]))
+    apart = _reshape(writer, node, x, split)
+    turned = writer.write(r.Transpose, node.name, [apart], axes=axes)
+    return _reshape(writer, node, turned, tuple(node.meta["shape"][1:]))
 
 
 _MOVES: dict[str, Callable[[Writer, fx.GraphModule, fx.Node, TensorSpec], Moved]] = {

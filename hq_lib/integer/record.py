@@ -127,11 +127,6 @@ class Layer(Op):
         return common & -common if common else 1
 
 
-def n_windows(n: int, kernel: int, stride: int, dilation: int) -> int:
-    """Return at how many places a window fits an axis of ``n`` places, its padding included; below 1: at none."""
-    return (n - dilation * (kernel - 1) - 1) // stride + 1
-
-
 @dataclass(frozen=True, eq=False)
 class Conv(Layer):
     """2-d cross-correlation (C_in, H, W) -> (C_out, H', W'), grouped and depthwise included.
@@ -273,6 +268,36 @@ class Mul(Op):
 OPS: tuple[type[Op], ...] = (
     Quantize, Conv, Linear, Add, MaxPool, AvgPool, Concat, Reshape, Transpose, Slice, Pad, Clip, Table, Mul,
 )  # fmt: skip
+
+
+def n_windows(n: int, kernel: int, stride: int, dilation: int) -> int:
+    """Return at how many places a window fits an axis of ``n`` places, its padding included; below 1: at none."""
+    return (n - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def output_shape(op: Op, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the shape that ``op`` makes of inputs of ``shapes``; None for a ``Reshape``, whose output says it."""
+    x = shapes[0]
+    match op:
+        case Conv() | MaxPool() | AvgPool():
+            channels, kernel = (len(op.weight), op.weight.shape[2:]) if isinstance(op, Conv) else (x[0], op.kernel)
+            dilation = (1, 1) if isinstance(op, AvgPool) else op.dilation
+            sizes = (n + a + b for n, a, b in zip(x[1:], op.padding[:2], op.padding[2:], strict=True))
+            return (channels, *map(n_windows, sizes, kernel, op.stride, dilation))
+        case Linear():
+            return (*x[:-1], len(op.weight))
+        case Concat():
+            return (*x[: op.axis], sum(shape[op.axis] for shape in shapes), *x[op.axis + 1 :])
+        case Reshape():
+            return None
+        case Transpose():
+            return tuple(x[axis] for axis in op.axes)
+        case Slice():
+            return tuple(len(range(*ends)) for ends in zip(op.start, op.stop, op.step, strict=True))
+        case Pad():
+            return tuple(a + n + b for a, n, b in zip(op.before, x, op.after, strict=True))
+        case _:
+            return x
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,26 +17,25 @@ from hq_lib.integer import geometry
 from hq_lib.integer import record as r
 from hq_lib.integer.emit import Writer
 from hq_lib.integer.geometry import LowerError
+from hq_lib.integer.products import Product, unchanged
 from hq_lib.integer.record import TensorSpec
-from hq_lib.integer.terms import Product
+
+
+def with_zero(x: TensorSpec) -> TensorSpec:
+    """Return ``x`` with a range that holds real 0."""
+    return replace(x, qmin=min(x.qmin, x.zero_point), qmax=max(x.qmax, x.zero_point))
 
 
 def spread(writer: Writer, name: str, x: TensorSpec, stride: tuple[int, int]) -> TensorSpec:
     """Write ``x`` (C, H, W) with stride - 1 real zeros between its rows and columns: (C, (H - 1) s + 1, ...)."""
     if stride == (1, 1):
         return x
-    (c, h, w), (down, across) = x.shape, stride
-    wider = replace(x, name=name, qmin=min(x.qmin, x.zero_point), qmax=max(x.qmax, x.zero_point))
-
-    def write(kind: type[r.Op], source: TensorSpec, shape: tuple[int, ...], **rest: object) -> TensorSpec:
-        return writer.write(kind, name, [source], replace(wider, shape=shape), **rest)
-
-    apart = write(r.Reshape, x, (c, h, 1, w, 1))
-    fields = {"before": (0,) * 5, "after": (0, 0, down - 1, 0, across - 1)}
-    padded = write(r.Pad, apart, (c, h, down, w, across), **fields)
-    joined = write(r.Reshape, padded, (c, h * down, w * across))
-    shape = (c, (h - 1) * down + 1, (w - 1) * across + 1)
-    return write(r.Slice, joined, shape, start=(0, 0, 0), stop=shape, step=(1, 1, 1))
+    (c, h, w), (down, across), out = x.shape, stride, with_zero(replace(x, name=name))
+    apart = writer.write(r.Reshape, name, [x], replace(out, shape=(c, h, 1, w, 1)))
+    padded = writer.write(r.Pad, name, [apart], out, before=(0,) * 5, after=(0, 0, down - 1, 0, across - 1))
+    joined = writer.write(r.Reshape, name, [padded], replace(out, shape=(c, h * down, w * across)))
+    stop = (c, (h - 1) * down + 1, (w - 1) * across + 1)
+    return writer.write(r.Slice, name, [joined], out, start=(0, 0, 0), stop=stop, step=(1, 1, 1))
 
 
 def transposed(writer: Writer, layer: nn.Module, node: fx.Node, x: TensorSpec, term: Product) -> Product:
@@ -66,19 +65,15 @@ def bilinear(writer: Writer, node: fx.Node, gm: fx.GraphModule, x: TensorSpec) -
         )
     for axis in (1, 2):
         first, last = (_edge(writer, node, x, axis, at) for at in (0, x.shape[axis] - 1))
-        shape = tuple(size + 2 * (i == axis) for i, size in enumerate(x.shape))
-        out = replace(x, name=f"{node.name}.edges", shape=shape)
-        x = writer.write(r.Concat, out.name, [first, x, last], out, axis=axis)
+        x = writer.write(r.Concat, f"{node.name}.edges", [first, x, last], axis=axis)
     kernel = np.outer([1, 3, 3, 1], [1, 3, 3, 1]).astype(np.int64)
-    w = np.broadcast_to(kernel, (n, 1, 4, 4))
-    layer = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": n}
     wide = spread(writer, f"{node.name}.spread", x, (2, 2))
-    return Product(node.name, wide, w, np.full(n, 1 / 16, np.float32), np.zeros(n), 8, layer)
+    return replace(
+        unchanged(node.name, wide), w=np.broadcast_to(kernel, (n, 1, 4, 4)), w_scale=np.full(n, 1 / 16, np.float32)
+    )
 
 
 def _edge(writer: Writer, node: fx.Node, x: TensorSpec, axis: int, at: int) -> TensorSpec:
     start, stop = [0] * 3, [*x.shape]
     start[axis], stop[axis] = at, at + 1
-    shape = tuple(b - a for a, b in zip(start, stop, strict=True))
-    out = replace(x, name=f"{node.name}.edge", shape=shape)
-    return writer.write(r.Slice, out.name, [x], out, start=tuple(start), stop=tuple(stop), step=(1, 1, 1))
+    return writer.write(r.Slice, f"{node.name}.edge", [x], start=tuple(start), stop=tuple(stop), step=(1, 1, 1))

@@ -1,7 +1,7 @@
 """``save`` and ``load``: a record as one ``.npz`` of plain arrays with its JSON manifest inside; NumPy alone reads it.
 
-The file is an uncompressed zip: ``manifest.json`` (schema, tensors, operations, and each array's dtype, shape and
-SHA-256) and one ``<key>.npy`` per array. A weight whose integers, divided by their largest common power of two
+The file is a zip: ``manifest.json`` (schema, tensors, operations, and each array's dtype, shape and SHA-256) and one
+``<key>.npy`` per array. A weight whose integers, divided by their largest common power of two
 (``step``), fit fewer ``bits`` than its dtype is stored in so many, two's complement, the first value in the lowest bits
 of the first byte. The same record gives the same bytes. ``load`` trusts nothing: no pickles, sizes checked before
 anything is read, hashes and the whole record checked after.
@@ -16,15 +16,14 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from hq_lib.integer import record
 from hq_lib.integer.check import MAX_ELEMENTS, check
-from hq_lib.integer.record import IntegerModel, Op, Requant, Residual, TensorSpec
+from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.requant import RecordError
 from hq_lib.results.atomic import write_bytes
 
@@ -61,14 +60,15 @@ def to_bytes(model: IntegerModel) -> bytes:
     for key, value in arrays.items():
         step, bits, signed = narrowest(value) if key.endswith(".weight") else (1, 64, True)
         packed = {"bits": bits + (not signed), "step": step} if bits + (not signed) < 8 * value.itemsize else {}
-        stored[key] = _packed(value, **packed) if packed else value
+        codes = bits_of(value.reshape(-1).astype(np.int64) // step, packed["bits"]) if packed else None
+        stored[key] = value if codes is None else np.packbits(codes, bitorder="little")
         digest = hashlib.sha256(stored[key].tobytes()).hexdigest()
         entries["arrays"][key] = {"dtype": value.dtype.name, "shape": [*value.shape], **packed, "sha256": digest}
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(zipfile.ZipInfo(MANIFEST, _EPOCH), json.dumps(entries, indent=1, allow_nan=False))
-        for key, value in stored.items():
-            archive.writestr(zipfile.ZipInfo(f"{key}.npy", _EPOCH), _npy(value))
+    members: dict[str, str | bytes] = {MANIFEST: json.dumps(entries, indent=1, allow_nan=False)}
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in (members | {f"{key}.npy": _npy(value) for key, value in stored.items()}).items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -85,16 +85,16 @@ def narrowest(array: np.ndarray) -> tuple[int, int, bool]:
     return step, max(1, high.bit_length()), False
 
 
-def _packed(array: np.ndarray, bits: int, step: int) -> np.ndarray:
-    codes = array.reshape(-1).astype(np.int64) // step
-    return np.packbits((codes[:, None] >> np.arange(bits) & 1).astype(np.uint8), bitorder="little")
+def bits_of(values: np.ndarray, bits: int) -> np.ndarray:
+    """Return the lowest ``bits`` of integers (...), two's complement: uint8 (..., bits), the lowest first."""
+    return (values[..., None] >> np.arange(bits) & 1).astype(np.uint8)
 
 
-def _unpacked(data: np.ndarray, n: int, bits: int, step: int) -> np.ndarray:
-    ones = np.unpackbits(data, count=n * bits, bitorder="little").reshape(n, bits)
-    weights = np.int64(1) << np.arange(bits, dtype=np.int64)
-    weights[-1] = -weights[-1]  # two's complement
-    return step * (ones @ weights)
+def integers_of(ones: np.ndarray, *, signed: bool) -> np.ndarray:
+    """Return the int64 (...) integers whose bits (..., bits) are ``ones``, the lowest first."""
+    weights = np.int64(1) << np.arange(ones.shape[-1], dtype=np.int64)
+    weights[-1] *= -1 if signed else 1  # two's complement
+    return ones @ weights
 
 
 def to_plain(model: IntegerModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -113,12 +113,11 @@ def from_plain(entries: dict[str, Any], arrays: dict[str, np.ndarray]) -> Intege
     Raises:
         RecordError: says what is wrong. KeyError, TypeError, ValueError: ``entries`` are of another form.
     """
-    reader = _Reader(arrays)
-    specs = [reader.build(TensorSpec, entry) for entry in entries["tensors"]]
+    specs = [_built(TensorSpec, entry, arrays) for entry in entries["tensors"]]
     if len({spec.name for spec in specs}) != len(specs):
         raise RecordError("two tensors have one name")
-    ops = tuple(reader.build(_OPS[_text(entry.pop("op"))], entry) for entry in entries["ops"])
-    texts = {name: _text(entries[name]) for name in ("requantizer", "input", "output")}
+    ops = tuple(_built(_OPS[_built(str, entry.pop("op"), arrays)], entry, arrays) for entry in entries["ops"])
+    texts = {name: _built(str, entries[name], arrays) for name in ("requantizer", "input", "output")}
     if not isinstance(entries["meta"], dict):
         raise RecordError("meta is no mapping")
     tensors = {spec.name: spec for spec in specs}
@@ -184,77 +183,59 @@ def _refuse_constant(text: str) -> Any:
     raise RecordError(f"its manifest holds {text}")
 
 
+def shape_of(like: dict[str, Any]) -> tuple[int, ...]:
+    """Return the shape that a manifest says of an array; RecordError unless it and the dtype may be."""
+    shape = _built(tuple[int, ...], like["shape"], {})
+    if like["dtype"] not in DTYPES or len(shape) > 8 or min(shape, default=1) < 1 or math.prod(shape) > MAX_ELEMENTS:
+        raise RecordError(f"dtype {like['dtype']!r:.40} of shape {shape!r:.80} is not allowed")
+    return shape
+
+
 def _read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], key: str, like: dict[str, Any]) -> np.ndarray:
     """Return array ``key``; its member must have the size, dtype, shape and hash that the manifest says."""
-    shape = tuple(_integer(n) for n in like["shape"])
-    if like["dtype"] not in DTYPES or len(shape) > 8 or min(shape, default=1) < 0 or math.prod(shape) > MAX_ELEMENTS:
-        raise RecordError(f"array {key!r}: {like['dtype']!r:.40} of shape {shape!r:.80} is not allowed")
+    shape = shape_of(like)
     dtype, n = np.dtype(like["dtype"]).newbyteorder("<"), math.prod(shape)
-    bits, step = (_integer(like[name]) for name in ("bits", "step")) if "bits" in like else (0, 1)
+    bits, step = (_built(int, like[name], {}) for name in ("bits", "step")) if "bits" in like else (0, 1)
     if bits and (dtype.kind != "i" or not 1 <= bits < 8 * dtype.itemsize or not 1 <= step <= 2**15):
         raise RecordError(f"array {key!r}: {bits} bits in steps of {step} are no {like['dtype']}")
     size = -(-n * bits // 8) if bits else n * dtype.itemsize
     info = infos.get(f"{key}.npy")
     if info is None or not size < info.file_size <= size + 4096:
         raise RecordError(f"array {key!r}: its member is absent or not of {size:,} bytes and a header")
-    data = archive.read(info)[-size:] if size else b""
+    data = archive.read(info)[-size:]
     if hashlib.sha256(data).hexdigest() != like["sha256"]:
         raise RecordError(f"array {key!r}: its bytes are not those that were saved (SHA-256 differs)")
     if not bits:
         return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
-    values = _unpacked(np.frombuffer(data, np.uint8), n, bits, step)
-    if n and not np.iinfo(dtype).min <= values.min() <= values.max() <= np.iinfo(dtype).max:
+    ones = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits, bitorder="little").reshape(n, bits)
+    values = step * integers_of(ones, signed=True)
+    if not np.iinfo(dtype).min <= values.min() <= values.max() <= np.iinfo(dtype).max:
         raise RecordError(f"array {key!r}: its values do not fit {like['dtype']}")
     return values.reshape(shape).astype(dtype.newbyteorder("="))
 
 
-class _Reader:
-    """Builds the record's dataclasses from JSON data, each field by its annotation, and nothing else."""
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
-        self.fields: dict[str, Callable[[Any], Any]] = {
-            "str": _text,
-            "int": _integer,
-            "np.ndarray": lambda key: arrays[_text(key)],
-            "np.float32": lambda v: np.float32(_real(v)),
-            "Requant | None": lambda v: None if v is None else self.build(Requant, v),
-            "Residual | None": lambda v: None if v is None else self.build(Residual, v),
-            "Requant": lambda v: self.build(Requant, v),
-            "tuple[Requant, Requant]": lambda v: tuple(self.build(Requant, entry) for entry in _listed(v, 2)),
-            "tuple[str, ...]": lambda v: tuple(_text(entry) for entry in _listed(v)),
-            "tuple[int, ...]": lambda v: tuple(_integer(entry) for entry in _listed(v)),
-            "tuple[int, int]": lambda v: tuple(_integer(entry) for entry in _listed(v, 2)),
-            "tuple[int, int, int, int]": lambda v: tuple(_integer(entry) for entry in _listed(v, 4)),
-        }
-
-    def build(self, kind: type[Op] | type[Any], entry: dict[str, Any]) -> Any:
-        """Return a ``kind`` from ``entry``, which must have exactly its fields."""
-        known = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-        if set(entry) != set(known):
-            raise RecordError(f"{kind.__name__} has fields {sorted(known)}, the file says {sorted(entry)!r:.200}")
-        return kind(**{name: self.fields[known[name]](value) for name, value in entry.items()})
+_JSON = {str: (str, "text"), int: (int, "an integer"), np.float32: ((int, float), "a number")}
+"""Type of a field -> what JSON says it by, and its name"""
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"text was expected, not {value!r:.60}")
-    return value
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**40:
-        raise RecordError(f"an integer was expected, not {value!r:.60}")
-    return value
-
-
-def _real(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(f"a number was expected, not {value!r:.60}")
-    return float(value)
-
-
-def _listed(value: Any, n: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or (n is not None and len(value) != n):
-        raise RecordError(f"a list of {n or 'some'} entries was expected, not {value!r:.60}")
-    return value
+def _built(kind: Any, value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """Return a ``kind`` (the type of a field, or one of the record's dataclasses) from JSON data, and nothing else."""
+    if kind is np.ndarray:
+        return arrays[_built(str, value, arrays)]
+    if kind in _JSON:
+        spelled, wanted = _JSON[kind]
+        if isinstance(value, bool) or not isinstance(value, spelled) or (kind is int and abs(value) > 2**40):
+            raise RecordError(f"{wanted} was expected, not {value!r:.60}")
+        return kind(value)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        n = None if kinds[-1] is ... else len(kinds)
+        if not isinstance(value, list) or n not in (None, len(value)):
+            raise RecordError(f"a list of {n or 'some'} entries was expected, not {value!r:.60}")
+        return tuple(_built(kinds[0], entry, arrays) for entry in value)  # of one type all
+    if type(None) in get_args(kind):
+        return None if value is None else _built(get_args(kind)[0], value, arrays)
+    known = get_type_hints(kind)
+    if set(value) != set(known):
+        raise RecordError(f"{kind.__name__} has fields {sorted(known)}, the file says {sorted(value)!r:.200}")
+    return kind(**{name: _built(known[name], entry, arrays) for name, entry in value.items()})

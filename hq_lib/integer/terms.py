@@ -1,51 +1,69 @@
 """Real values that no quantizer has rounded yet: what ``lower`` holds between a layer and the grid that ends it.
 
-A ``Product`` is a layer's result ``s_x w_scale_c sum w (q - z) + bias_c``: batch norms behind it only change w_scale
-and bias. ``Sum`` adds two of those or of known tensors; ``Times`` multiplies two known ones; ``Average`` is a pool,
-``Patches`` one of unequal windows; ``Function`` any function of one element; ``Image`` the input.
+A ``Product`` is a layer's result; ``Sum`` adds two of those or of known tensors; ``Times`` multiplies two known ones;
+``Average`` is a pool, ``Patches`` one of unequal windows; ``Function`` maps each element alone; ``Image`` is the input.
+Each has ``write(writer, out)``: the operations that compute it on the grid of ``out``, whose range holds its clips.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from hq_lib.graph import QuantizedWeight
+from hq_lib.integer import record as r
+from hq_lib.integer.emit import INT32, Writer
+from hq_lib.integer.execute import to_grid
 from hq_lib.integer.geometry import LowerError, Run, Window
-from hq_lib.integer.proof import largest
+from hq_lib.integer.products import Product, forms, in_storage, unchanged
 from hq_lib.integer.record import TensorSpec
-
-BIAS_MAX = 2**30
-"""Largest bias, and largest sum of products, that ``in_storage`` aims at: together they fit int32."""
-MIN_SCALE = 1e-25
-"""Smallest real weight step that a batch norm leaves: products with float32 input scales stay normal numbers."""
-NORM_STEPS = 2**14
-"""The weight (int16) with which a batch norm becomes a depthwise layer: its bias has so many steps per input step."""
+from hq_lib.integer.requant import pair, single
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
-    """A convolution or linear layer that waits for the grid of its output."""
+class Image:
+    """The float input."""
+
+    x: TensorSpec
+    """float32"""
+
+    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
+        """Write its integers."""
+        return writer.write(r.Quantize, out.name, [self.x], out)
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function of one element that waits for the grid of its output: a table."""
 
     name: str
-    """dotted name of the layer"""
+    """node"""
     x: TensorSpec
-    """its input, on a grid"""
-    w: np.ndarray
-    """int64 (C_out, ...): integers minus zero point"""
-    w_scale: np.ndarray
-    """float32 (C_out,): real units per step of w, batch norm included"""
-    bias: np.ndarray
-    """float64 (C_out,), real units"""
-    w_bits: int
-    """of the trained grid"""
-    geometry: dict[str, Any] | None
-    """stride, padding, dilation and groups of a convolution; None: linear"""
+    """its input"""
+    real: np.ndarray
+    """float32 (x.qmax + 1,): its value at each integer 0 .. qmax"""
+
+    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
+        """Write its table."""
+        return writer.table(self.name, self.x, to_grid(self.real, out), out)
+
+
+@dataclass(frozen=True, eq=False)
+class Times:
+    """A product of two known tensors that waits for the grid of its output."""
+
+    name: str
+    """node"""
+    a: TensorSpec
+    """of the output's shape"""
+    b: TensorSpec
+    """axes of length 1 are repeated"""
+
+    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
+        """Write one ``Mul``."""
+        requant = single(*forms((self.a.scale, self.b.scale), (out.scale,)))
+        return writer.write(r.Mul, self.name, [self.a, self.b], out, requant=requant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +77,34 @@ class Average:
     window: Window
     """where it looks"""
 
+    def write(self, writer: Writer, out: TensorSpec, *, exact: bool = False) -> TensorSpec:
+        """Write the pool, requantized or (``exact``) its sums as they are."""
+        w = self.window
+        requant = None if exact else single(*forms((self.x.scale,), (w.n, out.scale)))
+        fields = {"kernel": w.kernel, "stride": w.stride, "padding": w.padding, "requant": requant}
+        return squeezed(writer, w, r.AvgPool, self.name, self.x, out, **fields)
 
-@dataclass(frozen=True, eq=False)
-class Sum:
-    """An addition that waits for the grid of its output."""
+    def write_exact(self, writer: Writer, name: str) -> TensorSpec:
+        """Write a pool that no quantizer follows: the exact sums, on the scale s_x / n."""
+        x, w = self.x, self.window
+        places = math.prod(w.kernel)
+        top = places * x.qmax
+        if top >= 2**16:
+            raise LowerError(f"average pool {name!r} has no quantizer, and its exact sums exceed 16 bits: give it one")
+        dtype, scale = ("uint8" if top < 256 else "uint16"), forms((x.scale,), (w.n,))[0].reshape(())
+        low, bits = 0 if any(w.padding) else places * x.qmin, max(1, top.bit_length())
+        out = TensorSpec(name, x.shape, dtype, bits, low, top, scale, places * x.zero_point)
+        return self.write(writer, out, exact=True)
 
-    name: str
-    """node"""
-    operands: tuple[TensorSpec | Pending, TensorSpec | Pending]
-    """known tensors, or layers without a quantizer of their own"""
+
+def squeezed(
+    writer: Writer, window: Window, kind: type[r.Op], name: str, x: TensorSpec, out: TensorSpec, **fields: object
+) -> TensorSpec:
+    """Write a pool, and where its window takes rows and columns away the reshape from (C, 1, 1) to (C,)."""
+    if not window.squeeze:
+        return writer.write(kind, name, [x], out, **fields)
+    pooled = writer.write(kind, name, [x], replace(out, name=f"{out.name}.pooled"), **fields)
+    return writer.write(r.Reshape, f"{name}.squeeze", [pooled], replace(out, shape=x.shape[:1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,37 +120,60 @@ class Patches:
     columns: list[Run]
     """likewise"""
 
+    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
+        """Write the pool piece by piece, each with its own divisor, and join the pieces."""
+        rows = []
+        for i, row in enumerate(self.rows):
+            pieces = [self._patch(writer, row, c, f"{out.name}.{i}.{j}", out) for j, c in enumerate(self.columns)]
+            rows.append(_joined(writer, pieces, 2, f"{out.name}.{i}" if len(self.rows) > 1 else out.name))
+        return _joined(writer, rows, 1, out.name)
+
+    def _patch(self, writer: Writer, row: Run, column: Run, name: str, out: TensorSpec) -> TensorSpec:
+        start, stop = (0, row.start, column.start), (self.x.shape[0], row.stop, column.stop)
+        part = self.x
+        if (start, stop) != ((0, 0, 0), part.shape):
+            part = writer.write(r.Slice, f"{name}.part", [part], start=start, stop=stop, step=(1, 1, 1))
+        kernel, stride, n = (row.kernel, column.kernel), (row.stride, column.stride), row.divisor * column.divisor
+        window = Window(kernel, stride, (0, 0, 0, 0), (1, 1), n, False)
+        return Average(name, part, window).write(writer, replace(out, name=name))
+
+
+def _joined(writer: Writer, parts: list[TensorSpec], axis: int, name: str) -> TensorSpec:
+    return parts[0] if len(parts) == 1 else writer.write(r.Concat, name, parts, axis=axis)
+
 
 @dataclass(frozen=True, eq=False)
-class Times:
-    """A product of two known tensors that waits for the grid of its output."""
+class Sum:
+    """An addition that waits for the grid of its output."""
 
     name: str
     """node"""
-    a: TensorSpec
-    """of the output's shape"""
-    b: TensorSpec
-    """axes of length 1 are repeated"""
+    operands: tuple[TensorSpec | Pending, TensorSpec | Pending]
+    """known tensors, or layers without a quantizer of their own"""
 
+    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
+        """Write an ``Add`` of known tensors, or a layer that the other operand joins as its residual."""
+        a, b = self.operands
+        if isinstance(a, TensorSpec) and isinstance(b, TensorSpec):
+            return self._add(writer, a, b, out)
+        main, other = (a, b) if _is_plain_layer(a) else (b, a)
+        if isinstance(other, TensorSpec) and not _is_plain_layer(main) and len(other.shape) == 3:
+            main, other = Pending(unchanged(self.name, other)), main  # the clipped layer is the residual
+        if not isinstance(main, Pending) or not isinstance(main.term, Product) or main.clipped:
+            raise LowerError(f"{self.name!r} adds tensors without quantizers, of which none is a plain layer's output")
+        rest, term = other if isinstance(other, TensorSpec) else accumulators(writer, other), in_storage(main.term)
+        r_scale = np.broadcast_to(rest.scale, len(term.w))
+        ratios = forms((term.x.scale, term.w_scale), (out.scale,)), forms((r_scale,), (out.scale,))
+        requant, residual = pair(*zip(*ratios, strict=True))
+        return term.write_layer(writer, out, requant, rest, r.Residual(rest.name, residual))
 
-@dataclass(frozen=True, eq=False)
-class Function:
-    """A function of one element that waits for the grid of its output: a table."""
-
-    name: str
-    """node"""
-    x: TensorSpec
-    """its input"""
-    real: np.ndarray
-    """float32 (x.qmax + 1,): its value at each integer 0 .. qmax"""
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """The float input."""
-
-    x: TensorSpec
-    """float32"""
+    def _add(self, writer: Writer, a: TensorSpec, b: TensorSpec, out: TensorSpec) -> TensorSpec:
+        requants = pair(*zip(*(forms((x.scale,), (out.scale,)) for x in (a, b)), strict=True))
+        m_a, m_b = (requant.multiplier[0] for requant in requants)
+        product_b = np.float32(m_b * np.float32(b.zero_point))
+        both = np.float32(np.float64(m_a) * a.zero_point + np.float64(product_b))
+        offset = np.float32(np.float32(out.zero_point) - both)
+        return writer.write(r.Add, self.name, [a, b], out, requants=requants, offset=offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,146 +182,62 @@ class Pending:
 
     term: Product | Average | Patches | Sum | Times | Function | Image
     """what is computed"""
-    low: float = -float("inf")
+    low: float = -math.inf
     """least real value after the clips"""
-    high: float = float("inf")
+    high: float = math.inf
     """largest real value after the clips"""
 
     @property
     def clipped(self) -> bool:
         """Whether any clip is at work."""
-        return self.low > -float("inf") or self.high < float("inf")
+        return self.low > -math.inf or self.high < math.inf
 
     def clip(self, low: float, high: float) -> Pending:
         """Return the value clipped once more."""
         return replace(self, low=min(max(self.low, low), high), high=min(max(self.high, low), high))
 
 
-def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
-    """Return the term of quantized ``layer`` (conv2d, linear, convtranspose2d on a spread input) on tensor ``x``.
-
-    Raises:
-        LowerError: its weight is in float, or its quantizer is switched off.
-    """
-    if not isinstance(layer, QuantizedWeight):
-        raise LowerError(f"layer {name!r}: {type(layer).__name__} is in float; name it a weight in the policy")
-    quantizer = layer.weight_quantizer
-    if quantizer is None or not getattr(quantizer, "enabled", True):
-        raise LowerError(
-            f"layer {name!r}: its weight is in float; give it 16 bits or fewer in the policy "
-            f"(overrides={{{name!r}: {{'weight': 8}}}}), or switch its quantizer on"
-        )
-    weight = layer.weight.detach()
-    w_int, grid = quantizer.integers(weight)  # type: ignore[operator]
-    w = _numpy(w_int, np.int64) - _numpy(grid.zero_point, np.int64)
-    if isinstance(layer, nn.ConvTranspose2d):
-        w = turned(w, layer.groups)
-    scale = np.broadcast_to(_per_channel(grid.scale, name), len(w)).astype(np.float32)
-    bias = layer.bias
-    real_bias = np.zeros(len(w)) if bias is None else _numpy(bias, np.float64)
-    return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(name, layer))  # type: ignore[arg-type]
+def _is_plain_layer(value: Pending | TensorSpec) -> bool:
+    return isinstance(value, Pending) and isinstance(value.term, Product) and not value.clipped
 
 
-def turned(w: np.ndarray, groups: int) -> np.ndarray:
-    """Return the weight (C_in, C_out / groups, k_h, k_w) of a transposed convolution as that of the convolution of a
-    spread input: (C_out, C_in / groups, k_h, k_w), turned by half a turn."""
-    c_in, per_group, *kernel = w.shape
-    split = w.reshape(groups, c_in // groups, per_group, *kernel).swapaxes(1, 2)
-    return np.ascontiguousarray(split.reshape(groups * per_group, c_in // groups, *kernel)[:, :, ::-1, ::-1])
+def accumulators(writer: Writer, value: Pending) -> TensorSpec:
+    """Return the int32 accumulators of a layer, written once; a ReLU behind it becomes a ``Clip`` of them."""
+    term = value.term
+    if not isinstance(term, Product):
+        name = getattr(term, "name", "the image")
+        raise LowerError(f"{name!r} goes into an addition without a quantizer: give it one")
+    if term not in writer.sums:
+        writer.sums[term] = in_storage(term).write_accumulators(writer, f"{term.name}.acc")
+    acc = writer.sums[term]
+    if not value.clipped:
+        return acc
+    ends = {(0.0, math.inf): {"qmin": 0}, (-math.inf, 0.0): {"qmax": 0}}.get((value.low, value.high))
+    if ends is None:
+        raise LowerError(f"{term.name!r}: its clip at {value.high} goes into an addition without a quantizer")
+    return writer.write(r.Clip, f"{term.name}.relu", [acc], replace(acc, name=f"{acc.name}.relu", **ends))
 
 
-def _numpy(values: torch.Tensor, dtype: type) -> np.ndarray:
-    return values.detach().cpu().numpy().astype(dtype)
+def logits(writer: Writer, value: Pending, name: str) -> TensorSpec:
+    """Write the network's output: int32 accumulators, in the fixed form brought to one scale for all classes."""
+    if isinstance(value.term, Average) and not value.clipped:
+        return value.term.write_exact(writer, name)
+    if not isinstance(value.term, Product) or value.clipped:
+        raise LowerError(f"the network's output {name!r} has no quantizer, and is no layer's or pool's own output")
+    term = in_storage(value.term)
+    if writer.requantizer == "float32":
+        return term.write_accumulators(writer, name)
+    scale, exact = forms((term.x.scale, term.w_scale), ())
+    out = TensorSpec(name, (), "int32", 32, *INT32, np.asarray(scale.max()), 0)
+    return term.write_layer(writer, out, single(scale / scale.max(), exact / exact.max()))
 
 
-def _per_channel(scale: torch.Tensor, name: str) -> np.ndarray:
-    values = _numpy(scale, np.float32)
-    if values.size > 1 and values.size not in values.shape[:2]:
-        raise LowerError(f"layer {name!r}: weight scales of shape {values.shape} are not one per output channel")
-    return values.reshape(-1)
-
-
-def _geometry(name: str, layer: nn.Module) -> dict[str, Any] | None:
-    if isinstance(layer, nn.ConvTranspose2d):
-        return {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": tuple(layer.dilation), "groups": layer.groups}
-    if not isinstance(layer, nn.Conv2d):
-        return None
-    if layer.padding_mode != "zeros":
-        raise LowerError(
-            f"layer {name!r} is padded by {layer.padding_mode!r}: only padding by zeros has an integer form"
-        )
-    if layer.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        before = [total // 2 for total in totals]
-        after = [total - b for total, b in zip(totals, before, strict=True)]
-    else:
-        before = after = [0, 0] if layer.padding == "valid" else [int(p) for p in layer.padding]
-    return {
-        "stride": tuple(layer.stride),
-        "padding": (before[0], before[1], after[0], after[1]),
-        "dilation": tuple(layer.dilation),
-        "groups": layer.groups,
-    }
-
-
-def norm_gain(norm: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Return (g, h), float64 (C,), of a batch norm in eval mode: y = g x + h."""
-    if norm.running_var is None or norm.running_mean is None:
-        raise LowerError(f"{norm}: a batch norm without running statistics has no integer form")
-    mean = _numpy(norm.running_mean, np.float64)  # type: ignore[arg-type]
-    variance = _numpy(norm.running_var, np.float64)  # type: ignore[arg-type]
-    g = 1 / np.sqrt(variance + norm.eps)  # type: ignore[operator]
-    g = g if norm.weight is None else g * _numpy(norm.weight, np.float64)  # type: ignore[arg-type]
-    h = -g * mean
-    return g, h if norm.bias is None else h + _numpy(norm.bias, np.float64)  # type: ignore[arg-type]
-
-
-def with_norm(term: Product, norm: nn.Module) -> Product:
-    """Return ``term`` followed by ``norm``: exact in w (signs only), w_scale and bias absorb the rest."""
-    g, h = norm_gain(norm)
-    sign = np.sign(g).astype(np.int64).reshape(-1, *[1] * (term.w.ndim - 1))
-    gain = np.where(g == 0, 1.0, np.abs(g))  # a dead channel has w = 0: its scale is free
-    w_scale = np.maximum(term.w_scale * gain, MIN_SCALE).astype(np.float32)
-    return replace(term, w=term.w * sign, w_scale=w_scale, bias=g * term.bias + h)
-
-
-def norm_product(name: str, norm: nn.Module, x: TensorSpec) -> Product:
-    """Return a batch norm that reads a known tensor, as a 1x1 depthwise convolution with weights +-NORM_STEPS."""
-    if len(x.shape) != 3:
-        raise LowerError(f"batch norm {name!r} reads a tensor of shape {x.shape}; put it behind a layer, or fold it")
-    plain = unchanged(name, x)
-    steps = replace(plain, w=plain.w * NORM_STEPS, w_scale=plain.w_scale / np.float32(NORM_STEPS))
-    return with_norm(steps, norm)
-
-
-def unchanged(name: str, x: TensorSpec) -> Product:
-    """Return ``x`` (C, H, W) itself as a 1x1 depthwise convolution."""
-    n = x.shape[0]
-    geometry = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": n}
-    return Product(name, x, np.ones((n, 1, 1, 1), np.int64), np.ones(n, np.float32), np.zeros(n), 8, geometry)
-
-
-def in_storage(term: Product) -> Product:
-    """Return ``term`` as it is stored: weights that fill int8 or int16, and scales coarse enough for every bias.
-
-    Weights of few bits are multiplied, and their scale divided, by a power of two: exact, and the bias is rounded to
-    finer steps. A channel with (nearly) no weights has a tiny scale, in which its bias would exceed int32: its weights
-    are rounded to a grid of bias / 2^30 instead, which moves outputs by at most n_w max|q - z| |bias| 2^-30 / 2.
-    """
-    step = 2 ** _spare_bits(term)
-    least = np.abs(term.bias) * (step / BIAS_MAX) / float(term.x.scale)
-    coarse = least > term.w_scale
-    w_scale = np.where(coarse, least.astype(np.float32), term.w_scale)
-    ratio = (term.w_scale / w_scale).astype(np.float64).reshape(-1, *[1] * (term.w.ndim - 1))
-    w = np.where(coarse.reshape(ratio.shape), np.rint(term.w * ratio).astype(np.int64), term.w)
-    return replace(term, w=w * step, w_scale=w_scale / np.float32(step))
-
-
-def _spare_bits(term: Product) -> int:
-    """How many bits the weights may grow: inside their int8 or int16, with every sum of products below 2^30."""
-    largest_w = int(np.abs(term.w).max())
-    room = 2**7 - 1 if term.w.min() >= -(2**7) and term.w.max() < 2**7 else 2**15 - 1
-    if largest_w == 0:
-        return 0
-    sums = int(np.abs(term.w).reshape(len(term.w), -1).sum(1).max()) * max(1, largest(term.x))
-    return max(0, int(math.log2(min(room / largest_w, BIAS_MAX / sums))))
+def negated(writer: Writer, value: TensorSpec | Pending, name: str) -> TensorSpec | Pending:
+    """Return ``value`` with the other sign, exactly: a layer by its weights, a known tensor by a table."""
+    if isinstance(value, Pending):
+        assert isinstance(value.term, Product)  # what else is pending has no integers to add
+        return Pending(replace(value.term, w=-value.term.w, bias=-value.term.bias), -value.high, -value.low)
+    top = max(value.qmax, value.zero_point)
+    ends = {"qmin": top - value.qmax, "qmax": top - value.qmin, "zero_point": top - value.zero_point}
+    out = replace(value, name=f"{name}.negated", **ends)
+    return writer.table(out.name, value, top - np.arange(value.qmax + 1), out)

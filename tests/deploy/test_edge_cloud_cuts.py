@@ -7,11 +7,11 @@ from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
 from hq_lib import data, models
-from hq_lib.deploy.edge_cloud import find_cuts, float_wire, integer_edge, pack, run_edge, split_at, unpack
+from hq_lib.deploy.edge_cloud import find_cuts, float_wire, integer_edge, pack, split_at, unpack
 from hq_lib.deploy.edge_cloud.cuts import head
 from hq_lib.graph import BitPolicy, QuantizeError, blocks, calibrate, quantize
 from hq_lib.integer import lower, run
-from hq_lib.integer.execute import real_values
+from hq_lib.integer.execute import output_integers, real_values
 
 NETS = {"Tiny": (Tiny, 12), "Branches": (Branches, 12)}
 SIZES = {"lenet": 28}
@@ -72,7 +72,7 @@ def test_the_integer_edge_computes_the_integers_of_the_whole_network(name):
         edge = integer_edge(qnet, record, cut)
         assert edge.tensors[edge.output].shape == cut.shape
         assert {op.name for op in edge.layers()} == set(cut.layers)
-        np.testing.assert_array_equal(run_edge(edge, x.contiguous(), batch_size=2), seen[edge.output])
+        np.testing.assert_array_equal(output_integers(edge, x.contiguous(), batch_size=2), seen[edge.output])
 
 
 def test_an_8_bit_edge_and_a_float_wire_are_close_to_the_float_network():
@@ -82,7 +82,7 @@ def test_an_8_bit_edge_and_a_float_wire_are_close_to_the_float_network():
         whole = net(x)
         for cut in find_cuts(net, x[:1])[1:]:
             edge = integer_edge(qnet, record, cut)
-            sent = real_values(edge.tensors[edge.output], run_edge(edge, x.contiguous()))
+            sent = real_values(edge.tensors[edge.output], output_integers(edge, x.contiguous()))
             logits = split_at(net, cut)[1](torch.from_numpy(sent))
             assert (logits - whole).abs().max() < 0.1 * whole.abs().max()
 

@@ -12,7 +12,7 @@ from torch import nn
 from hq_lib import integer, models
 from hq_lib.deploy import fpga
 from hq_lib.deploy.c import Runtime
-from hq_lib.deploy.fpga import FpgaiError, FpgaiLayer, FpgaiNet, Stage, semantics
+from hq_lib.deploy.fpga import FpgaiError, FpgaiLayer, FpgaiNet, Stage, exporter
 
 
 @pytest.fixture(scope="session")
@@ -130,18 +130,6 @@ def test_small_net_equals_python_loops():
     assert len(np.unique(got)) > 10
 
 
-def test_requantization_is_floor_not_truncation_nor_rounding():
-    assert semantics.requantize(np.array([-1, 1, 3, -3, 512]), 1, 1).tolist() == [-1, 0, 1, -2, 256]
-    assert semantics.requantize(np.array([2**31 - 1]), 255, 4).tolist() == [(2**31 - 1) * 255 // 16]  # int32 would wrap
-
-
-def test_relu1_and_pools_by_hand():
-    assert semantics.relu1(np.array([-5, 0, 255, 256])).tolist() == [0, 0, 255, 255]
-    x = np.array([[[[1, 2, 9], [3, 1, 9], [9, 9, 9]], [[-1, -2, 9], [-3, -1, 9], [9, 9, 9]]]])
-    assert semantics.average_pool(x, 2).tolist() == [[[[1]], [[-1]]]]  # 7 / 4 and -7 / 4, toward zero
-    assert semantics.max_pool(x, 2).tolist() == [[[[3]], [[-1]]]]
-
-
 def test_overflow_of_the_c_program_is_named():
     weight = np.full((2, 33_000), 255, np.uint8)  # 255 x 255 x 33,000 = 2,145,825,000 < 2^31 - 1 = 2,147,483,647
     bias = np.array([0, -1_658_648], np.int32)  # the second channel exceeds it by 1
@@ -240,9 +228,11 @@ def test_the_exporter_reads_geometry_and_folds_batch_norm():
     assert steps.max() < 6
 
 
-def test_biases_make_up_for_what_the_floors_take_away():
+def test_biases_make_up_for_what_the_floors_take_away(monkeypatch):
     net, example = models.build("lenet", relu1=True), torch.rand(1, 1, 28, 28)
-    nearest, floor = (fpga.export(net, example, rounding=r).layers for r in ("nearest", "floor"))
+    nearest = fpga.export(net, example).layers
+    monkeypatch.setattr(exporter, "_rounding_offset", lambda stage: 0.0)  # as the seed has them
+    floor = fpga.export(net, example).layers
     steps = [(a.bias - b.bias).mean() * a.scale for a, b in zip(nearest, floor, strict=True)]
     assert steps == pytest.approx([0.875, 0.875, 0.5, 0.5, 0.5], abs=0.02)  # half a step; 3/8 more before a 2x2 mean
 
@@ -301,7 +291,7 @@ def trained_lenet(mnist_10k, **options):
     return net.eval()
 
 
-def test_an_exported_lenet_keeps_its_accuracy(trained, mnist_10k, tmp_path):
+def test_an_exported_lenet_keeps_its_accuracy(trained, mnist_10k, tmp_path, monkeypatch):
     test = mnist_10k[1]
     with torch.no_grad():
         want = trained(test.images.contiguous().float() / 255).numpy()
@@ -316,7 +306,8 @@ def test_an_exported_lenet_keeps_its_accuracy(trained, mnist_10k, tmp_path):
     assert accuracy(want) > 92
     assert abs(accuracy(got) - accuracy(want)) <= 0.2
     assert (got.argmax(1) == want.argmax(1)).mean() > 0.995
-    floor = fpga.run(fpga.export(trained, torch.rand(1, 1, 28, 28), rounding="floor"), test.images[:500])
+    monkeypatch.setattr(exporter, "_rounding_offset", lambda stage: 0.0)
+    floor = fpga.run(fpga.export(trained, torch.rand(1, 1, 28, 28)), test.images[:500])
     errors = [np.abs(logits[:500] / 255 - want[:500]).mean() for logits in (got, floor)]
     assert errors[0] < 0.9 * errors[1]  # measured: 0.74 to 0.81
 

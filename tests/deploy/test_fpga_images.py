@@ -174,7 +174,7 @@ def put(key, value):
         (put("shape", [10**5, 10**5]), "shape"),
         (put("shape", [-81]), "shape"),
         (put("shape", [True, 81]), "shape"),
-        (put("shape", "81"), "a list belongs"),
+        (put("shape", "81"), "a list of some"),
         (put("dtype", "object"), "dtype"),
         (put("dtype", "uint8"), "do not fit"),
         (put("bits", 7), "end of a word"),

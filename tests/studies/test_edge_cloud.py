@@ -9,8 +9,8 @@ import torch
 
 from hq_lib.crossbar import EngineNetwork, IdealEngine
 from hq_lib.data import normalize
-from hq_lib.deploy.edge_cloud import HEADER_BYTES, fit_wire, integer_edge, run_edge
-from hq_lib.integer.execute import real_values
+from hq_lib.deploy.edge_cloud import HEADER_BYTES, fit_wire, integer_edge
+from hq_lib.integer.execute import output_integers, real_values
 from hq_lib.studies.bench import network_file, shipped
 from hq_lib.studies.edge_cloud import study, tables
 from hq_lib.studies.edge_cloud.bench import Size, workbench
@@ -77,7 +77,8 @@ def test_wires_are_fitted_to_training_images_only(bench, monkeypatch):
     cut = bench.cut(CUT)
     study.fitted_wire(bench, cut, bits=2, per_channel=True)
     part = integer_edge(bench.qnet, bench.record, cut)
-    wanted = real_values(part.tensors[part.output], run_edge(part, normalize(bench.train.images, bench.train.spec)))
+    x_int = output_integers(part, normalize(bench.train.images, bench.train.spec))
+    wanted = real_values(part.tensors[part.output], x_int)
     assert len(given) == 1
     assert torch.equal(given[0], torch.from_numpy(wanted))
     assert (bench.train.split, bench.test.split) == ("train", "test")
@@ -87,7 +88,7 @@ def test_an_ideal_crossbar_sends_what_the_exact_edge_sends(bench):
     part = integer_edge(bench.qnet, bench.record, bench.cut(CUT))
     x = normalize(bench.test.images[:4], bench.test.spec)
     ideal = EngineNetwork(bench.record, IdealEngine()).products
-    np.testing.assert_array_equal(run_edge(part, x, products=ideal), run_edge(part, x))
+    np.testing.assert_array_equal(output_integers(part, x, products=ideal), output_integers(part, x))
 
 
 def test_shares_grow_to_almost_everything(bench):

@@ -27,92 +27,6 @@ from hq_lib.results.atomic import write_text
 STACK_BYTES = 4096
 """more than any function of the runtime and all that it calls take with ``-DHQM_PORTABLE``"""
 
-_HEADER = """\
-/* The network and one image: constants. */
-#ifndef {upper}_H
-#define {upper}_H
-
-#include <stdint.h>
-
-#define {upper}_ARENA_SIZE {arena}u
-#define {upper}_N_LOGITS {n_logits}u
-
-#ifdef __cplusplus
-extern "C" {{
-#endif
-extern const uint32_t {name}_model[{n_words}];
-extern const {type} {name}_image[{n_values}];
-extern const uint32_t {name}_logits[{n_logits}]; /* the bits of what the image's float32 logits must be */
-#ifdef __cplusplus
-}}
-#endif
-
-#endif
-"""
-
-_MAIN = """\
-/* Runs the network on one image and prints its class; 1: the network cannot run here, 2: other logits than NumPy's. */
-#include <stdio.h>
-#include <string.h>
-
-#include "hqm.h"
-#include "{name}.h"
-
-static uint32_t arena[{upper}_ARENA_SIZE / 4];
-
-int main(void) {{
-    static float logits[{upper}_N_LOGITS];
-    hqm_model model;
-    unsigned best = 0;
-    hqm_status status = hqm_open(&model, {name}_model, sizeof {name}_model);
-    if (status == HQM_OK) status = {call}(&model, arena, {name}_image, logits);
-    if (status != HQM_OK) {{
-        printf("%s\\n", hqm_message(status));
-        return 1;
-    }}
-    for (unsigned k = 1; k < {upper}_N_LOGITS; k++)
-        if (logits[k] > logits[best]) best = k;
-    printf("class %u\\n", best);
-    if (!memcmp(logits, {name}_logits, sizeof logits)) return 0;
-    printf("the logits are not those of the network\\n");
-    return 2;
-}}
-"""
-
-_MAKEFILE = """\
-# make [CC=...] [CFLAGS=...] [LDFLAGS=...]     builds {name};     make run [RUN=qemu-arm]     builds and runs it
-CC     ?= cc
-CFLAGS ?= -O3
-FLAGS  := {flags}
-
-{name}: $(wildcard *.c *.h)
-	$(CC) $(FLAGS) $(CFLAGS) $(wildcard *.c) $(LDFLAGS) -o $@
-
-run: {name}
-	$(RUN) ./{name}
-
-.PHONY: run
-"""
-
-_README = """\
-# {name}: an integer network in C99
-
-`make run` builds and runs `main.c`: one image through the network, its class, and whether the logits are bit for bit
-those of the NumPy executor (here: class {label}).
-
-| | bytes |
-|---|---|
-| flash, constants (`{name}_model`) | {n_bytes:,} |
-| flash, code | `size *.o` of your compiler tells |
-| RAM, working memory (`arena` in `main.c`) | {arena:,} |
-| RAM, stack, with `-DHQM_PORTABLE` | under {stack:,} |
-
-Flags: `{flags}`; `-ffp-contract=off` is what keeps the bits. `-DHQM_PORTABLE` leaves out the vector kernels of x86-64
-and 64-bit ARM, and computes fewer places together, which takes less stack. Little-endian processors alone.
-The requantizer of this network is `{requantizer}`{advice}.
-No heap, no file, no library beyond C99's; `hqm.h` says how to call the runtime, from C++ too.
-"""
-
 
 def export_folder(model: IntegerModel, folder: Path | str, example: Any, *, name: str = "net") -> Path:
     """Write C sources, the network as a const array and a ``main.c`` that runs ``example``, and return ``folder``.
@@ -134,11 +48,11 @@ def export_folder(model: IntegerModel, folder: Path | str, example: Any, *, name
     (arena,) = struct.unpack_from("<I", content, 36)
     is_pixels, fixed = image.dtype == np.uint8, model.requantizer == "fixed"
     facts = {
-        "name": name, "upper": name.upper(), "arena": arena, "n_bytes": len(content), "n_words": len(words),
-        "n_values": image.size, "n_logits": logits.size, "type": "uint8_t" if is_pixels else "float",
-        "call": "hqm_run_pixels" if is_pixels else "hqm_run", "label": int(logits.argmax()), "stack": STACK_BYTES,
+        "name": name, "upper": name.upper(), "label": int(logits.argmax()), "requantizer": model.requantizer,
+        "type": "uint8_t" if is_pixels else "float", "call": "hqm_run_pixels" if is_pixels else "hqm_run",
+        "n_words": len(words), "n_values": image.size, "n_logits": logits.size, "n_bytes": f"{len(content):,}",
+        "arena": arena, "ram": f"{arena:,}", "stack": f"{STACK_BYTES:,}",
         "flags": " ".join(flag for flag in FLAGS if not flag.startswith(("-O", "-fPIC", "-fno-sem"))),
-        "requantizer": model.requantizer,
         "advice": "" if fixed else '; without a floating-point unit export `lower(..., requantizer="fixed")`',
     }  # fmt: skip
     arrays = [
@@ -147,9 +61,9 @@ def export_folder(model: IntegerModel, folder: Path | str, example: Any, *, name
         _array("uint32_t", f"{name}_logits", [f"0x{word:08x}" for word in logits.ravel().view(np.uint32)]),
     ]
     write_text(folder / f"{name}.c", f'#include "{name}.h"\n\n' + "\n".join(arrays))
-    texts = {f"{name}.h": _HEADER, "main.c": _MAIN, "Makefile": _MAKEFILE, "README.md": _README}
-    for file, text in texts.items():
-        write_text(folder / file, text.format(**facts))
+    for template in sorted((SOURCES / "board").iterdir()):  # in which @fact@ stands for one of ``facts``
+        text = re.sub(r"@(\w+)@", lambda found: str(facts[found[1]]), template.read_text(encoding="utf-8"))
+        write_text(folder / (f"{name}.h" if template.name == "net.h" else template.name), text)
     for file in (*RUNTIME, *(path.name for path in SOURCES.glob("*.h") if path.name != "hqm_images.h")):
         shutil.copyfile(SOURCES / file, folder / file)
     return folder

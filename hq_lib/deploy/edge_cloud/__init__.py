@@ -2,7 +2,7 @@
 
     cuts = find_cuts(net, images[:1])                        where one tensor is all that is alive
     edge, cloud = split_at(net, cuts[7])                     two graphs; cloud(edge(x)) is net(x)
-    record = integer_edge(qnet, lower(qnet), cuts[7])        the edge half in integers, to run on any executor
+    record = integer_edge(qnet, lower(qnet), cuts[7])        the edge half, for integer.output_integers and others
     wire = fit_wire(activations, cuts[7].name, bits=2)       what both ends agree on before the first image
     packets = pack(wire, codes, coding="deflate")            one packet of bytes per image
     logits = cloud(wire.decode(unpack(wire, packets)))
@@ -11,12 +11,12 @@
 an edge without a network would send instead: pixels of few bits, or JPEG.
 """
 
-from hq_lib.deploy.edge_cloud.cuts import Cut, find_cuts, integer_edge, run_edge, split_at
+from hq_lib.deploy.edge_cloud.cuts import Cut, find_cuts, integer_edge, split_at
 from hq_lib.deploy.edge_cloud.packet import CODINGS, HEADER_BYTES, PacketError, pack, unpack
 from hq_lib.deploy.edge_cloud.pictures import from_jpeg, pixel_wire, to_jpeg
 from hq_lib.deploy.edge_cloud.wire import Wire, WireError, fit_wire, float_wire
 
 __all__ = [
     "CODINGS", "HEADER_BYTES", "Cut", "PacketError", "Wire", "WireError", "find_cuts", "fit_wire", "float_wire",
-    "from_jpeg", "integer_edge", "pack", "pixel_wire", "run_edge", "split_at", "to_jpeg", "unpack",
+    "from_jpeg", "integer_edge", "pack", "pixel_wire", "split_at", "to_jpeg", "unpack",
 ]  # fmt: skip

@@ -5,7 +5,6 @@ to be sent. Cut 0, ``image``, lies before the first layer: nothing runs on the e
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor, fx, nn
 
 from hq_lib.graph import Block, QuantizeError, blocks, extract_block
 from hq_lib.graph.tracing import eval_mode, trace
-from hq_lib.integer import IntegerModel, check, run
-from hq_lib.integer.execute import Products
+from hq_lib.integer import IntegerModel, check
 from hq_lib.integer.lowering import tensor_names
-from hq_lib.integer.sums import products as exact_products
 
 IMAGE = "image"
 
@@ -121,24 +118,3 @@ def head(record: IntegerModel, tensor: str) -> IntegerModel:
     ops = tuple(op for op in record.ops if op.output in needed)
     tensors = {name: spec for name, spec in record.tensors.items() if name in needed}
     return check(replace(record, ops=ops, tensors=tensors, output=tensor))
-
-
-def run_edge(
-    edge: IntegerModel, images: Any, *, products: Products = exact_products, batch_size: int = 50
-) -> np.ndarray:
-    """The integers that ``edge`` computes at the cut: (N, *shape), unsigned.
-
-    Args:
-        edge:       from ``integer_edge``.
-        images:     (N, C, H, W) float32, normalised as in training.
-        products:   makes the sums of products: exact by default, or a crossbar's (see ``integer.run``).
-        batch_size: images at once.
-    """
-    parts: list[np.ndarray] = []
-
-    def keep(op: Any, values: np.ndarray) -> None:
-        if op.output == edge.output:
-            parts.append(values)
-
-    run(edge, images, batch_size=batch_size, products=products, watch=keep)
-    return np.concatenate(parts)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hq_lib.deploy.edge_cloud.wire import FLOAT_BITS, MAX_BITS, Wire, WireError
+from hq_lib.integer.storage import bits_of, integers_of
 
 MAGIC, VERSION = b"HQ", 1
 CODINGS = ("packed", "deflate")
@@ -128,20 +129,12 @@ def _to_bytes(codes: np.ndarray, bits: int) -> np.ndarray:
     """(B, n) codes as (B, ceil(n bits / 8)) uint8."""
     if bits == FLOAT_BITS:
         return codes.astype("<f4").view(np.uint8)
-    if bits == MAX_BITS:
-        return codes
-    planes = [(codes >> place) & 1 for place in range(bits - 1, -1, -1)]
-    return np.packbits(np.stack(planes, axis=-1).reshape(len(codes), codes.shape[1] * bits), axis=1)
+    return np.packbits(bits_of(codes, bits)[:, :, ::-1].reshape(len(codes), codes.shape[1] * bits), axis=1)
 
 
 def _from_bytes(rows: np.ndarray, n_values: int, bits: int) -> np.ndarray:
     """(B, n_values) codes of packed ``rows`` (B, n_bytes)."""
     if bits == FLOAT_BITS:
         return np.ascontiguousarray(rows).view("<f4").astype(np.float32)
-    if bits == MAX_BITS:
-        return rows.copy()
-    planes = np.unpackbits(rows, axis=1, count=n_values * bits).reshape(len(rows), n_values, bits)
-    codes = np.zeros((len(rows), n_values), np.uint8)
-    for i in range(bits):
-        codes = (codes << 1) | planes[:, :, i]
-    return codes
+    ones = np.unpackbits(rows, axis=1, count=n_values * bits).reshape(len(rows), n_values, bits)
+    return integers_of(ones[:, :, ::-1], signed=False).astype(np.uint8)

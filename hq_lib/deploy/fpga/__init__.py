@@ -10,32 +10,29 @@
     net = export(float_net, example)                    # a chain with ReLU or ReLU1; eight-bit multipliers
     write_net(net, folder, "lenet")
 
-Images and running need no torch; ``export``, ``record_of`` and ``.tuple`` files load it when asked.
+``export`` and ``.tuple`` files alone need torch, and load it when asked.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hq_lib.deploy.fpga.conversion import int32_overflows, record_of, run
 from hq_lib.deploy.fpga.formats import read_net, write_net
 from hq_lib.deploy.fpga.layers import LENET, FpgaiError, FpgaiLayer, FpgaiNet, Stage
 from hq_lib.deploy.fpga.memory_image import read_images, write_images
 from hq_lib.deploy.fpga.multiplier import narrowed, nearest_multiplier, relative_error
-from hq_lib.deploy.fpga.semantics import int32_overflows, run
 
 if TYPE_CHECKING:
-    from hq_lib.deploy.fpga.conversion import record_of
     from hq_lib.deploy.fpga.exporter import export, quantize_layer
-    from hq_lib.deploy.fpga.tuple_file import TupleFile, net_of, read_tuple, tuple_of, write_tuple
+    from hq_lib.deploy.fpga.tuple_file import TupleFile, net_of, read_tuple
 
 __all__ = [
     "LENET", "FpgaiError", "FpgaiLayer", "FpgaiNet", "Stage", "TupleFile", "export", "int32_overflows",
     "narrowed", "nearest_multiplier", "net_of", "quantize_layer", "read_images", "read_net", "read_tuple", "record_of",
-    "relative_error", "run", "tuple_of", "write_images", "write_net", "write_tuple",
+    "relative_error", "run", "write_images", "write_net",
 ]  # fmt: skip
-_NEED_TORCH = (
-    {"record_of": "conversion"}
-    | dict.fromkeys(("export", "quantize_layer"), "exporter")
-    | dict.fromkeys(("TupleFile", "net_of", "read_tuple", "tuple_of", "write_tuple"), "tuple_file")
+_NEED_TORCH = dict.fromkeys(("export", "quantize_layer"), "exporter") | dict.fromkeys(
+    ("TupleFile", "net_of", "read_tuple"), "tuple_file"
 )
 
 

@@ -1,5 +1,12 @@
 """``record_of``: an FPGAI chain as an integer record, so that NumPy, C, memory images and crossbars run it.
 
+FPGAI's arithmetic, that of seed 002's C and NumPy programs without their overflow:
+
+    acc = sum x (q - zp) + bias         x 0..255, zero padding       (ALGORITHMS 10.4)
+    y   = (acc m) >> shift              arithmetic shift: floor, no rounding
+    y   = min(max(y, 0), 255)           ReLU1, where the stage has it
+    average pool: sum / n truncated toward zero
+
 The record rounds half up where FPGAI takes the floor. A layer's floor is kept by a residual: the accumulators of a
 layer without weights, whose bias takes the rounding away again,
 
@@ -14,25 +21,59 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from hq_lib.deploy.fpga.layers import FpgaiLayer, FpgaiNet, Stage, need
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
-from hq_lib.integer.emit import INT32, Writer, windowed
+from hq_lib.integer.emit import INT32, Writer
+from hq_lib.integer.execute import output_integers
 from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.requant import single
 
-_PLAIN = {"dilation": (1, 1), "groups": 1}
+_INT32_MAX = 2**31 - 1
 
 
-def record_of(net: FpgaiNet, shape: tuple[int, int, int]) -> IntegerModel:
+def run(net: FpgaiNet, images: Any, *, batch_size: int = 50) -> np.ndarray:
+    """Return the integer logits of ``images``, int64 (N, C_out), equal to the C program's: those of ``record_of``.
+
+    Args:
+        net:        chain of layers; the first reads ``images``.
+        images:     uint8 (N, C, H, W) raw pixels (an array or a CPU tensor), or (N, C) for a chain of linear layers.
+        batch_size: images at once, >= 1; changes memory and speed only.
+
+    Raises:
+        FpgaiError: images of another dtype or shape, or what ``record_of`` refuses; names the layer.
+    """
+    images = np.asarray(images)
+    need(images.dtype == np.uint8, f"FPGAI reads raw pixels, uint8; these images are {images.dtype}")
+    need(images.ndim in (2, 4) and len(images) > 0, f"images (N, C, H, W) are needed, not {images.shape}")
+    record = record_of(net, images.shape[1:])
+    return output_integers(record, images.astype(np.float32) / 255, batch_size=batch_size).astype(np.int64)
+
+
+def int32_overflows(net: FpgaiNet) -> list[str]:
+    """Return the names of the layers whose (acc) m can exceed int32 for some input 0..255: unsafe in the C program.
+
+    The bound is max over channels of (255 sum |q - zp| + |bias|) m; it assumes that each layer's input is 0..255.
+    """
+    found = []
+    for layer in net.layers:
+        centred = layer.weight.reshape(len(layer.weight), -1).astype(np.int64) - layer.zero_point
+        worst = 255 * np.abs(centred).sum(1) + np.abs(layer.bias.astype(np.int64))
+        if int(worst.max()) * layer.multiplier > _INT32_MAX:
+            found.append(layer.name)
+    return found
+
+
+def record_of(net: FpgaiNet, shape: tuple[int, ...]) -> IntegerModel:
     """Return ``net`` as a record with the "fixed" requantizer; its logits are FPGAI's integers.
 
     Args:
         net:   a chain; each layer but the last clips (ReLU1).
-        shape: (C, H, W) of its images. Executors take pixel / 255, or the raw pixels.
+        shape: (C, H, W) of its images, or (C,). Executors take pixel / 255, or the raw pixels.
 
     Raises:
         FpgaiError:  a layer that cannot read its input, or one without ReLU1 that is not the last; names it.
@@ -73,19 +114,18 @@ def _layer(writer: Writer, stage: Stage, layer: FpgaiLayer, x: TensorSpec, *, la
     n, (m, s) = len(layer.weight), (layer.multiplier, layer.shift)
     m, s = (m, s) if s else (2 * m, 1)  # the record shifts by one at least
     weight = layer.weight.astype(np.int16) - np.int16(layer.zero_point)
-    geometry, shape = {}, (n,)
+    geometry = {}
     if len(stage.shape) == 4:
-        geometry = {"stride": (stage.stride,) * 2, "padding": (stage.padding,) * 4, **_PLAIN}
-        shape = windowed((n, *x.shape[1:]), weight.shape[2:], (stage.stride,) * 2, (stage.padding,) * 4, (1, 1))
+        geometry = {"stride": (stage.stride,) * 2, "padding": (stage.padding,) * 4, "dilation": (1, 1), "groups": 1}
     w_scale = np.full(n, layer.scale, np.float32)
     common = {"weight_scale": w_scale, "acc_scale": np.float32(x.scale) * w_scale, "weight_bits": 8, **geometry}
     kind = r.Conv if geometry else r.Linear
-    floor = TensorSpec(f"{stage.name}.floor", shape, "int32", 32, *INT32, np.float32(x.scale) * w_scale, 0)
+    floor = TensorSpec(f"{stage.name}.floor", (), "int32", 32, *INT32, common["acc_scale"], 0)
     nothing = {"weight": np.zeros_like(weight, np.int8), "bias": np.full(n, -(2 ** (s - 1)), np.int32)}
     floor = writer.write(kind, floor.name, [x], floor, **nothing, **common, requant=None, residual=None)
-    y = replace(x, name=stage.name, shape=shape)
+    y = replace(x, name=stage.name)
     if last:
-        y = TensorSpec(stage.name, shape, "int32", 32, *INT32, np.asarray(1.0, np.float32), 0)
+        y = TensorSpec(stage.name, (), "int32", 32, *INT32, np.asarray(1.0, np.float32), 0)
     fits = np.abs(weight).max() <= 127
     fields = {"weight": weight.astype(np.int8) if fits else weight, "bias": layer.bias, "requant": _dyadic(m, s, n)}
     residual = r.Residual(floor.name, _dyadic(1, s, n))
@@ -102,13 +142,12 @@ def _pool(writer: Writer, stage: Stage, x: TensorSpec) -> TensorSpec:
     need(len(x.shape) == 3 and min(x.shape[1:]) >= stage.pool_size,
          f"stage {stage.name!r}: a pool of {stage.pool_size} does not fit {x.shape}")  # fmt: skip
     name = f"{stage.name}.{stage.pool}"
-    out = replace(x, name=name, shape=windowed(x.shape, size, size, (0,) * 4, (1, 1)))
     moved = {"stride": size, "padding": (0, 0, 0, 0), "dilation": (1, 1)}
     if stage.pool == "max":
-        return writer.write(r.MaxPool, name, [x], out, kernel=size, **moved)
+        return writer.write(r.MaxPool, name, [x], kernel=size, **moved)
     n = stage.pool_size**2
     half, scale = np.full(c, 1 / (2 * n)), np.full(c, 1 / (2 * n), np.float32)
     fields = {"weight": np.full((c, 1, *size), 2, np.int8), "bias": np.full(c, 1 - n, np.int32), "weight_bits": 8}
     fields |= {"weight_scale": scale, "acc_scale": np.float32(x.scale) * scale}
     requant = single(half.astype(np.float32), half)
-    return writer.write(r.Conv, name, [x], out, **fields, **moved, groups=c, requant=requant, residual=None)
+    return writer.write(r.Conv, name, [x], **fields, **moved, groups=c, requant=requant, residual=None)

@@ -11,22 +11,20 @@ and the biases make up for what the hardware's floors take away.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from hq_lib.deploy.fpga.conversion import record_of
 from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, need
 from hq_lib.deploy.fpga.multiplier import nearest_multiplier
-from hq_lib.deploy.fpga.semantics import run
 from hq_lib.deploy.fpga.tuple_file import GAIN, bias_integers
 from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.tracing import NodeWatcher
 
-Rounding = Literal["nearest", "floor"]
 MIN_IMAGES = 32
 """Fewest images from which the range behind a ReLU is taken."""
 Weighted = tuple[Stage, np.ndarray, np.ndarray]
@@ -38,34 +36,29 @@ def export(
     *,
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
-    rounding: Rounding = "nearest",
 ) -> FpgaiNet:
     """Return ``net`` in FPGAI's integers, to be fed with raw uint8 pixels.
 
     Args:
-        net:      a chain of Conv2d or Linear, each but the last followed by ReLU1 (``nn.Hardtanh(0, 1)``) or ReLU and
-                  perhaps one pool; batch norms are folded. ``models.build("lenet")`` is one.
-        example:  (B, C, H, W) float32, inputs of ``net``; behind a ReLU they are what ranges are taken from: some
-                  hundred training images.
-        mean:     what was subtracted from pixel / 255 in training, one value or one per channel.
-        std:      what it was divided by then, > 0.
-        rounding: "nearest" puts into the biases what the floor of the shift and the truncation of an average pool take
-                  away on average; "floor" leaves them as the seed has them.
+        net:     a chain of Conv2d or Linear, each but the last followed by ReLU1 (``nn.Hardtanh(0, 1)``) or ReLU and
+                 perhaps one pool; batch norms are folded. ``models.build("lenet")`` is one.
+        example: (B, C, H, W) float32, inputs of ``net``; behind a ReLU they are what ranges are taken from: some
+                 hundred training images.
+        mean:    what was subtracted from pixel / 255 in training, one value or one per channel.
+        std:     what it was divided by then, > 0.
 
     Raises:
         FpgaiError: what FPGAI cannot express (unbounded activations, branches, groups ...); names the layer.
     """
-    need(rounding in ("nearest", "floor"), f"rounding {rounding!r}: 'nearest' or 'floor'")
     gm = fold_bn(net, example).eval()
     chain = _in_units(_chain(gm), _largest(gm, example), len(example))
     for stage, _, _ in chain[:-1]:
         need(stage.relu1, f"{stage.name!r} has no ReLU or ReLU1 after it: train with clip(x, 0, 1), e.g. relu1=True")
     need(chain[-1][0].pool is None, f"{chain[-1][0].name!r}: a pool cannot end the network")
     chain[0] = _without_normalization(chain[0], mean, std)
-    offset = _rounding_offset if rounding == "nearest" else lambda stage: 0.0
-    layers = tuple(quantize_layer(stage.name, w, b, offset=offset(stage)) for stage, w, b in chain)
+    layers = tuple(quantize_layer(stage.name, w, b, offset=_rounding_offset(stage)) for stage, w, b in chain)
     fpgai = FpgaiNet(tuple(stage for stage, _, _ in chain), layers)
-    run(fpgai, np.zeros((1, *example.shape[1:]), np.uint8))  # each layer can read what the one before writes
+    record_of(fpgai, tuple(example.shape[1:]))  # each layer can read what the one before writes
     return fpgai
 
 
@@ -152,78 +145,59 @@ def _chain(gm: fx.GraphModule) -> list[Weighted]:
             need(previous is None, "FPGAI nets have one input")
         elif node.op != "output":
             need(node.all_input_nodes == [previous], f"{node.name!r} makes a branch: FPGAI export takes plain chains")
-            _read_node(gm, node, chain)
+            module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                chain.append(_weighted(str(node.target), module))
+            elif isinstance(module, nn.ReLU | nn.Hardtanh | nn.AvgPool2d | nn.MaxPool2d):
+                need(bool(chain), f"{node.target!r} follows no convolution or linear layer")
+                stage, *rest = chain[-1]
+                chain[-1] = (_followed(stage, str(node.target), module), *rest)  # type: ignore[assignment]
+            else:
+                _check_harmless(node, module)
         previous = node
     need(bool(chain), "the network has no convolution or linear layer")
     return chain
 
 
-def _read_node(gm: fx.GraphModule, node: fx.Node, chain: list[Weighted]) -> None:
-    if _is_flatten(node):
-        return
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    read: Callable[[str, Any, list[Weighted]], None] | None = _READERS.get(type(module))
-    if read is None:
-        what = type(module).__name__ if module is not None else node.target
-        known = ", ".join(sorted(kind.__name__ for kind in _READERS))
-        raise FpgaiError(f"{node.name!r} is {what}: FPGAI export knows {known}")
-    read(str(node.target), module, chain)
-
-
-def _is_flatten(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", node.target)
-    return node.op in ("call_function", "call_method") and name == "flatten" and node.args[1:2] == (1,)
-
-
-def _weighted(name: str, layer: Any, chain: list[Weighted], **geometry: Any) -> None:
+def _weighted(name: str, layer: nn.Conv2d | nn.Linear) -> Weighted:
+    geometry: dict[str, Any] = {}
+    if isinstance(layer, nn.Conv2d):
+        square = len({*layer.stride}) == 1 and not isinstance(layer.padding, str) and len({*layer.padding}) == 1
+        plain = square and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+        need(
+            plain,
+            f"{name!r}: FPGAI has equal strides and paddings for rows and columns, no groups, no dilation: {layer}",
+        )
+        geometry = {"stride": layer.stride[0], "padding": int(layer.padding[0])}
     weight = layer.weight.detach().cpu().double().numpy()
     bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu().double().numpy()
-    chain.append((Stage(name, tuple(weight.shape), relu1=False, **geometry), weight, bias))
+    return Stage(name, tuple(weight.shape), relu1=False, **geometry), weight, bias
 
 
-def _conv(name: str, conv: nn.Conv2d, chain: list[Weighted]) -> None:
-    square = len({*conv.stride}) == 1 and not isinstance(conv.padding, str) and len({*conv.padding}) == 1
-    plain = square and conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    need(plain, f"{name!r}: FPGAI has equal strides and paddings for rows and columns, no groups, no dilation: {conv}")
-    _weighted(name, conv, chain, stride=conv.stride[0], padding=int(conv.padding[0]))
+def _followed(stage: Stage, name: str, module: Any) -> Stage:
+    """Return ``stage`` with the ReLU, ReLU1 or pool that follows it."""
+    if isinstance(module, nn.ReLU | nn.Hardtanh):
+        if isinstance(module, nn.Hardtanh):
+            ends = (module.min_val, module.max_val)
+            need(ends == (0, 1), f"{name!r} clips to {ends[0]}..{ends[1]}; FPGAI to 0..1")
+        need(stage.pool is None, f"{name!r}: a ReLU1 follows a convolution or linear layer")
+        return replace(stage, relu1=True)
+    sizes = {n for size in (module.kernel_size, module.stride) for n in (size if isinstance(size, tuple) else (size,))}
+    plain = len(sizes) == 1 and module.padding in (0, (0, 0)) and not module.ceil_mode
+    plain = plain and getattr(module, "dilation", 1) in (1, (1, 1))
+    plain = plain and getattr(module, "divisor_override", None) is None
+    need(plain, f"{name!r}: FPGAI pools square windows that do not overlap, without padding: {module}")
+    need(stage.relu1 and stage.pool is None, f"{name!r}: a pool follows a ReLU1")
+    return replace(stage, pool="average" if isinstance(module, nn.AvgPool2d) else "max", pool_size=sizes.pop())
 
 
-def _relu(name: str, act: nn.ReLU | nn.Hardtanh, chain: list[Weighted]) -> None:
-    if isinstance(act, nn.Hardtanh):
-        need((act.min_val, act.max_val) == (0, 1), f"{name!r} clips to {act.min_val}..{act.max_val}; FPGAI to 0..1")
-    need(bool(chain) and chain[-1][0].pool is None, f"{name!r}: a ReLU1 follows a convolution or linear layer")
-    stage, *rest = chain[-1]
-    chain[-1] = (replace(stage, relu1=True), *rest)  # type: ignore[assignment]
-
-
-def _pool(name: str, pool: Any, chain: list[Weighted]) -> None:
-    kind: Literal["average", "max"] = "average" if isinstance(pool, nn.AvgPool2d) else "max"
-    sizes = {n for size in (pool.kernel_size, pool.stride) for n in (size if isinstance(size, tuple) else (size,))}
-    plain = len(sizes) == 1 and pool.padding in (0, (0, 0)) and not pool.ceil_mode
-    plain = plain and (kind == "average" or pool.dilation in (1, (1, 1)))
-    plain = plain and getattr(pool, "divisor_override", None) is None
-    need(plain, f"{name!r}: FPGAI pools square windows that do not overlap, without padding: {pool}")
-    need(bool(chain) and chain[-1][0].relu1 and chain[-1][0].pool is None, f"{name!r}: a pool follows a ReLU1")
-    stage, *rest = chain[-1]
-    chain[-1] = (replace(stage, pool=kind, pool_size=sizes.pop()), *rest)  # type: ignore[assignment]
-
-
-def _nothing(name: str, module: nn.Module, chain: list[Weighted]) -> None:
-    """Leave the chain as it is."""
-
-
-def _flatten(name: str, module: nn.Flatten, chain: list[Weighted]) -> None:
-    need((module.start_dim, module.end_dim) == (1, -1), f"{name!r}: FPGAI flattens everything but the batch")
-
-
-_READERS: dict[Any, Callable[[str, Any, list[Weighted]], None]] = {
-    nn.Conv2d: _conv,
-    nn.Linear: _weighted,
-    nn.Hardtanh: _relu,
-    nn.ReLU: _relu,
-    nn.AvgPool2d: _pool,
-    nn.MaxPool2d: _pool,
-    nn.Flatten: _flatten,
-    nn.Dropout: _nothing,
-    nn.Identity: _nothing,
-}
+def _check_harmless(node: fx.Node, module: nn.Module | None) -> None:
+    """Raise FpgaiError unless ``node`` does nothing to a chain: it flattens, or drops out."""
+    ends = (module.start_dim, module.end_dim) if isinstance(module, nn.Flatten) else (1, -1)
+    need(ends == (1, -1), f"{node.target!r}: FPGAI flattens everything but the batch")
+    name = getattr(node.target, "__name__", node.target)
+    flattens = node.op in ("call_function", "call_method") and name == "flatten" and node.args[1:2] == (1,)
+    harmless = flattens or isinstance(module, nn.Flatten | nn.Dropout | nn.Identity)
+    what = name if module is None else type(module).__name__
+    need(harmless, f"{node.name!r} is {what}: FPGAI export knows convolutions, linear layers, ReLU, Hardtanh(0, 1), "
+         "average and max pools, Flatten, Dropout and Identity")  # fmt: skip

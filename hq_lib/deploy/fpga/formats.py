@@ -46,8 +46,8 @@ def read_net(folder: Path | str, name: str, stages: Sequence[Stage], *, form: Fo
         text = _read_text(folder / f"{name}_weight.txt")
         weights, biases = parse_weight_text(text, stages, what=f"{name}_weight.txt")
     else:
-        weights = parse_weight_bin(read_file(folder / f"{name}_weight.bin"), stages, what=f"{name}_weight.bin")
-        biases = parse_bias_bin(read_file(folder / f"{name}_bias.bin"), stages, what=f"{name}_bias.bin")
+        weights = _read_bin(folder / f"{name}_weight.bin", "u1", [stage.shape for stage in stages])
+        biases = _read_bin(folder / f"{name}_bias.bin", "<i4", [stage.shape[:1] for stage in stages])
     parts = zip(stages, weights, biases, quant, strict=True)
     return FpgaiNet(tuple(stages), tuple(FpgaiLayer(s.name, w, b, *line) for s, w, b, line in parts))
 
@@ -66,19 +66,14 @@ def write_net(net: FpgaiNet, folder: Path | str, name: str, *, form: Form = "bin
     return [folder / file for file in contents]
 
 
-def parse_weight_bin(content: bytes, stages: Sequence[Stage], *, what: str = "weight.bin") -> list[np.ndarray]:
-    """Return each layer's uint8 weights; ``FpgaiError`` unless ``content`` has exactly their size."""
-    sizes = [math.prod(stage.shape) for stage in stages]
-    _check_size(content, sum(sizes), what)
-    parts = np.split(np.frombuffer(content, np.uint8), np.cumsum(sizes)[:-1])
-    return [part.reshape(stage.shape).copy() for part, stage in zip(parts, stages, strict=True)]
-
-
-def parse_bias_bin(content: bytes, stages: Sequence[Stage], *, what: str = "bias.bin") -> list[np.ndarray]:
-    """Return each layer's int32 biases; ``FpgaiError`` unless ``content`` has exactly their size."""
-    sizes = [stage.shape[0] for stage in stages]
-    _check_size(content, 4 * sum(sizes), what)
-    return [part.astype(np.int32) for part in np.split(np.frombuffer(content, "<i4"), np.cumsum(sizes)[:-1])]
+def _read_bin(path: Path, dtype: str, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Return the arrays that lie one behind the other in ``path``; ``FpgaiError`` unless it has exactly their size."""
+    content, sizes = read_file(path), [math.prod(shape) for shape in shapes]
+    size = sum(sizes) * np.dtype(dtype).itemsize
+    state = "truncated" if len(content) < size else "too long, or of another network"
+    need(len(content) == size, f"{path.name}: {len(content):,} bytes, the stages need {size:,}: {state}")
+    parts = np.split(np.frombuffer(content, dtype).astype(np.dtype(dtype).newbyteorder("=")), np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def parse_quant(text: str, *, n_layers: int, what: str = "quant.txt") -> list[Quant]:
@@ -140,11 +135,6 @@ def _read_text(path: Path) -> str:
 def _checked_form(form: Form) -> Form:
     need(form in ("bin", "txt"), f"form {form!r}: 'bin' or 'txt'")
     return form
-
-
-def _check_size(content: bytes, size: int, what: str) -> None:
-    state = "truncated" if len(content) < size else "too long, or of another network"
-    need(len(content) == size, f"{what}: {len(content):,} bytes, the stages need {size:,}: {state}")
 
 
 def _integers(text: str, what: str) -> list[int]:

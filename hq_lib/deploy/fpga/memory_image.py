@@ -24,10 +24,9 @@ import numpy as np
 
 from hq_lib.deploy.fpga.formats import read_file
 from hq_lib.deploy.fpga.layers import FpgaiError, need, plain_name
-from hq_lib.integer.check import MAX_ELEMENTS
 from hq_lib.integer.record import IntegerModel
 from hq_lib.integer.requant import RecordError
-from hq_lib.integer.storage import DTYPES, UNREADABLE, from_plain, narrowest, to_plain
+from hq_lib.integer.storage import UNREADABLE, bits_of, from_plain, integers_of, narrowest, shape_of, to_plain
 from hq_lib.results.atomic import write_bytes, write_text
 
 Encoding = Literal["hex", "coe"]
@@ -35,7 +34,6 @@ MANIFEST = "manifest.json"
 FORMAT, SCHEMA = "hq_lib memory images", 2
 MAX_MANIFEST = 64 << 20
 MAX_WORD_BITS = 4096
-_DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
 _COE = ("memory_initialization_radix=16;\nmemory_initialization_vector=\n", ",\n", ";\n")
 _HEX = ("", "\n", "\n")
 _IMAGE_KEYS = {"file", "dtype", "shape", "bits", "signed", "step", "word_bits", "values_per_word", "n_words", "sha256"}
@@ -92,19 +90,12 @@ def read_images(folder: Path | str) -> IntegerModel:
 
 def encode(values: np.ndarray, bits: int, word_bits: int, encoding: Encoding) -> bytes:
     """Return the text of an image of integer ``values`` (any shape), ``bits`` each, in words of ``word_bits``."""
+    per_word, n_digits = word_bits // bits, -(-word_bits // 4)
     flat = values.reshape(-1).astype(np.int64)
-    per_word = word_bits // bits
-    n_words = -(-flat.size // per_word)
-    padded = np.zeros(n_words * per_word, np.int64)
-    padded[: flat.size] = flat
-    ones = (padded[:, None] >> np.arange(bits) & 1).astype(np.uint8).reshape(n_words, per_word * bits)
-    n_digits = -(-word_bits // 4)
-    whole = np.zeros((n_words, 4 * n_digits), np.uint8)
-    whole[:, : per_word * bits] = ones
-    nibbles = whole.reshape(n_words, n_digits, 4) @ np.array([1, 2, 4, 8], np.uint8)
-    text = _DIGITS[nibbles[:, ::-1]].tobytes().decode("ascii")  # the highest digit of a word first
+    ones = bits_of(np.append(flat, np.zeros(-flat.size % per_word, np.int64)), bits).reshape(-1, per_word * bits)
+    rows = np.packbits(ones, axis=1, bitorder="little")[:, ::-1]  # the highest byte of a word first
     head, between, end = _HEX if encoding == "hex" else _COE
-    words = (text[i : i + n_digits] for i in range(0, len(text), n_digits))
+    words = (row.tobytes().hex().zfill(n_digits)[-n_digits:] for row in rows)
     return (head + between.join(words) + end).encode("ascii")
 
 
@@ -117,18 +108,16 @@ def decode(content: bytes, n: int, bits: int, word_bits: int, encoding: Encoding
     need(len(content) == size, f"{len(content):,} bytes, {n:,} values need {size:,}: truncated or of another array")
     text = content.decode("ascii")
     words = text[len(head) : len(text) - len(end)].split(between)
-    form = text.startswith(head) and text.endswith(end) and {len(word) for word in words} == {n_digits}
-    digits = "".join(words)
-    form = form and len(words) == n_words and re.fullmatch("[0-9a-f]+", digits) is not None
-    need(form, f"not {n_words:,} words of {word_bits} bits in the {encoding} form")
-    codes = np.frombuffer(digits.encode(), np.uint8).astype(np.int64)
-    nibbles = np.where(codes < ord("a"), codes - ord("0"), codes - ord("a") + 10).reshape(n_words, n_digits)[:, ::-1]
-    ones = (nibbles[:, :, None] >> np.arange(4) & 1).reshape(n_words, 4 * n_digits)
+    form = text.startswith(head) and text.endswith(end) and len(words) == n_words
+    form = form and all(len(word) == n_digits for word in words) and re.fullmatch("[0-9a-f]+", "".join(words))
+    need(bool(form), f"not {n_words:,} words of {word_bits} bits in the {encoding} form")
+    raw = bytes.fromhex("".join(word.zfill(n_digits + n_digits % 2) for word in words))
+    rows = np.frombuffer(raw, np.uint8).reshape(n_words, -1)[:, ::-1]
+    ones = np.unpackbits(rows, axis=1, bitorder="little")
     need(not ones[:, per_word * bits :].any(), "the end of a word is not 0")
-    values = ones[:, : per_word * bits].reshape(-1, bits) @ (np.int64(1) << np.arange(bits, dtype=np.int64))
+    values = integers_of(ones[:, : per_word * bits].reshape(-1, bits), signed=signed)
     need(not values[n:].any(), "the end of its last word is not 0")
-    values = values[:n]
-    return np.where(values >= 2 ** (bits - 1), values - 2**bits, values) if signed else values
+    return values[:n]
 
 
 def _quotients(array: np.ndarray, step: int) -> np.ndarray:
@@ -184,23 +173,19 @@ def _refuse(text: str) -> Any:
 def _read_image(folder: Path, key: str, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
     try:
         return _decoded(folder, image, encoding)
-    except (FpgaiError, UnicodeDecodeError) as error:
+    except (FpgaiError, RecordError, UnicodeDecodeError) as error:
         raise FpgaiError(f"array {key!r:.80}: {error}") from error
 
 
 def _decoded(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
     need(set(_typed(image, dict, "an image")) == _IMAGE_KEYS, f"an image has the keys {sorted(_IMAGE_KEYS)}")
-    dtype, shape, step = image["dtype"], tuple(_typed(image["shape"], list, "shape")), image["step"]
-    need(dtype in DTYPES, f"dtype {dtype!r:.40}: one of {', '.join(DTYPES)}")
-    sized = len(shape) <= 8 and all(type(n) is int and 1 <= n <= MAX_ELEMENTS for n in shape)
-    n = math.prod(shape) if sized else 0
-    need(0 < n <= MAX_ELEMENTS, f"shape {shape!r:.80}")
+    shape, dtype, step = shape_of(image), image["dtype"], image["step"]
     need(type(step) is int and 1 <= step <= 2**31, f"step {step!r:.40}")
     bits, word_bits = image["bits"], image["word_bits"]
     _check_words(bits, word_bits, "image")
     path = _inside(folder, image["file"])
     content = read_file(path)
-    values = decode(content, n, bits, word_bits, encoding, signed=image["signed"] is True)
+    values = decode(content, math.prod(shape), bits, word_bits, encoding, signed=image["signed"] is True)
     same = hashlib.sha256(content).hexdigest() == image["sha256"]
     need(same, f"{path.name}: its bytes are not those that were written (SHA-256 differs)")
     if dtype == "float32":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 from hq_lib.deploy.fpga.formats import Quant, read_file
 from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, check_quant, need
 from hq_lib.models.public import CheckpointError, unpickled
-from hq_lib.results.atomic import write_bytes
 
 GAIN = 255
 """Activation steps per unit. The seed's last Python uses 255; its NumPy program and its shipped files use 256."""
@@ -46,17 +43,6 @@ def read_tuple(path: Path | str) -> TupleFile:
         raise FpgaiError(f"{path}: {error}") from error
 
 
-def write_tuple(contents: TupleFile, path: Path | str) -> Path:
-    """Write ``contents`` to ``path`` (torch.load reads it, weights_only=True too) and return the path."""
-    path = Path(path)
-    need(path.suffix == ".tuple", f"{path}: these files are named *.tuple")
-    state = OrderedDict((key, torch.from_numpy(value.copy())) for key, value in contents.state.items())
-    buffer = io.BytesIO()
-    torch.save((state, [n for triple in contents.quant for n in triple]), buffer)
-    write_bytes(path, buffer.getvalue())
-    return path
-
-
 def net_of(contents: TupleFile, stages: tuple[Stage, ...], *, gain: int = GAIN) -> FpgaiNet:
     """Return the network in ``contents``: bias = rint(bias_real gain / (m 2^-shift)).
 
@@ -82,15 +68,6 @@ def net_of(contents: TupleFile, stages: tuple[Stage, ...], *, gain: int = GAIN) 
             raise FpgaiError(f"{key!r} is {w.shape} with {found}; stage {stage.name!r} needs {stage.shape}")
         layers.append(FpgaiLayer(stage.name, w.astype(np.uint8), bias_integers(b, quant, gain, key), *quant))
     return FpgaiNet(stages, tuple(layers))
-
-
-def tuple_of(net: FpgaiNet, *, gain: int = GAIN) -> TupleFile:
-    """Return ``net`` as a ``.tuple`` holds it: int32 weights, real biases bias (m 2^-shift) / gain in float32."""
-    state: dict[str, np.ndarray] = {}
-    for layer in net.layers:
-        state[f"{layer.name}.weight"] = layer.weight.astype(np.int32)
-        state[f"{layer.name}.bias"] = (layer.bias * layer.scale / gain).astype(np.float32)
-    return TupleFile(state, tuple((x.multiplier, x.shift, x.zero_point) for x in net.layers))
 
 
 def bias_integers(bias: np.ndarray, quant: Quant, gain: float, what: str) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,66 @@ def _finished(graph: Graph, imodel: IntegerModel) -> onnx.ModelProto:
 
 
 def _write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    if qdq.fits(op, inputs, out):
-        qdq.write(graph, op, inputs, out)
-    else:
-        _WRITERS[type(op)](graph, op, inputs, out)
+    x, named = inputs[0], {"output": out.name, "name": op.name}
+    match op:
+        case _ if qdq.fits(op, inputs, out):
+            qdq.write(graph, op, inputs, out)
+        case r.Quantize() if out.dtype == "uint8":
+            qdq.quantize(graph, x.name, out)
+        case r.Quantize():
+            explicit.quantize(graph, x, out)
+        case r.Conv() | r.Linear() | r.AvgPool():
+            acc = explicit.accumulators(graph, op, x)
+            if op.requant is not None:
+                explicit.requantize(graph, op, acc, inputs[1:], out)
+            elif isinstance(op, r.AvgPool):
+                acc = graph.node("Add", [acc, graph.constant(out.zero_point, "int32")]) if out.zero_point else acc
+                graph.cast(acc, out.dtype, output=out.name)
+            else:
+                graph.node("Identity", [acc], output=out.name)
+        case r.Add():
+            explicit.add(graph, op, inputs, out)
+        case r.Mul():
+            explicit.requantize(graph, op, explicit.product(graph, inputs), [], out)
+        case r.MaxPool():
+            attributes = {"kernel_shape": [*op.kernel], "strides": [*op.stride], "pads": [*op.padding]}
+            _through_float(graph, "MaxPool", op, x, out, [], dilations=[*op.dilation], **attributes)
+        case r.Concat():
+            graph.node("Concat", [x.name for x in inputs], **named, axis=op.axis + 1)
+        case r.Reshape():
+            graph.node("Reshape", [x.name, graph.constant(np.array([-1, *out.shape]), "int64")], **named)
+        case r.Transpose():
+            graph.node("Transpose", [x.name], **named, perm=[0, *(a + 1 for a in op.axes)])
+        case r.Slice():
+            ranges = (op.start, op.stop, np.arange(1, len(op.start) + 1), op.step)
+            graph.node("Slice", [x.name, *(graph.constant(np.array(v), "int64") for v in ranges)], **named)
+        case r.Pad():
+            widths = graph.constant(np.array([0, *op.before, 0, *op.after]), "int64")
+            fill = graph.constant(x.zero_point, _float_for_uint16(x))
+            _through_float(graph, "Pad", op, x, out, [widths, fill])
+        case r.Clip():
+            ends = [graph.constant(q, _float_for_uint16(out)) for q in (out.qmin, out.qmax)]
+            _through_float(graph, "Clip", op, x, out, ends)
+        case r.Table():
+            values = graph.constant(op.values, out.dtype, name=f"{op.name}:table")
+            graph.node("Gather", [values, graph.cast(x.name, "int32")], **named)
+        case _:
+            raise ExportError(f"{op.name!r}: {type(op).__name__} has no ONNX form")
+
+
+def _float_for_uint16(spec: TensorSpec) -> str:
+    return "float32" if spec.dtype == "uint16" else spec.dtype
+
+
+def _through_float(
+    graph: Graph, kind: str, op: r.Op, x: TensorSpec, out: TensorSpec, extra: list[str], **attributes: Any
+) -> None:
+    """Write an operator that onnxruntime has for uint8 but not for uint16: float32 holds either exactly."""
+    if x.dtype != "uint16":
+        graph.node(kind, [x.name, *extra], output=out.name, name=op.name, **attributes)
+        return
+    value = graph.node(kind, [graph.cast(x.name, "float32"), *extra], name=op.name, **attributes)
+    graph.cast(value, out.dtype, output=out.name)
 
 
 def _logits(graph: Graph, imodel: IntegerModel) -> None:
@@ -90,96 +145,3 @@ def _logits(graph: Graph, imodel: IntegerModel) -> None:
         value = graph.node("Sub", [value, graph.constant(float(out.zero_point), "float32")])
     scale = out.scale[:, None, None] if out.scale.ndim and len(out.shape) == 3 else out.scale
     graph.node("Mul", [value, graph.constant(scale, "float32", name="output:scale")], output="output:real")
-
-
-def _quantize(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    if out.dtype == "uint8":
-        qdq.quantize(graph, inputs[0].name, out)
-    else:
-        explicit.quantize(graph, inputs[0], out)
-
-
-def _layer(graph: Graph, op: r.Layer, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    acc = explicit.accumulators(graph, op, inputs[0])
-    if op.requant is None:
-        graph.node("Identity", [acc], output=out.name)
-    else:
-        explicit.requantize(graph, op, acc, inputs[1] if op.residual else None, out)
-
-
-def _add(graph: Graph, op: r.Add, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    explicit.add(graph, op, inputs[0], inputs[1], out)
-
-
-def _avg_pool(graph: Graph, op: r.AvgPool, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    acc = explicit.window_sums(graph, op, inputs[0])
-    if op.requant is not None:
-        explicit.requantize(graph, op, acc, None, out)
-        return
-    if out.zero_point:
-        acc = graph.node("Add", [acc, graph.constant(out.zero_point, "int32")])
-    graph.cast(acc, out.dtype, output=out.name)
-
-
-def _through_float(
-    graph: Graph, kind: str, x: TensorSpec, out: TensorSpec, extra: list[str], **attributes: Any
-) -> None:
-    """Write an operator that onnxruntime has for uint8 but not for uint16: float32 holds either exactly."""
-    if x.dtype != "uint16":
-        graph.node(kind, [x.name, *extra], output=out.name, **attributes)
-        return
-    value = graph.node(kind, [graph.cast(x.name, "float32"), *extra], **attributes)
-    graph.cast(value, out.dtype, output=out.name)
-
-
-def _max_pool(graph: Graph, op: r.MaxPool, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    attributes = {"kernel_shape": [*op.kernel], "strides": [*op.stride], "pads": [*op.padding]}
-    _through_float(graph, "MaxPool", inputs[0], out, [], name=op.name, dilations=[*op.dilation], **attributes)
-
-
-def _concat(graph: Graph, op: r.Concat, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    graph.node("Concat", [x.name for x in inputs], output=out.name, name=op.name, axis=op.axis + 1)
-
-
-def _reshape(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    shape = graph.constant(np.array([-1, *out.shape]), "int64")
-    graph.node("Reshape", [inputs[0].name, shape], output=out.name, name=op.name)
-
-
-def _transpose(graph: Graph, op: r.Transpose, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    graph.node("Transpose", [inputs[0].name], output=out.name, name=op.name, perm=[0, *(a + 1 for a in op.axes)])
-
-
-def _slice(graph: Graph, op: r.Slice, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    axes = np.arange(1, len(op.start) + 1)
-    ranges = [graph.constant(np.array(v), "int64") for v in (op.start, op.stop, axes, op.step)]
-    graph.node("Slice", [inputs[0].name, *ranges], output=out.name, name=op.name)
-
-
-def _pad(graph: Graph, op: r.Pad, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    x = inputs[0]
-    widths = graph.constant(np.array([0, *op.before, 0, *op.after]), "int64")
-    fill = graph.constant(x.zero_point, "float32" if x.dtype == "uint16" else x.dtype)
-    _through_float(graph, "Pad", x, out, [widths, fill], name=op.name)
-
-
-def _clip(graph: Graph, op: r.Clip, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    dtype = "float32" if out.dtype == "uint16" else out.dtype
-    ends = [graph.constant(q, dtype) for q in (out.qmin, out.qmax)]
-    _through_float(graph, "Clip", inputs[0], out, ends, name=op.name)
-
-
-def _table(graph: Graph, op: r.Table, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    values = graph.constant(op.values, out.dtype, name=f"{op.name}:table")
-    graph.node("Gather", [values, graph.cast(inputs[0].name, "int32")], output=out.name, name=op.name)
-
-
-def _mul(graph: Graph, op: r.Mul, inputs: list[TensorSpec], out: TensorSpec) -> None:
-    explicit.requantize(graph, op, explicit.product(graph, *inputs), None, out)
-
-
-_WRITERS: dict[type[r.Op], Callable[..., None]] = {
-    r.Quantize: _quantize, r.Conv: _layer, r.Linear: _layer, r.Add: _add, r.AvgPool: _avg_pool, r.MaxPool: _max_pool,
-    r.Concat: _concat, r.Reshape: _reshape, r.Transpose: _transpose, r.Slice: _slice, r.Pad: _pad, r.Clip: _clip,
-    r.Table: _table, r.Mul: _mul,
-}  # fmt: skip

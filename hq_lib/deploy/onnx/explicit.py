@@ -15,19 +15,21 @@ from hq_lib.integer import record as r
 from hq_lib.integer.record import TensorSpec
 
 
-def accumulators(graph: Graph, op: r.Layer, x: TensorSpec) -> str:
-    """Return int32 sum w (q - z) + bias of ``op``, (B, *output shape)."""
+def accumulators(graph: Graph, op: r.Layer | r.AvgPool, x: TensorSpec) -> str:
+    """Return int32 sum w (q - z) + bias of ``op``, (B, *output shape); of a pool the sums over each window."""
     parts: list[str] = []
-    inputs = _input_parts(graph, x)
-    for i, (q, zero, x_factor) in enumerate(inputs):
-        for w, w_factor in _weight_parts(graph, op, suffix=f".{i}" if i else ""):
-            value = _integer_product(graph, op, q, zero, w)
+    for i, (q, zero, x_factor) in enumerate(_input_parts(graph, x)):
+        for w, w_factor in _weight_parts(graph, op, x, suffix=f".{i}" if i else ""):
+            kind, attributes = ("MatMulInteger", {}) if isinstance(op, r.Linear) else ("ConvInteger", geometry(op, x))
+            value = graph.node(kind, [q, w, zero], name=f"{op.name}/{w}/{q}", **attributes)
             if x_factor * w_factor != 1:
                 value = graph.node("Mul", [value, graph.constant(x_factor * w_factor, "int32")])
             parts.append(value)
     total = parts[0]
     for part in parts[1:]:
         total = graph.node("Add", [total, part])
+    if isinstance(op, r.AvgPool):
+        return total
     return graph.node("Add", [total, graph.constant(_column(op.bias, op), "int32", name=f"{op.name}:bias")])
 
 
@@ -46,8 +48,10 @@ def _input_parts(graph: Graph, x: TensorSpec) -> list[tuple[str, str, int]]:
     ]
 
 
-def _weight_parts(graph: Graph, op: r.Layer, suffix: str) -> list[tuple[str, int]]:
+def _weight_parts(graph: Graph, op: r.Layer | r.AvgPool, x: TensorSpec, suffix: str) -> list[tuple[str, int]]:
     """Return (initializer, factor) of the 8-bit parts of the weight; its own for each product, as onnxruntime asks."""
+    if isinstance(op, r.AvgPool):
+        return [(graph.constant(np.ones((x.shape[0], 1, *op.kernel)), "int8", name=f"{op.name}:ones{suffix}"), 1)]
     w = op.weight.astype(np.int32)
     w = w if isinstance(op, r.Conv) else w.T
     if op.weight.dtype == np.int8:
@@ -60,21 +64,15 @@ def _weight_parts(graph: Graph, op: r.Layer, suffix: str) -> list[tuple[str, int
     return [(graph.weight(v, f"{op.name}:weight.{part}{suffix}"), factor) for v, factor, part in parts]
 
 
-def _integer_product(graph: Graph, op: r.Layer, q: str, zero: str, w: str) -> str:
-    if not isinstance(op, r.Conv):
-        return graph.node("MatMulInteger", [q, w, zero], name=f"{op.name}/{w}/{q}")
-    return graph.node("ConvInteger", [q, w, zero], name=f"{op.name}/{w}/{q}", **geometry(op))
-
-
-def geometry(op: r.Conv) -> dict[str, Any]:
-    """Return the attributes of a convolution node."""
+def geometry(op: r.Op, x: TensorSpec) -> dict[str, Any]:
+    """Return the attributes of a convolution node, or of the depthwise one that sums the windows of a pool of ``x``."""
+    assert isinstance(op, r.Conv | r.AvgPool)
     return {
-        "strides": [*op.stride],
-        "pads": [*op.padding],
-        "dilations": [*op.dilation],
-        "group": op.groups,
-        "kernel_shape": [*op.weight.shape[2:]],
-    }
+        "strides": [*op.stride], "pads": [*op.padding],
+        "dilations": [*op.dilation] if isinstance(op, r.Conv) else [1, 1],
+        "group": op.groups if isinstance(op, r.Conv) else x.shape[0],
+        "kernel_shape": [*op.weight.shape[2:]] if isinstance(op, r.Conv) else [*op.kernel],
+    }  # fmt: skip
 
 
 def _column(values: np.ndarray, op: r.Op) -> np.ndarray:
@@ -83,16 +81,16 @@ def _column(values: np.ndarray, op: r.Op) -> np.ndarray:
 
 
 def requantize(
-    graph: Graph, op: r.Layer | r.AvgPool | r.Mul, acc: str, residual: TensorSpec | None, out: TensorSpec
+    graph: Graph, op: r.Layer | r.AvgPool | r.Mul, acc: str, residual: list[TensorSpec], out: TensorSpec
 ) -> None:
     """Write ``out`` = clamp(rint(f32(acc) m [+ f32(r - z_r) n]) + z), each step a float32 operator."""
     assert op.requant is not None  # the caller writes accumulators otherwise
     m = graph.constant(_column(op.requant.multiplier, op), "float32", name=f"{op.name}:multiplier")
     real = graph.node("Mul", [graph.cast(acc, "float32"), m])
-    if isinstance(op, r.Layer) and op.residual is not None and residual is not None:
-        centred = graph.cast(residual.name, "float32")
-        if residual.zero_point:
-            centred = graph.node("Sub", [centred, graph.constant(float(residual.zero_point), "float32")])
+    if isinstance(op, r.Layer) and op.residual is not None:
+        centred = graph.cast(residual[0].name, "float32")
+        if residual[0].zero_point:
+            centred = graph.node("Sub", [centred, graph.constant(float(residual[0].zero_point), "float32")])
         n = graph.constant(_column(op.residual.requant.multiplier, op), "float32", name=f"{op.name}:residual")
         real = graph.node("Add", [real, graph.node("Mul", [centred, n])])
     round_to(graph, real, out)
@@ -112,35 +110,18 @@ def quantize(graph: Graph, x: TensorSpec, out: TensorSpec) -> None:
     round_to(graph, graph.node("Div", [x.name, graph.constant(float(out.scale), "float32")]), out)
 
 
-def add(graph: Graph, op: r.Add, a: TensorSpec, b: TensorSpec, out: TensorSpec) -> None:
+def add(graph: Graph, op: r.Add, inputs: list[TensorSpec], out: TensorSpec) -> None:
     """Write ``out`` by the record's two fused multiply-adds: exact in double, rounded to float after each."""
     total = graph.constant(np.float64(op.offset), "float64")
-    for last, spec, requant in ((False, b, op.requants[1]), (True, a, op.requants[0])):
-        m = graph.constant(np.float64(requant.multiplier[0]), "float64")
-        term = graph.node("Mul", [graph.cast(spec.name, "float64"), m])
+    for i in (1, 0):
+        m = graph.constant(np.float64(op.requants[i].multiplier[0]), "float64")
+        term = graph.node("Mul", [graph.cast(inputs[i].name, "float64"), m])
         rounded = graph.cast(graph.node("Add", [term, total]), "float32")
-        total = rounded if last else graph.cast(rounded, "float64")
+        total = graph.cast(rounded, "float64") if i else rounded
     round_to(graph, total, out, zero_included=True)
 
 
-def product(graph: Graph, a: TensorSpec, b: TensorSpec) -> str:
+def product(graph: Graph, inputs: list[TensorSpec]) -> str:
     """Return int32 (q_a - z_a) (q_b - z_b)."""
-    centred = [
-        graph.node("Sub", [graph.cast(spec.name, "int32"), graph.constant(spec.zero_point, "int32")]) for spec in (a, b)
-    ]
+    centred = [graph.node("Sub", [graph.cast(x.name, "int32"), graph.constant(x.zero_point, "int32")]) for x in inputs]
     return graph.node("Mul", centred)
-
-
-def window_sums(graph: Graph, op: r.AvgPool, x: TensorSpec) -> str:
-    """Return int32 sums of (q - z) over each window: a depthwise ConvInteger with weights 1."""
-    channels = x.shape[0]
-    w = graph.constant(np.ones((channels, 1, *op.kernel)), "int8", name=f"{op.name}:ones")
-    attributes = {"strides": [*op.stride], "pads": [*op.padding], "group": channels, "kernel_shape": [*op.kernel]}
-    total: str | None = None
-    for q, zero, factor in _input_parts(graph, x):
-        value = graph.node("ConvInteger", [q, w, zero], name=f"{op.name}/{q}", **attributes)
-        if factor != 1:
-            value = graph.node("Mul", [value, graph.constant(factor, "int32")])
-        total = value if total is None else graph.node("Add", [total, value])
-    assert total is not None  # a tensor has at least one part
-    return total

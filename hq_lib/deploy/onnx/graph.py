@@ -29,7 +29,7 @@ class Graph:
     ) -> str:
         """Append a node of type ``kind`` and return its output (a fresh name if none is given)."""
         output = self.fresh(kind) if output is None else output
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=name or f"{kind}:{output}", **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
         return output
 
     def constant(self, value: Any, dtype: str, *, name: str | None = None) -> str:

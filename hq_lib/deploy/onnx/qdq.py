@@ -8,6 +8,9 @@ of a grid below 8 bits (QCDQ).
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 
 from hq_lib.deploy.onnx.explicit import geometry
@@ -28,32 +31,20 @@ def fits(op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> bool:
     if isinstance(op, r.AvgPool):
         if op.requant is None or op.kernel != inputs[0].shape[1:] or any(op.padding):
             return False
-        return bool(op.requant.multiplier[0] == _mean(inputs[0], out))  # it divides by as many as it sums
+        mean = np.float32(inputs[0].scale) / (np.float32(math.prod(op.kernel)) * np.float32(out.scale))
+        return bool(op.requant.multiplier[0] == mean)  # it divides by as many as it sums
     return isinstance(op, r.Add)
-
-
-def _mean(x: TensorSpec, out: TensorSpec) -> np.float32:
-    """The multiplier of a global average pool of ``x`` on the grid of ``out``."""
-    return np.float32(x.scale) / (np.float32(x.shape[1] * x.shape[2]) * np.float32(out.scale))
 
 
 def write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> None:
     """Write ``op``, for which ``fits`` is true."""
-    reals = [dequantize(graph, spec) for spec in inputs]
-    if isinstance(op, r.Conv):
-        real = graph.node("Conv", [*reals, *_parameters(graph, op)], name=op.name, **geometry(op))
-    elif isinstance(op, r.Linear):
-        real = graph.node("Gemm", [*reals, *_parameters(graph, op)], name=op.name, transB=1)
-    elif isinstance(op, r.Add):
-        real = graph.node("Add", reals, name=op.name)
-    else:
-        real = graph.node("GlobalAveragePool", reals, name=op.name)
-    quantize(graph, real, out)
-
-
-def dequantize(graph: Graph, spec: TensorSpec) -> str:
-    """Return the real values of tensor ``spec``."""
-    return graph.node("DequantizeLinear", [spec.name, *_grid(graph, spec)])
+    reals = [graph.node("DequantizeLinear", [x.name, *_grid(graph, x)]) for x in inputs]
+    attributes: dict[str, Any] = {}
+    if isinstance(op, r.Layer):
+        reals += _parameters(graph, op)
+        attributes = geometry(op, inputs[0]) if isinstance(op, r.Conv) else {"transB": 1}
+    kind = {r.Conv: "Conv", r.Linear: "Gemm", r.Add: "Add", r.AvgPool: "GlobalAveragePool"}[type(op)]
+    quantize(graph, graph.node(kind, reals, name=op.name, **attributes), out)
 
 
 def quantize(graph: Graph, real: str, out: TensorSpec) -> None:
@@ -61,13 +52,7 @@ def quantize(graph: Graph, real: str, out: TensorSpec) -> None:
     whole = (out.qmin, out.qmax) == (0, 255)
     q = graph.node("QuantizeLinear", [real, *_grid(graph, out)], output=out.name if whole else None)
     if not whole:
-        clip(graph, q, out)
-
-
-def clip(graph: Graph, value: str, out: TensorSpec) -> None:
-    """Write ``out`` = integers ``value`` clipped to its range."""
-    ends = [graph.constant(q, out.dtype) for q in (out.qmin, out.qmax)]
-    graph.node("Clip", [value, *ends], output=out.name)
+        graph.node("Clip", [q, *(graph.constant(end, out.dtype) for end in (out.qmin, out.qmax))], output=out.name)
 
 
 def _grid(graph: Graph, spec: TensorSpec) -> list[str]:

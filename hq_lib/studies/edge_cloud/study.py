@@ -25,13 +25,12 @@ from hq_lib.deploy.edge_cloud import (
     integer_edge,
     pack,
     pixel_wire,
-    run_edge,
     split_at,
     to_jpeg,
     unpack,
 )
 from hq_lib.integer import IntegerModel
-from hq_lib.integer.execute import real_values
+from hq_lib.integer.execute import output_integers, real_values
 from hq_lib.integer.execute import run as run_integers
 from hq_lib.studies.bench import file_switch, known_networks, net_switch
 from hq_lib.studies.edge_cloud.bench import (
@@ -173,7 +172,7 @@ class CutBench:
         """The integers of all judged images at the cut, (N, *shape)."""
         images, products, parts = self.edge.images, self.edge.products(), []
         for some in images.images.split(CHUNK):
-            parts.append(run_edge(self.part, normalize(some, images.spec), products=products))
+            parts.append(output_integers(self.part, normalize(some, images.spec), products=products))
         return np.concatenate(parts)
 
 
@@ -245,7 +244,7 @@ def fitted_wire(bench: Workbench, cut: Cut, *, bits: int, per_channel: bool) -> 
 @lru_cache(maxsize=1)
 def _sent_in_training(bench: Workbench, cut: Cut) -> np.ndarray:
     part = integer_edge(bench.qnet, bench.record, cut)
-    x_int = run_edge(part, normalize(bench.train.images, bench.train.spec))
+    x_int = output_integers(part, normalize(bench.train.images, bench.train.spec))
     return real_values(part.tensors[part.output], x_int)
 
 
