@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from integer_nets import NETS, POLICIES, all_pairs, images, quantized, random_layer
+from torch import nn
 
 from hq_lib import models
 from hq_lib.data import normalize
@@ -74,18 +75,41 @@ def test_ties_are_rounded_alike(add, requantizer):
             assert np.array_equal(Runtime(model, kernel=kernel).run(x), want), (seed, kernel)
 
 
-def test_tensors_that_live_together_do_not_share_bytes():
-    imodel = lower(quantized("joined", "w8a8"))
-    offsets, size = layout.plan_arena(imodel)
+@pytest.mark.parametrize(("net", "policy"), [("joined", "w8a8"), ("residual", "academic"), ("gated", "w4a4")])
+def test_what_is_needed_together_does_not_share_bytes(net, policy):
+    imodel = lower(quantized(net, policy))
+    blocks, padded, size = layout.plan_arena(imodel)
     born = {op.output: i for i, op in enumerate(imodel.ops)}
     dies = {t: max([i for i, op in enumerate(imodel.ops) if t in op.inputs], default=len(imodel.ops)) for t in born}
-    ends = {t: offsets[t] + layout.n_bytes(imodel.tensors[t]) + layout.SLACK for t in born}
     for a in born:
-        assert layout.scratch_size(imodel) <= offsets[a] < ends[a] <= size
+        assert blocks[a].offset + layout.n_bytes(imodel.tensors[a]) + layout.SLACK <= size
         for b in born:
-            apart = ends[a] <= offsets[b] or ends[b] <= offsets[a]
-            assert a == b or apart or dies[a] < born[b] or dies[b] < born[a]
-    assert size < sum(ends[t] - offsets[t] for t in born)  # and some do share
+            apart = blocks[a].offset + blocks[a].size <= blocks[b].offset
+            apart = apart or blocks[b].offset + blocks[b].size <= blocks[a].offset
+            takes_over = blocks[a] is blocks[b] and (dies[a] <= born[b] or dies[b] <= born[a])
+            assert a == b or apart or takes_over or dies[a] < born[b] or dies[b] < born[a]
+    for op in imodel.layers():
+        if op.name in padded and padded[op.name] is blocks.get(op.inputs[0]):
+            assert dies[op.inputs[0]] == born[op.output]  # an input is padded where it lies when it is read last
+    assert size < sum(layout.n_bytes(imodel.tensors[t]) + layout.SLACK for t in born)  # and some do share
+
+
+def test_threads_share_rows_and_change_no_bit():
+    big = quantize(nn.Sequential(nn.Conv2d(3, 40, 5, padding=2), nn.ReLU(), nn.Conv2d(40, 24, 3, padding=1)),
+                   BitPolicy(), images(1, 33))  # fmt: skip
+    calibrate(big, images(4, 33))
+    for requantizer in r.REQUANTIZERS:
+        model, x = lower(big.eval(), requantizer=requantizer), images(3, 33).numpy()
+        want = Runtime(model).run(x)
+        assert np.array_equal(want, run(model, x))
+        try:
+            for n in (2, 3, 7):
+                assert np.array_equal(Runtime(model, n_threads=n).run(x), want)
+        finally:
+            Runtime(model, n_threads=1)
+    for n in (0, 65, -1):
+        with pytest.raises(ValueError, match="threads"):
+            Runtime(model, n_threads=n)
 
 
 def test_same_record_same_bytes_and_the_file_s_name(tmp_path):

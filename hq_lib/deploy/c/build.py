@@ -14,19 +14,12 @@ from hq_lib.results import paths
 
 SOURCES = Path(__file__).resolve().parent / "src"
 FLAGS = (
-    "-std=c99",
-    "-O3",
-    "-Wall",
-    "-Wextra",
-    "-pedantic",
-    "-Werror",
-    "-ffp-contract=off",
-    "-fPIC",
+    "-std=c99", "-O3", "-Wall", "-Wextra", "-pedantic", "-Werror", "-ffp-contract=off", "-fPIC",
     "-fno-semantic-interposition",
-)
+)  # fmt: skip
 SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RUNTIME = (
-    "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c", "hqm_table.c",
+    "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c", "hqm_table.c", "hqm_threads.c",
     "hqm_kernel.c", "hqm_kernel_avx2.c", "hqm_kernel_avx512.c", "hqm_kernel_neon.c",
 )  # fmt: skip
 TOOL = ("hqm_images.c", "hqm_main.c")
@@ -64,7 +57,7 @@ def fuzzer(*, cc: str | None = None) -> Path:
 
 def library(*, cc: str | None = None) -> Path:
     """Return the shared library of the runtime, for ctypes. Raises CompilerError."""
-    return _built("libhqm.so", RUNTIME, ("-shared",), cc or compiler())
+    return _built("libhqm.so", RUNTIME, ("-shared", "-DHQM_THREADS", "-pthread"), cc or compiler())
 
 
 def compiled(name: str, folder: Path, *, cc: str | None = None) -> Path:

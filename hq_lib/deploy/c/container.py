@@ -2,7 +2,7 @@
 
     word 0  magic "HQM\\x1a"     1  version      2  bytes of the file    3  CRC-32 of everything from word 4 on
     4  fixed requantizer?        5  tensors      6  operations           7, 8  where both tables lie
-    9  bytes of the arena       10  of them for padded inputs           11, 12  metadata (JSON), its size
+    9  bytes of the arena       10  zero                                11, 12  metadata (JSON), its size
     13  the tensor of the logits                                        14, 15  zero
 
 A tensor takes 20 words, an operation 32 (named in ``hqm_internal.h``), arrays lie at multiples of 64 bytes. Operation
@@ -82,7 +82,7 @@ class _Writer:
         self.model = model
         self.names = [model.input, *(op.output for op in model.ops)]
         self.index = {name: i for i, name in enumerate(self.names)}
-        self.offsets, self.arena = plan_arena(model)
+        self.blocks, self.padded, self.arena = plan_arena(model)
         tables = 4 * (HEADER_WORDS + TENSOR_WORDS * len(self.names) + OP_WORDS * len(model.ops))
         self.data = bytearray(tables)
 
@@ -94,9 +94,8 @@ class _Writer:
         place = self._put(np.frombuffer(meta, np.uint8))
         self.data.extend(bytes(-len(self.data) % ALIGNMENT))
         at_ops = 4 * (HEADER_WORDS + TENSOR_WORDS * len(tensors))
-        scratch = min(self.offsets.values())
         fixed = int(self.model.requantizer == "fixed")
-        header = [len(tensors), len(ops), 4 * HEADER_WORDS, at_ops, self.arena, scratch, place, len(meta)]
+        header = [len(tensors), len(ops), 4 * HEADER_WORDS, at_ops, self.arena, 0, place, len(meta)]
         header = [fixed, *header, self.index[self.model.output], 0, 0]
         words = np.array([*header, *chain(*tensors, *ops)], np.uint32).astype("<u4").tobytes()
         self.data[16 : 16 + len(words)] = words
@@ -114,7 +113,8 @@ class _Writer:
         shape = [*spec.shape, *[0] * (8 - len(spec.shape))]
         ends = [_DTYPES[spec.dtype], spec.bits, _word(spec.qmin), _word(spec.qmax), spec.zero_point]
         scales, name = np.atleast_1d(spec.scale), spec.name.encode()
-        where = [self._put(scales), self.offsets.get(spec.name, 0), self._put(np.frombuffer(name, np.uint8)), len(name)]
+        at = self.blocks[spec.name].offset if spec.name in self.blocks else 0
+        where = [self._put(scales), at, self._put(np.frombuffer(name, np.uint8)), len(name)]
         return _filled([len(spec.shape), *shape, *ends, scales.size, *where], TENSOR_WORDS)
 
     def _op(self, op: Op) -> list[int]:
@@ -162,6 +162,8 @@ class _Writer:
         weight, bias = self._put(packed_weight(op)), self._put(centred_bias(op, x))
         where = [weight, bits, int(is_depthwise(op)), bias]
         words = {4: where, 13: [op.weight.shape[0], op.weight.shape[1], groups], 26: [shift]}
+        if op.name in self.padded:
+            words[27] = [self.padded[op.name].offset]
         if op.requant is None:
             return words
         return words | self._requant(op.requant, op.residual.requant if op.residual else None)

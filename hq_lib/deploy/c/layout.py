@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from hq_lib.integer.record import Conv, IntegerModel, Layer, TensorSpec
+from hq_lib.integer.record import Add, Clip, Conv, IntegerModel, Layer, Mul, Op, Reshape, Table, TensorSpec
 
 BLOCK = 16
 """output channels that are computed together (``hqm_internal.h``)"""
@@ -80,12 +81,56 @@ def n_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
-def scratch_size(model: IntegerModel) -> int:
-    """Return the bytes of the largest padded input of a layer, 0 where none pads."""
-    return max((_padded_bytes(op, model.tensors[op.inputs[0]]) for op in model.layers()), default=0)
+@dataclass
+class Block:
+    """Bytes of the arena, which tensors hold one after the other."""
+
+    first: int
+    """operation that writes into it first"""
+    last: int = 0
+    """operation that needs it last"""
+    size: int = 0
+    offset: int = 0
 
 
-def _padded_bytes(op: Layer, x: TensorSpec) -> int:
+def plan_arena(model: IntegerModel) -> tuple[dict[str, Block], dict[str, Block], int]:
+    """Return the block of each tensor, that of each layer's padded input (by the layer), and the size of the arena.
+
+    An operation that works element by element writes into an input that it reads last, and a layer pads an input that
+    it reads last where it lies. Blocks that are not needed together share bytes: each takes the lowest free gap, the
+    largest first or in the order of their use, whichever takes less.
+    """
+    dies = {tensor: i for i, op in enumerate(model.ops) for tensor in op.inputs} | {model.output: len(model.ops)}
+    tensors: dict[str, Block] = {}
+    padded: dict[str, Block] = {}
+    for i, op in enumerate(model.ops):
+        if size := _padded_bytes(op, model.tensors[op.inputs[0]]):
+            free = dies[op.inputs[0]] == i and op.inputs[0] not in op.inputs[1:]
+            padded[op.name] = block = tensors[op.inputs[0]] if free else Block(i, i)
+            block.size = max(block.size, size)
+        size = _aligned(n_bytes(model.tensors[op.output]) + SLACK)
+        into = [t for t in _overwritten(op, model) if dies[t] == i]
+        tensors[op.output] = block = tensors[into[0]] if into else Block(i)
+        block.last, block.size = dies.get(op.output, i), max(block.size, size)
+    blocks = list({id(block): block for block in (*tensors.values(), *padded.values())}.values())
+    orders = (lambda block: -block.size, lambda block: block.first)
+    return tensors, padded, _placed(blocks, min(orders, key=lambda order: _placed(blocks, order)))
+
+
+def _placed(blocks: list[Block], order: Callable[[Block], int]) -> int:
+    """Give each block the lowest free gap, one after the other in this order; returns the bytes of all."""
+    placed: list[Block] = []
+    for block in sorted(blocks, key=order):
+        block.offset = 0
+        for other in sorted(placed, key=lambda block: block.offset):
+            together = other.first <= block.last and block.first <= other.last
+            if together and other.offset - block.offset < block.size:
+                block.offset = max(block.offset, other.offset + other.size)
+        placed.append(block)
+    return max(block.offset + block.size for block in blocks)
+
+
+def _padded_bytes(op: Op, x: TensorSpec) -> int:
     if not isinstance(op, Conv) or not any(op.padding):
         return 0
     (channels, height, width), (top, left, bottom, right) = x.shape, op.padding
@@ -93,31 +138,24 @@ def _padded_bytes(op: Layer, x: TensorSpec) -> int:
     return _aligned(size + SLACK)
 
 
+def _overwritten(op: Op, model: IntegerModel) -> list[str]:
+    """Return the inputs whose elements the runtime reads no later than it writes the output's in their places."""
+    out, names = model.tensors[op.output], ()
+    if isinstance(op, Add):
+        names = op.inputs
+    elif isinstance(op, Mul | Table | Clip) or (isinstance(op, Reshape) and _is_flat(out)):
+        names = op.inputs[:1]
+    elif isinstance(op, Layer) and op.inputs[0] not in op.inputs[1:] and len(op.bias) % BLOCK == 0:
+        names = op.inputs[1:]
+    specs = [model.tensors[name] for name in names]
+    flat = not isinstance(op, Reshape) or _is_flat(specs[0]) if specs else True
+    return [spec.name for spec in specs if flat and spec.dtype == out.dtype]
+
+
+def _is_flat(spec: TensorSpec) -> bool:
+    """Whether its elements lie in row-major order: (H, W, C) is the order of every (C, H, W)."""
+    return len(spec.shape) != 3 or spec.shape[0] in (1, math.prod(spec.shape))
+
+
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def plan_arena(model: IntegerModel) -> tuple[dict[str, int], int]:
-    """Return the offset of each tensor, and the size of the arena: tensors share bytes when not needed together.
-
-    Each tensor takes the lowest free gap, the largest tensors first. The scratch of padded inputs comes before them.
-    """
-    born = {op.output: i for i, op in enumerate(model.ops)}
-    dies = born | {tensor: i for i, op in enumerate(model.ops) for tensor in op.inputs if tensor != model.input}
-    dies[model.output] = len(model.ops)
-    start = scratch_size(model)
-    placed: dict[str, tuple[int, int]] = {}
-    for name in sorted(born, key=lambda t: (-n_bytes(model.tensors[t]), born[t])):
-        size = _aligned(n_bytes(model.tensors[name]) + SLACK)
-        busy = [placed[t] for t in placed if born[t] <= dies[name] and born[name] <= dies[t]]
-        offset = _lowest_gap(sorted(busy), size, start)
-        placed[name] = (offset, offset + size)
-    return {name: ends[0] for name, ends in placed.items()}, max(end for _, end in placed.values())
-
-
-def _lowest_gap(busy: Sequence[tuple[int, int]], size: int, start: int) -> int:
-    for first, end in busy:
-        if first - start >= size:
-            break
-        start = max(start, end)
-    return start

@@ -44,14 +44,15 @@ class Runtime:
     >>> logits = Runtime(imodel).run(images)        # the NumPy executor's bits
     """
 
-    def __init__(self, model: IntegerModel | bytes | Path | str, *, kernel: str = "auto") -> None:
+    def __init__(self, model: IntegerModel | bytes | Path | str, *, kernel: str = "auto", n_threads: int = 1) -> None:
         """Open a record, the bytes of a container, or its file.
 
         Args:
-            kernel: one of ``KERNELS``. Holds for the process.
+            kernel:    one of ``KERNELS``. Holds for the process.
+            n_threads: 1..64 that share the rows of large layers; the bits stay. Holds for the process.
 
         Raises:
-            ContainerError: what the runtime says of the container. ValueError: no such kernel on this processor.
+            ContainerError: what the runtime says of the container. ValueError: no such kernel here, or no such threads.
             CompilerError: the runtime cannot be compiled here.
         """
         content = model if isinstance(model, bytes | Path | str) else to_bytes(model)
@@ -59,6 +60,8 @@ class Runtime:
         self._lib = _library(library())
         if not self._lib.hqm_use_kernel(kernel.encode()):
             raise ValueError(f"no kernel {kernel!r} on this processor (known: {', '.join(KERNELS)})")
+        if not self._lib.hqm_use_threads(n_threads):
+            raise ValueError(f"{n_threads!r} threads: 1 to 64, as many as this system gives")
         self._content = _aligned(len(content))
         self._content[:] = np.frombuffer(content, np.uint8)
         self._model = ctypes.create_string_buffer(self._lib.hqm_model_size())

@@ -68,6 +68,10 @@ size_t hqm_model_size(void); /* sizeof(hqm_model), for callers in other language
 int hqm_use_kernel(const char *name);
 const char *hqm_kernel_name(void);
 
+/* Threads that share the rows of a large layer, 1 to begin with: the bits stay. Returns 0 where there are none to be had
+ * (without HQM_THREADS and POSIX threads at all). Process-wide. */
+int hqm_use_threads(uint32_t n);
+
 #ifdef __cplusplus
 }
 #endif

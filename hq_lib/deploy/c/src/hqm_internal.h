@@ -20,7 +20,7 @@ enum { BLOCK = 16 /* output channels of one weight block */, SLACK = 64 };
 enum { MAX_ELEMENTS = 1 << 28, MAX_SIZE = 65536, MAX_ARENA = 1 << 30 };
 
 enum header_word {
-    H_MAGIC, H_VERSION, H_SIZE, H_CRC, H_FIXED, H_N_TENSORS, H_N_OPS, H_TENSORS, H_OPS, H_ARENA, H_SCRATCH, H_META,
+    H_MAGIC, H_VERSION, H_SIZE, H_CRC, H_FIXED, H_N_TENSORS, H_N_OPS, H_TENSORS, H_OPS, H_ARENA, H_META = 11,
     H_META_SIZE, H_OUTPUT, H_WORDS = 16
 };
 enum tensor_word {
@@ -30,7 +30,8 @@ enum tensor_word {
 enum op_word {
     O_KIND, O_N_INPUTS, O_INPUTS, O_WEIGHT = 4, O_WEIGHT_BITS, O_DEPTHWISE, O_BIAS, O_MULTIPLIER, O_MULTIPLIER_FIXED,
     O_SHIFT, O_MULTIPLIER_2, O_FIXED_2, O_C_OUT, O_C_GROUP, O_GROUPS, O_KERNEL, O_STRIDE = 18, O_PADDING = 20,
-    O_DILATION = 24, O_WEIGHT_SHIFT = 26, O_START = 8, O_STEP = 16, O_AXES = 16, O_BEFORE = 16, O_TABLE = 16, O_OFFSET = 16, O_WORDS = 32
+    O_DILATION = 24, O_WEIGHT_SHIFT = 26, O_PADDED /* where the padded input lies in the arena */, O_START = 8,
+    O_STEP = 16, O_AXES = 16, O_BEFORE = 16, O_TABLE = 16, O_OFFSET = 16, O_WORDS = 32
 };
 enum op_kind { QUANTIZE, CONV, LINEAR, ADD, MAX_POOL, AVG_POOL, CONCAT, RESHAPE, TRANSPOSE, SLICE, PAD, CLIP, TABLE, MUL, N_KINDS };
 
@@ -88,9 +89,16 @@ typedef struct {
     /* n elements, float32 Add of uint8 */
     void (*add_u8)(const uint8_t *a, const uint8_t *b, uint32_t n, const float m[2], float offset, int32_t qmin,
                    int32_t qmax, uint8_t *out);
+    /* as many of n elements of a "fixed" Add of uint8 as it serves, whose number it returns */
+    uint32_t (*fixed_add_u8)(const uint8_t *a, int32_t a_zero, const uint8_t *b, uint32_t n, const rescale *r,
+                             uint8_t *out);
 } kernels;
 
 const kernels *hqm_kernels(void);
+
+/* Part `part` of `n_parts` of some work; parts run at the same time where threads were asked for. */
+typedef void part_work(const void *context, uint32_t part, uint32_t n_parts);
+void in_parts(part_work *work, const void *context);
 
 static inline const uint32_t *words_at(const hqm_model *m, uint32_t offset) {
     return (const uint32_t *)(const void *)(m->bytes + offset);
@@ -131,7 +139,7 @@ static inline int32_t added(int64_t a, int64_t b, const float m[2], float offset
 tensor tensor_at(const hqm_model *m, uint32_t i, void *arena);
 window window_of(const uint32_t *op, const tensor *x, const tensor *y);
 void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *residual, const tensor *y,
-               void *scratch);
+               void *arena);
 void run_add(const hqm_model *m, const uint32_t *op, const tensor *a, const tensor *b, const tensor *y);
 void run_max_pool(const uint32_t *op, const tensor *x, const tensor *y);
 void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y);
@@ -141,6 +149,7 @@ void run_lookup(const hqm_model *m, const uint32_t *op, const tensor *x, const t
 void run_mul(const hqm_model *m, const uint32_t *op, const tensor *a, const tensor *b, const tensor *y);
 rescale rescale_of(const hqm_model *m, const uint32_t *op, const tensor *y);
 int64_t rescaled(const rescale *r, uint32_t channel, int64_t acc, int64_t residual);
+rescale_kernel rescale_each;
 void rescale_tile(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
                   const void *residual, const tensor *y, size_t at, size_t step);
 void rescale_row(int32_t acc[TILE][BLOCK], uint32_t n, const rescale *r, const void *residual, const tensor *y,

@@ -179,81 +179,109 @@ ISA static void depthwise_8(const product *p, int32_t acc[TILE][BLOCK]) { depthw
 #define fma_f(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define clamp_f(y, low, high) _mm256_min_ps(_mm256_max_ps(y, low), high)
 ISA INLINE void narrow(uint8_t *out, const __m256i q[2]) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(q[0], q[1]), 0xd8);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8); /* which saturates */
     const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i *)(void *)out, bytes);
 }
 #include "hqm_vector.h"
 
-/* What "fixed" needs for every second of eight channels, in 64 bits. */
+/* What "fixed" needs for eight channels: sums of the even and of the odd ones in 64 bits, of which the high halves are
+ * shifted once more. A sum that needs a smaller shift than 32 is of small integers, moved up before (`up`). */
 typedef struct {
-    int64_t multiplier[4], multiplier_2[4], shift[4];
-    int64_t start[4], least[4]; /* 2^63 + half a step: unsigned, so that a logical shift will do; 2^63 >> shift */
-} fixed_4;
+    int32_t multiplier[2][8], multiplier_2[2][8], shift[8]; /* [1]: the odd channels' in the low halves */
+    int64_t half[2][4];
+    int32_t up;
+} fixed_8;
 
-static inline void fixed_4_of(fixed_4 f[4], const rescale *r, uint32_t first, uint32_t n, int has_residual) {
+/* The least shift that fixed_of serves: an Add's integers have 17 bits, an accumulator all of 32. */
+static inline uint32_t least_shift(const rescale *r, int is_sum) { return r->is_shared && is_sum ? 18 : 32; }
+
+static inline void fixed_8_of(fixed_8 f[2], const rescale *r, uint32_t first, uint32_t n, int is_sum) {
     for (uint32_t o = 0; o < BLOCK; o++) {
-        const uint32_t c = r->is_shared ? 0 : first + at_most(o, n - 1), j = o % 8 / 2;
-        fixed_4 *to = f + o / 8 * 2 + o % 2;
-        to->multiplier[j] = r->fixed[c], to->multiplier_2[j] = has_residual ? r->fixed_2[c] : 0;
-        to->shift[j] = r->shift[c], to->least[j] = (int64_t)(((uint64_t)1 << 63) >> r->shift[c]);
-        to->start[j] = (int64_t)(((uint64_t)1 << 63) + ((uint64_t)1 << (r->shift[c] - 1)));
+        const uint32_t c = r->is_shared ? 0 : first + at_most(o, n - 1), j = o % 8;
+        fixed_8 *to = f + o / 8;
+        to->up = r->shift[c] < 32 ? 32 - r->shift[c] : 0;
+        for (uint32_t odd = 0; odd <= j % 2; odd++) {
+            to->multiplier[odd][j - odd] = r->fixed[c];
+            to->multiplier_2[odd][j - odd] = is_sum ? r->fixed_2[c] : 0;
+        }
+        to->shift[j] = r->shift[c] < 32 ? 0 : r->shift[c] - 32;
+        to->half[j % 2][j / 2] = (int64_t)1 << (r->shift[c] - 1 + to->up);
     }
 }
 
-/* In the low half of each 64 bits, unclamped. */
-ISA INLINE __m256i fixed_of(const fixed_4 *f, __m256i acc, __m256i other) {
-    const __m256i first = _mm256_mul_epi32(acc, at(f->multiplier)), second = _mm256_mul_epi32(other, at(f->multiplier_2));
-    const __m256i sum = _mm256_add_epi64(_mm256_add_epi64(first, second), at(f->start));
-    return _mm256_sub_epi64(_mm256_srlv_epi64(sum, at(f->shift)), at(f->least));
+/* The requantized integers of acc (and, with is_sum, of other), before zero point and clamp. */
+ISA INLINE __m256i fixed_of(const fixed_8 *f, __m256i acc, __m256i other, const int is_sum) {
+    __m256i sum[2];
+    if (is_sum) acc = _mm256_slli_epi32(acc, f->up), other = _mm256_slli_epi32(other, f->up);
+    for (int odd = 0; odd < 2; odd++) {
+        const __m256i x = odd ? _mm256_srli_epi64(acc, 32) : acc;
+        sum[odd] = _mm256_add_epi64(_mm256_mul_epi32(x, at(f->multiplier[odd])), at(f->half[odd]));
+        if (!is_sum) continue;
+        const __m256i r = odd ? _mm256_srli_epi64(other, 32) : other;
+        sum[odd] = _mm256_add_epi64(sum[odd], _mm256_mul_epi32(r, at(f->multiplier_2[odd])));
+    }
+    return _mm256_srav_epi32(_mm256_blend_epi32(_mm256_srli_epi64(sum[0], 32), sum[1], 0xaa), at(f->shift));
 }
 
-ISA INLINE __m256i clamp_64(__m256i y, int64_t low, int64_t high) {
-    const __m256i lows = _mm256_set1_epi64x(low), highs = _mm256_set1_epi64x(high);
-    y = _mm256_blendv_epi8(y, highs, _mm256_cmpgt_epi64(y, highs));
-    return _mm256_blendv_epi8(y, lows, _mm256_cmpgt_epi64(lows, y));
-}
-
-/* fits: whether every shifted sum fits into 32 bits */
-ISA INLINE void fixed_sized(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, const fixed_4 f[4], uint32_t n,
-                            const uint8_t *residual, uint8_t *out, size_t step, const int fits) {
-    uint8_t whole[BLOCK];
-    const size_t size = r->residual_dtype == HQM_UINT8 ? 1 : 4;
-    const __m256i zero = set_i(r->zero), other_zero = set_i(r->residual_zero);
+/* size: bytes of one element of the residual, 0 without one; whole: 0..255 are all integers that there are */
+ISA INLINE void fixed_sized(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, const fixed_8 f[2], uint32_t n,
+                            const uint8_t *residual, uint8_t *out, size_t step, const int size, const int whole) {
+    const __m256i low = set_i(r->low), high = set_i(r->high), zero = set_i(r->zero), minus = set_i(r->residual_zero);
+    uint8_t all[BLOCK];
     for (uint32_t p = 0; p < n_places; p++, out += step) {
-        __m256i all[2];
+        __m256i q[2];
         for (size_t h = 0; h < 2; h++) {
-            const __m256i a = at(acc[p] + 8 * h);
-            __m256i b = _mm256_setzero_si256();
-            if (residual) {
-                const uint8_t *from = residual + (p * step + 8 * h) * size;
-                b = sub_i(size == 1 ? wide(from) : at(from), other_zero);
+            __m256i other = _mm256_setzero_si256();
+            if (size) {
+                const uint8_t *from = residual + (p * step + 8 * h) * (size_t)size;
+                other = sub_i(size == 1 ? wide(from) : at(from), minus);
             }
-            __m256i even = fixed_of(f + 2 * h, a, b);
-            __m256i odd = fixed_of(f + 2 * h + 1, _mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
-            if (!fits) even = clamp_64(even, r->low, r->high), odd = clamp_64(odd, r->low, r->high);
-            __m256i q = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-            if (fits) q = _mm256_min_epi32(_mm256_max_epi32(q, set_i(r->low)), set_i(r->high));
-            all[h] = add_i(q, zero);
+            q[h] = fixed_of(f + h, at(acc[p] + 8 * h), other, size != 0);
+            if (!whole) q[h] = _mm256_min_epi32(_mm256_max_epi32(q[h], low), high);
+            q[h] = add_i(q[h], zero);
         }
-        narrow(n == BLOCK ? out : whole, all);
-        if (n < BLOCK) memcpy(out, whole, n);
+        narrow(n == BLOCK ? out : all, q);
+        if (n < BLOCK) memcpy(out, all, n);
     }
 }
 
 ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
                          const void *residual, uint8_t *out, size_t step) {
-    fixed_4 f[4];
-    fixed_4_of(f, r, first, n, residual != NULL);
-    /* 31 bits of acc times 31 of M; with a residual twice 31 times 30; an Add of 16-bit integers twice 17 times 30 */
-    const uint32_t enough = !residual ? 31 : r->is_shared ? 18 : 32;
-    int fits = 1;
-    for (uint32_t o = 0; o < n; o++) fits &= r->shift[r->is_shared ? 0 : first + o] >= enough;
-    if (fits) fixed_sized(acc, n_places, r, f, n, residual, out, step, 1);
-    else fixed_sized(acc, n_places, r, f, n, residual, out, step, 0);
+    const int whole = r->low == -r->zero && r->high == 255 - r->zero, is_byte = r->residual_dtype == HQM_UINT8;
+    fixed_8 f[2];
+    for (uint32_t o = 0; o < n; o++)
+        if (r->shift[r->is_shared ? 0 : first + o] < least_shift(r, residual != NULL)) {
+            rescale_each(acc, n_places, r, first, n, residual, out, step);
+            return;
+        }
+    fixed_8_of(f, r, first, n, residual != NULL);
+    if (!residual && whole) fixed_sized(acc, n_places, r, f, n, NULL, out, step, 0, 1);
+    else if (!residual) fixed_sized(acc, n_places, r, f, n, NULL, out, step, 0, 0);
+    else if (is_byte) fixed_sized(acc, n_places, r, f, n, residual, out, step, 1, 0);
+    else fixed_sized(acc, n_places, r, f, n, residual, out, step, 4, 0);
+}
+
+/* Returns how many of n elements of a "fixed" Add it has written, a multiple of BLOCK. */
+ISA static uint32_t fixed_add_u8(const uint8_t *a, int32_t a_zero, const uint8_t *b, uint32_t n, const rescale *r,
+                                 uint8_t *out) {
+    const __m256i low = set_i(r->low), high = set_i(r->high), zero = set_i(r->zero);
+    fixed_8 f[2];
+    uint32_t i = 0;
+    if (r->shift[0] < least_shift(r, 1)) return 0;
+    fixed_8_of(f, r, 0, 1, 1);
+    for (; i + BLOCK <= n; i += BLOCK) {
+        __m256i q[2];
+        for (uint32_t h = 0; h < BLOCK; h += 8) {
+            const __m256i x = sub_i(wide(a + i + h), set_i(a_zero)), y = sub_i(wide(b + i + h), set_i(r->residual_zero));
+            q[h / 8] = add_i(_mm256_min_epi32(_mm256_max_epi32(fixed_of(f, x, y, 1), low), high), zero);
+        }
+        narrow(out + i, q);
+    }
+    return i;
 }
 
 const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},
-                          avx2_rescale_u8, fixed_u8, avx2_add_u8};
+                          avx2_rescale_u8, fixed_u8, avx2_add_u8, fixed_add_u8};
 
 #endif

@@ -81,19 +81,20 @@ static void fill(uint8_t *to, size_t n, const tensor *x) {
         for (size_t i = 0; i < n; i++) ((uint16_t *)(void *)to)[i] = (uint16_t)x->zero;
 }
 
-/* Copies x into scratch with its padding; rows are then (W + left + right) C long. */
-static const uint8_t *pad_input(const window *v, const tensor *x, uint8_t *scratch) {
+/* Copies x to `to` with its padding; rows are then (W + left + right) C long. `to` may be x's own place: the last row
+ * moves first, and each farther than the one before it. */
+static const uint8_t *pad_input(const window *v, const tensor *x, uint8_t *to) {
     size_t row = (size_t)v->width * v->channels, left = (size_t)v->padding[1] * v->channels;
     size_t right = (size_t)v->padding[3] * v->channels, full = left + row + right, s = x->size;
-    fill(scratch, v->padding[0] * full, x);
-    for (uint32_t y = 0; y < v->height; y++) {
-        uint8_t *to = scratch + (v->padding[0] + y) * full * s;
-        fill(to, left, x);
-        memcpy(to + left * s, x->data + y * row * s, row * s);
-        fill(to + (left + row) * s, right, x);
+    fill(to + (v->padding[0] + v->height) * full * s, v->padding[2] * full, x);
+    for (uint32_t y = v->height; y-- > 0;) {
+        uint8_t *line = to + (v->padding[0] + y) * full * s;
+        memmove(line + left * s, x->data + y * row * s, row * s);
+        fill(line, left, x);
+        fill(line + (left + row) * s, right, x);
     }
-    fill(scratch + (v->padding[0] + v->height) * full * s, v->padding[2] * full, x);
-    return scratch;
+    fill(to, v->padding[0] * full, x);
+    return to;
 }
 
 static product product_of(const window *v, const uint32_t *op, const tensor *x) {
@@ -138,7 +139,10 @@ typedef struct {
     product_kernel *kernel;
     rescale r;
     uint32_t groups, per_group, c_group, depthwise, bits;
+    product p; /* without its places */
 } layer;
+
+enum { WORTH = 1 << 20 }; /* products that make up for waking threads */
 
 /* Every output channel of the places from `place` on that p names, for the kernel rows from `row` on. */
 static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
@@ -161,17 +165,21 @@ static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
         }
 }
 
-/* All tiles: up to TILE places, row after row, that read the same kernel rows. */
-static void run_places(const layer *l, product p) {
+/* The tiles of one part of the places: up to TILE places, row after row, that read the same kernel rows. */
+static void run_places(const void *context, uint32_t part, uint32_t n_parts) {
+    const layer *l = context;
     const window *v = l->v;
     const size_t line = ((size_t)v->width + v->padding[1] + v->padding[3]) * v->channels * v->stride[0];
-    const uint32_t n = v->out_height * v->out_width, x_step = v->stride[1] * v->channels;
-    uint32_t at[TILE], first = 0, end = p.n_rows, row = 0, column = 0;
+    const uint64_t n = (uint64_t)v->out_height * v->out_width;
+    const uint32_t from = (uint32_t)(n * part / n_parts), to = (uint32_t)(n * (part + 1) / n_parts);
+    const uint32_t x_step = v->stride[1] * v->channels;
+    product p = l->p;
+    uint32_t at[TILE], first = 0, end = p.n_rows, row = from / v->out_width, column = from % v->out_width;
     p.at = at, p.n_places = 0;
-    for (uint32_t place = 0; place <= n; place++) {
+    for (uint32_t place = from; place <= to; place++) {
         uint32_t first_here = first, end_here = end;
-        if (!column && place < n) end_here = rows_inside(v, l->x, row, &first_here);
-        if (p.n_places == TILE || place == n || (p.n_places && (first != first_here || end != end_here))) {
+        if ((!column || place == from) && place < to) end_here = rows_inside(v, l->x, row, &first_here);
+        if (p.n_places == TILE || place == to || (p.n_places && (first != first_here || end != end_here))) {
             p.n_rows = end - first;
             run_tile(l, p, place - p.n_places, first);
             p.n_places = 0;
@@ -183,18 +191,20 @@ static void run_places(const layer *l, product p) {
 }
 
 void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *residual, const tensor *y,
-               void *scratch) {
+               void *arena) {
     window v = window_of(op, x, y);
     const uint32_t *q = v.padding;
     layer l;
     memset(&l, 0, sizeof l);
     l.v = &v, l.x = x, l.residual = residual, l.y = y, l.r = rescale_of(m, op, y);
-    l.data = q[0] | q[1] | q[2] | q[3] ? pad_input(&v, x, scratch) : x->data;
+    l.data = q[0] | q[1] | q[2] | q[3] ? pad_input(&v, x, (uint8_t *)arena + op[O_PADDED]) : x->data;
     if (residual) l.r.residual_dtype = residual->dtype, l.r.residual_zero = residual->zero;
     flatten(&v);
     l.w = m->bytes + op[O_WEIGHT], l.start = ints_at(m, op[O_BIAS]), l.bits = op[O_WEIGHT_BITS];
     l.depthwise = op[O_DEPTHWISE], l.c_group = op[O_C_GROUP];
     l.groups = l.depthwise ? 1 : op[O_GROUPS], l.per_group = op[O_C_OUT] / l.groups;
     l.kernel = kernel_of(l.depthwise, x->size, l.bits);
-    run_places(&l, product_of(&v, op, x));
+    l.p = product_of(&v, op, x);
+    if ((double)y->n * op[O_C_GROUP] * v.kernel[0] * v.kernel[1] >= WORTH) in_parts(run_places, &l);
+    else run_places(&l, 0, 1);
 }

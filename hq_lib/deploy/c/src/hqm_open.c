@@ -55,7 +55,7 @@ static int tensor_is_sound(const hqm_model *m, uint32_t i) {
     if ((w[T_DTYPE] == HQM_FLOAT32) != (i == 0)) return 0; /* the image, and it alone */
     if (i == 0) return w[T_RANK] == 3;
     uint64_t end = w[T_ARENA] + times(n, size_of(w[T_DTYPE])) + SLACK;
-    return w[T_ARENA] % 4 == 0 && w[T_ARENA] >= h[H_SCRATCH] && end <= h[H_ARENA];
+    return w[T_ARENA] % 4 == 0 && end <= h[H_ARENA];
 }
 
 window window_of(const uint32_t *op, const tensor *x, const tensor *y) {
@@ -118,8 +118,8 @@ static int layer_is_sound(const hqm_model *m, const uint32_t *op, const tensor *
     if (!holds(m, op[O_BIAS], c_out, 4)) return 0;
     uint64_t rows = (uint64_t)v.height + v.padding[0] + v.padding[2], columns = (uint64_t)v.width + v.padding[1] + v.padding[3];
     int padded = v.padding[0] | v.padding[1] | v.padding[2] | v.padding[3] ? 1 : 0;
-    uint64_t scratch = times(times(rows, columns), times(v.channels, x->size)) + SLACK;
-    if (padded && scratch > header_of(m)[H_SCRATCH]) return 0;
+    uint64_t size_padded = times(times(rows, columns), times(v.channels, x->size)) + SLACK;
+    if (padded && (op[O_PADDED] % 4 || op[O_PADDED] + size_padded > header_of(m)[H_ARENA])) return 0;
     if (!op[O_MULTIPLIER]) return !r && y->dtype == HQM_INT32;
     if (!is_narrow(y) && !header_of(m)[H_FIXED]) return 0;
     if (!requant_is_sound(m, op, (uint32_t)c_out, op + O_MULTIPLIER, r != NULL)) return 0;
@@ -245,7 +245,6 @@ static hqm_status check_header(const hqm_model *m, size_t size) {
     uint64_t n_ops = h[H_N_OPS], n_tensors = h[H_N_TENSORS];
     int ok = n_ops >= 1 && n_tensors == n_ops + 1 && h[H_FIXED] <= 1 && h[H_ARENA] <= MAX_ARENA;
     ok = ok && h[H_OUTPUT] >= 1 && h[H_OUTPUT] <= n_ops;
-    ok = ok && h[H_SCRATCH] <= h[H_ARENA] && h[H_SCRATCH] % 64 == 0;
     ok = ok && holds(m, h[H_TENSORS], n_tensors, T_WORDS * 4) && holds(m, h[H_OPS], n_ops, O_WORDS * 4);
     return ok && holds(m, h[H_META], h[H_META_SIZE], 1) ? HQM_OK : HQM_BAD_HEADER;
 }

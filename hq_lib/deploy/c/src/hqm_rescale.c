@@ -41,6 +41,16 @@ int64_t rescaled(const rescale *r, uint32_t c, int64_t acc, int64_t residual) {
     return round_half_even(clamp_float(y, (float)r->low, (float)r->high)) + r->zero;
 }
 
+/* A rescale_kernel of any shifts, one integer after the other. */
+void rescale_each(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
+                  const void *residual, uint8_t *out, size_t step) {
+    for (size_t p = 0, at = 0; p < n_places; p++, at += step)
+        for (uint32_t o = 0; o < n; o++) {
+            int64_t other = residual ? load_int(residual, r->residual_dtype, at + o) - r->residual_zero : 0;
+            out[at + o] = (uint8_t)rescaled(r, first + o, acc[p][o], other);
+        }
+}
+
 /* n channels from `first` on of n_places places: y's element at + p * step + o, in vectors where that applies. */
 void rescale_tile(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
                   const void *residual, const tensor *y, size_t at, size_t step) {

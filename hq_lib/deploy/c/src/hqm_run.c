@@ -27,8 +27,12 @@ static hqm_status run_table(const hqm_model *m, const uint32_t *op, const uint8_
 /* The sum as a requantization of a with residual b. */
 static void add_fixed(rescale *r, const tensor *a, const tensor *b, const tensor *y) {
     int32_t acc[TILE][BLOCK], *q = acc[0];
+    const kernels *fast = hqm_kernels();
+    uint32_t at = 0;
     r->is_shared = 1, r->residual_dtype = b->dtype, r->residual_zero = b->zero;
-    for (uint32_t at = 0, n; at < y->n; at += n) {
+    if (fast->fixed_add_u8 && a->size == 1 && b->size == 1 && y->size == 1)
+        at = fast->fixed_add_u8(a->data, a->zero, b->data, y->n, r, y->data);
+    for (uint32_t n; at < y->n; at += n) {
         n = at_most(TILE * BLOCK, y->n - at);
         if (a->size == 1)
             for (uint32_t i = 0; i < n; i++) q[i] = a->data[at + i] - a->zero;
