@@ -172,20 +172,29 @@ def _decode(archive: zipfile.ZipFile) -> IntegerModel:
         raise RecordError(f"it holds no {MANIFEST}")
     if infos[MANIFEST].file_size > MAX_MANIFEST:
         raise RecordError(f"its manifest is larger than {MAX_MANIFEST:,} bytes")
-    entries = json.loads(archive.read(MANIFEST), parse_constant=_refuse_constant)
-    if entries.get("format") != FORMAT or entries.get("schema") != record.SCHEMA:
-        found = f"{entries.get('format')!r:.60} schema {entries.get('schema')!r:.20}"
-        raise RecordError(f"it is {found}; this reader knows {FORMAT!r} schema {record.SCHEMA}")
+    entries = read_manifest(archive.read(MANIFEST), FORMAT, record.SCHEMA)
     return from_plain(entries, {key: _read(archive, infos, key, like) for key, like in entries["arrays"].items()})
 
 
-def _refuse_constant(text: str) -> Any:
-    raise RecordError(f"its manifest holds {text}")
+def read_manifest(content: bytes, form: str, schema: int) -> dict[str, Any]:
+    """Return the JSON object ``content``, which must say that it is of this form and schema; or RecordError."""
+
+    def refuse(text: str) -> None:
+        raise RecordError(f"its manifest holds {text}")
+
+    entries = json.loads(content, parse_constant=refuse)
+    found = (entries.get("format"), entries.get("schema")) if isinstance(entries, dict) else (type(entries), None)
+    if found != (form, schema):
+        raise RecordError(f"it is {found[0]!r:.60} schema {found[1]!r:.20}; this reader knows {form!r} schema {schema}")
+    return entries
 
 
 def shape_of(like: dict[str, Any]) -> tuple[int, ...]:
     """Return the shape that a manifest says of an array; RecordError unless it and the dtype may be."""
-    shape = _built(tuple[int, ...], like["shape"], {})
+    try:
+        shape = _built(tuple[int, ...], like["shape"], {})
+    except RecordError as error:
+        raise RecordError(f"shape {like['shape']!r:.80}: {error}") from error
     if like["dtype"] not in DTYPES or len(shape) > 8 or min(shape, default=1) < 1 or math.prod(shape) > MAX_ELEMENTS:
         raise RecordError(f"dtype {like['dtype']!r:.40} of shape {shape!r:.80} is not allowed")
     return shape

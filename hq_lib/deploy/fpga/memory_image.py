@@ -24,9 +24,9 @@ import numpy as np
 
 from hq_lib.deploy.fpga.formats import read_file
 from hq_lib.deploy.fpga.layers import FpgaiError, need, plain_name
+from hq_lib.integer import storage
 from hq_lib.integer.record import IntegerModel
 from hq_lib.integer.requant import RecordError
-from hq_lib.integer.storage import UNREADABLE, bits_of, from_plain, integers_of, narrowest, shape_of, to_plain
 from hq_lib.results.atomic import write_bytes, write_text
 
 Encoding = Literal["hex", "coe"]
@@ -54,7 +54,7 @@ def write_images(
         FpgaiError: a word too narrow for an array, which is named. RecordError: the record is inconsistent.
     """
     need(encoding in ("hex", "coe"), f"encoding {encoding!r}: 'hex' or 'coe'")
-    plain, arrays = to_plain(model)
+    plain, arrays = storage.to_plain(model)
     images, files = {}, {}
     for key, array in arrays.items():
         like = _layout(array, word_bits, key)
@@ -81,10 +81,10 @@ def read_images(folder: Path | str) -> IntegerModel:
         body = _read_manifest(path)
         images = _typed(body["images"], dict, "images")
         arrays = {key: _read_image(folder, key, image, body["encoding"]) for key, image in images.items()}
-        return from_plain(body, arrays)
+        return storage.from_plain(body, arrays)
     except (FpgaiError, RecordError) as error:
         raise FpgaiError(f"{path}: {error}") from error
-    except UNREADABLE as error:
+    except storage.UNREADABLE as error:
         raise FpgaiError(f"{path}: not a manifest of memory images ({type(error).__name__}: {error!s:.120})") from error
 
 
@@ -92,7 +92,9 @@ def encode(values: np.ndarray, bits: int, word_bits: int, encoding: Encoding) ->
     """Return the text of an image of integer ``values`` (any shape), ``bits`` each, in words of ``word_bits``."""
     per_word, n_digits = word_bits // bits, -(-word_bits // 4)
     flat = values.reshape(-1).astype(np.int64)
-    ones = bits_of(np.append(flat, np.zeros(-flat.size % per_word, np.int64)), bits).reshape(-1, per_word * bits)
+    ones = storage.bits_of(np.append(flat, np.zeros(-flat.size % per_word, np.int64)), bits).reshape(
+        -1, per_word * bits
+    )
     rows = np.packbits(ones, axis=1, bitorder="little")[:, ::-1]  # the highest byte of a word first
     head, between, end = _HEX if encoding == "hex" else _COE
     words = (row.tobytes().hex().zfill(n_digits)[-n_digits:] for row in rows)
@@ -115,7 +117,7 @@ def decode(content: bytes, n: int, bits: int, word_bits: int, encoding: Encoding
     rows = np.frombuffer(raw, np.uint8).reshape(n_words, -1)[:, ::-1]
     ones = np.unpackbits(rows, axis=1, bitorder="little")
     need(not ones[:, per_word * bits :].any(), "the end of a word is not 0")
-    values = integers_of(ones[:, : per_word * bits].reshape(-1, bits), signed=signed)
+    values = storage.integers_of(ones[:, : per_word * bits].reshape(-1, bits), signed=signed)
     need(not values[n:].any(), "the end of its last word is not 0")
     return values[:n]
 
@@ -126,7 +128,7 @@ def _quotients(array: np.ndarray, step: int) -> np.ndarray:
 
 def _layout(array: np.ndarray, word_bits: int | None, what: str) -> dict[str, Any]:
     """Return how ``array`` is stored: its width, the step that its integers are multiples of, and its words."""
-    step, bits, signed = (1, 32, False) if array.dtype == np.float32 else narrowest(array)
+    step, bits, signed = (1, 32, False) if array.dtype == np.float32 else storage.narrowest(array)
     width = bits if word_bits is None else word_bits
     _check_words(bits, width, what)
     counts = {"values_per_word": width // bits, "n_words": -(-array.size // (width // bits))}
@@ -158,16 +160,10 @@ def _digest(body: dict[str, Any]) -> str:
 def _read_manifest(path: Path) -> dict[str, Any]:
     content = read_file(path)
     need(len(content) <= MAX_MANIFEST, f"larger than {MAX_MANIFEST:,} bytes")
-    body = _typed(json.loads(content, parse_constant=_refuse), dict, "its content")
-    known = (body.get("format"), body.get("schema")) == (FORMAT, SCHEMA)
-    need(known, f"it is {body.get('format')!r:.60}, schema {body.get('schema')!r:.20}; not {FORMAT!r}, schema {SCHEMA}")
+    body = storage.read_manifest(content, FORMAT, SCHEMA)
     need(body.pop("sha256", None) == _digest(body), "it was altered after it was written (SHA-256 differs)")
     need(body["encoding"] in ("hex", "coe"), f"encoding {body['encoding']!r:.40}")
     return body
-
-
-def _refuse(text: str) -> Any:
-    raise FpgaiError(f"it holds {text}")
 
 
 def _read_image(folder: Path, key: str, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
@@ -179,7 +175,7 @@ def _read_image(folder: Path, key: str, image: dict[str, Any], encoding: Encodin
 
 def _decoded(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
     need(set(_typed(image, dict, "an image")) == _IMAGE_KEYS, f"an image has the keys {sorted(_IMAGE_KEYS)}")
-    shape, dtype, step = shape_of(image), image["dtype"], image["step"]
+    shape, dtype, step = storage.shape_of(image), image["dtype"], image["step"]
     need(type(step) is int and 1 <= step <= 2**31, f"step {step!r:.40}")
     bits, word_bits = image["bits"], image["word_bits"]
     _check_words(bits, word_bits, "image")

@@ -40,4 +40,18 @@ static inline void tap_offsets(const product *p, uint32_t first, uint32_t n, siz
     }
 }
 
+#ifdef HQM_X86
+#include <immintrin.h>
+
+/* The weights of one kernel place, as bytes. */
+INLINE __m128i tap(const product *p, uint32_t t, const int bits) {
+    const uint8_t *w = (const uint8_t *)p->w + t * p->w_step * (size_t)bits / 8;
+    if (t >= p->n_rows * p->n_columns) return _mm_setzero_si128();
+    if (bits == 8) return _mm_loadu_si128((const __m128i *)(const void *)w);
+    const __m128i both = _mm_loadl_epi64((const __m128i *)(const void *)w), mask = _mm_set1_epi8(15);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+    return _mm_sub_epi8(_mm_unpacklo_epi64(_mm_and_si128(both, mask), high), _mm_set1_epi8(8));
+}
+#endif
+
 #endif

@@ -7,56 +7,72 @@
 #include "hqm_kernel.h"
 
 #ifdef HQM_X86
-#include <immintrin.h>
-
 #define ISA __attribute__((target("avx2,fma")))
 
+#define LANES 8
+#define V(name) avx2_##name
+#define vi __m256i
+#define vf __m256
+#define load_i(p) at(p)
+#define load_f(p) _mm256_loadu_ps(p)
+#define set_i(x) _mm256_set1_epi32(x)
+#define set_f(x) _mm256_set1_ps(x)
+#define wide(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p)))
+#define to_f(q) _mm256_cvtepi32_ps(q)
+#define to_i(y) _mm256_cvtps_epi32(y)
+#define add_i(a, b) _mm256_add_epi32(a, b)
+#define sub_i(a, b) _mm256_sub_epi32(a, b)
+#define mul_f(a, b) _mm256_mul_ps(a, b)
+#define add_f(a, b) _mm256_add_ps(a, b)
+#define fma_f(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define clamp_f(y, low, high) _mm256_min_ps(_mm256_max_ps(y, low), high)
+#define zero_i() _mm256_setzero_si256()
+#define shifted(v, n) _mm256_sll_epi32(v, _mm_cvtsi32_si128((int)(n)))
 ISA INLINE __m256i at(const void *from) { return _mm256_loadu_si256(from); }
 ISA INLINE void put(void *to, __m256i v) { _mm256_storeu_si256(to, v); }
-ISA INLINE __m256i four(const uint8_t *x) {
-    int32_t word;
-    memcpy(&word, x, 4);
-    return _mm256_set1_epi32(word);
+ISA INLINE void narrow(uint8_t *out, const __m256i q[2]) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8); /* which saturates */
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i *)(void *)out, bytes);
 }
-ISA INLINE __m256i even_bytes(__m256i bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8); }
+#include "hqm_vector.h"
 
-/* n places, weights of 8 or 16 bits */
-ISA INLINE void dense_n(const product *p, const uint32_t *place, const int32_t *start, int32_t (*acc)[BLOCK],
-                        const int n, const int bits) {
-    __m256i sum[4][2], w[2][2];
-    const __m256i mask = _mm256_set1_epi16(255);
-    const uint8_t *weights = p->w;
-    for (int q = 0; q < n; q++) sum[q][0] = at(start), sum[q][1] = at(start + 8);
-    for (uint32_t i = 0; i < p->n_rows; i++)
-        for (uint32_t j = 0; j < p->n_columns; j++) {
-            const uint8_t *x = (const uint8_t *)p->x + i * p->row_step + j * p->column_step;
-            for (uint32_t k = 0; k < p->n4; k++, x += 4, weights += 8 * bits) {
-                for (int h = 0; h < 2; h++) {
-                    const __m256i here = at(weights + 32 * h);
-                    w[0][h] = bits == 8 ? even_bytes(here) : here;
-                    w[1][h] = bits == 8 ? _mm256_srai_epi16(here, 8) : at(weights + 64 + 32 * h);
-                }
-                for (int q = 0; q < n; q++) {
-                    const __m256i v = four(x + place[q]), xs[2] = {_mm256_and_si256(v, mask), _mm256_srli_epi16(v, 8)};
-                    for (int e = 0; e < 2; e++)
-                        for (int h = 0; h < 2; h++)
-                            sum[q][h] = _mm256_add_epi32(sum[q][h], _mm256_madd_epi16(xs[e], w[e][h]));
-                }
-            }
-        }
-    for (int q = 0; q < n; q++) put(acc[q], sum[q][0]), put(acc[q] + 8, sum[q][1]);
+enum { MANY = 4, SOME = 2, TAPS = 10, GROUP = 2 };
+
+/* Of four weights the even ones, w[0], and the odd ones, w[1], as int16 pairs. */
+ISA INLINE void unpacked(const uint8_t *from, const int bits, __m256i w[2][2]) {
+    for (int h = 0; h < 2; h++) {
+        const __m256i here = at(from + 32 * h);
+        w[0][h] = bits == 8 ? _mm256_srai_epi16(_mm256_slli_epi16(here, 8), 8) : here;
+        w[1][h] = bits == 8 ? _mm256_srai_epi16(here, 8) : at(from + 64 + 32 * h);
+    }
 }
 
-ISA INLINE void dense(const product *p, int32_t acc[TILE][BLOCK], const int bits) {
-    int32_t start[BLOCK];
-    uint32_t q = 0;
-    starts(p, start);
-    for (; q + 4 <= p->n_places; q += 4) dense_n(p, p->at + q, start, acc + q, 4, bits);
-    for (; q + 2 <= p->n_places; q += 2) dense_n(p, p->at + q, start, acc + q, 2, bits);
-    if (q < p->n_places) dense_n(p, p->at + q, start, acc + q, 1, bits);
+ISA INLINE void multiply(__m256i sum[2], __m256i x, __m256i w[2][2], const int bits) {
+    const __m256i xs[2] = {_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16(x, 8)};
+    (void)bits;
+    for (int e = 0; e < 2; e++)
+        for (int h = 0; h < 2; h++) sum[h] = add_i(sum[h], _mm256_madd_epi16(xs[e], w[e][h]));
 }
-ISA static void dense_8(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 8); }
-ISA static void dense_16(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 16); }
+
+/* Pairs of kernel places: vpmaddwd of (x_a, x_b) and (w_a, w_b) in each channel. */
+ISA INLINE void unpacked_taps(const product *p, uint32_t t, const int bits, __m256i w[2]) {
+    const __m128i a = tap(p, t, bits), b = tap(p, t + 1, bits);
+    w[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+    w[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+}
+
+ISA INLINE void multiply_taps(__m256i sum[2], const uint8_t *x, const size_t *o, const __m256i w[2]) {
+    const __m256i spread = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7, -1, 8, -1, 9, -1, 10,
+                                            -1, 11, -1, 12, -1, 13, -1, 14, -1, 15, -1);
+    const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + o[0])));
+    const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + o[1])));
+    const __m256i low = _mm256_shuffle_epi8(_mm256_unpacklo_epi8(a, b), spread);
+    const __m256i high = _mm256_shuffle_epi8(_mm256_unpackhi_epi8(a, b), spread);
+    sum[0] = add_i(sum[0], _mm256_madd_epi16(low, w[0]));
+    sum[1] = add_i(sum[1], _mm256_madd_epi16(high, w[1]));
+}
+#include "hqm_x86.h"
 
 /* Sums of pairs in 32 bits, added to those in acc unless they are the first. */
 ISA INLINE __m256i widened(__m256i sum, const int32_t *acc, int is_first) {
@@ -83,7 +99,9 @@ ISA INLINE void nibbles_n(const product *p, const uint32_t *place, const int32_t
                     const __m256i low = _mm256_sub_epi8(_mm256_and_si256(both, mask), eight);
                     const __m256i high = _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), eight);
                     for (int q = 0; q < n; q++) {
-                        const __m256i v = four(x + place[q]);
+                        int32_t four;
+                        memcpy(&four, x + place[q], 4);
+                        const __m256i v = set_i(four);
                         sum[q][0] = _mm256_add_epi16(sum[q][0], _mm256_maddubs_epi16(v, low));
                         sum[q][1] = _mm256_add_epi16(sum[q][1], _mm256_maddubs_epi16(v, high));
                     }
@@ -112,78 +130,6 @@ ISA static void dense_4(const product *p, int32_t acc[TILE][BLOCK]) {
     for (; q + 2 <= p->n_places; q += 2) nibbles_n(p, p->at + q, start, acc + q, 2);
     if (q < p->n_places) nibbles_n(p, p->at + q, start, acc + q, 1);
 }
-
-/* The weights of one kernel place, as bytes. */
-ISA INLINE __m128i tap(const product *p, uint32_t t, const int bits) {
-    const uint8_t *w = (const uint8_t *)p->w + t * p->w_step * (size_t)bits / 8;
-    if (t >= p->n_rows * p->n_columns) return _mm_setzero_si128();
-    if (bits == 8) return _mm_loadu_si128((const __m128i *)(const void *)w);
-    const __m128i both = _mm_loadl_epi64((const __m128i *)(const void *)w), mask = _mm_set1_epi8(15);
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
-    return _mm_sub_epi8(_mm_unpacklo_epi64(_mm_and_si128(both, mask), high), _mm_set1_epi8(8));
-}
-
-enum { TAPS = 10 }; /* kernel places whose weights stay in registers */
-
-/* Pairs of kernel places: vpmaddwd of (x_a, x_b) and (w_a, w_b) in each channel. */
-ISA INLINE void depthwise(const product *p, int32_t acc[TILE][BLOCK], const int bits) {
-    const __m256i spread = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7, -1, 8, -1, 9, -1, 10,
-                                            -1, 11, -1, 12, -1, 13, -1, 14, -1, 15, -1);
-    const __m128i shift = _mm_cvtsi32_si128((int)p->shift);
-    int32_t start[BLOCK];
-    starts(p, start);
-    for (uint32_t first = 0; first < p->n_rows * p->n_columns; first += TAPS) {
-        size_t offset[TAPS];
-        __m256i w[TAPS / 2][2];
-        tap_offsets(p, first, TAPS, offset);
-        for (uint32_t t = 0; t < TAPS / 2; t++) {
-            const __m128i a = tap(p, first + 2 * t, bits), b = tap(p, first + 2 * t + 1, bits);
-            w[t][0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
-            w[t][1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
-        }
-        for (uint32_t q = 0; q < p->n_places; q++) {
-            const uint8_t *x = (const uint8_t *)p->x + p->at[q];
-            const int32_t *from = first ? acc[q] : start;
-            __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-            for (int t = 0; t < TAPS / 2; t++) {
-                const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + offset[2 * t])));
-                const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + offset[2 * t + 1])));
-                const __m256i low = _mm256_shuffle_epi8(_mm256_unpacklo_epi8(a, b), spread);
-                const __m256i high = _mm256_shuffle_epi8(_mm256_unpackhi_epi8(a, b), spread);
-                sum[0] = _mm256_add_epi32(sum[0], _mm256_madd_epi16(low, w[t][0]));
-                sum[1] = _mm256_add_epi32(sum[1], _mm256_madd_epi16(high, w[t][1]));
-            }
-            for (int h = 0; h < 2; h++)
-                put(acc[q] + 8 * h, _mm256_add_epi32(_mm256_sll_epi32(sum[h], shift), at(from + 8 * h)));
-        }
-    }
-}
-ISA static void depthwise_4(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 4); }
-ISA static void depthwise_8(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 8); }
-
-#define LANES 8
-#define V(name) avx2_##name
-#define vi __m256i
-#define vf __m256
-#define load_i(p) at(p)
-#define load_f(p) _mm256_loadu_ps(p)
-#define set_i(x) _mm256_set1_epi32(x)
-#define set_f(x) _mm256_set1_ps(x)
-#define wide(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p)))
-#define to_f(q) _mm256_cvtepi32_ps(q)
-#define to_i(y) _mm256_cvtps_epi32(y)
-#define add_i(a, b) _mm256_add_epi32(a, b)
-#define sub_i(a, b) _mm256_sub_epi32(a, b)
-#define mul_f(a, b) _mm256_mul_ps(a, b)
-#define add_f(a, b) _mm256_add_ps(a, b)
-#define fma_f(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define clamp_f(y, low, high) _mm256_min_ps(_mm256_max_ps(y, low), high)
-ISA INLINE void narrow(uint8_t *out, const __m256i q[2]) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8); /* which saturates */
-    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128((__m128i *)(void *)out, bytes);
-}
-#include "hqm_vector.h"
 
 /* What "fixed" needs for eight channels: sums of the even and of the odd ones in 64 bits, of which the high halves are
  * shifted once more. A sum that needs a smaller shift than 32 is of small integers, moved up before (`up`). */

@@ -1,7 +1,9 @@
 /* A small pool of threads that takes the parts of one operation. Off unless asked for, and left out without HQM_THREADS:
  * then one thread does every part. Where the caller runs networks on threads of its own, whoever comes second works alone.
  */
+#if defined(HQM_THREADS) && !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
+#endif
 #include "hqm_internal.h"
 
 #ifdef HQM_THREADS
