@@ -7,7 +7,7 @@ Every peer reads the ONNX file that ``deploy.onnx`` exports; ranges come from 25
 set. The executors take turns, round after round, so that a busy machine slows all of them; a ratio is the peer's time
 over C's of the same round (above 1 C is faster), printed as the median over the rounds and, in brackets, its extremes.
 Time is the processor's on one thread and the clock's on more. The C runtime takes one image at a time at every batch
-size, with more threads one image a thread.
+size; more threads share its rows.
 
 "onnxruntime" is ``deploy.onnx.session``, whose logits must equal C's. Without VNNI that session has the option that
 keeps onnxruntime from saturating, and onnxruntime "as it comes", whose logits then differ, has a line of its own.
@@ -35,6 +35,7 @@ from torch import nn
 from hq_lib import data, integer, models
 from hq_lib.deploy import c as export_c
 from hq_lib.deploy import onnx as export_onnx
+from hq_lib.deploy.c.layout import plan_arena
 from hq_lib.deploy.c.runtime import KERNELS
 from hq_lib.deploy.onnx.runtime import VNNI
 from hq_lib.graph import BitPolicy, calibrate, quantize
@@ -103,7 +104,7 @@ def openvino_call(model: onnx.ModelProto, x: np.ndarray, batch: int, n_threads: 
 
 def executors(net: nn.Module, imodel: IntegerModel, x: np.ndarray, batch: int, n_threads: int) -> dict[str, Call]:
     """Return what each executor makes of ``x``, C first."""
-    model, runtime = export_onnx.export(imodel), export_c.Runtime(imodel)
+    model, runtime = export_onnx.export(imodel), export_c.Runtime(imodel, n_threads=n_threads)
     sessions = {"onnxruntime": export_onnx.session(model, n_threads=n_threads)}
     if not provenance.cpu_flags() & VNNI:
         sessions["onnxruntime as it comes"] = as_it_comes(model, n_threads)
@@ -169,18 +170,22 @@ def compare(name: str, policy: str, batch: int, n_threads: int, options: argpars
 
 
 def kernels(name: str, policy: str, options: argparse.Namespace) -> None:
-    """Print ms an image of every kernel of the C runtime, with both requantizers."""
-    for requantizer in REQUANTIZERS:
-        _, imodel, x = network(name, policy, options.images, requantizer)
-        for kernel in KERNELS[1:]:
-            try:
-                runtime = export_c.Runtime(imodel, kernel=kernel)
-            except ValueError:
-                continue
-            call = functools.partial(runtime.run, x)
-            seconds = min(times({kernel: call}, options.rounds, time.process_time)[kernel])
-            print(f"  {name} {policy} {requantizer:8s} {kernel:12s} {1e3 * seconds / len(x):8.4f} ms", flush=True)
-        export_c.Runtime(imodel, kernel="auto")
+    """Print ms an image of every kernel of the C runtime, with both requantizers by turns, and bytes of its arena."""
+    records = {requantizer: network(name, policy, options.images, requantizer) for requantizer in REQUANTIZERS}
+    x = records["float32"][2]
+    arena = plan_arena(records["float32"][1])[2]
+    for kernel in KERNELS[1:]:
+        try:
+            runtimes = {key: export_c.Runtime(imodel, kernel=kernel) for key, (_, imodel, _) in records.items()}
+        except ValueError:
+            continue
+        calls: dict[str, Call] = {key: functools.partial(runtime.run, x) for key, runtime in runtimes.items()}
+        found = times(calls, options.rounds, time.process_time)
+        ms = {key: 1e3 * min(seconds) / len(x) for key, seconds in found.items()}
+        ratio = statistics.median(b / a for a, b in zip(found["float32"], found["fixed"], strict=True))
+        told = ", ".join(f"{key} {value:.4f} ms" for key, value in ms.items())
+        print(f"  {name} {policy} {kernel:12s} {told}, fixed x{ratio:.2f}; arena {arena:,} bytes", flush=True)
+    export_c.Runtime(records["float32"][1], kernel="auto")
 
 
 def main() -> None:
