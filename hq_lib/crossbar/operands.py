@@ -24,7 +24,7 @@ from hq_lib.crossbar.checks import (
     check_choice,
     check_range,
 )
-from hq_lib.integer.record import n_windows
+from hq_lib.integer.sums import n_windows
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import numpy as np
 from hq_lib.integer import record as r
 from hq_lib.integer.proof import prove_accumulator, prove_add, prove_product
 from hq_lib.integer.requant import MAX_SHIFT, RecordError
+from hq_lib.integer.sums import n_windows
 
 RANGES = {"uint8": (0, 2**8 - 1), "uint16": (0, 2**16 - 1), "int32": (-(2**31), 2**31 - 1), "float32": (0, 0)}
 """dtype of a tensor -> the integers it holds (float32: none)"""
@@ -53,6 +54,31 @@ def check(model: r.IntegerModel) -> r.IntegerModel:
     _need(written == set(model.tensors), f"nothing writes {sorted(set(model.tensors) - written)[:3]}")
     _need(model.output in written - {model.input}, f"the output tensor {model.output!r} is never written")
     return model
+
+
+def output_shape(op: r.Op, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the shape that ``op`` makes of inputs of ``shapes``; None for a ``Reshape``, whose output says it."""
+    x = shapes[0]
+    match op:
+        case r.Conv() | r.MaxPool() | r.AvgPool():
+            channels, kernel = (len(op.weight), op.weight.shape[2:]) if isinstance(op, r.Conv) else (x[0], op.kernel)
+            dilation = (1, 1) if isinstance(op, r.AvgPool) else op.dilation
+            sizes = (n + a + b for n, a, b in zip(x[1:], op.padding[:2], op.padding[2:], strict=True))
+            return (channels, *map(n_windows, sizes, kernel, op.stride, dilation))
+        case r.Linear():
+            return (*x[:-1], len(op.weight))
+        case r.Concat():
+            return (*x[: op.axis], sum(shape[op.axis] for shape in shapes), *x[op.axis + 1 :])
+        case r.Reshape():
+            return None
+        case r.Transpose():
+            return tuple(x[axis] for axis in op.axes)
+        case r.Slice():
+            return tuple(len(range(*ends)) for ends in zip(op.start, op.stop, op.step, strict=True))
+        case r.Pad():
+            return tuple(a + n + b for a, n, b in zip(op.before, x, op.after, strict=True))
+        case _:
+            return x
 
 
 def _need(truth: bool | np.bool_, message: str) -> None:
@@ -136,7 +162,7 @@ def _check_op(op: r.Op, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
             for x in inputs:
                 _check_kept(op, x, out)
             _check_move(op, [x.shape for x in inputs], out)
-    shape = r.output_shape(op, [x.shape for x in inputs])
+    shape = output_shape(op, [x.shape for x in inputs])
     if shape is None:
         shape = out.shape if math.prod(out.shape) == math.prod(inputs[0].shape) else inputs[0].shape
     _need(min(shape) >= 1, f"{op.name!r}: the window is larger than its padded input {inputs[0].shape}")

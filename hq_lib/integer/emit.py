@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hq_lib.integer import record as r
+from hq_lib.integer.check import output_shape
 from hq_lib.integer.record import TensorSpec
 
 INT32 = (-(2**31), 2**31 - 1)
@@ -46,7 +47,7 @@ class Writer:
         out = replace(inputs[0], name=name) if out is None else out
         name = _unused(name, {op.name for op in self.ops})
         op = kind(name, tuple(spec.name for spec in inputs), _unused(out.name, self.tensors), **fields)
-        shape = r.output_shape(op, [spec.shape for spec in inputs])
+        shape = output_shape(op, [spec.shape for spec in inputs])
         self.ops.append(op)
         return self.add(out if shape is None else replace(out, shape=shape))
 

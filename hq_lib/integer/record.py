@@ -19,8 +19,7 @@ Requantization, per channel c, to output q_y. ``IntegerModel.requantizer`` says 
 
 "float32" rounds after every operation (C: ``-ffp-contract=off``; only ``Add`` fuses, where it says so) and equals
 onnxruntime's fused kernels bit for bit. Clamp in float, to [qmin - z_y, qmax - z_y], before converting to an integer:
-the product may exceed int32. "fixed" is in int64; ``>>`` is the arithmetic shift (floor), so it rounds half up.
-Multipliers are >= 0.
+the product may exceed int32. "fixed" is in int64; ``>>`` is the arithmetic shift (floor): half up. Multipliers >= 0.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ class Layer(Op):
 class Conv(Layer):
     """2-d cross-correlation (C_in, H, W) -> (C_out, H', W'), grouped and depthwise included.
 
-    H' = n_windows(H + top + bottom, k_h, stride_h, dilation_h), likewise W'. Output channel o reads the input
+    H' = (H + top + bottom - dilation_h (k_h - 1) - 1) // stride_h + 1, likewise W'. Output channel o reads the input
     channels of its group o // (C_out / groups). A batch norm that no layer precedes is a 1x1 depthwise convolution.
     """
 
@@ -268,36 +267,6 @@ class Mul(Op):
 OPS: tuple[type[Op], ...] = (
     Quantize, Conv, Linear, Add, MaxPool, AvgPool, Concat, Reshape, Transpose, Slice, Pad, Clip, Table, Mul,
 )  # fmt: skip
-
-
-def n_windows(n: int, kernel: int, stride: int, dilation: int) -> int:
-    """Return at how many places a window fits an axis of ``n`` places, its padding included; below 1: at none."""
-    return (n - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def output_shape(op: Op, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """Return the shape that ``op`` makes of inputs of ``shapes``; None for a ``Reshape``, whose output says it."""
-    x = shapes[0]
-    match op:
-        case Conv() | MaxPool() | AvgPool():
-            channels, kernel = (len(op.weight), op.weight.shape[2:]) if isinstance(op, Conv) else (x[0], op.kernel)
-            dilation = (1, 1) if isinstance(op, AvgPool) else op.dilation
-            sizes = (n + a + b for n, a, b in zip(x[1:], op.padding[:2], op.padding[2:], strict=True))
-            return (channels, *map(n_windows, sizes, kernel, op.stride, dilation))
-        case Linear():
-            return (*x[:-1], len(op.weight))
-        case Concat():
-            return (*x[: op.axis], sum(shape[op.axis] for shape in shapes), *x[op.axis + 1 :])
-        case Reshape():
-            return None
-        case Transpose():
-            return tuple(x[axis] for axis in op.axes)
-        case Slice():
-            return tuple(len(range(*ends)) for ends in zip(op.start, op.stop, op.step, strict=True))
-        case Pad():
-            return tuple(a + n + b for a, n, b in zip(op.before, x, op.after, strict=True))
-        case _:
-            return x
 
 
 @dataclass(frozen=True, eq=False)

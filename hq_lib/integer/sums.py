@@ -9,10 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from hq_lib.integer.proof import product_bound
-from hq_lib.integer.record import Conv, Layer, TensorSpec, n_windows
+from hq_lib.integer.record import Conv, Layer, TensorSpec
 
 FLOAT32_EXACT = 2**24
 """Integers up to this magnitude are exact in float32."""
+
+
+def n_windows(n: int, kernel: int, stride: int, dilation: int) -> int:
+    """Return at how many places a window fits an axis of ``n`` places, its padding included; below 1: at none."""
+    return (n - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def products(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
