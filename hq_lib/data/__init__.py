@@ -7,16 +7,3 @@
 from hq_lib.data.batches import augment, batches, normalize
 from hq_lib.data.fetch import DataUnavailableError
 from hq_lib.data.sets import SPECS, DataSpec, ImageSet, load, load_or_embedded, names
-
-__all__ = [
-    "SPECS",
-    "DataSpec",
-    "DataUnavailableError",
-    "ImageSet",
-    "augment",
-    "batches",
-    "load",
-    "load_or_embedded",
-    "names",
-    "normalize",
-]

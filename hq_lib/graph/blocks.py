@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from hq_lib.graph.ops import kinds, module_path
+from hq_lib.graph.modes import module_path
+from hq_lib.graph.ops import kinds
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import trace
 
@@ -76,7 +77,9 @@ def extract_block(gm: fx.GraphModule, block: Block) -> fx.GraphModule:
         raise QuantizeError(f"block {block.name!r} is not of this graph: it has no node {missing[0]!r}")
     graph = fx.Graph()
     copies = {by_name[block.input]: graph.placeholder("x")}
-    for node in _with_constants([by_name[name] for name in block.nodes]):
+    nodes = [by_name[name] for name in block.nodes]
+    constants = [n for node in nodes for n in node.all_input_nodes if n.op == "get_attr" and n not in nodes]
+    for node in [*dict.fromkeys(constants), *nodes]:
         if strange := [n.name for n in node.all_input_nodes if n not in copies]:
             raise QuantizeError(
                 f"block {block.name!r} cannot be cut out: node {node.name!r} reads {strange[0]!r} from before it "
@@ -85,11 +88,6 @@ def extract_block(gm: fx.GraphModule, block: Block) -> fx.GraphModule:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[by_name[block.output]])
     return fx.GraphModule(gm, graph, class_name="Block")
-
-
-def _with_constants(nodes: list[fx.Node]) -> list[fx.Node]:
-    constants = [n for node in nodes for n in node.all_input_nodes if n.op == "get_attr" and n not in nodes]
-    return [*dict.fromkeys(constants), *nodes]
 
 
 def _regions(kind_of: dict[fx.Node, str]) -> list[list[fx.Node]]:

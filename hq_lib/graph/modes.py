@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
@@ -110,8 +111,7 @@ def read_modes(net: nn.Module, traced: Traced) -> ModeReading:
 def follow_modes(gm: fx.GraphModule, net: nn.Module, reading: ModeReading) -> None:
     """Make ``gm``, the graph of ``reading``, follow modes as ``net`` does, in place; or refuse the other mode."""
     for node, flags in reading.flags:
-        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        owner = stack[-1] if stack else ""
+        owner = (module_path(node) or [("", "")])[-1][0]
         training = net.get_submodule(owner).training
         module = FollowsMode(node.target, {place: value == training for place, value in flags.items()})  # type: ignore[arg-type]
         node.op, node.target = "call_module", f"{owner}.{node.name}".lstrip(".")
@@ -179,8 +179,8 @@ def _flags(node: fx.Node, args: Any, kwargs: Any) -> dict[Place, bool] | None:
 def _small_module(net: nn.Module, apart: Pair, leaves: Sequence[type[nn.Module]]) -> type[nn.Module] | None:
     """Return the class of the innermost module behind two differing nodes that holds neither weights nor modules."""
     for node in apart:
-        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()] if node is not None else []
-        for module in (net.get_submodule(path) for path in reversed(stack) if path):
+        stack = module_path(node) if node is not None else []
+        for module in (net.get_submodule(path) for path, _ in reversed(stack)):
             if type(module) not in leaves and not (module._parameters or module._buffers or module._modules):
                 return type(module)
     return None
@@ -189,6 +189,12 @@ def _small_module(net: nn.Module, apart: Pair, leaves: Sequence[type[nn.Module]]
 def _where(apart: Pair) -> str:
     node = apart[1] or apart[0]
     return f"at {line_of(node)}" if node is not None else "in its output"
+
+
+def module_path(node: fx.Node) -> list[tuple[str, str]]:
+    """Return (dotted path, name of the class) of the modules whose ``forward`` made ``node``, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(path, kind if isinstance(kind, str) else torch.typename(kind)) for path, kind in stack.values() if path]
 
 
 def line_of(node: fx.Node) -> str:

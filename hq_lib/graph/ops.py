@@ -15,10 +15,9 @@ a layer. A kind says how the values of a node's output relate to the grid of its
 
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from hq_lib.graph.modes import FollowsMode, line_of
+from hq_lib.graph.modes import FollowsMode, line_of, module_path
 from hq_lib.graph.spec import QuantizeError
 
 QUANTIZER_SUFFIX = "_act_quantizer"
@@ -97,7 +96,8 @@ def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
     if name == "getitem" and inputs[0] == "other" and "shape" not in node.all_input_nodes[0].meta:
         return "other"  # one of several tensors that an operation has made
     kind = _KIND_OF.get(name, "other")
-    if kind in ("add", "mul") and _n_tensors(node, known) < 2:
+    tensors = [arg for arg in node.args if isinstance(arg, fx.Node) and known[arg] not in ("shape", "param")]
+    if kind in ("add", "mul") and len(tensors) < 2:
         return "other"
     if name in ("interpolate", "upsample"):
         return "pass" if _option(node, gm, "mode", 3, "nearest").startswith("nearest") else "other"
@@ -116,35 +116,18 @@ def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:
             f"{who} calls {name} as a function on a weight of its own making, so no layer holds what it multiplies "
             f"with: make it an nn.Conv2d or nn.Linear module, {leave}"
         )
-    if name in _UNSUPPORTED or (
-        type(module).__module__.startswith("torch.nn.modules") and _unknown_weights(module, name)
-    ):
+    theirs = module is not None and type(module).__module__.startswith("torch.nn.modules")
+    matrices = theirs and any(p.dim() > 1 for p in module.parameters())  # type: ignore[union-attr]
+    if name in _UNSUPPORTED or (matrices and name not in _KIND_OF and "norm" not in name):
         raise QuantizeError(
             f"layer {str(node.target)!r}: {name} has no quantized form here (conv2d, linear and convtranspose2d have); "
             f"write it as one of those, {leave.replace(repr(owner), repr(str(node.target)))}"
         )
-    if (name == "batchnorm" and module is None) or ("BatchNorm" in made and module is None):
+    if module is None and (name == "batchnorm" or "BatchNorm" in made):
         raise QuantizeError(
             f"{who} normalises by a function ({made}), which can be neither folded nor kept with its layer: "
             f"make it an nn.BatchNorm2d with the same statistics"
         )
-
-
-def module_path(node: fx.Node) -> list[tuple[str, str]]:
-    """Return (dotted path, name of the class) of the modules whose ``forward`` made ``node``, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [(path, kind if isinstance(kind, str) else torch.typename(kind)) for path, kind in stack.values() if path]
-
-
-def _unknown_weights(module: nn.Module | None, name: str) -> bool:
-    """Whether a module of PyTorch's own multiplies with matrices and is no layer known here."""
-    theirs = module is not None and type(module).__module__.startswith("torch.nn.modules")
-    matrices = [p for p in module.parameters() if p.dim() > 1] if module is not None and theirs else []
-    return bool(matrices) and name not in LAYERS and _KIND_OF.get(name) is None and "norm" not in name
-
-
-def _n_tensors(node: fx.Node, known: dict[fx.Node, str]) -> int:
-    return sum(isinstance(arg, fx.Node) and known[arg] not in ("shape", "param") for arg in node.args)
 
 
 def _option(node: fx.Node, gm: fx.GraphModule, name: str, position: int, default: Any) -> Any:

@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, module_path, nonnegative
+from hq_lib.graph.modes import module_path
+from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, nonnegative
 from hq_lib.graph.spec import QuantizeError, Spec
 
 LAYER_TYPES = ("first", "last", "depthwise", "linear")

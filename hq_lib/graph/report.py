@@ -36,8 +36,15 @@ def report(qnet: fx.GraphModule) -> pd.DataFrame:
     meta = qnet.meta
     if "sites" not in meta:
         raise PolicyError("report: the network has no policy; pass what quantize(net, policy, example) returned")
-    hidden = hidden_weights(qnet)
-    rows = _weight_rows(qnet) + [_hidden_row(name, weight) for name, weight in hidden.items()] + _act_rows(qnet)
+    macs, hidden = layer_macs(qnet), hidden_weights(qnet)
+    rows = []
+    for name, spec in meta["weights"].items():
+        layer: Any = qnet.get_submodule(name)
+        rows.append(_row(name, spec, layer.weight_quantizer, n_params=layer.weight.numel(), macs=macs[name]))
+    rows += [_row(name, Spec(), None, n_params=w.numel(), macs=float("nan")) for name, w in hidden.items()]
+    for site in meta["sites"]:
+        n, quantizer = torch.Size(site.shape).numel(), getattr(qnet, site.quantizer, None)
+        rows.append(_row(site.name, meta["acts"][site.name], quantizer, n_elements=n, signed=site.signed))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     weights, acts = table[table.tensor == "weight"], table[table.tensor == "activation"]
     table.attrs = {
@@ -54,18 +61,6 @@ def _average(bits: pd.Series, amounts: pd.Series) -> float:
     return float((bits * amounts).sum() / amounts.sum()) if amounts.sum() else float("nan")
 
 
-def _weight_rows(qnet: fx.GraphModule) -> list[dict[str, Any]]:
-    macs = layer_macs(qnet)
-    rows = []
-    for name, spec in qnet.meta["weights"].items():
-        layer = qnet.get_submodule(name)
-        assert isinstance(layer, QuantizedWeight)
-        n_params = layer.weight.numel()
-        sizes = {"macs": macs[name], "n_params": n_params, "n_elements": 0, "size_KiB": n_params * spec.bits / 8192}
-        rows.append({"layer": name, "tensor": "weight", **_quantizer_row(spec, layer.weight_quantizer), **sizes})
-    return rows
-
-
 def hidden_weights(qnet: nn.Module) -> dict[str, torch.Tensor]:
     """Return by name the matrices and kernels of ``qnet`` that are no quantized layer's, so that they stay in float."""
     others = [m for m in qnet.modules() if isinstance(m, QuantizedWeight | Quantizer) or "Norm" in type(m).__name__]
@@ -77,36 +72,18 @@ def hidden_weights(qnet: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _hidden_row(name: str, weight: torch.Tensor) -> dict[str, Any]:
-    n = weight.numel()
-    row = {"layer": name, "tensor": "weight", "n_params": n, "n_elements": 0, "macs": float("nan"), "size_KiB": n / 256}
-    return row | _quantizer_row(Spec(), None)
-
-
-def _act_rows(qnet: fx.GraphModule) -> list[dict[str, Any]]:
-    rows = []
-    for site in qnet.meta["sites"]:
-        spec = qnet.meta["acts"][site.name]
-        quantizer = getattr(qnet, site.quantizer, None)
-        sizes = {"macs": 0, "n_params": 0, "n_elements": torch.Size(site.shape).numel(), "size_KiB": 0.0}
-        row = {"layer": site.name, "tensor": "activation", **_quantizer_row(spec, quantizer), **sizes}
-        rows.append(row | {"signed": site.signed})
-    return rows
-
-
-def _quantizer_row(spec: Spec, quantizer: nn.Module | None) -> dict[str, Any]:
-    scale = _scale(quantizer)
-    stated = {"method": "float" if spec.is_float else spec.method, "bits": spec.bits, "signed": True}
-    if scale is None:
-        return stated | dict.fromkeys(("scale", "scale_min", "scale_max"), float("nan")) | {"n_scales": 0}
-    ends = {"scale": scale.mean().item(), "scale_min": scale.min().item(), "scale_max": scale.max().item()}
-    return stated | ends | {"n_scales": scale.numel()}
-
-
-def _scale(quantizer: nn.Module | None) -> torch.Tensor | None:
-    if quantizer is None or isinstance(quantizer, nn.Identity) or not bool(getattr(quantizer, "initialised", True)):
-        return None
-    return quantizer.grid().scale  # type: ignore[operator]
+def _row(
+    name: str, spec: Spec, quantizer: nn.Module | None, *, n_params: int = 0, n_elements: int | None = None,
+    macs: float = 0, signed: bool = True,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return the values of ``COLUMNS`` for a weight of ``n_params``, or an activation of ``n_elements``."""
+    scales: tuple[float, ...] = (float("nan"), float("nan"), float("nan"), 0)
+    if isinstance(quantizer, Quantizer) and quantizer.initialised:
+        scale = quantizer.grid().scale
+        scales = (scale.mean().item(), scale.min().item(), scale.max().item(), scale.numel())
+    tensor, method = "weight" if n_elements is None else "activation", "float" if spec.is_float else spec.method
+    sizes = (macs, n_params, n_elements or 0, n_params * spec.bits / 8192)
+    return name, tensor, method, spec.bits, signed, *scales, *sizes
 
 
 def layer_macs(gm: fx.GraphModule) -> dict[str, int]:

@@ -14,13 +14,13 @@ from torch.fx.node import map_aggregate
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.folding import OnRefusal, fold_bn
 from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear, make_plain_
-from hq_lib.graph.modes import eval_mode
-from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, module_path, op_name
+from hq_lib.graph.modes import eval_mode, module_path
+from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.report import hidden_weights
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec, make_quantizer
-from hq_lib.graph.tracing import Example, LeafModules, propagate, unwrap
+from hq_lib.graph.tracing import Example, LeafModules, copy_modes_, propagate, unwrap
 from hq_lib.quantizers import Quantizer
 from hq_lib.quantizers.base import as_bytes
 
@@ -261,7 +261,6 @@ def _insert_act_quantizers(gm: fx.GraphModule, sites: Iterable[Site], quantizers
 def _with_graph(root: nn.Module, graph: fx.Graph, class_name: str, meta: dict[str, Any]) -> QuantizedNet:
     graph.lint()
     qnet = QuantizedNet(root, graph, class_name=class_name)
-    for name, module in qnet.named_modules():  # fx makes the folders between layers anew, in train mode
-        module.training = root.get_submodule(name).training
+    copy_modes_(root, qnet)
     qnet.meta = meta
     return qnet

@@ -14,6 +14,7 @@ from hq_lib.graph.tracing import NodeWatcher, eval_mode
 from hq_lib.quantizers import Quantizer
 
 BUDGET_MIB = 1024
+"""Memory for collected activations; beyond it the batches are run again for the next tensors."""
 Choice = Callable[[nn.Module], bool]
 Fit = Callable[[nn.Module, torch.Tensor], None]
 
@@ -70,13 +71,11 @@ def calibrate(
     *,
     only: Choice | None = None,
     quantized_weights: bool = True,
-    sequential: bool = False,
-    budget_MiB: int = BUDGET_MIB,
     fit: Fit | None = None,
 ) -> None:
     """Fit each activation quantizer of ``qnet`` to its input on ``batches``.
 
-    One-shot by default: the activation quantizers are bypassed while their inputs are collected (QDrop's way), so no
+    One-shot: the activation quantizers are bypassed while their inputs are collected (QDrop's way), so no
     grid depends on another's. A quantizer sees its input over all batches, and over all its places in the graph, at
     once. Eval mode and no gradients throughout; no random numbers; modes and switches are restored. Weight quantizers
     were fitted by ``quantize`` and are not touched.
@@ -89,9 +88,6 @@ def calibrate(
         only:              which activation quantizers to fit (given the module); the others keep their grid and work as
                            they are switched. ``only=lambda quantizer: not quantizer.initialised`` spares trained ones.
         quantized_weights: True: activations as the quantized weights make them; False: as the float weights do.
-        sequential:        True: one quantizer after another in execution order, each fitted to its input behind those
-                           already fitted, at the price of a pass over the images for each.
-        budget_MiB:        memory for collected activations; beyond it the batches are run again for the next tensors.
         fit:               how a quantizer (given first) takes the values it has seen, flattened where its grid is per
                            tensor; None: its own ``init_from``. ``ptq.fit_acts`` gives range methods here.
 
@@ -107,19 +103,16 @@ def calibrate(
     images: list[Any] = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in each]
     _check_images(images)
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
-    budget = 0 if sequential else budget_MiB * 2**20
     weights = set_quantization(qnet, weights=None if quantized_weights else False, acts=None)
     acts = set_quantization(qnet, weights=None, acts=False, only=only)
     with eval_mode(qnet), torch.no_grad(), weights, acts:
-        for targets in _portions(qnet, wanted, n_images=sum(map(len, images)), budget=budget):
+        for targets in _portions(qnet, wanted, n_images=sum(map(len, images))):
             for target, seen in _collect(qnet, images, targets).items():
                 quantizer = qnet.get_submodule(target)
                 try:
                     (fit or Quantizer.init_from)(quantizer, torch.cat(seen))  # type: ignore[arg-type]
                 except ValueError as error:
                     raise ValueError(f"activation quantizer {target!r}: {error}") from error
-                if sequential:
-                    quantizer.enabled = True  # type: ignore[assignment]
 
 
 def _check_images(images: list[Tensor]) -> None:
@@ -132,8 +125,8 @@ def _check_images(images: list[Tensor]) -> None:
         raise QuantizeError("calibrate needs at least one image")
 
 
-def _portions(qnet: fx.GraphModule, wanted: set[str], *, n_images: int, budget: int) -> list[list[str]]:
-    """Return ``wanted`` in execution order, in groups whose inputs fit ``budget`` bytes (one alone always does)."""
+def _portions(qnet: fx.GraphModule, wanted: set[str], *, n_images: int) -> list[list[str]]:
+    """Return ``wanted`` in execution order, in groups whose inputs fit the budget (one alone always does)."""
     sizes: dict[str, int] = {}
     for node in qnet.graph.nodes:
         if node.op == "call_module" and str(node.target) in wanted:
@@ -144,7 +137,7 @@ def _portions(qnet: fx.GraphModule, wanted: set[str], *, n_images: int, budget: 
     for target, size in sizes.items():
         if size > room or not portions:
             portions.append([])
-            room = budget
+            room = BUDGET_MIB * 2**20
         portions[-1].append(target)
         room -= size
     return portions

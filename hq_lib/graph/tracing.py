@@ -70,7 +70,8 @@ def trace(
             raise UntraceableError(_explain(net, tracer.failed_in, error)) from error
 
     reading = read_modes(net, traced)
-    gm = _with_modes_of(net, fx.GraphModule(net, reading.graph, class_name=type(net).__name__))
+    gm = fx.GraphModule(net, reading.graph, class_name=type(net).__name__)
+    copy_modes_(net, gm)
     follow_modes(gm, net, reading)
     read_after_change(gm)
     return gm
@@ -229,14 +230,15 @@ def _checked(gm: fx.GraphModule) -> fx.GraphModule:
     except Exception as error:
         raise UntraceableError(f"{type(gm).__name__} is a broken graph ({error}): pass the original module") from error
     read_after_change(checked)
-    return _with_modes_of(gm, checked)
+    copy_modes_(gm, checked)
+    return checked
 
 
-def _with_modes_of(net: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:
+def copy_modes_(net: nn.Module, gm: fx.GraphModule) -> None:
+    """Put every module of ``gm``, made of ``net``'s layers, in its mode there: fx makes the folders between anew."""
     modes = {name: module.training for name, module in net.named_modules()}
-    for name, module in gm.named_modules():  # fx makes the folders between layers anew, in train mode
+    for name, module in gm.named_modules():
         module.training = modes.get(name, net.training)
-    return gm
 
 
 def _check_known(asked: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from hq_lib.graph import op_name
-from hq_lib.graph.blocks import module_path
+from hq_lib.graph.modes import module_path
 from hq_lib.integer import geometry
 from hq_lib.integer.geometry import LowerError
 

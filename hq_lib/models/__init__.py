@@ -15,24 +15,3 @@ from hq_lib.models.checkpoints import (
 from hq_lib.models.counting import count_macs, count_madds_thop, count_parameters
 from hq_lib.models.public import IMAGENET_MEAN_STD, CheckpointError, fetched, load_public, resnet20_akamaster
 from hq_lib.models.zoo import build, check_name, imagenet_names, names
-
-__all__ = [
-    "IMAGENET_MEAN_STD",
-    "CheckpointError",
-    "build",
-    "build_recorded",
-    "check_name",
-    "count_macs",
-    "count_madds_thop",
-    "count_parameters",
-    "fetched",
-    "imagenet_names",
-    "load_checkpoint",
-    "load_public",
-    "names",
-    "read_checkpoint",
-    "resnet20_akamaster",
-    "rounded_to",
-    "save_checkpoint",
-    "write_checkpoint",
-]

@@ -4,6 +4,7 @@ Operations are counted by forward hooks on the modules, so a layer that runs twi
 is called as a function (``F.avg_pool2d``) is invisible.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -74,16 +75,10 @@ def _count(net: nn.Module, in_shape: Sequence[int], rule: Rule) -> int:
         nonlocal total
         total += rule(module, inputs[0], output)
 
-    leaves = [module for module in net.modules() if not list(module.children()) or isinstance(module, _ConvNd)]
-    hooks = [module.register_forward_hook(add) for module in leaves]
-    modes = [(module, module.training) for module in net.modules()]
-    example = next(net.parameters(), torch.zeros(())).new_zeros((1, *in_shape))
-    try:
-        with torch.no_grad():
-            net.eval()(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
+    net = copy.deepcopy(net).eval()
+    for module in net.modules():
+        if not list(module.children()) or isinstance(module, _ConvNd):
+            module.register_forward_hook(add)
+    with torch.no_grad():
+        net(next(net.parameters(), torch.zeros(())).new_zeros((1, *in_shape)))
     return total

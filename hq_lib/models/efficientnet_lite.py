@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_lib.models.initialization import initialize_he_
 from hq_lib.models.public import load_public
+from hq_lib.models.shared import initialize_he_, repeated
 
 STAGES = (  # kernel k, expansion t, channels c, blocks n, stride s of the first one
     (3, 1, 16, 1, 1), (3, 6, 24, 2, 2), (5, 6, 40, 2, 2), (3, 6, 80, 3, 2), (5, 6, 112, 3, 1), (5, 6, 192, 4, 2),
@@ -139,8 +139,7 @@ def _blocks(width: float, depth: float, px: int) -> nn.Sequential:
     blocks, channels = [], STEM
     for stage, (kernel, expansion, plain, n_blocks, stride) in enumerate(STAGES):
         n = n_blocks if stage in (0, len(STAGES) - 1) else math.ceil(depth * n_blocks)
-        for i in range(n):
-            step, wide = stride if i == 0 else 1, _channels(plain, width)
-            blocks.append(MBConv(channels, wide, kernel=kernel, expansion=expansion, stride=step, px=px))
-            channels, px = wide, math.ceil(px / step)
+        wide, options = _channels(plain, width), {"kernel": kernel, "expansion": expansion, "px": px}
+        blocks += repeated(MBConv, channels, wide, n, stride, **options)
+        channels, px = wide, math.ceil(px / stride)
     return nn.Sequential(*blocks)

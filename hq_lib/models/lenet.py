@@ -9,7 +9,7 @@ instead of squashed activations, a linear classifier instead of radial basis fun
 import torch
 from torch import Tensor, nn
 
-from hq_lib.models.initialization import initialize_he_
+from hq_lib.models.shared import initialize_he_
 
 PADDING = {28: 2, 32: 0}  # of the first convolution, by image size: both leave 28 x 28 after it
 

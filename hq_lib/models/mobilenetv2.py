@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_lib.models.initialization import initialize_he_
+from hq_lib.models.shared import initialize_he_, repeated
 
 STAGES = (  # expansion t, channels c, blocks n, stride s of the first one
     (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
@@ -60,7 +60,12 @@ class MobileNetV2(nn.Module):
         super().__init__()
         self.act = nn.Identity() if seed_form else nn.ReLU6()
         self.conv1, self.bn1 = nn.Conv2d(in_channels, STEM, 3, padding=1, bias=False), nn.BatchNorm2d(STEM)
-        self.blocks = _blocks(always_conv=seed_form)
+        blocks, channels = [], STEM
+        for expansion, width, n_blocks, stride in STAGES:
+            options = {"expansion": expansion, "always_conv": seed_form}
+            blocks += repeated(InvertedResidual, channels, width, n_blocks, stride, **options)
+            channels = width
+        self.blocks = nn.Sequential(*blocks)
         self.conv2, self.bn2 = nn.Conv2d(STAGES[-1][1], HEAD, 1, bias=False), nn.BatchNorm2d(HEAD)
         self.linear = nn.Linear(HEAD, n_classes)
         initialize_he_(self)
@@ -70,13 +75,3 @@ class MobileNetV2(nn.Module):
         x = self.blocks(self.act(self.bn1(self.conv1(x))))
         x = self.act(self.bn2(self.conv2(x)))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-
-
-def _blocks(*, always_conv: bool) -> nn.Sequential:
-    blocks, channels = [], STEM
-    for expansion, width, n_blocks, stride in STAGES:
-        for i in range(n_blocks):
-            step = stride if i == 0 else 1
-            blocks.append(InvertedResidual(channels, width, expansion=expansion, stride=step, always_conv=always_conv))
-            channels = width
-    return nn.Sequential(*blocks)

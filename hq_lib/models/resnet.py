@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hq_lib.models.shared import repeated
+
 DEPTHS = (20, 32, 44, 56)
 WIDTHS = (16, 32, 64)
 
@@ -75,18 +77,12 @@ class ResNet(nn.Module):
         n_blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.layer1 = self._stage(WIDTHS[0], WIDTHS[0], n_blocks, stride=1, option=option)
-        self.layer2 = self._stage(WIDTHS[0], WIDTHS[1], n_blocks, stride=2, option=option)
-        self.layer3 = self._stage(WIDTHS[1], WIDTHS[2], n_blocks, stride=2, option=option)
+        self.layer1 = nn.Sequential(*repeated(BasicBlock, WIDTHS[0], WIDTHS[0], n_blocks, 1, option=option))
+        self.layer2 = nn.Sequential(*repeated(BasicBlock, WIDTHS[0], WIDTHS[1], n_blocks, 2, option=option))
+        self.layer3 = nn.Sequential(*repeated(BasicBlock, WIDTHS[1], WIDTHS[2], n_blocks, 2, option=option))
         self.pool = nn.AvgPool2d(8)
         self.linear = nn.Linear(WIDTHS[2], n_classes)
         self.apply(_init_he)
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int, n_blocks: int, *, stride: int, option: str) -> nn.Sequential:
-        first = BasicBlock(in_channels, out_channels, stride=stride, option=option)
-        rest = [BasicBlock(out_channels, out_channels, stride=1, option=option) for _ in range(n_blocks - 1)]
-        return nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) normalised images -> (B, n_classes) logits."""

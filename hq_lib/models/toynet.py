@@ -10,7 +10,7 @@ are followed by a BN, so the two 1x1 convolutions of a block carry the scale of 
 import torch
 from torch import Tensor, nn
 
-from hq_lib.models.initialization import initialize_he_
+from hq_lib.models.shared import initialize_he_, repeated
 
 N_BLOCKS = (1, 3, 3, 3)
 WIDTHS = (16, 32, 32, 64)
@@ -56,7 +56,8 @@ class ToyNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, STEM, 3, padding=1, bias=False)
         self.stem_bn = nn.BatchNorm2d(STEM)
-        self.blocks = _blocks()
+        stages = zip((STEM, *WIDTHS), WIDTHS, N_BLOCKS, STRIDES, strict=False)
+        self.blocks = nn.Sequential(*(block for stage in stages for block in repeated(ToyBlock, *stage)))
         self.header = nn.Conv2d(WIDTHS[-1], HEADER, 1, bias=False)
         self.header_bn = nn.BatchNorm2d(HEADER)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -68,12 +69,3 @@ class ToyNet(nn.Module):
         x = self.blocks(self.stem_bn(self.stem(x)))
         x = self.header_bn(self.header(x))
         return self.fc(torch.flatten(self.pool(x), 1))
-
-
-def _blocks() -> nn.Sequential:
-    blocks, channels = [], STEM
-    for n_blocks, width, stride in zip(N_BLOCKS, WIDTHS, STRIDES, strict=True):
-        for i in range(n_blocks):
-            blocks.append(ToyBlock(channels, width, stride=stride if i == 0 else 1))
-            channels = width
-    return nn.Sequential(*blocks)

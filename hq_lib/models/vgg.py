@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from hq_lib.models.initialization import initialize_he_
+from hq_lib.models.shared import initialize_he_
 
 VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M", 4096, 4096)
 VGG_SMALL = (128, 128, "M", 256, 256, "M", 512, 512, "M")

@@ -17,6 +17,7 @@ from hq_lib.graph import (
     quantize,
     report,
     set_quantization,
+    state,
     weight_layers,
 )
 
@@ -33,11 +34,12 @@ def net() -> nn.Module:
     return trained_like(Tiny())
 
 
-def test_calibration_is_the_same_in_one_batch_in_many_and_in_little_memory(net):
+def test_calibration_is_the_same_in_one_batch_in_many_and_in_little_memory(net, monkeypatch):
     x, found = images(8), []
     for batches, budget in ((x, 1024), (x.split(3), 1024), (iter(x.split(2)), 1024), (x, 0)):
+        monkeypatch.setattr(state, "BUDGET_MIB", budget)
         qnet = quantize(net, POLICY, x[:1])
-        calibrate(qnet, batches, budget_MiB=budget)
+        calibrate(qnet, batches)
         found.append(grids(qnet))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] == pytest.approx(found[2], rel=1e-5)
@@ -55,31 +57,6 @@ def test_calibration_sees_float_activations_and_leaves_modes_switches_and_statis
     assert all(layer.weight_quantizer.enabled for layer in weight_layers(qnet).values())
     stem = torch.relu(net.bn(net.stem(x)))  # not of a 2-bit image
     assert qnet.relu_act_quantizer.grid().scale.item() == pytest.approx(stem.max().item() / 3, rel=1e-6)
-
-
-def test_sequential_calibration_fits_each_grid_behind_those_before_it(net):
-    """Against the literal loop: in execution order, the input of each quantizer with only its predecessors at work."""
-    x = images(8)
-    policy = BitPolicy("minmax:4", "minmax:2", input_bits=2)
-    qnet, by_hand = quantize(net, policy, x), quantize(net, policy, x)
-    calibrate(qnet, x, sequential=True)
-    quantizers = act_quantizers(by_hand)
-    set_quantization(by_hand, weights=True, acts=False)
-    order = [str(node.target) for node in by_hand.graph.nodes if str(node.target) in quantizers]
-    for name in order:
-        seen = []
-        hook = quantizers[name].register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
-        with torch.no_grad():
-            by_hand.eval()(x)
-        hook.remove()
-        quantizers[name].init_from(seen[0])
-        quantizers[name].enabled = True
-    assert grids(qnet) == pytest.approx(grids(by_hand), rel=1e-5)
-    assert all(quantizer.enabled for quantizer in act_quantizers(qnet).values())
-    calibrate(by_hand, x)
-    first, last = order[0], order[-1]
-    assert grids(qnet)[first] == grids(by_hand)[first]
-    assert grids(qnet)[last] != grids(by_hand)[last]
 
 
 def test_quantized_weights_make_other_activations(net):

@@ -1,4 +1,7 @@
-"""Starting weights shared by the networks of this package."""
+"""What the networks of this package share: starting weights, and stages of equal blocks."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -16,3 +19,10 @@ def initialize_he_(net: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def repeated(
+    block: Callable[..., nn.Module], c_in: int, c_out: int, n: int, stride: int, **options: Any
+) -> list[nn.Module]:
+    """``n`` blocks that follow each other, from ``c_in`` to ``c_out`` channels, the first of them of this stride."""
+    return [block(c_out if i else c_in, c_out, stride=1 if i else stride, **options) for i in range(n)]
