@@ -199,10 +199,11 @@ def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> 
 
 def _absorbed(layer: Any, bn: Any, kind: Kind) -> nn.Module | None:
     """Return a copy of ``layer`` with the weight and bias that make up for ``bn``; None where they are not finite."""
-    w, b, mean, var, gamma, beta = (
+    wide: list[Any] = [
         None if v is None else v.detach().cpu().double()  # on the CPU: some devices have no float64
         for v in (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    )
+    ]
+    w, b, mean, var, gamma, beta = wide
     folded = folded_weight_bias(w, b, mean, var, bn.eps, gamma, beta, kind=kind, groups=getattr(layer, "groups", 1))
     weight, bias = (value.to(layer.weight) for value in folded)
     if not (weight.isfinite().all() and bias.isfinite().all()):

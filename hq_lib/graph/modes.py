@@ -104,7 +104,8 @@ def read_modes(net: nn.Module, traced: Traced) -> ModeReading:
             return ModeReading(graph, found, None)
         small = _small_module(net, found, leaves)
         if small is None:
-            return ModeReading(graph, [], _where(found))
+            node = found[1] or found[0]
+            return ModeReading(graph, [], "in its output" if node is None else f"at {line_of(node)}")
         leaves.append(small)
 
 
@@ -149,7 +150,9 @@ def _compared(own: fx.Graph, other: fx.Graph) -> list[tuple[fx.Node, dict[Place,
         if a is None or b is None:
             return found if a is b else (a, b)
         args, kwargs = (map_arg(arg, lambda n: back.get(n, n)) for arg in (b.args, b.kwargs))
-        flags = _flags(a, args, kwargs) if _same_call(a, b) else None
+        constants = all(n.op == "get_attr" and "_tensor_constant" in str(n.target) for n in (a, b))
+        same_call = a.op == b.op and (a.target == b.target or constants)
+        flags = _flags(a, args, kwargs) if same_call else None
         if flags is None:
             return a, b
         found += [(a, flags)] if flags else []
@@ -157,23 +160,13 @@ def _compared(own: fx.Graph, other: fx.Graph) -> list[tuple[fx.Node, dict[Place,
     return found
 
 
-def _same_call(a: fx.Node, b: fx.Node) -> bool:
-    constants = all(n.op == "get_attr" and "_tensor_constant" in str(n.target) for n in (a, b))
-    return a.op == b.op and (a.target == b.target or constants)
-
-
 def _flags(node: fx.Node, args: Any, kwargs: Any) -> dict[Place, bool] | None:
     """Return the flags of ``node`` that (args, kwargs) turn over, with its own value; None where more differs."""
-    if len(node.args) != len(args) or node.kwargs.keys() != kwargs.keys():
+    mine, theirs = ({**dict(enumerate(a)), **k} for a, k in ((node.args, node.kwargs), (args, kwargs)))
+    if mine.keys() != theirs.keys():
         return None
-    flags: dict[Place, bool] = {}
-    for place, mine in [*enumerate(node.args), *node.kwargs.items()]:
-        theirs = args[place] if isinstance(place, int) else kwargs[place]
-        if isinstance(mine, bool) and isinstance(theirs, bool) and mine is not theirs:
-            flags[place] = mine
-        elif repr(mine) != repr(theirs):
-            return None
-    return flags
+    apart: dict[Place, Any] = {place: value for place, value in mine.items() if repr(value) != repr(theirs[place])}
+    return apart if all(isinstance(v, bool) and isinstance(theirs[place], bool) for place, v in apart.items()) else None
 
 
 def _small_module(net: nn.Module, apart: Pair, leaves: Sequence[type[nn.Module]]) -> type[nn.Module] | None:
@@ -184,11 +177,6 @@ def _small_module(net: nn.Module, apart: Pair, leaves: Sequence[type[nn.Module]]
             if type(module) not in leaves and not (module._parameters or module._buffers or module._modules):
                 return type(module)
     return None
-
-
-def _where(apart: Pair) -> str:
-    node = apart[1] or apart[0]
-    return f"at {line_of(node)}" if node is not None else "in its output"
 
 
 def module_path(node: fx.Node) -> list[tuple[str, str]]:

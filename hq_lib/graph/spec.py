@@ -66,6 +66,7 @@ def parse_spec(like: Any, key: str, *, base: Spec | None = None) -> Spec:
     if isinstance(like, Spec):
         check_width(like.bits, key)
         return like
+    entries: dict[str, Any]
     if isinstance(like, Mapping):
         entries = dict(like)
     elif isinstance(like, int) and not isinstance(like, bool):
