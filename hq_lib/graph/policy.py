@@ -192,9 +192,7 @@ class BitPolicy:
         if isinstance(rule := entries.get("hybrid_rule"), Mapping):
             for name in rule:
                 unknown_key(name, [f.name for f in fields(HybridRule)], "policy.hybrid_rule")
-            given: dict[str, Any] = {
-                name: value if name == "boundary" else tuple(value) for name, value in rule.items()
-            }
+            given: Any = {name: value if name == "boundary" else tuple(value) for name, value in rule.items()}
             entries["hybrid_rule"] = HybridRule(**given)
         return cls(**entries)
 

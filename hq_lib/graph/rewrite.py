@@ -228,9 +228,7 @@ def fresh_quantizers(
     found: dict[str, Quantizer] = {}
     for name, spec in weights.items():
         layer: Any = gm.get_submodule(name)
-        axis: dict[str, Any] = (
-            {"axis": 1 if layer.groups == 1 else None} if isinstance(layer, nn.ConvTranspose2d) else {}
-        )
+        axis: Any = {"axis": 1 if layer.groups == 1 else None} if isinstance(layer, nn.ConvTranspose2d) else {}
         quantizer = make_quantizer(spec, "weight", f"policy, weight of {name!r}", **axis)
         if quantizer is not None:
             quantizer.owner = name
