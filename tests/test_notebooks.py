@@ -10,7 +10,10 @@ from collections import defaultdict
 import nbformat
 import papermill
 import pytest
+import torch
+import yaml
 
+from hq_lib import models
 from hq_lib.results import dependencies, notebook, paths
 from hq_lib.results.share import RUNS_A_STUDY
 
@@ -63,7 +66,7 @@ def test_the_profile_is_a_parameter_that_decides(path):
     sources = ["".join(c["source"]) for c in cells(path, "code")]
     values = {t.id: node.value for node in ast.parse(sources[0]).body for t in node.targets}
     assert ast.literal_eval(values["profile"]) == ("full" if path.stem in ("00_map", "10_gallery") else "quick")
-    assert sum("notebook.start(In, profile)" in source for source in sources[1:]) == 1
+    assert sum("notebook.start(In, profile" in source for source in sources[1:]) == 1
     assert not any("profile" in notebook.assigned_names(source) for source in sources[1:])
 
 
@@ -166,6 +169,46 @@ def test_an_unknown_parameter_is_named(tmp_path):
         papermill.execute_notebook(
             NOTEBOOKS[1], tmp_path / "x.ipynb", parameters={"profile": "smoke", "seed": 1}, progress_bar=False
         )
+
+
+RUNS = {
+    "03_dsq_pact_qat": ("seed001_toynet_cfg1.yaml", "toynet_mpact_cfg-1"),
+    "06_hybrid_precision": ("seed000_hybrid.yaml", "resnet20_hybrid_w2a4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.filterwarnings("default")
+def test_papermill_takes_the_file_of_a_run(name, tmp_path, monkeypatch):
+    """``papermill -f`` with the very file of ``hq train``; only its length is cut. The study keeps its own bits."""
+    monkeypatch.setenv("HQ_OUT", str(tmp_path))
+    file, said = RUNS[name]
+    given = yaml.safe_load((paths.ROOT / "notebooks" / "configs" / file).read_text(encoding="utf-8"))
+    short = {"profile": "smoke", "n_train": 100, "n_val": 100, "n_test": 100, "protocol": {"epochs": 1}, "n_calib": 16}
+    if given["model"] == "toynet":
+        short["weights"] = str(tmp_path / "float.pt")
+        torch.save(models.build("toynet").state_dict(), short["weights"])
+        short["data"] = "cifar10"
+    source, executed = paths.ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "executed.ipynb"
+    papermill.execute_notebook(
+        source, executed, parameters={**given, **short}, progress_bar=False, cwd=tmp_path, log_output=False
+    )
+    texts = ["".join(o.get("data", {}).get("text/plain", "")) for c in cells(executed, "code") for o in c["outputs"]]
+    (line,) = [text for text in texts if said in text]
+    assert re.search(r"\d+\.\d\d % of the test images", line)
+    assert len(list(tmp_path.rglob(given["output"]))) == 1
+
+
+def test_the_file_of_a_run_goes_to_the_run_and_the_notebook_keeps_its_bits():
+    first, run = "profile = 'quick'\nbits = [2, 4, 8]\nseeds = [0]", ("profile", "model", "bits", "seed")
+    injected = "# Parameters\nmodel = 'resnet20'\nbits = [2, 4]\nprofile = 'smoke'\nseeds = [1]\n"
+    want = {"model": "resnet20", "bits": [2, 4], "profile": "smoke"}
+    assert notebook.check_parameters([first, injected], run) == want
+    assert notebook.check_parameters([first, "# Parameters\nbits = [2, 4]\n"], run) == {}  # the notebook's own
+    with pytest.raises(ValueError, match="'modell'"):
+        notebook.check_parameters([first, injected.replace("model", "modell")], run)
 
 
 def test_unknown_parameters_are_found_in_the_injected_cell():

@@ -4,13 +4,14 @@ import ast
 import base64
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from IPython import get_ipython
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
@@ -37,6 +38,8 @@ class Session:
     """Folder of figures and tables."""
     device: str
     """"cuda" where there is a GPU, else "cpu"."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """What ``papermill -f notebooks/configs/....yaml`` says of a run, for notebooks that carry one out; else empty."""
 
     def show(
         self,
@@ -84,21 +87,27 @@ class Session:
         display(Markdown(f"**{name}.** {literally}"))
 
 
-def start(cells: Sequence[str], profile: str) -> Session:
+def start(cells: Sequence[str], profile: str, run: Collection[str] = ()) -> Session:
     """The session of this run, after checking the parameters; prints one line of facts.
 
     Args:
         cells:   IPython's ``In``: the source of the cells run so far, the parameters cell being the first code cell.
         profile: the notebook's parameter of that name.
+        run:     keys of a run's file, where the notebook carries one out (``Session.run``). What the file says of a
+                 parameter that the notebook has too (``bits``) is the run's: the notebook's own keeps its default.
 
     Raises:
         ValueError: an unknown profile, or a parameter given to papermill that the notebook does not have; names it and
             the nearest valid one.
     """
-    check_parameters([cell for cell in cells if cell.strip()])
+    cells = [cell for cell in cells if cell.strip()]
+    given = check_parameters(cells, run)
+    shell, defaults = get_ipython(), _assigned(cells[0])
+    for name in given.keys() & defaults.keys() - {"profile"} if shell else ():
+        shell.user_ns[name] = defaults[name]
     paths.check_profile(profile)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    session = Session(profile, paths.results_dir(profile), paths.figures_dir(profile), device)
+    session = Session(profile, paths.results_dir(profile), paths.figures_dir(profile), device, given)
     folders = f"rows in {_short(session.results)}, figures in {_short(session.figures)}"
     print(f"profile {profile}; {folders}; device {device}")
     if profile != REFERENCE:
@@ -157,15 +166,20 @@ def _sliders(draw: Callable[..., Figure], picture: bytes, controls: Mapping[str,
     return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_() or {}
 
 
-def check_parameters(cells: Sequence[str]) -> None:
-    """Raises ``ValueError`` where papermill's injected cell assigns a name that the parameters cell does not.
+def check_parameters(cells: Sequence[str], run: Collection[str] = ()) -> dict[str, Any]:
+    """What papermill's injected cell says of a run: its keys among ``run``, if any of them is no parameter.
 
-    Or a value of another kind: one value for a list, text for a number. Where a default is None, anything goes.
+    Raises ``ValueError`` where it assigns another name that the parameters cell does not. Or a value of another kind:
+    one value for a list, text for a number. Where a default is None, anything goes.
     """
     if len(cells) < 2 or not cells[1].startswith(INJECTED):
-        return
-    defaults, valid = _assigned(cells[0]), assigned_names(cells[0])
-    for name, value in _assigned(cells[1]).items():
+        return {}
+    defaults, valid, injected = _assigned(cells[0]), assigned_names(cells[0]), _assigned(cells[1])
+    of_run = {name: value for name, value in injected.items() if name in run}
+    of_run = of_run if of_run.keys() - valid else {}
+    for name, value in injected.items():
+        if name in of_run and name != "profile":
+            continue
         if name not in valid:
             raise ValueError(f"unknown parameter {name!r}: this notebook has {', '.join(valid)}{nearest(name, valid)}")
         kind, given = (float if type(v) is int else type(v) for v in (defaults[name], value))
@@ -173,6 +187,7 @@ def check_parameters(cells: Sequence[str]) -> None:
             raise ValueError(f"{name} is a list, not {value!r}: write -y '{name}: [{value}]'")
         if defaults[name] is not None and given is not kind:
             raise ValueError(f"{name} is {value!r}: a value like {defaults[name]!r} is needed")
+    return of_run
 
 
 def _assigned(source: str) -> dict[str, Any]:
