@@ -113,34 +113,33 @@ def window_bounds(bins: Bins, steps: Tensor, k_min: Tensor, *, n_codes: int, p: 
     moments = torch.stack([bins.count * bins.mean**r for r in range(3)])
     below = torch.nn.functional.pad(moments.cumsum(-1), (1, 0))
     above = torch.nn.functional.pad(moments.flip(-1).cumsum(-1).flip(-1), (0, 1))
-    k_min = k_min.expand(steps.shape[0], steps.shape[1], k_min.shape[-1])
-    bounds = torch.empty_like(k_min)
+    first = steps.unsqueeze(2) * k_min
+    last = steps.unsqueeze(2) * (k_min + (n_codes - 1))
+    at_first, at_last = (  # (C, S, Z)
+        torch.searchsorted(bins.mean, end.flatten(1), right=right).view_as(end)
+        for end, right in ((first, False), (last, True))
+    )
+    bounds = torch.empty_like(first)
     for i in range(steps.shape[1]):
-        step = steps[:, i : i + 1]
-        low, high = step * k_min[:, i], step * (k_min[:, i] + (n_codes - 1))
-        at_low = torch.searchsorted(bins.mean, low.contiguous())
-        at_high = torch.searchsorted(bins.mean, high.contiguous(), right=True)
-        inside = _rounding_prefix(bins, step, p)
-        bounds[:, i] = (
-            (inside.gather(1, at_high) - inside.gather(1, at_low)).clamp_(min=0)
-            + _tail_bound(*_pick(below, at_low), low, p)
-            + _tail_bound(*_pick(above, at_high), high, p)
-        )
-    return bounds
+        inside = _rounding_prefix(bins, steps[:, i : i + 1], p)
+        bounds[:, i] = (inside.gather(1, at_last[:, i]) - inside.gather(1, at_first[:, i])).clamp_(min=0)
+    bounds += _tail_bound(*_pick(below, at_first), first, p)
+    return bounds.add_(_tail_bound(*_pick(above, at_last), last, p))
 
 
 def _rounding_prefix(bins: Bins, step: Tensor, p: float) -> Tensor:
     """(C, K+1): lower bound of the rounding error of the first j bins on the infinite grid {step * k}."""
     distance = (bins.mean - torch.round(bins.mean / step) * step).abs_()
-    doubtful = distance > step / 2 - bins.spread
-    distance = torch.where(doubtful, (distance - bins.spread).clamp_(min=0), distance)
+    if bool((bins.spread > 0).any()):
+        doubtful = distance > step / 2 - bins.spread
+        distance = torch.where(doubtful, (distance - bins.spread).clamp_(min=0), distance)
     return torch.nn.functional.pad((power(distance, p) * bins.count).cumsum(-1), (1, 0))
 
 
 def _pick(sums: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three moment sums (C, Z) of the bins beyond each index."""
-    picked = sums.gather(2, index.expand(3, *index.shape))
-    return picked[0], picked[1], picked[2]
+    """The three moment sums (C, S, Z) of the bins beyond each index."""
+    n, first, second = sums.gather(2, index.flatten(1).expand(3, -1, -1)).view(3, *index.shape)
+    return n, first, second
 
 
 def _tail_bound(n: Tensor, first: Tensor, second: Tensor, end: Tensor, p: float) -> Tensor:
