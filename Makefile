@@ -40,10 +40,10 @@ reference: $(READY) ## the next unfinished runs of the reference, side by side, 
 
 test: $(READY) ## lint, types and all tests but the slow ones, in two processes; the ten slowest are printed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=10
 
 test-all: $(READY) ## the slow tests too: whole test sets, every network, long fuzzing
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 smoke: $(READY) ## every notebook on tiny slices, written to a temporary folder
 	out=$$(mktemp -d) && HQ_OUT=$$out $(BIN)/snakemake --workflow-profile profiles/local --cores $(JOBS) --forceall --config profile=smoke && rm -rf $$out

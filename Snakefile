@@ -13,14 +13,20 @@ job, and rows that a long run has already written must survive it. Tables and fi
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+import yaml
 
 from hq_lib.results import atomic, dependencies, outputs, paths
 
 PROFILE = paths.check_profile(config.get("profile", "quick"))
 DEVICE = config.get("device", "cpu")
+if PROFILE != "full":
+    os.environ.setdefault("HQ_FUSE", "0")  # short runs do not win back what compiling kernels takes
 BUILD = str(paths.build_dir(PROFILE))
+LONGEST = ("08_crossbar", "05_calibration_selection", "06_hybrid_precision", "03_dsq_pact_qat", "04_aciq_qdrop_ptq")
 READERS = ["00_map", "10_gallery"]  # these read what the others made
 MAKERS = [notebook for notebook in outputs.written() if notebook not in READERS]
 NODES = 20
@@ -75,6 +81,17 @@ def made_by(notebook):
     return [str(file) for output in outputs.of_notebook(notebook) for file in output.files(PROFILE)]
 
 
+def parameters(notebook):
+    """What the notebook is given, as YAML: the profile, and in profile smoke shorter lists."""
+    short = yaml.safe_load(Path("profiles/smoke.yaml").read_text(encoding="utf-8")) if PROFILE == "smoke" else {}
+    return json.dumps({"profile": PROFILE, **short.get(notebook, {})})
+
+
+def priority(notebook):
+    """The longest begin first, so that no core waits for the other at the end."""
+    return len(LONGEST) - LONGEST.index(notebook) if notebook in LONGEST else 0
+
+
 def needs(notebook):
     """The notebook and every file of hq_lib that it imports, directly or not."""
     return [f"notebooks/{notebook}.ipynb", *dependencies.of_notebook(f"notebooks/{notebook}.ipynb")]
@@ -87,7 +104,7 @@ def rows_of(notebook):
 
 
 # `log` is the executed copy, kept when the notebook fails
-EXECUTE = "papermill --log-output --no-progress-bar notebooks/{params.notebook}.ipynb {log:q} -p profile {params.profile}"
+EXECUTE = "papermill --log-output --no-progress-bar notebooks/{params.notebook}.ipynb {log:q} -y {params.given:q}"
 
 
 rule all:
@@ -151,9 +168,10 @@ for notebook in MAKERS:
         input: needs(notebook), rows_of(notebook)
         output: made_by(notebook)
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
-        params: notebook=notebook, profile=PROFILE
+        params: notebook=notebook, given=parameters(notebook)
         threads: 1
-        message: "running notebook {params.notebook} ({params.profile})"
+        priority: priority(notebook)
+        message: f"running notebook {{params.notebook}} ({PROFILE})"
         shell: EXECUTE
 
 
@@ -164,9 +182,9 @@ for notebook in READERS:
         input: needs(notebook), *[made_by(other) for other in MAKERS]
         output: made_by(notebook), touch(f"{BUILD}/notebooks/{notebook}.done")
         log: f"{BUILD}/notebooks/{notebook}.ipynb"
-        params: notebook=notebook, profile=PROFILE
+        params: notebook=notebook, given=parameters(notebook)
         threads: 1
-        message: "running notebook {params.notebook} ({params.profile})"
+        message: f"running notebook {{params.notebook}} ({PROFILE})"
         shell: EXECUTE
 
 

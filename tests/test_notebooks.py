@@ -2,19 +2,19 @@
 
 import ast
 import json
-import os
 import re
 import statistics
 from collections import defaultdict
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import torch
 import yaml
 
 from hq_lib import models
-from hq_lib.results import dependencies, notebook, paths
+from hq_lib.results import dependencies, notebook, paths, tables
 from hq_lib.results.share import RUNS_A_STUDY
 
 NOTEBOOKS = sorted((paths.ROOT / "notebooks").glob("*.ipynb"))
@@ -120,20 +120,30 @@ def test_nothing_is_defined_twice():
     assert {name: where for name, where in defined.items() if len(where) > 1} == {}
 
 
+SHORT = yaml.safe_load((paths.ROOT / "profiles" / "smoke.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_short_lists_are_of_notebooks():
+    assert set(SHORT) <= {path.stem for path in NOTEBOOKS}
+
+
 @pytest.fixture(scope="module")
 def smoke_out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smoke")
-    before = os.environ.get("HQ_OUT")
-    os.environ["HQ_OUT"] = str(folder)
-    yield folder
-    os.environ.pop("HQ_OUT") if before is None else os.environ.update(HQ_OUT=before)
+    """An HQ_OUT of all notebooks that this process runs, with an output that map and gallery find in any order."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("smoke")
+        patch.setenv("HQ_OUT", str(folder))
+        patch.setenv("HQ_FUSE", "0")
+        tables.write(pd.DataFrame({"network": ["x"]}), "tab_bn_fold", profile="smoke", caption="x", switches={})
+        yield folder
 
 
 @names
 @pytest.mark.filterwarnings("default")  # the kernel's own process and client libraries, not ours
 def test_it_runs(path, smoke_out):
     executed = smoke_out / path.name
-    papermill.execute_notebook(path, executed, parameters={"profile": "smoke"}, progress_bar=False, cwd=path.parent)
+    given = {"profile": "smoke", **SHORT.get(path.stem, {})}
+    papermill.execute_notebook(path, executed, parameters=given, progress_bar=False, cwd=path.parent)
     errors = [o for c in cells(executed, "code") for o in c["outputs"] if o["output_type"] == "error"]
     assert errors == []
     warned = [o["text"] for c in cells(executed, "code") for o in c["outputs"] if o.get("name") == "stderr"]

@@ -53,7 +53,7 @@ PACT (Choi et al. 2018) trains 200 epochs from scratch with steps and decay 2e-4
 every method has the same epochs from the same float net, so that a table compares methods and not schedules.
 """
 
-CUT = {"quick": (1, 2_560), "smoke": (1, 256)}
+CUT = {"quick": (1, 1_280), "smoke": (1, 128)}
 """Profile -> (epochs, class-balanced training images)."""
 
 

@@ -30,7 +30,7 @@ class Recipe:
     validate on, and the last epoch is kept."""
     quick_epochs: int = 2
     """Epochs in the quick profile."""
-    quick_images: int = 10_000
+    quick_images: int = 5_000
     """Training images in the quick profile (class-balanced)."""
     network: str | None = None
     """Name of the network, as ``models.build`` takes it; None = the recipe's own."""
@@ -76,7 +76,7 @@ def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig
     if profile == "full":
         epochs = chosen.config.epochs if seed == 0 else chosen.later_epochs or chosen.config.epochs
         return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs), None
-    epochs, n = (chosen.quick_epochs, chosen.quick_images) if profile == "quick" else (1, 500)
+    epochs, n = (chosen.quick_epochs, chosen.quick_images) if profile == "quick" else (1, 256)
     return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs, warmup_epochs=0), n
 
 

@@ -41,7 +41,7 @@ EVERY = (
     "resnet20", "toynet", "lenet", "resnet56", "vgg11", "vgg_small", "mobilenetv2", "mobilenetv2_seed", "resnet18",
     "resnet50", "resnet101", "mobilenetv2_imagenet", "regnetx_600m", "mnasnet2_0",
 )  # fmt: skip
-PLANS = {"smoke": Plan(("resnet20", "toynet"), n_test=200), "quick": Plan(EVERY), "full": Plan(EVERY)}
+PLANS = {"smoke": Plan(("resnet20", "toynet"), n_test=50), "quick": Plan(EVERY, n_test=2_000), "full": Plan(EVERY)}
 
 
 def points(plan: Plan) -> list[Point]:

@@ -91,17 +91,20 @@ class Plan:
     """Which of ``STUDIES``."""
     read_rules: tuple[str, ...] = ("readout", "product")
     """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
+    n_ptq: int = 256
+    """Training images that the network's own ranges are fitted to, before it is on arrays."""
 
 
 TIMES_S = (20.0, HOUR_S, DAY_S, YEAR_S, 10 * YEAR_S)
 PLANS = {
     "smoke": Plan(
-        20, 1, 8, 16, (2.0, 5.0), (10.0, 20.0), (6, 8), (64, 128), (0.5, 1.0), (20.0, DAY_S), False, 30,
-        SHIPPED[3:4], (2,), (0.0, 5.0), (5.0,), 1, 256,
+        10, 1, 4, 8, (2.0, 5.0), (10.0,), (6, 8), (64,), (1.0,), (20.0, DAY_S), False, 20, SHIPPED[3:4], (2,),
+        (0.0, 5.0), (5.0,), 1, 64, read_rules=("readout",), n_ptq=16,
     ),
     "quick": Plan(
-        250, 1, 32, 128, (2.0, 5.0, 10.0), (10.0, 30.0, 60.0), (4, 5, 6, 8), (64, 256), (0.1, 0.5, 2.0), TIMES_S,
-        False, 100, SHIPPED[1:5:3], (1, 2), (0.0, 5.0), (2.0, 5.0, 10.0), 1, 2_560,
+        150, 1, 16, 64, (2.0, 5.0, 10.0), (10.0, 30.0, 60.0), (4, 5, 6, 8), (64, 256), (0.1, 0.5, 2.0),
+        (20.0, HOUR_S, DAY_S, 10 * YEAR_S), False, 100, SHIPPED[1:5:3], (1, 2), (0.0, 5.0), (2.0, 5.0, 10.0), 1,
+        1_280, n_ptq=64,
     ),
     "full": Plan(
         1000, 3, 64, 256, (1.0, 2.0, 5.0, 10.0), (10.0, 20.0, 40.0, 60.0), (4, 5, 6, 8), (64, 128, 256),

@@ -45,8 +45,6 @@ from hq_lib.training import TrainConfig, fit
 from hq_lib.training.evaluation import evaluation_of
 
 MODEL = "resnet20"
-N_PTQ = 256
-"""Training images that the activation grids of the shipped network are fitted to."""
 PAIRS, LAYERS, COST = "crossbar_mvm", "crossbar_layers", "crossbar_cost"
 FIRST = ("resnet20_float_s0",)
 """The training of the shipped network, which points stand on."""
@@ -116,7 +114,7 @@ def _integers(
         net = bench.net
         if noise is not None:
             net = fine_tuned(net, bench.train, plan, noise, seed, folder)
-        x = bench.calibration(N_PTQ, 0)
+        x = bench.calibration(plan.n_ptq, 0)
         model, moments = lower(after_training(net, x, bits=bits, per_layer=per_layer)), norm_moments(net)
     logits = run_integers(model, normalize(bench.test.images, bench.test.spec))
     return Integers(model, moments, bench.test, bench.train, logits)

@@ -76,8 +76,8 @@ class Plan:
 
 
 PLANS = {
-    "smoke": Plan(Size(32, 30, 20, 8), 1, ("conv1", "layer3.2")),
-    "quick": Plan(Size(128, 500, 200, 32), 1, STAGE_ENDS),
+    "smoke": Plan(Size(16, 20, 10, 4), 1, ("conv1", "layer3.2")),
+    "quick": Plan(Size(64, 200, 100, 16), 1, STAGE_ENDS),
     "full": Plan(
         Size(256, None, 1000, 64), 3, STAGE_ENDS, ("resnet20", "resnet20_pact_w4a4_s0", "resnet20_dsq_w2a2_s0")
     ),

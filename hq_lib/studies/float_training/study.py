@@ -45,11 +45,13 @@ class Plan:
     """Networks that are trained with every seed, the others with the first alone; () = all of them."""
     n_test: int | None = None
     """Test images; None = all."""
+    n_val: int | None = None
+    """Validation images; None = all."""
 
 
 PLANS = {
-    "smoke": Plan("smoke", n_test=200),
-    "quick": Plan("quick"),
+    "smoke": Plan("smoke", n_test=100, n_val=100),
+    "quick": Plan("quick", n_test=2_000, n_val=1_000),
     "full": Plan(
         "full",
         models=("resnet20", "toynet", "mobilenetv2_seed", "vgg11", "lenet", *LENETS),
@@ -99,7 +101,7 @@ def open_images(run: Run[Plan], needed: Any) -> tuple[ImageSet, ImageSet | None,
     if train.spec.in_shape != data.SPECS[dataset].in_shape:
         print(f"{dataset} is not available and the embedded digits do not fit its networks: not run")
         return None
-    val = None if split == "trainval" else data.load(train.spec.name, "val")
+    val = None if split == "trainval" else data.load(train.spec.name, "val", n=run.plan.n_val)
     return train, val, data.load(train.spec.name, "test", n=run.plan.n_test)
 
 
@@ -186,7 +188,11 @@ def measure_shipped(run: Run[Any], bench: Bench, point: Point) -> Iterator[Row]:
 
 REFERENCE = Study(
     "float_reference",
-    {"smoke": Plan("smoke", MODELS, n_test=200), "quick": Plan("quick", MODELS), "full": Plan("full", MODELS)},
+    {
+        "smoke": Plan("smoke", MODELS, n_test=100),
+        "quick": Plan("quick", MODELS, n_test=2_000),
+        "full": Plan("full", MODELS),
+    },
     points=shipped_points,
     open_bench=lambda run, name: open_bench(name, n_test=run.plan.n_test, device=run.device),
     measure=measure_shipped,

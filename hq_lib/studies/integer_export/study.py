@@ -64,8 +64,8 @@ class Plan:
 
 
 PLANS = {
-    "smoke": Plan(20, 4, ("lenet", "resnet20", "resnet20_pact_w4a4_s0"), n_calib=16, memory=False),
-    "quick": Plan(500, 20, (*MODELS, "resnet20_pact_w4a4_s0", "resnet20_dsq_w2a2_s0")),
+    "smoke": Plan(10, 2, ("lenet", "resnet20", "resnet20_pact_w4a4_s0"), n_calib=16, memory=False),
+    "quick": Plan(200, 4, (*MODELS, "resnet20_pact_w4a4_s0", "resnet20_dsq_w2a2_s0"), n_calib=128, memory=False),
     "full": Plan(None, 100, (*MODELS, *TRAINED, *MOBILE)),
 }
 

@@ -66,8 +66,8 @@ class Plan:
 SMOKE = ("minmax", "mse", "aciq_allocated", "brecq_fisher", "qdrop")
 EVERY = (*NEAREST, *LEARNED)
 PLANS = {
-    "smoke": Plan((SHIPPED,), SMOKE, ((4, 4),), (1005,), 2, 32, 32, n_test=100),
-    "quick": Plan((SHIPPED,), EVERY, ((4, 4), (2, 2)), (1005,), 60, 256, 200, n_test=1_000),
+    "smoke": Plan((SHIPPED,), SMOKE, ((4, 4),), (1005,), 2, 32, 32, n_test=50),
+    "quick": Plan((SHIPPED,), EVERY, ((4, 4), (2, 2)), (1005,), 20, 128, 50, n_test=500),
     "full": Plan(
         (PUBLIC, SHIPPED), EVERY, ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2)), (1005, 1006, 1007), 500, 1024, 500
     ),
@@ -214,8 +214,8 @@ class SchedulePlan:
 MILD = {"travel": 5.0, "beta_start": 20.0}
 OTHERS = ({"travel": 25.0, "beta_start": 20.0}, {"travel": 50.0, "beta_start": 8.0}, {**CHOSEN, "step_lr": 5e-4})
 SCHEDULES = {
-    "smoke": SchedulePlan((CHOSEN,), 2, 32, 100),
-    "quick": SchedulePlan((MILD, CHOSEN), 60, 256, 1_000),
+    "smoke": SchedulePlan((CHOSEN,), 2, 32, 50),
+    "quick": SchedulePlan((MILD, CHOSEN), 20, 128, 500),
     "full": SchedulePlan((MILD, CHOSEN, *OTHERS), 500, 1024),
 }
 

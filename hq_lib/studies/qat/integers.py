@@ -57,7 +57,7 @@ def measure(run: Run[Plan], test: ImageSet, point: Point) -> Iterator[Found]:
 
 STUDY = Study(
     "qat_integers",
-    {"smoke": Plan(100, ("lsq",)), "quick": Plan(300), "full": Plan()},
+    {"smoke": Plan(50, ("lsq",)), "quick": Plan(200), "full": Plan()},
     points=points,
     open_bench=lambda run, _: data.load_or_embedded("cifar10", "test", n=run.plan.n_test),
     measure=measure,

@@ -65,8 +65,8 @@ class Plan:
 
 
 PLANS = {
-    "smoke": Plan("smoke", ("pact", "dsq"), ((4, 4),), n_test=200, n_val=200),
-    "quick": Plan("quick", ("ste", "dorefa", "pact", "lsq", "dsq"), ((4, 4), (2, 2)), n_test=2_000, n_val=1_000),
+    "smoke": Plan("smoke", ("pact", "dsq"), ((4, 4),), n_test=100, n_val=100),
+    "quick": Plan("quick", ("ste", "dorefa", "pact", "lsq", "dsq"), ((4, 4), (2, 2)), n_test=1_000, n_val=500),
     "full": Plan(
         "full",
         ("pact", "lsq", "dsq", "dorefa", "mpact", "ste"),
@@ -79,7 +79,7 @@ PLANS = {
 GROUP = ("toynet", "mobilenetv2_seed", "resnet20")
 GROUP_PLANS = {
     "smoke": Plan("smoke", ("dorefa_hw",), (), ()),
-    "quick": Plan("quick", ("dorefa_hw", "mpact"), (), ("toynet",), lists=("cfg-3",), n_test=2_000, n_val=1_000),
+    "quick": Plan("quick", ("dorefa_hw", "mpact"), (), ("toynet",), lists=("cfg-3",), n_test=1_000, n_val=500),
     "full": Plan(
         "full",
         ("dorefa_hw", "pact", "mpact"),

@@ -85,16 +85,16 @@ SIX = ("random", SMOOTH, "tv_highest", "roughness_lowest", "block_error_lowest",
 ALL = (*SIX, "random_unbalanced", "tv_trimmed", "knowledge_lowest", "k_center")
 LITE = ("efficientnet_lite0",)
 PLANS = {
-    "smoke": Plan((SHIPPED,), 16, 64, 1, n_draws=1, n_random=1, ns=(16, 32), n_draws_n=1, budgets=(1,), n_common=50,
-                  n_test=100),
-    "quick": Plan((SHIPPED,), 64, 640, 20, SIX, 2, 3, n_draws_bits=1, ns=(16, 64, 256), ns_replaced=(64,),
-                  n_draws_n=1, budgets=(0, 5, 20), n_common=250, n_test=500),
+    "smoke": Plan((SHIPPED,), 16, 40, 1, n_draws=1, n_random=1, ns=(16, 32), n_draws_n=1, budgets=(1,), n_common=20,
+                  n_test=40),
+    "quick": Plan((SHIPPED,), 64, 320, 10, SIX, 2, 2, n_draws_bits=1, ns=(16, 64, 256), n_draws_n=1,
+                  budgets=(0, 10), n_common=100, n_test=250),
     "full": Plan((SHIPPED,), 256, 4096, 100, ALL, 5, 10, n_draws_bits=3, ns=(32, 64, 128, 256, 1024),
                  ns_replaced=(64, 1024), n_draws_n=3, budgets=(0, 25, 50, 100, 200, 400), n_reseeds=3, n_common=1000),
 }  # fmt: skip
 IMAGENET_PLANS = {
-    "smoke": Plan(LITE, 16, 40, 2, ranges=(("minmax", (8, 8), 1),), n_common=10, n_test=20),
-    "quick": Plan(LITE, 32, 200, 10, ranges=(("minmax", (4, 8), 1),), n_common=20, n_test=50),
+    "smoke": Plan(LITE, 8, 16, 2, ranges=(("minmax", (8, 8), 1),), n_common=4, n_test=8),
+    "quick": Plan(LITE, 16, 64, 10, ranges=(("minmax", (4, 8), 1),), n_common=10, n_test=40),
     "full": Plan(LITE, 64, 400, 20_000, ranges=(("minmax", (8, 8), 1), ("minmax", (4, 8), 1), ("mse", (8, 8), 1),
                                                 ("mse", (4, 8), 3), ("mse", (4, 4), 1)), n_common=50),
 }  # fmt: skip
