@@ -112,7 +112,7 @@ def child(tmp_path, name, how):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
 
 
-@pytest.mark.parametrize("how", ["plain", "compiled"])
+@pytest.mark.parametrize("how", ["plain", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_killed_and_restarted_beside_another_run_ends_bit_identical(tmp_path, how):
     whole, broken = child(tmp_path, "whole", how), child(tmp_path, "broken", how)
     for line in broken.stdout:
