@@ -23,8 +23,8 @@ from hq_lib.results import atomic, dependencies, outputs, paths
 
 PROFILE = paths.check_profile(config.get("profile", "quick"))
 DEVICE = config.get("device", "cpu")
-if PROFILE != "full":
-    os.environ.setdefault("HQ_FUSE", "0")  # short runs do not win back what compiling kernels takes
+if PROFILE == "smoke":
+    os.environ.setdefault("HQ_FUSE", "0")  # so short a run does not win back what compiling kernels takes
 BUILD = str(paths.build_dir(PROFILE))
 LONGEST = ("08_crossbar", "05_calibration_selection", "06_hybrid_precision", "03_dsq_pact_qat", "04_aciq_qdrop_ptq")
 READERS = ["00_map", "10_gallery"]  # these read what the others made

@@ -5,6 +5,7 @@ The Snakefile lists them as inputs, so that a notebook runs again exactly when s
 
 import ast
 import json
+from functools import cache
 from pathlib import Path
 
 from hq_lib import HOMES
@@ -31,8 +32,13 @@ def _closure(sources: list[str]) -> list[str]:
         file = pending.pop()
         if file not in found:
             found.add(file)
-            pending += _imported(file.read_text(encoding="utf-8"))
+            pending += _imported_by(file)
     return sorted(file.relative_to(ROOT).as_posix() for file in found)
+
+
+@cache
+def _imported_by(file: Path) -> list[Path]:
+    return _imported(file.read_text(encoding="utf-8"))
 
 
 def _imported(source: str) -> list[Path]:
