@@ -50,9 +50,9 @@ def test_packets_are_as_long_as_the_wire_says(rows):
 
 def test_each_edge_has_its_images_draws_and_settings(bench, rows):
     sizes = tables.measured(rows).groupby("edge")[["n_test", "seed"]].agg(["min", "max"])
-    assert list(sizes.loc["integer"]) == [20, 30, -1, -1]
-    assert list(sizes.loc["crossbar"]) == [20, 20, 0, 0]
-    assert int(bench.subset.sum()) == 20
+    assert list(sizes.loc["integer"]) == [10, 20, -1, -1]
+    assert list(sizes.loc["crossbar"]) == [10, 10, 0, 0]
+    assert int(bench.subset.sum()) == 10
     described = [json.loads(s) for s in rows["switches"]]
     crossbars = [s for s in described if s["edge"] == "crossbar"]
     assert all(s["device.name"] == "rram" and s["adc.bits"] == 8 for s in crossbars)
@@ -131,12 +131,12 @@ def test_edges_are_compared_on_the_same_images(rows):
     table = tables.table(rows)
     assert list(table["cut after"]) == ["- (the image)"] * 4 + [CUT] * 4
     assert list(table)[5:] == [
-        "W8A8, digital, 30 images", "digital, 20 images", "crossbar, 1 s, 20 images", "crossbar, 1 day, 20 images",
+        "W8A8, digital, 20 images", "digital, 10 images", "crossbar, 1 s, 10 images", "crossbar, 1 day, 10 images",
     ]  # fmt: skip
-    assert set(table["crossbar, 1 day, 20 images"]) == {"as digital", "n/r"}
+    assert set(table["crossbar, 1 day, 10 images"]) == {"as digital", "n/r"}
     frame = tables.measured(rows)
-    few = frame.loc[(frame["edge"] == "integer") & (frame["n_test"] == 20) & (frame["grid"] == "channel")]
-    assert list(table["digital, 20 images"][4:]) == [f"{v:.2f}" for v in few.sort_values("wire_bits")["acc_pct"]]
+    few = frame.loc[(frame["edge"] == "integer") & (frame["n_test"] == 10) & (frame["grid"] == "channel")]
+    assert list(table["digital, 10 images"][4:]) == [f"{v:.2f}" for v in few.sort_values("wire_bits")["acc_pct"]]
     (loss,) = tables.crossbar_losses(rows).query("cut == @CUT").to_dict("records")
     crossbar = frame.loc[(frame["edge"] == "crossbar") & (frame["wire_bits"] == 8), "acc_pct"].item()
     assert loss["mean"] == pytest.approx(crossbar - few.set_index("wire_bits")["acc_pct"][8])

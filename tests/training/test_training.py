@@ -240,7 +240,7 @@ def test_bad_configuration_names_the_key(key, value):
 
 def test_recipes_know_their_names():
     assert recipe("resnet20", "full", seed=2)[1].seed == 2
-    assert recipe("resnet20", "smoke")[2] == 500
+    assert recipe("resnet20", "smoke")[2] == 256
     with pytest.raises(ValueError, match="did you mean 'resnet20'"):
         recipe("resnet", "full")
     with pytest.raises(ValueError, match="unknown profile"):
