@@ -18,7 +18,9 @@ from hq_lib import studies
 from hq_lib.results import paths
 from hq_lib.results.hints import nearest
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(  # with markup on, the [pact] of an example would be taken for a colour
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+)
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of the run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A key of it, as n_calib=256 or policy.bn=fold.")]
 Model = Annotated[str | None, typer.Option(help="Network by name.")]
@@ -67,7 +69,7 @@ def select(
 ) -> None:  # fmt: skip
     """Choose calibration images, and write them as a manifest with their hashes.
 
-    Example: hq select --data cifar10 -n 256 --strategy trimmed --metric tv --output smooth.json
+    Example: hq select --data cifar10 --n 256 --strategy trimmed --metric tv --output smooth.json
     """
     given = {"n_calib": n, "strategy": strategy, "metric": metric}
     run, steps = _run(config, set_, model=model, data=data, root=root, output=output, **given)
@@ -111,10 +113,10 @@ def accuracy(
 
 @app.command()
 def export(
-    file: File, to: Annotated[str, typer.Option(help="c, onnx, npz or fpga.")], config: Config = None,
+    file: File, to: Annotated[str, typer.Option(help="c, onnx, npz, board or fpga.")], config: Config = None,
     set_: Set = None, net: Net = None, output: Output = None,
 ) -> None:  # fmt: skip
-    """Write a network's integers for C (.hqm, or .c), ONNX, NumPy, or an FPGA's memories.
+    """Write a network's integers for C (c: a container; board: sources), ONNX, NumPy, or an FPGA's memories.
 
     A float network trained with ReLU1 becomes seed 002's files with --to fpga.
 

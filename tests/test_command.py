@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -235,9 +237,13 @@ def test_words_of_the_line_that_are_wrong_give_exit_code_2():
     hq("export", "net.safetensors", code=2)
 
 
-def test_every_verb_shows_an_example():
-    for verb in ("train", "select", "quantize", "test", "export", "crossbar", "study"):
-        assert f"Example: hq {verb}" in " ".join(hq(verb, "--help").split())
+def test_every_verb_shows_an_example_that_the_command_line_takes():
+    for verb, known in typer.main.get_command(app).commands.items():
+        shown = " ".join(hq(verb, "--help").split())
+        (example,) = re.findall(rf"Example: (hq {verb} .*?) (?=Arguments:|Options:)", shown)
+        words = shlex.split(example)
+        known.make_context(verb, words[2:])
+        assert all(yaml.safe_load(word.partition("=")[2]) for word in words if "=" in word)
 
 
 CONFIGS = sorted((paths.ROOT / "notebooks" / "configs").glob("*.yaml"))
