@@ -16,13 +16,13 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
-from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.checks import Bound, Count, CrossbarError, Positive, Settings
 from hq_lib.crossbar.circuit import Circuit
 from hq_lib.crossbar.drivers import Driver, FakeDriver, Limits
 from hq_lib.crossbar.engine import Engine
@@ -39,7 +39,6 @@ from hq_lib.integer import run as run_integers
 from hq_lib.results import atomic
 from hq_lib.training.evaluation import evaluation_of
 
-ENGINES = ("sim", "rehearsal", "tcp", "replay")
 REHEARSAL = Limits(
     n_tiles=64, rows=128, columns=128, level_max=255, code_max=255, count_max=2**31, rows_per_read=256,
     counts_per_unit=0.01,
@@ -48,18 +47,18 @@ REHEARSAL = Limits(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Settings):
     """One run. The same plan on the same folder goes on where it stopped."""
 
-    engine: str
-    """One of ``ENGINES``."""
+    engine: Literal["sim", "rehearsal", "tcp", "replay"]
+    """What multiplies."""
     folder: Path
     """Where the record and the results lie."""
     layers: tuple[str, ...] = ("linear",)
     """Names or patterns with * of the layers that are multiplied on the engine."""
-    n_test: int = 20
+    n_test: Count = 20
     """Test images, >= 1."""
-    n_calib: int = 8
+    n_calib: Annotated[int, Bound(">= 0", whole=True)] = 8
     """Training images behind gains and offsets per column; 0 = no calibration."""
     device: str = "rram"
     """Kind of cell of ``sim``: a name, or a CSV file of measured ones (see ``crossbar.profiles``)."""
@@ -67,14 +66,11 @@ class Plan:
     """Where the bench of ``tcp`` listens."""
     port: int = 0
     """Its port."""
-    timeout_s: float = 5.0
+    timeout_s: Positive = 5.0
     """Seconds that a call of ``tcp`` may take."""
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise CrossbarError(f"engine {self.engine!r}: choose among {', '.join(ENGINES)}")
-        if self.n_test < 1 or self.n_calib < 0:
-            raise CrossbarError(f"n_test = {self.n_test} must be 1 or more, n_calib = {self.n_calib} 0 or more")
+        super().__post_init__()
         if self.engine == "tcp" and not 0 < self.port < 2**16:
             raise CrossbarError(f"port {self.port}: a bench behind TCP needs the port it listens on")
 

@@ -6,16 +6,22 @@ Descriptions: nested settings as one flat dictionary of plain values, for result
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cache, partial
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hq_lib.results.hints import nearest_few
 
 
 class CrossbarError(ValueError):
@@ -30,40 +36,69 @@ class TraceError(CrossbarError):
     """A recorded trace is damaged, of another network, or lacks the multiplication that was asked for."""
 
 
-def check_bit_width(bits: int, what: str, *, low: int = 1, high: int = 16) -> int:
-    """``bits`` itself, an integer in [low, high]. Zero is refused: it never means "ideal"."""
-    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
-        raise CrossbarError(f"{what} must be a whole number of bits, not {bits!r}")
-    if bits == 0:
-        raise CrossbarError(f"{what} = 0 does not mean 'ideal'; leave the part out (None) for an ideal one")
-    if not low <= bits <= high:
-        raise CrossbarError(f"{what} = {bits} is outside {low}..{high} bits")
-    return int(bits)
+@dataclass(frozen=True)
+class Bound:
+    """What a number must be; in the annotation of a field of `Settings` it holds for that field."""
+
+    ends: str
+    """As the refusal says it: ">= 0 and < 1"."""
+    whole: bool = False
+    """Whether fractions are refused."""
+    mend: str = ""
+    """What the refusal says beside the ends."""
+
+    def check(self, value: Any, what: str) -> Any:
+        """``value`` itself, finite and within the ends; otherwise an error that says ``what``, ends and mend."""
+        number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
+        ends = [end.split() for end in self.ends.split(" and ")]
+        if number and math.isfinite(value) and all(_SIGNS[sign](value, float(end)) for sign, end in ends):
+            return value
+        kind = "whole" if self.whole else "finite"
+        raise CrossbarError(f"{what} = {value!r} must be a {kind} number {self.ends}{self.mend and '; ' + self.mend}")
 
 
-def check_fraction(value: float, what: str) -> float:
-    """``value`` itself, a fraction in [0, 1); 5 % is 0.05, and 5 is refused with that hint."""
-    if not math.isfinite(value) or value < 0:
-        raise CrossbarError(f"{what} = {value} must be a fraction of 0 or more")
-    if value >= 1:
-        raise CrossbarError(f"{what} = {value} is a fraction, not a percentage: for {value:g} % write {value / 100:g}")
-    return float(value)
+_SIGNS = {">=": operator.ge, ">": operator.gt, "<": operator.lt, "<=": operator.le}
+_IDEAL = "0 bits does not mean 'ideal', leave the part out (None) for an ideal one"
+BITS, SIGNED_BITS = (Bound(f">= {low} and <= 16", whole=True, mend=_IDEAL) for low in (1, 2))
+FRACTION = Bound(">= 0 and < 1", mend="a fraction, not a percentage: 5 % is 0.05")
+POSITIVE = Bound("> 0")
+Bits = Annotated[int, BITS]
+CellBits = Annotated[int, Bound(">= 1 and <= 8", whole=True, mend=_IDEAL)]
+Fraction = Annotated[float, FRACTION]
+Share = Annotated[float, Bound("> 0 and <= 1", mend="a share, not a percentage: 99 % is 0.99")]
+Positive = Annotated[float, POSITIVE]
+NotNegative = Annotated[float, Bound(">= 0")]
+Count = Annotated[int, Bound(">= 1", whole=True)]
+"""Annotations of fields of `Settings`."""
 
 
-def check_positive(value: float, what: str, *, zero: bool = False) -> float:
-    """``value`` itself, finite and > 0 (or >= 0 with ``zero``)."""
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise CrossbarError(f"{what} = {value} must be finite and {'>= 0' if zero else '> 0'}")
-    return float(value)
+class Settings:
+    """Base of frozen dataclasses whose annotations hold: bounds, choices (``Literal``), classes, and None if named."""
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            value, what = getattr(self, name), f"{type(self).__name__}.{name}"
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            if value is None and NoneType in kinds:
+                continue
+            for bound in getattr(kinds[0], "__metadata__", ()):
+                bound.check(value, what)
+            if get_origin(kinds[0]) is Literal:
+                check_choice(value, get_args(kinds[0]), what)
+            elif isinstance(kinds[0], type) and kinds[0].__module__ != "builtins" and not isinstance(value, kinds[0]):
+                how = getattr(kinds[0], "MADE_BY", f"{kinds[0].__name__}(...) makes one")
+                raise CrossbarError(f"{what} = {value!r:.60} must be of type {kinds[0].__name__}: {how}")
 
 
-def check_choice(value: str, choices: Iterable[str], what: str) -> str:
+_hints = cache(partial(get_type_hints, include_extras=True))
+
+
+def check_choice(value: Any, choices: Iterable[str], what: str) -> str:
     """``value`` itself if it is one of ``choices``; otherwise an error with the nearest valid names."""
     names = list(choices)
-    if value in names:
-        return value
-    near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.4) or names
-    raise CrossbarError(f"{what} {value!r} is unknown; nearest: {', '.join(near)}")
+    if value not in names:
+        raise CrossbarError(f"{what} {value!r} is unknown; nearest: {nearest_few(value, names)}")
+    return value
 
 
 Numbers = np.ndarray | Tensor

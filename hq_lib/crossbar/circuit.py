@@ -8,65 +8,56 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from hq_lib.crossbar.checks import (
     OPTION,
+    SIGNED_BITS,
+    Bits,
+    Bound,
     CrossbarError,
-    check_bit_width,
-    check_choice,
-    check_fraction,
-    check_positive,
+    Fraction,
+    NotNegative,
+    Settings,
+    Share,
 )
 from hq_lib.crossbar.devices import Device
-from hq_lib.crossbar.mapping import CHOICES as REMAPS
 from hq_lib.crossbar.mapping import Faults, Mapping
 from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import PCM_JOSHI
 
 
 @dataclass(frozen=True)
-class Adc:
+class Adc(Settings):
     """One converter per read column. Leave it out (``adc=None``) for ideal, unlimited reading."""
 
-    bits: int = 8
+    bits: Bits = 8
     """Code width, 1..16 bits, sign included where currents have both signs (then 2..16)."""
-    range: str = "calibrated"
+    range: Literal["exact", "whole", "max", "calibrated"] = "calibrated"
     """"exact": step = one unit current; refused where ``bits`` do not cover all cells full and all inputs full.
     "whole": step = the smallest power of two of unit currents that covers them (exact where that is one).
     "max": the same range, whatever the step. "calibrated": from measured currents (`SimEngine.calibrate_adc`)."""
-    coverage: float | None = 0.9999
+    coverage: Share | None = 0.9999
     """Share of calibration currents inside the range, in (0, 1]; None: the range of least mean |error| (L1)."""
-    gain_sigma: float = 0.0
+    gain_sigma: Fraction = 0.0
     """Spread of converter gain about 1, fraction in [0, 1), one draw per tile and column."""
-    offset_sigma_lsb: float = 0.0
+    offset_sigma_lsb: NotNegative = 0.0
     """Spread of converter offset, codes (LSB), >= 0, one draw per tile and column."""
-    halvings: int = field(default=0, metadata=OPTION)
+    halvings: Annotated[int, Bound(">= 0 and <= 16", whole=True)] = field(default=0, metadata=OPTION)
     """Times that a row of inputs is read again at half the drive while any converter of an array saturates, 0..16, its
     codes doubled digitally: aihwkit's bound management. Read noise is that of the last reading; offsets count as the
     column's own. With ``Drive("analog")`` only."""
-    inl_lsb: float = 0.0
+    inl_lsb: NotNegative = 0.0
     """Peak integral nonlinearity, codes, >= 0: an S-shaped bend, zero at both ends and in the middle of the range."""
-
-    def __post_init__(self) -> None:
-        check_bit_width(self.bits, "Adc.bits")
-        check_choice(self.range, ("exact", "whole", "max", "calibrated"), "Adc.range")
-        check_fraction(self.gain_sigma, "gain_sigma")
-        check_positive(self.offset_sigma_lsb, "offset_sigma_lsb", zero=True)
-        check_positive(self.inl_lsb, "inl_lsb", zero=True)
-        if not 0 <= self.halvings <= 16:
-            raise CrossbarError(f"Adc.halvings = {self.halvings} must be 0..16")
-        if self.coverage is not None and not 0 < self.coverage <= 1:
-            raise CrossbarError(f"coverage = {self.coverage} must be a fraction in (0, 1], e.g. 0.9999")
 
     def codes(self, signed: bool) -> tuple[int, int]:
         """(code_min, code_max): two's complement where currents have both signs, else from 0."""
         if not signed:
             return 0, 2**self.bits - 1
-        check_bit_width(self.bits, "Adc.bits of a signed converter", low=2)
+        SIGNED_BITS.check(self.bits, "Adc.bits of a signed converter")
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     @property
@@ -136,42 +127,31 @@ class Adc:
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(Settings):
     """Write-verify: cells are read after programming, and those too far from their target are programmed again."""
 
-    tolerance: float
+    tolerance: Annotated[float, Bound("> 0 and < 1", mend="5 % of the window is 0.05")]
     """What is near enough, a fraction of the window G_max - G_min, in (0, 1)."""
-    max_pulses: int = 10
+    max_pulses: Annotated[int, Bound(">= 1 and <= 10000", whole=True)] = 10
     """Times that a cell is programmed at most, >= 1; the last state stays, wherever it is."""
-
-    def __post_init__(self) -> None:
-        check_positive(check_fraction(self.tolerance, "Verify.tolerance"), "Verify.tolerance")
-        if not 1 <= self.max_pulses <= 10_000:
-            raise CrossbarError(f"Verify.max_pulses = {self.max_pulses} must be 1..10000")
 
 
 @dataclass(frozen=True)
-class Wires:
+class Wires(Settings):
     """Resistances of one tile; leave it out (``wires=None``) for ideal wires."""
 
-    row_ohm: float = 1.0
+    row_ohm: NotNegative = 1.0
     """Row wire per cell, ohm, >= 0; about 0.35 (aihwkit) to 1..3 in narrow wires."""
-    col_ohm: float = 1.0
+    col_ohm: NotNegative = 1.0
     """Column wire per cell, ohm, >= 0."""
-    source_ohm: float = 0.0
+    source_ohm: NotNegative = 0.0
     """Driver output R_s, ohm, >= 0."""
-    load_ohm: float = 0.0
+    load_ohm: NotNegative = 0.0
     """Sense input R_l, ohm, >= 0."""
-    active: float = field(default=1.0, metadata=OPTION)
+    active: Share = field(default=1.0, metadata=OPTION)
     """Share of rows that are driven at one time, (0, 1], where cells of undriven rows are gated off (1T1R): wires then
     carry the current of that share. The map is that of the mean, G_eff(active G) / active, since the exact one depends
     on which rows they are; 1: all cells are connected."""
-
-    def __post_init__(self) -> None:
-        for name in ("row_ohm", "col_ohm", "source_ohm", "load_ohm"):
-            check_positive(getattr(self, name), name, zero=True)
-        if not 0 < self.active <= 1:
-            raise CrossbarError(f"Wires.active = {self.active} is a share of rows in (0, 1]")
 
     @property
     def ideal(self) -> bool:
@@ -179,14 +159,8 @@ class Wires:
         return self.row_ohm == self.col_ohm == self.source_ohm == self.load_ohm == 0
 
 
-PATHS = ("auto", "collapsed", "converted")
-PRECISIONS = ("float32", "float64")
-_PARTS = {"device": Device, "mapping": Mapping, "drive": Drive, "faults": Faults}
-_OPTIONAL = {"adc": Adc, "wires": Wires, "verify": Verify}
-
-
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Settings):
     """A crossbar: what its cells, converters and wires are, and how it is computed."""
 
     device: Device = PCM_JOSHI
@@ -203,13 +177,13 @@ class Circuit:
     """Programming in pulses with a reading after each; None: one pulse."""
     faults: Faults = field(default_factory=Faults)
     """Stuck cells."""
-    remap: str = "none"
+    remap: Literal["none", "partner", "rows", "both"] = "none"
     """What is done about known stuck cells: "none", "partner", "rows" or "both"."""
-    seed: int = 0
+    seed: Annotated[int, Bound(">= -inf", whole=True)] = 0
     """Seed of every draw; draws depend on seed, layer name and purpose only."""
-    path: str = "auto"
+    path: Literal["auto", "collapsed", "converted"] = "auto"
     """"auto": one matmul where converters are absent or lose nothing; "converted": never; "collapsed": nothing else."""
-    precision: str = "float32"
+    precision: Literal["float32", "float64"] = "float32"
     """Of currents. "float64" keeps matrices on a grid on which sums are exact (inputs up to 12 bits): answers are
     bit-identical for any batch size and thread count. So they are with "float32" behind converters, where cells are
     read on 32,767 steps of their column's largest (a change of at most 2e-5 of it; whole numbers stay as they are),
@@ -217,20 +191,11 @@ class Circuit:
     float32 sum may depend on batch size and threads, and rarely moves a rounding."""
 
     def __post_init__(self) -> None:
-        for name, kind in (_PARTS | _OPTIONAL).items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) and (value is not None or name in _PARTS):
-                how = "device('rram') gives a published one" if kind is Device else f"{kind.__name__}(...) makes one"
-                raise CrossbarError(f"Circuit.{name} = {value!r:.60} must be of type {kind.__name__}: {how}")
+        super().__post_init__()
         if self.adc is not None and self.adc.halvings and self.drive.mode == "serial":
             raise CrossbarError("Adc.halvings halves analog inputs: single bits have no half; use Drive('analog')")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
-            raise CrossbarError(f"Circuit.seed = {self.seed!r} must be a whole number")
-        check_choice(self.remap, REMAPS, "remap")
         if self.remap != "none" and self.mapping.scheme != "pair":
             raise CrossbarError("fault-aware remapping works on pairs; use Mapping(scheme='pair') or remap='none'")
-        check_choice(self.path, PATHS, "path")
-        check_choice(self.precision, PRECISIONS, "precision")
 
     def signed(self, x_signed: bool) -> bool:
         """Whether converters see currents of both signs."""

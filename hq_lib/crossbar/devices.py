@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from hq_lib.crossbar.checks import OPTION, CrossbarError, check_choice, check_fraction, check_positive
+from hq_lib.crossbar.checks import FRACTION, OPTION, Bound, CrossbarError, Fraction, NotNegative, Positive, Settings
 
 
-class Curve(ABC):
+class Curve(Settings, ABC):
     """sigma(G), programming error in uS against target conductance in uS."""
 
     @property
@@ -41,11 +41,8 @@ class Curve(ABC):
 class Constant(Curve):
     """State-independent error."""
 
-    sigma_uS: float
+    sigma_uS: NotNegative
     """Standard deviation, uS, >= 0; usually a fraction of the window G_max - G_min."""
-
-    def __post_init__(self) -> None:
-        check_positive(self.sigma_uS, "sigma_uS", zero=True)
 
     def sigma(self, g_uS: Tensor) -> Tensor:
         return torch.full_like(g_uS, self.sigma_uS)
@@ -55,11 +52,8 @@ class Constant(Curve):
 class Proportional(Curve):
     """Error proportional to the conductance itself."""
 
-    fraction: float
+    fraction: Fraction
     """sigma / G, dimensionless, in [0, 1); 5 % is 0.05."""
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction, "fraction")
 
     def sigma(self, g_uS: Tensor) -> Tensor:
         return self.fraction * g_uS
@@ -71,11 +65,11 @@ class Polynomial(Curve):
 
     coefficients_uS: tuple[float, ...]
     """c_0, c_1, ... in uS."""
-    per_uS: float = 1.0
+    per_uS: Positive = 1.0
     """Conductance by which G is divided first, uS, > 0; G_max where a source fits against g = G / G_max."""
 
     def __post_init__(self) -> None:
-        check_positive(self.per_uS, "per_uS")
+        super().__post_init__()
         if not self.coefficients_uS or not np.isfinite(self.coefficients_uS).all():
             raise CrossbarError(f"coefficients_uS = {self.coefficients_uS} must be one or more finite numbers")
 
@@ -112,21 +106,18 @@ class LogClamp:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(Settings):
     """Power-law drift G(t) = G(t0) (t / t0)^(-nu), nu = |N(mu(g), s(g))| drawn once per cell."""
 
     mu: LogClamp
     """Mean exponent against g."""
     spread: LogClamp
     """Standard deviation of the exponent between cells, against g."""
-    t0_s: float
+    t0_s: Positive
     """Time at which G(t0) is what was programmed, seconds, > 0."""
 
-    def __post_init__(self) -> None:
-        check_positive(self.t0_s, "t0_s")
 
-
-class ReadNoise(ABC):
+class ReadNoise(Settings, ABC):
     """Gaussian noise of a cell's conductance when it is read."""
 
     per: str
@@ -147,11 +138,8 @@ class ConstantRead(ReadNoise):
 
     per: ClassVar[str] = "product"
 
-    fraction: float
+    fraction: Fraction
     """Standard deviation as a fraction of G_max, in [0, 1); 0.01 is what aihwkit suggests for RRAM."""
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction, "read noise fraction")
 
     def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
         return torch.full_like(g_uS, self.fraction * g_max_uS)
@@ -174,11 +162,8 @@ class FlickerRead(ReadNoise):
     """Upper end of q, dimensionless."""
     t_read_s: float
     """Duration t_r of a read, seconds, > 0."""
-    per: str = "readout"
+    per: Literal["readout", "product"] = "readout"
     """ "readout": as the source draws it. "product": fresh at every product, the same variance without its memory."""
-
-    def __post_init__(self) -> None:
-        check_choice(self.per, ("readout", "product"), "FlickerRead.per")
 
     def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
         g0 = ((g_uS if g0_uS is None else g0_uS) / g_max_uS).clamp_min(_TINY_G)
@@ -188,16 +173,18 @@ class FlickerRead(ReadNoise):
 
 
 @dataclass(frozen=True)
-class Device:
+class Device(Settings):
     """One kind of memory cell: its window, and how far a cell strays from its target."""
+
+    MADE_BY: ClassVar[str] = "device('rram') gives a published one"
 
     name: str
     """Short name that result rows carry."""
     source: str
     """Where the numbers come from: paper or tool, and time after programming."""
-    g_min_uS: float
+    g_min_uS: NotNegative
     """Lowest target, microsiemens, >= 0; an idle cell sits here."""
-    g_max_uS: float
+    g_max_uS: Positive
     """Highest target, microsiemens, > g_min_uS."""
     error: Curve | None = None
     """Programming error sigma(G), uS; None: programmed exactly."""
@@ -207,25 +194,21 @@ class Device:
     """Read noise; None: reads are noiseless."""
     clip_at_zero: bool = True
     """True: a negative draw becomes 0 uS (physical; shifts the mean of cells near 0). False: the bare Gaussian."""
-    column_correlation: float = field(default=0.0, metadata=OPTION)
+    column_correlation: Fraction = field(default=0.0, metadata=OPTION)
     """Correlation of the programming errors (in their sigmas) of any two cells of one column of an array, [0, 1)."""
-    row_correlation: float = field(default=0.0, metadata=OPTION)
+    row_correlation: Fraction = field(default=0.0, metadata=OPTION)
     """The same of one row. The sum of both must be below 1."""
-    temperature_per_K: float = field(default=0.0, metadata=OPTION)
+    temperature_per_K: Annotated[float, Bound(">= -inf")] = field(default=0.0, metadata=OPTION)
     """Relative change of every conductance per kelvin above 25 C: G (1 + temperature_per_K (T - 25))."""
-    iv_cubic: float = field(default=0.0, metadata=OPTION)
+    iv_cubic: Annotated[float, Bound("> -0.3333333333333333")] = field(default=0.0, metadata=OPTION)
     """a of I = G V (1 + a (V / V_max)^2) / (1 + a), > -1/3 (monotone): full drive gives the ohmic current. With one-bit
     inputs nothing changes; with pulse widths for inputs leave it 0."""
 
     def __post_init__(self) -> None:
-        check_positive(self.g_min_uS, "g_min_uS", zero=True)
-        if not (math.isfinite(self.g_max_uS) and self.g_max_uS > self.g_min_uS):
+        super().__post_init__()
+        if not self.g_max_uS > self.g_min_uS:
             raise CrossbarError(f"g_max_uS = {self.g_max_uS} must exceed g_min_uS = {self.g_min_uS}")
-        for name in ("column_correlation", "row_correlation"):
-            check_fraction(getattr(self, name), name)
-        check_fraction(self.column_correlation + self.row_correlation, "column_correlation + row_correlation")
-        if not (math.isfinite(self.temperature_per_K) and math.isfinite(self.iv_cubic) and self.iv_cubic > -1 / 3):
-            raise CrossbarError(f"temperature_per_K and iv_cubic = {self.iv_cubic} must be finite, iv_cubic > -1/3")
+        FRACTION.check(self.column_correlation + self.row_correlation, "column_correlation + row_correlation")
 
     @property
     def window_uS(self) -> float:

@@ -9,46 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Protocol
 
 import numpy as np
 
-from hq_lib.crossbar.checks import CrossbarError, check_positive
+from hq_lib.crossbar.checks import Count, CrossbarError, Positive, Settings
 from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Settings):
     """What a bench can take and give."""
 
-    n_tiles: int
+    n_tiles: Count
     """Tiles, >= 1."""
-    rows: int
+    rows: Count
     """Rows of a tile."""
-    columns: int
+    columns: Count
     """Columns of a tile."""
-    level_max: int
+    level_max: Count
     """Largest cell level; levels are 0..level_max."""
-    code_max: int
+    code_max: Count
     """Largest input code; codes are 0..code_max."""
-    count_max: int
+    count_max: Count
     """Largest count; counts are -count_max..count_max."""
-    rows_per_read: int
+    rows_per_read: Count
     """Input vectors per read, >= 1."""
-    counts_per_unit: float
+    counts_per_unit: Positive
     """Nominal counts per code times level, > 0."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_tiles", "rows", "columns", "level_max", "code_max", "count_max", "rows_per_read"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise CrossbarError(
-                    f"a bench with {name} = {value!r} cannot be used: whole numbers from 1 on are needed"
-                )
-        if not isinstance(self.counts_per_unit, Real):
-            raise CrossbarError(f"a bench with counts_per_unit = {self.counts_per_unit!r} cannot be used")
-        check_positive(float(self.counts_per_unit), "counts_per_unit")
 
     def refuse(self, tile: int, values: np.ndarray, what: str) -> None:
         """Nothing, or an error if ``tile`` or its ``values``, "levels" or "codes", are beyond the bench."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import BenchError, CrossbarError, check_positive, flatten
+from hq_lib.crossbar.checks import BenchError, Count, CrossbarError, NotNegative, Settings, flatten
 from hq_lib.crossbar.drivers import Driver
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW, Mapping, Plan
@@ -25,18 +25,13 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Patience:
+class Patience(Settings):
     """How failures of the bench are met."""
 
-    attempts: int = 3
+    attempts: Count = 3
     """Times that a call is made before giving up, >= 1."""
-    pause_s: float = 0.1
+    pause_s: NotNegative = 0.1
     """Seconds between attempts, doubled each time, >= 0."""
-
-    def __post_init__(self) -> None:
-        check_positive(self.pause_s, "pause_s", zero=True)
-        if self.attempts < 1:
-            raise CrossbarError(f"attempts = {self.attempts} must be 1 or more")
 
     def insist(self, call: Callable[[], Answer], what: str) -> Answer:
         """The answer of ``call``, asked again after time-outs, lost connections and bad answers; then `BenchError`."""

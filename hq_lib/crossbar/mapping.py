@@ -17,42 +17,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping as Maps
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_bit_width, check_choice, check_fraction
+from hq_lib.crossbar.checks import FRACTION, Bound, CellBits, CrossbarError, Fraction, Settings
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Mapping(Settings):
     """How weights become conductances. Defaults: pair, analog subtraction, scale per column, 128 x 128 tiles."""
 
-    scheme: str = "pair"
+    scheme: Literal["pair", "offset"] = "pair"
     """"pair": two cells per weight, G+ - G-. "offset": one unsigned cell per slice, offset taken off afterwards."""
-    scale: str = "column"
+    scale: Literal["column", "layer", "none"] = "column"
     """What fills the window: the largest weight of each "column", of the "layer", or "none" (the declared bits)."""
-    cell_bits: int | None = None
+    cell_bits: CellBits | None = None
     """Bits c per cell, 1..8; weights are cut into slices. None: continuous cells, one slice, no level rounding."""
-    subtract: str = "analog"
+    subtract: Literal["analog", "digital"] = "analog"
     """"analog": G- (or a reference column) is subtracted before the converter. "digital": after it."""
-    tile_rows: int = 128
+    tile_rows: Annotated[int, Bound(">= 1 and <= 4096", whole=True)] = 128
     """Rows R of one array, 1..4096 (64 to 512 in practice); longer columns are split and added digitally."""
-    tile_cols: int = 128
+    tile_cols: Annotated[int, Bound(">= 2", whole=True)] = 128
     """Columns of one array, >= 2; matters for wire resistance and cell counts only."""
-
-    def __post_init__(self) -> None:
-        check_choice(self.scheme, ("pair", "offset"), "scheme")
-        check_choice(self.scale, ("column", "layer", "none"), "scale")
-        check_choice(self.subtract, ("analog", "digital"), "subtract")
-        if self.cell_bits is not None:
-            check_bit_width(self.cell_bits, "cell_bits", high=8)
-        whole = all(isinstance(size, Integral) for size in (self.tile_rows, self.tile_cols))
-        if not (whole and 1 <= self.tile_rows <= 4096 and self.tile_cols >= 2):
-            raise CrossbarError(f"a tile of {self.tile_rows} x {self.tile_cols} is not possible; use 64..512 rows")
 
     def encode(self, w_int: Tensor, w_bits: int) -> Plan:
         """The plan of cell levels for ``w_int`` (K, N), integers of ``w_bits`` bits."""
@@ -154,20 +144,19 @@ OK, STUCK_LOW, STUCK_HIGH = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Faults:
+class Faults(Settings):
     """Which cells do not obey programming; drift does not move them."""
 
-    low_fraction: float = 0.0
+    low_fraction: Fraction = 0.0
     """Share of cells stuck at G_min, in [0, 1); 0.001 in MNSIM's default, 0.0175 on a 4-Mb test chip (often quoted)."""
-    high_fraction: float = 0.0
+    high_fraction: Fraction = 0.0
     """Share of cells stuck at G_max, in [0, 1); 0.001 in MNSIM's default, 0.0904 on a 4-Mb test chip (often quoted)."""
     maps: Maps[str, np.ndarray] = field(default_factory=dict)
     """Measured maps by layer name, uint8 (rows, columns, planes) as `Cells.codes`; they replace the random draw."""
 
     def __post_init__(self) -> None:
-        check_fraction(self.low_fraction, "low_fraction")
-        check_fraction(self.high_fraction, "high_fraction")
-        check_fraction(self.low_fraction + self.high_fraction, "low_fraction + high_fraction")
+        super().__post_init__()
+        FRACTION.check(self.low_fraction + self.high_fraction, "low_fraction + high_fraction")
         for name, codes in self.maps.items():
             if codes.dtype != np.uint8 or codes.ndim != 3 or (codes > STUCK_HIGH).any():
                 raise CrossbarError(f"fault map {name!r} must be uint8 (rows, columns, planes) of codes 0, 1, 2")
@@ -181,9 +170,6 @@ class Faults:
         draw = torch.rand(shape, generator=generator, dtype=torch.float64)
         stuck = (draw < self.low_fraction + self.high_fraction).to(torch.uint8) * STUCK_HIGH
         return torch.where(draw < self.low_fraction, STUCK_LOW, stuck).to(torch.uint8)
-
-
-CHOICES = ("none", "partner", "rows", "both")
 
 
 def partner_levels(plan: Plan, codes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from hq_lib.crossbar.checks import (
+    BITS,
     OPTION,
+    SIGNED_BITS,
+    CellBits,
     CrossbarError,
     Numbers,
+    Settings,
     as_integers,
-    check_bit_width,
-    check_choice,
     check_range,
 )
 from hq_lib.integer.sums import n_windows
@@ -62,8 +65,8 @@ def make_handle(w_int: Numbers, w_scale: object, name: str, *, w_bits: int, x_bi
     w = as_integers(w_int, f"weights of {name}")
     if w.numel() == 0:
         raise CrossbarError(f"weights of {name} are empty: {tuple(w.shape)}")
-    half = 2 ** (check_bit_width(w_bits, f"w_bits of {name}") - 1)
-    check_bit_width(x_bits, f"x_bits of {name}", low=2 if x_signed else 1)
+    half = 2 ** (BITS.check(w_bits, f"w_bits of {name}") - 1)
+    (SIGNED_BITS if x_signed else BITS).check(x_bits, f"x_bits of {name}")
     check_range(w, -half, max(half - 1, 1), f"weights of {name}")
     scale = w_scale.detach() if isinstance(w_scale, Tensor) else torch.from_numpy(np.array(w_scale, np.float64))
     scale = scale.to(torch.float64)
@@ -104,12 +107,12 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Drive:
+class Drive(Settings):
     """Input scheme of the rows."""
 
-    mode: str = "analog"
+    mode: Literal["analog", "serial"] = "analog"
     """"analog": one step with a multi-bit level or pulse width. "serial": ``step_bits`` bits at a time, ADC each."""
-    step_bits: int = 1
+    step_bits: CellBits = 1
     """Bits v per step of the serial mode, 1..8."""
     accumulate: bool = field(default=False, metadata=OPTION)
     """Serial mode: add the steps' currents by their weights in analog and convert the sum once, not every step."""
@@ -119,8 +122,7 @@ class Drive:
     """
 
     def __post_init__(self) -> None:
-        check_choice(self.mode, ("analog", "serial"), "Drive.mode")
-        check_bit_width(self.step_bits, "Drive.step_bits", high=8)
+        super().__post_init__()
         if (self.accumulate and self.mode == "analog") or (self.managed and self.mode == "serial"):
             raise CrossbarError("Drive.accumulate is for mode 'serial', Drive.managed for mode 'analog'")
 

@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, check_choice, check_fraction
+from hq_lib.crossbar.checks import FRACTION, Bound, CrossbarError, check_choice
 from hq_lib.crossbar.devices import (
     Constant,
     Curve,
@@ -114,8 +114,7 @@ def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tu
     held-out cells; mean_z, their difference in standard errors; sigma_ratio; p_normal, of a Kolmogorov-Smirnov test of
     the held-out cells against the model's normal distribution.
     """
-    if not 0 < held_out < 1:
-        raise CrossbarError(f"held_out = {held_out} must be a share in (0, 1), e.g. 0.25")
+    Bound("> 0 and < 1").check(held_out, "held_out")
     cells, random = _read(path, CELLS, OPTIONAL), np.random.default_rng(seed)
     cells = cells if "time_s" in cells else cells.assign(time_s=1.0)
     table, unseen = [], {}
@@ -197,7 +196,7 @@ def _read(path: str | Path, needed: tuple[str, ...], optional: tuple[str, ...]) 
 
 def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
     """A generic cell whose error is ``fraction`` (2 % is 0.02) of the window at every target."""
-    error = Constant(check_fraction(fraction, "fraction") * (g_max_uS - g_min_uS))
+    error = Constant(FRACTION.check(fraction, "fraction") * (g_max_uS - g_min_uS))
     name = f"state_independent_{fraction:g}"
     return Device(name, "generic, no device", g_min_uS, g_max_uS, error, clip_at_zero=clip)
 

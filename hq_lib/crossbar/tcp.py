@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hq_lib.crossbar.checks import CrossbarError, check_positive
+from hq_lib.crossbar.checks import POSITIVE, CrossbarError
 from hq_lib.crossbar.drivers import Driver, Limits
 
 _MAX_BYTES = 64 << 20
@@ -35,7 +35,7 @@ class TcpDriver:
     """
 
     def __init__(self, host: str, port: int, *, timeout_s: float = 5.0) -> None:
-        self._address, self._timeout_s = (host, port), check_positive(timeout_s, "timeout_s")
+        self._address, self._timeout_s = (host, port), POSITIVE.check(timeout_s, "timeout_s")
         self._socket: socket.socket | None = None
         self._number = 0
 

@@ -126,13 +126,13 @@ def test_converter_gain_and_offset_are_what_they_say():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Adc(0), "does not mean 'ideal'"),
-        (lambda: Adc(17), "outside 1..16"),
+        (lambda: Adc(0), "Adc.bits = 0 .*does not mean 'ideal'"),
+        (lambda: Adc(17), "Adc.bits = 17 must be .* <= 16"),
         (lambda: Adc(8, "full"), "Adc.range"),
-        (lambda: Adc(gain_sigma=5), "for 5 % write 0.05"),
-        (lambda: Adc(coverage=99.99), "fraction"),
+        (lambda: Adc(gain_sigma=5), "gain_sigma = 5 .*5 % is 0.05"),
+        (lambda: Adc(coverage=99.99), "99 % is 0.99"),
         (lambda: Adc(inl_lsb=-1), ">= 0"),
-        (lambda: engine_and_handle(Adc(1, "max")), "outside 2..16"),
+        (lambda: engine_and_handle(Adc(1, "max")), "signed converter = 1 must be .* >= 2"),
     ],
 )
 def test_bad_converters_are_refused(make, message):

@@ -70,8 +70,8 @@ def test_what_was_not_recorded_cannot_be_replayed(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"engine": "hw"}, "choose among sim"), ({"n_test": 0}, "n_test"), ({"n_calib": -1}, "n_calib"),
-     ({"engine": "tcp"}, "port")],
+    [({"engine": "hw"}, "engine 'hw' is unknown; nearest: 'sim'"), ({"n_test": 0}, "n_test"),
+     ({"n_calib": -1}, "n_calib"), ({"engine": "tcp"}, "port")],
 )  # fmt: skip
 def test_plans_that_cannot_be_are_refused(tmp_path, change, message):
     with pytest.raises(CrossbarError, match=message):

@@ -204,7 +204,7 @@ def test_a_calibration_of_other_cells_is_refused_and_of_another_time_is_not(tmp_
 @pytest.mark.parametrize(
     ("kind", "rows", "wanted", "message"),
     [
-        ("columns", FIT, None, "nearest: column"),
+        ("columns", FIT, None, "nearest: 'column'"),
         ("column", FIT[:1], None, "do not fit"),
         ("column", FIT, np.zeros((3, 6)), "do not fit"),
         ("column", FIT, np.full((200, 6), np.nan), "NaN"),

@@ -232,19 +232,20 @@ def test_points_of_the_fast_normals_have_the_moments_of_a_normal_of_half_the_var
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Faults(2, 0), "for 2 % write 0.02"),
+        (lambda: Faults(2, 0), "low_fraction = 2 .*5 % is 0.05"),
         (lambda: Faults(0.6, 0.6), "fraction"),
         (lambda: Faults(-0.1), "fraction"),
         (lambda: Faults(maps={"a": np.full((2, 2, 2), 3, np.uint8)}), "codes 0, 1, 2"),
-        (lambda: state_independent(5), "for 5 % write 0.05"),
-        (lambda: proportional(20), "for 20 % write 0.2"),
+        (lambda: state_independent(5), "fraction = 5 .*5 % is 0.05"),
+        (lambda: proportional(20), "fraction = 20 .*5 % is 0.05"),
         (lambda: Device("d", "t", 5.0, 5.0), "must exceed"),
         (lambda: Device("d", "t", -1.0, 5.0), "g_min_uS"),
-        (lambda: device("rramm"), "nearest: rram"),
+        (lambda: device("rramm"), "nearest: 'rram'"),
         (lambda: Polynomial(()), "one or more"),
         (lambda: ConstantRead(1), "fraction"),
         (lambda: Device("d", "t", 0.0, 5.0, column_correlation=0.6, row_correlation=0.6), "correlation"),
         (lambda: Device("d", "t", 0.0, 5.0, iv_cubic=-0.5), "iv_cubic"),
+        (lambda: Device("d", "t", 0.0, 5.0, error=0.02), "Device.error = 0.02 must be of type Curve"),
     ],
 )
 def test_bad_devices_are_refused(make, message):

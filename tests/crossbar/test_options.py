@@ -12,7 +12,7 @@ from hq_lib.crossbar import (
     Adc,
     Circuit,
     ConstantRead,
-    ConvEngine,
+    Convolution,
     CrossbarError,
     Device,
     Drive,
@@ -148,10 +148,10 @@ def test_managed_inputs_use_the_converter_for_small_rows():
 
 def test_managed_convolutions_are_their_rows():
     w, x = RNG.integers(-127, 128, (4, 2, 3, 3)), RNG.integers(0, 30, (2, 2, 5, 5))
-    conv = ConvEngine(SimEngine(Circuit(IDEAL, drive=Drive(managed=True), adc=Adc(14, "max"))))
-    handle = conv.load(w, 1.0, "c", padding=1)
+    engine = SimEngine(Circuit(IDEAL, drive=Drive(managed=True), adc=Adc(14, "max")))
+    conv = Convolution(engine, w, 1.0, "c", padding=1)
     exact = torch.nn.functional.conv2d(torch.from_numpy(x).double(), torch.from_numpy(w).double(), padding=1)
-    assert float((torch.from_numpy(conv.conv(handle, x)) - exact).abs().max()) < 60
+    assert float((torch.from_numpy(conv(x)) - exact).abs().max()) < 60
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -204,7 +204,7 @@ def test_gated_cells_drop_less_and_their_map_is_the_mean_of_the_exact_ones():
     full = effective_conductance(g, wires).sum()
     assert full < gated.sum() < g.sum()
     np.testing.assert_allclose(effective_conductance(g, replace(wires, active=1e-9)), g, rtol=1e-6)
-    with pytest.raises(CrossbarError, match="share of rows"):
+    with pytest.raises(CrossbarError, match=r"Wires\.active = 0\.0 must be .* > 0"):
         Wires(active=0.0)
 
 

@@ -12,7 +12,7 @@ from hq_lib.crossbar import (
     BenchError,
     Circuit,
     ConstantRead,
-    ConvEngine,
+    Convolution,
     Device,
     EngineNetwork,
     FakeDriver,
@@ -85,7 +85,7 @@ def test_replay_fails_loudly_on_what_was_not_measured(recorded):
 
 @pytest.mark.parametrize(
     ("w", "name", "bits", "message"),
-    [(-W, "a", 8, "other weights"), (W, "a", 7, "outside"), (W, "aa", 8, "nearest: a")],
+    [(-W, "a", 8, "other weights"), (W, "a", 7, "outside"), (W, "aa", 8, "nearest: 'a'")],
 )
 def test_a_trace_of_another_network_is_refused(recorded, w, name, bits, message):
     with pytest.raises(ValueError, match=message):
@@ -206,11 +206,10 @@ def test_killed_while_a_part_is_written_the_folder_still_opens(tmp_path, monkeyp
 def test_convolutions_are_recorded_and_replayed(tmp_path):
     w, x = RNG.integers(-8, 8, (4, 2, 3, 3)), RNG.integers(0, 256, (2, 2, 6, 6))
     recorder = RecordEngine(SimEngine(NOISY), tmp_path / "parts")
-    conv = ConvEngine(recorder)
-    y = conv.conv(conv.load(w, 1.0, "c", padding=1), x)
+    y = Convolution(recorder, w, 1.0, "c", padding=1)(x)
     recorder.close()
-    replay = ConvEngine(ReplayEngine(recorder.trace()))
-    np.testing.assert_array_equal(replay.conv(replay.load(w, 1.0, "c", padding=1), x), y)
+    replay = Convolution(ReplayEngine(recorder.trace()), w, 1.0, "c", padding=1)
+    np.testing.assert_array_equal(replay(x), y)
 
 
 def test_a_recorded_simulation_is_calibrated_aged_and_kept_as_a_bare_one(tmp_path):

@@ -184,9 +184,10 @@ def no_error(plan: Plan) -> Iterator[Place]:
 def recovery(plan: Plan) -> Iterator[Place]:
     """Wan's RRAM after one second, in both published fits, by weight scale and correction."""
     yield Place("recovery", RRAM_SECOND, 0, Circuit(device("rram")), tuple(CORRECTIONS))
-    for fit, scale in (("rram", "layer"), ("rram_crosssim", "column"), ("rram_crosssim", "layer")):
-        circuit, kinds = Circuit(device(fit), Mapping(scale=scale)), ("none", "column", "bn")
-        yield Place("recovery", f"{fit}, {scale} scale", 0, circuit, kinds, per_layer=scale == "layer")
+    columns, layer = Mapping(), Mapping(scale="layer")
+    for fit, mapping in (("rram", layer), ("rram_crosssim", columns), ("rram_crosssim", layer)):
+        circuit, kinds = Circuit(device(fit), mapping), ("none", "column", "bn")
+        yield Place("recovery", f"{fit}, {mapping.scale} scale", 0, circuit, kinds, per_layer=mapping is layer)
     if plan.slow:
         yield Place("recovery", RRAM_SECOND, 0, Circuit(device("rram")), ("none", "column"), bits=4)
 
@@ -239,9 +240,9 @@ def adc(plan: Plan) -> Iterator[Place]:
 
 def stuck(plan: Plan) -> Iterator[Place]:
     """Accuracy against stuck cells, with and without a fault map before programming."""
-    for remap, effect in (("none", "no fault map"), ("both", "remapped")):
+    for cells, effect in ((Circuit(IDEAL), "no fault map"), (Circuit(IDEAL, remap="both"), "remapped")):
         for pct in plan.stuck_pct:
-            circuit = Circuit(IDEAL, faults=Faults(pct / 200, pct / 200), remap=remap)
+            circuit = replace(cells, faults=Faults(pct / 200, pct / 200))
             yield Place("stuck", effect, pct, circuit, ("none", "column"))
 
 
