@@ -25,7 +25,7 @@ from hq_lib.crossbar import (
     Adc,
     Circuit,
     ConstantRead,
-    ConvEngine,
+    Convolution,
     Drive,
     Engine,
     IdealEngine,
@@ -110,17 +110,17 @@ def net_seconds(n_images: int, repeats: int) -> float:
 
 def group_seconds(engines: list[Engine], n_images: int, repeats: int) -> list[float]:
     """CPU seconds per image of all convolutions: bare float ones first, then on each of ``engines``, in turn."""
-    total, convs = [0.0] * (1 + len(engines)), [ConvEngine(engine) for engine in engines]
+    total = [0.0] * (1 + len(engines))
     for i, (w, x, stride, n) in enumerate(layers(n_images)):
         wf, xf = w.float(), x.float()
         runs: list[Callable[[], object]] = [
             lambda x=xf, w=wf, stride=stride: functional.conv2d(x, w, stride=stride, padding=1)
         ]
-        for conv, engine in zip(convs, engines, strict=True):
-            handle = conv.load(w, 1.0, f"layer{i}", stride=stride, padding=1)
+        for engine in engines:
+            conv = Convolution(engine, w, 1.0, f"layer{i}", stride=stride, padding=1)
             if isinstance(engine, SimEngine) and engine.circuit.adc is CODES:
-                engine.calibrate_adc(handle.groups[0], conv.rows(handle, x[:2])[0])
-            runs.append(lambda conv=conv, handle=handle, x=x: conv.conv(handle, x))
+                engine.calibrate_adc(conv.groups[0], conv.rows(x[:2])[0])
+            runs.append(lambda conv=conv, x=x: conv(x))
         total = [a + n * b for a, b in zip(total, least_seconds(runs, repeats), strict=True)]
     return [seconds / n_images for seconds in total]
 

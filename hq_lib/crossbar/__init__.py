@@ -5,7 +5,7 @@
     engine.calibrate_adc(handle, x_some)                          # what the converters must cover: (m, K) integers
     y = engine.mvm(handle, x_int)                                 # (B, K) -> (B, N) whole numbers in float64
 
-`ConvEngine` runs convolutions and linear layers of any geometry on any engine, `EngineNetwork` whole integer networks
+`Convolution` is a convolution or linear layer of any geometry on any engine, `EngineNetwork` whole integer networks
 or chosen layers of them. Symbols: K inputs, N outputs, R rows of
 a tile, G conductance (microsiemens), t seconds after programming. Codes, weights and outputs are integers; one step of
 an output is one accumulator step of the integer network.
@@ -22,7 +22,7 @@ from hq_lib.crossbar.calibration import (
 from hq_lib.crossbar.cells import effective_conductance
 from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
 from hq_lib.crossbar.circuit import Adc, Circuit, Verify, Wires
-from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
+from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.devices import (
     Constant,
     ConstantRead,
@@ -55,7 +55,7 @@ from hq_lib.crossbar.simulator import Cost, SimEngine, count
 from hq_lib.crossbar.tcp import BenchServer, TcpDriver
 
 __all__ = [
-    "DEVICES", "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "ConvEngine", "ConvHandle",
+    "DEVICES", "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "Convolution",
     "Correction", "Cost", "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "EngineNetwork",
     "FakeDriver", "Faults", "FlickerRead", "Handle", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping",
     "Measured", "Operand", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine",

@@ -31,7 +31,7 @@ from hq_lib.crossbar.calibration import (
     take_reference,
 )
 from hq_lib.crossbar.checks import CrossbarError, Numbers, check_choice
-from hq_lib.crossbar.convolution import ConvEngine, ConvHandle
+from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.engine import Correction, Engine
 from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.operands import Handle, exact_mvm
@@ -64,22 +64,21 @@ class EngineNetwork:
         need_model(model)
         self.model = model
         chosen = _choose([op.name for op in model.layers()], {"*": engines} if isinstance(engines, Engine) else engines)
-        self.layers: dict[str, Engine] = chosen
-        self.handles: dict[str, ConvHandle] = {}
+        self.layers: dict[str, Convolution] = {}
         for op in model.layers():
             if op.name in chosen:
-                self.handles[op.name] = load_layer(chosen[op.name], op, model.tensors[op.inputs[0]])
+                self.layers[op.name] = _loaded(chosen[op.name], op, model.tensors[op.inputs[0]])
 
     @property
     def engines(self) -> list[Engine]:
         """The engines in use, each once, in the order of their first layer."""
-        return list({id(engine): engine for engine in self.layers.values()}.values())
+        return list({id(layer.engine): layer.engine for layer in self.layers.values()}.values())
 
     def groups(self) -> Iterator[tuple[Engine, Handle]]:
         """Every loaded matrix with its engine, in the order of execution; a grouped convolution has several."""
-        for name, handle in self.handles.items():
-            for group in handle.groups:
-                yield self.layers[name], group
+        for layer in self.layers.values():
+            for group in layer.groups:
+                yield layer.engine, group
 
     def run(self, images: Numbers, *, batch_size: int = 50) -> np.ndarray:
         """float32 (N, n_classes): the logits of normalised float32 ``images`` (N, C, H, W), as ``integer.run``."""
@@ -129,7 +128,7 @@ class EngineNetwork:
         found: Samples = {}
 
         def look(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
-            if op.name in self.handles:
+            if op.name in self.layers:
                 found[op.name] = self._rows(op, x, n_rows)
             return exact_products(op, x, spec)
 
@@ -160,13 +159,13 @@ class EngineNetwork:
         ideal = self.samples(images, n_rows=n_rows)
 
         def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
-            if op.name in self.handles:
+            if op.name in self.layers:
                 rows = self._rows(op, x, n_rows) if loop == "closed" else ideal[op.name]
-                for group, given, exact in zip(self.handles[op.name].groups, rows, ideal[op.name], strict=True):
-                    fit_range(self.layers[op.name], group, given)
+                groups, engine = self.layers[op.name].groups, self.layers[op.name].engine
+                for group, given, exact in zip(groups, rows, ideal[op.name], strict=True):
+                    fit_range(engine, group, given)
                     if kind is not None:
-                        wanted = exact_mvm(group, exact)
-                        self.layers[op.name].calibrate(group, given, wanted, kind=kind, repeats=repeats)
+                        engine.calibrate(group, given, exact_mvm(group, exact), kind=kind, repeats=repeats)
             return self.products(op, x, spec) if loop == "closed" else exact_products(op, x, spec)
 
         run(self.model, images, batch_size=len(images), products=fit)
@@ -214,31 +213,29 @@ class EngineNetwork:
 
         What ``integer.run(..., products=network.products)`` takes, for callers that want to watch the run.
         """
-        if op.name not in self.handles:
+        if op.name not in self.layers:
             return exact_products(op, x, spec)
-        handle = self.handles[op.name]
-        y = ConvEngine(self.layers[op.name]).conv(handle, _integers(op, x, handle))
+        y = self.layers[op.name](self.integers(op, x))
         if op.weight_step != 1:
             y *= op.weight_step
         room = ACC_MAX - int(np.abs(op.bias.astype(np.int64)).max(initial=0))
         y.clip(-room, room, out=y)
         return y if x.ndim != 3 or isinstance(op, Conv) else y.reshape(*x.shape[:2], -1)
 
-    def measure(self, op: Layer, x: np.ndarray) -> list[Tensor]:
-        """Per group float64 (rows, N): what the layer's engine reads for inputs ``x``, before its correction."""
-        handle = self.handles[op.name]
-        return ConvEngine(self.layers[op.name]).measure(handle, _integers(op, x, handle))
+    def integers(self, op: Layer, x: np.ndarray) -> np.ndarray:
+        """``x`` as the layer takes it: rows of a linear layer in two axes, a signed type where padding is negative."""
+        x = x.astype(np.int32) if self.layers[op.name].groups[0].x_signed else x
+        return x if isinstance(op, Conv) else x.reshape(-1, x.shape[-1])
 
     def _rows(self, op: Layer, x: np.ndarray, n_rows: int) -> list[Tensor]:
         """Per group up to ``n_rows`` of the layer's input rows, at the same places in every run."""
-        handle = self.handles[op.name]
-        groups = ConvEngine(self.layers[op.name]).rows(handle, _integers(op, x, handle))
+        groups = self.layers[op.name].rows(self.integers(op, x))
         order = torch.randperm(len(groups[0]), generator=stream(0, op.name, "calibration rows"))
         return [rows[order[:n_rows]] for rows in groups]
 
 
-def load_layer(engine: Engine, op: Layer, spec: TensorSpec) -> ConvHandle:
-    """The handle of layer ``op`` with inputs on the grid of ``spec``, loaded into ``engine``.
+def _loaded(engine: Engine, op: Layer, spec: TensorSpec) -> Convolution:
+    """Layer ``op`` with inputs on the grid of ``spec``, on ``engine``.
 
     Weights are loaded in steps of their trained grid (``op.weight_step`` apart). Declared bits are those of the grids,
     and more only where a method's grid (DoReFa's without zero, a zero point off the grid) needs them.
@@ -250,7 +247,8 @@ def load_layer(engine: Engine, op: Layer, spec: TensorSpec) -> ConvHandle:
         ends += [spec.zero_point] if any(op.padding) else []
     low, high = int(min(ends)), int(max(ends))
     w_low, w_high = int(w.min(initial=0)), int(w.max(initial=0))
-    return ConvEngine(engine).load(
+    return Convolution(
+        engine,
         w,
         op.weight_scale.astype(np.float64) * op.weight_step,
         op.name,
@@ -265,12 +263,6 @@ def load_layer(engine: Engine, op: Layer, spec: TensorSpec) -> ConvHandle:
 def _signed_bits(low: int, high: int) -> int:
     """Least b with low..high in -2^(b-1)..2^(b-1)-1."""
     return 1 + max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0)
-
-
-def _integers(op: Layer, x: np.ndarray, handle: ConvHandle) -> np.ndarray:
-    """``x`` as the engine wants it: rows of a linear layer in two axes, a signed type where padding is negative."""
-    x = x.astype(np.int32) if handle.groups[0].x_signed else x
-    return x if isinstance(op, Conv) else x.reshape(-1, x.shape[-1])
 
 
 def _choose(names: list[str], engines: Mapping[str, Engine]) -> dict[str, Engine]:

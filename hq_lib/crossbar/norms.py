@@ -69,9 +69,9 @@ def reestimate_norms(network: EngineNetwork, images: Numbers, moments: Mapping[s
 
     Errors: a layer of ``moments`` that is not on an engine is passed over; none at all is an error.
     """
-    layers = [name for name in moments if name in network.handles]
+    layers = [name for name in moments if name in network.layers]
     if not layers:
-        raise CrossbarError(f"no layer on an engine has a batch norm: {list(network.handles)} against {list(moments)}")
+        raise CrossbarError(f"no layer on an engine has a batch norm: {list(network.layers)} against {list(moments)}")
     made: dict[str, Correction] = {}
 
     def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
@@ -89,15 +89,16 @@ def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -
     The moments wanted are those of an engine's own answers, in its accumulator steps: answers are sum w q, without the
     bias and before the zero point's share is taken off.
     """
-    handle, made = network.handles[op.name], {}
+    layer, made = network.layers[op.name], {}
     step = torch.from_numpy(op.acc_scale.astype(np.float64)) * op.weight_step
     bias = torch.from_numpy(op.bias.astype(np.float64)) / op.weight_step
-    mean, std = aim.mean / step - bias + handle.x_zero_point * handle.weight_sum, aim.std / step
-    parts = zip(handle.groups, network.measure(op, x), *(m.chunk(len(handle.groups)) for m in (mean, std)), strict=True)
+    mean, std = aim.mean / step - bias + layer.x_zero_point * layer.weight_sum, aim.std / step
+    raws, moments = layer.measure(network.integers(op, x)), (m.chunk(len(layer.groups)) for m in (mean, std))
+    parts = zip(layer.groups, raws, *moments, strict=True)
     for group, raw, wanted, spread in parts:
         now = raw.std(0, correction=0)
         gain = torch.where(now > 0, spread / now.clamp_min(1e-30), 1.0)
         fitted = Correction(gain, wanted - gain * raw.mean(0), torch.ones_like(gain), "norms", len(raw))
-        network.layers[op.name].set_correction(group, fitted)
+        layer.engine.set_correction(group, fitted)
         made[group.name] = fitted
     return made

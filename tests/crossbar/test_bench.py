@@ -8,7 +8,7 @@ from hq_lib.crossbar import (
     BenchError,
     BenchServer,
     Circuit,
-    ConvEngine,
+    Convolution,
     CrossbarError,
     Drive,
     FakeDriver,
@@ -53,19 +53,17 @@ def test_weights_are_exact_on_any_number_of_levels_or_refused_with_the_slices_th
 
 def test_convolutions_on_a_bench_are_read_a_few_rows_at_a_time_and_resumed(tmp_path):
     w, x = RNG.integers(-127, 128, (3, 2, 3, 3)), RNG.integers(0, 256, (2, 2, 5, 5))
-    want = ConvEngine(IdealEngine())
-    want = want.conv(want.load(w, 1.0, "c", padding=1), x)
+    want = Convolution(IdealEngine(), w, 1.0, "c", padding=1)(x)
     broken = fake(["ok"] * 200 + ["timeout"] * 99)
-    conv = ConvEngine(RecordEngine(engine_on(broken), tmp_path))
-    handle = conv.load(w, 1.0, "c", padding=1)
+    conv = Convolution(RecordEngine(engine_on(broken), tmp_path), w, 1.0, "c", padding=1)
     with pytest.raises(BenchError):
-        conv.conv(handle, x)
+        conv(x)
     kept = load_parts(tmp_path).n_rows
     # 4 input steps on 2 x 3 tiles: 8 reads of up to 4 rows are whole; 7 make the first image's 25 rows, 1 is the next's
     assert kept == 25 + 4
     fresh = fake()
-    conv = ConvEngine(RecordEngine(engine_on(fresh), tmp_path))
-    np.testing.assert_array_equal(conv.conv(conv.load(w, 1.0, "c", padding=1), x), want)
+    conv = Convolution(RecordEngine(engine_on(fresh), tmp_path), w, 1.0, "c", padding=1)
+    np.testing.assert_array_equal(conv(x), want)
 
 
 def test_gain_and_offset_of_a_bench_are_calibrated_away():

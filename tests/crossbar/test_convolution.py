@@ -9,7 +9,7 @@ from hq_lib.crossbar import (
     Adc,
     Circuit,
     ConstantRead,
-    ConvEngine,
+    Convolution,
     CrossbarError,
     Device,
     Drive,
@@ -61,9 +61,7 @@ def test_equals_integer_convolution(make, geometry, z, signed):
     generator = torch.Generator().manual_seed(0)
     w = torch.randint(-8, 8, (8, 4 // geometry.get("groups", 1), 3, 2), generator=generator)
     x = torch.randint(-8 if signed else 0, 8 if signed else 16, (3, 4, 9, 8), generator=generator)
-    conv = ConvEngine(make())
-    handle = conv.load(w, 1.0, "c", x_zero_point=z, w_bits=4, x_bits=4, x_signed=signed, **geometry)
-    y = conv.conv(handle, x)
+    y = Convolution(make(), w, 1.0, "c", x_zero_point=z, w_bits=4, x_bits=4, x_signed=signed, **geometry)(x)
     assert y.dtype is torch.float64
     assert torch.equal(y, reference(w, x, z, **geometry))
 
@@ -72,8 +70,7 @@ def test_equals_integer_convolution(make, geometry, z, signed):
 def test_linear_layers_and_numpy(make):
     random = np.random.default_rng(0)
     w, x = random.integers(-128, 128, (5, 30)), random.integers(0, 256, (4, 30)).astype(np.uint8)
-    conv = ConvEngine(make())
-    y = conv.conv(conv.load(w, np.ones(5), "fc", x_zero_point=100), x)
+    y = Convolution(make(), w, np.ones(5), "fc", x_zero_point=100)(x)
     assert isinstance(y, np.ndarray)
     np.testing.assert_array_equal(y, (x.astype(int) - 100) @ w.T)
 
@@ -85,9 +82,8 @@ def test_depthwise():
         torch.randint(0, 256, (2, 12, 7, 7), generator=generator),
     )
     for make in ENGINES[:2]:
-        conv = ConvEngine(make())
-        handle = conv.load(w, 1.0, "dw", padding=1, groups=12, x_zero_point=5)
-        assert torch.equal(conv.conv(handle, x), reference(w, x, 5, padding=1, groups=12))
+        conv = Convolution(make(), w, 1.0, "dw", padding=1, groups=12, x_zero_point=5)
+        assert torch.equal(conv(x), reference(w, x, 5, padding=1, groups=12))
 
 
 @pytest.mark.parametrize("path", ["auto", "converted"])
@@ -101,11 +97,10 @@ def test_patches_answer_as_their_rows(path):
     )
     for x_in in (x, x.contiguous(memory_format=torch.channels_last)):
         engine = SimEngine(Circuit(device, Mapping(tile_rows=20), path=path, precision="float64"))
-        conv = ConvEngine(engine)
-        handle = conv.load(w, 1.0, "c", padding=1, stride=2, x_zero_point=9)
-        y = conv.conv(handle, x_in)
+        conv = Convolution(engine, w, 1.0, "c", padding=1, stride=2, x_zero_point=9)
+        y = conv(x_in)
         engine.reset_noise()
-        rows = engine.mvm(handle.groups[0], conv.rows(handle, x_in)[0])
+        rows = engine.mvm(conv.groups[0], conv.rows(x_in)[0])
         want = rows - 9 * w.flatten(1).sum(1)
         assert torch.equal(y, want.view(2, 4, 4, 6).permute(0, 3, 1, 2))
 
@@ -120,9 +115,8 @@ def test_batch_size_changes_nothing_in_float64_and_hardly_in_float32():
     for precision, most in (("float64", 0), ("float32", 1)):
         answers = []
         for size in (40, 7):
-            conv = ConvEngine(SimEngine(Circuit(device, precision=precision)))
-            handle = conv.load(w, 1.0, "c", padding=1)
-            answers.append(torch.cat([conv.conv(handle, part) for part in x.split(size)]))
+            conv = Convolution(SimEngine(Circuit(device, precision=precision)), w, 1.0, "c", padding=1)
+            answers.append(torch.cat([conv(part) for part in x.split(size)]))
         assert float((answers[0] - answers[1]).abs().max()) <= most
 
 
@@ -141,8 +135,7 @@ class RowsOnly(IdealEngine):
 def test_engines_that_want_rows_get_bounded_chunks():
     w, x = torch.randint(-8, 8, (3, 2, 3, 3)), torch.randint(0, 16, (5, 2, 8, 8))
     engine: Engine = RowsOnly()
-    conv = ConvEngine(engine)
-    assert torch.equal(conv.conv(conv.load(w, 1.0, "c", padding=1), x), reference(w, x, 0, padding=1))
+    assert torch.equal(Convolution(engine, w, 1.0, "c", padding=1)(x), reference(w, x, 0, padding=1))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +152,7 @@ def test_engines_that_want_rows_get_bounded_chunks():
 )
 def test_bad_geometry_is_refused(change, message):
     with pytest.raises(CrossbarError, match=message):
-        ConvEngine(IdealEngine()).load(torch.full((4, 2, 3, 3), 5), 1.0, "c", **change)
+        Convolution(IdealEngine(), torch.full((4, 2, 3, 3), 5), 1.0, "c", **change)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +166,7 @@ def test_bad_geometry_is_refused(change, message):
 )
 @pytest.mark.parametrize("groups", [1, 2])
 def test_bad_images_are_refused(x, message, groups):
-    conv = ConvEngine(SimEngine(Circuit(IDEAL)))
-    handle = conv.load(torch.ones(4, 2 // groups, 3, 3, dtype=torch.int64), 1.0, "c", groups=groups)
+    w = torch.ones(4, 2 // groups, 3, 3, dtype=torch.int64)
+    conv = Convolution(SimEngine(Circuit(IDEAL)), w, 1.0, "c", groups=groups)
     with pytest.raises(CrossbarError, match=message):
-        conv.conv(handle, x)
+        conv(x)

@@ -10,7 +10,7 @@ from hq_lib.crossbar import (
     Adc,
     Circuit,
     ConstantRead,
-    ConvEngine,
+    Convolution,
     Drive,
     Mapping,
     SimEngine,
@@ -45,12 +45,12 @@ def answers(circuit, geometry, parts=1):
     k = geometry.pop("kernel", 3)
     w = torch.randint(-127, 128, (24, 20, k, k), generator=random)
     x = torch.randint(0, 256, (3, 20, 9, 8), generator=random).to(torch.uint8)
-    conv = ConvEngine(SimEngine(circuit))
-    handle = conv.load(w, 1.0, "a", **geometry)
-    engine, group = conv.engine, handle.groups[0]
+    engine = SimEngine(circuit)
+    conv = Convolution(engine, w, 1.0, "a", **geometry)
+    group = conv.groups[0]
     if circuit.adc.range == "calibrated":
-        engine.calibrate_adc(group, conv.rows(handle, x)[0])
-    y = torch.cat([conv.measure(handle, part)[0] for part in x.chunk(parts)])
+        engine.calibrate_adc(group, conv.rows(x)[0])
+    y = torch.cat([conv.measure(part)[0] for part in x.chunk(parts)])
     return y, engine.saturation()["a"], engine.layer(group).native
 
 

@@ -223,8 +223,8 @@ def test_drift_is_compensated_and_a_calibration_comes_back(tmp_path):
     again = made()
     again.set_time(3e7)
     assert again.load(tmp_path / "state") == [group.name for _, group in network.groups()]
-    assert torch.equal(again.layers["stem"].correction(again.handles["stem"].groups[0]).drift,
-                       network.layers["stem"].correction(network.handles["stem"].groups[0]).drift)  # fmt: skip
+    assert torch.equal(again.layers["stem"].engine.correction(again.layers["stem"].groups[0]).drift,
+                       network.layers["stem"].engine.correction(network.layers["stem"].groups[0]).drift)  # fmt: skip
     other = EngineNetwork(small("w2a3")[0], SimEngine(Circuit(device("pcm_drift"))))
     with pytest.raises(CrossbarError, match="another network"):
         other.load(tmp_path / "state")
@@ -283,7 +283,7 @@ def test_weights_travel_in_steps_of_their_trained_grid():
     network = EngineNetwork(model, IdealEngine())
     for op in model.layers():
         assert isinstance(op, Layer)
-        handle = network.handles[op.name].groups[0]
+        handle = network.layers[op.name].groups[0]
         assert handle.w_bits == op.weight_bits
         n = op.weight.shape[0] // (op.groups if isinstance(op, Conv) else 1)
         stored = torch.from_numpy(op.weight[:n].reshape(n, -1).T.astype(np.int32))

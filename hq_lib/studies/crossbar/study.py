@@ -292,14 +292,14 @@ def measure_products(run: Run[Plan], bench: Programmed, point: Point) -> Iterato
         kind = "gain" if correction == "global" else "column"
         network.calibrate(bench.integers.calibration(run.plan.n_calib, seed), kind=kind, loop="open")
     samples = network.samples(normalize(test.images[:N_HELD_OUT], test.spec), n_rows=N_ROWS)
-    groups = {handle.groups[0]: (samples[name][0], None) for name, handle in network.handles.items()}
+    groups = {layer.groups[0]: (samples[name][0], None) for name, layer in network.layers.items()}
     named = point.key["switches"]
     for line in residuals(network.engines[0], groups).to_dict("records"):
         values = {metric: line[metric] for metric in ("r2", "slope", "relative_error")}
         yield from metric_rows(values, dataset=test.spec.name, switches={**named, "layer": line["layer"]})
     if seed > 0 or correction == "global":
         return
-    engine, handle = network.engines[0], network.handles[LAYER].groups[0]
+    engine, handle = network.engines[0], network.layers[LAYER].groups[0]
     ideal = exact_mvm(handle, samples[LAYER][0]).flatten()
     measured = engine.correction(handle).apply(engine.measure(handle, samples[LAYER][0])).flatten()
     for i in torch.randperm(len(ideal), generator=torch.Generator().manual_seed(0))[: run.plan.n_pairs].tolist():
@@ -335,10 +335,10 @@ def measure_cost(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Fo
 def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, float]:
     """{metric: value} of one image through all layers on ``circuit``: counts first, then energy estimates."""
     costs: list[tuple[Cost, int]] = []
-    for name, handle in network.handles.items():
+    for name, layer in network.layers.items():
         op = next(op for op in network.model.layers() if op.name == name)
         n_mvm = math.prod(network.model.tensors[op.output].shape) // op.weight.shape[0]
-        costs += [(count(group, circuit), n_mvm) for group in handle.groups]
+        costs += [(count(group, circuit), n_mvm) for group in layer.groups]
     low, high = (sum(n * cost.energy_pJ(adc_pJ=adc_pJ) for cost, n in costs) / 1e6 for adc_pJ in ADC_PJ)
     return {
         "n_cells": sum(cost.n_cells for cost, _ in costs),
