@@ -5,11 +5,16 @@ import json
 import pandas as pd
 import pytest
 import torch
+from graph_nets import Tiny, trained_like
 from torch import nn
 
+from hq_lib import data
+from hq_lib.deploy.c import CompilerError
 from hq_lib.results import store
+from hq_lib.studies.bench import Bench
 from hq_lib.studies.bn_fold import study, tables
 from hq_lib.studies.study import StudyError, profile_rows
+from hq_lib.training import predict
 
 
 def row(model, metric, value, statistics, **more):
@@ -34,7 +39,8 @@ def test_a_trained_network_is_listed_as_trained_and_one_without_norms_as_that(ro
     assert table["statistics"].to_dict() == {"LeNet": tables.NO_NORM, "ToyNet": "trained", "VGG-Small": "random"}
     assert table.loc["ToyNet", "test images"] == "9,000"
     assert table.loc["ToyNet", "changed"] == "0"
-    assert set(table.loc["VGG-Small"].iloc[-4:]) == {tables.UNTRAINED}
+    assert set(table.loc["VGG-Small"].iloc[-6:]) == {tables.UNTRAINED}
+    assert table.loc["ToyNet", "integers, norms kept, %"] == "n/r"
 
 
 def test_the_worst_network_of_each_format_is_named(rows):
@@ -88,6 +94,27 @@ def test_random_statistics_show_an_error_and_an_exact_fold_has_none(out_dir, mon
     monkeypatch.setattr(study, "fold_bn", wrong)
     again = study.errors(nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval(), torch.ones(1, 3, 2, 2))
     assert min(again.values()) > 1e-3
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_integers_decide_as_the_float_network_whether_norms_are_folded_or_kept(digits, monkeypatch, has_compiler):
+    if not has_compiler:
+        monkeypatch.setattr(study.export_c, "Runtime", lambda _: (_ for _ in ()).throw(CompilerError("none here")))
+    net = trained_like(Tiny())
+    train, test = (data.load("digits", split, n=100) for split in ("train", "test"))
+    decided = predict(net, test).argmax(1)  # the float network's answers are the right ones
+    bench = Bench(net, {"model": "tiny"}, train, train, data.ImageSet(test.images, decided, test.spec))
+    found = study.in_integers(bench)
+    assert list(found) == ["integers_acc_pct", "integers_kept_acc_pct"]
+    assert min(found.values()) >= 90
+
+
+def test_integers_of_a_network_that_is_folded_already_are_measured_alone(out_dir):
+    """Rows of the fold from before there were integers stay, and only the new point is run."""
+    fold, integers = study.STUDY.points(study.STUDY.plan("smoke", models=["resnet20"]))
+    where = {key: fold.key[key] for key in ("model", "method", "metric", "switches")}
+    store.append("bn_fold", [{"experiment": "bn_fold", "dataset": "cifar10", "value": 1e-15, **where}], profile="smoke")
+    assert [point.name for point in study.STUDY.todo("smoke", models=["resnet20"])] == [integers.name]
 
 
 def test_committed_rows_are_not_measured_again(monkeypatch):

@@ -1,9 +1,9 @@
 """BN folding measured: how exact is it, and what does it do to the weight ranges (notebook 02).
 
 ``hq study bn_fold --profile full`` folds each network in float64 and float32 and appends its errors to ``bn_fold.csv``.
-Networks with a shipped checkpoint are folded with their trained statistics and judged on test images, the ranges of
-their channels go to ``bn_ranges.csv``; all others get random, non-trivial statistics (mean ~ N(0, 1), variance ~
-U(0.5, 2), gamma ~ U(0.5, 1.5), beta ~ U(-1, 1)) and are judged on the error alone.
+Networks with a shipped checkpoint are folded with their trained statistics and judged on test images, in W8A8 integers
+too, and the ranges of their channels go to ``bn_ranges.csv``; all others get random, non-trivial statistics (mean ~
+N(0, 1), variance ~ U(0.5, 2), gamma ~ U(0.5, 1.5), beta ~ U(-1, 1)) and are judged on the error alone.
 """
 
 import copy
@@ -14,8 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from hq_lib import data, models
+from hq_lib import data, integer, models
 from hq_lib.data import ImageSet
+from hq_lib.deploy import c as export_c
+from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.graph.folding import fold_bn, per_channel_ranges
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
 from hq_lib.studies.study import Found, Point, Run, Study, check_choice, metric_rows
@@ -25,6 +27,11 @@ RANGES = "bn_ranges"
 BN = nn.modules.batchnorm._BatchNorm
 N_COMPARED, N_NOISE = 32, 2
 """Images on which logits are compared: test images, or noise."""
+N_CALIB = 256
+"""Training images from which the ranges of the integers come."""
+IN_INTEGERS = {"integers_acc_pct": {"bn": "fold"}, "integers_kept_acc_pct": {"bn": "keep", "pool_bits": 16}}
+"""Metric -> what its policy says besides W8A8. Norms that are kept become an int32 multiplier and an int32 bias of each
+channel, average pools give 16 bits: PACT-Quantization's README has them so, and reports no loss."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,9 @@ def points(plan: Plan) -> list[Point]:
         key = {"model": model, "method": "float", "metric": "rel_error_float64", "switches": switches}
         after = (f"{model}_float_s0",) if trained else ()
         found.append(Point(f"fold_{model}", key, bench=model, after=after))
+        if trained:
+            key = {**key, "method": "minmax", "w_bits": 8, "a_bits": 8, "metric": "integers_kept_acc_pct"}
+            found.append(Point(f"integers_{model}", key, bench=model, after=after, minutes=3.0))
     return found
 
 
@@ -73,15 +83,19 @@ def open_net(run: Run[Plan], name: str) -> Bench | nn.Module | None:
 
 
 def measure(run: Run[Plan], bench: Bench | nn.Module, point: Point) -> Iterator[Found]:
-    """Errors in both number formats; of a shipped network also accuracies and the ranges of its channels."""
+    """Errors in both number formats; of a shipped network also accuracies and channel ranges, or its integers."""
     if isinstance(bench, nn.Module):
         size = _pixels(point.key["model"])
         noise = torch.randn(N_NOISE, 3, size, size, generator=torch.Generator().manual_seed(1))
         yield from metric_rows(errors(bench, noise), dataset="-")
         return
     test = bench.test
-    found = errors(bench.net, data.normalize(test.images[:N_COMPARED], test.spec))
     known = bench.dataset == bench.record["dataset"]  # the embedded digits would give a meaningless accuracy
+    if point.key["metric"] in IN_INTEGERS:
+        common = {"dataset": bench.dataset, "n_test": len(test), "n_calib": N_CALIB, "placement": "deploy"}
+        yield from metric_rows(in_integers(bench) if known else {}, **common)
+        return
+    found = errors(bench.net, data.normalize(test.images[:N_COMPARED], test.spec))
     found |= accuracies(bench.net, test) if known else {}
     yield from metric_rows(found, dataset=bench.dataset, n_test=len(test) if known else 0)
     for row in ranges_before_after(bench.net).to_dict("records"):
@@ -126,6 +140,23 @@ def accuracies(net: nn.Module, test: ImageSet) -> dict[str, float]:
     right = {"acc_pct": before == test.labels, "folded_acc_pct": after == test.labels}
     found = {name: 100 * share.double().mean().item() for name, share in right.items()}
     return {**found, "n_flips": float((before != after).sum())}
+
+
+def in_integers(bench: Bench) -> dict[str, float]:
+    """Accuracies in W8A8 integers, percent: min-max ranges, 31-bit multipliers, norms folded and norms kept."""
+    found, x = {}, bench.calibration(N_CALIB, 0)
+    images = data.normalize(bench.test.images, bench.test.spec).numpy()
+    for metric, how in IN_INTEGERS.items():
+        qnet = quantize(bench.net, BitPolicy("minmax:8", "minmax:8", **how), x[:1])
+        calibrate(qnet, x)
+        record = integer.lower(qnet.eval(), requantizer="fixed", images=bench.test.spec)
+        try:
+            logits = export_c.Runtime(record).run(images)
+        except export_c.CompilerError:  # NumPy gives the same integers, in five times the time
+            logits = integer.run(record, images)
+        right = torch.from_numpy(logits).argmax(1) == bench.test.labels
+        found[metric] = 100 * right.double().mean().item()
+    return found
 
 
 def ranges_before_after(net: nn.Module) -> pd.DataFrame:

@@ -12,7 +12,10 @@ NO_NORM = "no batch norm"
 UNTRAINED = "untrained"
 """In place of what a network with random statistics does not have: predictions worth counting."""
 ERRORS = {"rel_error_float64": "relative error, float64", "rel_error_float32": "relative error, float32"}
-DECIMALS = {"acc_pct": ("accuracy, %", 2), "folded_acc_pct": ("folded, %", 2), "n_flips": ("changed", 0)}
+DECIMALS = {
+    "acc_pct": ("accuracy, %", 2), "folded_acc_pct": ("folded, %", 2), "n_flips": ("changed", 0),
+    "integers_acc_pct": ("integers, folded, %", 2), "integers_kept_acc_pct": ("integers, norms kept, %", 2),
+}  # fmt: skip
 """Metric of a trained network -> title and digits in print."""
 
 
@@ -32,10 +35,10 @@ def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
     out["images"] = wide["dataset"].replace("-", "noise")
     for metric, title in ERRORS.items():
         out[title] = [f"{value:.1e}" for value in wide[metric]]
-    absent = pd.Series(wide["statistics"]).map({"random": UNTRAINED}).fillna(tables.NOT_RUN)
+    absent = [UNTRAINED if source == "random" else tables.NOT_RUN for source in wide["statistics"]]
     for metric, (title, digits) in DECIMALS.items():
-        out[title] = wide[metric].map(f"{{:.{digits}f}}".format, na_action="ignore").fillna(absent)
-    out["test images"] = wide["n_test"].map("{:,}".format).where(wide["n_test"] > 0, absent)
+        out[title] = [a if pd.isna(v) else f"{v:.{digits}f}" for v, a in zip(wide[metric], absent, strict=True)]
+    out["test images"] = [f"{n:,}" if n else a for n, a in zip(wide["n_test"], absent, strict=True)]
     return out
 
 
