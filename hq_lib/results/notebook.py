@@ -80,9 +80,10 @@ class Session:
         shown = thing if isinstance(thing, pd.DataFrame) else thing()
         if isinstance(shown, pd.DataFrame):
             tables.write(shown, name, profile=self.profile, caption=caption, switches=switches or {})
+            display(Markdown(tables.markdown(shown)))  # pandas' own view cuts long cells and long tables
         else:
             figures.save(shown, name, self.profile, caption=caption)
-        display(shown, metadata={"image/png": {"alt": claim}})
+            display(shown, metadata={"image/png": {"alt": claim}})
         literally = caption.replace("*", r"\*")
         display(Markdown(f"**{name}.** {literally}"))
 

@@ -179,6 +179,7 @@ def fig_products(ideal: Tensor, measured: Tensor, *, title: str) -> Figure:
     ax.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
     ax.scatter(ideal.flatten(), measured.flatten(), s=4, linewidths=0, alpha=0.6, color=look("before").color)
     ax.set(title=f"{title}: relative error {error:.3f}", xlabel="ideal, steps", ylabel="measured, steps")
+    ax.locator_params(nbins=5)
     return figure
 
 
