@@ -4,12 +4,14 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +149,15 @@ for file, of, want in pickle.loads(Path({index!r}).read_bytes()):
 """
 
 
+def unequal_in_a_fresh_process(index, folder) -> list[int]:
+    """Output values that differ, for each (file, network, wanted outputs), where nothing else ran before."""
+    (folder / "index").write_bytes(pickle.dumps(index))
+    script = FRESH.format(tests=str(paths.ROOT / "tests"), index=str(folder / "index"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=paths.ROOT)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
 def test_a_fresh_process_gives_the_same_bits(tmp_path, steps_of_ptq):
     """Files of every method and every step of PTQ, and pickles of whole networks, opened where nothing else ran."""
     nets = dict(steps_of_ptq)
@@ -159,10 +170,54 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path, steps_of_ptq):
         index += [(str(file), of, want) for file in both_forms(qnet, tmp_path, str(i))]
         torch.save(qnet, tmp_path / f"{i}.pt")
         index.append((str(tmp_path / f"{i}.pt"), of, want))
-    (tmp_path / "index").write_bytes(pickle.dumps(index))
-    script = FRESH.format(tests=str(paths.ROOT / "tests"), index=str(tmp_path / "index"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=paths.ROOT)
-    assert done.stdout.split() == ["0"] * len(index), done.stderr
+    assert unequal_in_a_fresh_process(index, tmp_path) == [0] * len(index)
+
+
+STEPS = ("minmax", "percentile", "mse", "aciq", "aciq_official", "corrected", "adaround", "brecq", "qdrop")
+SYMMETRIC_ONLY = ("dorefa", "dorefa_hw", "pact", "mpact")
+
+
+def after_calibration(method: str, bits: int, axis: int | None, scheme: Any) -> graph.QuantizedNet:
+    """A small network whose weights and activations are on the grids of a training method."""
+    weight = {"method": method, "bits": bits, "axis": axis, "signed": scheme == "symmetric"}
+    return fitted(BitPolicy(weight, f"{method}:{bits}", bn="fold"))
+
+
+def after_ptq(method: str, bits: int, axis: int | None, scheme: Any) -> graph.QuantizedNet:
+    """A small network after a range method, a reconstruction (on L2.4 ranges), or moment correction."""
+    x, weight = images(8), {"method": "minmax", "bits": bits, "axis": axis}
+    policy = BitPolicy(weight, f"lsq_plus:{bits}", first_last_bits=None, bn="fold")
+    qnet = quantize(trained_like(Small()), policy, x[:1])
+    ranges: Any = "mse" if method in ("adaround", "brecq", "qdrop", "corrected") else method
+    ptq.fit_weights(qnet, ranges, scheme=scheme)
+    ptq.fit_acts(qnet, x, ranges)
+    if method == "corrected":
+        ptq.correct_moments(qnet, x)
+    elif ranges != method:
+        ptq.reconstruct(qnet, x, getattr(ptq, method)(iterations=2, batch_size=4, n_images=None))
+    return qnet
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("made", "method"), [(after_calibration, m) for m in METHODS] + [(after_ptq, m) for m in STEPS]
+)
+def test_every_method_comes_back_in_a_fresh_process_over_the_whole_grid(tmp_path, made, method):
+    """Symmetric and affine, per tensor and per channel, 1 to 8 and 16 bits, both forms; what is refused says why."""
+    index, n_refused = [], 0
+    for scheme, axis, bits in itertools.product(("symmetric", "affine"), (None, 0), (1, 2, 3, 4, 5, 6, 7, 8, 16)):
+        no_range = made is after_ptq and bits == 1  # two levels have no range to choose
+        if no_range or (made is after_calibration and method in SYMMETRIC_ONLY and scheme == "affine"):
+            with pytest.raises((QuantizeError, graph.PolicyError), match="2 bits or more" if no_range else "unsigned"):
+                made(method, bits, axis, scheme)
+            n_refused += 1
+            continue
+        qnet = made(method, bits, axis, scheme)
+        want = qnet.eval()(images(3, seed=7)).detach()
+        index += [(str(file), "Small", want) for file in both_forms(qnet, tmp_path, f"{scheme}_{axis}_{bits}")]
+    assert len(index) == 2 * (36 - n_refused)
+    assert unequal_in_a_fresh_process(index, tmp_path) == [0] * len(index)
 
 
 def test_shipped_checkpoints_open_by_name_with_their_records():
