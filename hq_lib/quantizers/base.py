@@ -118,7 +118,9 @@ class Quantizer(nn.Module):
     def make_ready(self, x: Tensor) -> None:
         """Fit to ``x`` on the first use only; RuntimeError for an activation in eval mode."""
         if not self._ready:
-            _first_fit(self, x)  # pyright: ignore[reportCallIssue]  # the decorator hides the signature
+            # not a decorator: that would import the compiler, seconds for every process that never compiles
+            compiling = torch.compiler.is_compiling()
+            (torch.compiler.disable(_first_fit) if compiling else _first_fit)(self, x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         """Move grids with the network, but never to float16 or bfloat16: a step of 1e-8 would be 0 there."""
@@ -190,7 +192,6 @@ def parameter_tags(net: nn.Module) -> dict[str, Tag]:
     }
 
 
-@torch.compiler.disable
 def _first_fit(quantizer: Quantizer, x: Tensor) -> None:
     if bool(quantizer.initialised):  # a copy whose state was filled tensor by tensor, as a moving average's is
         quantizer.mark_fitted()

@@ -64,7 +64,9 @@ def both_forms(qnet, folder, name="net"):
     return files
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+@pytest.mark.parametrize(
+    "bits", [1, 3, 16, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 5, 6, 7, 8))]
+)
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_comes_back_to_the_last_bit(tmp_path, method, axis, bits):

@@ -257,6 +257,15 @@ def test_torch_compile_takes_the_graph_whole():
     assert torch.equal(compiled(x), qnet(x))
 
 
+def test_a_compiled_network_fits_itself_on_its_first_batch_as_the_plain_one_does():
+    net, x, outputs = trained_like(Tiny()), images(4), []
+    for compiled in (False, True):
+        qnet = quantize(copy.deepcopy(net), BitPolicy("lsq:4", "dsq:4"), x[:1]).train()
+        forward = torch.compile(qnet, backend="eager") if compiled else qnet
+        outputs.append(torch.stack([forward(x), forward(x)]))
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50", "mobilenet_v2", "regnet_x_400mf", "mnasnet0_5", "efficientnet_b0", "googlenet",

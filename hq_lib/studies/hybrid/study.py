@@ -40,7 +40,7 @@ from hq_lib.studies.hybrid.tables import losses, sensitivities
 from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, profile_rows
 from hq_lib.training import evaluate, predict
 
-MODEL, EVAL_BATCH, N_VAL = "resnet20", 100, 500
+MODEL, EVAL_BATCH = "resnet20", 100
 SENSITIVITY, ALLOCATION = "layer_sensitivity", "bit_allocation"
 ENDS, ENDS_BITS = ("weight conv1", "weight linear", "act pool"), 8
 """first and last layer, and their bits where they are an exception"""
@@ -60,6 +60,8 @@ class MapPlan:
     """Images that ranges are fitted to."""
     n_test: int | None = None
     """Test images; None = all."""
+    n_val: int = 500
+    """Images that the short training is watched on."""
     trained_at_the_boundary: bool = False
     """Whether the cell with all tensors at the boundary is trained too."""
     seeds: tuple[int, ...] = (0,)
@@ -67,7 +69,7 @@ class MapPlan:
 
 
 MAP_PLANS = {
-    "smoke": MapPlan((2, 8), 64, 16, 20),
+    "smoke": MapPlan((2, 8), 64, 16, 20, 20),
     "quick": MapPlan((2, 4, 8), 1_280, 64, 500),
     "full": MapPlan((2, 3, 4, 6, 8), 12_800, 256, trained_at_the_boundary=True),
 }
@@ -95,7 +97,8 @@ def _map_key(plan: MapPlan, cell: Cell) -> Row:
 
 def open_map(run: Run[MapPlan], shared: Any) -> tuple[Bench, QuantizedNet | None] | None:
     """Network and images, and what the short training made of it where the cells have a trained tensor."""
-    plan, bench = run.plan, open_bench(MODEL, n_val=N_VAL, n_test=run.plan.n_test, device=run.device)
+    plan = run.plan
+    bench = open_bench(MODEL, n_val=plan.n_val, n_test=plan.n_test, device=run.device)
     if bench is None or not shared.is_trained:
         return bench and (bench, None)
     return bench, train(shared, bench, run.folder, n_calib=plan.n_calib, n_train=plan.n_train)
