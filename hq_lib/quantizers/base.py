@@ -119,8 +119,8 @@ class Quantizer(nn.Module):
         """Fit to ``x`` on the first use only; RuntimeError for an activation in eval mode."""
         if not self._ready:
             # not a decorator: that would import the compiler, seconds for every process that never compiles
-            compiling = torch.compiler.is_compiling()
-            (torch.compiler.disable(_first_fit) if compiling else _first_fit)(self, x)
+            fit: Any = torch.compiler.disable(_first_fit) if torch.compiler.is_compiling() else _first_fit
+            fit(self, x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         """Move grids with the network, but never to float16 or bfloat16: a step of 1e-8 would be 0 there."""
