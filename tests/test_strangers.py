@@ -33,9 +33,7 @@ from hq_lib.crossbar import (
     RecordEngine,
     Trace,
     fit_report,
-    load_calibration,
     measured_device,
-    save_calibration,
 )
 from hq_lib.data import folder as pictures
 from hq_lib.data import load as load_images
@@ -262,9 +260,6 @@ def readers(folder):
     weights = np.arange(12).reshape(4, 3)
     engine.mvm(engine.load(weights, 0.5, "a"), np.arange(8).reshape(2, 4))
     engine.trace().save(folder / "trace.safetensors")
-    bench = IdealEngine()
-    bench.load(weights, 0.5, "a")
-    save_calibration(folder / "calibration.safetensors", bench)
     digits = load_images("digits", "train", n=20)
     selection.write(selection.from_images(digits, range(5)), folder / "manifest.json")
     picture = io.BytesIO()
@@ -285,8 +280,6 @@ def readers(folder):
         "record.npz": ((folder / "net.npz").read_bytes(), integer.load),
         "trace.safetensors": ((folder / "trace.safetensors").read_bytes(), Trace.load),
         "trace_record.json": (trace_text, resealed(trace_state, Trace.load)),
-        "calibration.safetensors": (
-            (folder / "calibration.safetensors").read_bytes(), lambda p: load_calibration(p, bench)),
         "manifest.json": ((folder / "manifest.json").read_bytes(), selection.read),
         "picture.png": (picture.getvalue(), read_picture),
         "picture.jpg": (jpeg.getvalue(), read_picture),
@@ -310,7 +303,7 @@ def readers(folder):
 
 NAMES = (
     "network.safetensors", "network_record.json", "checkpoint.safetensors", "checkpoint_record.json", "record.npz",
-    "trace.safetensors", "trace_record.json", "calibration.safetensors", "manifest.json", "picture.png", "picture.jpg",
+    "trace.safetensors", "trace_record.json", "manifest.json", "picture.png", "picture.jpg",
     "run.yaml", "rows.csv", "device.csv", "container.hqm", "exported.onnx", "fpga_manifest.json", "fpga_image.hex",
     "fpga_weight.txt", "fpga_quant.txt", "seed.tuple", "public.pt", "packet_deflate.bin", "packet_float.bin",
     "packet.jpg", "published.csv", "cells.csv", "run_state.pt", "run_config.json", "fit_unit.safetensors",

@@ -11,14 +11,7 @@ a tile, G conductance (microsiemens), t seconds after programming. Codes, weight
 an output is one accumulator step of the integer network.
 """
 
-from hq_lib.crossbar.calibration import (
-    Reference,
-    compensate_drift,
-    load_calibration,
-    residuals,
-    save_calibration,
-    take_reference,
-)
+from hq_lib.crossbar.calibration import Reference, compensate_drift, residuals, take_reference
 from hq_lib.crossbar.cells import effective_conductance
 from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
 from hq_lib.crossbar.circuit import Adc, Circuit, Verify, Wires
@@ -60,6 +53,6 @@ __all__ = [
     "FakeDriver", "Faults", "FlickerRead", "Handle", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping",
     "Measured", "Operand", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine",
     "Reference", "ReplayEngine", "SimEngine", "Stencil", "TcpDriver", "Trace", "TraceError", "Verify", "Wires",
-    "compensate_drift", "count", "device", "effective_conductance", "fit_report", "load_calibration", "measured_device",
-    "proportional", "residuals", "save_calibration", "state_independent", "take_reference",
+    "compensate_drift", "count", "device", "effective_conductance", "fit_report", "measured_device",
+    "proportional", "residuals", "state_independent", "take_reference",
 ]  # fmt: skip

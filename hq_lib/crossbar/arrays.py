@@ -83,12 +83,6 @@ class ArrayLayer:
             raise CrossbarError(f"{self.handle.name}: converters may lose something; use path='auto' or adc=None")
         return "analog" if self.circuit.drive.at_once else "serial"
 
-    def set_adc_step(self, step: Tensor) -> None:
-        """Nothing; converters read with ``step`` (Q, N) unit currents per code from now on."""
-        if step.shape != (self.plan.weight.numel(), self.plan.n_outputs) or not bool((step > 0).all()):
-            raise CrossbarError(f"{self.handle.name}: converter steps {tuple(step.shape)} do not fit this layer")
-        self.adc_step, self._tiles = step.to(torch.float64), []
-
     def calibrate_adc(self, x: Tensor) -> None:
         """Nothing; fits the converters' range to the currents of ``x`` (m, K). One range for the layer; the ranges of
         slices are powers of two of each other, so that shift-and-add stays whole."""
@@ -98,7 +92,7 @@ class ArrayLayer:
         fitted = torch.tensor([adc.fitted_step(plane, self.signed) for plane in planes], dtype=torch.float64)
         base = fitted.min()
         fitted = base * torch.exp2(torch.ceil(torch.log2(fitted / base) - 1e-9))
-        self.set_adc_step(fitted[:, None] * self.span)
+        self.adc_step, self._tiles = fitted[:, None] * self.span, []
 
     def _currents(self, x: Tensor) -> list[Tensor]:
         """Per plane, all tile currents of sample rows ``x`` as float32, in full cells times input steps."""

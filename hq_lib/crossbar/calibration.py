@@ -1,4 +1,4 @@
-"""Calibration of a network's layers: converter ranges, residuals, drift compensation, saved and loaded.
+"""Calibration of a network's layers: converter ranges, residuals, drift compensation.
 
 Open loop: every layer is fitted on the ideal network's inputs. Closed loop: on the inputs that the already calibrated
 layers before it really deliver, against the ideal network's accumulators for the same images; it also takes out what
@@ -11,20 +11,17 @@ time, once per layer read and kept:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice, difference
-from hq_lib.crossbar.engine import Correction, Engine
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice
+from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.operands import Handle, exact_mvm
-from hq_lib.crossbar.recording import read_sealed, simulated, write_sealed
+from hq_lib.crossbar.recording import simulated
 
-SCHEMA = 2
 Sample = tuple[Numbers, Numbers | None]
 """(inputs (m, K), wanted outputs (m, N) or None for the exact product of those inputs)"""
 
@@ -59,50 +56,6 @@ def residuals(engine: Engine, samples: Mapping[Handle, Sample]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def save_calibration(path: str | Path, engine: Engine) -> None:
-    """Nothing; writes corrections and converter steps of all loaded layers to ``path`` (.safetensors).
-
-    Its record names engine, and layers with the hash of their weights; the file is sealed with its own.
-    """
-    state: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    simulator = simulated(engine)
-    for name, handle in engine.handles.items():
-        found = engine.correction(handle)
-        errors = {part: getattr(found, part) for part in ("rmse_before", "rmse_after")}
-        errors = {part: None if value != value else value for part, value in errors.items()}  # JSON has no NaN
-        layers[name] = {"weights": handle.digest, "kind": found.kind, "n_rows": found.n_rows, **errors}
-        state |= {f"{name}/{part}": getattr(found, part) for part in ("gain", "offset", "drift")}
-        step = simulator.layer(handle).adc_step if simulator else None
-        if step is not None:
-            state[f"{name}/adc_step"] = step
-    write_sealed(path, state, {"schema": SCHEMA, "engine": engine.describe(), "layers": layers})
-
-
-def load_calibration(path: str | Path, engine: Engine) -> list[str]:
-    """Names of the layers that are calibrated now, as saved by `save_calibration`.
-
-    Errors: another schema, a damaged file, a layer that is not loaded or whose weights differ, an engine with other
-    settings (its cells have other errors); its time may differ.
-    """
-    state, record = read_sealed(path, SCHEMA)
-    handles = engine.handles
-    for name, layer in record["layers"].items():
-        if name not in handles or handles[name].digest != layer["weights"]:
-            state_of = "has other weights" if name in handles else "is not loaded"
-            raise CrossbarError(f"{path}: layer {name!r} {state_of}; this calibration belongs to another network")
-    if other := difference(record["engine"], engine.describe()):
-        raise CrossbarError(f"{path}: it was fitted on another engine: {other}; calibrate this one")
-    for name, layer in record["layers"].items():
-        handle = handles[name]
-        if (simulator := simulated(engine)) and f"{name}/adc_step" in state:
-            simulator.layer(handle).set_adc_step(state[f"{name}/adc_step"])
-        gain, offset, drift = (state[f"{name}/{part}"] for part in ("gain", "offset", "drift"))
-        errors = (float("nan") if layer[part] is None else layer[part] for part in ("rmse_before", "rmse_after"))
-        engine.set_correction(handle, Correction(gain, offset, drift, layer["kind"], layer["n_rows"], *errors))
-    return list(record["layers"])
-
-
 _RANGE = (0.1, 100.0)  # a factor outside it means a dead column, not drift
 
 
@@ -114,8 +67,6 @@ class Reference:
     """(m, K) integer inputs."""
     size: Tensor
     """float64 (N,), mean |reading| per column, accumulator units."""
-    t_s: float
-    """Seconds after programming at which it was read."""
 
 
 def take_reference(engine: Engine, handle: Handle, probes: Numbers) -> Reference:
@@ -123,7 +74,7 @@ def take_reference(engine: Engine, handle: Handle, probes: Numbers) -> Reference
     rows = as_tensor(probes)
     if len(rows) < 1 or not bool((rows != 0).any()):
         raise CrossbarError(f"{handle.name}: probe rows must exist and not all be zero")
-    return Reference(rows, engine.measure(handle, rows).abs().mean(0), engine.time_s)
+    return Reference(rows, engine.measure(handle, rows).abs().mean(0))
 
 
 def compensate_drift(engine: Engine, handle: Handle, reference: Reference, *, per: str = "column") -> Tensor:
@@ -140,5 +91,5 @@ def compensate_drift(engine: Engine, handle: Handle, reference: Reference, *, pe
     else:
         factor = reference.size / now.clamp_min(1e-30)
     factor = torch.where((reference.size > 0) & (now > 0), factor.clamp(*_RANGE), 1.0)
-    engine.set_correction(handle, engine.correction(handle).with_drift(factor))
+    engine.set_correction(handle, replace(engine.correction(handle), drift=factor))
     return factor

@@ -97,10 +97,6 @@ class Correction:
             return raw
         return torch.addcmul(self.offset.to(raw.dtype), raw, (self.gain * self.drift).to(raw.dtype))
 
-    def with_drift(self, factor: Tensor) -> Correction:
-        """The same gain and offset after readings were multiplied by ``factor`` (N,) or ()."""
-        return replace(self, drift=factor.to(torch.float64).expand_as(self.gain).clone())
-
 
 def _rmse(y: Tensor, wanted: Tensor) -> float:
     return float((y - wanted).square().mean().sqrt())

@@ -15,21 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.calibration import (
-    Reference,
-    compensate_drift,
-    fit_range,
-    load_calibration,
-    save_calibration,
-    take_reference,
-)
+from hq_lib.crossbar.calibration import Reference, compensate_drift, fit_range, take_reference
 from hq_lib.crossbar.checks import CrossbarError, Numbers, check_choice
 from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.engine import Correction, Engine
@@ -113,14 +104,6 @@ class EngineNetwork:
             raise CrossbarError("no layer is on simulated cells: there is no time or temperature to set")
         return found
 
-    def describe(self) -> dict[str, Any]:
-        """Flat dictionary for result rows: which layers, and every setting of their engines."""
-        found: dict[str, Any] = {"layers_on_engine": f"{len(self.layers)} of {len(self.model.layers())}"}
-        for i, engine in enumerate(self.engines):
-            prefix = "" if len(self.engines) == 1 else f"engine{i}."
-            found |= {f"{prefix}{key}": value for key, value in engine.describe().items()}
-        return found
-
     # -- calibration ---------------------------------------------------------------------------------------------------
 
     def samples(self, images: Numbers, *, n_rows: int = 4096) -> Samples:
@@ -186,25 +169,6 @@ class EngineNetwork:
         """Nothing; all corrections are the identity again (converter ranges stay)."""
         for engine, group in self.groups():
             engine.set_correction(group, None)
-
-    def save(self, folder: str | Path) -> None:
-        """Nothing; writes the calibration of every engine into ``folder`` (``engine_0.safetensors``, ...).
-
-        With `load` on a network made the same way, work goes on where it stopped without calibrating again.
-        """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for i, engine in enumerate(self.engines):
-            save_calibration(Path(folder) / f"engine_{i}.safetensors", engine)
-
-    def load(self, folder: str | Path) -> list[str]:
-        """Names of the matrices whose calibration, written by `save`, is in force now; another network's is refused."""
-        found = []
-        for i, engine in enumerate(self.engines):
-            path = Path(folder) / f"engine_{i}.safetensors"
-            if not path.exists():
-                raise CrossbarError(f"{path} is missing: save() a calibration of this network there first")
-            found += load_calibration(path, engine)
-        return found
 
     # -- products ------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ all: a changed number anywhere is refused. That guards against damage, not again
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import TraceError, check_choice, difference
+from hq_lib.crossbar.checks import TraceError, check_choice
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.operands import Handle, Operand, exact_mvm, make_handle
 from hq_lib.crossbar.simulator import SimEngine
@@ -114,14 +115,16 @@ class Trace:
             ],
             "calls": [{"layer": call.layer, "t_s": call.t_s} for call in self.calls],
         }
-        write_sealed(path, state, record)
+        write_checkpoint(path, state, record)
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """The trace stored at ``path``. Errors (`TraceError`): absent, changed in anything, or of another schema."""
-        state, record = read_sealed(path, SCHEMA)
         layers: dict[str, Handle] = {}
         try:
+            state, record = read_checkpoint(path)
+            if record.get("schema") != SCHEMA:
+                raise TraceError(f"{path}: schema {record.get('schema')!r:.40}, this version reads {SCHEMA}")
             for i, layer in enumerate(record["layers"]):
                 bits = {key: layer[key] for key in ("w_bits", "x_bits", "x_signed")}
                 w, scale = state[f"layers/{i}/w"], state[f"layers/{i}/w_scale"]
@@ -131,39 +134,10 @@ class Trace:
                 x, y, y_ideal = (state[f"calls/{i}/{part}"].numpy() for part in ("x", "y", "y_ideal"))
                 calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"]))
             return cls(record["engine"], layers, calls)
+        except CheckpointError as error:
+            raise TraceError(str(error)) from None
         except (LookupError, TypeError, AttributeError) as error:
             raise TraceError(f"{path}: its record is of another form ({type(error).__name__}: {error})") from error
-
-    @classmethod
-    def join(cls, parts: Iterable[Trace]) -> Trace:
-        """One trace of all ``parts`` in their order; parts whose layers contradict each other are refused."""
-        whole = cls()
-        for part in parts:
-            whole.engine = whole.engine or part.engine
-            for name, handle in part.layers.items():
-                if whole.layers.setdefault(name, handle).digest != handle.digest:
-                    raise TraceError(f"layer {name!r} has different weights in two parts of one trace")
-            whole.calls += part.calls
-        return whole
-
-
-def write_sealed(path: str | Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Nothing; writes tensors and plain data with the SHA-256 of both to one .safetensors file, whole or not at all."""
-    try:
-        write_checkpoint(path, state, record)
-    except CheckpointError as error:
-        raise TraceError(str(error)) from None
-
-
-def read_sealed(path: str | Path, schema: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, record) of a file of `write_sealed`; ``TraceError`` where anything of it is not what was written."""
-    try:
-        state, record = read_checkpoint(path)
-    except CheckpointError as error:
-        raise TraceError(str(error)) from None
-    if record.get("schema") != schema:
-        raise TraceError(f"{path}: schema {record.get('schema')!r:.40}, this version reads {schema}")
-    return state, record
 
 
 class RecordEngine(Engine):
@@ -286,10 +260,34 @@ class ReplayEngine(Engine):
 
 
 def load_parts(folder: str | Path) -> Trace:
-    """All parts of a recorder's folder as one trace; empty if there are none."""
+    """All parts of a recorder's folder as one trace, empty if there are none; layers that contradict are refused."""
     if older := sorted(Path(folder).glob("part_*.npz")):
         raise TraceError(f"{older[0]}: a trace of schema 1, this version reads {SCHEMA}; use an empty folder")
-    return Trace.join(Trace.load(part) for part in sorted(Path(folder).glob("part_*.safetensors")))
+    whole = Trace()
+    for part in map(Trace.load, sorted(Path(folder).glob("part_*.safetensors"))):
+        whole.engine = whole.engine or part.engine
+        for name, handle in part.layers.items():
+            if whole.layers.setdefault(name, handle).digest != handle.digest:
+                raise TraceError(f"layer {name!r} has different weights in two parts of one trace")
+        whole.calls += part.calls
+    return whole
+
+
+def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """In words the first setting in which two engines' descriptions differ, or "" where they do not.
+
+    Time ("t_s"), temperature ("celsius") and the conditions of a bench ("env.*") may pass.
+
+    Args:
+        stored: from JSON. ``present``: from ``describe()``.
+    """
+    now = json.loads(json.dumps(present))
+    for key in sorted(stored.keys() | now.keys()):
+        passing = key in ("t_s", "celsius") or key.startswith("env.")
+        if not passing and (key not in stored or key not in now or stored[key] != now[key]):
+            then, here = (f"{side[key]!r:.80}" if key in side else "not set" for side in (stored, now))
+            return f"{key} was {then}, here it is {here}"
+    return ""
 
 
 def _keys(layer: str, rows: np.ndarray) -> list[tuple[str, bytes]]:

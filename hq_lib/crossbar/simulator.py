@@ -27,8 +27,8 @@ from hq_lib.crossbar.profiles import DEVICES
 class SimEngine(Engine):
     """Analog arrays in simulation. Same circuit, same layers: same answers, for any batch size.
 
-    Three ways of computing, chosen by itself (`chosen_path`): one matmul with the effective weights where no converter
-    stands between, converted reading with all input bits at once, and converted reading bit by bit.
+    Three ways of computing, chosen by itself (``layer(handle).path``): one matmul with the effective weights where no
+    converter stands between, converted reading with all input bits at once, and converted reading bit by bit.
 
     Args:
         circuit: all settings; the default is PCM (Joshi), pairs, column scale, 128 rows, ideal reading.
@@ -78,14 +78,10 @@ class SimEngine(Engine):
         self._streams.clear()
 
     def layer(self, handle: Handle) -> ArrayLayer:
-        """The simulated cells behind ``handle``, for maps of conductances and effective weights."""
+        """The arrays behind ``handle``: cells and pulses, weights, path, converter steps, conversions, saturations."""
         if handle.name not in self._layers or self._layers[handle.name].handle is not handle:
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._layers)}")
         return self._layers[handle.name]
-
-    def chosen_path(self, handle: Handle) -> str:
-        """ "collapsed", "analog" or "serial": how this layer is computed."""
-        return self.layer(handle).path
 
     def calibrate_adc(self, handle: Handle, x: np.ndarray | Tensor) -> Tensor:
         """float64 (Q, N): the converter steps, in unit currents, now fitted to the currents of rows ``x`` (m, K)."""
@@ -93,14 +89,6 @@ class SimEngine(Engine):
         layer.calibrate_adc(self._checked(handle, x).rows())
         assert layer.adc_step is not None
         return layer.adc_step
-
-    def pulses(self) -> dict[str, tuple[int, int]]:
-        """{layer: (programming pulses, cells)}; equal unless cells are verified (`Verify`)."""
-        return {name: (layer.cells.n_pulses, layer.cells.target_uS.numel()) for name, layer in self._layers.items()}
-
-    def saturation(self) -> dict[str, tuple[int, int]]:
-        """{layer: (saturated conversions, all conversions)} since loading."""
-        return {name: (layer.n_saturated, layer.n_conversions) for name, layer in self._layers.items()}
 
     def describe(self) -> dict[str, Any]:
         settings = flatten("", self.circuit)

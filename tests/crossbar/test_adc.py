@@ -104,10 +104,11 @@ def test_saturation_is_counted():
     engine, handle = engine_and_handle(Adc(8, coverage=0.5))
     engine.calibrate_adc(handle, X)
     engine.mvm(handle, X)
-    saturated, conversions = engine.saturation()["a"]
+    saturated, conversions = engine.layer(handle).n_saturated, engine.layer(handle).n_conversions
     assert conversions == 2 * 64 * 6  # tiles, rows, columns
     assert 0.3 < saturated / conversions < 0.6
-    assert engine_and_handle(Adc(8, "max"))[0].saturation()["a"] == (0, 0)
+    engine, handle = engine_and_handle(Adc(8, "max"))
+    assert engine.layer(handle).n_saturated == engine.layer(handle).n_conversions == 0
 
 
 def test_converter_gain_and_offset_are_what_they_say():

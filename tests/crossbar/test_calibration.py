@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hq_lib.crossbar import (
-    Adc,
     Circuit,
     ConstantRead,
     Correction,
@@ -19,17 +18,13 @@ from hq_lib.crossbar import (
     IdealEngine,
     Mapping,
     SimEngine,
-    checks,
     compensate_drift,
     count,
-    load_calibration,
     residuals,
-    save_calibration,
     take_reference,
 )
 from hq_lib.crossbar.mapping import OK, STUCK_HIGH, STUCK_LOW, partner_levels, row_order
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI, PCM_NANDAKUMAR, RRAM_WAN_1S
-from hq_lib.crossbar.recording import write_sealed
 
 RNG = np.random.default_rng(0)
 W, X = RNG.integers(-127, 128, (90, 6)), RNG.integers(0, 256, (400, 90))
@@ -161,46 +156,6 @@ def test_probes_must_carry_signal():
         take_reference(engine, handle, np.zeros((5, 90), int))
 
 
-def test_calibration_is_saved_and_loaded(tmp_path):
-    circuit = Circuit(PCM_JOSHI, adc=Adc(6))
-    engine, handle = loaded(SimEngine(circuit))
-    engine.calibrate_adc(handle, FIT)
-    engine.calibrate(handle, FIT)
-    save_calibration(tmp_path / "cal.safetensors", engine)
-    again, other = loaded(SimEngine(circuit))
-    assert load_calibration(tmp_path / "cal.safetensors", again) == ["a"]
-    np.testing.assert_array_equal(again.mvm(other, TEST), engine.mvm(handle, TEST))
-    assert again.correction(other).rmse_after == engine.correction(handle).rmse_after
-
-
-def test_foreign_or_damaged_calibration_is_refused(tmp_path):
-    engine, _ = loaded(Skewed())
-    path = tmp_path / "cal.safetensors"
-    save_calibration(path, engine)
-    for wrong, message in ((loaded(Skewed(), "b")[0], "not loaded"), (loaded(Skewed(), "a", -W)[0], "other weights")):
-        with pytest.raises(CrossbarError, match=message):
-            load_calibration(path, wrong)
-    write_sealed(path, {}, {"schema": 99})
-    with pytest.raises(CrossbarError, match="schema 99"):
-        load_calibration(path, engine)
-    for content in (b"[1]", path.read_bytes()[:-1] + b"x", b""):
-        path.write_bytes(content)
-        with pytest.raises(CrossbarError, match="damaged"):
-            load_calibration(path, engine)
-
-
-def test_a_calibration_of_other_cells_is_refused_and_of_another_time_is_not(tmp_path):
-    engine, handle = loaded(SimEngine(Circuit(PCM_NANDAKUMAR, seed=3)))
-    engine.calibrate(handle, FIT)
-    save_calibration(tmp_path / "cal.safetensors", engine)
-    other, _ = loaded(SimEngine(Circuit(PCM_NANDAKUMAR, seed=4)))
-    with pytest.raises(CrossbarError, match="seed was 3, here it is 4; calibrate this one"):
-        load_calibration(tmp_path / "cal.safetensors", other)
-    later, _ = loaded(SimEngine(Circuit(PCM_NANDAKUMAR, seed=3)))
-    later.set_time(86_400.0)
-    assert load_calibration(tmp_path / "cal.safetensors", later) == ["a"]
-
-
 @pytest.mark.parametrize(
     ("kind", "rows", "wanted", "message"),
     [
@@ -275,9 +230,3 @@ def test_counts_of_the_specification():
     assert serial.conversions_per_mvm == 64 * analog.conversions_per_mvm
     assert (analog.n_cells, analog.n_arrays) == (144 * 32, 2)
     assert analog.energy_pJ(adc_pJ=1.6) == pytest.approx(32 * 1.6 + 144 * 32 * 10 * 0.04 * 10 * 1e-3)
-
-
-def test_a_setting_that_only_one_side_has_is_told_from_one_that_is_none():
-    assert checks.difference({"adc": None}, {"adc": None, "t_s": 3.0}) == ""
-    assert checks.difference({}, {"adc": None}) == "adc was not set, here it is None"
-    assert checks.difference({"adc": 8}, {}) == "adc was 8, here it is not set"

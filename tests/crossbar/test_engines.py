@@ -121,11 +121,11 @@ def test_path_is_chosen_by_what_could_be_lost():
         (Circuit(IDEAL, sliced, serial, Adc(9, "exact", gain_sigma=0.01)), "serial"),
     ]:
         engine = SimEngine(circuit)
-        assert engine.chosen_path(engine.load(w, 1.0, "a")) == path, circuit
+        assert engine.layer(engine.load(w, 1.0, "a")).path == path, circuit
     engine = SimEngine(Circuit(PCM_JOSHI, adc=Adc(), path="collapsed"))
     handle = engine.load(w, 1.0, "a")
     with pytest.raises(CrossbarError, match="converters may lose"):
-        engine.chosen_path(handle)
+        engine.mvm(handle, np.zeros((1, w.shape[0]), int))
 
 
 @pytest.mark.parametrize(

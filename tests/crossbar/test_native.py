@@ -51,7 +51,8 @@ def answers(circuit, geometry, parts=1):
     if circuit.adc.range == "calibrated":
         engine.calibrate_adc(group, conv.rows(x)[0])
     y = torch.cat([conv.measure(part)[0] for part in x.chunk(parts)])
-    return y, engine.saturation()["a"], engine.layer(group).native
+    layer = engine.layer(group)
+    return y, (layer.n_saturated, layer.n_conversions), layer.native
 
 
 @pytest.mark.parametrize("cells", [IDEAL, PCM_JOSHI, NOISY], ids=lambda cells: cells.name + str(cells.read is not None))

@@ -114,9 +114,6 @@ def test_only_chosen_layers_go_to_their_engines():
     assert np.array_equal(network.run(x), run(model, x))
     assert {name: engine for engine, name in seen} == {"conv1": "a", "conv2": "b", "conv3": "b"}
     assert network.engines == [a, b]
-    described = network.describe()
-    assert described["layers_on_engine"] == f"3 of {len(model.layers())}"
-    assert described["engine1.engine"] == "ideal"
 
 
 def test_a_pattern_that_fits_no_layer_is_refused_with_the_nearest():
@@ -204,13 +201,9 @@ def test_converter_ranges_are_fitted_before_anything_is_measured():
     assert distance(network, x) < 0.05
 
 
-def test_drift_is_compensated_and_a_calibration_comes_back(tmp_path):
+def test_drift_is_compensated():
     model, x = small()
-
-    def made():
-        return EngineNetwork(model, SimEngine(Circuit(device("pcm_drift"))))
-
-    network = made()
+    network = EngineNetwork(model, SimEngine(Circuit(device("pcm_drift"))))
     network.calibrate(images(64))
     references = network.references(images(32))
     fresh = distance(network, x)
@@ -219,17 +212,6 @@ def test_drift_is_compensated_and_a_calibration_comes_back(tmp_path):
     network.compensate(references)
     compensated = distance(network, x)
     assert fresh < compensated < drifted
-    network.save(tmp_path / "state")
-    again = made()
-    again.set_time(3e7)
-    assert again.load(tmp_path / "state") == [group.name for _, group in network.groups()]
-    assert torch.equal(again.layers["stem"].engine.correction(again.layers["stem"].groups[0]).drift,
-                       network.layers["stem"].engine.correction(network.layers["stem"].groups[0]).drift)  # fmt: skip
-    other = EngineNetwork(small("w2a3")[0], SimEngine(Circuit(device("pcm_drift"))))
-    with pytest.raises(CrossbarError, match="another network"):
-        other.load(tmp_path / "state")
-    with pytest.raises(CrossbarError, match="missing"):
-        other.load(tmp_path / "nowhere")
 
 
 def test_an_interrupted_run_goes_on_from_its_record(tmp_path):

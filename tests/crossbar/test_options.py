@@ -68,13 +68,14 @@ def test_write_verify_takes_the_pulses_and_leaves_the_spread_of_a_truncated_norm
     engine, handle = loaded(
         Circuit(state_independent(sigma), verify=Verify(tolerance, n)), RNG.integers(-127, 128, (200, 300))
     )
-    pulses, n_cells = engine.pulses()["a"]
+    made = engine.layer(handle).cells
+    pulses, n_cells = made.n_pulses, made.target_uS.numel()
     p = math.erf(tolerance / (sigma * math.sqrt(2)))
     wanted = (1 - (1 - p) ** n) / p
     assert n_cells == cells
     deviation = math.sqrt((1 - p) / p**2 / cells)
     assert abs(pulses / cells - wanted) < 5 * max(deviation, 1e-9)
-    error = (engine.layer(handle).cells.g0_uS - engine.layer(handle).cells.target_uS).flatten() / 25
+    error = (made.g0_uS - made.target_uS).flatten() / 25
     missed = float((error.abs() > tolerance).double().mean())
     assert abs(missed - (1 - p) ** n) < 5 * math.sqrt((1 - p) ** n / cells) + 1e-9
     inside = stats.truncnorm(-tolerance / sigma, tolerance / sigma, scale=sigma)
@@ -87,7 +88,7 @@ def test_write_verify_of_exact_cells_and_of_one_pulse_changes_nothing():
     once, other = loaded(Circuit(device("rram"), verify=Verify(0.001, 1)))
     assert torch.equal(plain.layer(handle).cells.g0_uS, once.layer(other).cells.g0_uS)
     exact, handle = loaded(Circuit(IDEAL, verify=Verify(0.001)))
-    assert exact.pulses()["a"][0] == exact.pulses()["a"][1]
+    assert exact.layer(handle).cells.n_pulses == exact.layer(handle).cells.target_uS.numel()
     np.testing.assert_array_equal(exact.mvm(handle, X), X @ W)
 
 
@@ -109,12 +110,9 @@ def test_halved_inputs_take_saturation_away_and_cost_a_bit_of_resolution_each():
     for halvings in (0, 1, 8):
         engine, handle = loaded(Circuit(IDEAL, adc=Adc(8, coverage=0.5, halvings=halvings)))
         step = float(engine.calibrate_adc(handle, x).max())
-        found[halvings] = (
-            engine.saturation,
-            float((engine.mvm(handle, x) - ideal).abs().max()),
-            engine.saturation()["a"][0],
-        )
-    assert found[0][2] > found[1][2] > found[8][2] == 0
+        worst = float((engine.mvm(handle, x) - ideal).abs().max())
+        found[halvings] = (engine.layer(handle).n_saturated, worst)
+    assert found[0][0] > found[1][0] > found[8][0] == 0
     peak = float(ideal.abs().max())
     worst_step = step * 2 ** math.ceil(math.log2(max(peak / (step * 127), 1)) + 1)
     assert found[8][1] <= 2 * worst_step / 2 + 1  # two row tiles, half a step each, and the rounding of the output

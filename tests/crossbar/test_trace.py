@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 from integer_nets import images, quantized
 
+from hq_lib import models
 from hq_lib.crossbar import (
     Adc,
     BenchError,
@@ -27,7 +28,7 @@ from hq_lib.crossbar import (
     TraceError,
     device,
 )
-from hq_lib.crossbar.recording import load_parts, simulated, write_sealed
+from hq_lib.crossbar.recording import difference, load_parts, simulated
 from hq_lib.integer import lower
 
 RNG = np.random.default_rng(0)
@@ -111,7 +112,7 @@ def test_any_tampering_is_refused(recorded):
         path.write_bytes(spoilt)
         with pytest.raises(TraceError, match="damaged"):
             Trace.load(path)
-    write_sealed(path, state, {"schema": 3})
+    models.write_checkpoint(path, state, {"schema": 3})
     with pytest.raises(TraceError, match="schema 3"):
         Trace.load(path)
     path.write_bytes(content)
@@ -121,7 +122,7 @@ def test_any_tampering_is_refused(recorded):
 def test_missing_files_and_unknown_formats(tmp_path):
     with pytest.raises(TraceError, match="missing"):
         Trace.load(tmp_path / "none.safetensors")
-    with pytest.raises(TraceError, match=r"\.safetensors"):
+    with pytest.raises(models.CheckpointError, match=r"\.safetensors"):
         Trace().save(tmp_path / "trace.csv")
     (tmp_path / "part_000000.npz").write_bytes(b"")
     with pytest.raises(TraceError, match="schema 1"):
@@ -212,26 +213,19 @@ def test_convolutions_are_recorded_and_replayed(tmp_path):
     np.testing.assert_array_equal(replay(x), y)
 
 
-def test_a_recorded_simulation_is_calibrated_aged_and_kept_as_a_bare_one(tmp_path):
+def test_a_recorded_simulation_is_calibrated_and_aged_as_a_bare_one(tmp_path):
     model, x = lower(quantized("residual", "w8a8")), images(3).numpy()
 
-    def made(folder=None):
-        engine = SimEngine(Circuit(device("pcm_drift"), adc=Adc(8)))
-        return EngineNetwork(model, RecordEngine(engine, tmp_path / folder) if folder else engine)
-
-    logits = []
-    for network in (made(), made("parts")):
+    bare, inner = (SimEngine(Circuit(device("pcm_drift"), adc=Adc(8))) for _ in range(2))
+    networks, logits = [EngineNetwork(model, engine) for engine in (bare, RecordEngine(inner, tmp_path))], []
+    for network in networks:
         network.calibrate(images(16), kind=None)  # gains would be fitted to the whole numbers that are recorded
         network.set_time(1e6)
         logits.append(network.run(x))
-        network.save(tmp_path / "state")
     np.testing.assert_array_equal(*logits)
-    again = made("other parts")
-    again.load(tmp_path / "state")
-    again.set_time(1e6)
-    for (engine, handle), (other, same) in zip(network.groups(), again.groups(), strict=True):
-        was, now = simulated(engine), simulated(other)
-        np.testing.assert_array_equal(now.layer(same).adc_step, was.layer(handle).adc_step)
+    for (_, handle), (recorder, same) in zip(*(network.groups() for network in networks), strict=True):
+        assert simulated(recorder) is inner
+        np.testing.assert_array_equal(inner.layer(same).adc_step, bare.layer(handle).adc_step)
 
 
 def test_the_record_is_readable_by_others(recorded):
@@ -239,3 +233,9 @@ def test_the_record_is_readable_by_others(recorded):
         record = json.loads(opened.metadata()["hq_record"][64:])
     assert record["layers"][0]["name"] == "a"
     assert record["units"]["t_s"] == "seconds after programming"
+
+
+def test_a_setting_that_only_one_side_has_is_told_from_one_that_is_none():
+    assert difference({"adc": None}, {"adc": None, "t_s": 3.0}) == ""
+    assert difference({}, {"adc": None}) == "adc was not set, here it is None"
+    assert difference({"adc": 8}, {}) == "adc was 8, here it is not set"

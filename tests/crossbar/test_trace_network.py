@@ -81,7 +81,7 @@ def test_the_replayed_network_gives_the_recorded_logits(resnet20, recorded):
         network.run(x)
     engine.rewind()
     np.testing.assert_array_equal(network.run(x, batch_size=3), recorded[1])
-    assert network.describe()["recorded.device.name"] == "rram_noisy"
+    assert engine.describe()["recorded.device.name"] == "rram_noisy"
 
 
 def test_images_that_were_not_measured_are_refused(resnet20, recorded):
