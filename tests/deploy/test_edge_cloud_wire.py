@@ -92,7 +92,6 @@ def test_an_integer_edge_looks_its_codes_up(bits, per_channel):
     x_int = RNG.integers(0, 256, (50, 4, 3, 3), dtype=np.uint8)
     real = real_values(spec, x_int)
     w = fit_wire(torch.from_numpy(real), "t", bits=bits, per_channel=per_channel)
-    assert w.table(spec).shape == (4 if per_channel else 1, 256)
     np.testing.assert_array_equal(w.encode_integers(x_int, spec), w.encode(real))
 
 

@@ -4,7 +4,7 @@
     x_hat = low + scale code                                              read by the cloud half
 
 Nagel et al. (2021), arXiv:2106.08295, eq. 4 and 6, with ``low = -scale zero_point``. Scales cost nothing per image, so
-there is one per channel as a rule. An integer edge needs no arithmetic for it: codes are looked up (``Wire.table``).
+there is one per channel as a rule. An integer edge needs no arithmetic for it: codes are looked up.
 """
 
 import zlib
@@ -72,14 +72,12 @@ class Wire:
             WireError: another shape, or values that are not finite.
         """
         x = np.asarray(x, dtype=np.float32)
-        if x.shape[1:] != self.shape:
-            raise WireError(f"wire {self.cut!r} carries tensors (B, {', '.join(map(str, self.shape))}), not {x.shape}")
+        self._need_shape(x)
         if not np.isfinite(x).all():
             raise WireError(f"wire {self.cut!r}: {int((~np.isfinite(x)).sum())} values are NaN or infinite")
         if self.bits == FLOAT_BITS:
             return x
-        codes = np.rint((x - self._spread(self.low)) / self._spread(self.scale))
-        return np.clip(codes, 0, 2**self.bits - 1).astype(np.uint8)
+        return self._codes(x, self._spread(self.low), self._spread(self.scale))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """The real values of ``codes`` (B, *shape): float32, same shape."""
@@ -87,23 +85,24 @@ class Wire:
             return codes
         return self._spread(self.low) + self._spread(self.scale) * codes.astype(np.float32)
 
-    def table(self, spec: TensorSpec) -> np.ndarray:
-        """The code of every integer that tensor ``spec`` can hold: uint8 (C, qmax + 1), C = 1 for one scale."""
-        if self.bits == FLOAT_BITS:
-            raise WireError(f"wire {self.cut!r} sends float values: an integer edge has no table for it")
-        integers = np.arange(spec.qmax + 1)
-        levels = np.broadcast_to(real_values(spec, integers), (len(self.scale), len(integers)))
-        codes = np.rint((levels - self.low[:, None]) / self.scale[:, None])
-        return np.clip(codes, 0, 2**self.bits - 1).astype(np.uint8)
-
     def encode_integers(self, x_int: np.ndarray, spec: TensorSpec) -> np.ndarray:
-        """The codes of integers ``x_int`` (B, *shape) of tensor ``spec``: equal to ``encode`` of their real values."""
+        """The codes of integers ``x_int`` (B, *shape) of tensor ``spec``: equal to ``encode`` of their real values.
+
+        Nothing is computed but a table with the code of every integer that the tensor can hold, (C or 1, qmax + 1).
+        """
         if self.bits == FLOAT_BITS:
             return self.encode(real_values(spec, x_int))
-        if x_int.shape[1:] != self.shape:
-            raise WireError(f"wire {self.cut!r} carries (B, {', '.join(map(str, self.shape))}), not {x_int.shape}")
-        table = self.table(spec)
+        self._need_shape(x_int)
+        levels = real_values(spec, np.arange(spec.qmax + 1))
+        table = self._codes(levels, self.low[:, None], self.scale[:, None])
         return table[self._spread(np.arange(len(table))), x_int]
+
+    def _codes(self, x: np.ndarray, low: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint((x - low) / scale), 0, 2**self.bits - 1).astype(np.uint8)
+
+    def _need_shape(self, x: np.ndarray) -> None:
+        if x.shape[1:] != self.shape:
+            raise WireError(f"wire {self.cut!r} carries tensors (B, {', '.join(map(str, self.shape))}), not {x.shape}")
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
         """(n,) shaped to meet (B, C, ...)."""

@@ -1,6 +1,5 @@
 """What the edge-cloud study measures on: the network in both forms, its cuts, the edges and the sizes (notebook 09)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -103,37 +102,16 @@ def workbench(network: str, size: Size) -> Workbench | None:
     return Workbench(network, net, qnet, record, find_cuts(net, x[:1]), train, test, subset, size, about)
 
 
-@dataclass(frozen=True, eq=False)
-class Edge:
-    """What runs the first half, and the images it is judged on."""
-
-    kind: str
-    """One of ``EDGES``, or "none": the image is sent."""
-    draw: int
-    """Seed of the programming; -1 = exact, nothing is drawn."""
-    images: ImageSet
-    """Judged images."""
-    products: Callable[[], Products]
-    """Gives what multiplies; a crossbar is programmed and corrected at the first call."""
-
-
-def exact_edge(bench: Workbench, kind: str = EXACT) -> Edge:
-    """The digital edge: exact integers on all images of the profile."""
-    return Edge(kind, -1, bench.test, lambda: exact_products)
-
-
 @cache
-def crossbar_edge(bench: Workbench, kind: str, draw: int) -> Edge:
-    """The crossbar ``kind`` in its programming number ``draw``, corrected column by column on training images."""
-
-    @cache
-    def program() -> Products:
-        network = EngineNetwork(bench.record, SimEngine(replace(CIRCUITS[kind], seed=draw)))
-        chosen = bench.train.balanced(min(bench.size.n_columns, len(bench.train)), draw)
-        network.calibrate(normalize(chosen.images, chosen.spec))
-        return network.products
-
-    return Edge(kind, draw, bench.test.subset(bench.subset.nonzero().flatten()), program)
+def products_of(bench: Workbench, kind: str, draw: int) -> Products:
+    """What multiplies on an edge: exact integers, or at a ``draw`` >= 0 the crossbar ``kind`` in that programming,
+    corrected column by column on training images."""
+    if draw < 0:
+        return exact_products
+    network = EngineNetwork(bench.record, SimEngine(replace(CIRCUITS[kind], seed=draw)))
+    chosen = bench.train.balanced(min(bench.size.n_columns, len(bench.train)), draw)
+    network.calibrate(normalize(chosen.images, chosen.spec))
+    return network.products
 
 
 def settings_of(kind: str, size: Size) -> Row:

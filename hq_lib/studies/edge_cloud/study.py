@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hq_lib.data import normalize
+from hq_lib.data import ImageSet, normalize
 from hq_lib.deploy.edge_cloud import (
     Cut,
     Wire,
@@ -30,18 +30,16 @@ from hq_lib.deploy.edge_cloud import (
     unpack,
 )
 from hq_lib.integer import IntegerModel
-from hq_lib.integer.execute import output_integers, real_values
+from hq_lib.integer.execute import Products, output_integers, real_values
 from hq_lib.integer.execute import run as run_integers
 from hq_lib.studies.bench import file_switch, known_networks, net_switch
 from hq_lib.studies.edge_cloud.bench import (
     EDGES,
     EXACT,
     NONE,
-    Edge,
     Size,
     Workbench,
-    crossbar_edge,
-    exact_edge,
+    products_of,
     settings_of,
     workbench,
 )
@@ -156,10 +154,26 @@ class CutBench:
 
     work: Workbench
     """Network and images."""
-    edge: Edge
-    """What runs the first half."""
+    edge: str
+    """What runs the first half, one of ``EDGES``, or "none": the image is sent."""
+    draw: int
+    """Programming of a crossbar; -1 = exact."""
     cut: Cut | None
     """Where it ends."""
+
+    @property
+    def images(self) -> ImageSet:
+        """Judged images: fewer for a crossbar."""
+        return self.work.test if self.draw < 0 else self.work.test.subset(self.work.subset.nonzero().flatten())
+
+    @property
+    def products(self) -> Products:
+        """What multiplies; a crossbar is programmed and corrected at the first call."""
+        return products_of(self.work, self.edge, self.draw)
+
+    def batches(self) -> Iterator[Tensor]:
+        """The judged images, normalised, some at a time."""
+        return (normalize(some, self.work.test.spec) for some in self.images.images.split(CHUNK))
 
     @cached_property
     def part(self) -> IntegerModel:
@@ -170,10 +184,7 @@ class CutBench:
     @cached_property
     def sent(self) -> np.ndarray:
         """The integers of all judged images at the cut, (N, *shape)."""
-        images, products, parts = self.edge.images, self.edge.products(), []
-        for some in images.images.split(CHUNK):
-            parts.append(output_integers(self.part, normalize(some, images.spec), products=products))
-        return np.concatenate(parts)
+        return np.concatenate([output_integers(self.part, x, products=self.products) for x in self.batches()])
 
 
 def open_cut(run: Run[Plan], needed: Any) -> CutBench | None:
@@ -184,13 +195,12 @@ def open_cut(run: Run[Plan], needed: Any) -> CutBench | None:
         return None
     if name not in (IMAGE, ALL):
         check_choice("edge_cloud", f"cut of {network}", [name], [cut.name for cut in work.cuts[1:]])
-    edge = exact_edge(work, kind) if draw < 0 else crossbar_edge(work, kind, draw)
-    return CutBench(work, edge, None if name in (IMAGE, ALL) else work.cut(name))
+    return CutBench(work, kind, draw, None if name in (IMAGE, ALL) else work.cut(name))
 
 
 def measure(run: Run[Plan], bench: CutBench, point: Point) -> Iterator[Found]:
     """Accuracy and mean bytes of one wire; of the exact edge also its accuracy on the images of the crossbars."""
-    what, work, images = point.what, bench.work, bench.edge.images
+    what, work, images = point.what, bench.work, bench.images
     about = {"dataset": work.test.spec.name, "n_test": len(images), "n_calib": len(work.train), **work.about}
     about["switches"] = {**what.switches, **settings_of(what.edge, work.size)}
     if what.edge == NONE and work.net is not work.qnet:
@@ -211,14 +221,10 @@ def measure(run: Run[Plan], bench: CutBench, point: Point) -> Iterator[Found]:
 
 def _answered(bench: CutBench, what: Sending) -> tuple[Tensor, dict[str, list[int]]]:
     """Which images are answered rightly, and the bytes of each packet by coding."""
-    work, images = bench.work, bench.edge.images
+    work, images = bench.work, bench.images
     if what.cut == ALL:
-        products = bench.edge.products()
-        logits = [
-            torch.from_numpy(run_integers(work.record, normalize(some, images.spec), products=products))
-            for some in images.images.split(CHUNK)
-        ]
-        return torch.cat(logits).argmax(1) == images.labels, {}
+        logits = np.concatenate([run_integers(work.record, x, products=bench.products) for x in bench.batches()])
+        return torch.from_numpy(logits).argmax(1) == images.labels, {}
     if what.jpeg_quality:
         streams = to_jpeg(images.images, quality=what.jpeg_quality)
         seen = from_jpeg(streams, images.images, quality=what.jpeg_quality)
@@ -226,7 +232,7 @@ def _answered(bench: CutBench, what: Sending) -> tuple[Tensor, dict[str, list[in
         return answers.argmax(1) == images.labels, {"jpeg": [len(stream) for stream in streams]}
     if what.cut == IMAGE:
         wire = pixel_wire(images.spec, bits=what.wire_bits)
-        codes = (wire.encode(normalize(some, images.spec).numpy()) for some in images.images.split(CHUNK))
+        codes = (wire.encode(x.numpy()) for x in bench.batches())
         return over_the_wire(wire, codes, work.net, images.labels)
     assert bench.cut is not None
     wire = fitted_wire(work, bench.cut, bits=what.wire_bits, per_channel=what.grid == "channel")
