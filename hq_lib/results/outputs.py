@@ -50,6 +50,7 @@ OUTPUTS = (
     Output("fig_pact_alpha", QAT, "PACT's learned clips over training"),
     Output("tab_resnet20_methods", QAT, "ResNet-20: bits x methods beside the published numbers"),
     Output("tab_qat_integers", QAT, "the trained networks fake-quantized and in integers"),
+    Output("tab_branches", QAT, "ResNet-20 with branch outputs and block inputs in float"),
     Output("tab_toynet", QAT, "ToyNet: the group's configurations x methods"),
     Output("tab_mobilenetv2", QAT, "MobileNetV2: the group's configurations x methods"),
     Output("tab_resnet20", QAT, "ResNet-20: the group's configurations x methods"),

@@ -1,15 +1,17 @@
 """Quantization-aware training: recipes, runs that resume, distillation, checkpoints, what the notebook shows."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hq_lib.graph import act_quantizers
 from hq_lib.quantizers import act_quantizer
 from hq_lib.studies.qat import study as qat
 from hq_lib.studies.qat import tables as qat_tables
 from hq_lib.studies.qat.figures import fig_pact_alpha
-from hq_lib.studies.study import profile_rows
+from hq_lib.studies.study import Run, profile_rows
 from hq_lib.training import qat_recipe
 from hq_lib.training.qat_recipes import BY_BITS, METHODS
 
@@ -33,6 +35,23 @@ def test_a_shipped_checkpoint_agrees_with_its_integers_once_biases_are_those_of_
     assert values[None] >= 99.0  # same class
     assert list(qat_tables.integers_table(rows)["bits"]) == ["W2A2"]
     assert not qat.integers.STUDY.todo("smoke")
+
+
+def test_what_is_left_in_float_has_no_quantizer_and_the_rest_has(out_dir, cifar10_train, monkeypatch):
+    left = {}
+    monkeypatch.setattr(
+        qat.untrained, "evaluate", lambda net, _: seen.append(net) or SimpleNamespace(acc_pct=90.0, n=50)
+    )
+    for what in qat.untrained.IN_FLOAT:
+        seen = []
+        point = qat.untrained._point("resnet20", (8, 8), {"in_float": what})
+        bench = qat.open_net(Run("qat", "smoke", qat.STUDY.plan("smoke")), "resnet20")
+        assert [row["n_test"] for row in qat.untrained.measure(None, bench, point)] == [50]
+        left[what] = {name.removesuffix("_act_quantizer") for name in act_quantizers(seen[0])}
+    assert len(left["neither"]) == 32 - 9  # tensors of the network, without the last convolution of each block
+    assert left["neither"] - left["branch outputs"] == {"layer2_0_shortcut_1", "layer3_0_shortcut_1"}
+    assert len(left["neither"] - left["block inputs"]) == 1 + 8  # the stem, and every sum that a block reads
+    assert left["both"] == left["branch outputs"] & left["block inputs"]
 
 
 def test_an_unknown_method_or_profile_is_named():

@@ -19,7 +19,7 @@ from hq_lib.quantizers.pact import PACT
 from hq_lib.results import paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench
 from hq_lib.studies.float_training.study import MINUTES, history_rows, measure_shipped
-from hq_lib.studies.qat import integers
+from hq_lib.studies.qat import integers, untrained
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import FitResult, QatRecipe, evaluate, fit, qat_recipe
 from hq_lib.training.bit_lists import find_lists, list_recipe, widths
@@ -242,4 +242,4 @@ STUDY, GROUP_STUDY = (
     Study(name, plans, points=points, open_bench=open_net, measure=measure, gpu=True)
     for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
 )
-STUDIES = (STUDY, GROUP_STUDY, integers.STUDY)
+STUDIES = (STUDY, GROUP_STUDY, integers.STUDY, untrained.STUDY)

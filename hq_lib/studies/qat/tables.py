@@ -11,14 +11,15 @@ from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.qat.integers import EXECUTORS
 from hq_lib.studies.qat.study import FLOAT, GROUP, PLANS
+from hq_lib.studies.qat.untrained import IN_FLOAT
 from hq_lib.training.bit_lists import BIT_LISTS
 
 GROUP_TABLE = "seed001"
 IN_SHAPE = (3, 32, 32)
 TABLE_BITS = {"resnet20": ("W8A8", "W4A4", "W3A3", "W2A2", "W1A32", "W1A1"), "toynet": ("W8A8", "W6A6")}
 """Bit widths that a table lists even where nothing was run; other published ones are left out."""
-LIST_METHODS = ("dorefa_hw", "pact", "mpact")
-"""The seed's methods, for each of its configurations."""
+LIST_METHODS = ("minmax", "dorefa_hw", "pact", "mpact")
+"""Ranges alone, without training, and the seed's methods, for each of its configurations."""
 
 
 def dsq_curves(
@@ -124,6 +125,15 @@ def integers_table(rows: pd.DataFrame) -> pd.DataFrame:
     for column in ("model", "method"):
         labelled[column] = [labels.printed(column, name) for name in labelled[column]]
     return labelled
+
+
+def branches_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_branches: accuracy of ``qat_untrained``'s ResNet-20 in percent, by bits and by what is left in float."""
+    if rows.empty:
+        return pd.DataFrame()
+    shown = tables.with_bits(tables.with_switches(rows, "in_float")).dropna(subset="in_float")
+    wide = shown.pivot_table(index="bits", columns="in_float", values="value", sort=False)[[*IN_FLOAT]]
+    return wide.map("{:.2f}".format).add_prefix("in float: ").reset_index().rename_axis(columns=None)
 
 
 def lengths(rows: pd.DataFrame) -> str:
