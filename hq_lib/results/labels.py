@@ -24,6 +24,7 @@ MODEL_LABELS = {
     "mobilenetv2_seed": "MobileNetV2 (seed form)", "mobilenetv2_imagenet": "MobileNetV2 (ImageNet)",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50", "resnet101": "ResNet-101", "regnetx_600m": "RegNetX-600M",
     "mnasnet2_0": "MNASNet-2.0", "efficientnet_lite0": "EfficientNet-Lite0",
+    "efficientnet_lite1": "EfficientNet-Lite1", "efficientnet_lite2": "EfficientNet-Lite2",
 }  # fmt: skip
 _PRINTED = {"method": METHOD_LABELS, "model": MODEL_LABELS}
 

