@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from hq_lib.quantizers.affine import Grid, check_bits, check_finite, quantize_to_int
 from hq_lib.quantizers.straight_through import LOW_PRECISION, Slope, staircase
@@ -118,9 +119,7 @@ class Quantizer(nn.Module):
     def make_ready(self, x: Tensor) -> None:
         """Fit to ``x`` on the first use only; RuntimeError for an activation in eval mode."""
         if not self._ready:
-            # not a decorator: that would import the compiler, seconds for every process that never compiles
-            fit: Any = torch.compiler.disable(_first_fit) if torch.compiler.is_compiling() else _first_fit
-            fit(self, x)
+            _first_fit(self, x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         """Move grids with the network, but never to float16 or bfloat16: a step of 1e-8 would be 0 there."""
@@ -192,6 +191,7 @@ def parameter_tags(net: nn.Module) -> dict[str, Tag]:
     }
 
 
+@_disable_dynamo  # torch.compiler.disable, but that it imports the compiler (seconds) only where something is compiled
 def _first_fit(quantizer: Quantizer, x: Tensor) -> None:
     if bool(quantizer.initialised):  # a copy whose state was filled tensor by tensor, as a moving average's is
         quantizer.mark_fitted()

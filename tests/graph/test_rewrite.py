@@ -257,13 +257,18 @@ def test_torch_compile_takes_the_graph_whole():
     assert torch.equal(compiled(x), qnet(x))
 
 
-def test_a_compiled_network_fits_itself_on_its_first_batch_as_the_plain_one_does():
-    net, x, outputs = trained_like(Tiny()), images(4), []
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own look at it
+def test_a_compiled_network_fits_itself_on_its_first_batch_outside_of_the_compiled_code(monkeypatch):
+    net, x, outputs, traced, fit = trained_like(Tiny()), images(4), [], [], Quantizer.init_from
+    net.drop.p = 0.0
+    monkeypatch.setattr(Quantizer, "init_from", lambda *a: (traced.append(torch.compiler.is_compiling()), fit(*a))[1])
     for compiled in (False, True):
         qnet = quantize(copy.deepcopy(net), BitPolicy("lsq:4", "dsq:4"), x[:1]).train()
         forward = torch.compile(qnet, backend="eager") if compiled else qnet
         outputs.append(torch.stack([forward(x), forward(x)]))
     assert torch.equal(*outputs)
+    assert traced
+    assert not any(traced)
 
 
 @pytest.mark.slow
