@@ -11,8 +11,7 @@ a tile, G conductance (microsiemens), t seconds after programming. Codes, weight
 an output is one accumulator step of the integer network.
 """
 
-from hq_lib.crossbar.calibration import Reference, compensate_drift, residuals, take_reference
-from hq_lib.crossbar.cells import effective_conductance
+from hq_lib.crossbar.calibration import residuals
 from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
 from hq_lib.crossbar.circuit import Adc, Circuit, Verify, Wires
 from hq_lib.crossbar.convolution import Convolution
@@ -26,33 +25,22 @@ from hq_lib.crossbar.devices import (
     LogClamp,
     Polynomial,
     Proportional,
-    ReadNoise,
 )
 from hq_lib.crossbar.drivers import Driver, FakeDriver, Limits
 from hq_lib.crossbar.engine import Correction, Engine, IdealEngine
 from hq_lib.crossbar.hardware import HardwareEngine, Patience
-from hq_lib.crossbar.mapping import Faults, Mapping, Plan
+from hq_lib.crossbar.mapping import Faults, Mapping
 from hq_lib.crossbar.network import EngineNetwork
-from hq_lib.crossbar.operands import Drive, Handle, Operand, Stencil
-from hq_lib.crossbar.profiles import (
-    DEVICES,
-    Measured,
-    device,
-    fit_report,
-    measured_device,
-    proportional,
-    state_independent,
-)
+from hq_lib.crossbar.operands import Drive
+from hq_lib.crossbar.profiles import device, fit_report, measured_device, proportional, state_independent
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace
-from hq_lib.crossbar.simulator import Cost, SimEngine, count
+from hq_lib.crossbar.simulator import SimEngine, count
 from hq_lib.crossbar.tcp import BenchServer, TcpDriver
 
 __all__ = [
-    "DEVICES", "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "Convolution",
-    "Correction", "Cost", "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "EngineNetwork",
-    "FakeDriver", "Faults", "FlickerRead", "Handle", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping",
-    "Measured", "Operand", "Patience", "Plan", "Polynomial", "Proportional", "ReadNoise", "RecordEngine",
-    "Reference", "ReplayEngine", "SimEngine", "Stencil", "TcpDriver", "Trace", "TraceError", "Verify", "Wires",
-    "compensate_drift", "count", "device", "effective_conductance", "fit_report", "measured_device",
-    "proportional", "residuals", "state_independent", "take_reference",
+    "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "Convolution", "Correction",
+    "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "EngineNetwork", "FakeDriver", "Faults",
+    "FlickerRead", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping", "Patience", "Polynomial",
+    "Proportional", "RecordEngine", "ReplayEngine", "SimEngine", "TcpDriver", "Trace", "TraceError", "Verify", "Wires",
+    "count", "device", "fit_report", "measured_device", "proportional", "residuals", "state_independent",
 ]  # fmt: skip

@@ -41,7 +41,7 @@ class ArrayLayer:
         self.plan = circuit.mapping.encode(handle.w_int, handle.w_bits)
         self.span = self.plan.span[: self.plan.n_outputs]
         self.steps = circuit.drive.steps(*self.inputs)
-        self.signed = circuit.signed(handle.x_signed)
+        self.signed = self.plan.signed or (handle.x_signed and circuit.drive.at_once)  # what converters see
         n_rows = circuit.mapping.tile_rows
         self.rows = [slice(k, k + n_rows) for k in range(0, len(self.plan.levels), n_rows)]
         self.cells = Cells.program(self.plan, circuit, handle.name)
@@ -232,16 +232,21 @@ class ArrayLayer:
         largest = max(abs(code) for code in self.circuit.adc.codes(self.signed))
         return largest * len(self.rows) * sum(abs(step.factor) for step in self.steps)
 
-    def _lsb(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """(float64 (Q, N) unit currents per code with the gain of these converters, (Q N,) their offsets in codes)."""
-        adc, lsb = self.circuit.adc, self.adc_step
+    def _read_as(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(lsb, shift, variance) of the converters below ``rows``, float64, with the gain and offset of each.
+
+        Unit currents per code (Q, N); offsets in codes (Q N,); variances in squared codes per squared input step
+        (R, Q N). The gain acts on signal and read noise alike.
+        """
+        adc, lsb, shift = self.circuit.adc, self.adc_step, None
         assert lsb is not None
-        if adc is None or adc.perfect:
-            return lsb, None
-        generator = stream(self.circuit.seed, self.handle.name, "adc", rows.start)
-        gain, offset = torch.randn(2, *lsb.shape, generator=generator, dtype=torch.float64)
-        shift = (adc.offset_sigma_lsb * offset).flatten() if adc.offset_sigma_lsb else None
-        return lsb / (1 + adc.gain_sigma * gain), shift  # the gain acts on signal and read noise alike
+        if adc is not None and not adc.perfect:
+            generator = stream(self.circuit.seed, self.handle.name, "adc", rows.start)
+            gain, offset = torch.randn(2, *lsb.shape, generator=generator, dtype=torch.float64)
+            shift = (adc.offset_sigma_lsb * offset).flatten() if adc.offset_sigma_lsb else None
+            lsb = lsb / (1 + adc.gain_sigma * gain)
+        variance = None if self.variance is None else (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
+        return lsb, shift, variance
 
     def _grid_tiles(self) -> list[Tile]:
         """Tiles with cells on whole numbers, or none where they are not read so (see `tiles`)."""
@@ -255,10 +260,8 @@ class ArrayLayer:
             return []
         found = []
         for rows in self.rows:
-            (lsb, shift), variance, spread = self._lsb(rows), None, None
-            if self.variance is not None:
-                variance = (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
-                spread = spread_of(variance)
+            lsb, shift, variance = self._read_as(rows)
+            spread = None if variance is None else spread_of(variance)
             grid = on_whole_grid(self.planes[rows].permute(0, 2, 1).flatten(1), peak, 32767)
             if grid is None or (variance is not None and spread is None):
                 return []
@@ -269,17 +272,16 @@ class ArrayLayer:
 
     def _plain_tiles(self) -> list[Tile]:
         """Tiles in codes, in the precision of the circuit; in float64 if a whole-number one would lose digits."""
-        read = [self._lsb(rows) for rows in self.rows]
+        read = [self._read_as(rows) for rows in self.rows]
         codes = [
-            (self.planes[r].permute(0, 2, 1) / lsb).flatten(1) for r, (lsb, _) in zip(self.rows, read, strict=True)
+            (self.planes[r].permute(0, 2, 1) / lsb).flatten(1) for r, (lsb, *_) in zip(self.rows, read, strict=True)
         ]
         keep = any(is_whole(m) and exact_dtype(m, self.handle) is torch.float64 for m in codes)
         dtype = torch.float64 if keep else getattr(torch, self.circuit.precision)
         found = []
-        for rows, (lsb, shift), matrix in zip(self.rows, read, codes, strict=True):
-            variance = spread = reference = None
-            if self.variance is not None:
-                variance = (self.variance[rows].permute(0, 2, 1) / lsb**2).flatten(1)
+        for rows, (lsb, shift, variance), matrix in zip(self.rows, read, codes, strict=True):
+            spread = reference = None
+            if variance is not None:
                 if self.shared is not None:
                     variance, reference = torch.cat([variance, self.shared[rows]], 1), (self.span / lsb).to(dtype)
                 variance = variance if keep else self._final(variance, squared=True)

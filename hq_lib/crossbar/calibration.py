@@ -1,4 +1,4 @@
-"""Calibration of a network's layers: converter ranges, residuals, drift compensation.
+"""Calibration of a network's layers: residuals and drift compensation.
 
 Open loop: every layer is fitted on the ideal network's inputs. Closed loop: on the inputs that the already calibrated
 layers before it really deliver, against the ideal network's accumulators for the same images; it also takes out what
@@ -20,17 +20,9 @@ from torch import Tensor
 from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.operands import Handle, exact_mvm
-from hq_lib.crossbar.recording import simulated
 
 Sample = tuple[Numbers, Numbers | None]
 """(inputs (m, K), wanted outputs (m, N) or None for the exact product of those inputs)"""
-
-
-def fit_range(engine: Engine, handle: Handle, x: Numbers) -> None:
-    """Nothing; fits the converters behind ``handle`` to rows ``x`` (m, K), if they are simulated and "calibrated"."""
-    found = simulated(engine)
-    if found and found.circuit.adc and found.circuit.adc.range == "calibrated":
-        found.calibrate_adc(handle, x)
 
 
 def residuals(engine: Engine, samples: Mapping[Handle, Sample]) -> pd.DataFrame:

@@ -196,7 +196,3 @@ class Circuit(Settings):
             raise CrossbarError("Adc.halvings halves analog inputs: single bits have no half; use Drive('analog')")
         if self.remap != "none" and self.mapping.scheme != "pair":
             raise CrossbarError("fault-aware remapping works on pairs; use Mapping(scheme='pair') or remap='none'")
-
-    def signed(self, x_signed: bool) -> bool:
-        """Whether converters see currents of both signs."""
-        return self.mapping.subtract == "analog" or (x_signed and self.drive.at_once)

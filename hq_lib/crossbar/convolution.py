@@ -76,7 +76,7 @@ class Convolution:
         parts = self._patches(x)
         y = self._grouped(parts)
         if y is None:
-            done = [self.engine.multiply(group, part) for group, part in zip(self.groups, parts, strict=True)]
+            done = [self.engine.mvm(group, part) for group, part in zip(self.groups, parts, strict=True)]
             y = done[0] if len(done) == 1 else torch.cat(done, 1)
         if self.x_zero_point:
             y -= self.x_zero_point * self.weight_sum

@@ -130,28 +130,28 @@ class Engine(ABC):
         self._handles[handle.name] = handle
         return handle
 
-    def mvm(self, handle: Handle, x: Answers) -> Answers:
+    def mvm(self, handle: Handle, x: Answers | Operand) -> Answers:
         """float64 (B, N), integer-valued: the engine's answer to ``x @ w_int``, corrected and rounded.
 
         Args:
             handle: from this engine's `load`.
-            x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out.
+            x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out. Or an `Operand`, the
+                patches of images: a tensor with one row per patch.
         """
-        y = self.multiply(handle, x)
+        y = self._in_parts(handle, x, self.finish)
         return y.numpy() if isinstance(x, np.ndarray) else y  # type: ignore[return-value]
-
-    def multiply(self, handle: Handle, x: Numbers | Operand) -> Tensor:
-        """As `mvm`, a tensor whatever goes in: of an `Operand` (the patches of images) one row per patch."""
-        return self._in_parts(handle, self._checked(handle, x), self.finish)
 
     def measure(self, handle: Handle, x: Numbers | Operand) -> Tensor:
         """float64 (rows, N): what the engine reads for ``x``, before correction and rounding."""
-        return self._in_parts(handle, self._checked(handle, x), lambda _, raw, out: out.copy_(raw))
+        return self._in_parts(handle, x, lambda _, raw, out: out.copy_(raw))
 
-    def _in_parts(self, handle: Handle, x: Operand, keep: Callable[[Handle, Tensor, Tensor], object]) -> Tensor:
+    def _in_parts(
+        self, handle: Handle, x: Numbers | Operand, keep: Callable[[Handle, Tensor, Tensor], object]
+    ) -> Tensor:
         """float64 (rows, N): what ``keep`` makes of what is measured, a bounded number of rows at a time."""
-        y, done = torch.empty(x.n_rows, handle.w_int.shape[1], dtype=torch.float64), 0
-        for part in x.split(max(1, self._rows_at_once(handle))):
+        inputs = self._checked(handle, x)
+        y, done = torch.empty(inputs.n_rows, handle.w_int.shape[1], dtype=torch.float64), 0
+        for part in inputs.split(max(1, self._rows_at_once(handle))):
             raw = self._measure(handle, part)
             if raw.shape != (part.n_rows, y.shape[1]):
                 raise CrossbarError(f"{handle.name}: the engine answered {tuple(raw.shape)} to {part.n_rows} rows")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.calibration import Reference, compensate_drift, fit_range, take_reference
+from hq_lib.crossbar.calibration import Reference, compensate_drift, take_reference
 from hq_lib.crossbar.checks import CrossbarError, Numbers, check_choice
 from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.engine import Correction, Engine
@@ -145,8 +145,10 @@ class EngineNetwork:
             if op.name in self.layers:
                 rows = self._rows(op, x, n_rows) if loop == "closed" else ideal[op.name]
                 groups, engine = self.layers[op.name].groups, self.layers[op.name].engine
+                arrays = simulated(engine)
                 for group, given, exact in zip(groups, rows, ideal[op.name], strict=True):
-                    fit_range(engine, group, given)
+                    if arrays and arrays.circuit.adc and arrays.circuit.adc.range == "calibrated":
+                        arrays.calibrate_adc(group, given)
                     if kind is not None:
                         engine.calibrate(group, given, exact_mvm(group, exact), kind=kind, repeats=repeats)
             return self.products(op, x, spec) if loop == "closed" else exact_products(op, x, spec)

@@ -99,8 +99,7 @@ def measured_device(path: str | Path) -> Device:
     Errors, each naming the file: a column that is missing or unknown, an entry that is no number or below 0, a target
     that some time lacks, means that do not ascend with the target.
     """
-    rows = _read(path, NEEDED, OPTIONAL)
-    return _device(rows if "time_s" in rows else rows.assign(time_s=1.0), path)
+    return _device(_read(path, NEEDED), path)
 
 
 def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tuple[Device, pd.DataFrame]:
@@ -115,9 +114,7 @@ def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tu
     the held-out cells against the model's normal distribution.
     """
     Bound("> 0 and < 1").check(held_out, "held_out")
-    cells, random = _read(path, CELLS, OPTIONAL), np.random.default_rng(seed)
-    cells = cells if "time_s" in cells else cells.assign(time_s=1.0)
-    table, unseen = [], {}
+    cells, random, found = _read(path, CELLS), np.random.default_rng(seed), []
     for (time_s, target_uS), group in cells.groupby(["time_s", "target_uS"]):  # type: ignore[misc]
         n_held_out = round(held_out * len(group))
         if n_held_out < 2 or len(group) - n_held_out < _LEAST_CELLS:
@@ -126,30 +123,21 @@ def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tu
                 f"{_LEAST_CELLS} to fit and 2 to judge are needed"
             )
         order = random.permutation(len(group))
-        g_uS, seen = group["g_uS"].to_numpy(), order[n_held_out:]
-        row = {
-            "time_s": time_s,
-            "target_uS": target_uS,
-            "mean_uS": g_uS[seen].mean(),
-            "sigma_uS": g_uS[seen].std(ddof=1),
-        }
-        if "read_sigma_uS" in group:
-            row["read_sigma_uS"] = float(np.sqrt(np.square(group["read_sigma_uS"].to_numpy()[seen]).mean()))
-        table.append(row)
-        unseen[len(table) - 1] = (len(seen), g_uS[order[:n_held_out]])
-    device = _device(pd.DataFrame(table), path)
-    return device, pd.DataFrame([_judged(row, *unseen[i]) for i, row in enumerate(table)])
-
-
-def _judged(row: dict[str, float], n_fit: int, g_uS: np.ndarray) -> dict[str, float]:
-    """The report's row: held-out cells ``g_uS`` against the mean and spread of the model."""
-    mean, sigma, n = row["mean_uS"], max(row["sigma_uS"], 1e-30), len(g_uS)
-    return {
-        **row, "n_fit": n_fit, "n_held_out": n, "held_out_mean_uS": g_uS.mean(), "held_out_sigma_uS": g_uS.std(ddof=1),
-        "mean_z": (g_uS.mean() - mean) / (sigma * math.sqrt(1 / n + 1 / n_fit)),
-        "sigma_ratio": g_uS.std(ddof=1) / sigma,
-        "p_normal": float(stats.kstest(g_uS, "norm", (mean, sigma)).pvalue),
-    }  # fmt: skip
+        seen, unseen = (group.iloc[part] for part in (order[n_held_out:], order[:n_held_out]))
+        mean, sigma, of_fit = seen["g_uS"].mean(), seen["g_uS"].std(), {"time_s": time_s, "target_uS": target_uS}
+        of_fit |= {"mean_uS": mean, "sigma_uS": sigma}
+        if "read_sigma_uS" in seen:
+            of_fit["read_sigma_uS"] = float(np.sqrt(np.square(seen["read_sigma_uS"]).mean()))
+        held_out_mean, held_out_sigma, least = unseen["g_uS"].mean(), unseen["g_uS"].std(), max(sigma, 1e-30)
+        found.append({
+            **of_fit, "n_fit": len(seen), "n_held_out": len(unseen), "held_out_mean_uS": held_out_mean,
+            "held_out_sigma_uS": held_out_sigma,
+            "mean_z": (held_out_mean - mean) / (least * math.sqrt(1 / len(unseen) + 1 / len(seen))),
+            "sigma_ratio": held_out_sigma / least,
+            "p_normal": float(stats.kstest(unseen["g_uS"], "norm", (mean, least)).pvalue),
+        })  # fmt: skip
+    report = pd.DataFrame(found)
+    return _device(report.loc[:, [name for name in (*NEEDED, *OPTIONAL) if name in report]], path), report
 
 
 def _device(rows: pd.DataFrame, path: str | Path) -> Device:
@@ -180,18 +168,18 @@ def _table(path: str | Path) -> pd.DataFrame:
     return rows.rename(columns=lambda name: str(name).strip())
 
 
-def _read(path: str | Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> pd.DataFrame:
-    """The numbers of a CSV file with these columns."""
+def _read(path: str | Path, needed: tuple[str, ...]) -> pd.DataFrame:
+    """The numbers of a CSV file with these columns and ``OPTIONAL`` ones, 1 s where no time is told."""
     rows = _table(path)
-    if not set(needed) <= set(rows.columns) <= set(needed + optional) or rows.empty:
-        raise CrossbarError(f"{path}: needs lines with columns {', '.join(needed)} and at most {', '.join(optional)}")
+    if not set(needed) <= set(rows.columns) <= set(needed + OPTIONAL) or rows.empty:
+        raise CrossbarError(f"{path}: needs lines with columns {', '.join(needed)} and at most {', '.join(OPTIONAL)}")
     numbers = pd.DataFrame({name: pd.to_numeric(rows[name], errors="coerce") for name in rows}).astype(float)
     bad = np.argwhere(~np.isfinite(numbers.to_numpy()) | (numbers.to_numpy() < 0))
     if len(bad):
         line, column = (int(i) for i in bad[0])
         raise CrossbarError(f"{path}: {rows.columns[column]} of data line {line + 1} is {rows.iloc[line, column]!r}, "
                             "not a number >= 0")  # fmt: skip
-    return numbers
+    return numbers if "time_s" in numbers else numbers.assign(time_s=1.0)
 
 
 def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:

@@ -18,11 +18,10 @@ from hq_lib.crossbar import (
     IdealEngine,
     Mapping,
     SimEngine,
-    compensate_drift,
     count,
     residuals,
-    take_reference,
 )
+from hq_lib.crossbar.calibration import compensate_drift, take_reference
 from hq_lib.crossbar.mapping import OK, STUCK_HIGH, STUCK_LOW, partner_levels, row_order
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI, PCM_NANDAKUMAR, RRAM_WAN_1S
 

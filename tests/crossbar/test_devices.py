@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hq_lib.crossbar import (
-    DEVICES,
     Adc,
     Circuit,
     ConstantRead,
@@ -29,6 +28,7 @@ from hq_lib.crossbar import (
 from hq_lib.crossbar.mapping import OK
 from hq_lib.crossbar.native import Normals, _normal_points, stream
 from hq_lib.crossbar.profiles import (
+    DEVICES,
     IDEAL,
     PCM_JOSHI,
     PCM_NANDAKUMAR,

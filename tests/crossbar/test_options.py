@@ -22,9 +22,9 @@ from hq_lib.crossbar import (
     Wires,
     count,
     device,
-    effective_conductance,
     state_independent,
 )
+from hq_lib.crossbar.cells import effective_conductance
 from hq_lib.crossbar.profiles import IDEAL
 
 RNG = np.random.default_rng(0)

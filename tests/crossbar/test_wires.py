@@ -5,8 +5,8 @@ import pytest
 from scipy import sparse
 from scipy.sparse import linalg
 
-from hq_lib.crossbar import Circuit, CrossbarError, Device, Mapping, SimEngine, Wires, effective_conductance
-from hq_lib.crossbar.cells import solve_tile
+from hq_lib.crossbar import Circuit, CrossbarError, Device, Mapping, SimEngine, Wires
+from hq_lib.crossbar.cells import effective_conductance, solve_tile
 from hq_lib.crossbar.profiles import IDEAL
 
 RNG = np.random.default_rng(0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib import graph
-from hq_lib.crossbar import Circuit, Cost, EngineNetwork, IdealEngine, SimEngine, count, residuals
+from hq_lib.crossbar import Circuit, EngineNetwork, IdealEngine, SimEngine, count, residuals
 from hq_lib.crossbar.calibration import Reference
 from hq_lib.crossbar.norms import Moments, norm_moments, reestimate_norms
 from hq_lib.crossbar.operands import exact_mvm
@@ -94,7 +94,8 @@ class Programmed:
 def open_integers(run: Run[Plan], place: Place, seed: int) -> Integers | None:
     """The network of ``place`` in integers; None, after a line that says why, where this machine cannot have it."""
     noise = place.noise_pct
-    folder = None if noise is None else run.folder / _training_name(run.plan, noise, seed)
+    n, epochs = run.plan.n_train or "all", run.plan.epochs
+    folder = None if noise is None else run.folder / f"noise{noise:g}_e{epochs}_n{n}_s{seed}"
     return _integers(run.plan, place.network, place.bits, place.per_layer, noise, -1 if noise is None else seed, folder)
 
 
@@ -129,10 +130,6 @@ def fine_tuned(
     tuned = copy.deepcopy(net)
     fit(tuned, few, None, config, folder)
     return tuned.eval()
-
-
-def _training_name(plan: Plan, noise_pct: float, seed: int) -> str:
-    return f"noise{noise_pct:g}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
 
 
 def file_digest(name: str) -> str:
@@ -334,11 +331,9 @@ def measure_cost(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Fo
 
 def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, float]:
     """{metric: value} of one image through all layers on ``circuit``: counts first, then energy estimates."""
-    costs: list[tuple[Cost, int]] = []
-    for name, layer in network.layers.items():
-        op = next(op for op in network.model.layers() if op.name == name)
-        n_mvm = math.prod(network.model.tensors[op.output].shape) // op.weight.shape[0]
-        costs += [(count(group, circuit), n_mvm) for group in layer.groups]
+    shapes = {op.name: network.model.tensors[op.output].shape for op in network.model.layers()}
+    places = {name: math.prod(shapes[name]) // layer.shape[0] for name, layer in network.layers.items()}
+    costs = [(count(group, circuit), n) for name, n in places.items() for group in network.layers[name].groups]
     low, high = (sum(n * cost.energy_pJ(adc_pJ=adc_pJ) for cost, n in costs) / 1e6 for adc_pJ in ADC_PJ)
     return {
         "n_cells": sum(cost.n_cells for cost, _ in costs),
