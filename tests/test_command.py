@@ -97,6 +97,22 @@ def test_a_network_of_ones_own_from_ranges_to_c_onnx_numpy_and_crossbar(place):
     assert percents(again) == percents(exact)
 
 
+def test_what_is_made_of_a_file_elsewhere_is_written_here(place):
+    """The shipped checkpoints lie in the repository: nothing is to be written beside them."""
+    hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "w8.safetensors")
+    there = place / "shipped" / "w8.safetensors"
+    there.parent.mkdir()
+    (place / "w8.safetensors").rename(there)
+    assert "wrote w8.npz" in hq("export", there, "--to", "npz", "--net", "mynet:Net")
+    assert "wrote w8_crossbar" in hq("crossbar", there, "--device", "ideal", "--n-test", "4", "--net", "mynet:Net")
+    assert list(there.parent.iterdir()) == [there]
+
+
+@pytest.mark.parametrize(("key", "meant"), [("iterations", "protocol"), ("epochs", "protocol"), ("bn", "policy")])
+def test_a_key_of_an_inner_mapping_is_told_where_it_goes(place, key, meant):
+    assert f"did you mean '{meant}.{key}'?" in hq("quantize", "--set", f"{key}=2", code=1)
+
+
 def test_folders_for_boards_and_fpgas(place):
     hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "w8.safetensors")
     for to in ("board", "fpga"):

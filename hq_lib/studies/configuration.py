@@ -37,6 +37,8 @@ PICTURES = "imagenet"
 TORCHVISION = "torchvision"
 """``weights`` that torchvision publishes, the newest; ``torchvision:IMAGENET1K_V1`` names others"""
 LIST_KEYS = ("layer_abit", "layer_wbit")
+INNER: dict[str, tuple[Any, ...]] = {"protocol": (ReconstructionConfig, TrainConfig), "policy": (BitPolicy,)}
+"""Keys that are mappings -> what their own keys are fields of."""
 BUILD = ("model", "options", "n_classes", "in_channels")
 """What a record says of how a network of ours is built."""
 
@@ -325,7 +327,12 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
     for key, value in (changes or {}).items():
         outer, dot, inner = key.partition(".")
         entries[outer] = {**(entries.get(outer) or {}), inner: value} if dot else value
-    known_keys(entries, [f.name for f in fields(Configuration)], str(path or "configuration"))
+    where, keys = str(path or "configuration"), [f.name for f in fields(Configuration)]
+    for outer, kinds in INNER.items():
+        inside = [key for key in entries if key not in keys and any(key == f.name for k in kinds for f in fields(k))]
+        if inside:
+            raise ValueError(f"{where}: unknown key {inside[0]!r}; did you mean '{outer}.{inside[0]}'?")
+    known_keys(entries, keys, where)
     return Configuration(**entries)
 
 

@@ -136,12 +136,12 @@ def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
 
 
 def exported(run: Configuration, file: Path, to: str) -> Path:
-    """The file (fpga: folder) with the integers of a network file, in format ``to``.
+    """The file (fpga: folder) with the integers of a network file, in format ``to``; without ``output`` in this folder.
 
     A float network becomes seed 002's files and memory images, with "fpga" alone.
     """
     known(to, ENDINGS, "to")
-    target = Path(run.output or file.with_name(file.stem + ENDINGS[to]))
+    target = Path(run.output or file.stem + ENDINGS[to])
     net, record = opened(file, run.net, run.options)
     spec = run.normalization(record)
     if to == "fpga" and "policy" not in record:
@@ -154,7 +154,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
 
 def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, list[str]]:
     """(folder of the record, lines that say what came out) of a network's layers on arrays; see ``crossbar.bench``."""
-    entries = {"engine": "sim", "folder": file.with_name(f"{file.stem}_crossbar"), "n_test": run.n_test or 20}
+    entries = {"engine": "sim", "folder": f"{file.stem}_crossbar", "n_test": run.n_test or 20}
     entries |= {**run.crossbar, **given}
     known_keys(entries, [f.name for f in dataclasses.fields(bench.Plan)], "crossbar")
     entries |= {"folder": Path(entries["folder"]), "layers": tuple(entries.get("layers", ("*",)))}
