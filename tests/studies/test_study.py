@@ -1,5 +1,6 @@
 """The mechanism of the studies: identity, resuming, benches, parts, refusals; on a study of a few numbers."""
 
+import graphlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,6 +130,20 @@ def test_every_study_lists_points_of_its_own_name_in_all_profiles(out_dir):
             points = study.points(study.plan(profile))
             assert len({p.name for p in points}) == len(points), name
         assert all(u["minutes"] > 0 for u in study.units("smoke"))
+
+
+def test_units_of_profile_full_wait_for_one_another_in_no_circle(out_dir):
+    """From nothing, as on a cluster: a unit waits for every unit, of whatever study, that its ``after`` names."""
+    units = [unit for study in studies.every().values() for unit in study.units("full")]
+    waits = {
+        (unit["study"], unit["unit"]): [(o["study"], o["unit"]) for o in units if o["unit"] in unit["after"]]
+        for unit in units
+    }
+    graphlib.TopologicalSorter(waits).prepare()
+    trained = ("qat", "resnet20_pact_w4a4_s0")
+    assert trained in waits["integer_export", "exported_resnet20_pact_w4a4_s0"]
+    assert trained in waits["edge_cloud", "resnet20_pact_w4a4_s0_integer"]
+    assert ("float_training", "resnet20_float_s0") in waits[trained]
 
 
 def test_the_command_lists_units_as_json_and_names_an_unknown_study(out_dir):

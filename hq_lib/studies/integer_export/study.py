@@ -136,7 +136,7 @@ class Network:
     def point(self, name: str, key: Row, what: Any = None) -> Point:
         """A point of this network; its files are opened once for all of them, behind its training."""
         after = f"{self.name}_float_s0" if self.name in MODELS else self.name
-        return Point(name, key, what, bench=self, unit=self.unit, after=(after,))
+        return Point(name, key, what, bench=self, unit=f"exported_{self.unit}", after=(after,))
 
 
 def networks(plan: Plan) -> list[Network]:
