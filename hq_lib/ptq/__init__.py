@@ -20,22 +20,3 @@ from hq_lib.ptq.errors import BlockError, block_errors
 from hq_lib.ptq.progress import ReconstructionError, UnitReport
 from hq_lib.ptq.ranges import find_grid, fit_acts, fit_weights
 from hq_lib.ptq.reconstruction import reconstruct
-
-__all__ = [
-    "BlockError",
-    "ReconstructionConfig",
-    "ReconstructionError",
-    "UnitReport",
-    "adaround",
-    "block_errors",
-    "brecq",
-    "correct_moments",
-    "equalize",
-    "find_grid",
-    "fit_acts",
-    "fit_allocated",
-    "fit_weights",
-    "qdrop",
-    "reconstruct",
-    "reestimate_norms",
-]  # fmt: skip

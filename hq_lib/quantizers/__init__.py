@@ -15,11 +15,3 @@ from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
 from hq_lib.quantizers.minmax import MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
 from hq_lib.quantizers.straight_through import Slope, staircase
-
-__all__ = [
-    "ACT_METHODS", "DSQ", "FLOAT_BITS", "LSQ", "MPACT", "PACT", "WEIGHT_METHODS", "AdaRound", "DoReFaAct",
-    "DoReFaHardwareWeight", "DoReFaWeight", "FixedGrid", "FixedMPACT", "FrozenWeight", "Grid", "LSQPlusAct",
-    "LSQPlusWeight", "MinMaxAct", "MinMaxWeight", "Quantizer", "Slope", "Tag", "act_quantizer", "dequantize",
-    "dsq_quantize", "dsq_slope", "dsq_soft", "enable_fusion_", "fake_quantize", "fusion_status", "parameter_tags",
-    "quantize_to_int", "staircase", "weight_quantizer",
-]  # fmt: skip

@@ -5,5 +5,3 @@ from hq_lib.training.evaluation import Evaluation, evaluate, predict
 from hq_lib.training.loop import FitResult, fit
 from hq_lib.training.qat_recipes import QatRecipe, qat_recipe
 from hq_lib.training.recipes import recipe
-
-__all__ = ["Evaluation", "FitResult", "QatRecipe", "TrainConfig", "evaluate", "fit", "predict", "qat_recipe", "recipe"]

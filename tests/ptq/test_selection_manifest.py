@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hq_lib.data import ImageSet
 from hq_lib.ptq import selection
-from hq_lib.ptq.selection import Manifest, ManifestError, manifest
+from hq_lib.ptq.selection import Manifest, manifest
+from hq_lib.ptq.selection.manifest import ManifestError
 
 HASH = "0" * 64
 

@@ -11,8 +11,3 @@ Tensors go by the names of ``QuantizedNet.bits_record``: "weight <layer>" and "a
 from hq_lib.ptq.bits.bank import GridBank, correct_means, mean_shifts, tensors_of, uniform_policy
 from hq_lib.ptq.bits.cost import Cost, bop_cost, size_cost
 from hq_lib.ptq.bits.search import Assignment, Losses, at_random, greedy, optimal, uniform
-
-__all__ = [
-    "Assignment", "Cost", "GridBank", "Losses", "at_random", "bop_cost", "correct_means", "greedy", "mean_shifts",
-    "optimal", "size_cost", "tensors_of", "uniform", "uniform_policy",
-]  # fmt: skip

@@ -9,9 +9,3 @@ from hq_lib.quantizers.aciq.exact import GridKind, grid_clip_ratio, grid_mse
 from hq_lib.quantizers.aciq.ranges import Fit, ReluVariant, clip_range, fit, predicted_mse
 from hq_lib.quantizers.aciq.table import constants
 from hq_lib.quantizers.aciq.weights import Correction, absorb, allocate_bits, bias_correction, window_sum_mean
-
-__all__ = [
-    "PUBLISHED", "Correction", "Fit", "GridKind", "Prior", "ReluVariant", "absorb", "allocate_bits", "bias_correction",
-    "clip_range", "clip_ratio", "constants", "fit", "grid_clip_ratio", "grid_mse", "noise_mse", "predicted_mse",
-    "window_sum_mean",
-]  # fmt: skip
