@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hq_lib.data import fetch, folder, sources
 from hq_lib.data.folder import Pictures
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 
 LARGEST = 2**20  # classes, channels or pixels along an axis that a file may ask for
 SPLITS = ("train", "val", "trainval", "test")
@@ -163,8 +163,7 @@ def names() -> tuple[str, ...]:
 
 def check_name(name: str) -> DataSpec:
     """The spec of a data set; an unknown name raises ``ValueError`` with the nearest valid one."""
-    if name not in SPECS:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(SPECS)}{nearest(name, SPECS)}")
+    check_known(name, SPECS, "data set")
     return SPECS[name]
 
 
@@ -185,8 +184,7 @@ def load(
         ValueError: unknown data set or split.
         DataUnavailableError: no source could deliver it; lists what was tried.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    check_known(split, SPLITS, "split")
     if name == "imagenet":
         return _load_folder(spec or SPECS[name], split, root, n)
     spec = check_name(name)

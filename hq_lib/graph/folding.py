@@ -22,6 +22,7 @@ from hq_lib.graph.bn_pairs import Kind, Layer, find_layer, find_norms, find_opaq
 from hq_lib.graph.layers import make_plain_
 from hq_lib.graph.modes import eval_mode
 from hq_lib.graph.tracing import Example, LeafModules, trace, unwrap
+from hq_lib.results.hints import check_known
 
 OnRefusal = Literal["raise", "keep"]
 
@@ -65,8 +66,7 @@ def fold_bn(
                                      graph is another network than ``net``.
         tracing.UntraceableError: names the line that cannot be traced.
     """
-    if on_refusal not in get_args(OnRefusal):
-        raise ValueError(f"on_refusal is 'raise' or 'keep', not {on_refusal!r}")
+    check_known(on_refusal, get_args(OnRefusal), "on_refusal")
     with eval_mode(unwrap(net)):
         original = traced(net, example, leaf_modules=leaf_modules)
     original.graph.eliminate_dead_code()  # an auxiliary head in eval mode, a value that only training reads
@@ -119,8 +119,7 @@ def folded_weight_bias(
     Returns:
         Weight and bias, shapes as given, bias (C_out,). Gradients pass to every tensor given.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
+    check_known(kind, get_args(Kind), "kind")
     g = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
     h = -g * mean if beta is None else beta - g * mean
     # (groups, C_out / groups, C_in / groups, positions), of a transposed convolution C_in first

@@ -33,6 +33,7 @@ from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import NodeWatcher, unwrap
 from hq_lib.models import CheckpointError, build_recorded, read_checkpoint, write_checkpoint
 from hq_lib.results import provenance
+from hq_lib.results.hints import check_known
 
 Form = Literal["frozen", "trainable"]
 OWN = "own"
@@ -66,8 +67,7 @@ def save(
     qnet = unwrap(qnet)
     if not isinstance(qnet, QuantizedNet):
         raise QuantizeError("save takes what graph.quantize returned; models.save_checkpoint takes float networks")
-    if form not in get_args(Form):
-        raise QuantizeError(f"form {form!r}: choose one of {', '.join(get_args(Form))}")
+    check_known(form, get_args(Form), "form", error=QuantizeError)
     qnet = copy.deepcopy(qnet).cpu().eval()
     stored = frozen(qnet) if form == "frozen" else qnet
     full = _facts(qnet.record if record is None else record) | _structure(stored, form)

@@ -26,20 +26,13 @@ from hq_lib.ptq.rounding import ON_GRID, take_place
 from hq_lib.quantizers import LSQ, FixedGrid, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
 from hq_lib.quantizers.lp_grid import lp_search
 from hq_lib.quantizers.ranges import Scheme, grid_from_range, minmax_range, percentile_range
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 
 Method = Literal["minmax", "percentile", "mse", "aciq", "aciq_official"]
 PERCENT = 99.99
 """Of the values that "percentile" holds."""
 WIDE_BITS = 8
 """From these bits up a weight grid is symmetric and restricted, so that its integers fit int8 with zero point 0."""
-
-
-def check_method(method: str) -> None:
-    """Raise ValueError that names the nearest method, unless ``method`` is one."""
-    known = get_args(Method)
-    if method not in known:
-        raise ValueError(f"unknown range method {method!r}: choose from {', '.join(known)}{nearest(method, known)}")
 
 
 def find_grid(
@@ -55,7 +48,7 @@ def find_grid(
         axis:    channel axis; None = one grid.
         signed:  False: values below 0 count as 0, and the zero point is 0.
     """
-    check_method(method)
+    check_known(method, get_args(Method), "range method")
     x = x if signed else x.clamp(min=0.0)
     if method == "mse":
         return lp_search(x, bits=bits, scheme=scheme, axis=axis).grid
@@ -93,7 +86,7 @@ def fit_weights(
         QuantizeError: names the layer whose method transforms its weight (DoReFa), has 1 bit, or fails to be fitted; a
                        float network.
     """
-    check_method(method)
+    check_known(method, get_args(Method), "range method")
     refuse_float(qnet, "ptq.fit_weights")
     for name, layer in weight_layers(qnet).items():
         old = layer.weight_quantizer
@@ -137,7 +130,7 @@ def fit_acts(
     Raises:
         QuantizeError: names the quantizer whose method takes no range, or no image; ValueError: NaN or Inf.
     """
-    check_method(method)
+    check_known(method, get_args(Method), "range method")
     chosen = {name: q for name, q in act_quantizers(qnet).items() if only is None or only(q)}
     for name, quantizer in chosen.items():
         if type(quantizer) not in (LSQ, LSQPlusAct, MinMaxAct) or quantizer.bits == 1:

@@ -7,7 +7,7 @@ The promise, tested for each method in float32: after ``x_hat = q(x)``, with ``g
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 
 from hq_lib.quantizers.affine import Grid, check_bits, check_finite, quantize_to_int
 from hq_lib.quantizers.straight_through import LOW_PRECISION, Slope, staircase
+from hq_lib.results.hints import check_known
 
 Role = Literal["weight", "act"]
 
@@ -51,8 +52,7 @@ class Quantizer(nn.Module):
         """Remember ``bits`` (1 to 16), ``signed`` (the data has negative values), ``axis`` (None per tensor, else the
         channel axis) and ``role``. Raises ValueError for other bits, naming the method."""
         super().__init__()
-        if role not in ("weight", "act"):
-            raise ValueError(f"role is {role!r}: a quantizer is for 'weight' or 'act'")
+        check_known(role, get_args(Role), "role")
         self.bits, self.signed, self.axis, self.role = check_bits(self.method, bits), signed, axis, role
         self.binary = signed and bits == 1
         """Whether its levels are -s and +s alone."""

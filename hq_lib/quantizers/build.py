@@ -13,7 +13,7 @@ from hq_lib.quantizers.dsq import DSQ
 from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
 from hq_lib.quantizers.minmax import AciqAct, AciqWeight, MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known, nearest
 
 FLOAT_BITS = 32
 """Bits that mean "leave it float"."""
@@ -81,8 +81,7 @@ def _build(
     methods: dict[str, Callable[..., Quantizer]], what: str, method: str, bits: int, options: dict[str, Any]
 ) -> Quantizer | None:
     key = "minmax" if method == "ste" else method
-    if key not in methods:
-        raise ValueError(f"unknown {what} method {method!r}: there are {', '.join(methods)}{nearest(method, methods)}")
+    check_known(key, methods, f"{what} method")
     if bits == FLOAT_BITS:
         return None
     known = set(inspect.signature(methods[key]).parameters) - {"bits", "role"}

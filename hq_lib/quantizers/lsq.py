@@ -12,6 +12,7 @@ from hq_lib.quantizers.affine import MIN_SCALE, integer_range, levels_from_range
 from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
 from hq_lib.quantizers.ranges import IDLE_CLIP, best_shrink, three_sigma, widest_range
 from hq_lib.quantizers.straight_through import Slope
+from hq_lib.results.hints import check_known
 
 INITS = ("paper", "least_error")
 """Where a step starts; see ``LSQ``."""
@@ -41,8 +42,7 @@ class LSQ(Quantizer):
     def __init__(self, bits: int, *, signed: bool, axis: int | None = None, role: Role, init: str = "paper") -> None:
         """``axis``: None for one step per tensor, 0 for one per channel. ``init``: "paper" or "least_error"."""
         super().__init__(bits, signed=signed, axis=axis, role=role)
-        if init not in INITS:
-            raise ValueError(f"{self.method}: init is {init!r}; choose one of {', '.join(INITS)}")
+        check_known(init, INITS, f"init of {self.method}")
         self.init = init
         self.use_integers(*integer_range(bits, signed=signed))
         self.step_size = nn.Parameter(torch.tensor(1.0))

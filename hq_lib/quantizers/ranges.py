@@ -25,7 +25,7 @@ from hq_lib.quantizers.affine import (
     min_max,
     snap_to_levels,
 )
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 
 Scheme = Literal["affine", "symmetric", "symmetric_restricted"]
 N_SAMPLE = 2**16
@@ -110,9 +110,7 @@ def grid_ends(bits: int, scheme: Scheme) -> tuple[int, int]:
 
     The restricted grid has no step at 1 bit; that is a ``ValueError`` (use the binary quantizer, sign times mean |w|).
     """
-    valid = get_args(Scheme)
-    if scheme not in valid:
-        raise ValueError(f"unknown grid scheme {scheme!r}: there are {', '.join(valid)}{nearest(scheme, valid)}")
+    check_known(scheme, get_args(Scheme), "grid scheme")
     check_bits(f"a grid of scheme {scheme!r}", bits)
     if scheme == "affine":
         return 0, 2**bits - 1

@@ -10,6 +10,13 @@ def nearest_few(name: object, known: Iterable[object]) -> str:
     return ", ".join(map(repr, difflib.get_close_matches(str(name), names, n=3) or names[:8]))
 
 
+def check_known(name: object, known: Iterable[object], what: str, *, error: type[Exception] = ValueError) -> None:
+    """Raise ``error``, which lists what is known and offers the nearest, unless ``name``, a ``what``, is among it."""
+    names = [*known]
+    if name not in names:
+        raise error(f"unknown {what} {name!r}: choose one of {', '.join(map(str, names))}{nearest(name, names)}")
+
+
 def nearest(name: object, known: Iterable[object]) -> str:
     """``"; did you mean 'pact'?"``, or nothing where no known name is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.4)

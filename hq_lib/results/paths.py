@@ -10,7 +10,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("smoke", "quick", "full")
@@ -18,10 +18,7 @@ PROFILES = ("smoke", "quick", "full")
 
 def check_profile(profile: str) -> str:
     """The profile itself; an unknown one raises ``ValueError`` that names the nearest valid one."""
-    if profile not in PROFILES:
-        raise ValueError(
-            f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}{nearest(profile, PROFILES)}"
-        )
+    check_known(profile, PROFILES, "profile")
     return profile
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from hq_lib.graph import BitPolicy
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 from hq_lib.training.qat_recipes import METHODS, QatRecipe, qat_recipe
 
 Lists = tuple[tuple[int, ...], tuple[int, ...]]
@@ -36,12 +36,9 @@ else 8."""
 
 def find_lists(model: str, name: str) -> Lists:
     """(layer_abit, layer_wbit) of a configuration; ``ValueError`` names the nearest where there is none."""
-    if model not in BIT_LISTS:
-        raise ValueError(f"no bit lists for {model!r}: there are some for {', '.join(BIT_LISTS)}")
-    known = BIT_LISTS[model]
-    if name not in known:
-        raise ValueError(f"{model} has no bit lists {name!r}: choose one of {', '.join(known)}{nearest(name, known)}")
-    return known[name]
+    check_known(model, BIT_LISTS, "network with bit lists")
+    check_known(name, BIT_LISTS[model], f"configuration of {model}")
+    return BIT_LISTS[model][name]
 
 
 def widths(model: str, lists: Sequence[str], bits: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:

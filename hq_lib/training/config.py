@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hq_lib.quantizers.base import Tag, parameter_tags
+from hq_lib.results.hints import check_known
 
 AUTO = "auto"
 PRECISIONS = ("float32", "bfloat16", AUTO)
@@ -48,10 +49,8 @@ class TrainConfig:
     """Decides batch order, augmentation and everything random in the network, epoch by epoch."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"TrainConfig.precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
-        if self.compile not in (True, False, AUTO):
-            raise ValueError(f"TrainConfig.compile={self.compile!r}: choose True, False or {AUTO!r}")
+        check_known(self.precision, PRECISIONS, "TrainConfig.precision")
+        check_known(self.compile, (True, False, AUTO), "TrainConfig.compile")
         for key in ("epochs", "batch_size", "lr"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: must be above 0")

@@ -12,7 +12,7 @@ from typing import Any
 from hq_lib.graph import BitPolicy
 from hq_lib.quantizers import act_quantizer
 from hq_lib.quantizers.base import Quantizer
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
 
@@ -79,8 +79,7 @@ def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int
         ValueError: an unknown method or profile (the nearest name is given), or bits that the method cannot do.
     """
     check_profile(profile)
-    if method not in METHODS:
-        raise ValueError(f"no QAT method {method!r}: choose one of {', '.join(METHODS)}{nearest(method, METHODS)}")
+    check_known(method, METHODS, "QAT method")
     weight, act = METHODS[method]
     specs = {"weight": _with_bits(weight, w_bits), "act": _with_bits(act, a_bits)}
     policy = BitPolicy(**specs, first_last_bits=8, input_bits=8, placement="academic", bn="keep")

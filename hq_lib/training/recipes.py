@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
 
@@ -82,6 +82,5 @@ def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig
 
 def find(model: str) -> Recipe:
     """The recipe of a network; an unknown one raises ``ValueError`` naming the nearest one that has a recipe."""
-    if model not in RECIPES:
-        raise ValueError(f"no recipe for {model!r}: choose one of {', '.join(RECIPES)}{nearest(model, RECIPES)}")
+    check_known(model, RECIPES, "network with a recipe")
     return RECIPES[model]

@@ -13,7 +13,7 @@ from scipy.fft import dct
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _CHUNK = 1024  # images held as float at once
@@ -128,6 +128,5 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def score(images: Tensor, metric: str) -> Tensor:
     """(N,) float32 scores by metric name; an unknown name raises ``ValueError`` with the nearest valid one."""
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}: there are {', '.join(METRICS)}{nearest(metric, METRICS)}")
+    check_known(metric, METRICS, "metric")
     return METRICS[metric](images)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known
 
 Strategy = Literal["lowest", "highest", "trimmed", "random"]
 
@@ -44,9 +44,7 @@ def select(
     Raises:
         ValueError: more images wanted than the pool (or a class) has, an empty class, NaN scores, repeats in the pool.
     """
-    if strategy not in get_args(Strategy):
-        raise ValueError(f"unknown strategy {strategy!r}: {', '.join(get_args(Strategy))}"
-                         f"{nearest(strategy, get_args(Strategy))}")  # fmt: skip
+    check_known(strategy, get_args(Strategy), "strategy")
     sizes = {len(t) for t in (scores, labels) if t is not None}
     if len(sizes) > 1:
         raise ValueError(f"{len(scores)} scores for {len(labels)} labels")  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ from scipy.optimize import root_scalar
 from scipy.special import lambertw
 from scipy.stats import norm
 
+from hq_lib.results.hints import check_known
+
 Prior = Literal["laplace", "gauss"]
 
 # Table of the official code (two decimals, some cut and some rounded), by prior and ReLU, then bits M.
@@ -25,8 +27,7 @@ PUBLISHED: dict[tuple[Prior, bool], dict[int, float]] = {
 
 def check(prior: str, bits: float = 0) -> None:
     """Nothing for a known prior and 0 <= bits <= 32; else ``ValueError``."""
-    if prior not in get_args(Prior):
-        raise ValueError(f"prior={prior!r}: the analytic clip knows 'laplace' and 'gauss'")
+    check_known(prior, get_args(Prior), "prior")
     if not 0 <= bits <= 32:
         raise ValueError(f"bits={bits!r}: the analytic clip needs 0 to 32 bits")
 

@@ -18,6 +18,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
 from hq_lib.quantizers.aciq.clip import Prior, check
+from hq_lib.results.hints import check_known
 
 GridKind = Literal["midpoint", "endpoint", "restricted", "relu_endpoint"]
 MAX_BITS = 12  # 4096 levels; beyond it the noise model is exact to 1e-4
@@ -29,8 +30,7 @@ def levels(ratio: float, bits: int, grid: GridKind) -> NDArray[np.float64]:
     Raises:
         ValueError: an unknown grid, bits outside 1..12, or the restricted grid at 1 bit (its only level is 0).
     """
-    if grid not in get_args(GridKind):
-        raise ValueError(f"grid={grid!r}: choose one of {', '.join(get_args(GridKind))}")
+    check_known(grid, get_args(GridKind), "grid")
     if bits != int(bits) or not 1 <= bits <= MAX_BITS or (grid == "restricted" and bits < 2):
         raise ValueError(
             f"bits={bits!r}: the {grid} grid needs an integer from {1 + (grid == 'restricted')} to {MAX_BITS}"

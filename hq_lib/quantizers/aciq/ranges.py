@@ -1,7 +1,7 @@
 """From a tensor's statistics to ACIQ's clipped range, signed or after a ReLU, per tensor or per channel."""
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from hq_lib.quantizers.aciq.clip import Prior, clip_ratio, noise_mse
 from hq_lib.quantizers.aciq.exact import GridKind, grid_clip_ratio, grid_mse
 from hq_lib.quantizers.ranges import Range, per_channel, rows
+from hq_lib.results.hints import check_known
 
 ReluVariant = Literal["official", "theory"]
 
@@ -81,8 +82,7 @@ def clip_range(
     Returns:
         ``Range``, dtype of ``x``. No gradient.
     """
-    if relu not in (None, "official", "theory"):
-        raise ValueError(f"relu={relu!r}: choose None (signed), 'official' or 'theory'")
+    check_known(relu, (None, *get_args(ReluVariant)), "ReLU variant")
     if grid is not None and (relu is not None) != (grid == "relu_endpoint"):
         raise ValueError(
             f"grid={grid!r} with relu={relu!r}: 'relu_endpoint' is the grid of a ReLU variant, and only of it"
@@ -103,8 +103,7 @@ def clip_range(
 
 def _alpha(spread: Fit, bits: int | Tensor, prior: str, relu: bool, grid: GridKind | None) -> Tensor:
     """(C,) alpha in real units: ratio(bits, prior) times that prior's spread, channel by channel."""
-    if prior not in ("laplace", "gauss", "auto"):
-        raise ValueError(f"prior={prior!r}: choose 'laplace', 'gauss' or 'auto'")
+    check_known(prior, (*get_args(Prior), "auto"), "prior")
     n_channels = len(spread.b)
     widths = bits.tolist() if isinstance(bits, Tensor) else [bits] * n_channels
     if len(widths) != n_channels:
