@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from hq_lib import data, models, ptq
 from hq_lib.graph import BitPolicy, act_quantizers, blocks, quantize, weight_layers
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.ptq.cache import Stream, UnitCache
+from hq_lib.ptq.cache import UnitCache, through
 from hq_lib.ptq.reconstruction import rounders_of, train_unit
 from hq_lib.ptq.rounding import install
 from hq_lib.ptq.units import cut
@@ -124,7 +124,7 @@ def plain_unit(body: fx.GraphModule, keep: float) -> fx.GraphModule:
     plain = copy.deepcopy(body)
     for layer in weight_layers(plain).values():
         if layer.weight_quantizer is not None:
-            layer.weight_quantizer = PlainRounding(layer.effective_weight(), layer.weight_quantizer.grid())
+            layer.weight_quantizer = PlainRounding(layer.weight.detach(), layer.weight_quantizer.grid())
     for name, quantizer in act_quantizers(plain).items():
         setattr(plain, name, PlainStep(quantizer.grid(), keep))
     return plain.requires_grad_(False)
@@ -161,13 +161,13 @@ def against_reference(bits: str, options: argparse.Namespace) -> None:
     qnet, images = prepared(bits, options)
     n, total = options.against_reference, [0.0, 0.0]
     config = ptq.ReconstructionConfig(iterations=n, keep_probability=options.keep, seed=options.seed)
-    stream = Stream(images)
+    pair = (images, images)
     with eval_mode(qnet):
         for block in blocks(qnet):
             body = cut(qnet, block)
             for name, layer in weight_layers(body).items():
                 install(layer, name)
-            cache = UnitCache(stream, None, body)
+            cache = UnitCache(pair, body, images)
             everything = cache.batch(torch.arange(len(images)))
             plain, took = plain_unit(body, options.keep), []
             for warm in (True, False):
@@ -182,7 +182,7 @@ def against_reference(bits: str, options: argparse.Namespace) -> None:
             ours, reference = took[2:]
             total = [total[0] + ours, total[1] + reference]
             print(f"{block.name}: ours {ours:.1f}, plain loop {reference:.1f} CPU ms per iteration", flush=True)
-            stream.advance(body)
+            pair = through(body, pair, images)
     ours, reference = (milliseconds / len(blocks(qnet)) for milliseconds in total)
     print(
         f"{bits} qdrop, keep {options.keep}: ours / plain loop = {ours / reference:.2f} ({ours:.1f} and "

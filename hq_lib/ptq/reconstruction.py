@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from hq_lib.graph import act_quantizers, blocks, set_quantization, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.ptq.cache import MAX_BYTES, Stream, UnitCache, bytes_needed, chunks
+from hq_lib.ptq.cache import Pair, UnitCache, chunks, through
 from hq_lib.ptq.config import ReconstructionConfig
 from hq_lib.ptq.dropping import drop, dropping
 from hq_lib.ptq.fisher import Fisher, drawn_labels
@@ -108,12 +108,11 @@ def _pass(
     qnet: fx.GraphModule, images: Tensor, config: ReconstructionConfig, files: RunFolder | None
 ) -> Iterator[UnitReport]:
     found = [(block, units(qnet, block, unit=config.unit)) for block in blocks(qnet)]
-    fisher = config.loss != "mse"
-    keep = [bytes_needed(qnet, block, inside, len(images), fisher=fisher) <= MAX_BYTES for block, inside in found]
     n_units = sum(len(inside) for _, inside in found)
-    stream, position = Stream(images), 0
+    pair: Pair = (images, images)
+    position = 0
     weighing: list[Fisher | None] = [None] * len(found)
-    if fisher:
+    if config.loss != "mse":
         graphs, alike = [cut(qnet, block) for block, _ in found], config.loss == "fisher_per_image"
         labels = drawn_labels(graphs, images, seed=config.seed)
         weighing = [Fisher(graphs[i + 1 :], labels, per_image=alike) for i in range(len(graphs))]
@@ -125,15 +124,15 @@ def _pass(
                     install(layer, name)
             report = files.load(position, body) if files is not None else None
             if report is None:
-                lead = cut(qnet, unit.lead) if unit.lead else None
-                cache = UnitCache(stream, lead, body, keep=keep[i], fisher=weighing[i])
+                inputs = through(cut(qnet, unit.lead), pair, images) if unit.lead else pair
+                cache = UnitCache(inputs, body, images, fisher=weighing[i])
                 report = _one(unit.name, cache, config, position, n_units)
                 if files is not None:
                     files.save(report, body)
             yield report
             position += 1
         if i + 1 < len(found):
-            stream.advance(cut(qnet, block), keep=keep[i + 1])
+            pair = through(cut(qnet, block), pair, images)
 
 
 def _one(name: str, cache: UnitCache, config: ReconstructionConfig, position: int, n_units: int) -> UnitReport:
@@ -141,7 +140,7 @@ def _one(name: str, cache: UnitCache, config: ReconstructionConfig, position: in
     before = after = unit_loss(cache, config.loss_power)
     rounders, undecided = rounders_of(cache.body) if config.learn_rounding else [], 0
     if config.iterations:
-        generator = torch.Generator(cache.stream.images.device).manual_seed(config.seed * 10_007 + position)
+        generator = torch.Generator(cache.images.device).manual_seed(config.seed * 10_007 + position)
         undecided = train_unit(cache, rounders, config, generator, name)
         after = unit_loss(cache, config.loss_power)
     n_weights = sum(q.v.numel() for q in rounders)
@@ -166,11 +165,11 @@ def distance(y: Tensor, target: Tensor, power: float, weight: Tensor | None = No
 @torch.no_grad()
 def unit_loss(cache: UnitCache, power: float) -> float:
     """Return ``distance`` of the quantized unit behind the quantized prefix, nothing dropped, over all images."""
-    total, images = 0.0, cache.stream.images
-    for index in chunks(images):
+    total = 0.0
+    for index in chunks(cache.images):
         x_q, _, target = cache.batch(index)
         total += float(distance(cache.body(x_q), target, power, cache.importance(index))) * len(index)
-    return total / len(images)
+    return total / len(cache.images)
 
 
 def batch_indices(n: int, config: ReconstructionConfig, generator: torch.Generator) -> Iterator[Tensor]:
@@ -209,7 +208,7 @@ def train_unit(
         _learning(cache.body, rounders, [p for group in groups for p in group["params"]]),
         dropping(cache.body, config.keep_probability, generator),
     ):
-        for i, index in enumerate(batch_indices(len(cache.stream.images), config, generator)):
+        for i, index in enumerate(batch_indices(len(cache.images), config, generator)):
             for group in optimizer.param_groups:
                 if group["name"] == "steps":
                     group["lr"] = config.step_lr * 0.5 * (1 + math.cos(math.pi * i / config.iterations))

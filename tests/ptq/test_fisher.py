@@ -9,7 +9,7 @@ from torch import nn
 
 from hq_lib import ptq
 from hq_lib.graph import BitPolicy, blocks, quantize
-from hq_lib.ptq.cache import Stream, UnitCache
+from hq_lib.ptq.cache import UnitCache, through
 from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.reconstruction import distance, unit_loss
 from hq_lib.ptq.units import cut
@@ -66,14 +66,12 @@ def test_labels_follow_the_float_nets_softmax_and_the_seed():
     assert not torch.equal(drawn, drawn_labels(graphs_of(qnet), many, seed=1))
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_importance_has_mean_one_and_the_shape_of_the_squared_gradient(keep):
+def test_importance_has_mean_one_and_the_shape_of_the_squared_gradient():
     qnet, x = made()
     graphs = graphs_of(qnet)
-    stream = Stream(x)
-    stream.advance(graphs[0], keep=keep)
+    pair = through(graphs[0], (x, x), x)
     fisher = Fisher(graphs[2:], drawn_labels(graphs, x, seed=0))
-    cache = UnitCache(stream, None, graphs[1], keep=keep, fisher=fisher)
+    cache = UnitCache(pair, graphs[1], x, fisher=fisher)
     index = torch.arange(N)
     weight = cache.importance(index)
     assert weight.mean().item() == pytest.approx(1, abs=2e-3)
@@ -84,8 +82,7 @@ def test_importance_has_mean_one_and_the_shape_of_the_squared_gradient(keep):
     assert unit_loss(cache, 2.0) == pytest.approx(float((weight * (y - target) ** 2).sum(1).mean()), rel=1e-3)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_per_image_all_images_count_alike_however_sure_the_net_is(keep):
+def test_per_image_all_images_count_alike_however_sure_the_net_is():
     """The weights within an image keep their ratios; the sure half would have 1e-12 of the whole otherwise."""
     net = Linear()
     with torch.no_grad():
@@ -93,12 +90,10 @@ def test_per_image_all_images_count_alike_however_sure_the_net_is(keep):
     x = images(N, size=8)
     qnet = quantize(net.eval(), BitPolicy("minmax:3", "float"), x[:1])
     graphs = graphs_of(qnet)
-    stream = Stream(x)
-    stream.advance(graphs[0], keep=keep)
+    pair = through(graphs[0], (x, x), x)
     labels, index = drawn_labels(graphs, x, seed=0), torch.arange(N)
     raw, alike = (
-        UnitCache(stream, None, graphs[1], keep=keep, fisher=Fisher(graphs[2:], labels, per_image=flag))
-        for flag in (False, True)
+        UnitCache(pair, graphs[1], x, fisher=Fisher(graphs[2:], labels, per_image=flag)) for flag in (False, True)
     )
     spread = raw.importance(index).mean(1)
     assert spread.max() > 20 * spread.median()
@@ -123,7 +118,7 @@ def test_where_nothing_matters_every_error_counts_alike():
     x = images(N, size=8)
     qnet = quantize(net.eval(), BitPolicy("minmax:3", "float"), x[:1])
     graphs = graphs_of(qnet)
-    cache = UnitCache(Stream(x), None, graphs[0], fisher=Fisher(graphs[1:], torch.zeros(N).long()))
+    cache = UnitCache((x, x), graphs[0], x, fisher=Fisher(graphs[1:], torch.zeros(N).long()))
     assert torch.equal(cache.importance(torch.arange(4)), torch.ones(4, 4, 6, 6))
 
 
