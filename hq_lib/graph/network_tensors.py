@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib.graph.packing import pack, unpack
-from hq_lib.graph.quantizer_record import n_bits, quantizers, rebuild
+from hq_lib.graph.quantizer_record import n_bits, rebuild
 from hq_lib.graph.rewrite import QuantizedNet
 from hq_lib.graph.spec import QuantizeError
-from hq_lib.graph.state import weight_layers
+from hq_lib.graph.state import quantizers, weight_layers
 from hq_lib.models import CheckpointError
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Quantizer
 

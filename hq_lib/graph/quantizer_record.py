@@ -10,26 +10,13 @@ from torch import Tensor, nn
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.rewrite import QuantizedNet, fresh_quantizers
 from hq_lib.graph.spec import QuantizeError
-from hq_lib.graph.state import act_quantizers, weight_layers
+from hq_lib.graph.state import quantizers, weight_layers
 from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, Grid, Quantizer
 
 POLICY = "policy"
 """Kind of a quantizer that is as its policy makes it."""
 SWITCHES = ("enabled", "observing")
 """What may have been switched on a quantizer since it was made."""
-
-
-def quantizers(qnet: QuantizedNet) -> dict[str, Quantizer]:
-    """Return every quantizer of ``qnet`` by name: layers, then activation modules; those in float are left out.
-
-    Raises:
-        QuantizeError: names a module in a quantizer's place that is none.
-    """
-    found: dict[str, Any] = {name: layer.weight_quantizer for name, layer in weight_layers(qnet).items()}
-    found = {name: q for name, q in (found | act_quantizers(qnet)).items() if not isinstance(q, nn.Identity | None)}
-    if odd := [name for name, q in found.items() if not isinstance(q, Quantizer)]:
-        raise QuantizeError(f"{odd[0]!r}: a {type(found[odd[0]]).__name__} quantizes it, which no file can describe")
-    return found
 
 
 def put(qnet: QuantizedNet, name: str, quantizer: Quantizer) -> None:

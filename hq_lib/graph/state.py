@@ -29,6 +29,19 @@ def act_quantizers(gm: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in gm.named_children() if name.endswith(QUANTIZER_SUFFIX)}
 
 
+def quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    """Return every quantizer of ``net`` by name: layers, then activation modules; those in float are left out.
+
+    Raises:
+        QuantizeError: names a module in a quantizer's place that is none.
+    """
+    found: dict[str, Any] = {name: layer.weight_quantizer for name, layer in weight_layers(net).items()}
+    found = {name: q for name, q in (found | act_quantizers(net)).items() if not isinstance(q, nn.Identity | None)}
+    if odd := [name for name, q in found.items() if not isinstance(q, Quantizer)]:
+        raise QuantizeError(f"{odd[0]!r}: a {type(found[odd[0]]).__name__} quantizes it, which no file can describe")
+    return found
+
+
 def refuse_float(net: nn.Module, what: str) -> None:
     """Raise ``QuantizeError`` that names ``what`` where ``net`` has no quantized layer."""
     if not weight_layers(net):

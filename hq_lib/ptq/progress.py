@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.graph import act_quantizers, weight_layers
-from hq_lib.quantizers.base import as_bytes
+from hq_lib.graph.state import quantizers
+from hq_lib.models import read_checkpoint, write_checkpoint
 from hq_lib.results import atomic
-
-_REPORT = "__report__"
 
 
 class ReconstructionError(ValueError):
@@ -93,10 +90,9 @@ class RunFolder:
 
     def save(self, report: UnitReport, body: nn.Module) -> None:
         """Write the quantizers of a finished unit, whole or not at all."""
-        state = {_REPORT: as_bytes(json.dumps(dataclasses.asdict(report)))}
-        for name, quantizer in quantizers_of(body).items():
-            state |= {f"{name}:{key}": value.detach().cpu().clone() for key, value in quantizer.state_dict().items()}
-        atomic.write_bytes(self._file(report.position), safetensors.torch.save(state))
+        learned = {name: quantizer.state_dict() for name, quantizer in quantizers(body).items()}
+        state = {f"{name}:{key}": value for name, own in learned.items() for key, value in own.items()}
+        write_checkpoint(self._file(report.position), state, dataclasses.asdict(report))
 
     def load(self, position: int, body: nn.Module) -> UnitReport | None:
         """Put a finished unit's quantizers back and return its report; None where the unit is not finished."""
@@ -104,20 +100,14 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            state = safetensors.torch.load(file.read_bytes())
-            entries = json.loads(bytes(state.pop(_REPORT).tolist()).decode())
-            for name, quantizer in quantizers_of(body).items():
+            state, record = read_checkpoint(file)
+            for name, quantizer in quantizers(body).items():
                 own = {key.split(":", 1)[1]: value for key, value in state.items() if key.split(":", 1)[0] == name}
                 quantizer.load_state_dict(own)
-            return UnitReport(**{**entries, "resumed": True})
-        except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            del record["sha256"]
+            return UnitReport(**{**record, "resumed": True})
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ReconstructionError(f"{file} is damaged ({error}): delete it, the unit is then done again") from error
 
     def _file(self, position: int) -> Path:
         return self.path / f"unit_{position:03d}.safetensors"
-
-
-def quantizers_of(body: nn.Module) -> dict[str, nn.Module]:
-    """Return the weight quantizers (by layer) and activation quantizers of a unit by name."""
-    found = {f"weight {name}": q for name, layer in weight_layers(body).items() if (q := layer.weight_quantizer)}
-    return found | {f"act {name}": q for name, q in act_quantizers(body).items()}
