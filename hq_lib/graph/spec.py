@@ -15,7 +15,7 @@ from hq_lib.quantizers.affine import MAX_BITS, is_width
 from hq_lib.results.hints import nearest_few
 
 HYBRID = "hybrid"
-METHODS = {*quantizers.WEIGHT_METHODS, *quantizers.ACT_METHODS, HYBRID}
+METHODS = {*quantizers.METHODS, HYBRID}
 
 
 class PolicyError(ValueError):

@@ -6,8 +6,6 @@
 Banner et al., arXiv:1810.05723, sections 4.2 and 5; formulas and departures in ``hq_lib.quantizers.aciq.weights``.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, fx, nn
 

@@ -5,8 +5,6 @@ float net's output (``target``); with the Fisher loss a fourth, the gradient at 
 block by block: only one block's are kept.
 """
 
-from __future__ import annotations
-
 import errno
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """What a reconstruction does, every switch in the open, and the three published methods as settings of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, get_args, get_origin, get_type_hints

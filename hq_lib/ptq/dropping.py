@@ -1,7 +1,5 @@
 """Element-wise dropping of quantization (QDrop, Wei et al. 2022, arXiv:2203.05740, eq. 6 and its code)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ net = ptq.equalize(fold_bn(net, x), x)                    # before quantize: sam
 ptq.reestimate_norms(qnet, batches)                       # after it: statistics of the quantized activations
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """How the error of a quantized network grows from block to block."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -9,8 +9,6 @@ from the net itself is the definition of the Fisher information, needs no labels
 images that the net is sure of count for nothing; ``per_image`` makes all count alike (see ``config``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

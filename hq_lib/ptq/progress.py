@@ -1,7 +1,5 @@
 """What a reconstruction leaves behind: a report per unit, and files from which a killed run goes on."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -12,8 +12,6 @@
 Weights get a grid of their own per output channel (``FixedGrid``), activations keep their quantizer and get its scale.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 

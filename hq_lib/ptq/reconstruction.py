@@ -7,8 +7,6 @@ f the float unit on the float net's activations, f_q the quantized one behind th
 activations' quantization dropped at random, ``x~ = where(U < p, x_q, x_fp)``. See ``config`` for the three settings.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence

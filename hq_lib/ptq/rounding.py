@@ -1,7 +1,5 @@
 """One weight quantizer put in the place of another, and AdaRound on the grid that was there."""
 
-from __future__ import annotations
-
 from hq_lib.graph import QuantizedWeight, QuantizeError
 from hq_lib.quantizers import AdaRound, Quantizer
 

@@ -1,7 +1,5 @@
 """The regions of a quantized graph that are reconstructed one at a time, and the switch between its two nets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from torch import fx, nn

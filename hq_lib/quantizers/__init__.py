@@ -6,7 +6,7 @@ trains on a grid that it can name exactly: ``q(x) == grid.scale * (q.to_int(x) -
 
 from hq_lib.quantizers.affine import Grid, dequantize, fake_quantize, quantize_to_int
 from hq_lib.quantizers.base import Quantizer, Tag, parameter_tags
-from hq_lib.quantizers.build import ACT_METHODS, FLOAT_BITS, WEIGHT_METHODS, act_quantizer, weight_quantizer
+from hq_lib.quantizers.build import FLOAT_BITS, METHODS, act_quantizer, weight_quantizer
 from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight
 from hq_lib.quantizers.dsq import DSQ, dsq_quantize, dsq_slope, dsq_soft
 from hq_lib.quantizers.fixed import AdaRound, FixedGrid, FrozenWeight

@@ -4,8 +4,6 @@ Symbols (Nagel et al. 2021, arXiv:2106.08295, section 2.2.1): ``scale`` s, real 
 integer of real 0; ``x_int`` integers in ``[qmin, qmax]``; ``x_hat = s * (x_int - z)``. Signed 1 bit means ``{-s, +s}``.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

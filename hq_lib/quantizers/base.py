@@ -4,10 +4,8 @@ The promise, tested for each method in float32: after ``x_hat = q(x)``, with ``g
 ``x_hat == grid.scale * (q.to_int(x) - grid.zero_point)`` to the last bit.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +119,7 @@ class Quantizer(nn.Module):
         if not self._ready:
             _first_fit(self, x)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move grids with the network, but never to float16 or bfloat16: a step of 1e-8 would be 0 there."""
 
         def moved(t: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Activation quantizers that clip to [0, alpha], or to [-alpha, alpha] where the data are signed."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

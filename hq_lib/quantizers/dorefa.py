@@ -3,8 +3,6 @@
 Two weight grids: the paper's, with 2^k levels and no zero, and seed 001's hardware form, with 2^k - 1 levels and zero.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -7,8 +7,6 @@ With Delta = (u - l) / N, N = 2^b - 1, t = (x - l) / Delta, i = floor(t), f = t 
     dsq_alpha = 1 - tanh(c / 2),  so  c = ln(2 / dsq_alpha - 1)          eq. 8 and 9; 0 is hard, 0.5 nearly linear
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

@@ -4,8 +4,6 @@ Symbols (Nagel et al. 2020, AdaRound, arXiv:2004.10568): ``v`` the rounding logi
 of a step by which a weight is rounded up from its floor, ``zeta`` and ``gamma`` the ends of the stretched sigmoid.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -4,8 +4,6 @@ A quantizer on activations is memory bound: run op by op it reads and writes the
 large tensors are worth a compiled call; what a user trains with ``torch.compile`` as a whole net is inlined instead.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """LSQ (Esser et al. 2020, arXiv:1902.08153) and LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576): the step is learned."""
 
-from __future__ import annotations
-
 import math
 from typing import ClassVar
 

@@ -3,8 +3,6 @@
 The range follows the data and gets no gradient; the input's gradient is 1 wherever rounding did not clip.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

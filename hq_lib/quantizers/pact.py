@@ -1,7 +1,5 @@
 """PACT (Choi et al. 2018, arXiv:1805.06085) and seed 001's modified PACT: activations with a clip of their own."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -5,8 +5,6 @@ Symbols: ``low <= 0 <= high`` real ends of a range, ``scale`` real units per ste
 Nagel et al. (2021), arXiv:2106.08295, 2.2.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args

@@ -6,8 +6,6 @@ It saves the input only (usually the ReLU's output, which autograd holds anyway)
 pass: two streams in, one out, and the parameter gradients as sums of the same pass.
 """
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Any
 

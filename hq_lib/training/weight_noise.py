@@ -10,8 +10,6 @@ The gradient is taken at the noisy point and moves the clean weights:
 A training loop of one's own goes into ``with weight_noise(net, 0.03):``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

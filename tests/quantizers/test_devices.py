@@ -7,11 +7,11 @@ would wait for the device in every step, and the second fail.
 import pytest
 import torch
 
-from hq_lib.quantizers import ACT_METHODS, WEIGHT_METHODS, act_quantizer, fusion_status, weight_quantizer
+from hq_lib.quantizers import METHODS, act_quantizer, fusion_status, weight_quantizer
 
 CASES = [
-    *(pytest.param(m, s, id=f"act-{m}-{s}") for m in ACT_METHODS for s in ("unsigned", "signed")),
-    *(pytest.param(m, "weight", id=f"weight-{m}") for m in WEIGHT_METHODS),
+    *(pytest.param(m, s, id=f"act-{m}-{s}") for m in METHODS for s in ("unsigned", "signed")),
+    *(pytest.param(m, "weight", id=f"weight-{m}") for m in METHODS),
 ]
 
 

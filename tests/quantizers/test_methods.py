@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from hq_lib.quantizers import (
-    ACT_METHODS,
-    WEIGHT_METHODS,
+    METHODS,
     Quantizer,
     aciq,
     act_quantizer,
@@ -25,13 +24,13 @@ BITS = (1, 2, 3, 4, 8, 16)
 SYMMETRIC_WEIGHTS = {"dorefa", "dorefa_hw", "pact", "mpact"}
 ALL_WEIGHTS = [
     (m, b, s, a)
-    for m in WEIGHT_METHODS
+    for m in METHODS
     for b in BITS
     for s in (True, False)
     for a in (None, 0)
     if s or m not in SYMMETRIC_WEIGHTS
 ]
-ALL_ACTS = [(m, b, s) for m in ACT_METHODS for b in BITS for s in (True, False)]
+ALL_ACTS = [(m, b, s) for m in METHODS for b in BITS for s in (True, False)]
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -133,8 +132,8 @@ def test_real_zero_is_exact_on_every_activation_grid(method, bits, signed):
 
 
 def test_error_falls_with_bits():
-    for kind, methods in (("weight", WEIGHT_METHODS), ("act", ACT_METHODS)):
-        for method in methods:
+    for kind in ("weight", "act"):
+        for method in METHODS:
             x = weights() if kind == "weight" else 0.3 * acts(True)
             error = []
             for bits in (2, 4, 8):
@@ -143,7 +142,7 @@ def test_error_falls_with_bits():
             assert error[0] > error[1] > error[2], (kind, method, error)
 
 
-@pytest.mark.parametrize("method", ACT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("signed", [True, False])
 def test_all_zero_activations_stay_zero_and_recover(method, signed):
     quantizer = build("act", method, 4, signed=signed)
@@ -156,7 +155,7 @@ def test_all_zero_activations_stay_zero_and_recover(method, signed):
         assert parameter.grad is None or torch.isfinite(parameter.grad).all()
 
 
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_all_zero_and_constant_channels(method, bits):
     w = weights()
@@ -177,7 +176,7 @@ def test_all_zero_and_constant_channels(method, bits):
         torch.testing.assert_close(y[2], w[2])
 
 
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", BITS)
 def test_an_all_zero_channel_of_weights_stays_as_near_zero_as_its_grid_allows(method, bits):
     """Also where no level is 0: a dead channel must not come to life as +-1."""
@@ -194,8 +193,8 @@ def test_an_all_zero_channel_of_weights_stays_as_near_zero_as_its_grid_allows(me
 
 def test_nan_and_inf_are_refused_by_every_fit():
     for bad in (float("nan"), float("inf")):
-        for kind, methods in (("weight", WEIGHT_METHODS), ("act", ACT_METHODS)):
-            for method in methods:
+        for kind in ("weight", "act"):
+            for method in METHODS:
                 x = weights()
                 x[0, 0, 0, 0] = bad
                 with pytest.raises(ValueError, match="NaN or Inf"):
@@ -218,7 +217,7 @@ def test_nan_propagates_and_has_no_integer():
 
 
 @pytest.mark.parametrize("bits", [0, 17, -1, 33, 4.0, True])
-@pytest.mark.parametrize("method", ACT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_impossible_bits_name_method_and_bits(method, bits):
     name = {"dorefa_hw": "dorefa"}.get(method, method)
     with pytest.raises(ValueError, match=f"{name} cannot do {bits}".replace(".", r"\.")):
@@ -244,7 +243,7 @@ def test_unknown_names_get_the_nearest_one():
 
 
 def test_activations_fit_on_the_first_training_batch_only():
-    for method in ACT_METHODS:
+    for method in METHODS:
         quantizer = build("act", method, 4, signed=False)
         if bool(quantizer.initialised):
             continue  # a fixed clip needs no data
