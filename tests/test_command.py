@@ -21,6 +21,7 @@ from hq_lib.__main__ import app, main
 from hq_lib.data import sources
 from hq_lib.deploy import ENDINGS
 from hq_lib.deploy.c import CompilerError, library
+from hq_lib.graph.spec import of_kind
 from hq_lib.ptq import selection
 from hq_lib.results import paths
 from hq_lib.studies import configuration
@@ -137,7 +138,7 @@ def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(pla
     made = hq("train", "--config", "h.yaml", "--output", "h.safetensors")
     assert percents(made) == percents(hq("test", "h.safetensors", "--net", "mynet:Net", "--n-test", "50"))
     qnet = graph.load(place / "h.safetensors", net=configuration.own("mynet:Net")())
-    assert {str(spec) for spec in qnet.meta["weights"].values()} == {"dsq:2", "minmax:6"}
+    assert {str(spec) for spec in of_kind(qnet.meta["specs"], "weight").values()} == {"dsq:2", "minmax:6"}
 
 
 def test_reconstruction_takes_its_protocol_and_a_manifest(place):

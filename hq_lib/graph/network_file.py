@@ -27,8 +27,8 @@ from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.network_tensors import restore, tensors_of
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.policy import BitPolicy
-from hq_lib.graph.quantizer_record import describe, frozen, made_by_policy, put
-from hq_lib.graph.rewrite import QuantizedNet, unfitted
+from hq_lib.graph.quantizer_record import describe, frozen, put
+from hq_lib.graph.rewrite import QuantizedNet, fresh_quantizers, unfitted
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.state import quantizers
 from hq_lib.graph.tracing import NodeWatcher, unwrap
@@ -147,7 +147,7 @@ def _again(qnet: QuantizedNet, tensors: Mapping[str, Tensor], record: Mapping[st
     """The network that loading will give: built by name, or for one's own on the graph of ``qnet`` itself."""
     if record["model"] == OWN:
         again = copy.deepcopy(qnet)
-        for name, quantizer in made_by_policy(qnet).items():
+        for name, quantizer in fresh_quantizers(qnet).items():
             put(again, name, quantizer)
     else:
         try:

@@ -32,38 +32,36 @@ def statements(overrides: Any) -> Iterator[tuple[str, str, str, Any]]:
             yield str(pattern), said, key_of_one, like
 
 
-def apply_overrides(
-    overrides: Any, specs: Mapping[str, dict[str, Spec]], types: Mapping[str, Mapping[str, Collection[str]]]
-) -> dict[tuple[str, str], str]:
+def apply_overrides(overrides: Any, specs: dict[str, Spec], types: Mapping[str, Collection[str]]) -> dict[str, str]:
     """Change ``specs`` in place as ``overrides`` say, in their order.
 
     Args:
-        specs: "weight" and "act" -> name of a tensor -> its spec.
+        specs: tensor, "weight <layer>" or "act <activation>" -> its spec.
         types: the same -> the layer types it is of.
 
     Returns:
-        for each changed tensor (kind, name), the key of the override that spoke last.
+        for each changed tensor the key of the override that spoke last.
 
     Raises:
         PolicyError: names the pattern that matches no layer, with the nearest names.
     """
-    origins: dict[tuple[str, str], str] = {}
+    origins: dict[str, str] = {}
     for pattern, said, key, like in statements(overrides):
         kinds = KINDS if said == "both" else (said,)
-        tensors = [(kind, name) for kind in kinds for name in specs[kind]]
-        named = [(kind, name) for kind, name in tensors if fnmatchcase(name, pattern)]
-        typed = [(kind, name) for kind, name in tensors if pattern in types[kind].get(name, ())]
+        names = {tensor: tensor.split(" ", 1)[1] for tensor in specs if tensor.startswith(kinds)}
+        named = [tensor for tensor, name in names.items() if fnmatchcase(name, pattern)]
+        typed = [tensor for tensor in names if pattern in types[tensor]]
         if named and typed and named != typed:
-            theirs = ", ".join(sorted({name for _, name in typed}))
+            theirs = ", ".join(sorted({names[tensor] for tensor in typed}))
             raise PolicyError(
-                f"{key}: {named[0][1]!r} is the name of a layer and the type of others; write {pattern + '*'!r} for "
-                f"the name, or name those of the type: {theirs}"
+                f"{key}: {names[named[0]]!r} is the name of a layer and the type of others; write {pattern + '*'!r} "
+                f"for the name, or name those of the type: {theirs}"
             )
         if not named and not typed:
-            raise PolicyError(_no_match(pattern, key, {name for _, name in tensors}, kinds))
-        for kind, name in named or typed:
-            specs[kind][name] = parse_spec(like, key, base=specs[kind][name])
-            origins[kind, name] = key
+            raise PolicyError(_no_match(pattern, key, {*names.values()}, kinds))
+        for tensor in named or typed:
+            specs[tensor] = parse_spec(like, key, base=specs[tensor])
+            origins[tensor] = key
     return origins
 
 

@@ -87,14 +87,14 @@ def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:
     ]
 
 
-def share_bits(sites: Iterable[Site], acts: dict[str, Spec]) -> None:
+def share_bits(sites: Iterable[Site], specs: dict[str, Spec]) -> None:
     """Give the tensors that share a grid one spec, in place: the one with the most bits among them."""
     by_group: dict[str, list[str]] = {}
     for site in sites:
-        by_group.setdefault(site.group, []).append(site.name)
-    for names in by_group.values():
-        widest = max((acts[name] for name in names), key=lambda spec: spec.bits)
-        acts.update(dict.fromkeys(names, widest))
+        by_group.setdefault(site.group, []).append(f"act {site.name}")
+    for tensors in by_group.values():
+        widest = max((specs[tensor] for tensor in tensors), key=lambda spec: spec.bits)
+        specs.update(dict.fromkeys(tensors, widest))
 
 
 def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:

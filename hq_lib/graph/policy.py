@@ -115,10 +115,8 @@ class BitPolicy:
         make_quantizer(spec, kind, key)
         return spec
 
-    def resolve(
-        self, layers: Mapping[str, Collection[str]], sites: "Iterable[Site]"
-    ) -> tuple[dict[str, Spec], dict[str, Spec]]:
-        """Return the Spec of each layer's weight and of each activation by name.
+    def resolve(self, layers: Mapping[str, Collection[str]], sites: "Iterable[Site]") -> dict[str, Spec]:
+        """Return the Spec of each tensor: "weight <layer>", then "act <activation>".
 
         Args:
             layers: name -> types of each layer, from ``placement.layer_types``.
@@ -128,20 +126,20 @@ class BitPolicy:
         Raises:
             PolicyError: names the override that matches nothing, or the tensor whose bits its method cannot do.
         """
-        sites = list(sites)
-        weights: dict[str, Spec] = {name: self.weight for name in layers}  # noqa: C420 (pyright)
-        if self.first_last_bits is not None and not self.weight.is_float:
-            outer = [name for name, types in layers.items() if {"first", "last"} & set(types)]
-            weights |= {name: replace(self.weight, bits=self.first_last_bits) for name in outer}
-        acts = {site.name: self._by_role(site.role) for site in sites}
-        made = {site.name: {*layers.get(site.name, ())} - {"last"} | ({"last"} & {site.role[-4:]}) for site in sites}
-        specs = {"weight": weights, "act": acts}
-        origins = apply_overrides(self.overrides, specs, {"weight": layers, "act": made})
-        for kind, of_kind in specs.items():
-            for name, spec in of_kind.items():
-                key = f"{origins.get((kind, name), f'policy.{kind}')} (tensor {name!r})"
-                of_kind[name] = self._settled(spec, kind, key)
-        return weights, acts
+        types = {f"weight {name}": set(of) for name, of in layers.items()}
+        specs = {tensor: self._of_layer(of) for tensor, of in types.items()}
+        for site in sites:
+            specs[f"act {site.name}"] = self._by_role(site.role)
+            types[f"act {site.name}"] = {*layers.get(site.name, ())} - {"last"} | ({"last"} & {site.role[-4:]})
+        origins = apply_overrides(self.overrides, specs, types)
+        for tensor, spec in specs.items():
+            kind, name = tensor.split(" ", 1)
+            specs[tensor] = self._settled(spec, kind, f"{origins.get(tensor, f'policy.{kind}')} (tensor {name!r})")
+        return specs
+
+    def _of_layer(self, types: Collection[str]) -> Spec:
+        inner = self.first_last_bits is None or self.weight.is_float or {"first", "last"}.isdisjoint(types)
+        return self.weight if inner else replace(self.weight, bits=self.first_last_bits)
 
     def _by_role(self, role: str) -> Spec:
         if role == "image":

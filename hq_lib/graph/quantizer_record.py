@@ -31,18 +31,13 @@ def put(qnet: QuantizedNet, name: str, quantizer: Quantizer) -> None:
         layer.weight_quantizer = quantizer
 
 
-def made_by_policy(qnet: QuantizedNet) -> dict[str, Quantizer]:
-    """Return by name a fresh, unfitted quantizer for every tensor that the policy of ``qnet`` quantizes."""
-    return fresh_quantizers(qnet, *(qnet.meta[key] for key in ("weights", "acts", "sites")))
-
-
 def describe(qnet: QuantizedNet) -> dict[str, dict[str, Any]]:
     """Return what each quantizer is: of kind "policy", or one that PTQ or freezing put there, with its grid's ends.
 
     Raises:
         QuantizeError: names the tensor whose quantizer is neither, contradicts the policy, or is still being learned.
     """
-    found, fresh = quantizers(qnet), made_by_policy(qnet)
+    found, fresh = quantizers(qnet), fresh_quantizers(qnet)
     if apart := found.keys() ^ fresh.keys():
         raise QuantizeError(f"{min(apart)!r} has a quantizer, or none, against its policy: make the network with a "
                             "policy that says so")  # fmt: skip

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import kinds
-from hq_lib.graph.spec import PolicyError, Spec
+from hq_lib.graph.spec import PolicyError, Spec, of_kind
 from hq_lib.quantizers import Quantizer
 
 COLUMNS = (
@@ -38,13 +38,13 @@ def report(qnet: fx.GraphModule) -> pd.DataFrame:
         raise PolicyError("report: the network has no policy; pass what quantize(net, policy, example) returned")
     macs, hidden = layer_macs(qnet), hidden_weights(qnet)
     rows = []
-    for name, spec in meta["weights"].items():
+    for name, spec in of_kind(meta["specs"], "weight").items():
         layer: Any = qnet.get_submodule(name)
         rows.append(_row(name, spec, layer.weight_quantizer, n_params=layer.weight.numel(), macs=macs[name]))
     rows += [_row(name, Spec(), None, n_params=w.numel(), macs=float("nan")) for name, w in hidden.items()]
     for site in meta["sites"]:
         n, quantizer = torch.Size(site.shape).numel(), getattr(qnet, site.quantizer, None)
-        rows.append(_row(site.name, meta["acts"][site.name], quantizer, n_elements=n, signed=site.signed))
+        rows.append(_row(site.name, meta["specs"][f"act {site.name}"], quantizer, n_elements=n, signed=site.signed))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     weights, acts = table[table.tensor == "weight"], table[table.tensor == "activation"]
     table.attrs = {

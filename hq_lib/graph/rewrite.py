@@ -19,7 +19,7 @@ from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.report import hidden_weights
-from hq_lib.graph.spec import PolicyError, QuantizeError, Spec, make_quantizer
+from hq_lib.graph.spec import PolicyError, QuantizeError, make_quantizer, of_kind
 from hq_lib.graph.tracing import Example, LeafModules, copy_modes_, propagate, unwrap
 from hq_lib.quantizers import Quantizer
 from hq_lib.quantizers.base import as_bytes
@@ -35,8 +35,8 @@ class QuantizedNet(fx.GraphModule):
     """A quantized network as a graph. Its state dict carries its bits, and refuses a state with other bits.
 
     What it was made of is in ``meta``: "network" (its class), how it was traced ("traced_training",
-    "leaf_modules", "on_refusal"), "policy", "sites" (tuple of ``Site``), "weights" and "acts" (name -> Spec).
-    It can be copied and pickled.
+    "leaf_modules", "on_refusal"), "policy", "sites" (tuple of ``Site``) and "specs" ("weight <layer>" or
+    "act <activation>" -> Spec). It can be copied and pickled.
     """
 
     @property
@@ -50,9 +50,8 @@ class QuantizedNet(fx.GraphModule):
         return self.meta.get("record", {})
 
     def bits_record(self) -> dict[str, str]:
-        """Return "weight <layer>" and "act <tensor>" -> spec as text: what a saved state must agree with."""
-        acts = {f"act {site.name}": f"{self.meta['acts'][site.name]}" for site in self.meta["sites"]}
-        return {f"weight {name}": str(spec) for name, spec in self.meta["weights"].items()} | acts
+        """Return tensor ("weight <layer>", "act <activation>") -> spec as text: what a saved state must agree with."""
+        return {tensor: str(spec) for tensor, spec in self.meta["specs"].items()}
 
     def get_extra_state(self) -> Tensor:
         """Return ``bits_record`` as UTF-8 bytes in a uint8 tensor, which every checkpoint format can hold."""
@@ -203,30 +202,28 @@ def unfitted(
         for module in gm.modules():
             make_plain_(module)
     sites = find_sites(gm, placement=policy.placement)
-    weights, acts = policy.resolve(layer_types(gm), sites)
-    share_bits(sites, acts)
-    quantizers = fresh_quantizers(gm, weights, acts, sites)
+    specs = policy.resolve(layer_types(gm), sites)
+    share_bits(sites, specs)
+    kept = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
+    classes = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
+    kept += [name for name, module in net.named_modules() if isinstance(module, classes)]
+    gm.meta |= {
+        "policy": policy, "sites": tuple(sites), "specs": specs, "network": type(net).__name__,
+        "traced_training": net.training, "leaf_modules": kept, "on_refusal": on_refusal,
+    }  # fmt: skip
+    quantizers = fresh_quantizers(gm)
     for node, kind in kinds(gm).items():
         name = str(node.target)
         if kind == "layer" and not isinstance(layer := gm.get_submodule(name), QuantizedWeight):
             gm.set_submodule(name, _FORMS[op_name(node, gm)].from_float(layer, quantizers.get(name)))
     _insert_act_quantizers(gm, sites, quantizers)
-    kept = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
-    classes = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
-    kept += [name for name, module in net.named_modules() if isinstance(module, classes)]
-    made = {
-        "policy": policy, "sites": tuple(sites), "weights": weights, "acts": acts, "network": type(net).__name__,
-        "traced_training": net.training, "leaf_modules": kept, "on_refusal": on_refusal,
-    }  # fmt: skip
-    return _with_graph(gm, gm.graph, f"Quantized{type(net).__name__}", {**gm.meta, **made})
+    return _with_graph(gm, gm.graph, f"Quantized{type(net).__name__}", gm.meta)
 
 
-def fresh_quantizers(
-    gm: fx.GraphModule, weights: Mapping[str, Spec], acts: Mapping[str, Spec], sites: Iterable[Site]
-) -> dict[str, Quantizer]:
-    """Return an unfitted quantizer for every tensor of ``gm`` that is not float, by the name of its layer or module."""
+def fresh_quantizers(gm: fx.GraphModule) -> dict[str, Quantizer]:
+    """Return an unfitted quantizer for every tensor that ``meta`` quantizes, by the name of its layer or module."""
     found: dict[str, Quantizer] = {}
-    for name, spec in weights.items():
+    for name, spec in of_kind(gm.meta["specs"], "weight").items():
         layer: Any = gm.get_submodule(name)
         axis: Any = {"axis": 1 if layer.groups == 1 else None} if isinstance(layer, nn.ConvTranspose2d) else {}
         quantizer = make_quantizer(spec, "weight", f"policy, weight of {name!r}", **axis)
@@ -234,9 +231,9 @@ def fresh_quantizers(
             quantizer.owner = name
             found[name] = quantizer.to(layer.weight.device).train(layer.training)
     device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-    for site in sites:
+    for site in gm.meta["sites"]:
         key = f"policy, activation {site.name!r}"
-        quantizer = make_quantizer(acts[site.name], "act", key, signed=site.signed)
+        quantizer = make_quantizer(gm.meta["specs"][f"act {site.name}"], "act", key, signed=site.signed)
         if quantizer is not None and site.quantizer not in found:  # those of a group share the first one's
             quantizer.owner = site.name
             found[site.quantizer] = quantizer.to(device).train(gm.training)

@@ -116,6 +116,11 @@ def make_quantizer(
         raise PolicyError(f"{key}: {error}") from error
 
 
+def of_kind(specs: Mapping[str, Spec], kind: str) -> dict[str, Spec]:
+    """Return those of ``specs``, "weight <layer>" or "act <activation>", that are of this kind, by name alone."""
+    return {tensor.split(" ", 1)[1]: spec for tensor, spec in specs.items() if tensor.startswith(f"{kind} ")}
+
+
 def unknown_key(name: str, known: Iterable[str], key: str, *, what: str = "key") -> None:
     """Raise ``PolicyError`` that begins with ``key`` and offers the nearest of ``known``, unless ``name`` is one."""
     known = list(known)

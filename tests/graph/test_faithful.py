@@ -272,14 +272,14 @@ class TwoHeads(nn.Module):
 
 
 def test_every_head_counts_as_a_last_layer():
-    weights = quantize(TwoHeads().eval(), BitPolicy("lsq:4", "lsq:3"), X[:1]).meta["weights"]
-    assert [str(weights[name]) for name in ("c", "d", "h1", "h2")] == ["lsq:8", "lsq:4", "lsq:8", "lsq:8"]
+    specs = quantize(TwoHeads().eval(), BitPolicy("lsq:4", "lsq:3"), X[:1]).meta["specs"]
+    assert [str(specs[f"weight {name}"]) for name in ("c", "d", "h1", "h2")] == ["lsq:8", "lsq:4", "lsq:8", "lsq:8"]
 
 
 def test_a_sum_at_the_end_makes_only_its_last_branch_a_last_layer():
     net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Net(lambda n, x: x + n.b(n.a(x))[:, :3]))
-    weights = quantize(net.eval(), BitPolicy("lsq:4", "lsq:3"), X[:1]).meta["weights"]
-    assert [weights[name].bits for name in ("0", "1.a", "1.b")] == [8, 4, 8]
+    specs = quantize(net.eval(), BitPolicy("lsq:4", "lsq:3"), X[:1]).meta["specs"]
+    assert [specs[f"weight {name}"].bits for name in ("0", "1.a", "1.b")] == [8, 4, 8]
 
 
 def test_layer_types_are_patterns():

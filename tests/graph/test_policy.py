@@ -5,12 +5,18 @@ import yaml
 
 from hq_lib import models
 from hq_lib.graph import BitPolicy, PolicyError, Site, Spec
+from hq_lib.graph.spec import of_kind
 
 LAYERS = {"stem": {"first"}, "layer1.0.conv1": set(), "layer1.0.conv2": set(), "fc": {"last", "linear"}}
 
 
 def site(name: str, role: str = "") -> Site:
     return Site(name, name.replace(".", "_"), role, False, name)
+
+
+def resolved(policy: BitPolicy, layers, sites) -> list[dict[str, Spec]]:
+    """The specs of weights and of activations, by name."""
+    return [of_kind(policy.resolve(layers, sites), kind) for kind in ("weight", "act")]
 
 
 SITES = [
@@ -23,7 +29,7 @@ SITES = [
 
 
 def bits(policy: BitPolicy) -> tuple[list[int], list[int]]:
-    weights, acts = policy.resolve(LAYERS, SITES)
+    weights, acts = resolved(policy, LAYERS, SITES)
     return [weights[name].bits for name in LAYERS], [acts[s.name].bits for s in SITES]
 
 
@@ -62,7 +68,7 @@ def test_a_partial_override_keeps_what_it_does_not_name():
         weight={"method": "lsq", "bits": 4, "axis": None},
         overrides={"stem": {"weight": "dsq"}, "fc": {"weight": 3}, "layer1.0.conv1": {"weight": "pact:2"}},
     )
-    weights, _ = policy.resolve(LAYERS, SITES)
+    weights, _ = resolved(policy, LAYERS, SITES)
     assert weights["stem"] == Spec("dsq", 8)  # another method does not inherit lsq's options
     assert weights["fc"] == Spec("lsq", 3, {"axis": None})
     assert weights["layer1.0.conv1"] == Spec("pact", 2)
@@ -150,7 +156,7 @@ def test_the_policy_in_one_line_names_every_switch():
 
 @pytest.mark.parametrize(("w", "a"), [(2, 8), (3, 3), (4, 4), (8, 1), (5, 32)])
 def test_hybrid_methods_follow_from_bits(w, a):
-    weights, acts = BitPolicy.hybrid(w, a, qat=("dsq", "pact"), ptq="minmax", boundary=4).resolve(LAYERS, SITES)
+    weights, acts = resolved(BitPolicy.hybrid(w, a, qat=("dsq", "pact"), ptq="minmax", boundary=4), LAYERS, SITES)
     assert {str(spec) for spec in weights.values()} == {f"dsq:{w}" if w < 4 else f"minmax:{w}"}
     want = "float" if a == 32 else f"pact:{a}" if a < 4 else f"minmax:{a}"
     assert {str(acts[s.name]) for s in SITES[1:]} == {want}
@@ -158,13 +164,13 @@ def test_hybrid_methods_follow_from_bits(w, a):
 
 def test_hybrid_takes_overrides_and_covers_stem_and_classifier():
     policy = BitPolicy.hybrid(2, 8, overrides={"fc": {"weight": 8}, "layer1.0.*": {"act": 3}})
-    weights, acts = policy.resolve(LAYERS, SITES)
+    weights, acts = resolved(policy, LAYERS, SITES)
     assert [str(spec) for spec in weights.values()] == ["dsq:2", "dsq:2", "dsq:2", "minmax:8"]
     assert [str(acts[s.name]) for s in SITES] == ["minmax:8", "minmax:8", "dsq:3", "dsq:3", "minmax:8"]
 
 
 def test_hybrid_boundary_is_policy_not_code():
-    weights, _ = BitPolicy.hybrid(4, 4, boundary=5).resolve(LAYERS, SITES)
+    weights, _ = resolved(BitPolicy.hybrid(4, 4, boundary=5), LAYERS, SITES)
     assert {spec.method for spec in weights.values()} == {"dsq"}
 
 
@@ -173,20 +179,20 @@ def test_the_method_hybrid_without_a_rule_is_refused():
         BitPolicy(weight="hybrid:4")
 
 
-def resolved(name: str, a: list[int], w: list[int]) -> tuple[dict[str, int], dict[str, int]]:
+def bits_of(name: str, a: list[int], w: list[int]) -> tuple[dict[str, int], dict[str, int]]:
     from hq_lib.graph.placement import find_sites, layer_types
     from hq_lib.graph.tracing import trace
 
     net = models.build(name).eval()
     policy = BitPolicy.from_lists(net, a, w)
     gm = trace(net)
-    weights, acts = policy.resolve(layer_types(gm), find_sites(gm))
+    weights, acts = resolved(policy, layer_types(gm), find_sites(gm))
     return {n: s.bits for n, s in weights.items()}, {n: s.bits for n, s in acts.items()}
 
 
 def test_seed_lists_of_resnet20_speak_of_inputs():
     a, w = [2, 3, 4, 5, 6, 7, 8, 9, 10], [10, 9, 8, 7, 6, 5, 4, 3, 2]
-    weights, acts = resolved("resnet20", a, w)
+    weights, acts = bits_of("resnet20", a, w)
     assert weights["conv1"] == 32
     assert weights["layer1.0.conv1"] == weights["layer1.0.conv2"] == 10
     assert weights["layer3.2.conv2"] == 2
@@ -201,7 +207,7 @@ def test_seed_lists_of_resnet20_speak_of_inputs():
 
 def test_seed_lists_of_toynet():
     a, w = [32, *range(2, 12), 14, 16], [16, *range(2, 12), 13, 15]
-    weights, acts = resolved("toynet", a, w)
+    weights, acts = bits_of("toynet", a, w)
     assert sorted(set(weights.values())) == [*range(2, 12), 13, 15, 16]
     assert next(iter(weights.values())) == 16
     assert [*weights.values()][-2:] == [13, 15]
@@ -211,7 +217,7 @@ def test_seed_lists_of_toynet():
 
 
 def test_seed_lists_of_mobilenetv2_count_every_block():
-    weights, acts = resolved("mobilenetv2", [8, *[4] * 17, 6, 5], [8, *[3] * 17, 6, 5])
+    weights, acts = bits_of("mobilenetv2", [8, *[4] * 17, 6, 5], [8, *[3] * 17, 6, 5])
     assert sorted(set(weights.values())) == [3, 5, 6, 8]
     assert next(iter(acts.values())) == 8
     assert [*acts.values()][-1] == 5
@@ -224,6 +230,6 @@ def test_lists_of_another_length_say_what_fits(n):
 
 
 def test_lists_of_the_blocks_and_of_all_layers_go_together():
-    weights, acts = resolved("resnet20", [4] * 9, [8, *range(2, 11), 6])
+    weights, acts = bits_of("resnet20", [4] * 9, [8, *range(2, 11), 6])
     assert (weights["conv1"], weights["layer1.0.conv1"], weights["linear"]) == (8, 2, 6)
     assert (acts["input"], acts["conv1"], acts["layer3.2.add"]) == (32, 4, 32)

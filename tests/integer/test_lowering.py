@@ -9,6 +9,7 @@ from torch import nn
 
 from hq_lib import data
 from hq_lib.graph import BitPolicy, calibrate, quantize, set_quantization
+from hq_lib.graph.spec import of_kind
 from hq_lib.integer import LowerError, RecordError, agreement, lower, pixel_table, quantize_pixels, run
 from hq_lib.integer import record as r
 from hq_lib.integer.proof import accumulator_bound
@@ -35,8 +36,7 @@ def test_integers_are_at_most_one_step_from_the_fake_quantized_graph(net, policy
 
 
 def TENSORS(qnet) -> set[str]:
-    acts = qnet.meta["acts"]
-    return {name for name, spec in acts.items() if not spec.is_float}
+    return {name for name, spec in of_kind(qnet.meta["specs"], "act").items() if not spec.is_float}
 
 
 def test_batch_norms_kept_or_folded_give_the_same_real_function():

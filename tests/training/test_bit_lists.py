@@ -4,6 +4,7 @@ import pytest
 
 from hq_lib import models
 from hq_lib.graph.placement import find_sites, layer_types
+from hq_lib.graph.spec import of_kind
 from hq_lib.graph.tracing import trace
 from hq_lib.training.bit_lists import BIT_LISTS, find_lists, least_bits, list_recipe, widths
 
@@ -14,7 +15,8 @@ def bits_of(model: str, name: str) -> tuple[list[int], dict[str, int]]:
     net = models.build(model).eval()
     policy = list_recipe(net, find_lists(model, name), "mpact", "full").policy
     gm = trace(net)
-    weights, acts = policy.resolve(layer_types(gm), find_sites(gm, placement="academic"))
+    specs = policy.resolve(layer_types(gm), find_sites(gm, placement="academic"))
+    weights, acts = (of_kind(specs, kind) for kind in ("weight", "act"))
     return [spec.bits for spec in weights.values()], {n: spec.bits for n, spec in acts.items()}
 
 

@@ -143,9 +143,7 @@ class GridBank:
                 layer = weight_layers(self.net)[name]
                 layer.weight_quantizer, layer.bias = module, bias if module is not None else self._biases[name]
         meta = self.net.meta  # reports and files go by it
-        for key, kind in (("weights", "weight"), ("acts", "act")):
-            known = {name: f"{kind} {name}" for name in meta[key]}
-            meta[key] = {name: replace(meta[key][name], bits=bits.get(t, FLOAT_BITS)) for name, t in known.items()}
+        meta["specs"] = {t: replace(spec, bits=bits.get(t, FLOAT_BITS)) for t, spec in meta["specs"].items()}
         meta["policy"] = self.policy(bits)
         return self.net
 
