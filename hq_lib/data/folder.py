@@ -45,10 +45,6 @@ class Pictures:
         """(N, 3, size, size)."""
         return torch.Size((len(self), 3, self.size, self.size))
 
-    def dim(self) -> int:
-        """4."""
-        return self.ndim
-
     def subset(self, positions: Tensor) -> "Pictures":
         """The pictures at these positions, unread."""
         return Pictures([self.files[i] for i in positions], size=self.size, short_side=self.short_side)

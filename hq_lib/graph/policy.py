@@ -33,14 +33,19 @@ BN_MODES = ("keep", "fold")
 class HybridRule:
     """Which method a "hybrid" tensor gets: one below ``boundary`` bits, another from there up (seed 000)."""
 
-    qat: tuple[str, str] = ("dsq", "dsq")
-    """methods (weight, activation) below ``boundary`` bits, trained through"""
+    qat: str | tuple[str, str] = "dsq"
+    """methods (weight, activation) below ``boundary`` bits, trained through; one name stands for both"""
 
-    ptq: tuple[str, str] = ("minmax", "minmax")
+    ptq: str | tuple[str, str] = "minmax"
     """methods (weight, activation) from ``boundary`` bits up, calibrated after training"""
 
     boundary: int = 4
     """bits; the first width that is left to post-training quantization"""
+
+    def __post_init__(self) -> None:
+        for key in ("qat", "ptq"):
+            methods = getattr(self, key)
+            object.__setattr__(self, key, (methods, methods) if isinstance(methods, str) else tuple(methods))
 
 
 @dataclass(frozen=True)
@@ -190,8 +195,7 @@ class BitPolicy:
         if isinstance(rule := entries.get("hybrid_rule"), Mapping):
             for name in rule:
                 unknown_key(name, [f.name for f in fields(HybridRule)], "policy.hybrid_rule")
-            given: Any = {name: value if name == "boundary" else tuple(value) for name, value in rule.items()}
-            entries["hybrid_rule"] = HybridRule(**given)
+            entries["hybrid_rule"] = HybridRule(**rule)
         return cls(**entries)
 
     @classmethod
@@ -221,7 +225,7 @@ class BitPolicy:
         Raises:
             PolicyError: bits or methods that do not exist.
         """
-        rule = HybridRule(_pair(qat), _pair(ptq), boundary)
+        rule = HybridRule(qat, ptq, boundary)
         weight, act = ({"method": HYBRID, "bits": bits} for bits in (w_bits, a_bits))
         return cls(weight, act, first_last_bits=first_last_bits, hybrid_rule=rule, **settings)
 
@@ -264,7 +268,3 @@ class BitPolicy:
 
 def _bits(bits: int | None) -> str:
     return {None: "as the rest", 32: "float"}.get(bits, str(bits))
-
-
-def _pair(method: str | tuple[str, str]) -> tuple[str, str]:
-    return (method, method) if isinstance(method, str) else (method[0], method[1])

@@ -114,7 +114,6 @@ def test_at_two_bits_the_table_costs_what_the_grid_says():
     (lambda: aciq.clip_range(torch.ones(3), bits=4, relu="offical"), "official"),
     (lambda: aciq.clip_range(torch.ones(3), bits=4, relu="theory", grid="endpoint"), "relu_endpoint"),
     (lambda: aciq.clip_range(torch.ones(3), bits=4, prior="normal"), "auto"),
-    (lambda: aciq.clip_range(torch.ones(3, 2), bits=torch.tensor([2, 3]), axis=0), "2 bit widths for 3"),
     (lambda: aciq.clip_range(torch.tensor([math.nan]), bits=4), "NaN"),
 ])  # fmt: skip
 def test_bad_input_is_named(call, message):

@@ -58,7 +58,7 @@ def fit(x: Tensor, *, axis: int | None = None, positive_half: bool = False) -> F
 def clip_range(
     x: Tensor,
     *,
-    bits: int | Tensor,
+    bits: int,
     prior: Prior | Literal["auto"] = "auto",
     relu: ReluVariant | None = None,
     grid: GridKind | None = None,
@@ -74,7 +74,7 @@ def clip_range(
 
     Args:
         x:     (*shape), real units; for a ReLU variant pre- or post-ReLU values ("official" rectifies them first).
-        bits:  M, or (C,) bits per channel from ``allocate_bits``.
+        bits:  M.
         prior: "auto" takes the likelier one, channel by channel.
         grid:  None = the published noise model; a grid kind = that grid's exact optimum (advised below 3 bits).
                With a ReLU variant only "relu_endpoint" makes sense.
@@ -101,17 +101,11 @@ def clip_range(
     return Range(low.clamp(max=0.0), high.clamp(min=0.0))
 
 
-def _alpha(spread: Fit, bits: int | Tensor, prior: str, relu: bool, grid: GridKind | None) -> Tensor:
+def _alpha(spread: Fit, bits: int, prior: str, relu: bool, grid: GridKind | None) -> Tensor:
     """(C,) alpha in real units: ratio(bits, prior) times that prior's spread, channel by channel."""
     check_known(prior, (*get_args(Prior), "auto"), "prior")
-    n_channels = len(spread.b)
-    widths = bits.tolist() if isinstance(bits, Tensor) else [bits] * n_channels
-    if len(widths) != n_channels:
-        raise ValueError(f"{len(widths)} bit widths for {n_channels} channels: give one per channel")
     laplace = spread.is_laplace if prior == "auto" else torch.full_like(spread.is_laplace, prior == "laplace")
-    ratios = [
-        _ratio(m, "laplace" if lap else "gauss", relu, grid) for m, lap in zip(widths, laplace.tolist(), strict=True)
-    ]
+    ratios = [_ratio(bits, "laplace" if lap else "gauss", relu, grid) for lap in laplace.tolist()]
     return torch.tensor(ratios, dtype=torch.float64, device=spread.b.device) * torch.where(
         laplace, spread.b, spread.sigma
     )
