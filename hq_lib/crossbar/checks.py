@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hq_lib.results import settings
 from hq_lib.results.hints import nearest_few
 
 
@@ -35,28 +30,18 @@ class TraceError(CrossbarError):
     """A recorded trace is damaged, of another network, or lacks the multiplication that was asked for."""
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What a number must be; in the annotation of a field of `Settings` it holds for that field."""
+class Bound(settings.Bound):
+    """As ``results.settings.Bound``."""
 
-    ends: str
-    """As the refusal says it: ">= 0 and < 1"."""
-    whole: bool = False
-    """Whether fractions are refused."""
-    mend: str = ""
-    """What the refusal says beside the ends."""
-
-    def check(self, value: Any, what: str) -> Any:
-        """``value`` itself, finite and within the ends; otherwise an error that says ``what``, ends and mend."""
-        number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        ends = [end.split() for end in self.ends.split(" and ")]
-        if number and math.isfinite(value) and all(_SIGNS[sign](value, float(end)) for sign, end in ends):
-            return value
-        kind = "whole" if self.whole else "finite"
-        raise CrossbarError(f"{what} = {value!r} must be a {kind} number {self.ends}{self.mend and '; ' + self.mend}")
+    refusal = CrossbarError
 
 
-_SIGNS = {">=": operator.ge, ">": operator.gt, "<": operator.lt, "<=": operator.le}
+class Settings(settings.Settings):
+    """As ``results.settings.Settings``."""
+
+    refusal = CrossbarError
+
+
 _IDEAL = "0 bits does not mean 'ideal', leave the part out (None) for an ideal one"
 BITS, SIGNED_BITS = (Bound(f">= {low} and <= 16", whole=True, mend=_IDEAL) for low in (1, 2))
 FRACTION = Bound(">= 0 and < 1", mend="a fraction, not a percentage: 5 % is 0.05")
@@ -69,27 +54,6 @@ Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, Bound(">= 0")]
 Count = Annotated[int, Bound(">= 1", whole=True)]
 """Annotations of fields of `Settings`."""
-
-
-class Settings:
-    """Base of frozen dataclasses whose annotations hold: bounds, choices (``Literal``), classes, and None if named."""
-
-    def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            value, what = getattr(self, name), f"{type(self).__name__}.{name}"
-            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            if value is None and NoneType in kinds:
-                continue
-            for bound in getattr(kinds[0], "__metadata__", ()):
-                bound.check(value, what)
-            if get_origin(kinds[0]) is Literal:
-                check_choice(value, get_args(kinds[0]), what)
-            elif isinstance(kinds[0], type) and kinds[0].__module__ != "builtins" and not isinstance(value, kinds[0]):
-                how = getattr(kinds[0], "MADE_BY", f"{kinds[0].__name__}(...) makes one")
-                raise CrossbarError(f"{what} = {value!r:.60} must be of type {kinds[0].__name__}: {how}")
-
-
-_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 def check_choice(value: Any, choices: Iterable[str], what: str) -> str:

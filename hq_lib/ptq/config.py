@@ -1,24 +1,27 @@
 """What a reconstruction does, every switch in the open, and the three published methods as settings of it."""
 
 from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+from hq_lib.results.settings import Bound, Settings
+
+Positive = Annotated[float, Bound("> 0")]
 
 
 @dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Settings):
     """One pass over the network; the defaults are QDrop (arXiv:2203.05740) with a budget for minutes on a CPU."""
 
     unit: Literal["block", "layer"] = "block"
     """what is reconstructed at a time: a block of ``graph.blocks``, or each layer with its activation function"""
 
-    iterations: int = 500
+    iterations: Annotated[int, Bound(">= 0", whole=True)] = 500
     """optimiser steps per unit; 0 leaves the rounding to nearest and the steps as calibrated (published: 20,000)"""
 
-    batch_size: int = 32
+    batch_size: Annotated[int, Bound(">= 1", whole=True)] = 32
     """images per step"""
 
-    n_images: int | None = 1024
+    n_images: Annotated[int, Bound(">= 1", whole=True)] | None = 1024
     """calibration images expected, fewer or more are an error; None takes what comes"""
 
     batch_sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
@@ -35,29 +38,29 @@ class ReconstructionConfig:
     quantize_acts: bool = True
     """False: activation quantizers are bypassed in this pass, in the prefix too (AdaRound, BRECQ's first stage)"""
 
-    keep_probability: float = 0.5
+    keep_probability: Annotated[float, Bound(">= 0 and <= 1")] = 0.5
     """probability of KEEPING the quantized value, element by element, of the unit's input and behind each activation
     quantizer inside: 1 = always quantized, 0 = activations always float (the code of QDrop calls it drop_prob)"""
 
-    rounding_lr: float = 1e-2
+    rounding_lr: Positive = 1e-2
     """Adam's rate of the rounding logits. Adam moves a logit by at most about rate x iterations, and deciding a
     rounding takes 2.4: 1e-3, the official default, fits 20,000 iterations, 1e-2 a few hundred. Where many roundings
     are left undecided, raise it (rate x iterations near 20, as published) and lower ``beta_start``: ResNet-20 at W2A2,
     500 iterations, one seed: 79.6 % with 1e-2 and 20 (6 to 34 % undecided), 81.3 % with 5e-2 and 8 (0 to 1.3 %)"""
 
-    step_lr: float = 4e-5
+    step_lr: Positive = 4e-5
     """Adam's rate of the activation steps in real units, falls to 0 along a cosine"""
 
-    rounding_weight: float = 0.01
+    rounding_weight: Annotated[float, Bound(">= 0")] = 0.01
     """lambda of the regulariser, relative to a loss summed over channels (0.1 MobileNetV2, 0.2 MNASNet)"""
 
-    warm_up: float = 0.2
+    warm_up: Annotated[float, Bound(">= 0 and <= 1")] = 0.2
     """share of the iterations without the regulariser"""
 
-    beta_start: float = 20.0
+    beta_start: Positive = 20.0
     """the regulariser's exponent after the warm-up"""
 
-    beta_end: float = 2.0
+    beta_end: Positive = 2.0
     """its exponent at the end, reached linearly"""
 
     loss: Literal["mse", "fisher", "fisher_per_image"] = "mse"
@@ -67,29 +70,17 @@ class ReconstructionConfig:
     ResNet-20 count for 3. "fisher_per_image" divides by each image's own mean, so that all images count alike (W2A2,
     60 iterations, one seed, 1,000 test images: "mse" 60.3 %, "fisher" 24.4 %, "fisher_per_image" 59.1 %)"""
 
-    loss_power: float = 2.0
+    loss_power: Positive = 2.0
     """p of the loss sum_channels weight |y - target|^p, averaged over images and positions"""
 
-    seed: int = 0
+    seed: Annotated[int, Bound(">= -inf", whole=True)] = 0
     """of the batches and the dropping; each unit has its own stream, so that resuming changes nothing"""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            known = get_args(hint)
-            if get_origin(hint) is Literal and getattr(self, name) not in known:
-                _check(name, getattr(self, name), False, " or ".join(map(repr, known)))
+        super().__post_init__()
         if self.loss != "mse" and self.unit != "block":
-            raise ValueError(f"reconstruction.loss {self.loss!r} needs unit 'block': the output of a layer inside a "
-                             "block does not alone decide what follows")  # fmt: skip
-        for name in ("iterations", "batch_size", "seed"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), Integral), "a whole number")
-        _check("iterations", self.iterations, self.iterations >= 0, "0 or more")
-        for name in ("batch_size", "rounding_lr", "step_lr", "beta_start", "beta_end", "loss_power"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        for name in ("keep_probability", "warm_up"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        _check("rounding_weight", self.rounding_weight, self.rounding_weight >= 0, "0 or more")
-        _check("n_images", self.n_images, self.n_images is None or self.n_images > 0, "more than 0, or None")
+            raise ValueError(f"ReconstructionConfig.loss {self.loss!r} needs unit 'block': the output of a layer "
+                             "inside a block does not alone decide what follows")  # fmt: skip
 
     def beta(self, i: int) -> float | None:
         """Return the regulariser's exponent at iteration ``i``; None during the warm-up, where it is off."""
@@ -97,11 +88,6 @@ class ReconstructionConfig:
         if i < start:
             return None
         return self.beta_end + (self.beta_start - self.beta_end) * (1 - (i - start) / (self.iterations - start))
-
-
-def _check(name: str, value: object, good: bool, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"reconstruction.{name} is {value!r}: it has to be {wanted}")
 
 
 def adaround(**changes: Any) -> tuple[ReconstructionConfig, ...]:

@@ -3,62 +3,50 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 from hq_lib.quantizers.base import Tag, parameter_tags
-from hq_lib.results.hints import check_known
+from hq_lib.results.settings import Bound, Settings
 
 AUTO = "auto"
-PRECISIONS = ("float32", "bfloat16", AUTO)
 MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything that decides the weights a run ends with, apart from the network and the images."""
 
-    epochs: int
+    epochs: Annotated[int, Bound(">= 1", whole=True)]
     """Passes over the training images, >= 1."""
-    lr: float
+    lr: Annotated[float, Bound("> 0")]
     """Peak learning rate of SGD with Nesterov's momentum (``MOMENTUM``)."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Bound(">= 1", whole=True)] = 128
     """Images per step."""
     weight_decay: float = 5e-4
     """L2 factor on weights; biases, norms and learned clips have none."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0, epochs; then half a cosine to 0, which is why the last epoch's weights are kept."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Bound(">= 0 and < 1")] = 0.0
     """Share of the target given to all classes alike, in [0, 1)."""
-    distill: float = 0.0
+    distill: Annotated[float, Bound(">= 0 and <= 1")] = 0.0
     """Share of the loss that is the distance to a teacher's logits, in [0, 1]; above 0, ``fit`` needs the teacher."""
     pad: int = 4
     """Zero pixels added on each side before the random crop; 0 = no crop."""
     flip: bool = True
     """Random left-right flip."""
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """"float32", "bfloat16" (autocast: convolutions and linear layers in bfloat16, weights stay float32), or "auto":
     what ``machine.settled`` chooses when the run begins."""
-    weight_noise: float = 0.0
+    weight_noise: Annotated[float, Bound(">= 0 and < 1")] = 0.0
     """Noise-aware training for analog arrays: standard deviation of fresh errors of every convolution's and linear
     layer's weights in each step, a fraction of the largest |w| of the output channel (``crossbar.weight_noise``)."""
-    compile: bool | str = False
+    compile: Literal[True, False, "auto"] = False
     """Run the training steps through ``torch.compile``; "auto" as above."""
     seed: int = 0
     """Decides batch order, augmentation and everything random in the network, epoch by epoch."""
-
-    def __post_init__(self) -> None:
-        check_known(self.precision, PRECISIONS, "TrainConfig.precision")
-        check_known(self.compile, (True, False, AUTO), "TrainConfig.compile")
-        for key in ("epochs", "batch_size", "lr"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: must be above 0")
-        for key in ("label_smoothing", "weight_noise"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"TrainConfig.{key}={getattr(self, key)!r}: must lie in [0, 1)")
-        if not 0 <= self.distill <= 1:
-            raise ValueError(f"TrainConfig.distill={self.distill!r}: the share of the teacher lies in [0, 1]")
 
     def as_dict(self) -> dict[str, object]:
         """Field name -> value, ready for JSON."""

@@ -258,7 +258,7 @@ def test_missing_grids_and_bad_settings_are_refused_in_words():
         ptq.reconstruct(qnet, x, SMALL)
     wrong = (("keep_probability", 1.5), ("batch_size", 0), ("unit", "net"), ("iterations", -1), ("iterations", 2.5))
     for name, value in wrong:
-        with pytest.raises(ValueError, match=f"reconstruction.{name}"):
+        with pytest.raises(ValueError, match=rf"ReconstructionConfig\.{name}"):
             dataclasses.replace(SMALL, **{name: value})
 
 

@@ -234,7 +234,7 @@ def test_a_quantizers_parameters_follow_their_tags():
     [("precision", "fp8"), ("epochs", 0), ("distill", 1.5), ("compile", "yes")],
 )
 def test_bad_configuration_names_the_key(key, value):
-    with pytest.raises(ValueError, match=f"TrainConfig.{key}="):
+    with pytest.raises(ValueError, match=rf"TrainConfig\.{key}"):
         dataclasses.replace(CONFIG, **{key: value})
 
 
