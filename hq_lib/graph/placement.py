@@ -106,17 +106,13 @@ def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
             continue
         chain = [node]
         followers = _FOLLOWERS.get(kind, _DEFAULT_FOLLOWERS) if kind != "input" else set()
-        while (user := _only_user(chain[-1])) is not None and kind_of[user] in followers:
+        while len(chain[-1].users) == 1 and kind_of[user := next(iter(chain[-1].users))] in followers:
             chain.append(user)
         absorbed.update(chain)
         several = "shape" in next(iter(kind_of)).meta and "shape" not in chain[-1].meta  # tensors, each on its own grid
         if _is_read(chain[-1], kind_of) and not several:
             tails[node] = chain[-1]
     return tails
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_read(node: fx.Node, kind_of: dict[fx.Node, str]) -> bool:

@@ -6,6 +6,8 @@
 Banner et al., arXiv:1810.05723, sections 4.2 and 5; formulas and departures in ``hq_lib.quantizers.aciq.weights``.
 """
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -99,13 +101,10 @@ def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Corr
             raise QuantizeError(f"layer {name!r} runs twice: its two window sums share one bias")
         done[name] = _correct(layers[name], args[0])
 
-    hooks = [layer.register_forward_pre_hook(before) for layer in layers.values()]
-    try:
-        with eval_mode(qnet):
-            qnet(images.to(next(qnet.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with eval_mode(qnet), ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(before))
+        qnet(images.to(next(qnet.parameters()).device))
     return done
 
 

@@ -1,7 +1,7 @@
 """Element-wise dropping of quantization (QDrop, Wei et al. 2022, arXiv:2203.05740, eq. 6 and its code)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +42,7 @@ def dropping(net: nn.Module, keep_probability: float, generator: torch.Generator
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return drop(output, args[0], keep_probability, generator)
 
-    handles = []
-    if keep_probability < 1:
-        handles = [quantizer.register_forward_hook(hook) for quantizer in act_quantizers(net).values()]
-    try:
+    with ExitStack() as hooks:
+        for quantizer in act_quantizers(net).values() if keep_probability < 1 else ():
+            hooks.enter_context(quantizer.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -115,16 +115,16 @@ def _pass(
         labels = drawn_labels(graphs, images, seed=config.seed)
         weighing = [Fisher(graphs[i + 1 :], labels, per_image=alike) for i in range(len(graphs))]
     for i, (block, inside) in enumerate(found):
-        for unit in inside:
-            body = cut(qnet, unit.region)
+        for region, lead in inside:
+            body = cut(qnet, region)
             for name, layer in weight_layers(body).items() if config.learn_rounding else ():
                 if layer.weight_quantizer is not None:
                     install(layer, name)
             report = files.load(position, body) if files is not None else None
             if report is None:
-                inputs = through(cut(qnet, unit.lead), pair, images) if unit.lead else pair
+                inputs = through(cut(qnet, lead), pair, images) if lead else pair
                 cache = UnitCache(inputs, body, images, fisher=weighing[i])
-                report = _one(unit.name, cache, config, position, n_units)
+                report = _one(region.name, cache, config, position, n_units)
                 if files is not None:
                     files.save(report, body)
             yield report

@@ -1,6 +1,6 @@
 """The regions of a quantized graph that are reconstructed one at a time, and the switch between its two nets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import fx, nn
 
@@ -9,18 +9,8 @@ from hq_lib.graph import Block, extract_block, kinds, set_quantization
 _TAIL = ("norm", "relu", "clip", "act", "quantizer")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A region with one tensor in and one out, inside a block."""
-
-    name: str
-    """of the block, or of the layer"""
-
-    region: Block
-    """what is reconstructed"""
-
-    lead: Block | None
-    """from the block's input to the region's; None where they are the same tensor"""
+Unit = tuple[Block, Block | None]
+"""What is reconstructed, and what leads there from the input of the block it is in; None where that is its own."""
 
 
 def units(qnet: fx.GraphModule, block: Block, *, unit: str) -> list[Unit]:
@@ -29,7 +19,7 @@ def units(qnet: fx.GraphModule, block: Block, *, unit: str) -> list[Unit]:
     A layer's region ends with the batch norm, activation function and quantizer that alone read it: an add ends it.
     """
     if unit == "block":
-        return [Unit(block.name, block, None)]
+        return [(block, None)]
     kind_of = {node: kind for node, kind in kinds(qnet).items() if node.name in block.nodes}
     first_calls = {str(node.target): node for node, kind in reversed(kind_of.items()) if kind == "layer"}
     return [_layer_unit(block, name, first_calls[name], kind_of) for name in block.layers]
@@ -42,9 +32,9 @@ def _layer_unit(block: Block, name: str, node: fx.Node, kind_of: dict[fx.Node, s
     inside = tuple(n.name for n in chain)
     region = Block(name, source, inside[-1], inside, (name,), False)
     if source == block.input:
-        return Unit(name, region, None)
+        return region, None
     before = block.nodes[: block.nodes.index(source) + 1]
-    return Unit(name, region, replace(block, name=f"lead of {name}", output=source, nodes=before))
+    return (region, replace(block, name=f"lead of {name}", output=source, nodes=before))
 
 
 def cut(qnet: fx.GraphModule, region: Block) -> fx.GraphModule:

@@ -127,11 +127,13 @@ def test_layers_are_units_with_their_activation_function():
     qnet, _ = made()
     block = blocks(qnet)[1]
     found = units(qnet, block, unit="layer")
-    assert [unit.name for unit in found] == ["a", "b"]
-    assert found[0].lead is None
-    assert found[0].region.nodes[0] == "a"
-    assert found[0].region.output.endswith("_act_quantizer")
-    assert found[1].region.nodes == ("b",)
+    (a, nothing), (b, lead) = found
+    assert (a.name, b.name) == ("a", "b")
+    assert nothing is None
+    assert lead is not None
+    assert a.nodes[0] == "a"
+    assert a.output.endswith("_act_quantizer")
+    assert b.nodes == ("b",)
 
 
 def test_no_iterations_leave_rounding_to_nearest():

@@ -1,6 +1,7 @@
 """A net with every tensor's grid at every number of bits at hand: assignments are measured without fitting again."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,13 +42,10 @@ def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = Non
         found[name] = shift.mean([d for d in range(shift.dim()) if d != channels])
 
     chosen = {n: m for n, m in weight_layers(qnet).items() if (q := m.weight_quantizer) and (only is None or only(q))}
-    hooks = [layer.register_forward_hook(partial(measure, name)) for name, layer in chosen.items()]
-    try:
-        with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet):
-            qnet(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet), ExitStack() as hooks:
+        for name, layer in chosen.items():
+            hooks.enter_context(layer.register_forward_hook(partial(measure, name)))
+        qnet(images)
     return found
 
 
