@@ -3,7 +3,7 @@
 y = layer(x, Q(w), b)
 """
 
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -69,13 +69,5 @@ class QuantConvTranspose2d(QuantizedWeight, nn.ConvTranspose2d):
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
         sizes = (self.stride, self.padding, self.kernel_size)
         padding = self._output_padding(input, output_size, *sizes, 2, self.dilation)  # type: ignore[arg-type]
-        return nn.functional.conv_transpose2d(
-            input,
-            self.quantized_weight(),
-            self.bias,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            padding,  # type: ignore[arg-type]
-            self.groups,
-            self.dilation,  # type: ignore[arg-type]
-        )
+        rest: Any = (self.stride, self.padding, padding, self.groups, self.dilation)
+        return nn.functional.conv_transpose2d(input, self.quantized_weight(), self.bias, *rest)

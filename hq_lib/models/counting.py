@@ -1,18 +1,11 @@
-"""Sizes of a network: parameters, multiply-accumulates (MACs), and MAdds as seed 001 counts them.
-
-Operations are counted by forward hooks on the modules, so a layer that runs twice counts twice, and an operation that
-is called as a function (``F.avg_pool2d``) is invisible.
-"""
+"""Sizes of a network: parameters, multiply-accumulates (MACs), and MAdds as seed 001 counts them."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-
-Rule = Callable[[nn.Module, Tensor, Tensor], int]
 
 
 def count_parameters(net: nn.Module) -> int:
@@ -21,17 +14,22 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def count_macs(net: nn.Module, in_shape: Sequence[int]) -> int:
-    """MACs of the convolutions and linear layers for one image, without biases.
+    """MACs of the convolutions and matrix products for one image, without biases: half of PyTorch's own FLOPs.
 
         conv       C_out H_out W_out  k_h k_w  C_in / groups
         conv^T     C_in H_in W_in  k_h k_w  C_out / groups
         linear     n_in n_out, times the positions it is applied to
 
     Args:
-        net:      any module; left as it was (mode, buffers, hooks).
+        net:      any module; left as it was (mode, buffers).
         in_shape: (C, H, W) of one image.
     """
-    return _count(net, in_shape, _macs)
+    from torch.utils.flop_counter import FlopCounterMode  # a second's import that only this needs
+
+    net = copy.deepcopy(net).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(next(net.parameters(), torch.zeros(())).new_zeros((1, *in_shape)))
+    return counter.get_total_flops() // 2
 
 
 def count_madds_thop(net: nn.Module, in_shape: Sequence[int]) -> int:
@@ -45,40 +43,18 @@ def count_madds_thop(net: nn.Module, in_shape: Sequence[int]) -> int:
         net:      any module; left as it was.
         in_shape: (C, H, W) of one image.
     """
-    return _count(net, in_shape, _madds_thop)
+    beside = 0
 
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        nonlocal beside
+        if isinstance(module, _BatchNorm):
+            beside += 2 * y.numel()
+        elif isinstance(module, nn.AvgPool2d):
+            beside += y.numel()
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            beside += y.numel() * (inputs[0][0, 0].numel() // y[0, 0].numel() + 1)
 
-def _madds_thop(module: nn.Module, x: Tensor, y: Tensor) -> int:
-    if isinstance(module, _BatchNorm):
-        return 2 * y.numel()
-    if isinstance(module, nn.AvgPool2d):
-        return y.numel()
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return y.numel() * (x[0, 0].numel() // y[0, 0].numel() + 1)
-    return _macs(module, x, y)
-
-
-def _macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
-    if isinstance(module, _ConvTransposeNd):
-        return x.numel() * module.weight[0].numel()
-    if isinstance(module, _ConvNd):
-        return y.numel() * module.weight[0].numel()
-    if isinstance(module, nn.Linear):
-        return y.numel() * module.in_features
-    return 0
-
-
-def _count(net: nn.Module, in_shape: Sequence[int], rule: Rule) -> int:
-    total = 0
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += rule(module, inputs[0], output)
-
-    net = copy.deepcopy(net).eval()
+    net = copy.deepcopy(net)
     for module in net.modules():
-        if not list(module.children()) or isinstance(module, _ConvNd):
-            module.register_forward_hook(add)
-    with torch.no_grad():
-        net(next(net.parameters(), torch.zeros(())).new_zeros((1, *in_shape)))
-    return total
+        module.register_forward_hook(add)
+    return count_macs(net, in_shape) + beside

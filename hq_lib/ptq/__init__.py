@@ -16,7 +16,7 @@ per channel and its correction of moments; ``errors`` how the error grows block 
 from hq_lib.ptq.allocation import correct_moments, fit_allocated
 from hq_lib.ptq.config import ReconstructionConfig, adaround, brecq, qdrop
 from hq_lib.ptq.equalization import equalize, reestimate_norms
-from hq_lib.ptq.errors import BlockError, block_errors
+from hq_lib.ptq.errors import block_errors
 from hq_lib.ptq.progress import ReconstructionError, UnitReport
 from hq_lib.ptq.ranges import find_grid, fit_acts, fit_weights
 from hq_lib.ptq.reconstruction import reconstruct

@@ -1,7 +1,5 @@
 """How the error of a quantized network grows from block to block."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, fx
 
@@ -10,20 +8,11 @@ from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.units import as_float, cut
 
 
-class BlockError(NamedTuple):
-    """The error behind one block, everything before it quantized."""
-
-    name: str
-    """dotted name of the block"""
-    position: int
-    """0 for the first"""
-    error: float
-    """sum (x_q - x_fp)^2 / sum x_fp^2 at its output, a pure number; 0 where nothing is quantized"""
-
-
 @torch.no_grad()
-def block_errors(qnet: fx.GraphModule, reference: fx.GraphModule, images: Tensor) -> list[BlockError]:
-    """Return the relative squared error behind each block of ``qnet``, in execution order.
+def block_errors(qnet: fx.GraphModule, reference: fx.GraphModule, images: Tensor) -> list[tuple[str, float]]:
+    """Return (dotted name, relative squared error behind it) of each block of ``qnet``, in execution order.
+
+    sum (x_q - x_fp)^2 / sum x_fp^2 at its output, everything before it quantized; 0 where nothing is.
 
     Args:
         qnet:      quantized, its quantizers as they are switched.
@@ -39,10 +28,10 @@ def block_errors(qnet: fx.GraphModule, reference: fx.GraphModule, images: Tensor
         raise ValueError("the two nets have other blocks: make both from one float net with one policy")
     found, x_q, x_fp = [], images, images
     with eval_mode(qnet), eval_mode(reference):
-        for position, (block, like) in enumerate(zip(ours, theirs, strict=True)):
+        for block, like in zip(ours, theirs, strict=True):
             x_q, graph = cut(qnet, block)(x_q), cut(reference, like)
             with as_float(graph):
                 x_fp = graph(x_fp)
             error = (x_q - x_fp).double().square().sum() / x_fp.double().square().sum().clamp(min=1e-30)
-            found.append(BlockError(block.name, position, float(error)))
+            found.append((block.name, float(error)))
     return found

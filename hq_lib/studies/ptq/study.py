@@ -186,9 +186,10 @@ def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> 
     images = bench.val.balanced(len(bench.val), 0) if bench.val is not bench.test else bench.val
     images = images.subset(list(range(0, len(images), max(1, len(images) // n)))[:n])
     reference = quantize(bench.net, recipes.policy(key["w_bits"], key["a_bits"]), x[:1])
-    for error in ptq.block_errors(qnet, reference, data.normalize(images.images, images.spec)):
-        where = {**key["switches"], "block": error.name, "position": error.position}
-        yield ERRORS, {"experiment": ERRORS, "dataset": bench.dataset, "metric": "rel_error", "value": error.error,
+    errors = ptq.block_errors(qnet, reference, data.normalize(images.images, images.spec))
+    for position, (name, error) in enumerate(errors):
+        where = {**key["switches"], "block": name, "position": position}
+        yield ERRORS, {"experiment": ERRORS, "dataset": bench.dataset, "metric": "rel_error", "value": error,
                        "n_test": len(images), "switches": where}  # fmt: skip
 
 
