@@ -70,7 +70,7 @@ def test_what_was_not_recorded_cannot_be_replayed(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"engine": "hw"}, "engine 'hw' is unknown; nearest: 'sim'"), ({"n_test": 0}, "n_test"),
+    [({"engine": "hw"}, "engine 'hw': choose one of sim"), ({"n_test": 0}, "n_test"),
      ({"n_calib": -1}, "n_calib"), ({"engine": "tcp"}, "port")],
 )  # fmt: skip
 def test_plans_that_cannot_be_are_refused(tmp_path, change, message):
