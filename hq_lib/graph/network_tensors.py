@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hq_lib.graph.packing import pack, unpack
 from hq_lib.graph.quantizer_record import n_bits, rebuild
 from hq_lib.graph.rewrite import QuantizedNet
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.state import quantizers, weight_layers
 from hq_lib.models import CheckpointError
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Quantizer
+from hq_lib.results.bits import pack, unpack
 
 
 def tensors_of(qnet: QuantizedNet, record: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def restore(qnet: QuantizedNet, tensors: Mapping[str, Tensor], record: Mapping[s
     for name in _integer_weights(qnet):
         entry, key = record["quantizers"][name], f"{name}.weight_quantizer.x_int"
         index = unpack(state[key].numpy(), n_bits(entry), own[key].numel())
-        state[key] = torch.from_numpy(index * entry["step"] + entry["qmin"]).view(own[key].shape)
+        state[key] = torch.from_numpy((index * entry["step"] + entry["qmin"]).astype(np.int32)).view(own[key].shape)
     inside = _prefixes(qnet)
     for key, value in state.items():
         fits = value.shape == own[key].shape or (own[key].ndim == 0 and key.startswith(inside))  # unfitted: no channels

@@ -26,6 +26,7 @@ from hq_lib.integer.check import MAX_ELEMENTS, check
 from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.requant import RecordError
 from hq_lib.results.atomic import write_bytes
+from hq_lib.results.bits import pack, unpack
 
 MANIFEST = "manifest.json"
 FORMAT = "hq_lib integer model"
@@ -60,8 +61,7 @@ def to_bytes(model: IntegerModel) -> bytes:
     for key, value in arrays.items():
         step, bits, signed = narrowest(value) if key.endswith(".weight") else (1, 64, True)
         packed = {"bits": bits + (not signed), "step": step} if bits + (not signed) < 8 * value.itemsize else {}
-        codes = bits_of(value.reshape(-1).astype(np.int64) // step, packed["bits"]) if packed else None
-        stored[key] = value if codes is None else np.packbits(codes, bitorder="little")
+        stored[key] = pack(value.reshape(-1).astype(np.int64) // step, packed["bits"]) if packed else value
         digest = hashlib.sha256(stored[key].tobytes()).hexdigest()
         entries["arrays"][key] = {"dtype": value.dtype.name, "shape": [*value.shape], **packed, "sha256": digest}
     buffer = io.BytesIO()
@@ -83,18 +83,6 @@ def narrowest(array: np.ndarray) -> tuple[int, int, bool]:
     if low < 0:
         return step, max(high.bit_length(), (~low).bit_length()) + 1, True
     return step, max(1, high.bit_length()), False
-
-
-def bits_of(values: np.ndarray, bits: int) -> np.ndarray:
-    """Return the lowest ``bits`` of integers (...), two's complement: uint8 (..., bits), the lowest first."""
-    return (values[..., None] >> np.arange(bits) & 1).astype(np.uint8)
-
-
-def integers_of(ones: np.ndarray, *, signed: bool) -> np.ndarray:
-    """Return the int64 (...) integers whose bits (..., bits) are ``ones``, the lowest first."""
-    weights = np.int64(1) << np.arange(ones.shape[-1], dtype=np.int64)
-    weights[-1] *= -1 if signed else 1  # two's complement
-    return ones @ weights
 
 
 def to_plain(model: IntegerModel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -216,8 +204,7 @@ def _read(archive: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo], key: str,
         raise RecordError(f"array {key!r}: its bytes are not those that were saved (SHA-256 differs)")
     if not bits:
         return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
-    ones = np.unpackbits(np.frombuffer(data, np.uint8), count=n * bits, bitorder="little").reshape(n, bits)
-    values = step * integers_of(ones, signed=True)
+    values = step * unpack(np.frombuffer(data, np.uint8), bits, n, signed=True)
     if not np.iinfo(dtype).min <= values.min() <= values.max() <= np.iinfo(dtype).max:
         raise RecordError(f"array {key!r}: its values do not fit {like['dtype']}")
     return values.reshape(shape).astype(dtype.newbyteorder("="))

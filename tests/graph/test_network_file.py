@@ -21,11 +21,11 @@ from torch import nn
 
 from hq_lib import data, graph, integer, models, ptq
 from hq_lib.graph import BitPolicy, QuantizeError, calibrate, quantize, weight_layers
-from hq_lib.graph.packing import pack, unpack
 from hq_lib.models import CheckpointError
 from hq_lib.ptq.bits import GridBank
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Quantizer
 from hq_lib.results import paths
+from hq_lib.results.bits import pack, unpack
 
 METHODS = ("minmax", "dorefa", "dorefa_hw", "pact", "mpact", "lsq", "lsq_plus", "dsq")
 

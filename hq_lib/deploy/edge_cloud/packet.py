@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hq_lib.deploy.edge_cloud.wire import FLOAT_BITS, MAX_BITS, Wire, WireError
-from hq_lib.integer.storage import bits_of, integers_of
+from hq_lib.results.bits import bits_of, integers_of
 
 MAGIC, VERSION = b"HQ", 1
 CODINGS = ("packed", "deflate")

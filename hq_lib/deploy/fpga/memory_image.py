@@ -28,6 +28,7 @@ from hq_lib.integer import storage
 from hq_lib.integer.record import IntegerModel
 from hq_lib.integer.requant import RecordError
 from hq_lib.results.atomic import write_bytes, write_text
+from hq_lib.results.bits import bits_of, integers_of
 
 Encoding = Literal["hex", "coe"]
 MANIFEST = "manifest.json"
@@ -92,9 +93,7 @@ def encode(values: np.ndarray, bits: int, word_bits: int, encoding: Encoding) ->
     """Return the text of an image of integer ``values`` (any shape), ``bits`` each, in words of ``word_bits``."""
     per_word, n_digits = word_bits // bits, -(-word_bits // 4)
     flat = values.reshape(-1).astype(np.int64)
-    ones = storage.bits_of(np.append(flat, np.zeros(-flat.size % per_word, np.int64)), bits).reshape(
-        -1, per_word * bits
-    )
+    ones = bits_of(np.append(flat, np.zeros(-flat.size % per_word, np.int64)), bits).reshape(-1, per_word * bits)
     rows = np.packbits(ones, axis=1, bitorder="little")[:, ::-1]  # the highest byte of a word first
     head, between, end = _HEX if encoding == "hex" else _COE
     words = (row.tobytes().hex().zfill(n_digits)[-n_digits:] for row in rows)
@@ -117,7 +116,7 @@ def decode(content: bytes, n: int, bits: int, word_bits: int, encoding: Encoding
     rows = np.frombuffer(raw, np.uint8).reshape(n_words, -1)[:, ::-1]
     ones = np.unpackbits(rows, axis=1, bitorder="little")
     need(not ones[:, per_word * bits :].any(), "the end of a word is not 0")
-    values = storage.integers_of(ones[:, : per_word * bits].reshape(-1, bits), signed=signed)
+    values = integers_of(ones[:, : per_word * bits].reshape(-1, bits), signed=signed)
     need(not values[n:].any(), "the end of its last word is not 0")
     return values[:n]
 
