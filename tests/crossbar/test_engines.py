@@ -267,9 +267,9 @@ def test_description_is_flat_and_names_the_source():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Circuit(remap="row"), "nearest: 'rows'"),
+        (lambda: Circuit(remap="row"), "choose one of .*rows"),
         (lambda: Circuit(path="fast"), "path"),
-        (lambda: Mapping("pairs"), "nearest: 'pair'"),
+        (lambda: Mapping("pairs"), "choose one of .*pair"),
         (lambda: Mapping(cell_bits=0), "does not mean 'ideal'"),
         (lambda: Mapping(tile_rows=0), "tile_rows = 0 must be a whole number >= 1 and <= 4096"),
         (lambda: Mapping(tile_rows=64.0), "tile_rows = 64.0 must be a whole number"),
