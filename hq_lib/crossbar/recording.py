@@ -201,21 +201,16 @@ class RecordEngine(Engine):
         y = torch.empty(len(rows), handle.w_int.shape[1], dtype=torch.float64)
         missing = torch.tensor(list(self._past.take(handle.name, rows, y)), dtype=torch.int64)
         for part in missing.split(max(1, self._rows_at_once(handle))):
-            y[part] = self._ask(handle, rows[part])
-        return y
-
-    def _ask(self, handle: Handle, rows: Tensor) -> Tensor:
-        """The inner engine's answer, recorded; if it fails, what is waiting is written first."""
-        try:
-            t_s = self.inner.time_s
-            y = self.inner.mvm(handle, rows)
-        except BaseException:
-            self.flush()
-            raise
-        ideal = exact_mvm(handle, rows).to(torch.int64)
-        self._waiting.append(Call(handle.name, rows.numpy(), y.numpy(), ideal.numpy(), t_s))
-        if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= self._flush_bytes:
-            self.flush()
+            asked = rows[part]
+            try:
+                t_s, answered = self.inner.time_s, self.inner.mvm(handle, asked)
+            except BaseException:
+                self.flush()
+                raise
+            y[part], ideal = answered, exact_mvm(handle, asked).to(torch.int64)
+            self._waiting.append(Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s))
+            if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= self._flush_bytes:
+                self.flush()
         return y
 
 

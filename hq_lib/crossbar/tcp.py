@@ -14,6 +14,7 @@ import socketserver
 import struct
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -89,7 +90,7 @@ class TcpDriver:
         return answer, found
 
 
-class BenchServer:
+class BenchServer(socketserver.ThreadingTCPServer):
     """A driver served on 127.0.0.1 at a free port, in a thread; use it as a context manager.
 
     Args:
@@ -97,39 +98,35 @@ class BenchServer:
         idle_s: seconds after which a silent connection is closed.
     """
 
+    daemon_threads = True
+
     def __init__(self, driver: Driver, *, idle_s: float = 60.0) -> None:
-        lock = threading.Lock()
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                try:
-                    while True:
-                        request, array = _receive(self.request, time.monotonic() + idle_s)
-                        with lock:
-                            answer, found = _answer(driver, request, array)
-                        head = answer | {"number": request.get("number")}
-                        _send(self.request, head, found, time.monotonic() + idle_s)
-                except (OSError, ValueError, KeyError):
-                    return  # a lost, silent or unreadable client; the next one gets a connection of its own
-
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler, bind_and_activate=True)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self._driver, self._idle_s, self._one_call = driver, idle_s, threading.Lock()
 
     @property
     def address(self) -> tuple[str, int]:
         """(host, port) to connect to."""
-        host, port = self._server.server_address[:2]
+        host, port = self.server_address[:2]
         return str(host), int(port)
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Nothing; answers one client, until it is lost, silent or unreadable: the next one gets a connection of its
+        own."""
+        with suppress(OSError, ValueError, KeyError):
+            while True:
+                asked, array = _receive(request, time.monotonic() + self._idle_s)
+                with self._one_call:
+                    answer, found = _answer(self._driver, asked, array)
+                _send(request, answer | {"number": asked.get("number")}, found, time.monotonic() + self._idle_s)
+
     def __enter__(self) -> BenchServer:
-        self._thread.start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.shutdown()
+        self.server_close()
 
 
 def _answer(

@@ -33,8 +33,8 @@ def fig_mvm_scatter(pairs: pd.DataFrame) -> Figure:
     figure, axes = new_figure(1, len(panels), width=3.3 * len(panels), height=3.3)
     for ax, panel in zip(axes[0], panels, strict=True):
         part = pairs.loc[pairs["panel"] == panel]
-        ends = [part[["ideal_LSB", "measured_LSB"]].to_numpy(dtype=float).min() / 1e3,
-                part[["ideal_LSB", "measured_LSB"]].to_numpy(dtype=float).max() / 1e3]  # fmt: skip
+        values = part[["ideal_LSB", "measured_LSB"]].to_numpy(dtype=float) / 1e3
+        ends = [values.min(), values.max()]
         ax.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
         for kind, stage in (("none", "before"), ("column", "after")):
             points, style = part.loc[part["correction"] == kind], look(stage)
@@ -99,10 +99,9 @@ def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     for ax in axes.flat:
         ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
         ax.set_ylim(0, 100)
+        label_ends(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("test accuracy, %")
-    for ax in axes.flat:
-        label_ends(ax)
     return figure
 
 
