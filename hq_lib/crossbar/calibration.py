@@ -1,11 +1,21 @@
-"""Calibration of a network's layers: residuals and drift compensation.
+"""What is corrected on an array beside `EngineNetwork.calibrate`'s fits: drift, and batch-norm statistics; residuals.
 
-Open loop: every layer is fitted on the ideal network's inputs. Closed loop: on the inputs that the already calibrated
-layers before it really deliver, against the ideal network's accumulators for the same images; it also takes out what
-upstream layers left over. Drift compensation scales readings back to what the same probe inputs gave at the reference
-time, once per layer read and kept:
+Drift compensation scales readings back to what the same probe inputs gave at the reference time, once per layer read
+and kept:
 
     factor = mean |reading at t0| / mean |reading now|        per column, or one per layer
+
+Batch-norm statistics are estimated again on the device without paired measurements: AdaBS (Joshi et al. 2020).
+
+A batch norm whose mean and variance are those of its own input gives every channel mean beta and standard deviation
+|gamma|. Folded into its layer it is gone, but the same can be asked of the layer's accumulators u = scale (acc + bias):
+
+    y = gain u + shift,    gain = |gamma| / sqrt(var_now(u) + eps'),    shift = beta - gain mean_now(u)
+
+where "now" is measured through the arrays, layer after layer, each on what the layers before it then deliver. This is
+one gain and one offset per column, as in any `Correction`; what differs is the aim: stored moments, not ideal outputs.
+Re-estimation can cost accuracy even without any device error, where stored moments are not those of the images that are
+measured: always print the line of an `IdealEngine` beside it.
 """
 
 from __future__ import annotations
@@ -13,27 +23,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice
-from hq_lib.crossbar.engine import Engine
+from hq_lib.crossbar.engine import Correction, Engine
+from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.operands import Handle, exact_mvm
+from hq_lib.graph.folding import fold_bn
+from hq_lib.integer.execute import run
+from hq_lib.integer.record import Layer, TensorSpec
 
-Sample = tuple[Numbers, Numbers | None]
-"""(inputs (m, K), wanted outputs (m, N) or None for the exact product of those inputs)"""
 
+def residuals(engine: Engine, samples: Mapping[Handle, Numbers]) -> pd.DataFrame:
+    """One row per layer on held-out inputs (m, K): errors before and after its correction, in accumulator units (LSB).
 
-def residuals(engine: Engine, samples: Mapping[Handle, Sample]) -> pd.DataFrame:
-    """One row per layer on held-out ``samples``: errors before and after its correction, in accumulator units (LSB).
-
-    Columns: layer, kind, n_rows, rmse_raw_lsb, rmse_lsb, relative_error (rmse over the root mean square of what was
-    wanted), slope and r2 of measured against wanted.
+    Columns: layer, kind, n_rows, rmse_raw_lsb, rmse_lsb, relative_error (rmse over the root mean square of the exact
+    products), slope and r2 of measured against exact products.
     """
     lines = []
-    for handle, (x, wanted) in samples.items():
-        z = exact_mvm(handle, as_tensor(x)) if wanted is None else as_tensor(wanted).to(torch.float64)
+    for handle, x in samples.items():
+        z = exact_mvm(handle, as_tensor(x))
         raw, correction = engine.measure(handle, x), engine.correction(handle)
         y = correction.apply(raw)
         error, centred = y - z, z - z.mean()
@@ -85,3 +97,93 @@ def compensate_drift(engine: Engine, handle: Handle, reference: Reference, *, pe
     factor = torch.where((reference.size > 0) & (now > 0), factor.clamp(*_RANGE), 1.0)
     engine.set_correction(handle, replace(engine.correction(handle), drift=factor))
     return factor
+
+
+def references(network: EngineNetwork, images: Numbers, *, n_rows: int = 256) -> dict[str, Reference]:
+    """{matrix: what it reads now for sampled input rows}: take it just after programming, before `compensate`."""
+    rows = [x for parts in network.samples(images, n_rows=n_rows).values() for x in parts]
+    pairs = zip(network.groups(), rows, strict=True)
+    return {group.name: take_reference(engine, group, x) for (engine, group), x in pairs}
+
+
+def compensate(network: EngineNetwork, references: Mapping[str, Reference], *, per: str = "column") -> None:
+    """Nothing; scales every reading back to its reference, one factor per "column" or per "layer"."""
+    for engine, group in network.groups():
+        compensate_drift(engine, group, references[group.name], per=per)
+
+
+_AFTER = ("conv_bn", "linear_bn")
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a batch norm wants of the layer that took it in, per channel."""
+
+    mean: Tensor
+    """float64 (N,), real units: beta."""
+    std: Tensor
+    """float64 (N,), real units, >= 0: |gamma| sqrt(var / (var + eps))."""
+
+
+def norm_moments(net: nn.Module) -> dict[str, Moments]:
+    """{layer: moments that its batch norm gives it}, of the float network ``net`` before its batch norms were folded.
+
+    Errors: no batch norm follows a convolution or linear layer.
+    """
+    found: dict[str, Moments] = {}
+    for fold in fold_bn(net, on_refusal="keep").meta["folds"]:
+        bn = dict(net.named_modules()).get(fold.bn)
+        if fold.kind in _AFTER and isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            assert bn.running_var is not None  # it was folded
+            var = bn.running_var.detach().to(torch.float64)
+            gamma = torch.ones_like(var) if bn.weight is None else bn.weight.detach().to(torch.float64)
+            beta = torch.zeros_like(var) if bn.bias is None else bn.bias.detach().to(torch.float64)
+            found[fold.layer] = Moments(beta, gamma.abs() * (var / (var + bn.eps)).sqrt())
+    if not found:
+        raise CrossbarError("the network has no batch norm after a layer: there are no statistics to re-estimate")
+    return found
+
+
+def reestimate_norms(network: EngineNetwork, images: Numbers, moments: Mapping[str, Moments]) -> dict[str, Correction]:
+    """{matrix: correction now in force}: every layer of ``moments`` has its batch norm's moments on ``images`` again.
+
+    Args:
+        network: on engines; corrections in force are replaced. Layers without moments (the classifier) keep theirs.
+        images: (N, C, H, W) normalised float32 training images, N of some hundreds; all go through at once.
+        moments: from `norm_moments`.
+
+    Errors: a layer of ``moments`` that is not on an engine is passed over; none at all is an error.
+    """
+    layers = [name for name in moments if name in network.layers]
+    if not layers:
+        raise CrossbarError(f"no layer on an engine has a batch norm: {list(network.layers)} against {list(moments)}")
+    made: dict[str, Correction] = {}
+
+    def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
+        if op.name in layers:
+            made.update(_fit_layer(network, op, x, moments[op.name]))
+        return network.products(op, x, spec)
+
+    run(network.model, images, batch_size=len(images), products=fit)
+    return made
+
+
+def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -> dict[str, Correction]:
+    """{matrix: correction} of one layer, in force; a channel without any variance keeps its gain.
+
+    The moments wanted are those of an engine's own answers, in its accumulator steps: answers are sum w q, without the
+    bias and before the zero point's share is taken off.
+    """
+    layer, made = network.layers[op.name], {}
+    step = torch.from_numpy(op.acc_scale.astype(np.float64)) * op.weight_step
+    bias = torch.from_numpy(op.bias.astype(np.float64)) / op.weight_step
+    mean, std = aim.mean / step - bias + layer.x_zero_point * layer.weight_sum, aim.std / step
+    raws, moments = layer.measure(network.integers(op, x)), (m.chunk(len(layer.groups)) for m in (mean, std))
+    parts = zip(layer.groups, raws, *moments, strict=True)
+    for group, raw, wanted, spread in parts:
+        now = raw.std(0, correction=0)
+        gain = torch.where(now > 0, spread / now.clamp_min(1e-30), 1.0)
+        fitted = Correction(gain, wanted - gain * raw.mean(0), torch.ones_like(gain), "norms", len(raw))
+        layer.engine.set_correction(group, fitted)
+        made[group.name] = fitted
+    return made

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.calibration import Reference, compensate_drift, take_reference
 from hq_lib.crossbar.checks import CrossbarError, Numbers, check_choice
 from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.engine import Correction, Engine
@@ -155,17 +154,6 @@ class EngineNetwork:
 
         run(self.model, images, batch_size=len(images), products=fit)
         return {group.name: engine.correction(group) for engine, group in self.groups()}
-
-    def references(self, images: Numbers, *, n_rows: int = 256) -> dict[str, Reference]:
-        """{matrix: what it reads now for sampled input rows}: take it just after programming, before `compensate`."""
-        rows = [x for parts in self.samples(images, n_rows=n_rows).values() for x in parts]
-        pairs = zip(self.groups(), rows, strict=True)
-        return {group.name: take_reference(engine, group, x) for (engine, group), x in pairs}
-
-    def compensate(self, references: Mapping[str, Reference], *, per: str = "column") -> None:
-        """Nothing; scales every reading back to its reference, one factor per "column" or per "layer"."""
-        for engine, group in self.groups():
-            compensate_drift(engine, group, references[group.name], per=per)
 
     def reset(self) -> None:
         """Nothing; all corrections are the identity again (converter ranges stay)."""

@@ -125,9 +125,9 @@ def test_closed_loop_fits_what_upstream_really_delivers():
 
 def test_report_tells_before_and_after():
     engine, handle = loaded(Skewed())
-    before = residuals(engine, {handle: (TEST, None)})
+    before = residuals(engine, {handle: TEST})
     engine.calibrate(handle, FIT)
-    after = residuals(engine, {handle: (TEST, TEST @ W)}).iloc[0]
+    after = residuals(engine, {handle: TEST}).iloc[0]
     assert before.rmse_lsb[0] == before.rmse_raw_lsb[0] == after.rmse_raw_lsb
     assert after.rmse_lsb < before.rmse_lsb[0]
     assert (after.layer, after.kind, after.n_rows) == ("a", "column", 200)

@@ -20,6 +20,7 @@ from hq_lib.crossbar import (
     device,
     state_independent,
 )
+from hq_lib.crossbar.calibration import compensate, references
 from hq_lib.crossbar.profiles import IDEAL
 from hq_lib.data import SPECS, ImageSet, normalize
 from hq_lib.graph import BitPolicy, calibrate, quantize
@@ -205,11 +206,11 @@ def test_drift_is_compensated():
     model, x = small()
     network = EngineNetwork(model, SimEngine(Circuit(device("pcm_drift"))))
     network.calibrate(images(64))
-    references = network.references(images(32))
+    fresh_readings = references(network, images(32))
     fresh = distance(network, x)
     network.set_time(3e7)
     drifted = distance(network, x)
-    network.compensate(references)
+    compensate(network, fresh_readings)
     compensated = distance(network, x)
     assert fresh < compensated < drifted
 

@@ -7,7 +7,7 @@ from integer_nets import float_net, images
 from torch import nn
 
 from hq_lib.crossbar import Circuit, CrossbarError, EngineNetwork, IdealEngine, SimEngine, state_independent
-from hq_lib.crossbar.norms import norm_moments, reestimate_norms
+from hq_lib.crossbar.calibration import norm_moments, reestimate_norms
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import lower, run
 

@@ -11,7 +11,7 @@ from integer_nets import float_net, noise_set, quantized
 
 from hq_lib import data, graph
 from hq_lib.crossbar import Adc, Circuit, EngineNetwork, IdealEngine, Mapping, SimEngine
-from hq_lib.crossbar.norms import norm_moments
+from hq_lib.crossbar.calibration import norm_moments
 from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.integer import lower
 from hq_lib.integer import run as run_integers

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from hq_lib import graph
 from hq_lib.crossbar import Circuit, EngineNetwork, IdealEngine, SimEngine, count, residuals
-from hq_lib.crossbar.calibration import Reference
-from hq_lib.crossbar.norms import Moments, norm_moments, reestimate_norms
+from hq_lib.crossbar.calibration import Moments, Reference, compensate, norm_moments, reestimate_norms, references
 from hq_lib.crossbar.operands import exact_mvm
 from hq_lib.crossbar.simulator import ADC_PJ
 from hq_lib.data import ImageSet, normalize
@@ -155,9 +154,9 @@ def open_arrays(run: Run[Plan], needed: Any) -> Programmed | None:
         network.calibrate(images, kind=None)
     if not place.t_s:
         return Programmed(integers, network, None)
-    references = network.references(images) if place.circuit.device.drift else None
+    fresh = references(network, images) if place.circuit.device.drift else None
     network.set_time(place.t_s)
-    return Programmed(integers, network, references)
+    return Programmed(integers, network, fresh)
 
 
 def measure(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
@@ -186,7 +185,7 @@ def correct(plan: Plan, bench: Programmed, kind: str, seed: int) -> None:
     if kind == "bn":
         reestimate_norms(network, images, bench.integers.moments)
     elif kind == "global" and bench.references is not None:
-        network.compensate(bench.references, per="layer")
+        compensate(network, bench.references, per="layer")
     else:
         kinds = {"global": "gain", "column": "column", "column_open": "column"}
         network.calibrate(images, kind=kinds[kind], loop="open" if kind == "column_open" else "closed")
@@ -289,7 +288,7 @@ def measure_products(run: Run[Plan], bench: Programmed, point: Point) -> Iterato
         kind = "gain" if correction == "global" else "column"
         network.calibrate(bench.integers.calibration(run.plan.n_calib, seed), kind=kind, loop="open")
     samples = network.samples(normalize(test.images[:N_HELD_OUT], test.spec), n_rows=N_ROWS)
-    groups = {layer.groups[0]: (samples[name][0], None) for name, layer in network.layers.items()}
+    groups = {layer.groups[0]: samples[name][0] for name, layer in network.layers.items()}
     named = point.key["switches"]
     for line in residuals(network.engines[0], groups).to_dict("records"):
         values = {metric: line[metric] for metric in ("r2", "slope", "relative_error")}
