@@ -6,6 +6,7 @@ Every verb takes ``--config run.yaml`` and ``--set key=value``, key by key what 
 
 import importlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,9 +55,8 @@ def train(
         config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, output=output
     )  # fmt: skip
     file, acc_pct = steps.trained(run)
-    own = f" --net {run.net}" if run.net else ""
     following = f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}"
-    _wrote(file, acc_pct, following + own)
+    _wrote(file, acc_pct, following + _again(run, "net", "root"))
 
 
 @app.command()
@@ -74,7 +74,7 @@ def select(
     given = {"n_calib": n, "strategy": strategy, "metric": metric}
     run, steps = _run(config, set_, model=model, data=data, root=root, output=output, **given)
     file = steps.selected(run)
-    _wrote(file, None, f"hq quantize --set manifest={file}")
+    _wrote(file, None, f"hq quantize --set manifest={file}{_again(run, 'root')}")
 
 
 @app.command()
@@ -90,7 +90,7 @@ def quantize(
         config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, n_test=n_test, output=output
     )  # fmt: skip
     file, acc_pct = steps.quantized(run)
-    own = f" --net {run.net}" if run.net else ""
+    own = _again(run, "net", "root")
     _wrote(file, acc_pct, f"hq test {file} --integer{own}; hq export {file} --to c{own}")
 
 
@@ -107,14 +107,15 @@ def accuracy(
     for line in steps.tested(run, file, integer=integer):
         typer.echo(line)
     exported = file.suffix != ".safetensors"
-    typer.echo(f"nothing was written; next: {f'hq crossbar {file}' if file.suffix == '.npz' else 'hq export --help'}"
-               if exported else f"nothing was written; next: hq export {file} --to c")  # fmt: skip
+    arrays = f"hq crossbar {file}{_again(run, 'root')}" if file.suffix == ".npz" else "hq export --help"
+    following = arrays if exported else f"hq export {file} --to c{_again(run, 'net', 'root')}"
+    typer.echo(f"nothing was written; next: {following}")
 
 
 @app.command()
 def export(
     file: File, to: Annotated[str, typer.Option(help="c, onnx, npz, board or fpga.")], config: Config = None,
-    set_: Set = None, net: Net = None, output: Output = None,
+    set_: Set = None, net: Net = None, root: Root = None, output: Output = None,
 ) -> None:  # fmt: skip
     """Write a network's integers for C (c: a container; board: sources), ONNX, NumPy, or an FPGA's memories.
 
@@ -122,10 +123,10 @@ def export(
 
     Example: hq export net.safetensors --to onnx
     """
-    run, steps = _run(config, set_, net=net, output=output)
+    run, steps = _run(config, set_, net=net, root=root, output=output)
     made = steps.exported(run, file, to)
     following = {"fpga": "its manifest.json says what each file is", "board": f"make -C {made} run"}
-    _wrote(made, None, following.get(to, f"hq test {made}"))
+    _wrote(made, None, following.get(to, f"hq test {made}{_again(run, 'root')}"))
 
 
 @app.command()
@@ -147,7 +148,7 @@ def crossbar(
     made, lines = steps.on_crossbar(run, file, **{key: value for key, value in given.items() if value is not None})
     for line in lines:
         typer.echo(line)
-    _wrote(made, None, f"hq crossbar {file} --engine replay --folder {made}")
+    _wrote(made, None, f"hq crossbar {file} --engine replay --folder {made}{_again(run, 'net', 'root')}")
 
 
 @app.command()
@@ -194,6 +195,11 @@ def _run(config: Path | None, assignments: list[str] | None, **given: Any) -> tu
     words = {key: value for key, value in given.items() if value is not None}
     changes = dict(_assignment(text) for text in assignments or [])
     return configuration.read(config, {**changes, **words}), importlib.import_module("hq_lib.studies.steps")
+
+
+def _again(run: Any, *keys: str) -> str:
+    """The options of a run that the next command needs as well."""
+    return "".join(f" --{key} {shlex.quote(getattr(run, key))}" for key in keys if getattr(run, key))
 
 
 def _wrote(file: Path, acc_pct: float | None, following: str) -> None:

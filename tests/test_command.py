@@ -98,6 +98,27 @@ def test_a_network_of_ones_own_from_ranges_to_c_onnx_numpy_and_crossbar(place):
     assert percents(again) == percents(exact)
 
 
+def test_the_commands_printed_as_next_go_through_ones_own_network_and_pictures(place):
+    """Each line typed as it stands: a network's class and a folder that were named once are in the lines after."""
+    rng = np.random.default_rng(0)
+    for split, k, i in ((s, k, i) for s in ("train", "val") for k in range(10) for i in range(2)):
+        folder = place / "my photos" / split / f"class{k}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (place / "sizes.yaml").write_text(yaml.safe_dump({"size": 32}))
+    own = ("--net", "mynet:Net", "--data", "imagenet", "--root", "my photos", "--config", "sizes.yaml")
+    made = hq("train", *own, "--method", "float", *("--set", "protocol.epochs=1"), *("--set", "protocol.lr=0.1"))
+    verbs = []
+    while (following := made.splitlines()[-1].split("next: ")[1].split(";")[0]) != "hq export --help":
+        _, *words = shlex.split(following)
+        verbs.append(words[0])
+        try:
+            made = hq(*words)
+        except CompilerError:
+            break
+    assert verbs == ["quantize", "test", "export", "test"]
+
+
 def test_what_is_made_of_a_file_elsewhere_is_written_here(place):
     """The shipped checkpoints lie in the repository: nothing is to be written beside them."""
     hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "w8.safetensors")

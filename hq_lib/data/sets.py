@@ -225,7 +225,7 @@ def _raw(name: str, part: str) -> tuple[Tensor, Tensor]:
 
 def _load_folder(spec: DataSpec, split: str, root: Path | str | None, n: int | None) -> ImageSet:
     if root is None:
-        raise ValueError("imagenet needs root=<folder of class folders>: it is never downloaded")
+        raise ValueError("imagenet needs root=<folder of class folders> (hq: --root FOLDER): it is never downloaded")
     files, labels, n_classes = folder.list_folder(root, split)
     if n is not None and n > len(files):
         raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")

@@ -375,10 +375,10 @@ def opened(file: Path, net: str = "", options: Mapping[str, Any] | None = None) 
     """(network in eval mode, record) of a float or quantized network file; ``net`` where it is one's own."""
     state, record = models.read_checkpoint(file)
     made = own(net)(**(options or record.get("options") or {})) if net else None
-    if "policy" in record:
-        return graph.load(file, net=made), record
     if made is None and record.get("model", OWN) == OWN:
         raise ValueError(f"{file.name} holds a network of its maker's own: say which, --net module:Class")
+    if "policy" in record:
+        return graph.load(file, net=made), record
     if made is None:
         return models.load_checkpoint(file)
     load_state(made, state, source=file.name)
