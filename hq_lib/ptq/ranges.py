@@ -3,9 +3,7 @@
     minmax       the smallest range that holds every value
     percentile   99.99 % of the values
     mse          the L_p-optimal grid, p = 2.4 (BRECQ, QDrop)
-    aciq         the analytic clip (arXiv:1810.05723), after a ReLU its "theory" variant; below 3 bits grid-aware where
-                 that matters: after a ReLU and on "symmetric_restricted" grids (on signed grids of 2^b levels with 0
-                 among them the table's error is within 2 % of the least)
+    aciq         the analytic clip (arXiv:1810.05723), see ``aciq.advised_range``
     aciq_official  as its authors run it: Laplace throughout, spread of the rectified values, the published constants at
                    every width; theirs is per channel (an activation's ``axis: 1`` in the policy), and clips no weights
 
@@ -56,12 +54,9 @@ def find_grid(
         found = percentile_range(x, PERCENT, axis=axis)
     elif method == "aciq_official":
         found = aciq.clip_range(x, bits=bits, axis=axis, prior="laplace", relu=None if signed else "official")
-    elif signed:
-        restricted = scheme == "symmetric_restricted" and bits < 3
-        found = aciq.clip_range(x, bits=bits, axis=axis, grid="restricted" if restricted else None)
     else:
-        grid = "relu_endpoint" if bits < 3 else None
-        found = aciq.clip_range(x, bits=bits, axis=axis, relu="theory", grid=grid)
+        restricted = scheme == "symmetric_restricted"
+        found = aciq.advised_range(x, bits=bits, signed=signed, axis=axis, restricted=restricted)
     return grid_from_range(found, bits=bits, scheme=scheme)
 
 

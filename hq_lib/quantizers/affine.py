@@ -84,9 +84,14 @@ def affine_from_range(
     have that shape. The range is widened to hold 0, and s >= MIN_SCALE; with ``power_of_two`` s is the next one up.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = ((high - low) / (qmax - qmin)).clamp(min=MIN_SCALE)
-    scale = next_power_of_two(scale) if power_of_two else scale
+    scale = usable((high - low) / (qmax - qmin), power_of_two=power_of_two)
     return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+
+
+def usable(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
+    """Return max(``scale``, MIN_SCALE), with ``power_of_two`` the next one up."""
+    scale = scale.clamp(min=MIN_SCALE)
+    return next_power_of_two(scale) if power_of_two else scale
 
 
 def next_power_of_two(scale: Tensor) -> Tensor:

@@ -6,16 +6,15 @@ The range follows the data and gets no gradient; the input's gradient is 1 where
 import torch
 from torch import Tensor
 
-from hq_lib.quantizers.aciq.ranges import clip_range
+from hq_lib.quantizers.aciq.ranges import advised_range
 from hq_lib.quantizers.affine import (
-    MIN_SCALE,
     affine_from_range,
     channel_dims,
     integer_range,
     mean_abs,
     min_max,
-    next_power_of_two,
     refuse_nan,
+    usable,
 )
 from hq_lib.quantizers.base import Quantizer
 from hq_lib.quantizers.ranges import widest_range
@@ -101,8 +100,7 @@ class MinMaxWeight(FollowingQuantizer):
             if not self.signed:
                 return affine_from_range(low, high, qmin=self.qmin, qmax=self.qmax, power_of_two=self.power_of_two)
             scale = torch.maximum(-low, high) / self.qmax
-        scale = scale.clamp(min=MIN_SCALE)
-        return (next_power_of_two(scale) if self.power_of_two else scale), w.new_zeros(())
+        return usable(scale, power_of_two=self.power_of_two), w.new_zeros(())
 
 
 class MinMaxAct(Quantizer):
@@ -142,8 +140,8 @@ class MinMaxAct(Quantizer):
 
     def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         if self.binary:
-            scale = self.high.clamp(min=MIN_SCALE)
-            return (next_power_of_two(scale) if self.power_of_two else scale), torch.zeros_like(scale)
+            scale = usable(self.high, power_of_two=self.power_of_two)
+            return scale, torch.zeros_like(scale)
         return affine_from_range(self.low, self.high, qmin=0, qmax=self.qmax, power_of_two=self.power_of_two)
 
     def _quantize(self, x: Tensor) -> Tensor:
@@ -165,8 +163,7 @@ class AciqWeight(MinMaxWeight):
     method = "aciq"
 
     def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        grid = "restricted" if self.signed and self.bits < 3 else None
-        return clip_range(w, bits=self.bits, axis=self.axis, grid=grid)
+        return advised_range(w, bits=self.bits, signed=True, axis=self.axis, restricted=self.signed)
 
 
 class AciqAct(MinMaxAct):
@@ -177,10 +174,7 @@ class AciqAct(MinMaxAct):
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.binary:
             return super()._range(x)
-        if self.signed:
-            return clip_range(x, bits=self.bits, axis=self.axis)
-        grid = "relu_endpoint" if self.bits < 3 else None
-        return clip_range(x, bits=self.bits, axis=self.axis, relu="theory", grid=grid)
+        return advised_range(x, bits=self.bits, signed=self.signed, axis=self.axis)
 
     def _fit(self, x: Tensor) -> None:
         self.low, self.high = self._range(x)

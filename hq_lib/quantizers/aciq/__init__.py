@@ -6,6 +6,6 @@ statistics to its range; ``weights`` bit allocation and bias correction; ``table
 
 from hq_lib.quantizers.aciq.clip import PUBLISHED, Prior, clip_ratio, noise_mse
 from hq_lib.quantizers.aciq.exact import GridKind, grid_clip_ratio, grid_mse
-from hq_lib.quantizers.aciq.ranges import Fit, ReluVariant, clip_range, fit, predicted_mse
+from hq_lib.quantizers.aciq.ranges import Fit, ReluVariant, advised_range, clip_range, fit, predicted_mse
 from hq_lib.quantizers.aciq.table import constants
 from hq_lib.quantizers.aciq.weights import Correction, absorb, allocate_bits, bias_correction, window_sum_mean
