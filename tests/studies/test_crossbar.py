@@ -86,7 +86,8 @@ def test_percent_becomes_a_fraction_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"studies": ["drfit"]}, r"'drfit'.*drift"), ({"read_rules": ["reading"]}, "readout"),
-     ({"networks": ["resnet20_pact_w4a4"]}, "resnet20_pact_w4a4_s0")],
+     ({"networks": ["resnet20_pact_w4a4"]}, "resnet20_pact_w4a4_s0"),
+     ({"networks": ["resnet20_float_s0"]}, "resnet20_float_s0.* float .*hq quantize")],
 )  # fmt: skip
 def test_unknown_names_are_refused_with_the_nearest(changes, message):
     with pytest.raises(StudyError, match=message):
