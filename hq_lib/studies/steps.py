@@ -15,6 +15,7 @@ from hq_lib.crossbar import bench, profiles
 from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
 from hq_lib.deploy.c.container import meta_of
+from hq_lib.deploy.fpga import exporter
 from hq_lib.graph.network_file import OWN
 from hq_lib.integer import IntegerModel, LowerError, RecordError, lower, round_biases
 from hq_lib.integer import load as load_integers
@@ -145,7 +146,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
     net, record = opened(file, run.net, run.options)
     spec = run.normalization(record)
     if to == "fpga" and "policy" not in record:
-        made = fpga.export(net, torch.zeros(1, *spec.in_shape), mean=spec.mean, std=spec.std)
+        made = exporter.export(net, torch.zeros(1, *spec.in_shape), mean=spec.mean, std=spec.std)
         fpga.write_net(made, target, file.stem)
         return fpga.write_images(fpga.record_of(made, spec.in_shape), target).parent
     image = run.images("test", record, spec.n_classes).images[0].contiguous().numpy() if to == "board" else None

@@ -12,7 +12,8 @@ from torch import nn
 
 from hq_lib.deploy import fpga
 from hq_lib.deploy.fpga import FpgaiError, FpgaiLayer, Stage
-from hq_lib.deploy.fpga.formats import parse_quant, parse_weight_text, quant_text, weight_text
+from hq_lib.deploy.fpga.formats import parse_quant, parse_weight_text
+from hq_lib.deploy.fpga.tuple_file import read_tuple
 
 # formats
 
@@ -26,13 +27,15 @@ def test_files_round_trip(tmp_path, form):
     assert_same(fpga.read_net(tmp_path, "net", fpga.LENET, form=form), net)
 
 
-def test_text_form_is_the_seeds():
-    layer = FpgaiLayer("a", np.arange(12, dtype=np.uint8).reshape(3, 4), np.array([-1, 2, 3], np.int32), 200, 9, 7)
+def test_text_form_is_the_seeds(tmp_path):
+    stage = Stage("a", (3, 4))
+    layer = FpgaiLayer(stage, np.arange(12, dtype=np.uint8).reshape(3, 4), np.array([-1, 2, 3], np.int32), 200, 9, 7)
     text = "#\n0,1,2,3,4,5,6,7,8,9\n10,11\n$\n-1,2,3\n"
-    assert weight_text([layer]) == text
-    assert quant_text([layer]) == "200,9,7\n"
+    fpga.write_net([layer], tmp_path, "net", form="txt")
+    assert (tmp_path / "net_weight.txt").read_text() == text
+    assert (tmp_path / "net_quant.txt").read_text() == "200,9,7\n"
     trailing = text.replace("9\n", "9,\n").replace("\n", "\r\n")  # a comma at the end of a line, Windows line ends
-    weights, biases = parse_weight_text(trailing, [Stage("a", (3, 4))])
+    weights, biases = parse_weight_text(trailing, [stage])
     assert np.array_equal(weights[0], layer.weight)
     assert biases[0].tolist() == [-1, 2, 3]
 
@@ -100,7 +103,7 @@ def test_absent_files_folders_in_names_and_binary_text_are_refused(tmp_path):
 
 def test_tuples_are_read(tmp_path):
     net = random_net(4)
-    assert_same(fpga.net_of(fpga.read_tuple(write_tuple(net, tmp_path / "net_quant.tuple")), fpga.LENET), net)
+    assert_same(read_tuple(write_tuple(net, tmp_path / "net_quant.tuple"), fpga.LENET), net)
 
 
 def torch_tuple(tmp_path, state, quant):
@@ -113,10 +116,13 @@ def test_what_torch_saves_is_read(tmp_path):
     state = net.state_dict()
     state["0.weight"] = (state["0.weight"] * 100 + 128).int()
     state["1.weight"] = state["1.weight"].mul(100).add(128).to(torch.uint8)
-    contents = fpga.read_tuple(torch_tuple(tmp_path, state, [200, 9, 128, 130, 8, 128]))
-    assert contents.quant == ((200, 9, 128), (130, 8, 128))
-    for key, value in state.items():
-        assert np.array_equal(contents.state[key], value.numpy())
+    stages = (Stage("a", (3, 2, 3, 3)), Stage("b", (5, 4)))
+    layers = read_tuple(torch_tuple(tmp_path, state, [200, 9, 128, 130, 8, 128]), stages)
+    assert [(x.multiplier, x.shift, x.zero_point) for x in layers] == [(200, 9, 128), (130, 8, 128)]
+    for i, layer in enumerate(layers):
+        assert np.array_equal(layer.weight, state[f"{i}.weight"].numpy())
+        real = layer.bias * layer.scale / 255
+        np.testing.assert_allclose(real, state[f"{i}.bias"].numpy(), atol=0.5 * layer.scale / 255 * (1 + 1e-6))
 
 
 class Hostile:
@@ -151,20 +157,21 @@ def raw_tuple(tmp_path, code, **members):
 def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, monkeypatch, code, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FpgaiError, match=message):
-        fpga.read_tuple(raw_tuple(tmp_path, code))
+        read_tuple(raw_tuple(tmp_path, code), ())
     assert not (tmp_path / "harm.txt").exists()
 
 
 def test_tuples_of_another_network_are_refused(tmp_path):
-    contents = fpga.read_tuple(write_tuple(random_net(), tmp_path / "net.tuple"))
+    file = write_tuple(random_net(), tmp_path / "net.tuple")
     with pytest.raises(FpgaiError, match="for 4 stages"):
-        fpga.net_of(contents, fpga.LENET[:4])
+        read_tuple(file, fpga.LENET[:4])
     swapped = (*fpga.LENET[:4], Stage("fc2", (11, 84)))
     with pytest.raises(FpgaiError, match="fc2"):
-        fpga.net_of(contents, swapped)
-    wide = fpga.TupleFile({**contents.state, "fc1.weight": contents.state["fc1.weight"] + 200}, contents.quant)
+        read_tuple(file, swapped)
+    state, quant = torch.load(file)
+    wide = torch_tuple(tmp_path, {**state, "fc1.weight": state["fc1.weight"] + 200}, quant)
     with pytest.raises(FpgaiError, match=r"fc1\.weight.*0\.\.255"):
-        fpga.net_of(wide, fpga.LENET)
+        read_tuple(wide, fpga.LENET)
 
 
 def mutations(content, n, seed):
@@ -194,10 +201,10 @@ def test_damaged_tuples_are_errors_or_harmless(tmp_path):
     code, refused = members.pop("data.pkl"), 0
     for content in mutations(whole, 60, 6):
         path.write_bytes(content)
-        refused += is_refused(lambda: fpga.net_of(fpga.read_tuple(path), SMALL))
+        refused += is_refused(lambda: read_tuple(path, SMALL))
     for damaged in mutations(code, 200, 7):
         raw = raw_tuple(tmp_path, damaged, **members)
-        refused += is_refused(lambda raw=raw: fpga.net_of(fpga.read_tuple(raw), SMALL))
+        refused += is_refused(lambda raw=raw: read_tuple(raw, SMALL))
     assert refused > 130
 
 

@@ -20,12 +20,13 @@ An average pool is a depthwise layer of weights 2 and bias 1 - n, for windows of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hq_lib.deploy.fpga.layers import FpgaiLayer, FpgaiNet, Stage, need
+from hq_lib.deploy.fpga.layers import FpgaiLayer, Stage, need
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.emit import INT32, Writer
@@ -36,7 +37,7 @@ from hq_lib.integer.requant import single
 _INT32_MAX = 2**31 - 1
 
 
-def run(net: FpgaiNet, images: Any, *, batch_size: int = 50) -> np.ndarray:
+def run(net: Sequence[FpgaiLayer], images: Any, *, batch_size: int = 50) -> np.ndarray:
     """Return the integer logits of ``images``, int64 (N, C_out), equal to the C program's: those of ``record_of``.
 
     Args:
@@ -54,21 +55,21 @@ def run(net: FpgaiNet, images: Any, *, batch_size: int = 50) -> np.ndarray:
     return output_integers(record, images.astype(np.float32) / 255, batch_size=batch_size).astype(np.int64)
 
 
-def int32_overflows(net: FpgaiNet) -> list[str]:
+def int32_overflows(net: Sequence[FpgaiLayer]) -> list[str]:
     """Return the names of the layers whose (acc) m can exceed int32 for some input 0..255: unsafe in the C program.
 
     The bound is max over channels of (255 sum |q - zp| + |bias|) m; it assumes that each layer's input is 0..255.
     """
     found = []
-    for layer in net.layers:
+    for layer in net:
         centred = layer.weight.reshape(len(layer.weight), -1).astype(np.int64) - layer.zero_point
         worst = 255 * np.abs(centred).sum(1) + np.abs(layer.bias.astype(np.int64))
         if int(worst.max()) * layer.multiplier > _INT32_MAX:
-            found.append(layer.name)
+            found.append(layer.stage.name)
     return found
 
 
-def record_of(net: FpgaiNet, shape: tuple[int, ...]) -> IntegerModel:
+def record_of(net: Sequence[FpgaiLayer], shape: tuple[int, ...]) -> IntegerModel:
     """Return ``net`` as a record with the "fixed" requantizer; its logits are FPGAI's integers.
 
     Args:
@@ -79,15 +80,16 @@ def record_of(net: FpgaiNet, shape: tuple[int, ...]) -> IntegerModel:
         FpgaiError:  a layer that cannot read its input, or one without ReLU1 that is not the last; names it.
         RecordError: an accumulator that int32 does not hold; names the layer.
     """
+    need(len(net) > 0, "an FPGAI net needs a layer")
     one = np.asarray(1.0, np.float32)
     writer = Writer("fixed")
     image = writer.add(TensorSpec("image", shape, "float32", 32, 0, 0, one, 0))
     x = TensorSpec("input", shape, "uint8", 8, 0, 255, np.asarray(1 / 255, np.float32), 0)
     x = writer.write(r.Quantize, "input", [image], x)
-    for stage, layer in zip(net.stages, net.layers, strict=True):
-        last = stage is net.stages[-1]
+    for layer in net:
+        stage, last = layer.stage, layer is net[-1]
         need(stage.relu1 or last, f"stage {stage.name!r} has no ReLU1: between layers a record holds 0..255")
-        x = _layer(writer, stage, layer, _readable(writer, stage, x), last=last and not stage.relu1)
+        x = _layer(writer, layer, _readable(writer, stage, x), last=last and not stage.relu1)
         x = _pool(writer, stage, x) if stage.pool else x
     if len(x.shape) > 1:
         x = writer.write(r.Reshape, "flatten", [x], replace(x, name="flatten", shape=(math.prod(x.shape),)))
@@ -110,8 +112,8 @@ def _readable(writer: Writer, stage: Stage, x: TensorSpec) -> TensorSpec:
     return writer.write(r.Reshape, f"{stage.name}.flatten", [x], replace(x, name=f"{stage.name}.flat", shape=(n,)))
 
 
-def _layer(writer: Writer, stage: Stage, layer: FpgaiLayer, x: TensorSpec, *, last: bool) -> TensorSpec:
-    n, (m, s) = len(layer.weight), (layer.multiplier, layer.shift)
+def _layer(writer: Writer, layer: FpgaiLayer, x: TensorSpec, *, last: bool) -> TensorSpec:
+    stage, n, (m, s) = layer.stage, len(layer.weight), (layer.multiplier, layer.shift)
     m, s = (m, s) if s else (2 * m, 1)  # the record shifts by one at least
     weight = layer.weight.astype(np.int16) - np.int16(layer.zero_point)
     geometry = {}

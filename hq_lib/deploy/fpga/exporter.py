@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.deploy.fpga.conversion import record_of
-from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, need
+from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, Stage, need
 from hq_lib.deploy.fpga.multiplier import nearest_multiplier
 from hq_lib.deploy.fpga.tuple_file import GAIN, bias_integers
+from hq_lib.graph import op_name
 from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.tracing import NodeWatcher
+from hq_lib.integer.lowering import SAME
 
 MIN_IMAGES = 32
 """Fewest images from which the range behind a ReLU is taken."""
@@ -36,7 +38,7 @@ def export(
     *,
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
-) -> FpgaiNet:
+) -> list[FpgaiLayer]:
     """Return ``net`` in FPGAI's integers, to be fed with raw uint8 pixels.
 
     Args:
@@ -56,8 +58,7 @@ def export(
         need(stage.relu1, f"{stage.name!r} has no ReLU or ReLU1 after it: train with clip(x, 0, 1), e.g. relu1=True")
     need(chain[-1][0].pool is None, f"{chain[-1][0].name!r}: a pool cannot end the network")
     chain[0] = _without_normalization(chain[0], mean, std)
-    layers = tuple(quantize_layer(stage.name, w, b, offset=_rounding_offset(stage)) for stage, w, b in chain)
-    fpgai = FpgaiNet(tuple(stage for stage, _, _ in chain), layers)
+    fpgai = [quantize_layer(stage, w, b, offset=_rounding_offset(stage)) for stage, w, b in chain]
     record_of(fpgai, tuple(example.shape[1:]))  # each layer can read what the one before writes
     return fpgai
 
@@ -88,7 +89,7 @@ def _in_units(chain: list[Weighted], largest: dict[str, float], n_images: int) -
     return scaled
 
 
-def quantize_layer(name: str, weight: np.ndarray, bias: np.ndarray, *, offset: float = 0.5) -> FpgaiLayer:
+def quantize_layer(stage: Stage, weight: np.ndarray, bias: np.ndarray, *, offset: float = 0.5) -> FpgaiLayer:
     """Return one layer in integers.
 
         m 2^-shift near (max(w, 0) - min(w, 0)) / 255,   scale := m 2^-shift
@@ -96,11 +97,12 @@ def quantize_layer(name: str, weight: np.ndarray, bias: np.ndarray, *, offset: f
         bias_q = rint((255 bias + offset) / scale)
 
     Args:
-        name:   layer name, for errors.
-        weight: (C_out, ...) real units, finite.
+        stage:  how the layer is executed.
+        weight: of its shape, real units, finite.
         bias:   (C_out,) real units.
         offset: added to the output, in output steps (1/255), in [0, 1): 0.5 turns the shift's floor into rounding.
     """
+    name = stage.name
     need(bool(np.isfinite(weight).all() and np.isfinite(bias).all()), f"layer {name!r}: weight or bias not finite")
     low, high = min(float(weight.min()), 0.0), max(float(weight.max()), 0.0)
     try:
@@ -111,7 +113,7 @@ def quantize_layer(name: str, weight: np.ndarray, bias: np.ndarray, *, offset: f
     zero_point = min(round(-low / scale), 255)
     q = np.clip(np.rint(weight.astype(np.float64) / scale) + zero_point, 0, 255).astype(np.uint8)
     quant = (m, shift, zero_point)
-    return FpgaiLayer(name, q, bias_integers(bias.astype(np.float64) + offset / GAIN, quant, GAIN, name), *quant)
+    return FpgaiLayer(stage, q, bias_integers(bias.astype(np.float64) + offset / GAIN, quant, GAIN, name), *quant)
 
 
 def _rounding_offset(stage: Stage) -> float:
@@ -153,7 +155,9 @@ def _chain(gm: fx.GraphModule) -> list[Weighted]:
                 stage, *rest = chain[-1]
                 chain[-1] = (_followed(stage, str(node.target), module), *rest)  # type: ignore[assignment]
             else:
-                _check_harmless(node, module)
+                what = type(module).__name__ if module else op_name(node, gm)
+                known = "convolutions, linear layers, ReLU, Hardtanh(0, 1), average and max pools, Flatten, Dropout"
+                need(op_name(node, gm) in {*SAME, "flatten"}, f"{node.name!r} is {what}: FPGAI export knows {known}")
         previous = node
     need(bool(chain), "the network has no convolution or linear layer")
     return chain
@@ -189,15 +193,3 @@ def _followed(stage: Stage, name: str, module: Any) -> Stage:
     need(plain, f"{name!r}: FPGAI pools square windows that do not overlap, without padding: {module}")
     need(stage.relu1 and stage.pool is None, f"{name!r}: a pool follows a ReLU1")
     return replace(stage, pool="average" if isinstance(module, nn.AvgPool2d) else "max", pool_size=sizes.pop())
-
-
-def _check_harmless(node: fx.Node, module: nn.Module | None) -> None:
-    """Raise FpgaiError unless ``node`` does nothing to a chain: it flattens, or drops out."""
-    ends = (module.start_dim, module.end_dim) if isinstance(module, nn.Flatten) else (1, -1)
-    need(ends == (1, -1), f"{node.target!r}: FPGAI flattens everything but the batch")
-    name = getattr(node.target, "__name__", node.target)
-    flattens = node.op in ("call_function", "call_method") and name == "flatten" and node.args[1:2] == (1,)
-    harmless = flattens or isinstance(module, nn.Flatten | nn.Dropout | nn.Identity)
-    what = name if module is None else type(module).__name__
-    need(harmless, f"{node.name!r} is {what}: FPGAI export knows convolutions, linear layers, ReLU, Hardtanh(0, 1), "
-         "average and max pools, Flatten, Dropout and Identity")  # fmt: skip

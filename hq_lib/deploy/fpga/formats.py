@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, FpgaiNet, Stage, check_quant, need, plain_name
+from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, Stage, check_quant, need, plain_name
 from hq_lib.results.atomic import write_bytes
 
 Form = Literal["bin", "txt"]
@@ -28,7 +28,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,10}")
 Quant = tuple[int, int, int]
 
 
-def read_net(folder: Path | str, name: str, stages: Sequence[Stage], *, form: Form = "bin") -> FpgaiNet:
+def read_net(folder: Path | str, name: str, stages: Sequence[Stage], *, form: Form = "bin") -> list[FpgaiLayer]:
     """Return the network in the files ``{name}_*`` of ``folder``.
 
     Args:
@@ -48,19 +48,20 @@ def read_net(folder: Path | str, name: str, stages: Sequence[Stage], *, form: Fo
     else:
         weights = _read_bin(folder / f"{name}_weight.bin", "u1", [stage.shape for stage in stages])
         biases = _read_bin(folder / f"{name}_bias.bin", "<i4", [stage.shape[:1] for stage in stages])
-    parts = zip(stages, weights, biases, quant, strict=True)
-    return FpgaiNet(tuple(stages), tuple(FpgaiLayer(s.name, w, b, *line) for s, w, b, line in parts))
+    return [FpgaiLayer(s, w, b, *line) for s, w, b, line in zip(stages, weights, biases, quant, strict=True)]
 
 
-def write_net(net: FpgaiNet, folder: Path | str, name: str, *, form: Form = "bin") -> list[Path]:
+def write_net(net: Sequence[FpgaiLayer], folder: Path | str, name: str, *, form: Form = "bin") -> list[Path]:
     """Write ``net`` as seed 002's files of this form, each whole or not at all; return their paths."""
     folder, name = Path(folder), plain_name(name, "name of the files")
-    contents = {f"{name}_quant.txt": quant_text(net.layers).encode("ascii")}
+    contents = {f"{name}_quant.txt": "".join(f"{x.multiplier},{x.shift},{x.zero_point}\n" for x in net).encode()}
     if _checked_form(form) == "txt":
-        contents[f"{name}_weight.txt"] = weight_text(net.layers).encode("ascii")
+        contents[f"{name}_weight.txt"] = "".join(
+            f"#\n{_decimals(layer.weight)}$\n{_decimals(layer.bias)}" for layer in net
+        ).encode()
     else:
-        contents[f"{name}_weight.bin"] = b"".join(layer.weight.tobytes() for layer in net.layers)
-        contents[f"{name}_bias.bin"] = b"".join(layer.bias.astype("<i4").tobytes() for layer in net.layers)
+        contents[f"{name}_weight.bin"] = b"".join(layer.weight.tobytes() for layer in net)
+        contents[f"{name}_bias.bin"] = b"".join(layer.bias.astype("<i4").tobytes() for layer in net)
     for file, content in contents.items():
         write_bytes(folder / file, content)
     return [folder / file for file in contents]
@@ -104,16 +105,6 @@ def parse_weight_text(
         weights.append(_array(parts[0], stage.shape, "uint8", f"{where}, weights"))
         biases.append(_array(parts[1], stage.shape[:1], "int32", f"{where}, biases"))
     return weights, biases
-
-
-def quant_text(layers: Sequence[FpgaiLayer]) -> str:
-    """Return the content of ``_quant.txt``."""
-    return "".join(f"{layer.multiplier},{layer.shift},{layer.zero_point}\n" for layer in layers)
-
-
-def weight_text(layers: Sequence[FpgaiLayer]) -> str:
-    """Return the content of ``_weight.txt``."""
-    return "".join(f"#\n{_decimals(layer.weight)}$\n{_decimals(layer.bias)}" for layer in layers)
 
 
 def read_file(path: Path) -> bytes:

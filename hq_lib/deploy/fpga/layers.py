@@ -1,4 +1,4 @@
-"""Records of an FPGAI network: layers of integers, and the stages that say how a chain of them is executed.
+"""What an FPGAI network is: a chain of layers, each the stage that says how it is executed, and its integers.
 
 FPGAI is the 8-bit toolchain of seed 002. Its files hold integers only; shapes and order live in C source, so that a
 reader must be told the ``Stage``s. Symbols: ``q`` weight integers, ``zp`` zero point, ``m`` multiplier, real weight
@@ -46,35 +46,6 @@ def plain_name(name: object, what: str) -> str:
     return str(name)
 
 
-@dataclass(frozen=True, eq=False)
-class FpgaiLayer:
-    """One convolution or linear layer in FPGAI's integers."""
-
-    name: str
-    """layer name; the numbered files do not hold it"""
-    weight: np.ndarray
-    """uint8, (C_out, C_in, k_h, k_w) or (C_out, C_in)"""
-    bias: np.ndarray
-    """int32 (C_out,), in accumulator steps: bias x 255 / (m 2^-shift)"""
-    multiplier: int
-    """m, 1..255"""
-    shift: int
-    """0..31, bits of the arithmetic right shift"""
-    zero_point: int
-    """integer of weight 0, 0..255"""
-
-    def __post_init__(self) -> None:
-        w, b = self.weight, self.bias
-        need(w.dtype == np.uint8 and w.ndim in (2, 4), f"layer {self.name!r}: weight is {w.dtype} {w.shape}, not uint8")
-        need(b.dtype == np.int32 and b.shape == w.shape[:1], f"layer {self.name!r}: bias is {b.dtype} {b.shape}")
-        check_quant(self.multiplier, self.shift, self.zero_point, f"layer {self.name!r}")
-
-    @property
-    def scale(self) -> float:
-        """Real units per weight step, m 2^-shift."""
-        return math.ldexp(self.multiplier, -self.shift)
-
-
 @dataclass(frozen=True)
 class Stage:
     """How one layer of a chain is executed: layer, then ReLU1, then pool."""
@@ -113,16 +84,32 @@ LENET = (
 
 
 @dataclass(frozen=True, eq=False)
-class FpgaiNet:
-    """A chain of layers with the stages that execute it."""
+class FpgaiLayer:
+    """One stage of a chain with its integers; a network is a sequence of these in execution order."""
 
-    stages: tuple[Stage, ...]
-    """in execution order, at least one"""
-    layers: tuple[FpgaiLayer, ...]
-    """one per stage, of its shape"""
+    stage: Stage
+    """how it is executed, and its name; the numbered files do not hold it"""
+    weight: np.ndarray
+    """uint8, of the stage's shape"""
+    bias: np.ndarray
+    """int32 (C_out,), in accumulator steps: bias x 255 / (m 2^-shift)"""
+    multiplier: int
+    """m, 1..255"""
+    shift: int
+    """0..31, bits of the arithmetic right shift"""
+    zero_point: int
+    """integer of weight 0, 0..255"""
 
     def __post_init__(self) -> None:
-        n = (len(self.stages), len(self.layers))
-        need(n[0] == n[1] >= 1, f"an FPGAI net needs a layer for each stage: {n[0]} stages, {n[1]} layers")
-        for stage, layer in zip(self.stages, self.layers, strict=True):
-            need(stage.shape == layer.weight.shape, f"{stage.name!r}: stage {stage.shape}, layer {layer.weight.shape}")
+        (name, shape), w, b = (self.stage.name, self.stage.shape), self.weight, self.bias
+        need(
+            w.dtype == np.uint8 and w.shape == shape,
+            f"layer {name!r}: weight is {w.dtype} {w.shape}, not uint8 {shape}",
+        )
+        need(b.dtype == np.int32 and b.shape == shape[:1], f"layer {name!r}: bias is {b.dtype} {b.shape}")
+        check_quant(self.multiplier, self.shift, self.zero_point, f"layer {name!r}")
+
+    @property
+    def scale(self) -> float:
+        """Real units per weight step, m 2^-shift."""
+        return math.ldexp(self.multiplier, -self.shift)
