@@ -61,10 +61,9 @@ def output_shape(op: r.Op, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | N
     x = shapes[0]
     match op:
         case r.Conv() | r.MaxPool() | r.AvgPool():
-            channels, kernel = (len(op.weight), op.weight.shape[2:]) if isinstance(op, r.Conv) else (x[0], op.kernel)
-            dilation = (1, 1) if isinstance(op, r.AvgPool) else op.dilation
             sizes = (n + a + b for n, a, b in zip(x[1:], op.padding[:2], op.padding[2:], strict=True))
-            return (channels, *map(n_windows, sizes, kernel, op.stride, dilation))
+            channels = len(op.weight) if isinstance(op, r.Conv) else x[0]
+            return (channels, *map(n_windows, sizes, op.kernel, op.stride, op.dilation))
         case r.Linear():
             return (*x[:-1], len(op.weight))
         case r.Concat():
@@ -183,7 +182,7 @@ def _check_layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> 
     if isinstance(op, r.Conv):
         _need(op.groups >= 1 and n % op.groups == 0, f"{op.name!r}: {n} channels in {op.groups} groups")
         fits = len(x) == 3 and x[0] == op.weight.shape[1] * op.groups
-        _check_window(op, op.weight.shape[2:], op.dilation)
+        _check_window(op)
     else:
         fits = len(x) <= 2 and x[-1:] == op.weight.shape[1:]
     _need(fits, f"{op.name!r}: input {x}, weight {op.weight.shape}")
@@ -208,9 +207,9 @@ def _check_layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> 
         _need(np.all(op.residual.requant.shift == op.requant.shift), f"{op.name!r}: the residual has another shift")
 
 
-def _check_window(op: r.Conv | r.MaxPool | r.AvgPool, kernel: tuple[int, ...], dilation: tuple[int, int]) -> None:
+def _check_window(op: r.Conv | r.MaxPool | r.AvgPool) -> None:
     _check_sizes(op, op.padding, 4, 0)
-    for sizes in (kernel, op.stride, dilation):
+    for sizes in (op.kernel, op.stride, op.dilation):
         _check_sizes(op, sizes, 2, 1)
 
 
@@ -221,7 +220,7 @@ def _check_sizes(op: r.Op, values: tuple[int, ...], n: int, least: int) -> None:
 
 def _check_pool(op: r.MaxPool | r.AvgPool, x: r.TensorSpec, out: r.TensorSpec) -> None:
     _need(len(x.shape) == 3, f"{op.name!r}: pools (C, H, W), not {x.shape}")
-    _check_window(op, op.kernel, op.dilation if isinstance(op, r.MaxPool) else (1, 1))
+    _check_window(op)
     if isinstance(op, r.AvgPool):
         prove_accumulator(op, x)
         if op.requant is not None:

@@ -7,9 +7,7 @@ two may part by one step (1 LSB).
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,42 +20,31 @@ from hq_lib.integer.lowering import tensor_names
 from hq_lib.integer.record import IntegerModel, Op
 
 
-@dataclass(frozen=True)
-class TensorAgreement:
+class TensorAgreement(NamedTuple):
     """How one tensor of the record compares with the graph's."""
 
     name: str
     """tensor of the record"""
-    bits: int
-    """of its grid"""
     n: int
     """integers compared"""
-    histogram: dict[int, int]
-    """integer minus fake-quantized, in steps (LSB) -> how many; 0 included"""
+    n_differ: int
+    """how many of them differ"""
+    largest: int
+    """largest difference, steps (LSB)"""
 
     @property
     def mismatch_pct(self) -> float:
         """Share of integers that differ, percent."""
-        return 100 * (1 - self.histogram.get(0, 0) / self.n)
-
-    @property
-    def largest(self) -> int:
-        """Largest difference, steps."""
-        return max(abs(steps) for steps in self.histogram)
+        return 100 * (1 - (self.n - self.n_differ) / self.n)
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """What ``agreement`` found."""
 
-    tensors: tuple[TensorAgreement, ...]
+    tensors: list[TensorAgreement]
     """in execution order"""
-    n_images: int
-    """images compared"""
     same_top1_pct: float
     """images to which both networks give the same class, percent"""
-    largest_logit_error: float
-    """largest difference of a logit, its own units"""
     fake_quant_acc_pct: float | None
     """top-1 of the fake-quantized network, percent; None without labels"""
     integer_acc_pct: float | None
@@ -83,7 +70,7 @@ def agreement(
         ImageError: the images do not fit. ValueError: no tensor of ``imodel`` is a quantizer of ``qnet``.
     """
     x, labels = (images, None) if isinstance(images, Tensor) else (normalize(images.images, images.spec), images.labels)
-    counts: dict[str, Counter[int]] = {}
+    found: dict[str, TensorAgreement] = {}
     ours, theirs = [], []
     for part in x.split(batch_size):
         wanted, logits = _graph_integers(qnet, imodel, part)
@@ -93,22 +80,17 @@ def agreement(
         def compare(op: Op, got: np.ndarray, wanted: dict[str, np.ndarray] = wanted) -> np.ndarray | None:
             if op.output not in wanted:
                 return None
-            steps, n = np.unique(got.astype(np.int32) - wanted[op.output], return_counts=True)
-            counts.setdefault(op.output, Counter()).update(dict(zip(steps.tolist(), n.tolist(), strict=True)))
+            steps = np.abs(got.astype(np.int32) - wanted[op.output])
+            name, n, n_differ, largest = found.get(op.output, (op.output, 0, 0, 0))
+            differ = int(np.count_nonzero(steps))
+            found[name] = TensorAgreement(name, n + steps.size, n_differ + differ, max(largest, int(steps.max())))
             return wanted[op.output].astype(got.dtype) if forced else None
 
         ours.append(run(imodel, part.contiguous(), batch_size=batch_size, watch=compare))
         theirs.append(logits)
-    tensors = tuple(
-        TensorAgreement(name, spec.bits, counts[name].total(), dict(sorted(counts[name].items())))
-        for name, spec in imodel.tensors.items()
-        if name in counts
-    )
-    found, wanted = np.concatenate(ours), np.concatenate(theirs)
-    classes = [logits.argmax(1) for logits in (wanted, found)]
+    classes = [np.concatenate(logits).argmax(1) for logits in (theirs, ours)]
     acc = [None if labels is None else 100 * float((c == labels.numpy()).mean()) for c in classes]
-    same = 100 * float((classes[0] == classes[1]).mean())
-    return Agreement(tensors, len(found), same, float(np.abs(found - wanted).max()), acc[0], acc[1])
+    return Agreement([*found.values()], 100 * float((classes[0] == classes[1]).mean()), *acc)
 
 
 def _graph_integers(

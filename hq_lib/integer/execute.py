@@ -135,7 +135,7 @@ def _executed(
             a, b = (centred(x, s, np.int32) for x, s in inputs)
             return requantize([(a * b, op.requant)], out, requantizer)
         case r.AvgPool():
-            first, *rest = taps(padded(centred(x, spec, np.int32), op.padding), op.kernel, op.stride, (1, 1))
+            first, *rest = taps(padded(centred(x, spec, np.int32), op.padding), op.kernel, op.stride, op.dilation)
             acc = sum(rest, start=first)
             if op.requant is None:
                 return (acc + np.int32(out.zero_point)).astype(out.dtype)

@@ -194,63 +194,12 @@ def _fixed(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...], *, av
     return Window(kernel, stride, padding, dilation, n, False)
 
 
-def pads(node: fx.Node, gm: fx.GraphModule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what a zero padding adds (before, after) each axis of a tensor of ``rank`` (without the batch)."""
-    options = arguments(node, gm)
-    flat = options.get("pad", options["padding"])
-    flat = [flat] * 4 if isinstance(flat, int) else list(flat)
-    if options.get("mode", "constant") != "constant" or options.get("value") or min(flat) < 0:
-        raise LowerError(f"{node.name!r}: only padding by zeros has an integer form")
-    flat += [0] * (2 * (rank + 1) - len(flat))
-    if any(flat[2 * rank :]):
-        raise LowerError(f"{node.name!r}: pads the batch")
-    return tuple(flat[2 * i] for i in reversed(range(rank))), tuple(flat[2 * i + 1] for i in reversed(range(rank)))
-
-
-def pieces(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> tuple[int, list[tuple[int, int]]]:
-    """Return the axis (without the batch) and the (start, stop) ranges of a ``chunk`` or ``split``."""
-    options = arguments(node, gm)
-    axis = axis_of(options["dim"] or 0, len(shape), node)
-    n = shape[axis]
-    if op_name(node, gm) == "chunk":
-        sizes: Any = -(-n // options["chunks"])
-    else:
-        sizes = options["split_size_or_sections"]
-    bounds = list(range(0, n, sizes)) if isinstance(sizes, int) else [sum(sizes[:i]) for i in range(len(sizes))]
-    return axis, list(zip(bounds, [*bounds[1:], n], strict=True))
-
-
-def slices(node: fx.Node, shape: tuple[int, ...]) -> list[slice]:
-    """Return the slices, with their ends filled in, that an indexing such as ``x[:, :, ::2, ::2]`` takes per axis."""
-    index: Any = known_sizes(node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
-    simple = all(isinstance(i, slice) for i in index) and index[:1] == (slice(None),) and len(index) <= len(shape) + 1
-    if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
-        raise LowerError(f"{node.name!r}: only slices such as x[:, :, ::2, ::2] have an integer form, not {index}")
-    rest = [*index[1:], *[slice(None)] * (len(shape) + 1 - len(index))]
-    return [slice(*s.indices(n)) for s, n in zip(rest, shape, strict=True)]
-
-
 def axis_of(dim: int, rank: int, node: fx.Node) -> int:
     """Return axis ``dim`` of a batch, which may be negative, as an axis without the batch; refuse the batch itself."""
     axis = dim % (rank + 1) - 1
     if axis < 0:
         raise LowerError(f"{node.name!r}: works across the batch, which no executor knows")
     return axis
-
-
-def permutation(node: fx.Node, gm: fx.GraphModule, rank: int) -> tuple[int, ...]:
-    """Return which input axis each output axis of a ``transpose`` or ``permute`` is (axes without the batch)."""
-    if op_name(node, gm) == "transpose":
-        options = arguments(node, gm)
-        first, second = (axis_of(options[key], rank, node) for key in ("dim0", "dim1"))
-        axes = list(range(rank))
-        axes[first], axes[second] = second, first
-        return tuple(axes)
-    dims: Any = known_sizes(node.kwargs.get("dims", node.args[1:]))
-    dims = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else list(dims)
-    if dims[0] % (rank + 1) != 0:
-        raise LowerError(f"{node.name!r}: moves the batch axis")
-    return tuple(axis_of(d, rank, node) for d in dims[1:])
 
 
 def clip_bounds(node: fx.Node, gm: fx.GraphModule) -> tuple[float, float]:

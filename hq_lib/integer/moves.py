@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -88,13 +90,26 @@ def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) 
 
 
 def _pieces(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> tuple[TensorSpec, ...]:
-    axis, ranges = geometry.pieces(node, gm, x.shape)
-    whole = [slice(0, n, 1) for n in x.shape]
-    return tuple(_cut(writer, node, x, [*whole[:axis], slice(*ends, 1), *whole[axis + 1 :]]) for ends in ranges)
+    """Chunk and split: a slice for each piece."""
+    options = geometry.arguments(node, gm)
+    axis = geometry.axis_of(options["dim"] or 0, len(x.shape), node)
+    n, whole = x.shape[axis], [slice(0, n, 1) for n in x.shape]
+    sizes: Any = -(-n // options["chunks"]) if "chunks" in options else options["split_size_or_sections"]
+    bounds = [*(range(0, n, sizes) if isinstance(sizes, int) else accumulate([0, *sizes[:-1]])), n]
+    return tuple(
+        _cut(writer, node, x, [*whole[:axis], slice(*ends, 1), *whole[axis + 1 :]]) for ends in pairwise(bounds)
+    )
 
 
 def _index(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
-    return _cut(writer, node, x, geometry.slices(node, x.shape))
+    """What an indexing such as ``x[:, :, ::2, ::2]`` takes."""
+    index: Any = geometry.known_sizes(node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
+    rank = len(x.shape)
+    simple = all(isinstance(i, slice) for i in index) and index[:1] == (slice(None),) and len(index) <= rank + 1
+    if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
+        raise LowerError(f"{node.name!r}: only slices such as x[:, :, ::2, ::2] have an integer form, not {index}")
+    rest = [*index[1:], *[slice(None)] * (rank + 1 - len(index))]
+    return _cut(writer, node, x, [slice(*s.indices(n)) for s, n in zip(rest, x.shape, strict=True)])
 
 
 def _cut(writer: Writer, node: fx.Node, x: TensorSpec, taken: list[slice]) -> TensorSpec:
@@ -103,11 +118,31 @@ def _cut(writer: Writer, node: fx.Node, x: TensorSpec, taken: list[slice]) -> Te
 
 
 def _transpose(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
-    return writer.write(r.Transpose, node.name, [x], axes=geometry.permutation(node, gm, len(x.shape)))
+    """Transpose and permute: which input axis each output axis is."""
+    rank = len(x.shape)
+    if op_name(node, gm) == "transpose":
+        options, dims = geometry.arguments(node, gm), list(range(rank + 1))
+        first, second = (geometry.axis_of(options[key], rank, node) + 1 for key in ("dim0", "dim1"))
+        dims[first], dims[second] = second, first
+    else:
+        given: Any = geometry.known_sizes(node.kwargs.get("dims", node.args[1:]))
+        dims = [*(given[0] if len(given) == 1 and isinstance(given[0], Sequence) else given)]
+    if dims[0] % (rank + 1) != 0:
+        raise LowerError(f"{node.name!r}: moves the batch axis")
+    return writer.write(r.Transpose, node.name, [x], axes=tuple(geometry.axis_of(d, rank, node) for d in dims[1:]))
 
 
 def _pad(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
-    before, after = geometry.pads(node, gm, len(x.shape))
+    """Padding by zeros, whose list begins with the last axis."""
+    options, rank = geometry.arguments(node, gm), len(x.shape)
+    flat = options.get("pad", options["padding"])
+    flat = [flat] * 4 if isinstance(flat, int) else list(flat)
+    if options.get("mode", "constant") != "constant" or options.get("value") or min(flat) < 0:
+        raise LowerError(f"{node.name!r}: only padding by zeros has an integer form")
+    flat += [0] * (2 * (rank + 1) - len(flat))
+    if any(flat[2 * rank :]):
+        raise LowerError(f"{node.name!r}: pads the batch")
+    before, after = (tuple(flat[side : 2 * rank : 2][::-1]) for side in (0, 1))
     return writer.write(r.Pad, node.name, [x], with_zero(replace(x, name=node.name)), before=before, after=after)
 
 

@@ -143,6 +143,11 @@ class Conv(Layer):
     groups: int
     """``weight`` is (C_out, C_in / groups, k_h, k_w)"""
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """(rows, columns)"""
+        return self.weight.shape[2:]
+
 
 @dataclass(frozen=True, eq=False)
 class Linear(Layer):
@@ -167,8 +172,8 @@ class Add(Op):
 
 
 @dataclass(frozen=True, eq=False)
-class MaxPool(Op):
-    """Largest integer of each window; padded places never win. Output on the grid of the input."""
+class Pool(Op):
+    """What both pools share."""
 
     kernel: tuple[int, int]
     """(rows, columns)"""
@@ -176,25 +181,30 @@ class MaxPool(Op):
     """(rows, columns)"""
     padding: tuple[int, int, int, int]
     """(top, left, bottom, right); a ceil-mode pool has its extra rows here"""
+
+
+@dataclass(frozen=True, eq=False)
+class MaxPool(Pool):
+    """Largest integer of each window; padded places never win. Output on the grid of the input."""
+
     dilation: tuple[int, int]
     """(rows, columns)"""
 
 
 @dataclass(frozen=True, eq=False)
-class AvgPool(Op):
+class AvgPool(Pool):
     """acc = sum of (q - z) over each window, then requantized with n = 1; padding counts as real 0.
 
     ``requant`` None is the exact pool without a quantizer: it writes acc + z_y, z_y = n_window z, scale s_x / n_window.
     """
 
-    kernel: tuple[int, int]
-    """(rows, columns)"""
-    stride: tuple[int, int]
-    """(rows, columns)"""
-    padding: tuple[int, int, int, int]
-    """(top, left, bottom, right)"""
     requant: Requant | None
     """(1,), or None"""
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """(1, 1): its windows have no gaps."""
+        return (1, 1)
 
 
 @dataclass(frozen=True, eq=False)

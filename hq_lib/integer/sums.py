@@ -68,8 +68,8 @@ def taps(
 
 def _convolution(op: Conv, x: np.ndarray, dtype: type) -> np.ndarray:
     """Unfold the patches, (B, G, C/G k_h k_w, H' W'), and multiply by the weights of each group."""
-    n_out, per_group, *kernel = op.weight.shape
-    views = taps(padded(x, op.padding), tuple(kernel), op.stride, op.dilation)
+    n_out, per_group = op.weight.shape[:2]
+    views = taps(padded(x, op.padding), op.kernel, op.stride, op.dilation)
     n, c, height, width = views[0].shape
     rows = np.empty((n, c, len(views), height, width), dtype)
     for k, view in enumerate(views):
@@ -80,10 +80,10 @@ def _convolution(op: Conv, x: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def _depthwise(op: Conv, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    n_out, _, *kernel = op.weight.shape
+    n_out = len(op.weight)
     x = padded(centred(x, spec, np.int32), op.padding)
     total: np.ndarray | None = None
-    for view, w in zip(taps(x, tuple(kernel), op.stride, op.dilation), op.weight.reshape(n_out, -1).T, strict=True):
+    for view, w in zip(taps(x, op.kernel, op.stride, op.dilation), op.weight.reshape(n_out, -1).T, strict=True):
         term = np.repeat(view, n_out // op.groups, axis=1) if n_out != op.groups else view
         term = term * w.astype(np.int32)[:, None, None]
         total = term if total is None else np.add(total, term, out=total)

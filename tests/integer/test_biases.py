@@ -45,7 +45,7 @@ def test_the_integers_stay_and_the_graph_comes_to_them(name: str, bn: str) -> No
         np.testing.assert_array_equal(old.weight, new.weight)
         assert changes[old.name] <= 0.5001 * float(old.acc_scale.max())
     fine = agreement(qnet, after, x, forced=True)
-    n_rough, n_fine = (sum(t.n - t.histogram.get(0, 0) for t in found.tensors) for found in (rough, fine))
+    n_rough, n_fine = (sum(t.n_differ for t in found.tensors) for found in (rough, fine))
     assert n_fine <= n_rough / 5, (n_fine, n_rough)
     again = round_biases(qnet)
     assert all(value <= 1e-6 * changes[key] + 1e-7 for key, value in again.items()), "a second call changes nothing"

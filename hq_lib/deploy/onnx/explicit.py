@@ -67,12 +67,14 @@ def _weight_parts(graph: Graph, op: r.Layer | r.AvgPool, x: TensorSpec, suffix: 
 def geometry(op: r.Op, x: TensorSpec) -> dict[str, Any]:
     """Return the attributes of a convolution node, or of the depthwise one that sums the windows of a pool of ``x``."""
     assert isinstance(op, r.Conv | r.AvgPool)
+    group = op.groups if isinstance(op, r.Conv) else x.shape[0]
     return {
-        "strides": [*op.stride], "pads": [*op.padding],
-        "dilations": [*op.dilation] if isinstance(op, r.Conv) else [1, 1],
-        "group": op.groups if isinstance(op, r.Conv) else x.shape[0],
-        "kernel_shape": [*op.weight.shape[2:]] if isinstance(op, r.Conv) else [*op.kernel],
-    }  # fmt: skip
+        "strides": op.stride,
+        "pads": op.padding,
+        "dilations": op.dilation,
+        "group": group,
+        "kernel_shape": op.kernel,
+    }
 
 
 def _column(values: np.ndarray, op: r.Op) -> np.ndarray:
