@@ -27,7 +27,7 @@ from integer_nets import float_net, images, quantized
 from PIL import Image
 from torch import nn
 
-from hq_lib import graph, integer, models
+from hq_lib import deploy, graph, integer, models
 from hq_lib.crossbar import (
     IdealEngine,
     RecordEngine,
@@ -296,7 +296,7 @@ def readers(folder):
     if importlib.util.find_spec("onnxruntime"):
         from hq_lib.deploy import onnx
 
-        file = onnx.save(onnx.export(record), folder / "net.onnx")
+        file = deploy.export(record, folder / "net.onnx", "onnx")
         found["exported.onnx"] = (file.read_bytes(), lambda p: (onnx.meta_of(p), onnx.session(p)))
     return found
 

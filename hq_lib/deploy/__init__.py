@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from hq_lib.results.atomic import write_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,13 +37,14 @@ def export(imodel: IntegerModel, path: str | os.PathLike, to: str, *, image: np.
         raise ValueError(f"format {to!r}: choose one of {', '.join(ENDINGS)}")
     if ENDINGS[to][0] == "." and path.suffix != ENDINGS[to]:
         raise ValueError(f"{path.name}: a file for {to} ends in {ENDINGS[to]}")
-    room = importlib.import_module("hq_lib.integer" if to == "npz" else f"hq_lib.deploy.{_ROOMS.get(to, to)}")
+    room: Any = importlib.import_module("hq_lib.integer" if to == "npz" else f"hq_lib.deploy.{_ROOMS.get(to, to)}")
     if to == "fpga":
-        return room.write_images(imodel, path).parent
-    if to == "board":
+        room.write_images(imodel, path)
+    elif to == "board":
         room.export_folder(imodel, path, image)
-        return path
-    return room.save(room.export(imodel) if to == "onnx" else imodel, path)
+    else:
+        write_bytes(path, room.to_bytes(imodel))
+    return path
 
 
 _ROOMS = {"board": "c"}

@@ -6,9 +6,9 @@ import torch
 from integer_nets import NETS, POLICIES, all_pairs, images, quantized, random_layer
 from torch import nn
 
-from hq_lib import models
+from hq_lib import deploy, models
 from hq_lib.data import normalize
-from hq_lib.deploy.c import ContainerError, ExportError, Runtime, compiler, layout, library, save, to_bytes
+from hq_lib.deploy.c import ContainerError, Runtime, compiler, layout, library, to_bytes
 from hq_lib.deploy.c.build import CompilerError
 from hq_lib.deploy.c.runtime import KERNELS
 from hq_lib.graph import BitPolicy, calibrate, quantize
@@ -116,9 +116,9 @@ def test_same_record_same_bytes_and_the_file_s_name(tmp_path):
     imodel = lower(quantized("residual", "w8a8"))
     content = to_bytes(imodel)
     assert content == to_bytes(imodel)
-    assert save(imodel, tmp_path / "net.hqm").read_bytes() == content
-    with pytest.raises(ExportError, match=r"\.hqm"):
-        save(imodel, tmp_path / "net.bin")
+    assert deploy.export(imodel, tmp_path / "net.hqm", "c").read_bytes() == content
+    with pytest.raises(ValueError, match=r"\.hqm"):
+        deploy.export(imodel, tmp_path / "net.bin", "c")
 
 
 def test_images_and_containers_that_do_not_fit_are_refused():

@@ -7,8 +7,8 @@ import torch
 from integer_nets import NETS, POLICIES, images, quantized
 from onnx import TensorProto, numpy_helper
 
-from hq_lib import data, models
-from hq_lib.deploy.onnx import ExportError, export, run, runtime, save, session
+from hq_lib import data, deploy, models
+from hq_lib.deploy.onnx import ExportError, export, run, runtime, session
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import ImageError, agreement, lower
 from hq_lib.integer import run as run_numpy
@@ -98,7 +98,7 @@ def test_every_value_has_its_shape_in_the_file():
 
 
 def test_metadata_names_policy_and_origin(tmp_path):
-    path = save(export(lower(quantized("mobile", "w8a8"))), tmp_path / "net.onnx")
+    path = deploy.export(lower(quantized("mobile", "w8a8")), tmp_path / "net.onnx", "onnx")
     props = {p.key: p.value for p in onnx.load(path).metadata_props}
     assert "W minmax:8" in props["policy"]
     assert props["requantizer"] == "float32"

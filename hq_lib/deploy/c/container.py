@@ -25,7 +25,6 @@ from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.pixels import pixel_table
 from hq_lib.integer.record import IntegerModel, Op, Requant, TensorSpec
-from hq_lib.results.atomic import write_bytes
 
 MAGIC, VERSION = b"HQM\x1a", 2
 HEADER_WORDS, TENSOR_WORDS, OP_WORDS = 16, 20, 32
@@ -48,15 +47,6 @@ def meta_of(file: Path | str) -> dict[str, Any]:
         return dict(json.loads(raw[place : place + size]))
     except (struct.error, ValueError, TypeError, RecursionError) as error:
         raise ExportError(f"{file}: its metadata cannot be read ({error}): export it again") from error
-
-
-def save(model: IntegerModel, path: Path | str) -> Path:
-    """Write ``model`` to ``path`` (named ``*.hqm``), whole or not at all, and return the path. Raises ExportError."""
-    path = Path(path)
-    if path.suffix != ".hqm":
-        raise ExportError(f"{path}: a container is saved as .hqm")
-    write_bytes(path, to_bytes(model))
-    return path
 
 
 def to_bytes(model: IntegerModel) -> bytes:
@@ -178,9 +168,7 @@ class _Writer:
 def _window(op: r.Conv | r.Linear | r.MaxPool | r.AvgPool) -> dict[int, list[int]]:
     if isinstance(op, r.Linear):
         return {16: [1, 1, 1, 1, 0, 0, 0, 0, 1, 1]}
-    kernel = op.weight.shape[2:] if isinstance(op, r.Conv) else op.kernel
-    dilation = (1, 1) if isinstance(op, r.AvgPool) else op.dilation
-    return {16: [*kernel, *op.stride, *op.padding, *dilation]}
+    return {16: [*op.kernel, *op.stride, *op.padding, *op.dilation]}
 
 
 def _word(value: int) -> int:

@@ -1,7 +1,7 @@
 """ONNX from the integer record: real int8 initializers, quantize-dequantize nodes, the record's integers bit for bit.
 
     model = export(imodel)                      # onnx.ModelProto, checked by onnx.checker
-    save(model, "net.onnx")
+    to_bytes(imodel)                            # the file
     logits = run(session(model), images)        # onnxruntime, single thread; equal to hq_lib.integer.run
 
 Operations that onnxruntime has fused kernels for are written as QDQ (below 8 bits: QCDQ, with a ``Clip`` between
@@ -9,7 +9,7 @@ quantize and dequantize); the others (16 bits, fused conv-adds, logits) as integ
 requantization. Needs the extra ``export`` (onnx, onnxruntime).
 """
 
-from hq_lib.deploy.onnx.build import ExportError, export, save
+from hq_lib.deploy.onnx.build import ExportError, export, to_bytes
 from hq_lib.deploy.onnx.runtime import meta_of, run, session
 
-__all__ = ["ExportError", "export", "meta_of", "run", "save", "session"]
+__all__ = ["ExportError", "export", "meta_of", "run", "session", "to_bytes"]

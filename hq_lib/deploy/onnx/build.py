@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from hq_lib.deploy.onnx.graph import ONNX_TYPE, Graph
 from hq_lib.integer import check
 from hq_lib.integer import record as r
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.results.atomic import write_bytes
 
 OPSET, OPSET_INT4 = 17, 21
 IR_VERSION, IR_VERSION_INT4 = 8, 10
@@ -49,10 +47,9 @@ def export(imodel: IntegerModel) -> onnx.ModelProto:
     return _finished(graph, imodel)
 
 
-def save(model: onnx.ModelProto, path: Path | str) -> Path:
-    """Write ``model`` to ``path``, whole or not at all, and return the path."""
-    write_bytes(Path(path), model.SerializeToString(deterministic=True))
-    return Path(path)
+def to_bytes(imodel: IntegerModel) -> bytes:
+    """Return the content of the ONNX file of ``imodel``, the same bytes every time; see ``export``."""
+    return export(imodel).SerializeToString(deterministic=True)
 
 
 def _finished(graph: Graph, imodel: IntegerModel) -> onnx.ModelProto:

@@ -3,8 +3,8 @@
     float       models.load_checkpoint, PyTorch
     fake_quant  the quantized graph, PyTorch
     numpy       integer.load (.npz), NumPy alone
-    c           export_c.Runtime (.hqm), compiled by the system's compiler
-    onnx        export_onnx.session (.onnx), onnxruntime
+    c           c.Runtime (.hqm), compiled by the system's compiler
+    onnx        onnx.session (.onnx), onnxruntime
 
 Nothing heavy is imported before an executor is opened, so that a process which runs one holds only what that one needs.
 ``python -m hq_lib.studies.integer_export.executors EXECUTOR FILE IMAGE.npy`` prints the memory that one image takes.
@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -51,34 +50,19 @@ def opened(executor: str, file: Path) -> Run:
     Raises:
         UnavailableError: no C compiler, or no onnxruntime.
     """
-    if executor == "numpy":
-        from hq_lib import integer
-
-        imodel = integer.load(file)
-        return lambda x: integer.run(imodel, x, batch_size=BATCH)
-    if executor == "c":
-        return _opened_c(file)
-    if executor == "onnx":
-        return _opened_onnx(file)
-    return _opened_torch(executor, file)
-
-
-def _opened_c(file: Path) -> Run:
-    from hq_lib.deploy import c as export_c
-
+    if executor in ("float", "fake_quant"):
+        return _opened_torch(executor, file)
     try:
-        return export_c.Runtime(file).run
-    except export_c.CompilerError as error:
-        raise UnavailableError("no C compiler") from error
-
-
-def _opened_onnx(file: Path) -> Run:
-    try:
-        from hq_lib.deploy import onnx as export_onnx
+        room = importlib.import_module(LIBRARIES[executor][0])
     except ImportError as error:
         raise UnavailableError("no onnxruntime") from error
-    session = export_onnx.session(file)
-    return lambda x: export_onnx.run(session, x, batch_size=BATCH)
+    if executor == "c":
+        try:
+            return room.Runtime(file).run
+        except room.CompilerError as error:
+            raise UnavailableError("no C compiler") from error
+    network = room.load(file) if executor == "numpy" else room.session(file)
+    return lambda x: room.run(network, x, batch_size=BATCH)
 
 
 def version(executor: str, w_bits: float) -> int | None:
@@ -86,21 +70,12 @@ def version(executor: str, w_bits: float) -> int | None:
     return (NARROW_VERSIONS if w_bits <= 4 else VERSIONS).get(executor)
 
 
-def save_onnx(imodel: Any, file: Path) -> None:
-    """The ONNX file of a record, where onnx is installed."""
-    try:
-        from hq_lib.deploy import onnx as export_onnx
-    except ImportError:
-        return
-    export_onnx.save(export_onnx.export(imodel), file)
-
-
 def how(executor: str, file: Path) -> list[str]:
     """What an executor's time depends on besides the processor: C's kernels, ONNX Runtime's session option."""
     if executor == "c":
-        from hq_lib.deploy import c as export_c
+        from hq_lib.deploy.c import Runtime
 
-        return [f"{export_c.Runtime(file).kernel} kernels"]
+        return [f"{Runtime(file).kernel} kernels"]
     if executor == "onnx":
         from hq_lib.deploy.onnx.runtime import VNNI
 

@@ -7,6 +7,7 @@ fake-quantized network's.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from hq_lib import data, graph, integer, models, ptq
+from hq_lib import data, deploy, graph, integer, models, ptq
 from hq_lib.data import ImageSet, normalize
-from hq_lib.deploy import c as export_c
 from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer.record import REQUANTIZERS
 from hq_lib.ptq.ranges import Method
@@ -70,21 +70,10 @@ PLANS = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a float network is quantized after training."""
-
-    weights: Method
-    """Range of each output channel's weights."""
-    acts: Method
-    """Range of each activation."""
-    stem_out_bits: int | None = None
-    """Bits of the first layer's output; None = as the others."""
-
-
-def recipe_of(bits: tuple[int, int]) -> Recipe:
-    """Min-max ranges at 8 bits, those of least squared error below."""
-    return Recipe("minmax", "minmax") if min(bits) >= 8 else Recipe("mse", "mse", stem_out_bits=8)
+def recipe_of(bits: tuple[int, int]) -> tuple[Method, int | None]:
+    """How a float network is quantized after training: the ranges of weights (of each output channel) and activations,
+    and bits of the first layer's output, None = as the others. Min-max at 8 bits, below that of least squared error."""
+    return ("minmax", None) if min(bits) >= 8 else ("mse", 8)
 
 
 @dataclass(frozen=True)
@@ -120,10 +109,9 @@ class Network:
         known: Row = {"untrained": True} if self.name in MOBILE else self.file
         if self.bits is None:
             return known
-        recipe = recipe_of(self.bits)
-        stem_out_bits = recipe.stem_out_bits or self.bits[1]
-        return {**known, "weights": recipe.weights, "acts": recipe.acts, "stem_out_bits": stem_out_bits,
-                "first_last_bits": 8}  # fmt: skip
+        ranges, stem_out_bits = recipe_of(self.bits)
+        stem_out_bits = stem_out_bits or self.bits[1]
+        return {**known, "weights": ranges, "acts": ranges, "stem_out_bits": stem_out_bits, "first_last_bits": 8}
 
     def columns(self, plan: Plan) -> Row:
         """Columns that name a network of ours; of a file its switches do."""
@@ -227,13 +215,13 @@ def quantized(bench: Bench, bits: tuple[int, int]) -> fx.GraphModule:
 
     Batch norms that cannot be folded exactly (DenseNet's, behind a concatenation) stay, and have integers of their own.
     """
-    recipe = recipe_of(bits)
+    ranges, stem_out_bits = recipe_of(bits)
     weight, act = f"minmax:{bits[0]}", f"lsq_plus:{bits[1]}"
     x = normalize(bench.train.images, bench.train.spec)
-    policy = BitPolicy(weight, act, bn="fold", stem_out_bits=recipe.stem_out_bits)
+    policy = BitPolicy(weight, act, bn="fold", stem_out_bits=stem_out_bits)
     qnet = quantize(bench.net, policy, x[:1], on_refusal="keep")
-    ptq.fit_weights(qnet, recipe.weights, scheme="symmetric")
-    ptq.fit_acts(qnet, x, recipe.acts)
+    ptq.fit_weights(qnet, ranges, scheme="symmetric")
+    ptq.fit_acts(qnet, x, ranges)
     return qnet.eval()
 
 
@@ -268,10 +256,11 @@ def written(bench: Bench, qnet: fx.GraphModule, folder: Path) -> dict[str, Path]
         graph.save(qnet, files["fake_quant"], form="trainable", record={**record, "images": bench.test.spec})
     for requantizer in REQUANTIZERS:
         imodel = integer.lower(qnet, requantizer=requantizer, images=bench.test.spec)
-        integer.save(imodel, files[f"numpy {requantizer}"])
-        export_c.save(imodel, files[f"c {requantizer}"])
+        deploy.export(imodel, files[f"numpy {requantizer}"], "npz")
+        deploy.export(imodel, files[f"c {requantizer}"], "c")
         if requantizer == "float32":
-            executors.save_onnx(imodel, files["onnx float32"])
+            with suppress(ImportError):
+                deploy.export(imodel, files["onnx float32"], "onnx")
     return files
 
 
