@@ -17,15 +17,11 @@ PACKAGE = "hq_lib"
 def of_notebook(notebook: Path | str) -> list[str]:
     """Paths relative to the repository, sorted. A cell that does not parse (a magic, say) is passed over."""
     cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
-    return _closure(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    return of_sources(*("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
 
 
-def of_source(source: str) -> list[str]:
-    """The same for a piece of Python source."""
-    return _closure([source])
-
-
-def _closure(sources: list[str]) -> list[str]:
+def of_sources(*sources: str) -> list[str]:
+    """The same for pieces of Python source."""
     found: set[Path] = set()
     pending = [file for source in sources for file in _imported(source)]
     while pending:

@@ -4,7 +4,7 @@ import ast
 import base64
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,18 @@ class Session:
         if rows.empty and not (isinstance(thing, pd.DataFrame) and len(thing)):
             print(f"{name}: n/r in profile {self.profile}, nothing is written")
             return
+        known = {name: [*rows[name]] if name in rows else [] for name in ("seed", "dataset", "n_test", "git_sha")}
         told = {
-            "seeds": sorted({int(s) for s in _column(rows, "seed")} - {-1}),
-            "dataset": _joined(_column(rows, "dataset")),
+            "seeds": {int(s) for s in known["seed"]} - {-1},
+            "dataset": ", ".join(sorted({*known["dataset"]} - {"-"})),
         }
-        told |= facts
-        counted = n or _images(_column(rows, "n_test"))
-        noted = "; ".join(text for text in (note, _uncommitted(_column(rows, "git_sha"))) if text)
-        caption = figures.caption(claim, profile=self.profile, n=counted, switches=noted, **told)
+        sizes = sorted({int(count) for count in known["n_test"]} - {0})
+        measured = f"{' and '.join(f'{size:,}' for size in sizes)} test images" if sizes else "no images"
+        ours = [commit for commit in known["git_sha"] if commit != "-"]  # "-": no row of ours
+        dirty = sum(commit.endswith("-dirty") for commit in ours)
+        noted = [note, f"{dirty:,} of {len(ours):,} rows from uncommitted code" if dirty else ""]
+        more = {**told, **facts, "n": n or measured, "switches": "; ".join(filter(None, noted))}
+        caption = figures.caption(claim, profile=self.profile, **more)
         shown = thing if isinstance(thing, pd.DataFrame) else thing()
         if isinstance(shown, pd.DataFrame):
             tables.write(shown, name, profile=self.profile, caption=caption, switches=switches or {})
@@ -175,14 +179,15 @@ def check_parameters(cells: Sequence[str], run: Collection[str] = ()) -> dict[st
     """
     if len(cells) < 2 or not cells[1].startswith(INJECTED):
         return {}
-    defaults, valid, injected = _assigned(cells[0]), assigned_names(cells[0]), _assigned(cells[1])
+    defaults, injected = _assigned(cells[0]), _assigned(cells[1])
     of_run = {name: value for name, value in injected.items() if name in run}
-    of_run = of_run if of_run.keys() - valid else {}
+    of_run = of_run if of_run.keys() - defaults else {}
     for name, value in injected.items():
         if name in of_run and name != "profile":
             continue
-        if name not in valid:
-            raise ValueError(f"unknown parameter {name!r}: this notebook has {', '.join(valid)}{nearest(name, valid)}")
+        if name not in defaults:
+            known = f"this notebook has {', '.join(defaults)}"
+            raise ValueError(f"unknown parameter {name!r}: {known}{nearest(name, defaults)}")
         kind, given = (float if type(v) is int else type(v) for v in (defaults[name], value))
         if isinstance(defaults[name], list) and given is not list:
             raise ValueError(f"{name} is a list, not {value!r}: write -y '{name}: [{value}]'")
@@ -200,32 +205,5 @@ def _assigned(source: str) -> dict[str, Any]:
     return found
 
 
-def assigned_names(source: str) -> list[str]:
-    """Names assigned at the top level of a cell, in order."""
-    targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
 def _short(folder: Path) -> Path:
     return folder.relative_to(paths.ROOT) if folder.is_relative_to(paths.ROOT) else folder
-
-
-def _column(rows: pd.DataFrame, name: str) -> list[Any]:
-    return list(rows[name]) if name in rows else []
-
-
-def _joined(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values) - {"-"}))
-
-
-def _uncommitted(commits: Sequence[str]) -> str:
-    """How many rows come from code that differed from its commit, "-" (no row of ours) apart; empty where none does."""
-    ours = [commit for commit in commits if commit != "-"]
-    dirty = sum(commit.endswith("-dirty") for commit in ours)
-    return f"{dirty:,} of {len(ours):,} rows from uncommitted code" if dirty else ""
-
-
-def _images(counts: Iterable[int]) -> str:
-    """``10,000 test images``, or what the numbers were measured on where that varies."""
-    known = sorted({int(count) for count in counts} - {0})
-    return f"{' and '.join(f'{n:,}' for n in known)} test images" if known else "no images"

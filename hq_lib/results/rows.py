@@ -146,7 +146,21 @@ def clean_cell(column: str, value: Any) -> Any:
     """``value`` as the type that the column holds, else ``RowError`` naming the column."""
     if column == "switches":
         return _canonical_switches(value)
-    return {int: _count, float: _number, str: _text}[TYPES[column]](column, value)
+    if TYPES[column] is str:
+        return _text(column, value)
+    number = _number(value)
+    if TYPES[column] is int:
+        low = -1 if column == "seed" else 0
+        if not number.is_integer() or number < low:
+            raise RowError(f"{column} is {value!r}: it must be a whole number of at least {low}")
+        return int(value)
+    if not math.isfinite(number):
+        raise RowError(f"{column} is {value!r}: it must be finite (a diverged run is metric 'diverged', value 1)")
+    if column in BITS and not 0 < number <= 32:
+        raise RowError(f"{column} is {value!r}: bits lie in (0, 32], 32 meaning float")
+    if column == "seconds" and number < 0:
+        raise RowError(f"seconds is {value!r}: a time cannot be negative")
+    return number
 
 
 def _text(column: str, value: Any) -> str:
@@ -159,31 +173,12 @@ def _text(column: str, value: Any) -> str:
     return value
 
 
-def _count(column: str, value: Any) -> int:
-    low = -1 if column == "seed" else 0
-    if not _is_number(value) or not float(value).is_integer() or value < low:
-        raise RowError(f"{column} is {value!r}: it must be a whole number of at least {low}")
-    return int(value)
-
-
-def _number(column: str, value: Any) -> float:
-    if not _is_number(value) or not math.isfinite(value):
-        raise RowError(f"{column} is {value!r}: it must be finite (a diverged run is metric 'diverged', value 1)")
-    if column in BITS and not 0 < value <= 32:
-        raise RowError(f"{column} is {value!r}: bits lie in (0, 32], 32 meaning float")
-    if column == "seconds" and value < 0:
-        raise RowError(f"seconds is {value!r}: a time cannot be negative")
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, (bool, np.bool_, str)):
-        return False
+def _number(value: Any) -> float:
+    """``value`` as a float, NaN where it is no number."""
     try:
-        float(value)
+        return math.nan if isinstance(value, (bool, np.bool_, str)) else float(value)
     except (TypeError, ValueError):
-        return False
-    return True
+        return math.nan
 
 
 def _canonical_switches(value: Any) -> str:

@@ -262,13 +262,15 @@ def test_a_method_has_one_colour_and_a_misspelt_one_is_answered():
 
 
 def test_captions_say_claim_profile_n_and_seeds():
-    text = figures.caption("Folding is exact.", profile="quick", n=10_000, seeds=[2, 0, 1, 0], dataset="digits")
+    text = figures.caption(
+        "Folding is exact.", profile="quick", n="10,000 images", seeds=[2, 0, 1, 0], dataset="digits"
+    )
     assert text == "Folding is exact. [digits; profile quick; n = 10,000 images; 3 seeds (0, 1, 2)]"
     assert figures.caption("A", profile="full", n="64 channels", switches="fold eps 1e-5") == (
         "A. [profile full; n = 64 channels; deterministic; fold eps 1e-5]"
     )
     with pytest.raises(ValueError, match="unknown profile"):
-        figures.caption("A", profile="ful1", n=1)
+        figures.caption("A", profile="ful1", n="1")
 
 
 def test_the_style_sheet_is_in_force_only_inside_the_block():

@@ -2,8 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -27,11 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@contextmanager
-def house_style() -> Iterator[None]:
-    """The style sheet over matplotlib's defaults, inside the block only; the caller's settings come back after it."""
-    with mpl_style.context(STYLE_FILE, after_reset=True):
-        yield
+house_style = functools.partial(mpl_style.context, STYLE_FILE, after_reset=True)
+"""The style sheet over matplotlib's defaults in a ``with`` block; the caller's settings come back after it."""
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -121,21 +117,20 @@ def save(figure: Figure, name: str, profile: str, *, caption: str | None = None)
 
 
 def caption(
-    claim: str, *, profile: str, n: int | str, seeds: Sequence[int] | None = None, dataset: str = "", switches: str = ""
+    claim: str, *, profile: str, n: str, seeds: Collection[int] | None = None, dataset: str = "", switches: str = ""
 ) -> str:
     """The claim and, in brackets, what it rests on: data set, profile, n, seeds, switches.
 
     Args:
         claim: one sentence, what the reader should see.
-        n: how many images (or what) each point is measured on; a text is printed as it is.
+        n: how many images (or what) each point is measured on.
         seeds: seeds of the runs behind it; None or () = deterministic.
         dataset: name of the data set; needed wherever it may be an embedded substitute.
         switches: explicit settings, as printed under tables.
     """
     paths.check_profile(profile)
-    count = f"n = {n:,} images" if isinstance(n, int) else f"n = {n}"
     known = sorted(set(seeds or ()))
     plural = "seed" if len(known) == 1 else "seeds"
     drawn = f"{len(known)} {plural} ({', '.join(map(str, known))})" if known else "deterministic"
-    facts = [dataset, f"profile {profile}", count, drawn, switches]
+    facts = [dataset, f"profile {profile}", f"n = {n}", drawn, switches]
     return f"{claim.strip().rstrip('.')}. [{'; '.join(f for f in facts if f)}]"
