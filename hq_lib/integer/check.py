@@ -118,9 +118,17 @@ def _check_array(value: Any, dtypes: str, shapes: list[tuple[int, ...]], what: s
     _need(value.shape in shapes, f"{what}: shape {value.shape}, not {' or '.join(map(str, shapes))}")
 
 
-def _check_requant(requant: r.Requant, n: int, what: str, *, top: int = 31) -> None:
+def _check_requants(op: r.Op) -> None:
+    requants, shape = r.requants_of(op), op.weight.shape[:1] if isinstance(op, r.Layer) else (1,)
+    for requant in requants:
+        _check_requant(requant, shape, repr(op.name), top=32 - len(requants))
+    one_shift = all(np.array_equal(requant.shift, requants[0].shift) for requant in requants[1:])
+    _need(one_shift, f"{op.name!r}: its two terms have one shift")
+
+
+def _check_requant(requant: r.Requant, shape: tuple[int, ...], what: str, *, top: int) -> None:
     for value, dtype in ((requant.multiplier, "float32"), (requant.fixed, "int32"), (requant.shift, "uint8")):
-        _check_array(value, dtype, [(n,)], f"{what}, {dtype} multiplier or shift")
+        _check_array(value, dtype, [shape], f"{what}, {dtype} multiplier or shift")
     m = requant.multiplier.astype(np.float64)
     _need(np.all(np.isfinite(m)) and np.all(m >= 0), f"{what}: multipliers must be finite and >= 0")
     _need(np.all((requant.shift >= 1) & (requant.shift <= MAX_SHIFT)), f"{what}: shifts lie in 1..{MAX_SHIFT}")
@@ -161,6 +169,9 @@ def _check_op(op: r.Op, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
             for x in inputs:
                 _check_kept(op, x, out)
             _check_move(op, [x.shape for x in inputs], out)
+    _check_requants(op)
+    if isinstance(op, r.Add):
+        prove_add(op, *inputs)
     shape = output_shape(op, [x.shape for x in inputs])
     if shape is None:
         shape = out.shape if math.prod(out.shape) == math.prod(inputs[0].shape) else inputs[0].shape
@@ -199,12 +210,9 @@ def _check_layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> 
     if op.requant is None:
         _need(out.dtype == "int32" and op.residual is None, f"{op.name!r}: without requant it writes int32, alone")
         return
-    _check_requant(op.requant, n, repr(op.name), top=31 if op.residual is None else 30)
     if op.residual is not None:
         _need(op.residual.tensor == inputs[1].name, f"{op.name!r}: its residual is its second input")
         _need(inputs[1].shape == out.shape, f"{op.name!r}: residual {inputs[1].shape}, output {out.shape}")
-        _check_requant(op.residual.requant, n, f"{op.name!r}, residual", top=30)
-        _need(np.all(op.residual.requant.shift == op.requant.shift), f"{op.name!r}: the residual has another shift")
 
 
 def _check_window(op: r.Conv | r.MaxPool | r.AvgPool) -> None:
@@ -223,8 +231,6 @@ def _check_pool(op: r.MaxPool | r.AvgPool, x: r.TensorSpec, out: r.TensorSpec) -
     _check_window(op)
     if isinstance(op, r.AvgPool):
         prove_accumulator(op, x)
-        if op.requant is not None:
-            _check_requant(op.requant, 1, repr(op.name))
         return
     _check_kept(op, x, out)
     reach = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]
@@ -236,15 +242,10 @@ def _check_two(op: r.Add | r.Mul, a: r.TensorSpec, b: r.TensorSpec) -> None:
     if isinstance(op, r.Mul):
         fits = len(a.shape) == len(b.shape) and all(m in (1, n) for n, m in zip(a.shape, b.shape, strict=True))
         _need(fits, f"{op.name!r}: {b.shape} cannot be repeated to {a.shape}")
-        _check_requant(op.requant, 1, repr(op.name))
         prove_product(op, a, b)
         return
     _need(a.shape == b.shape, f"{op.name!r}: inputs {a.shape} and {b.shape}")
-    for requant in op.requants:
-        _check_requant(requant, 1, repr(op.name), top=30)
-    _need(op.requants[0].shift[0] == op.requants[1].shift[0], f"{op.name!r}: its inputs have one shift")
     _need(type(op.offset) is np.float32 and bool(np.isfinite(op.offset)), f"{op.name!r}: offset")
-    prove_add(op, a, b)
 
 
 def _check_move(op: r.Op, shapes: list[tuple[int, ...]], out: r.TensorSpec) -> None:

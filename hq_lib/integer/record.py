@@ -274,6 +274,15 @@ class Mul(Op):
     """(1,)"""
 
 
+def requants_of(op: Op) -> tuple[Requant, ...]:
+    """Return what rescales the terms of ``op``'s sum, in their order: none, one, or two that share a shift."""
+    if isinstance(op, Add):
+        return op.requants
+    residual = op.residual if isinstance(op, Layer) else None
+    found = (getattr(op, "requant", None), residual and residual.requant)
+    return tuple(requant for requant in found if requant is not None)
+
+
 OPS: tuple[type[Op], ...] = (
     Quantize, Conv, Linear, Add, MaxPool, AvgPool, Concat, Reshape, Transpose, Slice, Pad, Clip, Table, Mul,
 )  # fmt: skip

@@ -24,7 +24,7 @@ from hq_lib.deploy.c.layout import ALIGNMENT, centred_bias, is_depthwise, packed
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.pixels import pixel_table
-from hq_lib.integer.record import IntegerModel, Op, Requant, TensorSpec
+from hq_lib.integer.record import IntegerModel, Op, TensorSpec
 
 MAGIC, VERSION = b"HQM\x1a", 2
 HEADER_WORDS, TENSOR_WORDS, OP_WORDS = 16, 20, 32
@@ -119,19 +119,17 @@ class _Writer:
         match op:
             case r.Conv() | r.Linear():
                 return self._layer(op) | _window(op)
-            case r.MaxPool():
-                return _window(op)
-            case r.AvgPool():
-                return _window(op) | (self._requant(op.requant) if op.requant else {})
+            case r.MaxPool() | r.AvgPool():
+                return _window(op) | self._requant(op)
             case r.Add():
-                return self._requant(*op.requants) | {16: [int(np.float32(op.offset).view(np.uint32))]}
+                return self._requant(op) | {16: [int(np.float32(op.offset).view(np.uint32))]}
             case r.Table():
                 x = self.model.tensors[op.inputs[0]]
                 values = np.zeros(2 ** (8 * np.dtype(x.dtype).itemsize), np.uint16)
                 values[: op.values.size] = op.values
                 return {16: [self._put(values)]}
             case r.Mul():
-                return self._requant(op.requant)
+                return self._requant(op)
             case r.Concat():
                 return {16: [op.axis]}
             case r.Transpose():
@@ -154,15 +152,12 @@ class _Writer:
         words = {4: where, 13: [op.weight.shape[0], op.weight.shape[1], groups], 26: [shift]}
         if op.name in self.padded:
             words[27] = [self.padded[op.name].offset]
-        if op.requant is None:
-            return words
-        return words | self._requant(op.requant, op.residual.requant if op.residual else None)
+        return words | self._requant(op)
 
-    def _requant(self, first: Requant, second: Requant | None = None) -> dict[int, list[int]]:
-        where = [self._put(first.multiplier), self._put(first.fixed), self._put(first.shift)]
-        if second is not None:
-            where += [self._put(second.multiplier), self._put(second.fixed)]
-        return {8: where}
+    def _requant(self, op: Op) -> dict[int, list[int]]:
+        """Multiplier, fixed, shift; of a second term, whose shift is the first's, the multipliers alone."""
+        each = [(q.multiplier, q.fixed, q.shift) for q in r.requants_of(op)]
+        return {8: [*map(self._put, [array for arrays in each for array in arrays][:5])]}
 
 
 def _window(op: r.Conv | r.Linear | r.MaxPool | r.AvgPool) -> dict[int, list[int]]:

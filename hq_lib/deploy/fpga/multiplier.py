@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from hq_lib.deploy.fpga.layers import MAX_SHIFT, FpgaiError, need
+from hq_lib.integer import record as r
 from hq_lib.integer.check import check
-from hq_lib.integer.record import Add, IntegerModel, Layer, Op, Requant
+from hq_lib.integer.record import IntegerModel, Op, Requant
 
 _TOP = 2**8
 
@@ -67,18 +69,15 @@ def narrowed(model: IntegerModel, bits: int) -> tuple[IntegerModel, float]:
 
 
 def _narrow_op(op: Op, bits: int, errors: list[float]) -> Op:
-    if isinstance(op, Add):
-        return replace(op, requants=_narrow([*op.requants], bits, errors, op.name))
-    requant: Requant | None = getattr(op, "requant", None)
-    if requant is None:
-        return op
-    if isinstance(op, Layer) and op.residual is not None:
-        first, second = _narrow([requant, op.residual.requant], bits, errors, op.name)
-        return replace(op, requant=first, residual=replace(op.residual, requant=second))
-    return replace(op, requant=_narrow([requant], bits, errors, op.name)[0])  # type: ignore[call-arg]
+    narrow: tuple[Requant, ...] = _narrow(r.requants_of(op), bits, errors, op.name) if r.requants_of(op) else ()
+    if isinstance(op, r.Add):
+        return replace(op, requants=narrow)
+    if isinstance(op, r.Layer) and op.residual is not None:
+        return replace(op, requant=narrow[0], residual=replace(op.residual, requant=narrow[1]))
+    return replace(op, requant=narrow[0]) if narrow else op  # type: ignore[call-arg]
 
 
-def _narrow(requants: list[Requant], bits: int, errors: list[float], name: str) -> tuple[Requant, ...]:
+def _narrow(requants: Sequence[Requant], bits: int, errors: list[float], name: str) -> tuple[Requant, ...]:
     wide = np.stack([requant.fixed for requant in requants]).astype(np.int64)
     drop = np.zeros(wide.shape[1], np.int64)
     while ((narrow := _rounded(wide, drop)) >= 2**bits).any():
