@@ -80,8 +80,7 @@ def read_images(folder: Path | str) -> IntegerModel:
     path = folder / MANIFEST
     try:
         body = _read_manifest(path)
-        images = _typed(body["images"], dict, "images")
-        arrays = {key: _read_image(folder, key, image, body["encoding"]) for key, image in images.items()}
+        arrays = {key: _read_image(folder, key, image, body["encoding"]) for key, image in body["images"].items()}
         return storage.from_plain(body, arrays)
     except (FpgaiError, RecordError) as error:
         raise FpgaiError(f"{path}: {error}") from error
@@ -173,12 +172,13 @@ def _read_image(folder: Path, key: str, image: dict[str, Any], encoding: Encodin
 
 
 def _decoded(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
-    need(set(_typed(image, dict, "an image")) == _IMAGE_KEYS, f"an image has the keys {sorted(_IMAGE_KEYS)}")
+    need(isinstance(image, dict) and image.keys() == _IMAGE_KEYS, f"an image has the keys {sorted(_IMAGE_KEYS)}")
     shape, dtype, step = storage.shape_of(image), image["dtype"], image["step"]
     need(type(step) is int and 1 <= step <= 2**31, f"step {step!r:.40}")
     bits, word_bits = image["bits"], image["word_bits"]
     _check_words(bits, word_bits, "image")
-    path = _inside(folder, image["file"])
+    path = folder / plain_name(image["file"], "an image's file")
+    need(path.resolve().parent == folder.resolve(), f"{path.name}: a link that leads out of the folder")
     content = read_file(path)
     values = decode(content, math.prod(shape), bits, word_bits, encoding, signed=image["signed"] is True)
     same = hashlib.sha256(content).hexdigest() == image["sha256"]
@@ -196,14 +196,3 @@ def _decoded(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndar
         f"{path.name}: bits, step or word counts are not those of its values",
     )
     return array
-
-
-def _inside(folder: Path, file: object) -> Path:
-    path = folder / plain_name(file, "an image's file")
-    need(path.resolve().parent == folder.resolve(), f"{path.name}: a link that leads out of the folder")
-    return path
-
-
-def _typed(value: Any, kind: type, what: str) -> Any:
-    need(type(value) is kind, f"{what}: a {kind.__name__} belongs here, not {type(value).__name__}")
-    return value

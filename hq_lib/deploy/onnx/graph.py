@@ -8,6 +8,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from hq_lib.integer.storage import narrowest
+from hq_lib.results.bits import pack
 
 ONNX_TYPE = {
     "uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "uint16": TensorProto.UINT16, "int32": TensorProto.INT32,
@@ -57,9 +58,7 @@ class Graph:
         step, bits, signed = narrowest(value)
         if bits + (not signed) > 4:
             return self.constant(value, "int8", name=name)
-        flat = (value // step).astype(np.int8).reshape(-1)
-        nibbles = np.append(flat, np.zeros(flat.size % 2, np.int8)) & 0xF
-        packed = (nibbles[0::2] | (nibbles[1::2] << 4)).astype(np.uint8)
-        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, value.shape, packed.tobytes(), raw=True))
+        packed = pack(value.reshape(-1).astype(np.int64) // step, 4).tobytes()
+        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, value.shape, packed, raw=True))
         real = self.node("Mul", [self.cast(name, "float32"), self.constant(float(step), "float32")])
         return self.cast(real, "int8")

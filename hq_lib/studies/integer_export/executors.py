@@ -32,7 +32,6 @@ NARROW_VERSIONS = {"numpy": 2, "c": 2, "onnx": 3}
 Rows without it are of the first: C before the kernels of container version 2, ONNX Runtime with an option that slowed
 it where VNNI is present, ``.npz`` and ONNX files with a byte for a weight of 4 bits."""
 BATCH = 100  # images at once; C takes one at a time
-SAY_EVERY_S = 20.0
 LIBRARIES = {
     "float": ("torch", "hq_lib.models"), "fake_quant": ("torch", "hq_lib.models", "hq_lib.graph", "hq_lib.ptq"),
     "numpy": ("hq_lib.integer",), "c": ("hq_lib.deploy.c",), "onnx": ("hq_lib.deploy.onnx",),
@@ -98,21 +97,18 @@ def _opened_torch(executor: str, file: Path) -> Run:
     return run
 
 
-def measure(run: Run, images: Iterable[np.ndarray], *, say: Callable[[str], None] = print) -> tuple[np.ndarray, float]:
+def measure(run: Run, images: Iterable[np.ndarray]) -> tuple[np.ndarray, float]:
     """(logits (N, n_classes), CPU time per image in ms, summed over threads) of images that come in parts.
 
     One batch is run beforehand, untimed.
     """
-    logits, seconds, n, spoken = [], 0.0, 0, time.perf_counter()
+    logits, seconds, n = [], 0.0, 0
     for part in images:
         if not logits:
             run(part[:BATCH])
         start = time.process_time()
         logits.append(run(part))
         seconds, n = seconds + time.process_time() - start, n + len(part)
-        if time.perf_counter() - spoken > SAY_EVERY_S:
-            spoken = time.perf_counter()
-            say(f"  {n} images")
     return np.concatenate(logits), 1e3 * seconds / n
 
 
