@@ -125,8 +125,16 @@ def build(
     for group in groups:
         mine = [found.get((*line, *group)) for line in lines]
         title = " ".join(labels.printed(c, g) for c, g in zip(columns, group, strict=True))
-        _check_one_profile(mine, title)
-        table.update(_printed_group(title, mine, [known((*line, *group)) for line in lines], decimals))
+        profiles = sorted({cell.profile for cell in mine if cell})
+        if len(profiles) > 1:
+            mend = f"keep one, as in results[results.profile == {profiles[0]!r}], or add 'profile' to columns"
+            raise TableError(f"column {title or 'ours'!r} would mix the profiles {' and '.join(profiles)}: {mend}")
+        theirs_here = [known((*line, *group)) for line in lines]
+        table[title or "ours"] = [_ours_text(cell, decimals) for cell in mine]
+        if any(theirs_here):
+            table[f"{title} published".strip()] = [_published_text(values, decimals) for values in theirs_here]
+            gaps = zip(mine, theirs_here, strict=True)
+            table[f"{title} gap".strip()] = [_gap_text(cell, values, decimals) for cell, values in gaps]
     return pd.DataFrame(table)
 
 
@@ -167,24 +175,6 @@ def _place(column: str, value: Any, order: Mapping[str, Sequence[Any]]) -> tuple
     if value in known:
         return (0, known.index(value), "")
     return (1, value, "") if isinstance(value, (int, float)) else (2, 0, str(value))
-
-
-def _check_one_profile(mine: Sequence[Cell | None], title: str) -> None:
-    profiles = sorted({cell.profile for cell in mine if cell})
-    if len(profiles) > 1:
-        mend = f"keep one, as in results[results.profile == {profiles[0]!r}], or add 'profile' to columns"
-        raise TableError(f"column {title or 'ours'!r} would mix the profiles {' and '.join(profiles)}: {mend}")
-
-
-def _printed_group(
-    title: str, mine: Sequence[Cell | None], known: Sequence[list[tuple[float, bool]]], decimals: int
-) -> dict[str, list[str]]:
-    """The one or three printed columns of a group."""
-    printed = {title or "ours": [_ours_text(cell, decimals) for cell in mine]}
-    if any(known):
-        printed[f"{title} published".strip()] = [_published_text(values, decimals) for values in known]
-        printed[f"{title} gap".strip()] = [_gap_text(c, v, decimals) for c, v in zip(mine, known, strict=True)]
-    return printed
 
 
 def _ours_text(cell: Cell | None, decimals: int) -> str:

@@ -69,12 +69,15 @@ def narrowed(model: IntegerModel, bits: int) -> tuple[IntegerModel, float]:
 
 
 def _narrow_op(op: Op, bits: int, errors: list[float]) -> Op:
-    narrow: tuple[Requant, ...] = _narrow(r.requants_of(op), bits, errors, op.name) if r.requants_of(op) else ()
+    requants = r.requants_of(op)
+    if not requants:
+        return op
+    narrow = _narrow(requants, bits, errors, op.name)
     if isinstance(op, r.Add):
         return replace(op, requants=narrow)
     if isinstance(op, r.Layer) and op.residual is not None:
         return replace(op, requant=narrow[0], residual=replace(op.residual, requant=narrow[1]))
-    return replace(op, requant=narrow[0]) if narrow else op  # type: ignore[call-arg]
+    return replace(op, requant=narrow[0])  # type: ignore[call-arg]
 
 
 def _narrow(requants: Sequence[Requant], bits: int, errors: list[float], name: str) -> tuple[Requant, ...]:
