@@ -17,6 +17,16 @@ def check_known(name: object, known: Iterable[object], what: str, *, error: type
         raise error(f"unknown {what} {name!r}: choose one of {', '.join(map(str, names))}{nearest(name, names)}")
 
 
+def check(
+    who: str, kind: str, names: Iterable[object], known: Iterable[object], *, error: type[ValueError] = ValueError
+) -> None:
+    """Nothing, or ``error`` for the first name that ``who`` does not know, with the nearest one that it does."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise error(f"{who} has no {kind} {name!r}: choose from {', '.join(map(str, known))}{nearest(name, known)}")
+
+
 def nearest(name: object, known: Iterable[object]) -> str:
     """``"; did you mean 'pact'?"``, or nothing where no known name is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.4)

@@ -16,6 +16,7 @@ from hq_lib import data, graph, models, ptq
 from hq_lib.data import ImageSet, folder
 from hq_lib.models import imagenet
 from hq_lib.results import paths
+from hq_lib.training import evaluate
 
 FIRST = frozenset({"8f3b316e", "8244b673", "4d496ff8", "8cbdbed1", "69574edb"})
 """Float checkpoints (first digits of their SHA-256) whose rows were written before rows named the network."""
@@ -56,8 +57,13 @@ class Bench:
 
     def calibration(self, n: int, seed: int) -> Tensor:
         """``n`` training images (all where there are fewer), balanced over classes, normalised: (n, C, H, W)."""
-        few = self.train.balanced(min(n, len(self.train)), seed)
+        few = self.train.drawn(n, seed)
         return data.normalize(few.images, few.spec)
+
+    def accuracy(self, net: nn.Module) -> dict[str, Any]:
+        """Columns of a row: data set, test accuracy in percent as ``value``, and on how many images."""
+        score = evaluate(net, self.test, batch_size=self.eval_batch)
+        return {"dataset": self.dataset, "value": score.acc_pct, "n_test": score.n}
 
 
 def shipped(name: str, *, seed: int = 0) -> Path | None:
@@ -83,15 +89,18 @@ def open_bench(
     n_train: int | None = None,
     n_val: int | None = None,
     n_test: int | None = None,
+    root: str = "",
     device: str = "cpu",
 ) -> Bench | None:
     """A network with its images (None: all); None, after a line that says why, where they cannot be had.
 
     ``name`` is that of a shipped float network, or of a network file as ``network_file`` finds it, quantized ones too.
     Without the network's data set the embedded digits take its place if they fit: the program runs, but accuracies mean
-    nothing, and rows name the data set.
+    nothing, and rows name the data set. An ImageNet network without a file is ``open_imagenet``'s, with ``root``.
     """
     path = network_file(name)
+    if path is None and name in models.imagenet_names():
+        return open_imagenet(name, root=root, n_val=n_val or 0, n_test=n_test, device=device)
     if path is None:
         print(f"{name}: no float checkpoint in {paths.checkpoints_dir()}, not run (notebook 01 in profile full ships)")
         return None

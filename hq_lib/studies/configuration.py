@@ -7,7 +7,7 @@ current folder.
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hq_lib.graph.network_file import OWN
 from hq_lib.models import imagenet
 from hq_lib.models.public import load_state
 from hq_lib.ptq import ReconstructionConfig, selection
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check
 from hq_lib.studies.bench import shipped
 from hq_lib.studies.ptq.recipes import RECIPES, Recipe
 from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
@@ -120,7 +120,7 @@ class Configuration:
         if bool(self.mean) != bool(self.std):
             raise ValueError("mean and std go together: give both, or neither")
         if isinstance(self.lists, dict):
-            known_keys(self.lists, LIST_KEYS, "lists")
+            check("lists", "key", self.lists, LIST_KEYS)
             if absent := [key for key in LIST_KEYS if self.lists and key not in self.lists]:
                 raise ValueError(f"lists: {absent[0]} is missing; both {' and '.join(LIST_KEYS)} are needed")
         elif self.lists and self.net:
@@ -178,7 +178,7 @@ class Configuration:
 
     def images(self, split: str, record: Mapping[str, Any], n: int = 0) -> ImageSet:
         """The first ``n`` (0: all) images of a split, as the network of the record takes them."""
-        name = self.data or (PICTURES if self.root else record.get("dataset", ""))
+        name = self._dataset(record)
         if not name:
             raise ValueError(f"data: the network's file does not say; choose one of {', '.join(data.names())}")
         own = {key: value for key, value in record.items() if value}
@@ -190,13 +190,15 @@ class Configuration:
 
     def validation(self, record: Mapping[str, Any]) -> ImageSet | None:
         """``n_val`` (0: all) validation images; None for a folder of pictures, which holds none out of train."""
-        name = self.data or (PICTURES if self.root else record.get("dataset", ""))
-        return None if name == PICTURES else self.images("val", record, self.n_val)
+        return None if self._dataset(record) == PICTURES else self.images("val", record, self.n_val)
+
+    def _dataset(self, record: Mapping[str, Any]) -> str:
+        return self.data or (PICTURES if self.root else record.get("dataset", ""))
 
     def normalization(self, record: Mapping[str, Any]) -> DataSpec:
         """The data set of a network's record, with size, mean and standard deviation that it was trained with."""
-        name = record.get("dataset") or self.data or (PICTURES if self.root else "")
-        known(name, data.SPECS, "data")
+        name = record.get("dataset") or self._dataset({})
+        check("data", "set", [name], data.SPECS)
         told: Any = record.get("images") or {}
         if not isinstance(told, Mapping):
             raise ValueError(f"images: the network's file says {told!r:.60}, not mean, std and in_shape")
@@ -229,10 +231,8 @@ class Configuration:
         scores = selection.score(images.images, self.metric) if self.metric else None
         options: Any = {"strategy": self.strategy, "seed": self.seed}
         balanced = self.n_calib >= images.spec.n_classes and int(images.labels.min()) != folder.UNLABELLED
-        labels = images.labels if balanced else None
-        chosen = selection.select(
-            scores, self.n_calib, labels=labels, pool=None if balanced else torch.arange(len(images)), **options
-        )
+        every: Any = {"labels": images.labels if balanced else None, "pool": torch.arange(len(images))}
+        chosen = selection.select(scores, self.n_calib, **every, **options)
         how: Any = {"metric": self.metric, "balanced": balanced, **options}
         if not self.root:
             return selection.from_images(images, chosen, **how)
@@ -254,7 +254,11 @@ class Configuration:
             raise ValueError(
                 f"{self.net or self.model} has no training recipe: give data, protocol.epochs, protocol.lr"
             )
-        return name, changed(config, self.protocol, "protocol"), self.n_train or n
+        return name, self._with_protocol(config), self.n_train or n
+
+    def _with_protocol(self, config: TrainConfig) -> TrainConfig:
+        check("protocol", "key", self.protocol, [f.name for f in fields(TrainConfig)])
+        return dataclasses.replace(config, **self.protocol)
 
     def qat(self, net: nn.Module) -> QatRecipe:
         """Policy and training of quantization-aware training from ``net``."""
@@ -265,12 +269,11 @@ class Configuration:
         elif self.lists:
             made = list_recipe(net, self._lists(), self.method, self.profile, seed=self.seed)
         else:
-            elsewhere = "hq quantize has it" if self.method in RECIPES else ""
-            known(self.method, [FLOAT, HYBRID, *METHODS], "method", hint=elsewhere)
+            who = "hq train, unlike hq quantize," if self.method in RECIPES else "hq train"
+            check(who, "method", [self.method], [FLOAT, HYBRID, *METHODS])
             made = qat_recipe(self.method, w_bits, a_bits, self.profile, seed=self.seed)
         policy = BitPolicy.from_dict({**made.policy.to_dict(), **self.policy})
-        config = changed(made.config, self.protocol, "protocol")
-        return QatRecipe(policy, config, self.n_train or made.n_train)
+        return QatRecipe(policy, self._with_protocol(made.config), self.n_train or made.n_train)
 
     def _lists(self) -> Lists:
         if isinstance(self.lists, str):
@@ -286,18 +289,18 @@ class Configuration:
         except TypeError as error:
             raise PolicyError(f"hybrid: {error}") from error
 
-    def ptq(self, net: nn.Module) -> tuple[Recipe, BitPolicy, dict[str, Any]]:
-        """Method, policy and settings of post-training quantization of ``net``."""
-        elsewhere = "hq train has it" if self.method in (FLOAT, HYBRID, *METHODS) else ""
-        known(self.method, RECIPES, "method", hint=elsewhere)
-        known_keys(self.protocol, [f.name for f in fields(ReconstructionConfig)], "protocol")
+    def ptq(self, net: nn.Module) -> tuple[Recipe, BitPolicy]:
+        """Method and policy of post-training quantization of ``net``; its settings are ``protocol``."""
+        who = "hq quantize, unlike hq train," if self.method in (FLOAT, HYBRID, *METHODS) else "hq quantize"
+        check(who, "method", [self.method], RECIPES)
+        check("protocol", "key", self.protocol, [f.name for f in fields(ReconstructionConfig)])
         if self.protocol and RECIPES[self.method].passes is None:
             raise ValueError(f"protocol: method {self.method!r} reconstructs nothing; leave protocol out")
         if self.lists:
             policy = BitPolicy.from_lists(net, *self._lists(), weight="minmax", act="lsq_plus", bn="fold")
         else:
             policy = BitPolicy(f"minmax:{self.bits[0]}", f"lsq_plus:{self.bits[1]}", bn="fold")
-        return RECIPES[self.method], BitPolicy.from_dict({**policy.to_dict(), **self.policy}), self.protocol
+        return RECIPES[self.method], BitPolicy.from_dict({**policy.to_dict(), **self.policy})
 
     def record(self, source: Mapping[str, Any], images: ImageSet, **more: Any) -> dict[str, Any]:
         """What a network file says of this run, besides what ``graph.save`` adds."""
@@ -327,35 +330,12 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
     for key, value in (changes or {}).items():
         outer, dot, inner = key.partition(".")
         entries[outer] = {**(entries.get(outer) or {}), inner: value} if dot else value
-    where, keys = str(path or "configuration"), [f.name for f in fields(Configuration)]
-    for outer, kinds in INNER.items():
-        inside = [key for key in entries if key not in keys and any(key == f.name for k in kinds for f in fields(k))]
-        if inside:
-            raise ValueError(f"{where}: unknown key {inside[0]!r}; did you mean '{outer}.{inside[0]}'?")
-    known_keys(entries, keys, where)
+    where, keys = str(path or "the configuration"), [f.name for f in fields(Configuration)]
+    inner = {f.name: outer for outer, kinds in INNER.items() for kind in kinds for f in fields(kind)}
+    if inside := [key for key in entries if key in inner and key not in keys]:
+        raise ValueError(f"{where} has no key {inside[0]!r}; did you mean '{inner[inside[0]]}.{inside[0]}'?")
+    check(where, "key", entries, keys)
     return Configuration(**entries)
-
-
-def known(name: str, names: Iterable[str], key: str, *, hint: str = "") -> None:
-    """Raise ``ValueError`` that names ``key``, the choices and the nearest, unless ``name`` is one of ``names``."""
-    names = list(names)
-    if name not in names:
-        near = f" ({hint})" if hint else nearest(name, names)
-        raise ValueError(f"{key}: there is no {name!r} here{near}; choose one of {', '.join(names)}")
-
-
-def known_keys(entries: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    """Raise ``ValueError`` that names the first unknown key of ``entries`` and the nearest of ``names``."""
-    names = list(names)
-    for key in entries:
-        if key not in names:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, names)}; keys: {', '.join(names)}")
-
-
-def changed(config: TrainConfig, changes: Mapping[str, Any], where: str) -> TrainConfig:
-    """``config`` with some fields in place of its own; an unknown one is named with the nearest."""
-    known_keys(changes, [f.name for f in fields(TrainConfig)], where)
-    return dataclasses.replace(config, **changes)
 
 
 def own(name: str) -> Any:

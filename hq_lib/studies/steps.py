@@ -22,8 +22,9 @@ from hq_lib.integer import load as load_integers
 from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
 from hq_lib.results import paths, provenance
-from hq_lib.studies.configuration import FLOAT, HYBRID, Configuration, known, known_keys, opened
-from hq_lib.studies.hybrid.cells import fit_hybrid
+from hq_lib.results.hints import check
+from hq_lib.studies.configuration import FLOAT, HYBRID, Configuration, opened
+from hq_lib.studies.hybrid.cells import fit_early, fit_late
 from hq_lib.studies.integer_export.executors import BATCH
 from hq_lib.studies.integer_export.executors import ENDINGS as FILES
 from hq_lib.studies.integer_export.executors import opened as executor
@@ -62,10 +63,10 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
     train, val = run.images("train", source, recipe.n_train or 0), run.validation(source)
     if run.method == HYBRID:
         few = run.calibration(source)
-        x = normalize(few.images, few.spec)
-        qnet = graph.quantize(net, recipe.policy, x[:1])
-        ranges = run.hybrid.get("ranges", "mse")
-        fit_hybrid(qnet.to(run.device), x.to(run.device), train, val, recipe.config, ranges=ranges, folder=_folder(run))
+        x = normalize(few.images, few.spec).to(run.device)
+        qnet = graph.quantize(net.to(run.device), recipe.policy, x[:1])
+        fit_early(qnet, x, train, val, recipe.config, _folder(run))
+        fit_late(qnet, x, run.hybrid.get("ranges", "mse"))
     else:
         qnet = calibrated(net, recipe, train, seed=run.seed).to(run.device)
         fit(qnet, train, val, recipe.config, _folder(run))
@@ -87,11 +88,11 @@ def selected(run: Configuration) -> Path:
 def quantized(run: Configuration) -> tuple[Path, float]:
     """(network file, test accuracy in percent) after post-training quantization."""
     net, source = run.network()
-    recipe, policy, settings = run.ptq(net)
+    recipe, policy = run.ptq(net)
     few = run.calibration(source)
     x = normalize(few.images, few.spec).to(run.device)
     qnet = graph.quantize(net.to(run.device), policy, x[:1])
-    fit_recipe(qnet, x, recipe, seed=run.seed, progress=partial(print, flush=True), **settings)
+    fit_recipe(qnet, x, recipe, seed=run.seed, progress=partial(print, flush=True), **run.protocol)
     manifest = {"manifest": run.manifest} if run.manifest else {}
     return _saved(run, qnet, source, form="frozen", n_calib=len(few), **manifest)
 
@@ -101,18 +102,13 @@ def _saved(
 ) -> tuple[Path, float]:
     test = run.images("test", source, run.n_test)
     if form == "frozen":
-        _with_integer_biases(qnet, test.spec)
+        try:
+            round_biases(qnet, images=test.spec)  # type: ignore[arg-type]
+        except (LowerError, RecordError) as error:
+            print(f"biases stay real numbers, as the network has no integer form: {error}", flush=True)
     score = evaluate(qnet, test)
     record = run.record(source, test, acc_pct={"test": score.acc_pct}, n_test=score.n, **more)
     return graph.save(qnet, run.target(), form=form, record=record), score.acc_pct
-
-
-def _with_integer_biases(qnet: nn.Module, spec: DataSpec) -> None:
-    """Round the biases to what accumulators hold, in place; or say why the network has no integer form."""
-    try:
-        round_biases(qnet, images=spec)  # type: ignore[arg-type]
-    except (LowerError, RecordError) as error:
-        print(f"biases stay real numbers, as the network has no integer form: {error}", flush=True)
 
 
 def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
@@ -122,7 +118,7 @@ def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
     """
     if file.suffix != ".safetensors":
         kinds = {f".{ending}": kind for kind, ending in FILES.items()}
-        known(file.suffix, kinds, f"{file.name}: ending")
+        check(file.name, "known ending,", [file.suffix], [".safetensors", *kinds])
         test = run.images("test", _image_record(_meta(file)), run.n_test)
         yield _line(kinds[file.suffix], _accuracy(executor(kinds[file.suffix], file), test), test)
         return
@@ -141,7 +137,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
 
     A float network becomes seed 002's files and memory images, with "fpga" alone.
     """
-    known(to, ENDINGS, "to")
+    check("hq export", "format", [to], ENDINGS)
     target = Path(run.output or file.stem + ENDINGS[to])
     net, record = opened(file, run.net, run.options)
     spec = run.normalization(record)
@@ -157,7 +153,7 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     """(folder of the record, lines that say what came out) of a network's layers on arrays; see ``crossbar.bench``."""
     entries = {"engine": "sim", "folder": f"{file.stem}_crossbar", "n_test": run.n_test or 20}
     entries |= {**run.crossbar, **given}
-    known_keys(entries, [f.name for f in dataclasses.fields(bench.Plan)], "crossbar")
+    check("crossbar", "key", entries, [f.name for f in dataclasses.fields(bench.Plan)])
     entries |= {"folder": Path(entries["folder"]), "layers": tuple(entries.get("layers", ("*",)))}
     plan = bench.Plan(**entries)
     if file.suffix == ".npz":

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,8 +24,7 @@ from typing import Any, Generic, TypeVar
 import filelock
 import pandas as pd
 
-from hq_lib.results import paths, provenance, rows, store
-from hq_lib.results.hints import nearest
+from hq_lib.results import hints, paths, provenance, rows, store
 from hq_lib.studies.bench import newest
 
 SAY_EVERY_S = 10.0
@@ -46,12 +45,8 @@ def metric_rows(values: Mapping[str, float], **columns: Any) -> Iterator[Row]:
     yield from ({**columns, "metric": metric, "value": value} for metric, value in values.items())
 
 
-def check_choice(study: str, kind: str, names: Iterable[Any], known: Iterable[Any]) -> None:
-    """Nothing, or ``StudyError`` for the first name that is not known, with the nearest one that is."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise StudyError(f"{study} has no {kind} {name!r}: choose from {', '.join(known)}{nearest(name, known)}")
+check_choice = partial(hints.check, error=StudyError)
+"""Nothing, or ``StudyError`` for the first name that is not known: (study, kind, names, known)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +71,10 @@ class Point:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", self.unit or self.name)
+
+    def __getitem__(self, name: str) -> Any:
+        """A column of its key or one of its switches; None where it has neither."""
+        return {**self.key.get("switches", {}), **self.key}.get(name, self.key.get(SWITCH + name))
 
 
 @dataclass(frozen=True)
@@ -140,11 +139,9 @@ class Study(Generic[Plan, Bench]):
             StudyError: no such field (the nearest is named), or one value where the plan has a list.
         """
         plan: Any = self.plans[paths.check_profile(profile)]
-        known = [f.name for f in dataclasses.fields(plan)]
         changes = {name: value for name, value in changes.items() if value is not None}
+        check_choice(self.name, "field", changes, [f.name for f in dataclasses.fields(plan)])
         for name, value in changes.items():
-            if name not in known:
-                raise StudyError(f"{self.name} has no {name!r}: it has {', '.join(known)}{nearest(name, known)}")
             if isinstance(getattr(plan, name), tuple) and not isinstance(value, list | tuple):
                 raise StudyError(
                     f"{name} is a list, not {value!r}: write [{value}] (papermill: -y '{name}: [{value}]')"
@@ -174,10 +171,10 @@ class Study(Generic[Plan, Bench]):
         """
         plan = self.plan(profile, **changes)
         run = Run(self.name, profile, plan, device, None if unit is None else self._part(profile, unit))
-        wanted = [point for point in self.points(plan) if unit in (None, point.unit)]
-        if unit is not None and not wanted:
-            units = sorted({point.unit for point in self.points(plan)})
-            raise StudyError(f"{self.name} has no unit {unit!r} in profile {profile}{nearest(unit, units)}")
+        every = self.points(plan)
+        if unit is not None:
+            check_choice(f"profile {profile} of {self.name}", "unit", [unit], dict.fromkeys(p.unit for p in every))
+        wanted = [point for point in every if unit in (None, point.unit)]
         with nullcontext() if run.part is None else _alone(run.part):
             todo = self._todo(run, wanted)
             if todo and profile == "full" and provenance.git_sha().endswith("-dirty") and not allow_dirty:

@@ -22,11 +22,11 @@ from hq_lib.training import predict
 
 
 def test_a_training_run_depends_on_the_trained_bits_alone():
-    assert Cell(2, 8, 4).trained == Cell(2, 6, 4).trained == (2, 32)
-    assert Cell(3, 2, 4).trained == (3, 2)
+    assert Cell(2, 8, 4).shared == Cell(2, 6, 4).shared == Cell(2, 32, 4)
+    assert Cell(3, 2, 4).shared == Cell(3, 2, 4)
     assert not Cell(4, 8, 4).is_trained
-    assert Cell(4, 4, 5).trained == (4, 4)
-    assert Cell(2, 2, 0).trained == (32, 32)
+    assert Cell(4, 4, 5).shared == Cell(4, 4, 5)
+    assert Cell(2, 2, 0).shared == Cell(32, 32, 0)
 
 
 def test_the_plan_of_cells():
@@ -74,16 +74,17 @@ def test_what_is_trained_is_taken_over_and_the_rest_is_calibrated(stage, trained
 
 def test_with_the_calibrated_part_off_the_cell_is_the_trained_net(stage, trained):
     cell = Cell(2, 8, 4)
-    qnet = hybrid_cells.quantize(stage.net, cell.policy(), stage.calibration(2, 0)).eval()
-    hybrid_cells.take_over(qnet, trained, cell.late())
-    set_quantization(qnet, weights=False, acts=False, only=cell.late())
+    qnet = cell.quantized(stage, stage.calibration(2, 0)).eval()
+    hybrid_cells.take_over(qnet, trained)
+    for net in (qnet, trained):
+        set_quantization(net, weights=False, acts=False, only=hybrid_cells.is_late(net))
     torch.testing.assert_close(predict(qnet, stage.val), predict(trained, stage.val))
 
 
 def test_a_net_of_other_bits_cannot_be_taken_over(stage, trained):
-    qnet = hybrid_cells.quantize(stage.net, Cell(3, 8, 4).policy(), stage.calibration(2, 0))
-    with pytest.raises((RuntimeError, ValueError)):
-        hybrid_cells.take_over(qnet, trained, Cell(3, 8, 4).late())
+    for other in (Cell(3, 8, 4), Cell(2, 2, 4)):
+        with pytest.raises(RuntimeError, match="does not fit"):
+            hybrid_cells.take_over(other.quantized(stage, stage.calibration(2, 0)), trained)
 
 
 def map_rows():
@@ -168,20 +169,21 @@ def test_searches_keep_their_budgets_and_name_every_tensor():
     plan = study.PLANS["full"]
     rng = np.random.default_rng(0)
     losses = {t: {b: float(rng.lognormal()) * 4.0**-b for b in plan.bits} for t in names}
-    wanted = [p.what for p in study.search_points(plan) if p.what and p.what.seed == 0]
+    wanted = [p for p in study.search_points(plan) if p["search"] and p["seed"] == 0]
     for point in wanted:
-        found, cost = point.found(losses), study._costs()[point.budget]
-        if point.search != "ends_8":
-            assert found.cost <= cost.everywhere(point.equivalent) * (1 + 1e-6)
-        assert len(found.bits) == (22 if point.budget == "size" else 42)
-    assert {p.search for p in wanted} == {"optimal", "greedy", "uniform", "ends_8", "at_random"}
+        how = {name: point[name] for name in ("search", "budget", "equivalent", "seed")}
+        found, cost = study.searched(losses, **how), study._costs()[point["budget"]]
+        if point["search"] != "ends_8":
+            assert found.cost <= cost.everywhere(point["equivalent"]) * (1 + 1e-6)
+        assert len(found.bits) == (22 if point["budget"] == "size" else 42)
+    assert {p["search"] for p in wanted} == {"optimal", "greedy", "uniform", "ends_8", "at_random"}
     assert study.averages(dict.fromkeys(names, 3)) == pytest.approx({"w_bits": 3.0, "a_bits": 3.0})
 
 
 def test_a_search_without_sensitivities_says_what_to_run(out_dir):
     run = Run("bit_allocation", "smoke", study.PLANS["smoke"])
     with pytest.raises(StudyError, match="hq study layer_sensitivity --profile smoke"):
-        next(study.measure_search(run, None, study.Search("optimal", "size", 4.0).point(run.plan)))
+        next(study.measure_search(run, None, study.search_points(run.plan)[-1]))
 
 
 def test_what_the_reference_has_is_not_measured_again(monkeypatch):
@@ -243,7 +245,7 @@ def test_an_assignment_is_drawn_weight_by_weight():
 
 
 def test_figures_name_what_is_missing():
-    with pytest.raises(ValueError, match=r"fig_hybrid_bits needs the columns hybrid"):
+    with pytest.raises(ValueError, match=r"fig_hybrid_bits.*missing: hybrid"):
         fig_hybrid_bits(pd.DataFrame({"w_bits": [2], "a_bits": [2], "calibrated": [1.0]}), boundary=4)
     with pytest.raises(ValueError, match=r"missing: kl"):
         fig_layer_sensitivity(sensitivities().drop(columns="kl"))

@@ -29,12 +29,12 @@ def test_every_recipe_makes_the_network_it_says(method, bits):
 
 
 def test_a_shipped_checkpoint_agrees_with_its_integers_once_biases_are_those_of_accumulators(out_dir, cifar10_train):
-    rows = qat.integers.STUDY.run("smoke")
+    rows = qat.INTEGERS.run("smoke")
     values = {json.loads(s).get("executor"): v for s, v in zip(rows["switches"], rows["value"], strict=True)}
     assert values["fake_quant, integer biases"] == pytest.approx(values["integers"], abs=1.0)  # one image of 100
     assert values[None] >= 99.0  # same class
     assert list(qat_tables.integers_table(rows)["bits"]) == ["W2A2"]
-    assert not qat.integers.STUDY.todo("smoke")
+    assert not qat.INTEGERS.todo("smoke")
 
 
 def test_what_is_left_in_float_has_no_quantizer_and_the_rest_has(out_dir, cifar10_train, monkeypatch):

@@ -1,6 +1,5 @@
 """The calibration study: paired points, sets that hold what they promise, frames against hand-made rows."""
 
-import dataclasses
 import itertools
 import json
 
@@ -16,11 +15,11 @@ from hq_lib.studies.bench import Bench, open_imagenet
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.selection import sets, study, tables
 from hq_lib.studies.selection.figures import fig1_framework, fig_n_calib, fig_selected, fig_smoothness
-from hq_lib.studies.selection.study import STUDY, Calibration, Plan
+from hq_lib.studies.selection.study import STUDY, Plan, set_point
 from hq_lib.studies.study import Run, StudyError, profile_rows
 
 PLAN = Plan(("resnet20",), 32, 200, 2)
-SET = Calibration("resnet20", "tv_lowest", 32, 200, 3, iterations=2)
+SET = set_point("resnet20", {}, "tv_lowest", 3, n_calib=32, n_pool=200, iterations=2)
 RUN = Run("selection_study", "smoke", PLAN)
 
 
@@ -47,14 +46,19 @@ def at_hand(bench, monkeypatch):
 # ---------------------------------------------------------------- points
 
 
+def settings(points, **changes):
+    """Of each set all that names it in the rows, some of it in place of its own."""
+    return [{**p.key, "switches": "", **p.key["switches"], **changes} for p in points if p.key["method"] != "float"]
+
+
 @pytest.mark.parametrize("profile", paths.PROFILES)
 @pytest.mark.parametrize("one", study.STUDIES, ids=lambda one: one.name)
 def test_every_way_has_its_random_partner_of_the_same_draw(one, profile):
-    every = [p.what for p in one.points(one.plan(profile)) if p.what]
-    found = [p for p in every if p.n_pool == one.plan(profile).n_pool]
-    assert len(set(found)) == len(found)
-    assert [p.draw for p in found] == sorted(p.draw for p in found)
-    assert all(dataclasses.replace(p, choice="random") in found for p in found)
+    plan = one.plan(profile)
+    found = [p for p in one.points(plan) if p["n_pool"] == plan.n_pool]
+    assert len({json.dumps(p, sort_keys=True) for p in settings(found)}) == len(found)
+    assert [p["seed"] for p in found] == sorted(p["seed"] for p in found)
+    assert all(p in settings(found) for p in settings(found, choice="random"))
 
 
 @pytest.mark.parametrize("profile", paths.PROFILES)
@@ -69,11 +73,11 @@ def test_points_of_one_pool_adjoin_and_have_names_and_rows_of_their_own(profile)
 
 
 def test_switched_points_have_a_plain_partner():
-    found = [p.what for p in STUDY.points(STUDY.plan("full")) if p.what]
-    replaced = [p for p in found if p.batch_sampling == "with_replacement" or p.choice == "random_repeated"]
-    plain = {"choice": "random_unbalanced", "batch_sampling": "without_replacement"}
+    found = STUDY.points(STUDY.plan("full"))
+    replaced = [p for p in found if p["batch_sampling"] == "with_replacement" or p["choice"] == "random_repeated"]
+    plain = [{**p, "batch_sampling": None} for p in settings(found) if "batch_sampling" not in p]
     assert replaced
-    assert all(dataclasses.replace(p, **plain) in found for p in replaced)
+    assert all(p in plain for p in settings(replaced, choice="random_unbalanced", batch_sampling=None))
 
 
 def test_unknown_ways_and_networks_are_named():
@@ -164,7 +168,7 @@ def test_a_net_without_batch_norm_is_refused():
 
 
 def test_the_own_loss_is_the_last_units_reconstruction_loss(bench, pool, out_dir):
-    values = {v["metric"]: v["value"] for v in study.measure(RUN, pool, SET.point({})) if isinstance(v, dict)}
+    values = {v["metric"]: v["value"] for v in study.measure(RUN, pool, SET) if isinstance(v, dict)}
     x = data.normalize(bench.train.images, bench.train.spec)[pool.positions[pool.choose("tv_lowest", 32)]].contiguous()
     qnet = recipes.quantized(bench.net, x, recipes.RECIPES["mse"], (2, 2), iterations=0, seed=0)
     config = ptq.qdrop(iterations=2, n_images=32, seed=3, batch_size=16, beta_start=8.0, rounding_lr=0.5)
@@ -250,8 +254,9 @@ def made(choice, draw, acc, **changes):
     """One hand-made point of the smoke profile on digits."""
     plan = STUDY.plan("smoke")
     columns = {k: changes.pop(k) for k in ("loss_own", "loss_common") if k in changes}
-    chosen = Calibration("resnet20", choice, plan.n_calib, plan.n_pool, draw, plan.iterations)
-    row = {"experiment": STUDY.name, **dataclasses.replace(chosen, **changes).point({}).key, "dataset": "digits"}
+    sizes = {"n_calib": plan.n_calib, "n_pool": plan.n_pool, "iterations": plan.iterations}
+    point = set_point("resnet20", {}, choice, draw, **{**sizes, **changes})
+    row = {"experiment": STUDY.name, **point.key, "dataset": "digits"}
     return [{**row, "metric": k, "value": v, "n_test": 100} for k, v in {"acc_pct": acc, **columns}.items()]
 
 

@@ -33,13 +33,14 @@ class Assignment:
     """Sum of the single losses, in their unit."""
 
 
-def _made(bits: Mapping[str, int], losses: Losses, cost: Cost) -> Assignment:
+def assigned(bits: Mapping[str, int], losses: Losses, cost: Cost) -> Assignment:
+    """These bits, with what they cost and what loss is predicted."""
     return Assignment(dict(bits), cost.of(bits), sum(losses[tensor][b] for tensor, b in bits.items()))
 
 
 def uniform(losses: Losses, cost: Cost, bits: int) -> Assignment:
     """The same bits for every tensor."""
-    return _made(dict.fromkeys(losses, bits), losses, cost)
+    return assigned(dict.fromkeys(losses, bits), losses, cost)
 
 
 def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
@@ -78,7 +79,7 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
     if found.x is None:
         raise RuntimeError(f"the integer program ended without an assignment: {found.message}")
     chosen = {tensor: bits for (tensor, bits), x in zip(choices, found.x[: len(choices)], strict=True) if x > 0.5}
-    return _made(chosen, losses, cost)
+    return assigned(chosen, losses, cost)
 
 
 def _check(losses: Losses, cost: Cost, budget: float) -> None:
@@ -121,7 +122,7 @@ def greedy(losses: Losses, cost: Cost, budget: float) -> Assignment:
                 steps.append((added / saved if saved > 0 else np.inf, tensor, max(fewer)))
         _, tensor, lower = min(steps)
         bits[tensor] = lower
-    return _made(bits, losses, cost)
+    return assigned(bits, losses, cost)
 
 
 def at_random(losses: Losses, cost: Cost, budget: float, generator: np.random.Generator) -> Assignment:
@@ -143,4 +144,4 @@ def at_random(losses: Losses, cost: Cost, budget: float, generator: np.random.Ge
         if more != bits and cost.of(more) <= budget * (1 + 1e-9):
             bits = more
             waiting.insert(0, tensor)
-    return _made(bits, losses, cost)
+    return assigned(bits, losses, cost)

@@ -7,6 +7,7 @@ Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.c
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hq_lib.data import ImageSet
 from hq_lib.results import paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
-from hq_lib.training import FitResult, TrainConfig, evaluate, fit, recipe
+from hq_lib.training import FitResult, evaluate, fit, recipe
 from hq_lib.training.recipes import find
 
 HISTORY = "float_history"
@@ -61,36 +62,20 @@ PLANS = {
 }
 
 
-@dataclass(frozen=True)
-class Training:
-    """One network trained with one seed."""
-
-    model: str
-    """Network."""
-    seed: int
-    """See ``Plan``."""
-    dataset: str
-    """Data set of its recipe."""
-    config: TrainConfig
-    """How it is trained."""
-    n_train: int | None
-    """Training images, balanced over classes; None = all."""
-    split: str
-    """"train", or "trainval": all images, nothing is then left to validate on."""
-
-
 def points(plan: Plan) -> list[Point]:
-    """Every network with its first seed, then the other seeds; ``ValueError`` for one without a recipe."""
+    """Every network with its first seed, then the other seeds; ``ValueError`` for one without a recipe.
+
+    A bench is (data set, training images or None for all, split); of split "trainval" nothing is left to validate on.
+    """
     found = []
     for model, seed in ((m, s) for s in plan.seeds for m in plan.models):
         if seed != plan.seeds[0] and model not in (plan.repeated or plan.models):
             continue
-        split = find(model).split if plan.profile == "full" else "train"
-        what = Training(model, seed, *recipe(model, plan.profile, seed=seed), split)
-        key = {"model": model, "method": "float", "seed": seed, "epochs": what.config.epochs, "metric": "acc_pct"}
-        minutes = MINUTES.get(model, 5.0) * what.config.epochs
-        images = (what.dataset, what.n_train, split)
-        found.append(Point(f"{model}_float_s{seed}", key, what, bench=images, minutes=minutes))
+        dataset, config, n_train = recipe(model, plan.profile, seed=seed)
+        key = {"model": model, "method": "float", "seed": seed, "epochs": config.epochs, "metric": "acc_pct"}
+        images = dataset, n_train, find(model).split if plan.profile == "full" else "train"
+        minutes = MINUTES.get(model, 5.0) * config.epochs
+        found.append(Point(f"{model}_float_s{seed}", key, config, bench=images, minutes=minutes))
     return found
 
 
@@ -107,11 +92,11 @@ def open_images(run: Run[Plan], needed: Any) -> tuple[ImageSet, ImageSet | None,
 
 def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], point: Point) -> Iterator[Found]:
     """Trains (or resumes) the network; its learning curve, and accuracies on validation and, once, on test images."""
-    (train, val, test), config = images, point.what.config
-    torch.manual_seed(point.what.seed)
-    found = find(point.what.model)
+    (train, val, test), config, found = images, point.what, find(point["model"])
+    torch.manual_seed(config.seed)
+    built = {"model": found.network or point["model"], "options": dict(found.options)}
     sizes = {"n_classes": train.spec.n_classes, "in_channels": train.spec.in_shape[0]}
-    net = models.build(found.network or point.what.model, **sizes, **found.options).to(run.device)
+    net = models.build(built["model"], **sizes, **found.options).to(run.device)
     print(f"{point.name}: {config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
     done = fit(net, train, val, config, run.folder / point.name)
     score = evaluate(net, test)
@@ -121,7 +106,9 @@ def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], 
     }  # fmt: skip
     accuracies = {"test": (score.acc_pct, score.n), **({} if val is None else {"val": (done.val_acc_pct, len(val))})}
     if run.profile == "full":
-        _keep(run, point, net, common, done, {split: acc_pct for split, (acc_pct, _) in accuracies.items()})
+        told = {split: acc_pct for split, (acc_pct, _) in accuracies.items()}
+        record = {**built, **sizes, "dataset": train.spec.name, "trained_on": point.bench[2]}
+        _keep(net, checkpoint(run, point), {**record, **run_record(run, point, common, done, told)})
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY))
     for split, (acc_pct, n) in accuracies.items():
         where = {} if split == "test" else {"split": split}
@@ -137,30 +124,32 @@ def history_rows(common: Row, done: FitResult, experiment: str) -> Iterator[Row]
         yield from metric_rows(values, **{**common, **own})
 
 
-def _keep(
-    run: Run[Plan], point: Point, net: nn.Module, common: Row, done: FitResult, acc_pct: dict[str, float]
-) -> None:
-    """Writes the trained network and its run record where the other studies look for it.
+def checkpoint(run: Run[Any], point: Point) -> Path:
+    """Where the other studies look for the network of a training."""
+    return paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors"
+
+
+def run_record(run: Run[Any], point: Point, common: Row, done: FitResult, acc_pct: dict[str, float]) -> Row:
+    """What a checkpoint says of its training, beside the network."""
+    return {
+        "seed": point["seed"], "profile": run.profile, "config": done.config.as_dict(), "n_train": common["n_train"],
+        "acc_pct": acc_pct, "kept": "last epoch; test was seen once, after training", "seconds": common["seconds"],
+        **provenance.stamp(run.device),
+    }  # fmt: skip
+
+
+def _keep(net: nn.Module, path: Path, record: Row) -> None:
+    """Writes the trained network and its run record.
 
     A network beyond ``MAX_BYTES`` in float32 is stored in float16, and the record's accuracies are those of the weights
     as stored.
     """
-    spec, found = data.SPECS[common["dataset"]], find(point.what.model)
-    record: Row = {
-        "model": found.network or point.what.model, "options": dict(found.options), "n_classes": spec.n_classes,
-        "in_channels": spec.in_shape[0], "dataset": spec.name, "seed": point.what.seed, "profile": run.profile,
-        "config": done.config.as_dict(), "trained_on": point.what.split, "n_train": common["n_train"],
-        "acc_pct": acc_pct, "kept": "last epoch; test was seen once, after training",
-        "seconds": common["seconds"], **provenance.stamp(run.device),
-    }  # fmt: skip
     dtype = torch.float16 if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES else None
     if dtype is not None:
-        net = models.rounded_to(net, dtype)
-        stored = {split: evaluate(net, data.load(spec.name, split)).acc_pct for split in acc_pct}
-        record |= {"acc_pct": stored, "stored_as": "float16", "acc_pct_before_rounding": acc_pct}
-    models.save_checkpoint(
-        paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors", net, record, dtype=dtype
-    )
+        net, before = models.rounded_to(net, dtype), record["acc_pct"]
+        stored = {split: evaluate(net, data.load(record["dataset"], split)).acc_pct for split in before}
+        record |= {"acc_pct": stored, "stored_as": "float16", "acc_pct_before_rounding": before}
+    models.save_checkpoint(path, net, record, dtype=dtype)
 
 
 STUDY = Study("float_training", PLANS, points=points, open_bench=open_images, measure=measure, gpu=True)

@@ -6,7 +6,7 @@ biases' mean shift, then activation ranges as the quantized weights make them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -43,20 +43,15 @@ class Cell:
     """Of training order, augmentation, training and calibration images."""
 
     @property
-    def trained(self) -> tuple[int, int]:
-        """Bits of the trained weights and activations, 32 where none is trained: what a training run depends on."""
+    def shared(self) -> "Cell":
+        """What a training run depends on: the bits of the trained tensors, 32 where none is trained."""
         w, a = (bits if bits < self.boundary else FLOAT_BITS for bits in (self.w_bits, self.a_bits))
-        return w, a
+        return replace(self, w_bits=w, a_bits=a)
 
     @property
     def is_trained(self) -> bool:
         """Whether any tensor is."""
-        return self.trained != (FLOAT_BITS, FLOAT_BITS)
-
-    @property
-    def training(self) -> str:
-        """Of the training run, e.g. ``w2a32_s0``; of a cell without one ``calibrated_s0``."""
-        return ("w{}a{}_s{}".format(*self.trained, self.seed)) if self.is_trained else f"calibrated_s{self.seed}"
+        return min(self.w_bits, self.a_bits) < self.boundary
 
     @property
     def name(self) -> str:
@@ -65,20 +60,18 @@ class Cell:
         return f"w{self.w_bits}a{self.a_bits}_{how}_s{self.seed}"
 
     @property
-    def shared(self) -> "Cell":
-        """A cell that stands for all that share its training."""
-        return Cell(*self.trained, self.boundary, self.seed)
+    def training(self) -> str:
+        """Of the training run, e.g. ``w2a32_s0``; of a cell without one ``calibrated_s0``."""
+        shared = self.shared
+        return (f"w{shared.w_bits}a{shared.a_bits}" if self.is_trained else "calibrated") + f"_s{self.seed}"
 
-    def policy(self) -> BitPolicy:
+    def quantized(self, stage: Bench, x: Tensor) -> QuantizedNet:
         """First and last layer 8 bits, image and sums as in the QAT papers ("academic"), batch norms kept."""
-        return BitPolicy.hybrid(
+        policy = BitPolicy.hybrid(
             self.w_bits, self.a_bits, qat=QAT, ptq=("minmax", "lsq_plus"), boundary=self.boundary,
             first_last_bits=FIRST_LAST_BITS, placement="academic", bn="keep",
         )  # fmt: skip
-
-    def late(self) -> Callable[[nn.Module], bool]:
-        """Which quantizers are calibrated, given the module."""
-        return _late(self.boundary)
+        return quantize(stage.net, policy, x[:1])
 
 
 def cells(bits: Sequence[int], *, seed: int = 0, trained_at_the_boundary: bool = False) -> list[Cell]:
@@ -89,74 +82,71 @@ def cells(bits: Sequence[int], *, seed: int = 0, trained_at_the_boundary: bool =
     pairs = list(product(bits, bits))
     hybrid = [cell for w, a in pairs if (cell := Cell(w, a, BOUNDARY, seed)).is_trained]
     extra = [Cell(BOUNDARY, BOUNDARY, BOUNDARY + 1, seed)] if trained_at_the_boundary else []
-    return [Cell(w, a, 0, seed) for w, a in pairs] + sorted(hybrid, key=lambda cell: cell.trained) + extra
+    adjoining = sorted(hybrid, key=lambda cell: (cell.shared.w_bits, cell.shared.a_bits))
+    return [Cell(w, a, 0, seed) for w, a in pairs] + adjoining + extra
 
 
 def train(cell: Cell, stage: Bench, folder: Path, *, n_calib: int, n_train: int) -> QuantizedNet:
     """The network after the short training of its tensors below the boundary; what is above was float in it."""
-    late, x = cell.late(), stage.calibration(n_calib, cell.seed)
-    qnet = quantize(stage.net, cell.shared.policy(), x[:1]).train()
-    set_quantization(qnet, weights=False, acts=False, only=late)
-    calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
-    few = stage.train.balanced(min(n_train, len(stage.train)), cell.seed)
+    x, few = stage.calibration(n_calib, cell.seed), stage.train.drawn(n_train, cell.seed)
     print(f"training {cell.training}: {len(few)} images of {stage.dataset}", flush=True)
-    config = TrainConfig(**{**vars(CONFIG), "seed": cell.seed, "flip": stage.train.spec.flip})
-    fit(qnet, few, stage.val, config, folder / cell.training)
+    qnet = cell.shared.quantized(stage, x)
+    fit_early(qnet, x, few, stage.val, replace(CONFIG, seed=cell.seed, flip=few.spec.flip), folder / cell.training)
     return qnet
 
 
 def finished(cell: Cell, stage: Bench, n_calib: int, trained: QuantizedNet | None) -> QuantizedNet:
     """The cell's network: ``trained`` tensors as they are, all others calibrated, everything quantized."""
-    late, x = cell.late(), stage.calibration(n_calib, cell.seed)
-    qnet = quantize(stage.net, cell.policy(), x[:1]).eval()
+    x = stage.calibration(n_calib, cell.seed)
+    qnet = cell.quantized(stage, x)
     if trained is not None:
-        take_over(qnet, trained, late)
-    _calibrate_late(qnet, x, RANGES, late)
+        take_over(qnet, trained)
+    fit_late(qnet, x, RANGES)
     return qnet
 
 
-def fit_hybrid(
-    qnet: QuantizedNet, x: Tensor, train: ImageSet, val: ImageSet | None, config: TrainConfig, *,
-    ranges: Method = RANGES, folder: Path | None = None,
-) -> None:  # fmt: skip
-    """Fit ``qnet``, of a ``BitPolicy.hybrid``, in place: train below the rule's boundary, then calibrate on ``x``.
-
-    What has the boundary's bits or more is float during the training. Nothing below it: no training.
-    """
-    assert qnet.policy.hybrid_rule is not None
-    late = _late(qnet.policy.hybrid_rule.boundary)
-    if not all(late(quantizer) for quantizer in _quantizers(qnet).values()):
-        with set_quantization(qnet, weights=False, acts=False, only=late):
-            calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
-            fit(qnet, train, val, config, folder)
-    _calibrate_late(qnet.eval(), x, ranges, late)
+def fit_early(
+    qnet: QuantizedNet, x: Tensor, train: ImageSet, val: ImageSet | None, config: TrainConfig, folder: Path | None
+) -> None:
+    """Train what has fewer bits than the rule's boundary, in place, from grids fitted to ``x``; the rest is float."""
+    late = is_late(qnet)
+    if all(map(late, _quantizers(qnet).values())):
+        return
+    with set_quantization(qnet, weights=False, acts=False, only=late):
+        calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
+        fit(qnet, train, val, config, folder)
 
 
-def _late(boundary: int) -> Callable[[nn.Module], bool]:
-    return lambda quantizer: int(quantizer.bits) >= boundary  # type: ignore[arg-type]
-
-
-def _calibrate_late(qnet: QuantizedNet, x: Tensor, ranges: Method, late: Callable[[nn.Module], bool]) -> None:
+def fit_late(qnet: QuantizedNet, x: Tensor, ranges: Method) -> None:
+    """Calibrate on ``x`` what has the boundary's bits or more, in place, mean shifts of its biases too."""
+    late = is_late(qnet.eval())
     ptq.fit_weights(qnet, ranges, only=late)
     correct_means(qnet, x, only=late)
     ptq.fit_acts(qnet, x, ranges, quantized_weights=True, only=late)
 
 
-def take_over(qnet: QuantizedNet, trained: QuantizedNet, late: Callable[[nn.Module], bool]) -> None:
+def is_late(qnet: QuantizedNet) -> Callable[[nn.Module], bool]:
+    """Which quantizers the rule of ``qnet``, of a ``BitPolicy.hybrid``, leaves to calibration, given the module."""
+    rule = qnet.policy.hybrid_rule
+    assert rule is not None
+    return lambda quantizer: int(quantizer.bits) >= rule.boundary  # type: ignore[arg-type]
+
+
+def take_over(qnet: QuantizedNet, trained: QuantizedNet) -> None:
     """Give ``qnet`` the weights, statistics and trained quantizers of ``trained``, in place; not those that are late.
 
-    Raises ``RuntimeError`` where the two do not fit.
+    Raises ``RuntimeError`` where other tensors were trained, or to other bits.
     """
-    mine = {name for name, module in _quantizers(qnet).items() if late(module)}
-    theirs = {name for name, module in _quantizers(trained).items() if late(module)}
-    apart = tuple(f"{name}." for name in mine | theirs)
-    state = {
-        k: v for k, v in trained.state_dict().items() if not k.startswith(apart) and not k.endswith("_extra_state")
-    }
-    result = qnet.load_state_dict(state, strict=False)
-    missing = [k for k in result.missing_keys if not k.startswith(apart) and not k.endswith("_extra_state")]
-    if missing or result.unexpected_keys:
-        raise RuntimeError(f"the trained net does not fit: missing {missing}, unexpected {result.unexpected_keys}")
+    mine, theirs = (
+        {name: f"{q.method}:{q.bits}" for name, q in _quantizers(net).items() if not is_late(net)(q)}
+        for net in (qnet, trained)
+    )
+    if mine != theirs:
+        raise RuntimeError(f"the trained net does not fit: {sorted(mine.items() ^ theirs.items())[:3]}")
+    kept = tuple(f"{name}." for name in _quantizers(qnet).keys() - mine.keys())
+    own = {key: value for key, value in qnet.state_dict().items() if key.startswith(kept) or "_extra_state" in key}
+    theirs_too = {key: value for key, value in trained.state_dict().items() if not key.startswith(kept)}
+    qnet.load_state_dict({**theirs_too, **own})
 
 
 def _quantizers(qnet: QuantizedNet) -> dict[str, nn.Module]:

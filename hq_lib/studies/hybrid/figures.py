@@ -35,10 +35,7 @@ def fig_hybrid_bits(cells: pd.DataFrame, *, boundary: int) -> Figure:
     Raises:
         ValueError: a column is missing, or there are no rows.
     """
-    need(cells, ("w_bits", "a_bits"), "fig_hybrid_bits")
-    missing = {"calibrated", "hybrid"} - set(cells.columns)
-    if missing:
-        raise ValueError(f"fig_hybrid_bits needs the columns {', '.join(sorted(missing))}")
+    need(cells.fillna(0.0), ("w_bits", "a_bits", "calibrated", "hybrid"), "fig_hybrid_bits")
     figure, axes = new_figure(1, 2, width=8.2, height=3.4)
     parts = {
         "hybrid rule: test accuracy": (cells["hybrid"], "%"),
@@ -47,7 +44,7 @@ def fig_hybrid_bits(cells: pd.DataFrame, *, boundary: int) -> Figure:
     for ax, (title, (values, unit)) in zip(axes[0], parts.items(), strict=True):
         table = cells.assign(value=values).pivot_table(index="w_bits", columns="a_bits", values="value", dropna=False)
         table = table.sort_index(ascending=False).sort_index(axis=1, ascending=False)
-        table.index, table.columns = ([_bits(b) for b in names] for names in (table.index, table.columns))
+        table.index, table.columns = ([f"{b:g}" for b in names] for names in (table.index, table.columns))
         heat_map(ax, table, unit=unit)
         ax.set(title=title, xlabel="activation bits", ylabel="weight bits")
         _draw_boundary(ax, table, boundary)
@@ -71,15 +68,9 @@ def fig_assignment(bits: Mapping[str, int]) -> Figure:
     return figure
 
 
-def _bits(bits: float) -> str:
-    return "float" if bits == 32 else f"{bits:g}"
-
-
 def _draw_boundary(ax: Axes, table: pd.DataFrame, boundary: int) -> None:
     """A step around the cells whose bits all reach ``boundary``; they stand at the top left."""
-    down, right = (
-        sum(name == "float" or int(name) >= boundary for name in names) - 0.5 for names in (table.index, table.columns)
-    )
+    down, right = (sum(int(name) >= boundary for name in names) - 0.5 for names in (table.index, table.columns))
     ax.plot([-0.5, right, right], [down, down, -0.5], color="white", linewidth=2.5, solid_joinstyle="miter")
     ax.plot([-0.5, right, right], [down, down, -0.5], color="black", linewidth=0.8, linestyle="--")
 

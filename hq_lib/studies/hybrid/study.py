@@ -21,21 +21,10 @@ from torch import Tensor
 
 from hq_lib import models
 from hq_lib.graph import QuantizedNet, quantize
-from hq_lib.ptq.bits import (
-    Assignment,
-    Cost,
-    GridBank,
-    at_random,
-    bop_cost,
-    greedy,
-    optimal,
-    size_cost,
-    tensors_of,
-    uniform,
-    uniform_policy,
-)
+from hq_lib.ptq import bits as bit_search
+from hq_lib.ptq.bits import Assignment, Cost, GridBank, tensors_of, uniform_policy
 from hq_lib.studies.bench import Bench, net_switch, open_bench
-from hq_lib.studies.hybrid.cells import CONFIG, FIRST_LAST_BITS, QAT, RANGES, Cell, cells, finished, train
+from hq_lib.studies.hybrid.cells import CONFIG, FIRST_LAST_BITS, QAT, RANGES, cells, finished, train
 from hq_lib.studies.hybrid.tables import losses, sensitivities
 from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, profile_rows
 from hq_lib.training import evaluate, predict
@@ -77,22 +66,17 @@ MAP_PLANS = {
 
 def map_points(plan: MapPlan) -> list[Point]:
     """Every cell, those that share a training adjoining: they are one unit."""
-    flag = plan.trained_at_the_boundary
-    every = [cell for seed in plan.seeds for cell in cells(plan.bits, seed=seed, trained_at_the_boundary=flag)]
-    return [Point(cell.name, _map_key(plan, cell), cell, bench=cell.shared, unit=cell.training) for cell in every]
-
-
-def _map_key(plan: MapPlan, cell: Cell) -> Row:
-    switches = {
-        "boundary": cell.boundary, "qat": QAT, "ranges": RANGES, "bias": "means", "first_last_bits": FIRST_LAST_BITS,
-        "lr": CONFIG.lr, **net_switch(MODEL),
-    }  # fmt: skip
-    return {
-        "experiment": "fig_hybrid_bits", "model": MODEL, "method": "hybrid" if cell.boundary else RANGES,
-        "w_bits": cell.w_bits, "a_bits": cell.a_bits, "placement": "academic", "n_calib": plan.n_calib,
-        "seed": cell.seed, "epochs": CONFIG.epochs if cell.is_trained else 0,
-        "n_train": plan.n_train if cell.is_trained else 0, "switches": switches,
-    }  # fmt: skip
+    found, flag = [], plan.trained_at_the_boundary
+    same = {"qat": QAT, "ranges": RANGES, "bias": "means", "first_last_bits": FIRST_LAST_BITS, "lr": CONFIG.lr}
+    for cell in (cell for seed in plan.seeds for cell in cells(plan.bits, seed=seed, trained_at_the_boundary=flag)):
+        key = {
+            **_common(plan.n_calib, "fig_hybrid_bits", cell.seed), "w_bits": cell.w_bits, "a_bits": cell.a_bits,
+            "switches": {"boundary": cell.boundary, **same, **net_switch(MODEL)},
+            **({"method": "hybrid"} if cell.boundary else {}),
+            "epochs": CONFIG.epochs if cell.is_trained else 0, "n_train": plan.n_train if cell.is_trained else 0,
+        }  # fmt: skip
+        found.append(Point(cell.name, key, cell, bench=cell.shared, unit=cell.training))
+    return found
 
 
 def open_map(run: Run[MapPlan], shared: Any) -> tuple[Bench, QuantizedNet | None] | None:
@@ -189,11 +173,6 @@ class Laboratory:
         logits = predict(self.grids.assign(bits), self.bench.val, batch_size=EVAL_BATCH)
         return differences(logits, self.truth, self.bench.val.labels)
 
-    def on_test(self, bits: Mapping[str, int]) -> float:
-        """Accuracy, percent of the test images."""
-        logits = predict(self.grids.assign(bits), self.bench.test, batch_size=EVAL_BATCH)
-        return 100 * (logits.argmax(1) == self.bench.test.labels).double().mean().item()
-
     def rows(self, values: Mapping[str, float], switches: Row) -> Iterator[Row]:
         """One row per metric; those measured on validation images say so."""
         for metric, value in values.items():
@@ -210,11 +189,9 @@ def open_laboratory(run: Run[Plan], seed: Any) -> Laboratory | None:
     return bench and Laboratory(run, bench, seed)
 
 
-def _common(plan: Plan, experiment: str, seed: int) -> Row:
-    return {
-        "experiment": experiment, "model": MODEL, "method": RANGES, "placement": "academic", "n_calib": plan.n_calib,
-        "seed": seed,
-    }  # fmt: skip
+def _common(n_calib: int, experiment: str, seed: int) -> Row:
+    of = {"experiment": experiment, "model": MODEL, "method": RANGES, "placement": "academic"}
+    return {**of, "n_calib": n_calib, "seed": seed}
 
 
 def sensitivity_points(plan: Plan) -> list[Point]:
@@ -226,17 +203,15 @@ def sensitivity_points(plan: Plan) -> list[Point]:
     for i, tensor in enumerate(tensors()):
         column = "w_bits" if tensor.startswith("weight ") else "a_bits"
         switches = {"tensor": tensor, "split": "val", **net_switch(MODEL)}
-        common = {**_common(plan, "fig_layer_sensitivity", 0), "switches": switches}
-        for bits in plan.bits:
-            name, unit = f"{tensor} at {bits} bits", f"sensitivity_{i // TENSORS_A_UNIT}"
-            found.append(Point(name, {**common, column: bits}, (tensor, bits), bench=0, unit=unit))
+        common = {**_common(plan.n_calib, "fig_layer_sensitivity", 0), "switches": switches}
+        unit = f"sensitivity_{i // TENSORS_A_UNIT}"
+        found += [Point(f"{tensor} at {b} bits", {**common, column: b}, b, bench=0, unit=unit) for b in plan.bits]
     return found
 
 
 def measure_sensitivity(run: Run[Plan], lab: Laboratory, point: Point) -> Iterator[Found]:
     """KL, rise of the loss and drop of the accuracy on validation images."""
-    tensor, bits = point.what
-    yield from lab.rows(lab.on_validation({tensor: bits}), {"tensor": tensor})
+    yield from lab.rows(lab.on_validation({point["tensor"]: point.what}), {"tensor": point["tensor"]})
 
 
 SENSITIVITIES = Study(
@@ -244,75 +219,69 @@ SENSITIVITIES = Study(
 )
 
 
-@dataclass(frozen=True)
-class Search:
-    """One assignment, to be found from the sensitivities."""
+def searched(
+    losses: Mapping[str, Mapping[int, float]], search: str, budget: str, equivalent: float, seed: int = 0
+) -> Assignment:
+    """One assignment of bits, from the KL, nat, of every tensor at all bits.
 
-    search: str
-    """"optimal", "greedy", "uniform", "ends_8" (uniform but for first and last layer) or "at_random"."""
-    budget: str
-    """"size" or "bop"."""
-    equivalent: float
-    """Its budget is the cost of this many bits everywhere."""
-    seed: int = 0
-    """Calibration draw; of "at_random" the draw of the assignment."""
-
-    def found(self, losses: Mapping[str, Mapping[int, float]]) -> Assignment:
-        """The bits that it searches, given the KL, nat, of every tensor at all bits."""
-        cost, bits = _costs()[self.budget], self.equivalent
-        table = {t: dict(row) for t, row in losses.items() if self.budget == "bop" or t.startswith("weight ")}
-        if self.search in ("uniform", "ends_8"):
-            same = uniform(table, cost, int(bits))
-            return same if self.search == "uniform" else _with_ends(same, table, cost)
-        limit = cost.everywhere(bits)
-        if self.search == "at_random":
-            return at_random(table, cost, limit, np.random.default_rng(self.seed))
-        return (optimal if self.search == "optimal" else greedy)(table, cost, limit)
-
-    def point(self, plan: Plan) -> Point:
-        """Its key is how it was searched, not what was found; a unit is all searches of a calibration draw."""
-        draw = 0 if self.search == "at_random" else self.seed
-        searched = {"search": self.search, "budget": self.budget, "equivalent": self.equivalent, **net_switch(MODEL)}
-        switches = {f"switches.{name}": value for name, value in searched.items()}
-        key = {**_common(plan, "fig_pareto", self.seed), **switches, "metric": "predicted_kl"}
-        name = f"{self.budget} of {self.equivalent:g} bits, {self.search}, draw {self.seed}"
-        return Point(name, key, self, bench=draw, unit=f"search_{draw}", after=_sensitivity_units())
-
-
-@cache
-def _sensitivity_units() -> tuple[str, ...]:
-    return tuple(sorted({point.unit for point in sensitivity_points(PLANS["full"])}))
+    Args:
+        search:     "optimal", "greedy", "uniform", "ends_8" (uniform but for first and last layer) or "at_random".
+        budget:     "size" or "bop".
+        equivalent: its budget is the cost of this many bits everywhere.
+        seed:       of "at_random".
+    """
+    cost = _costs()[budget]
+    table = {t: dict(row) for t, row in losses.items() if budget == "bop" or t.startswith("weight ")}
+    if search in ("uniform", "ends_8"):
+        ends = ENDS if search == "ends_8" else ()
+        return bit_search.assigned({t: ENDS_BITS if t in ends else int(equivalent) for t in table}, table, cost)
+    limit = cost.everywhere(equivalent)
+    if search == "at_random":
+        return bit_search.at_random(table, cost, limit, np.random.default_rng(seed))
+    return (bit_search.optimal if search == "optimal" else bit_search.greedy)(table, cost, limit)
 
 
 def search_points(plan: Plan) -> list[Point]:
-    """The float network, then every assignment of the plan; those of equal calibration draw adjoin."""
-    switches = {"split": "test", **net_switch(MODEL)}
-    key = {**_common(plan, "fig_pareto", 0), "method": "float", "n_calib": 0, "placement": "-", "switches": switches}
-    whole = Point("size of 32 bits, float, draw 0", key, bench=0, unit="search_0", after=_sensitivity_units())
-    made = []
+    """The float network, then every assignment of the plan; those of equal calibration draw adjoin.
+
+    A key is how it was searched, not what was found; a unit is all searches of a calibration draw.
+    """
+    after = tuple(sorted({point.unit for point in sensitivity_points(PLANS["full"])}))
+    key = {**_common(0, "fig_pareto", 0), "method": "float", "placement": "-"}
+    key["switches"] = {"split": "test", **net_switch(MODEL)}
+    found = [Point("size of 32 bits, float, draw 0", key, bench=0, unit="search_0", after=after)]
+    several = {"uniform": plan.uniform, "ends_8": plan.ends_8, "optimal": plan.optimal}
     for budget in ("size", "bop"):
-        made += [Search("greedy", budget, float(bits)) for bits in plan.optimal]
-        named = {"uniform": plan.uniform, "ends_8": plan.ends_8, "optimal": plan.optimal}
-        made += [Search(n, budget, float(b), seed) for n, many in named.items() for b in many for seed in plan.seeds]
-        made += [Search("at_random", budget, float(b), d) for b in plan.at_random for d in range(plan.n_draws)]
-    return sorted([whole, *(each.point(plan) for each in made)], key=lambda point: point.bench)
+        wanted: list[tuple[str, float, int]] = [("greedy", bits, 0) for bits in plan.optimal]
+        wanted += [(search, bits, seed) for search, many in several.items() for bits in many for seed in plan.seeds]
+        wanted += [("at_random", bits, draw) for bits in plan.at_random for draw in range(plan.n_draws)]
+        for search, bits, seed in wanted:
+            switches = {"search": search, "budget": budget, "equivalent": float(bits), **net_switch(MODEL)}
+            key = {**_common(plan.n_calib, "fig_pareto", seed), "metric": "predicted_kl"}
+            key |= {f"switches.{name}": value for name, value in switches.items()}
+            name, draw = f"{budget} of {bits:g} bits, {search}, draw {seed}", 0 if search == "at_random" else seed
+            found.append(Point(name, key, bench=draw, unit=f"search_{draw}", after=after))
+    return sorted(found, key=lambda point: point.bench)
 
 
 def measure_search(run: Run[Plan], lab: Laboratory, point: Point) -> Iterator[Found]:
     """Predicted loss and cost; but for "greedy", whose rows hold the prediction alone, what it is in truth."""
-    if point.what is None:
+    if point["method"] == "float":
         score = evaluate(lab.bench.net, lab.bench.test, batch_size=EVAL_BATCH)
         yield from lab.rows({"acc_pct": score.acc_pct}, {})
         return
-    losses = _losses(run)
-    some = point.what.found(losses)
+    losses, costs = _losses(run), _costs()
+    how = {name: point[name] for name in ("search", "budget", "equivalent")}
+    some = searched(losses, **how, seed=point["seed"])
     bits = {t: some.bits.get(t, ACT_BITS) for t in losses}
-    costs = _costs()
     values = {"predicted_kl": sum(losses[t][b] for t, b in bits.items())}
     values |= {"size_KiB": costs["size"].of(bits), "bops": costs["bop"].of(bits)}
-    if point.what.search != "greedy":
-        values |= lab.on_validation(bits) | {"acc_pct": lab.on_test(bits)}
-    yield from ({**averages(bits), **row} for row in lab.rows(values, _switches(point.what, bits)))
+    if point["search"] != "greedy":
+        score = evaluate(lab.grids.assign(bits), lab.bench.test, batch_size=EVAL_BATCH)
+        values |= {**lab.on_validation(bits), "acc_pct": score.acc_pct}
+    kinds = {"w": "weight ", "a": "act "}  # the result, one digit a tensor in the network's order
+    digits = {k: "".join(str(b) for t, b in bits.items() if t.startswith(kind)) for k, kind in kinds.items()}
+    yield from ({**averages(bits), **row} for row in lab.rows(values, {**how, **digits}))
 
 
 def _losses(run: Run[Plan]) -> dict[str, dict[int, float]]:
@@ -329,12 +298,7 @@ def _losses(run: Run[Plan]) -> dict[str, dict[int, float]]:
 
 @cache
 def _costs() -> dict[str, Cost]:
-    return {"size": size_cost(outline()), "bop": bop_cost(outline())}
-
-
-def _with_ends(same: Assignment, table: dict[str, dict[int, float]], cost: Cost) -> Assignment:
-    bits = {**same.bits, **{tensor: ENDS_BITS for tensor in ENDS if tensor in table}}
-    return Assignment(bits, cost.of(bits), sum(table[tensor][b] for tensor, b in bits.items()))
+    return {"size": bit_search.size_cost(outline()), "bop": bit_search.bop_cost(outline())}
 
 
 def averages(bits: Mapping[str, int]) -> dict[str, float]:
@@ -345,15 +309,6 @@ def averages(bits: Mapping[str, int]) -> dict[str, float]:
         column: sum(n * bits[t] for t, n in weights.items()) / sum(weights.values())
         for column, weights in rates.items()
     }
-
-
-def _switches(search: Search, bits: Mapping[str, int]) -> Row:
-    """The search and its result, one digit a tensor in the network's order."""
-    digits = {
-        column: "".join(str(b) for t, b in bits.items() if t.startswith(kind))
-        for column, kind in (("w", "weight "), ("a", "act "))
-    }
-    return {"search": search.search, "budget": search.budget, "equivalent": search.equivalent, **digits}
 
 
 SEARCHES = Study(ALLOCATION, PLANS, points=search_points, open_bench=open_laboratory, measure=measure_search)

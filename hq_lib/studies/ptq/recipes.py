@@ -102,21 +102,21 @@ def calibration(train: ImageSet, n: int, seed: int) -> Tensor:
     return data.normalize(train.drawn(n, seed).images, train.spec).contiguous()
 
 
-def quantized(
-    net: nn.Module, x: Tensor, recipe: Recipe, bits: tuple[int, int], *, iterations: int, seed: int,
-    folder: Path | None = None, progress: Callable[[ptq.UnitReport], None] | None = None, **changes: Any,
-) -> fx.GraphModule:  # fmt: skip
-    """The net quantized by one recipe from calibration images ``x``; ``folder`` lets a killed reconstruction go on."""
+def quantized(net: nn.Module, x: Tensor, recipe: Recipe, bits: tuple[int, int], **settings: Any) -> fx.GraphModule:
+    """The net quantized by one recipe from calibration images ``x``; ``settings`` as in ``fit_recipe``."""
     qnet = quantize(net, policy(*bits), x[:1])
-    fit_recipe(qnet, x, recipe, iterations=iterations, seed=seed, folder=folder, progress=progress, **changes)
+    fit_recipe(qnet, x, recipe, **settings)
     return qnet
 
 
 def fit_recipe(
     qnet: fx.GraphModule, x: Tensor, recipe: Recipe, *, iterations: int = 500, folder: Path | None = None,
     progress: Callable[[ptq.UnitReport], None] | None = None, **changes: Any,
-) -> None:  # fmt: skip
-    """Fit ``qnet`` in place by one recipe to calibration images ``x``; ``changes``: fields of a reconstruction."""
+) -> list[ptq.UnitReport]:  # fmt: skip
+    """Fit ``qnet`` in place by one recipe to calibration images ``x``; the reports of its reconstruction, if any.
+
+    ``folder`` lets a killed reconstruction go on; ``changes``: fields of the reconstruction in place of the recipe's.
+    """
     few = x[:RANGE_IMAGES]
     if recipe.allocated:
         ptq.fit_allocated(qnet)
@@ -125,10 +125,11 @@ def fit_recipe(
     ptq.fit_acts(qnet, few, recipe.acts)
     if recipe.corrected:
         ptq.correct_moments(qnet, few)
-    if recipe.passes is not None:
-        settings = {"iterations": iterations, "n_images": len(x), "batch_size": min(32, len(x))}
-        settings |= {**recipe.config(iterations), **changes}
-        ptq.reconstruct(qnet, x, recipe.passes(**settings), folder=folder, progress=progress)
+    if recipe.passes is None:
+        return []
+    settings = {"iterations": iterations, "n_images": len(x), "batch_size": min(32, len(x))}
+    settings |= {**recipe.config(iterations), **changes}
+    return ptq.reconstruct(qnet, x, recipe.passes(**settings), folder=folder, progress=progress)
 
 
 def tensors(net: nn.Module, x: Tensor) -> Iterator[tuple[str, str, Tensor]]:

@@ -6,7 +6,6 @@ block. ``hq study ptq_schedule`` compares QDrop's schedules on validation images
 predicted with the measured error of every tensor.
 """
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -21,7 +20,7 @@ from torch import Tensor, fx
 from hq_lib import data, models, ptq
 from hq_lib.graph import quantize
 from hq_lib.results import paths
-from hq_lib.studies.bench import Bench, net_switch, open_bench, open_imagenet, public_weights
+from hq_lib.studies.bench import Bench, net_switch, open_bench, public_weights
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import CHOSEN, LEARNED, NEAREST, RECIPES, Recipe
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
@@ -74,20 +73,6 @@ PLANS = {
 }
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """One network quantized by one recipe."""
-
-    recipe: Recipe
-    """By which."""
-    bits: tuple[int, int]
-    """Of weights and activations."""
-    seed: int
-    """See ``Plan``."""
-    iterations: int
-    """Steps a unit; 0 where nothing is reconstructed."""
-
-
 def points(plan: Plan) -> list[Point]:
     """Network by network its float line, then seed by seed and width by width each recipe; unknown ones are refused."""
     check_choice("ptq_methods", "network", plan.nets, NETS)
@@ -106,14 +91,13 @@ def points(plan: Plan) -> list[Point]:
             if w_bits >= 8 and recipe.passes:
                 continue
             iterations = recipe.settings.get("iterations", plan.iterations) if recipe.passes else 0
-            what = Quantization(recipe, (w_bits, a_bits), seed, iterations)
             key = {
                 **named, "method": recipe.method, "w_bits": w_bits, "a_bits": a_bits, "placement": "academic",
-                "n_calib": plan.n_calib, "seed": seed, "iterations": what.iterations,
-                "switches": {**known, "recipe": name, "first_last_bits": 8, **recipe.config(what.iterations)},
+                "n_calib": plan.n_calib, "seed": seed, "iterations": iterations,
+                "switches": {**known, "recipe": name, "first_last_bits": 8, **recipe.config(iterations)},
             }  # fmt: skip
-            called, minutes = f"{net}_{name}_w{w_bits}a{a_bits}_s{seed}", 0.5 + 2.0 * what.iterations / 500
-            found.append(Point(called, key, what, bench=net, after=after, minutes=minutes))
+            called, minutes = f"{net}_{name}_w{w_bits}a{a_bits}_s{seed}", 0.5 + 2.0 * iterations / 500
+            found.append(Point(called, key, bench=net, after=after, minutes=minutes))
     return found
 
 
@@ -125,12 +109,8 @@ def _checkpoint() -> Row:
 
 def open_net(run: Run[Plan], needed: Any) -> Bench | None:
     """The float network with its images; None, after a line that says why, where they cannot be had."""
-    plan = run.plan
-    if needed not in (PUBLIC, SHIPPED):
-        bench = open_imagenet(needed, root=plan.root, n_test=plan.n_test, device=run.device)
-        return bench and dataclasses.replace(bench, val=bench.test)
-    bench = open_bench("resnet20", n_test=plan.n_test, device=run.device)
-    if bench is None or needed == SHIPPED:
+    bench = open_bench(NETS[needed], n_test=run.plan.n_test, root=run.plan.root, device=run.device)
+    if bench is None or needed != PUBLIC:
         return bench
     path = public_weights(PUBLIC_FILE)
     if path is None or bench.dataset != "cifar10":
@@ -142,38 +122,21 @@ def open_net(run: Run[Plan], needed: Any) -> Bench | None:
 
 def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     """Accuracy and loss on test images, the CPU time of the quantization, and errors behind each block."""
-    if point.what is None:
-        score = evaluate(bench.net, bench.test, batch_size=bench.eval_batch)
-        yield {"dataset": bench.dataset, "value": score.acc_pct, "n_test": score.n}
+    if point["method"] == FLOAT:
+        yield bench.accuracy(bench.net)
         return
-    what, reporter = point.what, Reporter()
-    x = recipes.calibration(bench.train, run.plan.n_calib, what.seed)
-    folder = _folder(run, point) if what.iterations else None
+    bits, iterations, seed = (point["w_bits"], point["a_bits"]), point["iterations"], point["seed"]
+    x = recipes.calibration(bench.train, point["n_calib"], seed)
+    folder = _folder(run, point) if iterations else None
     started = time.process_time()
-    qnet = recipes.quantized(bench.net, x, what.recipe, what.bits, iterations=what.iterations, seed=what.seed,
-                             folder=folder, progress=reporter)  # fmt: skip
-    cpu = time.process_time() - started
+    qnet = quantize(bench.net, recipes.policy(*bits), x[:1])
+    reports = recipes.fit_recipe(qnet, x, RECIPES[point["recipe"]], iterations=iterations, seed=seed, folder=folder)
+    spent = {} if any(report.resumed for report in reports) else {"calibration_cpu_s": time.process_time() - started}
     score = evaluate(qnet, bench.test, batch_size=bench.eval_batch)
-    if what.bits in ERROR_BITS:
+    if bits in ERROR_BITS:
         yield from _errors(point.key, qnet, bench, x, run.plan.n_errors)
-    known = {} if reporter.resumed else {"calibration_cpu_s": cpu}  # what an earlier process spent is not known
-    yield from metric_rows(
-        {"loss": score.loss, **known, "acc_pct": score.acc_pct}, dataset=bench.dataset, n_test=score.n
-    )
-
-
-class Reporter:
-    """Prints a finished unit, at most one line in ten seconds."""
-
-    def __init__(self) -> None:
-        self.last, self.resumed = time.perf_counter(), False
-
-    def __call__(self, report: ptq.UnitReport) -> None:
-        """Show ``report`` where the last line is old enough; remember whether any unit came from an earlier run."""
-        self.resumed |= report.resumed
-        if time.perf_counter() - self.last > 10:
-            self.last = time.perf_counter()
-            print(f"  {report}", flush=True)
+    values = {"loss": score.loss, **spent, "acc_pct": score.acc_pct}  # unknown is what an earlier process has spent
+    yield from metric_rows(values, dataset=bench.dataset, n_test=score.n)
 
 
 def _folder(run: Run[Plan], point: Point) -> Path:
@@ -183,7 +146,7 @@ def _folder(run: Run[Plan], point: Point) -> Path:
 
 def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> Iterator[Found]:
     """Relative squared error behind each block on ``n`` validation images (ImageNet: test images)."""
-    images = bench.val.balanced(len(bench.val), 0) if bench.val is not bench.test else bench.val
+    images = bench.val or bench.test
     images = images.subset(list(range(0, len(images), max(1, len(images) // n)))[:n])
     reference = quantize(bench.net, recipes.policy(key["w_bits"], key["a_bits"]), x[:1])
     errors = ptq.block_errors(qnet, reference, data.normalize(images.images, images.spec))
@@ -232,15 +195,15 @@ def schedule_points(plan: SchedulePlan) -> list[Point]:
             "switches": switches,
         }  # fmt: skip
         name = "_".join(["schedule", *(f"{k}{v:g}" for k, v in schedule.items()), f"s{seed}"])
-        found.append(Point(name, key, (schedule, seed), after=FIRST))
+        found.append(Point(name, key, schedule, after=FIRST))
     return found
 
 
 def measure_schedule(run: Run[SchedulePlan], bench: Bench, point: Point) -> Iterator[Found]:
     """Accuracy on validation images, which were held out of the network's training; test images play no part."""
-    (schedule, seed), plan = point.what, run.plan
-    val = bench.val if plan.n_val is None or plan.n_val >= len(bench.val) else bench.val.balanced(plan.n_val, 0)
-    recipe = Recipe("qdrop", "schedule", passes=ptq.qdrop, settings=recipes.rated(schedule, plan.iterations))
+    plan, seed = run.plan, point["seed"]
+    val = bench.val.drawn(plan.n_val or len(bench.val), 0)
+    recipe = Recipe("qdrop", "schedule", passes=ptq.qdrop, settings=recipes.rated(point.what, plan.iterations))
     x = recipes.calibration(bench.train, plan.n_calib, seed)
     qnet = recipes.quantized(bench.net, x, recipe, (2, 2), iterations=plan.iterations, seed=seed)
     score = evaluate(qnet, val)
@@ -271,19 +234,14 @@ ACIQ_PLANS = {"smoke": AciqPlan((2, 4), 32), "quick": AciqPlan((2, 3, 4, 8)), "f
 
 def aciq_points(plan: AciqPlan) -> list[Point]:
     """All tensors at each width; the rows of the activations stand for all."""
-    shared = {
-        "model": "resnet20",
-        "method": "aciq",
-        "n_calib": plan.n_calib,
-        "seed": plan.seed,
-        "metric": recipes.MSE[0],
-    }
-    return [Point(f"aciq_{bits}bit", {**shared, "w_bits": 32, "a_bits": bits}, bits, after=FIRST) for bits in plan.bits]
+    images = {"n_calib": plan.n_calib, "seed": plan.seed}
+    key = {"model": "resnet20", "method": "aciq", **images, "metric": recipes.MSE[0], "w_bits": 32}
+    return [Point(f"aciq_{bits}bit", {**key, "a_bits": bits}, after=FIRST) for bits in plan.bits]
 
 
 def measure_aciq(run: Run[AciqPlan], bench: Bench, point: Point) -> Iterator[Found]:
     """Measured and predicted error of every activation after a ReLU and of every weight, norms folded."""
-    bits = point.what
+    bits = point["a_bits"]
     x = recipes.calibration(bench.train, run.plan.n_calib, run.plan.seed)
     for kind, name, values in recipes.tensors(bench.net, x):
         found = recipes.aciq_errors(values, bits=bits, relu=kind == "activation")

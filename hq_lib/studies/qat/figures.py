@@ -88,15 +88,10 @@ def fig_qat_bits(scores: pd.DataFrame) -> Figure:
     need(scores, ("method", "w_bits", "value"), "fig_qat_bits")
     figure, axes = new_figure(height=3.4)
     ax = axes[0, 0]
-    for method in [
-        name for name in labels.METHOD_LABELS if name in set(scores["method"]) & set(METHOD_COLORS) - {"float"}
-    ]:
+    drawn = set(scores["method"]) & set(METHOD_COLORS) - {"float"}
+    for method in (name for name in labels.METHOD_LABELS if name in drawn):
         mean = scores.loc[scores["method"] == method].groupby("w_bits")["value"].mean()[::-1]
-        style = look(method)
-        ax.plot(
-            mean.index, mean, color=style.color, linestyle=style.linestyle, marker=style.marker,
-            label=labels.printed("method", method),
-        )  # fmt: skip
+        ax.plot(mean.index, mean, **vars(look(method)), label=labels.printed("method", method))
     widths = np.unique(scores.loc[scores["method"] != "float", "w_bits"])[::-1]
     for value in scores.loc[scores["method"] == "float", "value"]:
         ax.plot(widths, [value] * len(widths), color="0.3", linestyle=(0, (4, 2)), linewidth=1, label="float")

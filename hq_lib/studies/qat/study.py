@@ -2,7 +2,7 @@
 
 ``hq study qat --profile full`` fine-tunes (or resumes) each method at each bit width, appends rows to ``qat.csv``, the
 learning curve to ``qat_history.csv`` and every learned PACT clip to ``qat_clips.csv``, and leaves the quantized network
-with its run record in ``data/checkpoints``.
+with its run record in ``data/checkpoints``. ``hq study qat_integers`` opens those, and says what they keep in integers.
 """
 
 import dataclasses
@@ -11,21 +11,22 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from hq_lib import data, graph
+from hq_lib import data, graph, integer
 from hq_lib.data import ImageSet
 from hq_lib.data.sets import SPLIT_SEED
 from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize
 from hq_lib.quantizers.pact import PACT
 from hq_lib.results import paths, provenance
-from hq_lib.studies.bench import Bench, net_switch, open_bench
-from hq_lib.studies.float_training.study import MINUTES, history_rows, measure_shipped
-from hq_lib.studies.qat import integers, untrained
+from hq_lib.studies.bench import Bench, net_switch, open_bench, quantized_as, record_of
+from hq_lib.studies.float_training.study import MINUTES, checkpoint, history_rows, measure_shipped, run_record
+from hq_lib.studies.qat import untrained
 from hq_lib.studies.study import Found, Point, Row, Run, Study
-from hq_lib.training import FitResult, QatRecipe, evaluate, fit, qat_recipe
+from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
 from hq_lib.training.bit_lists import find_lists, list_recipe, widths
 
 HISTORY, CLIPS = "qat_history", "qat_clips"
 FLOAT = "float"
+EXECUTORS = ("fake_quant", "fake_quant, integer biases", "integers")
 N_CALIB = 512
 """Training images that the activation quantizers are fitted to before training."""
 
@@ -91,54 +92,17 @@ GROUP_PLANS = {
 """The networks and configurations of the group whose tables (seed 001) are filled."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """One run of the study."""
-
-    plan: Plan
-    """What all share."""
-    model: str
-    """Network, as in ``models.names``."""
-    method: str
-    """Key of ``qat_recipes.METHODS``."""
-    w_bits: int
-    """Bits of the weights between first and last layer."""
-    a_bits: int
-    """Bits of the activations there."""
-    seed: int
-    """See ``Plan``."""
-    lists: str = ""
-    """Seed 001's bits for each layer; bits above are then the fewest among them."""
-
-    def settings(self, net: nn.Module | None = None) -> QatRecipe:
-        """Policy and training; seed 001's lists need the float network to speak of its layers."""
-        plan = self.plan
-        recipe = qat_recipe(self.method, self.w_bits, self.a_bits, plan.profile, seed=self.seed)
-        if self.lists and net is not None:
-            lists = find_lists(self.model, self.lists)
-            recipe = list_recipe(net, lists, self.method, plan.profile, seed=self.seed)
-        changes = {"epochs": plan.epochs, "lr": plan.lr, "distill": plan.distill}
-        config = dataclasses.replace(recipe.config, **{k: v for k, v in changes.items() if v is not None})
-        return dataclasses.replace(recipe, config=config)
-
-    def point(self) -> Point:
-        """It is called as the folder of the run and its checkpoint, e.g. ``resnet20_lsq_w4a4_s0``."""
-        recipe = self.settings()
-        config, policy = recipe.config, recipe.policy
-        more = {"distill": self.plan.distill, "lists": self.lists}
-        switches = {
-            "first_last_bits": policy.first_last_bits, "precision": config.precision, "lr": config.lr,
-            "weight_decay": config.weight_decay, **{k: v for k, v in more.items() if v}, **net_switch(self.model),
-        }  # fmt: skip
-        key = {
-            "model": self.model, "method": self.method, "metric": "acc_pct", "w_bits": self.w_bits,
-            "a_bits": self.a_bits, "seed": self.seed, "epochs": config.epochs, "switches": switches,
-        }  # fmt: skip
-        tail = f"_kd{self.plan.distill:g}" if self.plan.distill else ""
-        tail += f"_{self.lists.replace('*', 'star')}" if self.lists else ""
-        name = f"{self.model}_{self.method}_w{self.w_bits}a{self.a_bits}_s{self.seed}{tail}"
-        minutes = 1.5 * MINUTES.get(self.model, 5.0) * config.epochs
-        return Point(name, key, self, self.model, after=(f"{self.model}_float_s0",), minutes=minutes)
+def settings(
+    plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: int, lists: str = "",
+    *, net: nn.Module | None = None,
+) -> QatRecipe:  # fmt: skip
+    """Policy and training of one run; seed 001's ``lists`` need the float network to speak of its layers."""
+    recipe = qat_recipe(method, w_bits, a_bits, plan.profile, seed=seed)
+    if lists and net is not None:
+        recipe = list_recipe(net, find_lists(model, lists), method, plan.profile, seed=seed)
+    changes = {"epochs": plan.epochs, "lr": plan.lr, "distill": plan.distill}
+    config = dataclasses.replace(recipe.config, **{k: v for k, v in changes.items() if v is not None})
+    return dataclasses.replace(recipe, config=config)
 
 
 def points(plan: Plan) -> list[Point]:
@@ -147,25 +111,45 @@ def points(plan: Plan) -> list[Point]:
     for model in plan.models:
         wanted = [("", pair) for pair in plan.bits] + (widths(model, plan.lists, ()) if plan.lists else [])
         trained = [
-            Training(plan, model, method, int(w_bits), int(a_bits), seed, lists)
+            (model, method, int(w_bits), int(a_bits), seed, lists)
             for seed in plan.seeds
             for lists, (w_bits, a_bits) in wanted
             for method in plan.methods
             if w_bits > 1 or method in (plan.binary or plan.methods)
         ]
         trained += [
-            Training(plan, model, method, w_bits, a_bits, seed)
+            (model, method, w_bits, a_bits, seed, "")
             for seed in (1, 2)
             for method, w_bits, a_bits in plan.spread
             if seed not in plan.seeds and method in plan.methods and (w_bits, a_bits) in plan.bits
         ]
-        trained.sort(key=lambda each: each.method in plan.last)
+        trained.sort(key=lambda each: each[1] in plan.last)
         start = f"{model}_float_s0"
         switches = {"checkpoint": f"{start}.safetensors", **net_switch(model)}
         key = {"model": model, "method": FLOAT, "metric": "acc_pct", "switches": switches}
         found += [Point(f"{model}_{FLOAT}_w32a32_s0", key, bench=model, after=(start,))]
-        found += [each.point() for each in trained]
+        found += [_point(plan, *each) for each in trained]
     return found
+
+
+def _point(plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: int, lists: str) -> Point:
+    """It is called as the folder of the run and its checkpoint, e.g. ``resnet20_lsq_w4a4_s0``."""
+    what = model, method, w_bits, a_bits, seed, lists
+    recipe = settings(plan, *what)
+    config, told = recipe.config, {"distill": plan.distill, "lists": lists}
+    switches = {
+        "first_last_bits": recipe.policy.first_last_bits, "precision": config.precision, "lr": config.lr,
+        "weight_decay": config.weight_decay, **{k: v for k, v in told.items() if v}, **net_switch(model),
+    }  # fmt: skip
+    key = {
+        "model": model, "method": method, "metric": "acc_pct", "w_bits": w_bits, "a_bits": a_bits, "seed": seed,
+        "epochs": config.epochs, "switches": switches,
+    }  # fmt: skip
+    tail = f"_kd{plan.distill:g}" if plan.distill else ""
+    tail += f"_{lists.replace('*', 'star')}" if lists else ""
+    minutes = 1.5 * MINUTES.get(model, 5.0) * config.epochs
+    name = f"{model}_{method}_w{w_bits}a{a_bits}_s{seed}{tail}"
+    return Point(name, key, what, model, after=(f"{model}_float_s0",), minutes=minutes)
 
 
 def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
@@ -173,10 +157,9 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     if point.what is None:
         yield from measure_shipped(run, bench, point)
         return
-    recipe = point.what.settings(bench.net)
-    train, few = bench.train, recipe.n_train
-    train = train if few is None or few >= len(train) else train.balanced(few, SPLIT_SEED)
-    qnet = quantized(bench.net, recipe, train, seed=point.what.seed).to(run.device)
+    recipe = settings(run.plan, *point.what, net=bench.net)
+    train = bench.train.drawn(recipe.n_train or len(bench.train), SPLIT_SEED)
+    qnet = quantized(bench.net, recipe, train, seed=point["seed"]).to(run.device)
     common: Row = {
         **point.key, "dataset": bench.dataset, "n_train": len(train), "n_calib": min(N_CALIB, len(train)),
         "placement": recipe.policy.placement,
@@ -200,7 +183,10 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     compiled = ", compiled" * bool(done.config.compile)
     common["device"] = f"{provenance.device(run.device)}, {done.config.precision}{compiled}"
     if run.profile == "full":
-        _keep(run, bench, point, qnet, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
+        built = {k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")}
+        start = {"method": point["method"], "images": bench.test.spec, "start": bench.record["sha256"]}
+        told = run_record(run, point, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
+        graph.save(qnet, checkpoint(run, point), form="trainable", record={**built, **start, **told})
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY) if row["metric"] != "lr")
     scores = {"start": (before.acc_pct, len(bench.val)), "val": (done.val_acc_pct, len(bench.val))}
     for split, (acc_pct, n) in {**scores, "test": (score.acc_pct, score.n)}.items():
@@ -210,27 +196,10 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
 
 def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) -> fx.GraphModule:
     """``net`` as a quantized graph whose grids are fitted: weights to themselves, activations to training images."""
-    few = train.balanced(min(N_CALIB, len(train)), seed)
-    images = data.normalize(few.images, train.spec)
+    images = data.normalize(train.drawn(N_CALIB, seed).images, train.spec)
     qnet = quantize(net, recipe.policy, images[:1])
     calibrate(qnet, images)
     return qnet
-
-
-def _keep(
-    run: Run[Plan], bench: Bench, point: Point, qnet: fx.GraphModule, common: Row, done: FitResult,
-    acc_pct: dict[str, float],
-) -> None:  # fmt: skip
-    """Writes the quantized network and its run record where the other studies look for it."""
-    record = {
-        **{k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")},
-        "seed": point.what.seed, "profile": run.profile, "method": point.what.method, "images": bench.test.spec,
-        "config": done.config.as_dict(), "n_train": common["n_train"], "start": bench.record["sha256"],
-        "acc_pct": acc_pct, "kept": "last epoch; test was seen once, after training",
-        "seconds": common["seconds"], **provenance.stamp(run.device),
-    }  # fmt: skip
-    path = paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors"
-    graph.save(qnet, path, form="trainable", record=record)
 
 
 def open_net(run: Run[Plan], name: str) -> Bench | None:
@@ -242,4 +211,52 @@ STUDY, GROUP_STUDY = (
     Study(name, plans, points=points, open_bench=open_net, measure=measure, gpu=True)
     for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
 )
-STUDIES = (STUDY, GROUP_STUDY, integers.STUDY, untrained.STUDY)
+
+
+@dataclass(frozen=True)
+class IntegersPlan:
+    """How many of the trained networks are judged in integers."""
+
+    n_test: int | None = None
+    """Test images; None = all."""
+    methods: tuple[str, ...] = ()
+    """Methods of training; () = of every checkpoint there is."""
+
+
+def integers_points(plan: IntegersPlan) -> list[Point]:
+    """The quantized checkpoints that are there; a key names the training behind one, and the file by its hash."""
+    found = []
+    for stem in (file.stem for file in sorted(paths.checkpoints_dir().glob("*_w*a*_s*.safetensors"))):
+        record = record_of(stem)
+        if plan.methods and record["method"] not in plan.methods:
+            continue
+        named = {"epochs": record["config"]["epochs"], "switches.checkpoint": record["sha256"][:8]}
+        key = {**quantized_as(record), "metric": "acc_pct", "seed": record["seed"], **named}
+        found.append(Point(f"integers_{stem}", key, stem, after=(stem,), minutes=10.0))
+    return found
+
+
+def measure_integers(run: Run[IntegersPlan], test: ImageSet, point: Point) -> Iterator[Found]:
+    """Accuracy as trained, with the biases that accumulators hold, and in integers; the last two must agree.
+
+    And the share of images to which network and integers give one class.
+    """
+    qnet = graph.load(paths.checkpoints_dir() / f"{point.what}.safetensors")
+    trained = evaluate(qnet, test).acc_pct
+    integer.round_biases(qnet, images=test.spec)
+    found = integer.agreement(qnet, integer.lower(qnet, images=test.spec), test, batch_size=250)
+    common = {"dataset": test.spec.name, "n_train": record_of(point.what)["n_train"], "n_test": len(test)}
+    checkpoint = {"checkpoint": point["checkpoint"]}
+    for executor, value in zip(EXECUTORS, (trained, found.fake_quant_acc_pct, found.integer_acc_pct), strict=True):
+        yield {**common, "value": value, "switches": {**checkpoint, "executor": executor}}
+    yield {**common, "metric": "same_top1_pct", "value": found.same_top1_pct, "switches": checkpoint}
+
+
+INTEGERS = Study(
+    "qat_integers",
+    {"smoke": IntegersPlan(50, ("lsq",)), "quick": IntegersPlan(200), "full": IntegersPlan()},
+    points=integers_points,
+    open_bench=lambda run, _: data.load_or_embedded("cifar10", "test", n=run.plan.n_test),
+    measure=measure_integers,
+)
+STUDIES = (STUDY, GROUP_STUDY, INTEGERS, untrained.STUDY)

@@ -9,8 +9,7 @@ from hq_lib import models
 from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, quantize
 from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.results import labels, published, tables
-from hq_lib.studies.qat.integers import EXECUTORS
-from hq_lib.studies.qat.study import FLOAT, GROUP, PLANS
+from hq_lib.studies.qat.study import EXECUTORS, FLOAT, GROUP, PLANS
 from hq_lib.studies.qat.untrained import IN_FLOAT
 from hq_lib.training.bit_lists import BIT_LISTS
 

@@ -17,7 +17,7 @@ from torch import nn
 from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.ptq import selection
-from hq_lib.studies.bench import net_switch, open_bench, open_imagenet
+from hq_lib.studies.bench import net_switch, open_bench
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import RECIPES
 from hq_lib.studies.selection.sets import CHOICES, NETWORK_METRICS, SMOOTH, Pool
@@ -29,6 +29,8 @@ SETS = "selection_sets"
 SHIPPED, FLOAT = "resnet20", "float"
 LOWEST: Bits = (2, 2)
 """of the main comparison: the width most sensitive to the calibration set"""
+WIDTHS: tuple[Bits, ...] = ((4, 4), (3, 3), (2, 4))
+"""where QDrop and BRECQ compare smoothest with random besides"""
 METHODS, PAIR = ("qdrop", "brecq"), ("random", SMOOTH)
 SCHEDULE = {"travel": 20.0, "beta_start": 8.0}
 """rounding rate x iterations as published (1e-3 x 20,000), kept for short budgets"""
@@ -57,8 +59,6 @@ class Plan:
     """Draws of each of them."""
     n_random: int = 0
     """Draws of the random baseline there."""
-    widths: tuple[Bits, ...] = ((4, 4), (3, 3), (2, 4))
-    """Where QDrop and BRECQ compare smoothest with random, besides ``LOWEST``."""
     n_draws_bits: int = 0
     """Draws of that comparison."""
     ns: tuple[int, ...] = ()
@@ -100,62 +100,6 @@ IMAGENET_PLANS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """One calibration set, quantized with once."""
-
-    net: str
-    """See ``Plan``."""
-    choice: str
-    """Key of ``CHOICES``."""
-    n_calib: int
-    """Images."""
-    n_pool: int
-    """Candidates that it is chosen from."""
-    draw: int
-    """Seed of pool, choice and (unless ``run_seed`` says otherwise) reconstruction."""
-    iterations: int
-    """Steps a block (BRECQ: and a quarter more for the activation steps)."""
-    method: str = "qdrop"
-    """"qdrop", "brecq", or ranges alone: "mse", "minmax"."""
-    bits: Bits = LOWEST
-    """Of weights and activations."""
-    batch_sampling: str = "without_replacement"
-    """How batches are drawn from the set."""
-    run_seed: int | None = None
-    """Seed of the reconstruction alone."""
-    split: str = "test"
-    """What it is judged on: "test", or "common" where something is chosen by it."""
-
-    @property
-    def altered(self) -> Row:
-        """The switches in which it departs from the main comparison."""
-        usual = {"batch_sampling": "without_replacement", "run_seed": None, "split": "test"}
-        return {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
-
-    def point(self, known: Row) -> Point:
-        """``known``: the switches that name network and images. All points of one pool are a unit, so that its scores
-        and features are computed once; the name is e.g. ``resnet20_qdrop_w2a2_tv_lowest_n256_of4096_i100_d0``."""
-        switches = {**known, "choice": self.choice, "n_pool": self.n_pool, **SETTINGS, **self.altered}
-        if self.iterations:
-            switches |= {**STEPS, "rounding_lr": recipes.rated(SCHEDULE, self.iterations)["rounding_lr"]}
-        w_bits, a_bits = self.bits
-        key = {
-            "model": self.net, "method": self.method, "metric": "acc_pct", "w_bits": w_bits, "a_bits": a_bits,
-            "placement": "academic", "n_calib": self.n_calib, "seed": self.draw, "iterations": self.iterations,
-            "switches": switches,
-        }  # fmt: skip
-        how = f"{self.net}_{self.method}_w{w_bits}a{a_bits}_{self.choice}_n{self.n_calib}_of{self.n_pool}"
-        name = "_".join([how, f"i{self.iterations}", f"d{self.draw}", *map(str, self.altered.values())])
-        return _point(name, key, self, (self.net, self.n_pool, self.draw), 0.2 + self.iterations / 200)
-
-
-def _point(name: str, key: Row, what: Calibration | None, pool: tuple[str, int, int], minutes: float) -> Point:
-    net, n_pool, draw = pool
-    after = (f"{SHIPPED}_float_s0",) if net == SHIPPED else ()
-    return Point(name, key, what, pool, f"{net}_draw{draw}_of{n_pool}", after, minutes)
-
-
 def points(plan: Plan) -> list[Point]:
     """Every point once, those of one pool adjoining, by draw, so that a cut run is whole; unknown names are refused."""
     check_choice("selection", "way of choosing", plan.choices, CHOICES)
@@ -165,23 +109,59 @@ def points(plan: Plan) -> list[Point]:
         images = {"images": plan.root.rstrip("/").rsplit("/", 1)[-1]} if plan.root else {}
         known = net_switch(SHIPPED) if net == SHIPPED else images
         key = {"model": net, "method": FLOAT, "metric": "acc_pct", "switches": known}
-        sets = [each.point(known) for each in dict.fromkeys(_sets(plan, net))]
-        whole = _point(f"{net}_{FLOAT}", key, None, (net, plan.n_pool, 0), 0.2)
-        found += sorted([whole, *sets], key=lambda point: (point.bench[2], -point.bench[1]))
+        whole = _point(f"{net}_{FLOAT}", key, {}, (net, plan.n_pool, 0), 0.2)
+        sets = {each.name: each for each in _sets(plan, net, known)}
+        found += sorted([whole, *sets.values()], key=lambda point: (point.bench[2], -point.bench[1]))
     return found
 
 
-def _sets(plan: Plan, net: str) -> Iterator[Calibration]:
-    def made(choice: str, draw: int, **changes: Any) -> Calibration:
+def set_point(
+    net: str, known: Row, choice: str, draw: int, *, n_calib: int, n_pool: int, iterations: int,
+    method: str = "qdrop", bits: Bits = LOWEST, **altered: Any,
+) -> Point:  # fmt: skip
+    """One calibration set, quantized with once, e.g. ``resnet20_qdrop_w2a2_tv_lowest_n256_of4096_i100_d0``.
+
+    Args:
+        known:           the switches that name network and images.
+        choice:          key of ``CHOICES``.
+        draw:            seed of pool, choice and reconstruction.
+        n_calib, n_pool: images, and the candidates that they are chosen from.
+        iterations:      steps a block (BRECQ: and a quarter more for the activation steps).
+        method:          "qdrop", "brecq", or ranges alone: "mse", "minmax".
+        altered:         in what it departs from the main comparison, ``what`` of the point: ``batch_sampling``
+                         "with_replacement"; ``run_seed`` of the reconstruction alone; ``split`` "common", images that
+                         something is chosen by.
+    """
+    switches = {**known, "choice": choice, "n_pool": n_pool, **SETTINGS, **altered}
+    if iterations:
+        switches |= {**STEPS, "rounding_lr": recipes.rated(SCHEDULE, iterations)["rounding_lr"]}
+    key = {
+        "model": net, "method": method, "metric": "acc_pct", "w_bits": bits[0], "a_bits": bits[1],
+        "placement": "academic", "n_calib": n_calib, "seed": draw, "iterations": iterations, "switches": switches,
+    }  # fmt: skip
+    how = f"{net}_{method}_w{bits[0]}a{bits[1]}_{choice}_n{n_calib}_of{n_pool}"
+    name = "_".join([how, f"i{iterations}", f"d{draw}", *map(str, altered.values())])
+    return _point(name, key, altered, (net, n_pool, draw), 0.2 + iterations / 200)
+
+
+def _point(name: str, key: Row, altered: Row, pool: tuple[str, int, int], minutes: float) -> Point:
+    """All points of one pool are a unit, so that its scores and features are computed once."""
+    net, n_pool, draw = pool
+    after = (f"{SHIPPED}_float_s0",) if net == SHIPPED else ()
+    return Point(name, key, altered, pool, f"{net}_draw{draw}_of{n_pool}", after, minutes)
+
+
+def _sets(plan: Plan, net: str, known: Row) -> Iterator[Point]:
+    def made(choice: str, draw: int, **changes: Any) -> Point:
         main = {"n_calib": plan.n_calib, "n_pool": plan.n_pool, "iterations": plan.iterations}
-        return Calibration(net, choice, draw=draw, **{**main, **changes})
+        return set_point(net, known, choice, draw, **{**main, **changes})
 
     for iterations in plan.budgets:
         yield made("random", 0, iterations=iterations, method="qdrop" if iterations else "mse", split="common")
     for draw in range(plan.n_random):
         for choice in plan.choices if draw < plan.n_draws else ("random",):
             yield made(choice, draw)
-    for draw, method, bits, choice in product(range(plan.n_draws_bits), METHODS, (LOWEST, *plan.widths), PAIR):
+    for draw, method, bits, choice in product(range(plan.n_draws_bits), METHODS, (LOWEST, *WIDTHS), PAIR):
         yield made(choice, draw, method=method, bits=bits)
     for draw, n in product(range(plan.n_draws_n), plan.ns):
         of = {"n_calib": n, "n_pool": max(plan.ns)}
@@ -199,10 +179,8 @@ def _sets(plan: Plan, net: str) -> Iterator[Calibration]:
 def open_pool(run: Run[Plan], needed: Any) -> Pool | None:
     """Network, images and the candidates of a draw; None, after a line that says why, where they cannot be had."""
     (net, n_pool, draw), plan = needed, run.plan
-    if net == SHIPPED:
-        bench = open_bench(net, n_test=plan.n_test, device=run.device)
-    else:
-        bench = open_imagenet(net, root=plan.root, n_val=plan.n_common, n_test=plan.n_test, device=run.device)
+    n_val = None if net == SHIPPED else plan.n_common
+    bench = open_bench(net, root=plan.root, n_val=n_val, n_test=plan.n_test, device=run.device)
     if bench is not None and n_pool > len(bench.train):
         print(f"{net}: {n_pool} candidates wanted, {bench.dataset} has {len(bench.train)} images, draw {draw} not run")
         return None
@@ -211,39 +189,38 @@ def open_pool(run: Run[Plan], needed: Any) -> Pool | None:
 
 def measure(run: Run[Plan], pool: Pool, point: Point) -> Iterator[Found]:
     """Accuracy, then the squared error of the logits on a set's own and on common images."""
-    bench, what = pool.bench, point.what
-    if what is None:
-        score = evaluate(bench.net, bench.test, batch_size=bench.eval_batch)
-        yield {"dataset": bench.dataset, "value": score.acc_pct, "n_test": score.n}
+    bench, method, bits = pool.bench, point["method"], (point["w_bits"], point["a_bits"])
+    if method == FLOAT:
+        yield bench.accuracy(bench.net)
         return
-    chosen = calibration_set(run, pool, what)
+    chosen = calibration_set(run, pool, point)
     x = data.normalize(chosen.images, chosen.spec).contiguous().to(run.device)
-    qnet = recipes.quantized(
-        bench.net, x, RECIPES[what.method], what.bits, iterations=what.iterations,
-        seed=what.draw if what.run_seed is None else what.run_seed, batch_sampling=what.batch_sampling,
-        batch_size=min(BATCH_SIZE, len(x)), **recipes.rated(SCHEDULE, what.iterations),
-    )  # fmt: skip
-    if what.method == "qdrop" and what.bits == LOWEST and not what.altered and what.choice != "random_repeated":
-        yield from _scores(pool, what)
-    score = evaluate(qnet, bench.test if what.split == "test" else pool.common, batch_size=bench.eval_batch)
+    steps = {"batch_size": min(BATCH_SIZE, len(x)), **recipes.rated(SCHEDULE, point["iterations"])}
+    seeded = {"seed": point["run_seed"] or point["seed"]}
+    seeded |= {name: how for name, how in point.what.items() if name == "batch_sampling"}
+    qnet = recipes.quantized(bench.net, x, RECIPES[method], bits, iterations=point["iterations"], **seeded, **steps)
+    if method == "qdrop" and bits == LOWEST and not point.what and point["choice"] != "random_repeated":
+        yield from _scores(pool, point)
+    judged = pool.common if point["split"] == "common" else bench.test
+    score = evaluate(qnet, judged, batch_size=bench.eval_batch)
     yield {"dataset": bench.dataset, "metric": "acc_pct", "value": score.acc_pct, "n_test": score.n}
     for metric, images in (("loss_own", chosen), ("loss_common", pool.common)):
         loss = logit_loss(pool, qnet, images)
         yield {"dataset": bench.dataset, "metric": metric, "value": loss, "n_test": len(images)}
 
 
-def calibration_set(run: Run[Plan], pool: Pool, what: Calibration) -> ImageSet:
+def calibration_set(run: Run[Plan], pool: Pool, point: Point) -> ImageSet:
     """The images of a set, taken through its manifest: hashes verified, short or repeated sets refused.
 
     Draws with replacement have no manifest; their rows say so.
     """
-    chosen = pool.choose(what.choice, what.n_calib)
-    if what.choice == "random_repeated":
+    choice, n = point["choice"], point["n_calib"]
+    chosen = pool.choose(choice, n)
+    if choice == "random_repeated":
         return pool.images.subset(chosen)
-    name = f"{pool.bench.dataset}_{what.choice}_n{what.n_calib}_of{what.n_pool}_s{what.draw}.json"
-    file = run.folder / "manifests" / name
+    file = run.folder / "manifests" / f"{pool.bench.dataset}_{choice}_n{n}_of{pool.n_pool}_s{pool.draw}.json"
     if not file.exists():
-        selection.write(pool.manifest(what.choice, chosen), file)
+        selection.write(pool.manifest(choice, chosen), file)
     return selection.take(selection.read(file), pool.bench.train)
 
 
@@ -254,11 +231,11 @@ def logit_loss(pool: Pool, qnet: nn.Module, images: ImageSet) -> float:
     return (predict(qnet, images, batch_size=size) - target).square().sum(1).mean().item()
 
 
-def _scores(pool: Pool, what: Calibration) -> Iterator[Found]:
+def _scores(pool: Pool, point: Point) -> Iterator[Found]:
     """The mean score of a set's images in every metric, for ``SETS``."""
     plain = {"experiment": SETS, "dataset": pool.bench.dataset, "method": FLOAT, "w_bits": 32, "a_bits": 32}
-    plain |= {"placement": "-", "iterations": 0, "switches": {"choice": what.choice, "n_pool": what.n_pool}}
-    chosen = pool.choose(what.choice, what.n_calib)
+    plain |= {"placement": "-", "iterations": 0, "switches": {name: point[name] for name in ("choice", "n_pool")}}
+    chosen = pool.choose(point["choice"], point["n_calib"])
     for metric in (*selection.METRICS, *NETWORK_METRICS):
         unit = "nat" if metric == "entropy" else "1"
         value = pool.scores(metric)[chosen].mean().item()
