@@ -5,10 +5,9 @@ hq_lib.studies.overview`` (``make readme``) writes it, and the times of the inte
 ``<!-- rows: NAME -->`` and ``<!-- end -->`` of README.md and docs/. A test fails where they differ from the rows.
 """
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -35,9 +34,7 @@ class Number:
     file: str
     """Results file; "published" = data/published.csv."""
     where: Mapping[str, Any]
-    """Columns and their values."""
-    switches: Mapping[str, Any] = field(default_factory=dict)
-    """Switches and theirs; None = the row has no such switch."""
+    """Columns and switches, and their values; None = the row has no such switch."""
     metric: str = "acc_pct"
     """The metric."""
 
@@ -51,11 +48,9 @@ class Number:
         if self.file == "published":
             return published.lookup(metric=self.metric, **self.where)
         found = store.read(self.file, profile=profile)
-        found = found.loc[(found["profile"] == profile) & (found["metric"] == self.metric)]
-        for column, value in self.where.items():
-            found = found.loc[found[column] == value]
-        settings = [json.loads(text) for text in found["switches"]]
-        found = found.loc[[all(each.get(name) == v for name, v in self.switches.items()) for each in settings]]
+        found = tables.with_switches(found, *(name for name in self.where if name not in found))
+        for name, value in {**self.where, "profile": profile, "metric": self.metric}.items():
+            found = found.loc[found[name].isna() if value is None else found[name] == value]
         if len(found):
             longest = found[PROTOCOL].apply(tuple, axis=1)
             found = found.loc[longest == longest.max()]
@@ -84,7 +79,7 @@ class Line:
     """The notebook that argues it."""
     ours: Number
     """The number."""
-    beside: tuple[Number, ...] = field(default=())
+    beside: tuple[Number, ...]
     """What it is compared with."""
 
 
@@ -93,7 +88,7 @@ def _bits(w: int, a: int, **more: Any) -> dict[str, Any]:
 
 
 def _trained(w: int, a: int) -> Number:
-    return Number("", "qat", _bits(w, a, method="pact"), dict.fromkeys(("split", "lists", "distill")))
+    return Number("", "qat", _bits(w, a, method="pact", split=None, lists=None, distill=None))
 
 
 def _official_qdrop(w: int, a: int) -> Number:
@@ -103,7 +98,7 @@ def _official_qdrop(w: int, a: int) -> Number:
 
 
 def _qdrop(w: int, a: int) -> Number:
-    return Number("", "ptq_methods", _bits(w, a), {"recipe": "qdrop", "net": "public"})
+    return Number("", "ptq_methods", _bits(w, a, recipe="qdrop", net="public"))
 
 
 def _pact(w: int, a: int) -> Number:
@@ -112,27 +107,27 @@ def _pact(w: int, a: int) -> Number:
 
 
 def _search(words: str, search: str) -> Number:
-    chosen = {"search": search, "budget": "size", "equivalent": 3.0, "split": "test"}
-    return Number(words, "bit_allocation", {"model": "resnet20"}, chosen)
+    chosen = {"model": "resnet20", "search": search, "budget": "size", "equivalent": 3.0, "split": "test"}
+    return Number(words, "bit_allocation", chosen)
 
 
 def _array(words: str, correction: str, effect: str = "rram, column scale") -> Number:
-    return Number(words, "crossbar", _bits(8, 8), {"correction": correction, "effect": effect, "network": None})
+    return Number(words, "crossbar", _bits(8, 8, correction=correction, effect=effect, network=None))
 
 
 def _sent(words: str, cut: str, bits: int, metric: str = "acc_pct", **switches: Any) -> Number:
-    chosen = {"cut": cut, "wire_bits": bits, "network": None, **switches}
-    return Number(words, "edge_cloud", {"model": "resnet20"}, chosen, metric)
+    chosen = {"model": "resnet20", "cut": cut, "wire_bits": bits, "network": None, **switches}
+    return Number(words, "edge_cloud", chosen, metric)
 
 
 def _integers(words: str, method: str, metric: str = "acc_pct") -> Number:
     form = {"requantizer": "float32" if method == "c" else None, "version": version(method, 8), "network": None}
-    return Number(words, "integer_export", _bits(8, 8, method=method), form, metric)
+    return Number(words, "integer_export", _bits(8, 8, method=method, **form), metric)
 
 
 _FLOAT = Number("float", "float_reference", {"model": "resnet20", "method": "float"})
 _GROUP = Number("the group's", "published", _bits(32, 32, table="seed001", source=_GROUP_SOURCE))
-_PUBLIC = Number("float", "ptq_methods", _bits(32, 32), {"net": "public"})
+_PUBLIC = Number("float", "ptq_methods", _bits(32, 32, net="public"))
 _EXACT = _array("exact", "none", "no error")
 _WIRE = {"edge": "integer", "grid": "channel"}
 _MISMATCHES = _integers("logits unlike NumPy's", "c", "n_logit_mismatches")

@@ -9,7 +9,7 @@ ROW = {"experiment": "e", "model": "resnet20", "dataset": "d", "method": "m", "m
 
 
 def number(switches=None, **where):
-    return overview.Number("", "some", where, switches or {})
+    return overview.Number("", "some", {**where, **(switches or {})})
 
 
 @pytest.fixture
