@@ -1,7 +1,5 @@
 """Figures of notebook 02, folding batch normalisation into the weights."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,7 +8,7 @@ from matplotlib.figure import Figure
 from hq_lib.results.figures import look, need, new_figure, plain_log, styled
 
 STAGES = ("before", "after")
-SUMMARY = ["min", "q25", "median", "q75", "max", "n_zero"]
+SUMMARY = ("min", "q25", "median", "q75", "max")
 
 
 @styled
@@ -50,15 +48,10 @@ def fig_bn_ranges(ranges: pd.DataFrame) -> Figure:
 
 def summary(ranges: pd.DataFrame) -> pd.DataFrame:
     """Per layer and stage, over the channels that are not all zero: ``min q25 median q75 max``; ``n_zero`` others."""
-    known: dict[Any, list[float]] = {}
-    key: Any
-    for key, channels in ranges.groupby(["layer", "stage"], sort=False, observed=True)["max_abs"]:
-        values = channels.to_numpy(dtype=float)
-        alive = values[values > 0]
-        five = np.quantile(alive, [0, 0.25, 0.5, 0.75, 1]) if alive.size else np.full(5, np.nan)
-        known[key] = [*five, float(values.size - alive.size)]
-    index = pd.MultiIndex.from_tuples(known, names=["layer", "stage"])
-    return pd.DataFrame(list(known.values()), index=index, columns=SUMMARY)
+    alive = ranges.assign(max_abs=ranges["max_abs"].where(ranges["max_abs"] > 0))
+    groups = alive.groupby(["layer", "stage"], sort=False, observed=True)["max_abs"]
+    five = {name: groups.quantile(share) for name, share in zip(SUMMARY, (0, 0.25, 0.5, 0.75, 1), strict=True)}
+    return pd.DataFrame({**five, "n_zero": groups.size() - groups.count()})
 
 
 def _draw_stage(ax: Axes, table: pd.DataFrame, stage: str, shift: float) -> None:

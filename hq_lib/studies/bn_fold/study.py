@@ -57,7 +57,7 @@ def points(plan: Plan) -> list[Point]:
     found = []
     for model in plan.models:
         trained = shipped(model) is not None
-        how = net_switch(model) if trained else {"input_px": _pixels(model)}
+        how = net_switch(model) if trained else {"input_px": 64 if model in models.imagenet_names() else 32}
         switches = {"statistics": "trained" if trained else "random", **how}
         key = {"model": model, "method": "float", "metric": "rel_error_float64", "switches": switches}
         after = (f"{model}_float_s0",) if trained else ()
@@ -66,10 +66,6 @@ def points(plan: Plan) -> list[Point]:
             key = {**key, "method": "minmax", "w_bits": 8, "a_bits": 8, "metric": "integers_kept_acc_pct"}
             found.append(Point(f"integers_{model}", key, bench=model, after=after, minutes=3.0))
     return found
-
-
-def _pixels(model: str) -> int:
-    return 64 if model in models.imagenet_names() else 32
 
 
 def open_net(run: Run[Plan], name: str) -> Bench | nn.Module | None:
@@ -85,8 +81,8 @@ def open_net(run: Run[Plan], name: str) -> Bench | nn.Module | None:
 def measure(run: Run[Plan], bench: Bench | nn.Module, point: Point) -> Iterator[Found]:
     """Errors in both number formats; of a shipped network also accuracies and channel ranges, or its integers."""
     if isinstance(bench, nn.Module):
-        size = _pixels(point.key["model"])
-        noise = torch.randn(N_NOISE, 3, size, size, generator=torch.Generator().manual_seed(1))
+        size = N_NOISE, 3, point["input_px"], point["input_px"]
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(1))
         yield from metric_rows(errors(bench, noise), dataset="-")
         return
     test = bench.test
@@ -99,7 +95,7 @@ def measure(run: Run[Plan], bench: Bench | nn.Module, point: Point) -> Iterator[
     found |= accuracies(bench.net, test) if known else {}
     yield from metric_rows(found, dataset=bench.dataset, n_test=len(test) if known else 0)
     for row in ranges_before_after(bench.net).to_dict("records"):
-        where = {**net_switch(point.key["model"]), **{name: row[name] for name in ("layer", "channel", "stage")}}
+        where = {**net_switch(point["model"]), **{name: row[name] for name in ("layer", "channel", "stage")}}
         yield RANGES, {"experiment": RANGES, "dataset": bench.record["dataset"], "metric": "max_abs_w",
                        "value": row["max_abs"], "switches": where}  # fmt: skip
 
@@ -109,13 +105,9 @@ def randomize_statistics(net: nn.Module, generator: torch.Generator) -> None:
     for module in net.modules():
         if isinstance(module, BN):
             draw = torch.rand(3, module.num_features, generator=generator)
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
-            module.running_var.copy_(0.5 + 1.5 * draw[0])
-            with torch.no_grad():
-                module.weight.copy_(0.5 + draw[1])
-                module.bias.copy_(2 * draw[2] - 1)
+            drawn = {"running_var": 0.5 + 1.5 * draw[0], "weight": 0.5 + draw[1], "bias": 2 * draw[2] - 1}
+            mean = torch.randn(module.num_features, generator=generator)
+            module.load_state_dict({"running_mean": mean, **drawn}, strict=False)
 
 
 def errors(net: nn.Module, example: Tensor) -> dict[str, float]:

@@ -174,7 +174,7 @@ def fig_smoothness(sets: pd.DataFrame, rho: pd.DataFrame, *, n_test: str) -> Fig
     for target, words in targets.items():
         ax = axes[target]
         _by_choice(ax, sets, target)
-        value = _rank_correlation(sets, "set_tv", target)
+        value = sets[["set_tv", target]].rank().corr(min_periods=3).iloc[0, 1]  # Spearman's; NaN where one is constant
         ax.set_title(f"{words}\nρ = {value:.2f}" if np.isfinite(value) else words, size=8)
         ax.set_xlabel("mean total variation")
     axes["loss_own"].set_ylabel("squared error of the logits")
@@ -185,23 +185,14 @@ def fig_smoothness(sets: pd.DataFrame, rho: pd.DataFrame, *, n_test: str) -> Fig
     return figure
 
 
-def _rank_correlation(sets: pd.DataFrame, a: str, b: str) -> float:
-    ranks = [pd.Series(sets[name]).rank().to_numpy(dtype=float) for name in (a, b)]
-    return (
-        float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(sets) > 2 and min(map(np.ptp, ranks)) > 0 else float("nan")
-    )
-
-
 def _by_choice(ax: Axes, sets: pd.DataFrame, target: str) -> None:
-    for choice in [*[c for c in LOOKS if c in set(sets["choice"])], None]:
-        here = sets.loc[~sets["choice"].isin(list(LOOKS)) if choice is None else sets["choice"] == choice]
-        if here.empty:
-            continue
-        style = None if choice is None else look(LOOKS[choice])
-        ax.plot(here["set_tv"], here[target], linestyle="", markersize=4.5, alpha=0.85, markeredgewidth=0,
-                marker="o" if style is None else style.marker, color="0.7" if style is None else style.color,
-                label="other ways" if choice is None else here["label"].iloc[0],
-                zorder=1 if style is None else 2)  # fmt: skip
+    known = {choice: vars(look(name)) for choice, name in LOOKS.items()} | {"": {"marker": "o", "color": "0.7"}}
+    for choice, style in known.items():
+        here = sets.loc[sets["choice"] == choice if choice else ~sets["choice"].isin(list(LOOKS))]
+        if len(here):
+            named = {"label": here["label"].iloc[0] if choice else "other ways", "zorder": 2 if choice else 1}
+            ax.plot(here["set_tv"], here[target], **{**style, **named, "linestyle": ""}, markersize=4.5, alpha=0.85,
+                    markeredgewidth=0)  # fmt: skip
 
 
 @styled
