@@ -87,22 +87,19 @@ def paired(found: pd.DataFrame, choice: str = SMOOTH, *, target: str = "acc_pct"
 
 
 def comparison(found: pd.DataFrame) -> pd.DataFrame:
-    """Per choice: draws, accuracy mean and sd, losses, and the paired difference to random with its 95 % interval."""
-    lines = []
-    for choice in [c for c in CHOICES if c in set(found["choice"])]:
-        own = found.loc[found["choice"] == choice]
-        line = {"choice": choice, "label": CHOICES[choice].label, "n": len(own)}
-        line |= {"acc_pct": own["acc_pct"].mean(), "sd": own["acc_pct"].std(ddof=1)}
-        line |= {name: own[name].mean() for name in ("loss_own", "loss_common")}
-        lines.append(line | {key: paired(found, choice).get(key, np.nan) for key in ("mean", "low", "high", "p_value")})
-    columns = ["choice", "label", "n", "acc_pct", "sd", "loss_own", "loss_common", "mean", "low", "high", "p_value"]
-    return pd.DataFrame(lines, columns=columns).sort_values("acc_pct", ascending=False, ignore_index=True)
+    """Per choice: accuracy, losses, draws n, sd, and the paired difference to random with its 95 % interval."""
+    own = found.groupby("choice")
+    lines = own[["acc_pct", "loss_own", "loss_common"]].mean().assign(n=own.size(), sd=own["acc_pct"].std(ddof=1))
+    gains = pd.DataFrame([paired(found, c) for c in lines.index], lines.index, ["mean", "low", "high", "p_value"])
+    lines = lines.join(gains).reindex([choice for choice in CHOICES if choice in own.groups])
+    return lines.rename_axis("choice").sort_values("acc_pct", ascending=False, kind="stable").reset_index()
 
 
 def comparison_table(found: pd.DataFrame) -> pd.DataFrame:
     """tab_selection: the comparison as text, best first; n/r where a difference needs more draws."""
     lines = comparison(found)
-    out = pd.DataFrame({"calibration images": lines["label"], "draws": lines["n"].astype(str)})
+    out = pd.DataFrame({"calibration images": [CHOICES[choice].label for choice in lines["choice"]]})
+    out["draws"] = lines["n"].astype(str)
     out["test accuracy, %"] = [_mean_sd(m, s) for m, s in zip(lines["acc_pct"], lines["sd"], strict=True)]
     out["paired difference to random, points (95 %)"] = [
         tables.NOT_PUBLISHED if line["choice"] == "random" else _interval(line) for line in lines.to_dict("records")
@@ -132,14 +129,9 @@ def differences(found: pd.DataFrame) -> pd.DataFrame:
     for key, group in found.groupby(names):
         random, result = group.loc[group["choice"] == "random", "acc_pct"], paired(group)
         if SMOOTH in set(group["choice"]):
-            line = {
-                "model": key[0],
-                "method": key[1],
-                "bits": labels.bits_label(key[2], key[3]),
-                "random": random.mean(),
-            }
-            line |= {name: result.get(name, np.nan) for name in ("mean", "low", "high")}
-            lines.append(line | {"draws": result.get("n", len(random)), "n_calib": key[4], "n_test": key[5]})
+            named = {"model": key[0], "method": key[1], "bits": labels.bits_label(key[2], key[3])}
+            gain = {"random": random.mean(), **{name: result.get(name, np.nan) for name in ("mean", "low", "high")}}
+            lines.append({**named, **gain, "draws": result.get("n", len(random)), "n_calib": key[4], "n_test": key[5]})
     return pd.DataFrame(lines)
 
 
@@ -219,7 +211,7 @@ def pairs(found: pd.DataFrame, bits: Bits) -> pd.DataFrame:
         if (value := published_value(network, method, bits, selected=chosen)) is not None
     ]
     parts = [pd.DataFrame(ours, columns=columns), pd.DataFrame(theirs, columns=columns)]
-    return pd.concat([part for part in parts if len(part)], ignore_index=True) if any(map(len, parts)) else parts[0]
+    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
 
 def published_value(network: str, method: str, bits: Bits, *, selected: bool) -> float | None:
