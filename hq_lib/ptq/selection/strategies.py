@@ -58,7 +58,7 @@ def select(
         raise ValueError(f"{n} images wanted from a pool of {len(allowed)}: take fewer, or a larger pool")
     ranks = np.random.default_rng(seed).permutation(n_images) if strategy == "random" else _ranks(scores, strategy)
     chosen = []
-    for members, quota, name in _groups(labels, n_classes, allowed, n):
+    for members, quota, name in groups(labels, n_classes, allowed, n):
         order = members[np.argsort(ranks[members], kind="stable")]
         order = order[int(trim * len(order)) :] if strategy == "trimmed" else order
         if len(order) < quota:
@@ -112,7 +112,7 @@ def _positions(pool: Tensor, n_images: int) -> np.ndarray:
     return np.sort(positions)
 
 
-def _groups(
+def groups(
     labels: Tensor | None, n_classes: int | None, allowed: np.ndarray, n: int
 ) -> list[tuple[np.ndarray, int, str]]:
     """(positions, images per set, name) of every class, or of the whole pool."""

@@ -18,6 +18,7 @@ from hq_lib.graph import Block, blocks
 from hq_lib.graph.modes import eval_mode
 from hq_lib.ptq import selection
 from hq_lib.ptq.selection import Manifest, features
+from hq_lib.ptq.selection.strategies import groups
 from hq_lib.ptq.units import as_float, cut
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.ptq import recipes
@@ -70,8 +71,7 @@ class Pool:
     def __init__(self, bench: Bench, n_pool: int, draw: int, *, n_common: int = 0) -> None:
         """Draw ``n_pool`` of the training images with seed ``draw``; ``n_common`` held-out images compare sets."""
         self.bench, self.n_pool, self.draw = bench, n_pool, draw
-        whole = n_common in (0, len(bench.val))
-        self.common: ImageSet = bench.val if whole else bench.val.balanced(min(n_common, len(bench.val)), 0)
+        self.common: ImageSet = bench.val.drawn(n_common or len(bench.val), 0)
         self.positions = selection.draw_pool(len(bench.train), n_pool, seed=draw)
         self.images: ImageSet = bench.train.subset(self.positions)
         self._scores: dict[str, Tensor] = {}
@@ -114,18 +114,18 @@ class Pool:
             return selection.draw_pool(n_pool, n, seed=self.draw, replacement=True)
         labels = self.images.labels if choice.balanced and n >= self.images.spec.n_classes else None
         if choice.strategy in ("herding", "k_center", "bn_matching"):
-            chosen = per_class(labels, n_pool, n, lambda members, k: self._by_features(choice.strategy, members, k))
-        else:
-            scores = self.scores(choice.metric) if choice.metric else torch.zeros(n_pool)
-            sized = {} if labels is None else {"labels": labels, "n_classes": self.images.spec.n_classes}
-            chosen = selection.select(scores, n, strategy=choice.strategy, seed=self.draw, **sized)  # type: ignore[arg-type]
-        return selection.check_set(chosen, n)
+            parts = groups(labels, None, np.arange(n_pool), n)
+            chosen = [self._by_features(choice.strategy, torch.from_numpy(group), k) for group, k, _ in parts if k]
+            return selection.check_set(torch.cat(chosen).sort().values, n)
+        scores = self.scores(choice.metric) if choice.metric else None
+        of = {"labels": labels, "n_classes": self.images.spec.n_classes, "pool": torch.arange(n_pool)}
+        return selection.select(scores, n, strategy=choice.strategy, seed=self.draw, **of)  # type: ignore[arg-type]
 
     def _by_features(self, method: str, members: Tensor, k: int) -> Tensor:
         if method == "bn_matching":
             mean, square, bn_mean, bn_var = self.seen.moments
-            return features.bn_matching(mean[members], square[members], bn_mean, bn_var, k)
-        return getattr(features, method)(self.seen.penultimate[members], k)
+            return members[features.bn_matching(mean[members], square[members], bn_mean, bn_var, k)]
+        return members[getattr(features, method)(self.seen.penultimate[members], k)]
 
     def manifest(self, name: str, chosen: Tensor) -> Manifest:
         """The manifest of a set without repeats: indices in the raw file and a hash per image."""
@@ -141,16 +141,6 @@ def examples(pool: Pool, metric: str, *, label: int = 0, k: int = 7) -> tuple[np
     order = scores.argsort()[torch.linspace(0, len(members) - 1, k).round().long()]
     pixels = pool.images.images[members[order]].permute(0, 2, 3, 1)
     return pixels.numpy(), scores[order].tolist()
-
-
-def per_class(labels: Tensor | None, n_pool: int, n: int, method: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """(n,) ascending positions: ``method(members, k)`` chooses k within each class, or n of the pool without labels."""
-    if labels is None:
-        return method(torch.arange(n_pool), n).sort().values
-    groups = [(labels == c).nonzero().flatten() for c in range(int(labels.max()) + 1)]
-    quotas = [n // len(groups) + (c < n % len(groups)) for c in range(len(groups))]
-    parts = [group[method(group, k)] for group, k in zip(groups, quotas, strict=True) if k]
-    return torch.cat(parts).sort().values
 
 
 @dataclass(frozen=True)
@@ -171,14 +161,13 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
     heads = [module for module in net.modules() if isinstance(module, nn.Linear)]
     if not norms or not heads:
         raise ValueError("features need a net with batch norms and a linear layer: use pixel scores instead")
-    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in norms]
-    last: list[Tensor] = []
+    seen: dict[nn.Module, list[Tensor]] = {module: [] for module in (*norms, heads[-1])}
 
-    def keeper(store: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: store.append(features.channel_moments(inputs[0]))
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        last = module is heads[-1]
+        seen[module].append(inputs[0].flatten(1) if last else torch.stack(features.channel_moments(inputs[0]), 1))
 
-    hooks = [norm.register_forward_pre_hook(keeper(store)) for norm, store in zip(norms, kept, strict=True)]
-    hooks.append(heads[-1].register_forward_pre_hook(lambda _module, inputs: last.append(inputs[0].flatten(1))))
+    hooks = [module.register_forward_pre_hook(keep) for module in seen]
     try:
         with eval_mode(net), torch.no_grad():
             for batch in x.split(batch_size):
@@ -186,10 +175,10 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
     finally:
         for hook in hooks:
             hook.remove()
-    means = [torch.cat([mean for mean, _ in store]) for store in kept]
-    squares = torch.cat([torch.cat([square for _, square in store]) for store in kept], dim=1)
-    running = [torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var")]
-    return Seen(torch.cat(last), means, (torch.cat(means, dim=1), squares, running[0], running[1]))
+    moments = [torch.cat(seen[norm]) for norm in norms]  # (N, 2, C_l) each
+    running = (torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var"))
+    means, squares = torch.cat(moments, dim=2).unbind(1)
+    return Seen(torch.cat(seen[heads[-1]]), [each[:, 0] for each in moments], (means, squares, *running))
 
 
 def first_block_error(bench: Bench, x: Tensor) -> Tensor:
