@@ -159,20 +159,6 @@ def test_bn_distance_is_zero_on_its_own_statistics():
     assert distance[0].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
-def test_bn_matching_beats_the_images_that_match_singly():
-    x = blobs(80, 6).view(80, 6, 1, 1) * 2 + blobs(80, 6 * 25, seed=9).view(80, 6, 5, 5)
-    mean, square = features.channel_moments(x)
-    target = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
-
-    def set_distance(chosen):
-        return features.bn_distance(mean[chosen].mean(0)[None], square[chosen].mean(0)[None], *target).item()
-
-    greedy = features.bn_matching(mean, square, *target, 10)
-    singly = selection.select(features.bn_distance(mean, square, *target), 10)
-    assert len(greedy.unique()) == 10
-    assert set_distance(greedy) < 0.5 * set_distance(singly)
-
-
 def test_reconstruction_error_per_image():
     x = blobs(7, 12).view(7, 3, 2, 2)
     error = features.reconstruction_error(x, lambda v: v, lambda v: v.round(), batch_size=3)

@@ -349,11 +349,12 @@ def test_a_network_of_the_paper_that_was_measured_stands_in_its_own_line_beside_
     assert not table.index.has_duplicates
 
 
-def test_published_pairs_are_the_papers():
-    resnet18 = [tables.published_value("resnet18", "qdrop", (2, 2), selected=chosen) for chosen in (False, True)]
-    assert resnet18 == [51.14, 55.26]
-    assert tables.published_value("resnet18", "qdrop", (4, 4), selected=True) is None  # only in a picture
-    assert tables.published_value("resnet18", "brecq", (4, 4), selected=False) == 69.6
+def test_published_pairs_are_the_papers(out_dir):
+    none = tables.sets(STUDY.rows("smoke"))
+    low, high = (tables.pairs(none, bits).query("model == 'resnet18'") for bits in ((2, 2), (4, 4)))
+    assert low.query("method == 'qdrop'").set_index("selected")["value"].to_dict() == {False: 51.14, True: 55.26}
+    assert not high["selected"].any()  # only in a picture
+    assert high.query("method == 'brecq'")["value"].tolist() == [69.6]
     rho, n = tables.captq_logs()
     assert n == 5
     assert rho == pytest.approx(-0.9)  # one neighbouring pair out of order

@@ -54,24 +54,6 @@ def bn_distance(mean: Tensor, square: Tensor, bn_mean: Tensor, bn_var: Tensor) -
     return (mean - bn_mean).square().sum(1) + (sigma - bn_var.sqrt()).square().sum(1)
 
 
-def bn_matching(mean: Tensor, square: Tensor, bn_mean: Tensor, bn_var: Tensor, n: int) -> Tensor:
-    """(n,) positions, greedily chosen so that the *set's* pooled statistics approach the running ones.
-
-    Step t adds argmin_i ||mu(S + i) - mu||^2 + ||sigma(S + i) - sigma||^2, mu and sigma of the set's pooled values.
-    Time n * N * C. Arguments as ``bn_distance``.
-    """
-    mean, square = _checked(mean, n), _checked(square, n)
-    sum_mean, sum_square = torch.zeros_like(mean[0]), torch.zeros_like(mean[0])
-    free, chosen = torch.ones(len(mean), dtype=torch.bool, device=mean.device), []
-    for t in range(1, n + 1):
-        distance = bn_distance((sum_mean + mean) / t, (sum_square + square) / t, bn_mean, bn_var)
-        best = int(torch.where(free, distance, torch.inf).argmin())
-        free[best] = False
-        chosen.append(best)
-        sum_mean, sum_square = sum_mean + mean[best], sum_square + square[best]
-    return torch.tensor(chosen)
-
-
 def knowledge_distance(layers: Sequence[Tensor], *, n_clusters: int = 10, seed: int = 0) -> Tensor:
     """(N,) SelectQ-like score: an image's distance to its nearest cluster centre, summed over layers.
 

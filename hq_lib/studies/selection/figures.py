@@ -1,6 +1,7 @@
 """Figures of notebook 05, which images to calibrate with."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,6 @@ def fig1_framework(
         raise ValueError(f"fig1_framework needs one score per image, ascending: {len(images)} images, scores {scores}")
     figure = PaperFigure(figsize=(6.8, 2.9), layout="constrained")
     ax = figure.subplots()
-    ax.set(xlim=(0, 122), ylim=(0, 52), aspect="equal")
     ax.axis("off")
     side, k = 13.0, len(images)
     step = (122 - side) / max(k - 1, 1)
@@ -55,7 +55,7 @@ def fig1_framework(
         extent = (left, left + side, 32, 32 + side)
         ax.imshow(image.squeeze(), extent=extent, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
         ax.text(left + side / 2, 30.5, f"{score:.3f}", ha="center", va="top", size=7.5)
-    ax.set(xlim=(0, 122), ylim=(0, 52))
+    ax.set(xlim=(0, 122), ylim=(0, 52))  # imshow took its own
     ax.text(0, 47, f"candidates of one class by {metric}: smooth", va="bottom", size=8)
     ax.text(122, 47, "rough", va="bottom", ha="right", size=8)
     facts = {"n_pool": n_pool, "n_calib": n_calib, "n_draws": n_draws}
@@ -96,14 +96,14 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: 
         ValueError: a column is missing or has missing values, or there are no rows.
     """
     need(pairs, ("model", "method", "selected", "source", "seed", "value"), "fig_selected")
-    ours = list(dict.fromkeys(pairs.loc[pairs["source"] == "ours", "model"]))
-    columns = [*[(m, "ours") for m in ours], *[(m, "published") for m in networks if m not in ours]]
+    ours = dict.fromkeys(pairs.loc[pairs["source"] == "ours", "model"], "ours")
+    columns = [*(ours | {model: "published" for model in networks if model not in ours}).items()]
     figure, axes = new_figure(width=6.8, height=3.6)
     ax = axes[0, 0]
     for i, (model, source) in enumerate(columns):
         here = pairs.loc[(pairs["model"] == model) & (pairs["source"] == source)]
         for method, shift in (("brecq", -0.22), ("qdrop", 0.22)):
-            _pair(ax, here.loc[here["method"] == method], i + shift, method, numbers=source == "ours")
+            _pair(ax, here.loc[here["method"] == method], i + shift, method, size=7 if source == "ours" else 6.5)
     ax.set_xticks(range(len(columns)), [_network_label(m, s, pairs) for m, s in columns], size=7)
     ax.set(ylabel="top-1 accuracy, %", xlim=(-0.6, len(columns) - 0.4))
     ax.margins(y=0.14)
@@ -112,7 +112,7 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: 
     return figure
 
 
-def _pair(ax: Axes, rows: pd.DataFrame, x: float, method: str, *, numbers: bool) -> None:
+def _pair(ax: Axes, rows: pd.DataFrame, x: float, method: str, *, size: float) -> None:
     """Means and their difference over the draws that random and selected share; if none, what there is."""
     style = look(method)
     wide = rows.pivot_table(index="seed", columns="selected", values="value")
@@ -131,7 +131,6 @@ def _pair(ax: Axes, rows: pd.DataFrame, x: float, method: str, *, numbers: bool)
     if len(shared) and len(means) == 2:
         ax.plot(*zip(*means, strict=True), color=style.color, linewidth=0.8, zorder=0)
         gain, top = means[1][1] - means[0][1], shared.to_numpy().max()
-        size = 7 if numbers else 6.5
         ax.annotate(f"{gain:+.2f}", (x, top), xytext=(0, 6), textcoords="offset points", ha="center", size=size,
                     color=style.color)  # fmt: skip
 
@@ -146,12 +145,11 @@ def _network_label(model: str, source: str, pairs: pd.DataFrame) -> str:
 
 
 def _legend(ax: Axes, chosen_label: str) -> None:
-    for method in ("brecq", "qdrop"):
+    for method, chosen in product(("brecq", "qdrop"), (False, True)):
         style = look(method)
-        for chosen in (False, True):
-            words = f"{labels.printed('method', method)}, {chosen_label if chosen else 'random'}"
-            face = style.color if chosen else "white"
-            ax.plot([], [], linestyle="", marker=style.marker, color=style.color, markerfacecolor=face, label=words)
+        words = f"{labels.printed('method', method)}, {chosen_label if chosen else 'random'}"
+        face = style.color if chosen else "white"
+        ax.plot([], [], linestyle="", marker=style.marker, color=style.color, markerfacecolor=face, label=words)
     ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2, handletextpad=0.2)
 
 
@@ -225,9 +223,8 @@ def fig_n_calib(curve: pd.DataFrame, *, float_pct: float | None = None, near_pp:
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="calibration images", ylabel="test accuracy, %")
-    ax.set_title(
-        "" if float_pct is None else f"float {float_pct:.2f} %; grey: within {near_pp:g} points of the largest n"
-    )
+    if float_pct is not None:
+        ax.set_title(f"float {float_pct:.2f} %; grey: within {near_pp:g} points of the largest n")
     ax.legend(loc="lower right")
     return figure
 

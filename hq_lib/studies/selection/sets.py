@@ -55,11 +55,9 @@ CHOICES = {
     "roughness_lowest": Choice("smoothest histogram", "roughness", "lowest"),
     "entropy_highest": Choice("histogram entropy highest", "entropy", "highest"),
     "block_error_lowest": Choice("first-block error lowest", "block_error", "lowest"),
-    "block_error_highest": Choice("first-block error highest", "block_error", "highest"),
     "knowledge_lowest": Choice("near cluster centres (SelectQ-like)", "knowledge", "lowest"),
     "herding": Choice("herding", strategy="herding"),
     "k_center": Choice("k-center", strategy="k_center"),
-    "bn_matching": Choice("BN statistics matched", strategy="bn_matching"),
 }
 SMOOTH = "tv_lowest"
 """the reading of "smooth" fixed before any run: total variation, lowest within class (ALGORITHMS section 8.3)"""
@@ -113,19 +111,14 @@ class Pool:
         if choice.strategy == "repeated":
             return selection.draw_pool(n_pool, n, seed=self.draw, replacement=True)
         labels = self.images.labels if choice.balanced and n >= self.images.spec.n_classes else None
-        if choice.strategy in ("herding", "k_center", "bn_matching"):
-            parts = groups(labels, None, np.arange(n_pool), n)
-            chosen = [self._by_features(choice.strategy, torch.from_numpy(group), k) for group, k, _ in parts if k]
-            return selection.check_set(torch.cat(chosen).sort().values, n)
+        if choice.strategy in ("herding", "k_center"):
+            method, seen = getattr(features, choice.strategy), self.seen.penultimate
+            parts = [(torch.from_numpy(own), k) for own, k, _ in groups(labels, None, np.arange(n_pool), n) if k]
+            chosen = torch.cat([own[method(seen[own], k)] for own, k in parts])
+            return selection.check_set(chosen.sort().values, n)
         scores = self.scores(choice.metric) if choice.metric else None
         of = {"labels": labels, "n_classes": self.images.spec.n_classes, "pool": torch.arange(n_pool)}
         return selection.select(scores, n, strategy=choice.strategy, seed=self.draw, **of)  # type: ignore[arg-type]
-
-    def _by_features(self, method: str, members: Tensor, k: int) -> Tensor:
-        if method == "bn_matching":
-            mean, square, bn_mean, bn_var = self.seen.moments
-            return members[features.bn_matching(mean[members], square[members], bn_mean, bn_var, k)]
-        return members[getattr(features, method)(self.seen.penultimate[members], k)]
 
     def manifest(self, name: str, chosen: Tensor) -> Manifest:
         """The manifest of a set without repeats: indices in the raw file and a hash per image."""

@@ -203,24 +203,15 @@ def pairs(found: pd.DataFrame, bits: Bits) -> pd.DataFrame:
     width = where(found, w_bits=bits[0], a_bits=bits[1])
     ours = width.loc[width["choice"].isin(["random", SMOOTH]) & width["method"].isin(METHODS)]
     ours = ours.assign(selected=ours["choice"] == SMOOTH, source="ours", value=ours["acc_pct"])
-    theirs = [
-        (network, method, chosen, "published", value, -1, "-", 0, "-")
-        for method in METHODS
-        for network in NETWORKS
-        for chosen in (False, True)
-        if (value := published_value(network, method, bits, selected=chosen)) is not None
-    ]
+    names = [*METHODS, *(f"captq_{method}" for method in METHODS)]
+    theirs = published.lookup(table="imagenet_ptq", method=names, variant="-", source=SOURCES, model=NETWORKS)
+    theirs = where(theirs, w_bits=bits[0], a_bits=bits[1]).sort_values("source", key=lambda s: s.map(SOURCES.index))
+    theirs = theirs.drop_duplicates(["model", "method"])  # the first source that has one
+    selected, method = theirs["method"].str.startswith("captq_"), theirs["method"].str.removeprefix("captq_")
+    told = {"source": "published", "seed": -1, "dataset": "-", "n_test": 0, "git_sha": "-"}
+    theirs = theirs.assign(selected=selected, method=method, **told)
     parts = [pd.DataFrame(ours, columns=columns), pd.DataFrame(theirs, columns=columns)]
     return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
-
-
-def published_value(network: str, method: str, bits: Bits, *, selected: bool) -> float | None:
-    """The published ImageNet accuracy (percent) of BRECQ or QDrop, without or with CaPTQ's images; None = nothing."""
-    name = f"captq_{method}" if selected else method
-    found = published.lookup(table="imagenet_ptq", model=network, method=name, variant="-")
-    found = where(found, w_bits=bits[0], a_bits=bits[1])
-    values = [found.loc[found["source"] == source, "value"].tolist() for source in SOURCES]
-    return next((several[0] for several in values if several), None)
 
 
 def table_w2a2(found: pd.DataFrame) -> pd.DataFrame:
