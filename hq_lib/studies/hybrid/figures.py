@@ -131,9 +131,8 @@ def fig_pareto(points: pd.DataFrame, *, float_acc_pct: float | None = None) -> F
         mine = points.loc[points["budget"] == budget]
         mine = mine.assign(cost=mine[cost] / (1e9 if budget == "bop" else 1))
         _accuracy(axes[0, column], mine, float_acc_pct)
-        axes[0, column].set(
-            xlabel=title, ylabel="test accuracy, %", title=f"{budget.replace('bop', 'operations')} budget"
-        )
+        name = f"{budget.replace('bop', 'operations')} budget"
+        axes[0, column].set(xlabel=title, ylabel="test accuracy, %", title=name)
         _additivity(axes[1, column], mine)
     axes[0, 0].legend(loc="lower right")
     return figure
@@ -147,9 +146,7 @@ def _accuracy(ax: Axes, mine: pd.DataFrame, float_acc_pct: float | None) -> None
         nets, style = mine.loc[mine["search"] == search], look(search)
         if search == "at_random":
             inside = nets.loc[nets["acc_pct"] >= foot]
-            ax.plot(
-                inside["cost"], inside["acc_pct"], linestyle="", marker=style.marker, color=style.color, label=label
-            )
+            ax.plot(inside["cost"], inside["acc_pct"], **{**vars(style), "linestyle": ""}, label=label)
         elif len(nets):
             band_line(ax, nets, x="cost", y="acc_pct", as_=search, label=label)
         _stand_on_foot(ax, nets.loc[nets["acc_pct"] < foot], foot, style)
@@ -177,7 +174,5 @@ def _additivity(ax: Axes, mine: pd.DataFrame) -> None:
     both = mine[["predicted_kl", "kl"]].to_numpy(dtype=float)
     ends = [both[both > 0].min(), both.max()]
     ax.plot(ends, ends, color="0.5", linewidth=0.8, linestyle="--", zorder=0)
-    ax.annotate(
-        "equal", (ends[1], ends[1]), xytext=(-4, -10), textcoords="offset points", size=7, color="0.4", ha="right"
-    )
+    ax.annotate("equal", (ends[1],) * 2, xytext=(-4, -10), textcoords="offset points", size=7, color="0.4", ha="right")
     ax.set(xscale="log", yscale="log", xlabel="predicted KL (sum of single ones), nat", ylabel="measured KL, nat")

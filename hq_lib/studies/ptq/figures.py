@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 
 from hq_lib.quantizers import aciq
 from hq_lib.results import labels
-from hq_lib.results.figures import Look, band_line, label_ends, look, need, new_figure, styled
+from hq_lib.results.figures import band_line, label_ends, look, need, new_figure, styled
 
 PREDICTIONS = {"mse_model": "noise model (paper)", "mse_exact": "exact, on the real grid"}
 TENSORS = {"activation": "activations", "weight": "weights"}
@@ -65,29 +64,21 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
     figure, axes = new_figure(2, 2, width=6.4, height=5.6, sharex=True, sharey=True)
     widths = sorted({int(bits) for bits in found["bits"]})
     low, high = (f(found[["mse_measured", *PREDICTIONS]].to_numpy(dtype=float)) for f in (np.min, np.max))
-    for (row, (column, title)), (place, (tensor, name)) in product(
-        enumerate(PREDICTIONS.items()), enumerate(TENSORS.items())
-    ):
-        ax: Any = axes[row, place]
+    panels = product(PREDICTIONS.items(), TENSORS.items())
+    for ax, ((column, title), (tensor, name)) in zip(axes.flat, panels, strict=True):
         ax.plot([low, high], [low, high], color="0.5", linewidth=0.8, linestyle="--", zorder=0)
         for bits in widths:
             points = found.loc[(found["tensor"] == tensor) & (found["bits"] == bits)]
-            style = bit_look(widths.index(bits))
+            style = look(BIT_LOOKS[widths.index(bits) % len(BIT_LOOKS)])
             ax.scatter(points[column], points["mse_measured"], s=14, color=style.color, marker=style.marker, alpha=0.8,
                        linewidths=0, label=f"{bits} bit")  # fmt: skip
         ax.set(xscale="log", yscale="log", xlim=(low / 1.5, high * 1.5), ylim=(low / 1.5, high * 1.5))
         ax.set_title(f"{name}: {title}", fontsize=9, loc="left")
-        if row == 1:
-            ax.set_xlabel("predicted error / mean square")
-        if place == 0:
-            ax.set_ylabel("measured error / mean square")
+    for below, left in zip(axes[1], axes[:, 0], strict=True):
+        below.set_xlabel("predicted error / mean square")
+        left.set_ylabel("measured error / mean square")
     axes[0, 0].legend(loc="upper left", fontsize=8, frameon=False)
     return figure
-
-
-def bit_look(place: int) -> Look:
-    """The look of the ``place``-th width of a figure, from dark to light."""
-    return look(BIT_LOOKS[place % len(BIT_LOOKS)])
 
 
 @styled
