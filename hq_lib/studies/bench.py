@@ -41,11 +41,6 @@ class Bench:
     """Images of final accuracies."""
 
     @property
-    def model(self) -> str:
-        """Name of the network."""
-        return self.record["model"]
-
-    @property
     def dataset(self) -> str:
         """The data set, which is the embedded digits where the network's own cannot be had."""
         return self.test.spec.name
@@ -57,7 +52,7 @@ class Bench:
 
     def calibration(self, n: int, seed: int) -> Tensor:
         """``n`` training images (all where there are fewer), balanced over classes, normalised: (n, C, H, W)."""
-        few = self.train.drawn(n, seed)
+        few = self.train.balanced(min(n, len(self.train)), seed)
         return data.normalize(few.images, few.spec)
 
     def accuracy(self, net: nn.Module) -> dict[str, Any]:

@@ -97,11 +97,10 @@ class Run(Generic[Plan]):
         """Where the study keeps states and files of its own; git ignores it."""
         return paths.runs_dir(self.profile) / self.study
 
-    def append(self, found: Iterable[Found]) -> list[Row]:
-        """Stores rows at once, each in its file, provenance filled in; returns them."""
+    def append(self, found: Iterable[tuple[str, Row]]) -> list[Row]:
+        """Stores rows at once, each in the file of that name, provenance filled in; returns them."""
         files: dict[str, list[Row]] = {}
-        for item in found:
-            name, row = (self.study, item) if isinstance(item, dict) else item
+        for name, row in found:
             files.setdefault(name, []).append({**provenance.stamp(self.device), **row})
         for name, own in files.items():
             store.append(name, own, profile=self.profile, folder=self.part)
@@ -196,16 +195,14 @@ class Study(Generic[Plan, Bench]):
 
     def units(self, profile: str, **changes: Any) -> list[Row]:
         """The units with something to measure, as plain data: study, unit, n_points, minutes, after, mem_mb, gpu."""
-        groups: dict[str, list[Point]] = {}
-        for point in self.todo(profile, **changes):
-            groups.setdefault(point.unit, []).append(point)
-        return [
-            {
-                "study": self.name, "unit": unit, "n_points": len(own), "mem_mb": self.mem_mb, "gpu": self.gpu,
-                "minutes": round(sum(p.minutes for p in own), 1), "after": sorted({u for p in own for u in p.after}),
-            }
-            for unit, own in groups.items()
-        ]  # fmt: skip
+        todo = self.todo(profile, **changes)
+        found = []
+        for unit in dict.fromkeys(point.unit for point in todo):
+            own = [point for point in todo if point.unit == unit]
+            told = {"study": self.name, "unit": unit, "n_points": len(own), "mem_mb": self.mem_mb, "gpu": self.gpu}
+            after = sorted({earlier for point in own for earlier in point.after})
+            found.append({**told, "minutes": round(sum(point.minutes for point in own), 1), "after": after})
+        return found
 
     def gather(self, profile: str) -> int:
         """Brings the rows of all part files into the shared ones, then removes the parts; the number of rows.
@@ -228,8 +225,7 @@ class Study(Generic[Plan, Bench]):
 
     def _todo(self, run: Run[Plan], wanted: Sequence[Point]) -> list[Point]:
         have = store.read(self.name, profile=run.profile).to_dict("records")
-        if run.part is not None:
-            have += store.read_file(run.part / f"{self.name}.csv").to_dict("records")
+        have += [] if run.part is None else store.read_file(run.part / f"{self.name}.csv").to_dict("records")
 
         @cache
         def known(columns: tuple[str, ...]) -> set[tuple[Any, ...]]:
@@ -258,13 +254,13 @@ class Study(Generic[Plan, Bench]):
                     print(f"[{n}/{len(todo)}, {said - started:.0f} s] {point.name}: {_shown(measured)}", flush=True)
 
     def _measure_point(self, run: Run[Plan], bench: Bench, point: Point) -> list[Row]:
-        key, started = {"experiment": self.name, **point.key}, time.perf_counter()
+        columns = {column: value for column, value in point.key.items() if not column.startswith(SWITCH)}
+        started = time.perf_counter()
         found = [(self.name, item) if isinstance(item, dict) else item for item in self.measure(run, bench, point)]
-        seconds = round(time.perf_counter() - started, 3)
+        columns = {"experiment": self.name, **columns, "seconds": round(time.perf_counter() - started, 3)}
         # the point's own rows last: they say that it is done
         ordered = sorted(found, key=lambda item: item[0] == self.name)
-        columns = {column: value for column, value in key.items() if not column.startswith(SWITCH)}
-        return run.append((name, {**columns, "seconds": seconds, **row}) for name, row in ordered)
+        return run.append((name, {**columns, **row}) for name, row in ordered)
 
 
 def profile_rows(name: str, profile: str) -> pd.DataFrame:

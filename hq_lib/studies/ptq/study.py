@@ -34,6 +34,8 @@ PUBLIC_FILE = "resnet20_akamaster_9173.th"
 FLOAT = "float"
 FIRST = ("resnet20_float_s0",)
 """The training of the shipped network, which points stand on."""
+SEED = 1005
+"""Of calibration images, batches and dropping in the official QDrop scripts, and here where one is enough."""
 ERROR_BITS = ((4, 4), (2, 2))
 """Widths at which the error behind each block is kept."""
 
@@ -49,7 +51,7 @@ class Plan:
     bits: tuple[tuple[int, int], ...]
     """(weights, activations); first and last layer have 8. At 8 bits nothing is reconstructed."""
     seeds: tuple[int, ...]
-    """Of calibration images, batches and dropping; 1005 is that of the official QDrop scripts."""
+    """Of calibration images, batches and dropping."""
     iterations: int
     """Reconstruction steps a unit."""
     n_calib: int
@@ -65,10 +67,10 @@ class Plan:
 SMOKE = ("minmax", "mse", "aciq_allocated", "brecq_fisher", "qdrop")
 EVERY = (*NEAREST, *LEARNED)
 PLANS = {
-    "smoke": Plan((SHIPPED,), SMOKE, ((4, 4),), (1005,), 2, 32, 32, n_test=50),
-    "quick": Plan((SHIPPED,), EVERY, ((4, 4), (2, 2)), (1005,), 20, 128, 50, n_test=500),
+    "smoke": Plan((SHIPPED,), SMOKE, ((4, 4),), (SEED,), 2, 32, 32, n_test=50),
+    "quick": Plan((SHIPPED,), EVERY, ((4, 4), (2, 2)), (SEED,), 20, 128, 50, n_test=500),
     "full": Plan(
-        (PUBLIC, SHIPPED), EVERY, ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2)), (1005, 1006, 1007), 500, 1024, 500
+        (PUBLIC, SHIPPED), EVERY, ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2)), (SEED, 1006, 1007), 500, 1024, 500
     ),
 }
 
@@ -171,8 +173,6 @@ class SchedulePlan:
     """Calibration images."""
     n_val: int | None = None
     """Validation images; None = all."""
-    seeds: tuple[int, ...] = (1005,)
-    """See ``Plan``."""
 
 
 MILD = {"travel": 5.0, "beta_start": 20.0}
@@ -185,28 +185,27 @@ SCHEDULES = {
 
 
 def schedule_points(plan: SchedulePlan) -> list[Point]:
-    """Every schedule with every seed, called e.g. ``schedule_travel25_beta_start8_s1005``."""
+    """Every schedule, called e.g. ``schedule_travel25_beta_start8_s1005``."""
     found = []
-    for seed, schedule in product(plan.seeds, plan.schedules):
+    for schedule in plan.schedules:
         switches = {"net": SHIPPED, "split": "val", "first_last_bits": 8, **_checkpoint(), **schedule}
         key = {
             "model": "resnet20", "method": "qdrop", "w_bits": 2, "a_bits": 2, "placement": "academic",
-            "n_calib": plan.n_calib, "seed": seed, "metric": "acc_pct", "iterations": plan.iterations,
+            "n_calib": plan.n_calib, "seed": SEED, "metric": "acc_pct", "iterations": plan.iterations,
             "switches": switches,
         }  # fmt: skip
-        name = "_".join(["schedule", *(f"{k}{v:g}" for k, v in schedule.items()), f"s{seed}"])
+        name = "_".join(["schedule", *(f"{k}{v:g}" for k, v in schedule.items()), f"s{SEED}"])
         found.append(Point(name, key, schedule, after=FIRST))
     return found
 
 
 def measure_schedule(run: Run[SchedulePlan], bench: Bench, point: Point) -> Iterator[Found]:
     """Accuracy on validation images, which were held out of the network's training; test images play no part."""
-    plan, seed = run.plan, point["seed"]
-    val = bench.val.drawn(plan.n_val or len(bench.val), 0)
+    plan = run.plan
     recipe = Recipe("qdrop", "schedule", passes=ptq.qdrop, settings=recipes.rated(point.what, plan.iterations))
-    x = recipes.calibration(bench.train, plan.n_calib, seed)
-    qnet = recipes.quantized(bench.net, x, recipe, (2, 2), iterations=plan.iterations, seed=seed)
-    score = evaluate(qnet, val)
+    x = recipes.calibration(bench.train, plan.n_calib, SEED)
+    qnet = recipes.quantized(bench.net, x, recipe, (2, 2), iterations=plan.iterations, seed=SEED)
+    score = evaluate(qnet, bench.val.drawn(plan.n_val or len(bench.val), 0))
     yield {"dataset": bench.dataset, "value": score.acc_pct, "n_test": score.n}
 
 
@@ -225,8 +224,6 @@ class AciqPlan:
     """Of each tensor's grid."""
     n_calib: int = 256
     """Calibration images, whose activations are quantized."""
-    seed: int = 1005
-    """Of those images."""
 
 
 ACIQ_PLANS = {"smoke": AciqPlan((2, 4), 32), "quick": AciqPlan((2, 3, 4, 8)), "full": AciqPlan((2, 3, 4, 8))}
@@ -234,7 +231,7 @@ ACIQ_PLANS = {"smoke": AciqPlan((2, 4), 32), "quick": AciqPlan((2, 3, 4, 8)), "f
 
 def aciq_points(plan: AciqPlan) -> list[Point]:
     """All tensors at each width; the rows of the activations stand for all."""
-    images = {"n_calib": plan.n_calib, "seed": plan.seed}
+    images = {"n_calib": plan.n_calib, "seed": SEED}
     key = {"model": "resnet20", "method": "aciq", **images, "metric": recipes.MSE[0], "w_bits": 32}
     return [Point(f"aciq_{bits}bit", {**key, "a_bits": bits}, after=FIRST) for bits in plan.bits]
 
@@ -242,7 +239,7 @@ def aciq_points(plan: AciqPlan) -> list[Point]:
 def measure_aciq(run: Run[AciqPlan], bench: Bench, point: Point) -> Iterator[Found]:
     """Measured and predicted error of every activation after a ReLU and of every weight, norms folded."""
     bits = point["a_bits"]
-    x = recipes.calibration(bench.train, run.plan.n_calib, run.plan.seed)
+    x = recipes.calibration(bench.train, run.plan.n_calib, SEED)
     for kind, name, values in recipes.tensors(bench.net, x):
         found = recipes.aciq_errors(values, bits=bits, relu=kind == "activation")
         width = {"a_bits": bits} if kind == "activation" else {"w_bits": bits, "a_bits": 32}

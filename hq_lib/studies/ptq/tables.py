@@ -197,11 +197,7 @@ def aciq_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def ratios(found: pd.DataFrame) -> pd.DataFrame:
     """Measured over predicted error by tensor and bits: median, smallest, largest, of both predictions."""
-    parts = {
-        name: (found["mse_measured"] / found[metric]).groupby([found["tensor"], found["bits"]])
-        for name, metric in (("model", "mse_model"), ("exact", "mse_exact"))
-    }
-    columns = {
-        f"{name} {part}": getattr(group, part)() for name, group in parts.items() for part in ("median", "min", "max")
-    }
-    return pd.DataFrame(columns).reset_index()
+    ratio = {name: found["mse_measured"] / found[f"mse_{name}"] for name in ("model", "exact")}
+    groups = found.assign(**ratio).groupby(["tensor", "bits"])[list(ratio)]
+    out = groups.agg(["median", "min", "max"])
+    return out.set_axis(out.columns.map(" ".join), axis=1).reset_index()
