@@ -41,6 +41,11 @@ class Bench:
     """Images of final accuracies."""
 
     @property
+    def model(self) -> str:
+        """Name of the network."""
+        return self.record["model"]
+
+    @property
     def dataset(self) -> str:
         """The data set, which is the embedded digits where the network's own cannot be had."""
         return self.test.spec.name

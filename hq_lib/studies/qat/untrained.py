@@ -50,17 +50,17 @@ def _point(model: str, bits: tuple[int, int], named: dict[str, str]) -> Point:
         "n_calib": N_CALIB, "seed": 0, "switches": {**named, **net_switch(model)},
     }  # fmt: skip
     what = "_".join(named.values()).replace(" ", "_").replace("*", "star")
-    return Point(f"untrained_{model}_w{bits[0]}a{bits[1]}_{what}", key, named, model, after=(f"{model}_float_s0",))
+    return Point(f"untrained_{model}_w{bits[0]}a{bits[1]}_{what}", key, bench=model, after=(f"{model}_float_s0",))
 
 
 def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Row]:
     """Test accuracy with weights per channel; lists in placement "academic", as they are trained."""
-    if "lists" in point.what:
-        lists = find_lists(bench.model, point.what["lists"])
+    if point["lists"]:
+        lists = find_lists(point["model"], point["lists"])
         policy = BitPolicy.from_lists(bench.net, *lists, weight="minmax", act="minmax", placement="academic")
     else:
-        left = {name: {"act": 32} for name in ("*.conv2", *IN_FLOAT[point.what["in_float"]])}
-        policy = BitPolicy(f"minmax:{point.key['w_bits']}", f"minmax:{point.key['a_bits']}", overrides=left)
+        left = {name: {"act": 32} for name in ("*.conv2", *IN_FLOAT[point["in_float"]])}
+        policy = BitPolicy(f"minmax:{point['w_bits']}", f"minmax:{point['a_bits']}", overrides=left)
     x = bench.calibration(N_CALIB, 0)
     qnet = quantize(bench.net, policy, x[:1])
     calibrate(qnet, x)

@@ -172,7 +172,8 @@ def fig_smoothness(sets: pd.DataFrame, rho: pd.DataFrame, *, n_test: str) -> Fig
     for target, words in targets.items():
         ax = axes[target]
         _by_choice(ax, sets, target)
-        value = sets[["set_tv", target]].rank().corr(min_periods=3).iloc[0, 1]  # Spearman's; NaN where one is constant
+        ranks = pd.DataFrame(sets, columns=["set_tv", target]).rank()
+        value = ranks.corr(min_periods=3).to_numpy()[0, 1]  # Spearman's; NaN where one is constant
         ax.set_title(f"{words}\nρ = {value:.2f}" if np.isfinite(value) else words, size=8)
         ax.set_xlabel("mean total variation")
     axes["loss_own"].set_ylabel("squared error of the logits")

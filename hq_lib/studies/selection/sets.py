@@ -169,9 +169,9 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
         for hook in hooks:
             hook.remove()
     moments = [torch.cat(seen[norm]) for norm in norms]  # (N, 2, C_l) each
-    running = (torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var"))
+    mean, variance = (torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var"))
     means, squares = torch.cat(moments, dim=2).unbind(1)
-    return Seen(torch.cat(seen[heads[-1]]), [each[:, 0] for each in moments], (means, squares, *running))
+    return Seen(torch.cat(seen[heads[-1]]), [each[:, 0] for each in moments], (means, squares, mean, variance))
 
 
 def first_block_error(bench: Bench, x: Tensor) -> Tensor:

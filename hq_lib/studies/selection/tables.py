@@ -89,7 +89,8 @@ def paired(found: pd.DataFrame, choice: str = SMOOTH, *, target: str = "acc_pct"
 def comparison(found: pd.DataFrame) -> pd.DataFrame:
     """Per choice: accuracy, losses, draws n, sd, and the paired difference to random with its 95 % interval."""
     own = found.groupby("choice")
-    lines = own[["acc_pct", "loss_own", "loss_common"]].mean().assign(n=own.size(), sd=own["acc_pct"].std(ddof=1))
+    lines = pd.DataFrame({name: own[name].mean() for name in ("acc_pct", "loss_own", "loss_common")})
+    lines = lines.assign(n=own.size(), sd=own["acc_pct"].std(ddof=1))
     gains = pd.DataFrame([paired(found, c) for c in lines.index], lines.index, ["mean", "low", "high", "p_value"])
     lines = lines.join(gains).reindex([choice for choice in CHOICES if choice in own.groups])
     return lines.rename_axis("choice").sort_values("acc_pct", ascending=False, kind="stable").reset_index()
