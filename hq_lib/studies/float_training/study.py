@@ -5,7 +5,7 @@ record in ``data/checkpoints``, where the other studies find it; ``hq study floa
 Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.csv``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,11 @@ def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], 
         record = {**built, **sizes, "dataset": train.spec.name, "trained_on": point.bench[2]}
         _keep(net, checkpoint(run, point), {**record, **run_record(run, point, common, done, told)})
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY))
+    yield from split_rows(common, accuracies)
+
+
+def split_rows(common: Row, accuracies: Mapping[str, tuple[float, int]]) -> Iterator[Row]:
+    """A row for each split's accuracy in percent and number of images; all but test say which."""
     for split, (acc_pct, n) in accuracies.items():
         where = {} if split == "test" else {"split": split}
         yield {**common, "value": acc_pct, "n_test": n, "switches": {**common["switches"], **where}}

@@ -18,7 +18,7 @@ from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize
 from hq_lib.quantizers.pact import PACT
 from hq_lib.results import paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench, quantized_as, record_of
-from hq_lib.studies.float_training.study import MINUTES, checkpoint, history_rows, measure_shipped, run_record
+from hq_lib.studies.float_training import study as float_training
 from hq_lib.studies.qat import untrained
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
@@ -147,7 +147,7 @@ def _point(plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: 
     }  # fmt: skip
     tail = f"_kd{plan.distill:g}" if plan.distill else ""
     tail += f"_{lists.replace('*', 'star')}" if lists else ""
-    minutes = 1.5 * MINUTES.get(model, 5.0) * config.epochs
+    minutes = 1.5 * float_training.MINUTES.get(model, 5.0) * config.epochs
     name = f"{model}_{method}_w{w_bits}a{a_bits}_s{seed}{tail}"
     return Point(name, key, what, model, after=(f"{model}_float_s0",), minutes=minutes)
 
@@ -155,7 +155,7 @@ def _point(plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: 
 def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     """Fine-tunes (or resumes) the network; its curve, clips, and accuracies before, after (validation) and on test."""
     if point.what is None:
-        yield from measure_shipped(run, bench, point)
+        yield from float_training.measure_shipped(run, bench, point)
         return
     recipe = settings(run.plan, *point.what, net=bench.net)
     train = bench.train.drawn(recipe.n_train or len(bench.train), SPLIT_SEED)
@@ -185,13 +185,11 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     if run.profile == "full":
         built = {k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")}
         start = {"method": point["method"], "images": bench.test.spec, "start": bench.record["sha256"]}
-        told = run_record(run, point, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
-        graph.save(qnet, checkpoint(run, point), form="trainable", record={**built, **start, **told})
-    yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY) if row["metric"] != "lr")
+        told = float_training.run_record(run, point, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
+        graph.save(qnet, float_training.checkpoint(run, point), form="trainable", record={**built, **start, **told})
+    yield from ((HISTORY, row) for row in float_training.history_rows(common, done, HISTORY) if row["metric"] != "lr")
     scores = {"start": (before.acc_pct, len(bench.val)), "val": (done.val_acc_pct, len(bench.val))}
-    for split, (acc_pct, n) in {**scores, "test": (score.acc_pct, score.n)}.items():
-        switches = {**common["switches"], **({} if split == "test" else {"split": split})}
-        yield {**common, "value": acc_pct, "n_test": n, "switches": switches}
+    yield from float_training.split_rows(common, {**scores, "test": (score.acc_pct, score.n)})
 
 
 def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) -> fx.GraphModule:

@@ -146,9 +146,8 @@ def selectors(found: pd.DataFrame) -> pd.DataFrame:
         if random.empty:
             continue
         full = found.groupby("seed").filter(lambda group: len(group) > 1)
-        picked = full.loc[full.groupby("seed")[loss].idxmin()].set_index("seed")["acc_pct"]
-        base = full.loc[full["choice"] == "random"].set_index("seed")["acc_pct"].reindex(picked.index)
-        known = selection.paired_difference(picked.tolist(), base.tolist()) if len(picked) > 1 else {}
+        picked = full.loc[full.groupby("seed")[loss].idxmin()].assign(choice="picked")
+        known = paired(pd.concat([picked, full.loc[full["choice"] == "random"]]), "picked")
         lines.append({
             "lowest": TARGETS[loss], "rho, all sets": _rho(found, loss), "rho, random sets": _rho(random, loss),
             "best random draw": float(random["acc_pct"].iloc[0] - random["acc_pct"].mean()),
@@ -282,9 +281,7 @@ def replacement(curve: pd.DataFrame) -> pd.DataFrame:
     """Paired difference "with minus without replacement" at equal n: way, n_calib, mean, low, high, n."""
     lines = []
     for (n, way), group in curve.loc[curve["way"] != "without"].groupby(["n_calib", "way"]):
-        plain = curve.loc[(curve["way"] == "without") & (curve["n_calib"] == n)]
-        both = group.merge(plain, on="seed", suffixes=("", "_plain"))
-        if len(both) > 1:
-            found = selection.paired_difference(both["acc_pct"].tolist(), both["acc_pct_plain"].tolist())
+        plain = where(curve, way="without", n_calib=n).assign(choice="random")
+        if found := paired(pd.concat([group.assign(choice=way), plain]), str(way)):
             lines.append({"way": way, "n_calib": n, **found})
     return pd.DataFrame(lines, columns=["way", "n_calib", "mean", "low", "high", "n"])
