@@ -159,7 +159,7 @@ def test_lsq_may_start_at_the_least_squared_error(bits, signed):
 
 
 def test_an_unknown_start_is_named():
-    with pytest.raises(ValueError, match=r"init is 'mse'.*least_error"):
+    with pytest.raises(ValueError, match=r"init of lsq 'mse'.*least_error"):
         act_quantizer("lsq", 4, signed=True, init="mse")
 
 
