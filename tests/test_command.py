@@ -222,12 +222,17 @@ def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = {"model": "lenet", "options": {"relu1": True}, "dataset": "mnist", "n_classes": 10, "in_channels": 1}
     record["images"] = {"mean": [0.0], "std": [1.0]}
-    models.save_checkpoint(tmp_path / "lenet.safetensors", models.build("lenet", relu1=True), record)
-    hq("export", "lenet.safetensors", "--to", "fpga")
+    net = models.build("lenet", relu1=True)
+    models.save_checkpoint(tmp_path / "lenet.safetensors", net, record)
+    assert "int32" not in hq("export", "lenet.safetensors", "--to", "fpga")
     assert {f"lenet_{kind}" for kind in ("quant.txt", "weight.bin", "bias.bin")} <= {
         file.name for file in (tmp_path / "lenet_fpga").iterdir()
     }
     assert "quantize it first" in hq("export", "lenet.safetensors", "--to", "c", code=1)
+    with torch.no_grad():  # every product near its largest: 255 x 255 x 400 inputs, times a multiplier of eight bits
+        net.conv3.weight.fill_(1.0)[:, 0, 0, 0] = 0.0
+    models.save_checkpoint(tmp_path / "wide.safetensors", net, record)
+    assert "conv3: accumulator times multiplier" in hq("export", "wide.safetensors", "--to", "fpga")
 
 
 @pytest.mark.parametrize(
