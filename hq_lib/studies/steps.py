@@ -144,7 +144,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
     if to == "fpga" and "policy" not in record:
         made = exporter.export(net, torch.zeros(1, *spec.in_shape), mean=spec.mean, std=spec.std)
         if wide := fpga.int32_overflows(made):
-            print(f"{', '.join(wide)}: accumulator times multiplier may leave int32, where seed 002's own C program wraps")
+            print(f"{', '.join(wide)}: accumulator times multiplier may leave int32, which wraps in seed 002's C")
         fpga.write_net(made, target, file.stem)
         return fpga.write_images(fpga.record_of(made, spec.in_shape), target).parent
     image = run.images("test", record, spec.n_classes).images[0].contiguous().numpy() if to == "board" else None
