@@ -179,8 +179,12 @@ class Engine(ABC):
                 accumulators while ``x`` are the inputs that the calibrated upstream layers really deliver.
             kind: "zero" (offset at zero input), "gain" (one factor), "column_gain", or "column" (gain and offset).
             repeats: measurements of each row, averaged; two or more also remove read noise from the slope.
+
+        Errors: fewer than three rows for "column": a line meets two exactly, noise and all.
         """
         check_choice(kind, Correction.KINDS, "correction kind")
+        if kind == "column" and len(x) < 3:
+            raise CrossbarError(f"{handle.name}: gain and offset need 3 calibration rows, not {len(x)}: more images")
         if kind == "zero":
             x = torch.zeros(max(len(x), 1), handle.w_int.shape[0], dtype=torch.int64)
             y_ideal = None

@@ -159,7 +159,7 @@ def test_probes_must_carry_signal():
     ("kind", "rows", "wanted", "message"),
     [
         ("columns", FIT, None, "nearest: 'column'"),
-        ("column", FIT[:1], None, "do not fit"),
+        ("column", FIT[:2], None, "3 calibration rows, not 2"),
         ("column", FIT, np.zeros((3, 6)), "do not fit"),
         ("column", FIT, np.full((200, 6), np.nan), "NaN"),
     ],
