@@ -17,14 +17,11 @@ def check_known(name: object, known: Iterable[object], what: str, *, error: type
         raise error(f"unknown {what} {name!r}: choose one of {', '.join(map(str, names))}{nearest(name, names)}")
 
 
-def check(
-    who: str, kind: str, names: Iterable[object], known: Iterable[object], *, error: type[ValueError] = ValueError
-) -> None:
-    """Nothing, or ``error`` for the first name that ``who`` does not know, with the nearest one that it does."""
+def check(who: str, kind: str, names: Iterable[object], known: Iterable[object], **how: type[ValueError]) -> None:
+    """`check_known` of each name of a ``kind`` that ``who`` takes."""
     known = list(known)
     for name in names:
-        if name not in known:
-            raise error(f"{who} has no {kind} {name!r}: choose from {', '.join(map(str, known))}{nearest(name, known)}")
+        check_known(name, known, f"{kind} of {who}", **how)
 
 
 def nearest(name: object, known: Iterable[object]) -> str:

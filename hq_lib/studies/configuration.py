@@ -23,7 +23,7 @@ from hq_lib.graph.network_file import OWN
 from hq_lib.models import imagenet
 from hq_lib.models.public import load_state
 from hq_lib.ptq import ReconstructionConfig, selection
-from hq_lib.results.hints import check
+from hq_lib.results.hints import check, check_known
 from hq_lib.studies.bench import shipped
 from hq_lib.studies.ptq.recipes import RECIPES, Recipe
 from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
@@ -198,7 +198,7 @@ class Configuration:
     def normalization(self, record: Mapping[str, Any]) -> DataSpec:
         """The data set of a network's record, with size, mean and standard deviation that it was trained with."""
         name = record.get("dataset") or self._dataset({})
-        check("data", "set", [name], data.SPECS)
+        check_known(name, data.SPECS, "data set")
         told: Any = record.get("images") or {}
         if not isinstance(told, Mapping):
             raise ValueError(f"images: the network's file says {told!r:.60}, not mean, std and in_shape")

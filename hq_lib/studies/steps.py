@@ -22,7 +22,7 @@ from hq_lib.integer import load as load_integers
 from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
 from hq_lib.results import paths, provenance
-from hq_lib.results.hints import check
+from hq_lib.results.hints import check, check_known
 from hq_lib.studies.configuration import FLOAT, HYBRID, Configuration, opened
 from hq_lib.studies.hybrid.cells import fit_early, fit_late
 from hq_lib.studies.integer_export.executors import BATCH
@@ -118,7 +118,7 @@ def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
     """
     if file.suffix != ".safetensors":
         kinds = {f".{ending}": kind for kind, ending in FILES.items()}
-        check(file.name, "known ending,", [file.suffix], [".safetensors", *kinds])
+        check_known(file.suffix, [".safetensors", *kinds], f"ending of {file.name}")
         test = run.images("test", _image_record(_meta(file)), run.n_test)
         yield _line(kinds[file.suffix], _accuracy(executor(kinds[file.suffix], file), test), test)
         return
@@ -137,7 +137,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
 
     A float network becomes seed 002's files and memory images, with "fpga" alone.
     """
-    check("hq export", "format", [to], ENDINGS)
+    check_known(to, ENDINGS, "format of hq export")
     target = Path(run.output or file.stem + ENDINGS[to])
     net, record = opened(file, run.net, run.options)
     spec = run.normalization(record)

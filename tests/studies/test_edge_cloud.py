@@ -118,11 +118,11 @@ def test_a_network_trained_at_two_bits_sends_two_bits_without_loss(bench):
 
 
 def test_unknown_names_are_refused_with_the_known_ones(bench):
-    with pytest.raises(StudyError, match="no edge 'fpga': choose from integer, crossbar"):
+    with pytest.raises(StudyError, match="edge of edge_cloud 'fpga': choose one of integer, crossbar"):
         study.STUDY.run("smoke", edges=("fpga",))
-    with pytest.raises(StudyError, match="no cut of resnet20 'layer9': choose from conv1"):
+    with pytest.raises(StudyError, match="cut of resnet20 'layer9': choose one of conv1"):
         study.STUDY.run("smoke", cuts=("layer9",))
-    with pytest.raises(StudyError, match=r"no network 'resnet20x'.*mean 'resnet20'"):
+    with pytest.raises(StudyError, match=r"network .*'resnet20x'.*mean 'resnet20'"):
         study.STUDY.run("smoke", networks=("resnet20x",))
 
 

@@ -89,7 +89,7 @@ def test_a_network_that_is_absent_is_not_run_and_an_unknown_one_writes_nothing(a
     assert rows.empty
     assert "no resnet20_akamaster_9173.th" in capsys.readouterr().out
     for wrong in ({"nets": ["resnet19"]}, {"recipes": ["qdrp"]}):
-        with pytest.raises(StudyError, match=r"(network 'resnet19'|recipe 'qdrp').*choose from"):
+        with pytest.raises(StudyError, match=r"(network .*'resnet19'|recipe .*'qdrp').*choose one of"):
             study.METHODS.run("smoke", **wrong)
     study.METHODS.run("smoke", nets=["resnet18"], root=str(out_dir))  # no such folder
     assert "resnet18: no image folder" in capsys.readouterr().out

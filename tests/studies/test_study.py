@@ -104,11 +104,11 @@ def test_units_write_parts_of_their_own_that_are_gathered_once(toy):
 
 def test_what_a_plan_does_not_have_is_named(toy):
     study, *_ = toy
-    with pytest.raises(StudyError, match=r"no field 'sedes'.*did you mean 'seeds'"):
+    with pytest.raises(StudyError, match=r"field of .*'sedes'.*did you mean 'seeds'"):
         study.run("smoke", sedes=[0])
     with pytest.raises(StudyError, match=r"seeds is a list.*\[0\]"):
         study.run("smoke", seeds=0)
-    with pytest.raises(StudyError, match=r"no unit 'b2_s7'.*did you mean 'b2_s"):
+    with pytest.raises(StudyError, match=r"unit of .*'b2_s7'.*did you mean 'b2_s"):
         study.run("smoke", unit="b2_s7")
 
 

@@ -194,7 +194,7 @@ def open_cut(run: Run[Plan], needed: Any) -> CutBench | None:
     if work is None:
         return None
     if name not in (IMAGE, ALL):
-        check_choice("edge_cloud", f"cut of {network}", [name], [cut.name for cut in work.cuts[1:]])
+        check_choice(network, "cut", [name], [cut.name for cut in work.cuts[1:]])
     return CutBench(work, kind, draw, None if name in (IMAGE, ALL) else work.cut(name))
 
 
