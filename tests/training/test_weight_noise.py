@@ -101,7 +101,7 @@ def test_fit_takes_the_noise_as_an_option():
     assert states["option"].keys() == states["clean"].keys()
     assert all(torch.equal(states["option"][key], states["by hand"][key]) for key in states["option"])
     assert not torch.equal(states["option"]["0.weight"], states["clean"]["0.weight"])
-    with pytest.raises(ValueError, match=r"TrainConfig\.weight_noise=3"):
+    with pytest.raises(ValueError, match=r"TrainConfig\.weight_noise = 3"):
         TrainConfig(epochs=1, lr=0.05, weight_noise=3)
 
 
