@@ -130,7 +130,7 @@ def test_gradient_reaches_every_tensor() -> None:
 
 def test_unknown_kind_is_an_error() -> None:
     v = torch.ones(1)
-    with pytest.raises(ValueError, match="unknown kind 'bn'.*conv_bn"):
+    with pytest.raises(ValueError, match=r"unknown kind 'bn'.*conv_bn"):
         folded_weight_bias(v, v, v, v, 1e-5, v, v, kind="bn")  # type: ignore[arg-type]
 
 
@@ -310,7 +310,7 @@ def test_keep_folds_the_rest_and_reports_both() -> None:
     assert [(fold.bn, fold.layer, fold.kind) for fold in folded.meta["folds"]] == [("0", "", ""), ("3", "2", "conv_bn")]
     assert error(net, folded, image(2, 3, 8, 8)) < 1e-12
     assert n_live(folded) == 1
-    with pytest.raises(ValueError, match="on_refusal 'skip'.*raise, keep"):
+    with pytest.raises(ValueError, match=r"on_refusal 'skip'.*raise, keep"):
         fold_bn(net, on_refusal="skip")  # type: ignore[arg-type]
 
 
