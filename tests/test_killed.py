@@ -108,8 +108,11 @@ def kills(verb, place, n):
     lasted, hit, want, draw = time.monotonic() - started, 0, left(whole), random.Random(verb)
     assert want
     for i in range(n):
-        folder = fresh(place, f"{verb}_{i}")
-        hit += go(folder, VERBS[verb], kill_after=draw.uniform(0, 1.05 * lasted)) != 0
+        folder, started = fresh(place, f"{verb}_{i}"), time.monotonic()
+        killed = go(folder, VERBS[verb], kill_after=draw.uniform(0, 1.05 * lasted)) != 0
+        if not killed:  # the first run can be the slowest: what a whole one lasts is learned from each
+            lasted = min(lasted, time.monotonic() - started)
+        hit += killed
         assert go(folder, VERBS[verb]) == 0, (folder / "said").read_text()
         assert left(folder) == want, f"kill {i} of {verb}"
     return hit
@@ -126,7 +129,7 @@ def test_a_killed_verb_begun_again_ends_with_the_same_bits(place, verb):
 def test_many_kills(place, verb):
     hit = kills(verb, place, N_KILLS)
     print(f"{verb}: {hit} of {N_KILLS} killed before their end")
-    assert hit > N_KILLS / 4  # the first run sets the time, and on a busy machine it can be the slowest
+    assert hit > N_KILLS / 2
 
 
 NOTEBOOK = "02_bn_fold"
@@ -169,7 +172,7 @@ def test_the_paper_killed_and_made_again_has_the_same_bits(tmp_path):
             time.sleep(0.2)  # a notebook that lost its Snakemake
         assert left(folder) | pictures(folder) == want, f"kill {i}"
     print(f"paper: {hit} of {n} killed before their end")
-    assert hit > n / 4
+    assert hit > n / 2
 
 
 def environment(process):

@@ -246,6 +246,7 @@ UNSUITABLE = {
     "pool follows a ReLU1": nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2)),
     "cannot end": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Hardtanh(0, 1), nn.AvgPool2d(2)),
     "no convolution": nn.Sequential(nn.Flatten()),
+    "but the batch": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Hardtanh(0, 1), nn.Flatten(2), nn.Linear(36, 2)),
 }
 
 

@@ -158,6 +158,10 @@ def _chain(gm: fx.GraphModule) -> list[Weighted]:
                 what = type(module).__name__ if module else op_name(node, gm)
                 known = "convolutions, linear layers, ReLU, Hardtanh(0, 1), average and max pools, Flatten, Dropout"
                 need(op_name(node, gm) in {*SAME, "flatten"}, f"{node.name!r} is {what}: FPGAI export knows {known}")
+                if op_name(node, gm) == "flatten":
+                    told = (*node.args[1:], *node.kwargs.values())
+                    ends = (module.start_dim, module.end_dim) if isinstance(module, nn.Flatten) else told
+                    need(ends in {(1,), (1, -1)}, f"{node.name!r}: FPGAI flattens everything but the batch")
         previous = node
     need(bool(chain), "the network has no convolution or linear layer")
     return chain
