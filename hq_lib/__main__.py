@@ -137,6 +137,7 @@ def crossbar(
     device: Annotated[str | None, typer.Option(help="Kind of cell of sim: rram, pcm_drift, ..., or a .csv.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers on the arrays, by name or pattern, with commas.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where the record lies; goes on from what is there.")] = None,
+    record: Annotated[bool | None, typer.Option(help="Record a simulation too, as a bench always is.")] = None,
 ) -> None:  # fmt: skip
     """Put layers of a network on analog arrays: simulated, rehearsed, on a bench, or replayed from the record.
 
@@ -144,11 +145,12 @@ def crossbar(
     """
     run, steps = _run(config, set_, net=net, data=data, root=root, n_test=n_test)
     named = layers.split(",") if layers else None
-    given = {"engine": engine, "device": device, "layers": named, "folder": folder}
+    given = {"engine": engine, "device": device, "layers": named, "folder": folder, "record": record}
     made, lines = steps.on_crossbar(run, file, **{key: value for key, value in given.items() if value is not None})
     for line in lines:
         typer.echo(line)
-    _wrote(made, None, f"hq crossbar {file} --engine replay --folder {made}{_again(run, 'net', 'root')}")
+    following = f"replay --folder {made}" if any(made.glob("part_*")) else f"rehearsal --folder {made}_rehearsal"
+    _wrote(made, None, f"hq crossbar {file} --engine {following}{_again(run, 'net', 'root')}")
 
 
 @app.command()

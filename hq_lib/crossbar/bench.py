@@ -5,9 +5,10 @@
     hq crossbar net.safetensors --engine replay                             again, without the bench
 
 Layers are loaded, calibrated column by column on training images, and run on test images; all others are exact
-integers. Every multiplication is kept in the folder. A bench that fails ends the run with `BenchError` and loses
-nothing: the same plan again answers from the folder what was measured and asks the bench for the rest. ``replay``
-does the whole run again without a bench, to the same logits. ``summary.json`` and ``layers.csv`` hold what came out.
+integers. Every multiplication of a bench is kept in the folder, a simulated one where it is asked for. A bench that
+fails ends the run with `BenchError` and loses nothing: the same plan again answers from the folder what was measured
+and asks the bench for the rest. ``replay`` does the whole run again without a bench, to the same logits.
+``summary.json`` and ``layers.csv`` hold what came out.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Plan(Settings):
     """Training images behind gains and offsets per column; 0 = no calibration."""
     device: str = "rram"
     """Kind of cell of ``sim``: a name, or a CSV file of measured ones (see ``crossbar.profiles``)."""
+    record: bool = False
+    """Whether multiplications of ``sim`` are kept too: 300 MiB an image of EfficientNet-Lite0."""
     host: str = "127.0.0.1"
     """Where the bench of ``tcp`` listens."""
     port: int = 0
@@ -82,7 +85,7 @@ class Outcome:
     logits: np.ndarray
     """float32 (n_test, n_classes)."""
     summary: dict[str, Any]
-    """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows recorded, layers, engine;
+    """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows on record, layers, engine;
     of a bench tiles_needed, n_tiles, n_writes and write_s (seconds)."""
     layers: pd.DataFrame
     """One row per matrix: layer, kind, n_rows, rmse_before_lsb, rmse_after_lsb on the calibration rows."""
@@ -106,11 +109,17 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
         found = {name: evaluation_of(torch.from_numpy(each), images.labels).acc_pct
                  for name, each in (("acc_pct", logits), ("exact_acc_pct", exact))}  # fmt: skip
         error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
-        trace = engine.trace() if isinstance(engine, RecordEngine) else load_parts(plan.folder)
+        match engine:
+            case RecordEngine():
+                n_rows = engine.trace().n_rows
+            case ReplayEngine():
+                n_rows = engine.trace.n_rows
+            case _:
+                n_rows = 0
         inner = getattr(engine, "inner", None)
         written = inner.programming() if isinstance(inner, HardwareEngine) else {}
         summary = {
-            **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": trace.n_rows,
+            **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": n_rows,
             **written, "layers": list(network.layers), "engine": engine.describe(),
         }  # fmt: skip
         fits = {group.name: engine.correction(group) for engine, group in network.groups()}
@@ -129,18 +138,24 @@ def drive_of(limits: Limits) -> Drive:
 
 
 def _engine(plan: Plan, stack: ExitStack) -> Engine:
-    """The engine of ``plan``, recording where anything is measured; what it needs is closed with ``stack``."""
+    """The engine of ``plan``, recording what a bench measures; what it needs is closed with ``stack``."""
     if plan.engine == "replay":
         trace = load_parts(plan.folder)
         if not trace.calls:
             raise CrossbarError(f"{plan.folder} holds no recorded run: make one with another engine first")
         return ReplayEngine(trace)
     if plan.engine == "sim":
-        return RecordEngine(SimEngine(Circuit(device(plan.device))), plan.folder)
+        made = SimEngine(Circuit(device(plan.device)))
+        if plan.record:
+            return RecordEngine(made, plan.folder)
+        if any(plan.folder.glob("part_*")):
+            raise CrossbarError(f"{plan.folder} holds the record of another run: choose an empty folder, or go on with "
+                                "it by record=true (hq: --record)")  # fmt: skip
+        return made
     driver: Driver
     if plan.engine == "rehearsal":
-        made = FakeDriver(REHEARSAL, gain=1.03, offset=40.0, noise=20.0)
-        driver = TcpDriver(*stack.enter_context(BenchServer(made)).address, timeout_s=plan.timeout_s)
+        fake = FakeDriver(REHEARSAL, gain=1.03, offset=40.0, noise=20.0)
+        driver = TcpDriver(*stack.enter_context(BenchServer(fake)).address, timeout_s=plan.timeout_s)
     else:
         driver = TcpDriver(plan.host, plan.port, timeout_s=plan.timeout_s)
     limits = Patience().insist(driver.limits, "asking the bench for its limits")

@@ -1,6 +1,7 @@
 """What the command line's verbs do, each from a ``Configuration`` to a file; notebooks call the same."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -152,12 +153,17 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
 
 
 def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, list[str]]:
-    """(folder of the record, lines that say what came out) of a network's layers on arrays; see ``crossbar.bench``."""
-    entries = {"engine": "sim", "folder": f"{file.stem}_crossbar", "n_test": run.n_test or 20}
-    entries |= {**run.crossbar, **given}
+    """(folder of what came out, lines that say it) of a network's layers on arrays; see ``crossbar.bench``.
+
+    A replay takes layers and numbers of images from the folder, unless they are given.
+    """
+    counted = {"n_test": run.n_test} if run.n_test else {}
+    given = {"engine": "sim", "folder": f"{file.stem}_crossbar", **counted, **run.crossbar, **given}
+    past = Path(given["folder"]) / "summary.json"
+    known = json.loads(past.read_text()) if given["engine"] == "replay" and past.is_file() else {"layers": ["*"]}
+    entries = {key: known[key] for key in ("layers", "n_test", "n_calib") if key in known} | given
     check("crossbar", "key", entries, [f.name for f in dataclasses.fields(bench.Plan)])
-    entries |= {"folder": Path(entries["folder"]), "layers": tuple(entries.get("layers", ("*",)))}
-    plan = bench.Plan(**entries)
+    plan = bench.Plan(**{**entries, "folder": Path(entries["folder"]), "layers": tuple(entries["layers"])})
     if file.suffix == ".npz":
         imodel = load_integers(file)
         record = _image_record(imodel.meta)

@@ -61,11 +61,20 @@ def test_a_bench_that_fails_is_resumed_by_the_same_plan(small, tmp_path, monkeyp
 def test_what_was_not_recorded_cannot_be_replayed(small, tmp_path):
     with pytest.raises(CrossbarError, match="holds no recorded run"):
         run(plan(tmp_path, "replay"), small)
-    run(plan(tmp_path, "sim", n_test=2), small)
+    run(plan(tmp_path, "sim", n_test=2, record=True), small)
     with pytest.raises(TraceError, match="measured 0 times"):
         run(plan(tmp_path, "replay", n_test=4), small)
     with pytest.raises(TraceError, match="another engine"):
-        run(plan(tmp_path, "sim", device="pcm"), small)
+        run(plan(tmp_path, "sim", device="pcm", record=True), small)
+
+
+def test_a_simulation_is_recorded_where_that_is_asked_for_and_comes_to_the_same(small, tmp_path):
+    bare, kept = (run(plan(tmp_path / str(on), "sim", device="ideal", record=on), small) for on in (False, True))
+    np.testing.assert_array_equal(bare.logits, kept.logits)
+    assert (bare.summary["n_rows"], len(list((tmp_path / "False").iterdir()))) == (0, 2)
+    assert kept.summary["n_rows"] > 6 * 9
+    with pytest.raises(CrossbarError, match="holds the record of another run"):
+        run(plan(tmp_path / "True", "sim", device="ideal"), small)
 
 
 @pytest.mark.parametrize(
