@@ -80,8 +80,7 @@ class Convolution:
             y = done[0] if len(done) == 1 else torch.cat(done, 1)
         if self.x_zero_point:
             y -= self.x_zero_point * self.weight_sum
-        size = self._window.out_size(*parts[0].values.shape[2:])
-        y = y if x.ndim == 2 else y.view(len(x), *size, -1).permute(0, 3, 1, 2)
+        y = y if x.ndim == 2 else y.view(len(x), *parts[0].size, -1).permute(0, 3, 1, 2)
         return y.numpy() if isinstance(x, np.ndarray) else y  # type: ignore[return-value]
 
     def rows(self, x: Numbers) -> list[Tensor]:

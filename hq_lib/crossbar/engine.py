@@ -165,7 +165,8 @@ class Engine(ABC):
 
     def finish(self, handle: Handle, raw: Tensor, out: Tensor) -> Tensor:
         """``out``, float64 (rows, N), filled with ``raw``, corrected and rounded to whole numbers."""
-        if not rounded(self.correction(handle).apply(raw), out):
+        correction = self._corrections.get(handle.name)
+        if not rounded(raw if correction is None else correction.apply(raw), out):
             raise CrossbarError(f"{handle.name}: the engine returned NaN or infinity")
         return out
 
@@ -250,7 +251,8 @@ class Engine(ABC):
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._handles)}")
         what = f"inputs of {handle.name}"
         operand = x if isinstance(x, Operand) else Operand(as_tensor(x))
-        operand = replace(operand, values=as_integers(operand.values, what, 4 if operand.window else 2))
+        values = as_integers(operand.values, what, 4 if operand.window else 2)
+        operand = operand if values is operand.values else replace(operand, values=values)
         if operand.n_columns != handle.w_int.shape[0]:
             raise CrossbarError(f"{what} have {operand.n_columns} columns, weights {handle.w_int.shape[0]} rows")
         check_range(operand.values, *handle.x_range, what)

@@ -1,4 +1,5 @@
-"""The compiled library (``src``): converted reading in one pass that gathers, sums, rounds, clips, counts and combines.
+"""The compiled library (``src``): converted reading in one pass that gathers, sums, rounds, clips, counts and combines;
+for layers that are one product, one pass before it (`channels_last`) and one after it (`rounded`).
 
 It is compiled when first needed, as the C runtime is. Without a compiler torch does the same, to the same bits and
 slower; that is said once. Random streams: one per purpose, so no draw depends on batch size, thread count or what other
@@ -37,6 +38,8 @@ def library() -> ctypes.CDLL | None:
     found.hqx_normals.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     found.hqx_normals.restype = None
     found.hqx_round.argtypes = [c_void_p, c_int64, c_void_p]
+    found.hqx_channels_last.argtypes = [c_void_p, *[c_int64] * 3, c_void_p]
+    found.hqx_channels_last.restype = None
     return found
 
 
@@ -47,6 +50,17 @@ def rounded(raw: Tensor, out: Tensor) -> bool:
         return bool(found.hqx_round(raw.data_ptr(), raw.numel(), out.data_ptr()))
     out.copy_(raw).round_()
     return bool(torch.isfinite(out.sum()))
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """float32 (B, C, H, W) of integer ``images``, the channels of a place side by side, as convolutions are fastest."""
+    found = library() if images.dtype is torch.uint8 and images.is_contiguous() else None
+    if found is None:
+        return images.contiguous(memory_format=torch.channels_last).to(torch.float32)
+    out = torch.empty(images.shape, memory_format=torch.channels_last)
+    n_images, n_channels, height, width = images.shape
+    found.hqx_channels_last(images.data_ptr(), n_images, n_channels, height * width, out.data_ptr())
+    return out
 
 
 _LANES = 1 << 12

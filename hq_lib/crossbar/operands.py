@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from hq_lib.crossbar.checks import (
     as_integers,
     check_range,
 )
+from hq_lib.crossbar.native import channels_last
 from hq_lib.integer.sums import n_windows
 
 
@@ -208,15 +210,20 @@ class Operand:
     window: Stencil | None = None
     """Geometry of the patches; its padding stands for zeros."""
 
-    @property
+    @cached_property
     def n_rows(self) -> int:
         """Rows of the multiplication."""
-        return len(self.values) * self._n_windows
+        return len(self.values) * math.prod(self.size)
 
     @property
     def n_columns(self) -> int:
         """Length K of a row."""
         return self.values.shape[1] * self._taps
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of a window's places in one image; (1, 1) without a window."""
+        return self.window.out_size(*self.values.shape[2:]) if self.window else (1, 1)
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -227,10 +234,6 @@ class Operand:
     def _taps(self) -> int:
         return math.prod(self.window.kernel) if self.window else 1
 
-    @property
-    def _n_windows(self) -> int:
-        return math.prod(self.window.out_size(*self.values.shape[2:])) if self.window else 1
-
     def rows(self) -> Tensor:
         """(n_rows, K), the rows written out."""
         if self.window is None:
@@ -238,14 +241,13 @@ class Operand:
         (py, px), (kh, kw) = self.window.padding, self.window.kernel
         x = functional.pad(self.values, (px, px, py, py)).contiguous()
         (sy, sx), (dy, dx) = self.window.stride, self.window.dilation
-        height, width = self.window.out_size(*self.values.shape[2:])
         b, c, y, z = x.stride()
-        size = (x.shape[0], height, width, x.shape[1], kh, kw)
+        size = (x.shape[0], *self.size, x.shape[1], kh, kw)
         return x.as_strided(size, (b, sy * y, sx * z, c, dy * y, dx * z)).reshape(self.n_rows, self.n_columns)
 
     def split(self, n_rows: int) -> list[Operand]:
         """Consecutive parts of about ``n_rows`` rows."""
-        parts = self.values.split(max(1, n_rows // self._n_windows)) if self.n_rows else ()
+        parts = self.values.split(max(1, n_rows // math.prod(self.size))) if self.n_rows else ()
         return [replace(self, values=part) for part in parts]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Operand:
@@ -256,6 +258,12 @@ class Operand:
         if mapped.dtype.is_floating_point:
             mapped = mapped.contiguous(memory_format=torch.channels_last)
         return replace(self, values=mapped)
+
+    def floats(self, dtype: torch.dtype) -> Operand:
+        """The operand of its integers as ``dtype``, laid out as `times` wants it."""
+        if self.window is None or dtype is not torch.float32:
+            return self.map(lambda values: values.to(dtype))
+        return replace(self, values=channels_last(self.values))
 
     def prepare(self, matrix: Tensor, start: int) -> Tensor:
         """``matrix`` (R, M), meant for columns start..start+R of the rows, as `times` wants it."""
@@ -277,7 +285,7 @@ class Operand:
 
     def product(self, matrix: Tensor) -> Tensor:
         """(n_rows, M): the whole rows times ``matrix`` (K, M), in the matrix's dtype."""
-        driven = self.map(lambda values: values.to(matrix.dtype))
+        driven = self.floats(matrix.dtype)
         return driven.times(driven.prepare(matrix, 0), 0, self.n_columns)
 
     def _channels(self, start: int, n_tile: int) -> tuple[int, int]:

@@ -118,7 +118,8 @@ class SimEngine(Engine):
         if layer.path != "collapsed":
             return layer.read(x, partial(self._normals, handle.name, "read"))
         if self.circuit.drive.mode == "analog":  # powers are squares of the numbers just converted
-            x = x.map(lambda v: layer.drive(v.to(layer.weight.dtype)))
+            x = x.floats(layer.weight.dtype)
+            x = x if layer.bend is None else x.map(layer.drive)
         return self.add_noise_(handle, x, layer.whole.currents(x))
 
     def _rows_at_once(self, handle: Handle) -> int:

@@ -114,6 +114,38 @@ def test_a_machine_without_a_compiler_is_told_once(monkeypatch):
         native.library.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 4, 4), (3, 19, 3, 5), (1, 3, 9, 7), (2, 8, 1, 1), (1, 24, 2, 3), (0, 8, 4, 4)]
+)
+def test_images_become_float32_with_channels_side_by_side(shape, monkeypatch):
+    """Against NumPy's transposition: whole and broken blocks of eight, contiguous or not, in C and in torch."""
+    random = torch.Generator().manual_seed(0)
+    wide = torch.randint(0, 256, (shape[0], 2 * shape[1], *shape[2:]), generator=random)
+    for images in (wide[:, : shape[1]].to(torch.uint8), wide.to(torch.uint8)[:, ::2], wide[:, 1::2] - 128):
+        wanted = images.numpy().transpose(0, 2, 3, 1).astype(np.float32)
+        for library in (native.library, lambda: None):
+            monkeypatch.setattr(native, "library", library)
+            made = native.channels_last(images)
+            assert made.dtype is torch.float32
+            assert made.is_contiguous(memory_format=torch.channels_last)
+            np.testing.assert_array_equal(made.numpy().transpose(0, 2, 3, 1), wanted)
+
+
+@pytest.mark.parametrize("cells", [PCM_JOSHI, NOISY], ids=["quiet", "noisy"])
+def test_one_product_has_the_same_bits_in_c_and_torch(cells, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    w = torch.randint(-127, 128, (24, 20, 3, 3), generator=random)
+    x = torch.randint(0, 256, (20, 20, 9, 7), generator=random).to(torch.uint8)
+    found = []
+    for library in (native.library, lambda: None):
+        monkeypatch.setattr(native, "library", library)
+        engine = SimEngine(Circuit(cells))
+        conv = Convolution(engine, w, 1.0, "a", padding=1)
+        assert engine.layer(conv.groups[0]).path == "collapsed"
+        found.append(conv(x))
+    assert torch.equal(*found)
+
+
 def test_not_a_number_is_seen_wherever_it_stands():
     for n in (1, 8, 19):
         for place in {0, n // 2, n - 1}:

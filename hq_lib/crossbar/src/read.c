@@ -1,4 +1,5 @@
-/* Converted reading of a crossbar layer in one pass: patches, exact integer sums, noise, rounding, clipping, counting.
+/* Converted reading of a crossbar layer in one pass: patches, exact integer sums, noise, rounding, clipping, counting;
+   and, for layers that are one product, the passes before and after it.
 
        code = clip(rint(sum * factor + shift + (z * sqrt(sum x^2)) * spread), low, high);   total += code * step_factor
        y[n] = sum_q coefficient[q][n] * total[q][n]
@@ -10,6 +11,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words are read as little-endian: torch reads crossbars on this processor"
+#endif
 
 #define LANES 16  /* columns at a time */
 #define PIXELS 32 /* rows of the product at a time */
@@ -111,6 +116,17 @@ void hqx_normals(uint64_t *state, int64_t n_lanes, const float *points, float *o
         const float a = points[v >> 16 & 4095], b = points[v >> 28 & 4095], c = points[v >> 40 & 4095], d = points[v >> 52];
         out[0] = a + b, out[1] = a - b, out[2] = c + d, out[3] = c - d;
     }
+}
+
+/* out[image][place][channel] = x[image][channel][place]. */
+void hqx_channels_last(const uint8_t *x, int64_t n_images, int64_t channels, int64_t places, float *out) {
+#if defined(WITH_AVX2)
+    if (__builtin_cpu_supports("avx2")) {
+        channels_last_avx2(x, n_images, channels, places, out);
+        return;
+    }
+#endif
+    channels_last_plain(x, n_images, channels, places, out);
 }
 
 /* out = rint(raw) for n numbers; 1 if all are finite. */

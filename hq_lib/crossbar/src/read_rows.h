@@ -216,6 +216,41 @@ static int64_t NAME(read_all)(const work *k, int64_t first, int64_t n_rows, cons
     return n_saturated;
 }
 
+/* See hqx_channels_last. Eight channels of eight places at a time: 64 bytes whose halves, interleaved three times, are
+   the same bytes place by place. */
+static void NAME(channels_last)(const uint8_t *x, int64_t n_images, int64_t channels, int64_t places, float *out) {
+    for (int64_t image = 0; image < n_images; image++, x += channels * places, out += channels * places) {
+        int64_t c = 0;
+#if defined(WITH_AVX2)
+        for (; c + 8 <= channels; c += 8) {
+            int64_t p = 0;
+            for (; p + 8 <= places; p += 8) {
+                __m128i v[4];
+                for (int r = 0; r < 4; r++) {
+                    const uint8_t *from = x + (c + 2 * r) * places + p;
+                    v[r] = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)(const void *)from),
+                                              _mm_loadl_epi64((const __m128i *)(const void *)(from + places)));
+                }
+                for (int times = 0; times < 3; times++) {
+                    const __m128i a = v[0], b = v[1], low = v[2], high = v[3];
+                    v[0] = _mm_unpacklo_epi8(a, low), v[1] = _mm_unpackhi_epi8(a, low);
+                    v[2] = _mm_unpacklo_epi8(b, high), v[3] = _mm_unpackhi_epi8(b, high);
+                }
+                for (int r = 0; r < 4; r++) {
+                    float *to = out + (p + 2 * r) * channels + c;
+                    _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v[r])));
+                    _mm256_storeu_ps(to + channels, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v[r], 8))));
+                }
+            }
+            for (; p < places; p++)
+                for (int64_t i = c; i < c + 8; i++) out[p * channels + i] = x[i * places + p];
+        }
+#endif
+        for (; c < channels; c++)
+            for (int64_t p = 0; p < places; p++) out[p * channels + c] = x[c * places + p];
+    }
+}
+
 /* See hqx_round. */
 static int NAME(round)(const float *raw, int64_t n, double *out) {
     floats odd = {0};
