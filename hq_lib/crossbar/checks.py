@@ -90,7 +90,8 @@ def as_integers(values: Numbers, what: str, n_axes: int = 2) -> Tensor:
 
 def check_range(values: Tensor, low: int, high: int, what: str) -> None:
     """Nothing, or an error that names the first offending range: all ``values`` must lie in [low, high]."""
-    if values.numel() == 0:
+    held = torch.iinfo(values.dtype)
+    if values.numel() == 0 or (low <= held.min and held.max <= high):
         return
     least, most = (int(v) for v in torch.aminmax(values))
     if least < low or most > high:

@@ -186,11 +186,8 @@ class Stencil:
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Windows that fit in an image of ``height`` x ``width`` places."""
-        (py, px), axes = self.padding, zip(self.kernel, self.stride, self.dilation, strict=True)
-        down, across = (
-            n_windows(size, *axis) for size, axis in zip((height + 2 * py, width + 2 * px), axes, strict=True)
-        )
-        return down, across
+        down, across = zip(self.kernel, self.stride, self.dilation, strict=True)
+        return n_windows(height + 2 * self.padding[0], *down), n_windows(width + 2 * self.padding[1], *across)
 
     def convolved(self, images: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
         """(B, M, H', W') convolution of float32 ``images``."""
@@ -213,7 +210,7 @@ class Operand:
     @cached_property
     def n_rows(self) -> int:
         """Rows of the multiplication."""
-        return len(self.values) * math.prod(self.size)
+        return self.values.shape[0] * self.size[0] * self.size[1]
 
     @property
     def n_columns(self) -> int:
@@ -247,6 +244,8 @@ class Operand:
 
     def split(self, n_rows: int) -> list[Operand]:
         """Consecutive parts of about ``n_rows`` rows."""
+        if 0 < self.n_rows <= n_rows:
+            return [self]
         parts = self.values.split(max(1, n_rows // math.prod(self.size))) if self.n_rows else ()
         return [replace(self, values=part) for part in parts]
 

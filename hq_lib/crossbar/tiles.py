@@ -81,7 +81,7 @@ class Tile:
         if key not in self._ready:
             self._ready[key] = driven.prepare(matrix, self.start)
         driven = driven.map(lambda v: v.to(matrix.dtype)) if driven.values.dtype is not matrix.dtype else driven
-        return driven.times(self._ready[key], self.start, len(matrix))
+        return driven.times(self._ready[key], self.start, matrix.shape[0])
 
 
 def spread_of(variance: Tensor) -> Tensor | None:
