@@ -15,6 +15,8 @@ BLOCK = 16
 SLACK = 64
 """bytes behind every tensor that wide loads may read"""
 ALIGNMENT = 64
+MAX_SHIFT = 7
+"""of stored weights, which ``hqm_open`` holds them to"""
 
 
 def is_depthwise(op: Layer) -> bool:
@@ -24,10 +26,10 @@ def is_depthwise(op: Layer) -> bool:
 
 def weight_storage(op: Layer) -> tuple[int, int]:
     """Return (bits of a stored weight: 4, 8 or 16; s): the stored integers times 2^s are ``op.weight``."""
-    narrow = op.weight // op.weight_step
-    if op.weight.dtype == np.int8 and narrow.min() >= -8 and narrow.max() < 8:
-        return 4, op.weight_step.bit_length() - 1
-    return 8 * op.weight.itemsize, 0
+    shift = min(op.weight_step.bit_length() - 1, MAX_SHIFT)
+    low, high = int(op.weight.min()) >> shift, int(op.weight.max()) >> shift
+    bits = next(bits for bits in (4, 8, 16) if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1))
+    return bits, shift
 
 
 def packed_weight(op: Layer) -> np.ndarray:
@@ -43,6 +45,7 @@ def packed_weight(op: Layer) -> np.ndarray:
     if bits == 4:
         halves = (packed.reshape(-1, 2, BLOCK // 2 * (1 if depthwise else 4)) + 8).astype(np.uint8)
         return (halves[:, 0] | halves[:, 1] << 4).ravel()
+    packed = packed.astype(np.int8 if bits == 8 else np.int16)
     if bits == 16 and not depthwise:
         return np.ascontiguousarray(packed.reshape(-1, BLOCK, 2, 2).transpose(0, 3, 1, 2)).ravel()
     return packed

@@ -81,6 +81,26 @@ typedef struct {
 typedef void rescale_kernel(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
                             const void *residual, uint8_t *out, size_t step);
 
+/* One layer with all that its parts read. */
+typedef struct {
+    const window *v;
+    const tensor *x, *residual, *y;
+    const uint8_t *data; /* of x, padded */
+    const uint8_t *w;
+    const int32_t *start;
+    product_kernel *kernel;
+    rescale r;
+    uint32_t groups, per_group, c_group, depthwise, bits;
+    product p; /* without its places */
+} layer;
+void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32_t first, uint32_t n, size_t place);
+
+/* Part `part` of `n_parts` of some work; parts run at the same time where threads were asked for. */
+typedef void part_work(const void *context, uint32_t part, uint32_t n_parts);
+void in_parts(part_work *work, const void *context);
+
+enum { WIDEST = 512 }; /* input channels of a layer in tiles */
+
 /* Vector forms of the frequent cases, or NULL: then the portable code runs. */
 typedef struct {
     const char *name;
@@ -92,13 +112,10 @@ typedef struct {
     /* as many of n elements of a "fixed" Add of uint8 as it serves, whose number it returns */
     uint32_t (*fixed_add_u8)(const uint8_t *a, int32_t a_zero, const uint8_t *b, uint32_t n, const rescale *r,
                              uint8_t *out);
+    part_work *tiles; /* a layer of uint8, 8 or 16 bits, ungrouped 3x3 windows of stride 1, in tiles of 2x2 outputs */
 } kernels;
 
 const kernels *hqm_kernels(void);
-
-/* Part `part` of `n_parts` of some work; parts run at the same time where threads were asked for. */
-typedef void part_work(const void *context, uint32_t part, uint32_t n_parts);
-void in_parts(part_work *work, const void *context);
 
 static inline const uint32_t *words_at(const hqm_model *m, uint32_t offset) {
     return (const uint32_t *)(const void *)(m->bytes + offset);

@@ -73,6 +73,7 @@ ISA INLINE void multiply_taps(__m256i sum[2], const uint8_t *x, const size_t *o,
     sum[1] = add_i(sum[1], _mm256_madd_epi16(high, w[1]));
 }
 #include "hqm_x86.h"
+#include "hqm_winograd.h"
 
 /* Sums of pairs in 32 bits, added to those in acc unless they are the first. */
 ISA INLINE __m256i widened(__m256i sum, const int32_t *acc, int is_first) {
@@ -228,6 +229,6 @@ ISA static uint32_t fixed_add_u8(const uint8_t *a, int32_t a_zero, const uint8_t
 }
 
 const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},
-                          avx2_rescale_u8, fixed_u8, avx2_add_u8, fixed_add_u8};
+                          avx2_rescale_u8, fixed_u8, avx2_add_u8, fixed_add_u8, run_tiles};
 
 #endif

@@ -130,25 +130,23 @@ static uint32_t rows_inside(const window *v, const tensor *x, uint32_t row, uint
     return n;
 }
 
-typedef struct {
-    const window *v;
-    const tensor *x, *residual, *y;
-    const uint8_t *data; /* of x, padded */
-    const uint8_t *w;
-    const int32_t *start;
-    product_kernel *kernel;
-    rescale r;
-    uint32_t groups, per_group, c_group, depthwise, bits;
-    product p; /* without its places */
-} layer;
-
 enum { WORTH = 1 << 20 }; /* products that make up for waking threads */
+
+/* Integers of the output, n channels from `first` on of the places from `place` on, from their accumulators. */
+void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32_t first, uint32_t n, size_t place) {
+    const void *residual = l->residual ? l->residual->data : NULL;
+    const size_t c_out = (size_t)l->groups * l->per_group;
+    if (l->r.multiplier) rescale_tile(acc, n_places, &l->r, first, n, residual, l->y, place * c_out + first, c_out);
+    else
+        for (uint32_t k = 0; k < n_places; k++)
+            memcpy(l->y->data + ((place + k) * c_out + first) * 4, acc[k], n * sizeof **acc);
+}
 
 /* Every output channel of the places from `place` on that p names, for the kernel rows from `row` on. */
 static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
     int32_t acc[TILE][BLOCK];
     const size_t run = (l->depthwise ? p.w_step : (size_t)p.n4 * 4 * BLOCK) * p.n_columns * l->bits / 8;
-    const size_t block = (l->depthwise ? BLOCK * l->bits / 8 : run * l->v->kernel[0]), c_out = l->groups * l->per_group;
+    const size_t block = l->depthwise ? BLOCK * l->bits / 8 : run * l->v->kernel[0];
     const uint8_t *w = l->w + row * run;
     for (uint32_t g = 0; g < l->groups; g++)
         for (uint32_t b = 0; b < l->per_group; b += BLOCK, w += block) {
@@ -156,12 +154,7 @@ static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
             p.x = l->data + (row * p.row_step + channel) * l->x->size;
             p.w = w, p.start = l->start + first, p.n_out = at_most(BLOCK, l->per_group - b);
             l->kernel(&p, acc);
-            if (l->r.multiplier) {
-                const void *other = l->residual ? l->residual->data : NULL;
-                rescale_tile(acc, p.n_places, &l->r, first, p.n_out, other, l->y, place * c_out + first, c_out);
-            } else
-                for (uint32_t k = 0; k < p.n_places; k++)
-                    memcpy(l->y->data + ((place + k) * c_out + first) * 4, acc[k], p.n_out * sizeof **acc);
+            put_places(l, acc, p.n_places, first, p.n_out, place);
         }
 }
 
@@ -190,6 +183,15 @@ static void run_places(const void *context, uint32_t part, uint32_t n_parts) {
     }
 }
 
+/* Whether windows go in tiles of 2x2 (hqm_winograd.h); fewer than four make no use of its vectors. */
+static int goes_in_tiles(const layer *l) {
+    const window *v = l->v;
+    static const uint32_t ones[2] = {1, 1}, threes[2] = {3, 3};
+    if (!hqm_kernels()->tiles || l->x->size > 1 || l->bits == 4 || l->depthwise || l->groups > 1) return 0;
+    if (memcmp(v->kernel, threes, 8) || memcmp(v->stride, ones, 8) || memcmp(v->dilation, ones, 8)) return 0;
+    return v->channels % 4 == 0 && v->channels <= WIDEST && v->out_height > 2 && v->out_width > 2;
+}
+
 void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *residual, const tensor *y,
                void *arena) {
     window v = window_of(op, x, y);
@@ -205,6 +207,7 @@ void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const te
     l.groups = l.depthwise ? 1 : op[O_GROUPS], l.per_group = op[O_C_OUT] / l.groups;
     l.kernel = kernel_of(l.depthwise, x->size, l.bits);
     l.p = product_of(&v, op, x);
-    if ((double)y->n * op[O_C_GROUP] * v.kernel[0] * v.kernel[1] >= WORTH) in_parts(run_places, &l);
-    else run_places(&l, 0, 1);
+    part_work *work = goes_in_tiles(&l) ? hqm_kernels()->tiles : run_places;
+    if ((double)y->n * op[O_C_GROUP] * v.kernel[0] * v.kernel[1] >= WORTH) in_parts(work, &l);
+    else work(&l, 0, 1);
 }

@@ -1,0 +1,129 @@
+"""3x3 windows in tiles of 2x2 outputs (Lavin & Gray 2015): the sums that int64 gives, whatever weights and sizes."""
+
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+
+from hq_lib.deploy.c import Runtime, compiler, to_bytes
+from hq_lib.deploy.c.build import CompilerError, fuzzer
+from hq_lib.deploy.c.layout import weight_storage
+from hq_lib.integer import record as r
+from hq_lib.integer import run
+
+try:
+    compiler()
+except CompilerError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+ONE, WHOLE = np.asarray(1.0, np.float32), (32, -(2**31), 2**31 - 1)
+
+
+def convolution(x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray):
+    """A record of one convolution of the integers ``x`` (C, H, W) that returns its sums, and its image."""
+    c_out, (_, height, width), (top, left, bottom, right) = len(weight), x.shape, padding
+    shape, ones = (c_out, height + top + bottom - 2, width + left + right - 2), np.ones(c_out, np.float32)
+    specs = [
+        r.TensorSpec("image", x.shape, "float32", 32, 0, 0, ONE, 0),
+        r.TensorSpec("q", x.shape, "uint8", 8, 0, 255, ONE, zero),
+        r.TensorSpec("y", shape, "int32", *WHOLE, ONE, 0),
+    ]
+    conv = r.Conv("conv", ("q",), "y", weight, ones, bias, ones, 8, None, None, (1, 1), padding, (1, 1), 1)
+    ops = (r.Quantize("quantize", ("image",), "q"), conv)
+    model = r.IntegerModel("float32", {spec.name: spec for spec in specs}, ops, "image", "y")
+    return model, (x - zero).astype(np.float32)[None]
+
+
+def sums(x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray) -> np.ndarray:
+    """What ``convolution`` returns, in int64; the logits hold it as float32."""
+    top, left, bottom, right = padding
+    centred = np.pad(x.astype(np.int64) - zero, ((0, 0), (top, bottom), (left, right)))
+    windows = np.lib.stride_tricks.sliding_window_view(centred, (3, 3), (1, 2))
+    return np.einsum("chwij,ocij->ohw", windows, weight.astype(np.int64)) + bias[:, None, None]
+
+
+def differing(x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], n_threads: int = 1) -> int:
+    """Sums of the C runtime, and of NumPy's executor, that are not int64's."""
+    bias = np.arange(len(weight)).astype(np.int32) - 7
+    model, image = convolution(x, weight, zero, padding, bias)
+    want = sums(x, weight, zero, padding, bias).astype(np.float32)
+    found = (Runtime(model, n_threads=n_threads).run(image)[0], run(model, image)[0])
+    return sum(int((one != want).sum()) for one in found)
+
+
+def integers(rng: np.random.Generator, most: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Whole numbers of all sizes up to ``most``, half of them at the ends: -most - 1, -most, most."""
+    ends = rng.choice([-most - 1, -most, most], shape)
+    return np.where(rng.random(shape) < 0.5, ends, rng.integers(-most - 1, most + 1, shape))
+
+
+@pytest.mark.parametrize("zero", [0, 1, 128, 255])
+def test_awkward_sizes_channels_and_paddings(zero):
+    rng = np.random.default_rng(zero)
+    for _ in range(12):
+        c_in, c_out = int(rng.choice([4, 8, 12, 16, 20, 36, 64, 68])), int(rng.integers(1, 50))
+        padding = tuple(int(v) for v in rng.integers(0, 3, 4))
+        x = rng.choice([0, 255, int(rng.integers(256))], (c_in, *(int(v) for v in rng.integers(5, 24, 2))))
+        weight = integers(rng, 127, (c_out, c_in, 3, 3)).astype(np.int8)
+        assert differing(x, weight, zero, padding) == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("zero", [0, 255])
+def test_the_largest_sums_that_int8_can_give(zero, sign):
+    x = np.full((512, 6, 7), 255 - zero)
+    corner = np.broadcast_to(np.asarray([[1, -1, 1], [-1, 1, -1], [1, -1, 1]]), (3, 512, 3, 3))  # the largest product
+    for weight in (np.full((3, 512, 3, 3), 127), np.full((3, 512, 3, 3), 128), 127 * corner):
+        one = np.clip(sign * weight, -128, 127).astype(np.int8)
+        assert differing(x, one, zero, (1, 1, 1, 1)) == 0
+
+
+@pytest.mark.parametrize("channels", [8, 64, 512, 516])
+def test_16_bit_weights_up_to_the_bound_and_beyond_it(channels):
+    rng, bound = np.random.default_rng(channels), min((2**31 - 1) // 36 // 255 // channels, (2**15 - 1) // 9)
+    x = rng.choice([0, 255], (channels, 5, 8))
+    for most in (bound, bound + 1, 9000):
+        weight = rng.choice([-most, most], (20, channels, 3, 3)) | 1
+        if channels > 64 and most > 3000:  # NumPy's sums would leave int32
+            continue
+        weight[:16] = np.sign(weight[:16]) * (min(bound, most) // 2 * 2 - 1)  # the second block alone passes it
+        assert differing(x, weight.astype(np.int16), 0, (1, 0, 1, 2)) == 0
+
+
+def test_weights_are_stored_by_the_bits_of_their_steps():
+    x, bias = np.zeros((4, 5, 5), np.int64), np.zeros(2, np.int32)
+    rng = np.random.default_rng(3)
+    for step, most, stored in (
+        (128, 255, (16, 7)),
+        (128, 100, (8, 7)),
+        (1024, 30, (16, 7)),
+        (64, 7, (4, 6)),
+        (1, 300, (16, 0)),
+    ):
+        weight = rng.integers(-most, most + 1, (2, 4, 3, 3))
+        weight[0, 0, 0] = 1, most, -most
+        model, _ = convolution(x, (step * weight).astype(np.int16), 9, (1, 1, 1, 1), bias)
+        assert weight_storage(model.ops[1]) == stored
+        pixels = rng.integers(0, 256, (4, 9, 6))
+        assert differing(pixels, (step * weight).astype(np.int16), 9, (1, 1, 1, 1)) == 0
+
+
+def test_threads_share_tiles():
+    rng = np.random.default_rng(0)
+    x, weight = rng.integers(0, 256, (32, 37, 35)), integers(rng, 127, (40, 32, 3, 3)).astype(np.int8)
+    try:
+        assert [differing(x, weight, 3, (1, 1, 1, 1), n) for n in (2, 3, 7)] == [0, 0, 0]
+    finally:
+        differing(x[:, :5], weight, 3, (1, 1, 1, 1))  # one thread again
+
+
+def test_tiles_at_the_edge_stay_in_the_arena(tmp_path):
+    for size in ((5, 40), (40, 5), (7, 7)):
+        model, _ = convolution(
+            np.zeros((64, *size)), np.full((1, 64, 3, 3), 127, np.int8), 5, (0,) * 4, np.zeros(1, np.int32)
+        )
+        content = to_bytes(model)
+        (tmp_path / "one").write_bytes(struct.pack("<I", len(content)) + content)
+        done = subprocess.run([fuzzer(), tmp_path / "one", "auto"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "1 0\n"), done.stderr
