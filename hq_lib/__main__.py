@@ -74,7 +74,9 @@ def select(
     given = {"n_calib": n, "strategy": strategy, "metric": metric}
     run, steps = _run(config, set_, model=model, data=data, root=root, output=output, **given)
     file = steps.selected(run)
-    _wrote(file, None, f"hq quantize --set manifest={file}{_again(run, 'root')}")
+    same = f" --config {shlex.quote(str(config))}" if config else ""
+    network = "net" if run.net else "model"
+    _wrote(file, None, f"hq quantize{same} --set manifest={file}{_again(run, network, 'root')}")
 
 
 @app.command()

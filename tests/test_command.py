@@ -121,6 +121,31 @@ def test_the_commands_printed_as_next_go_through_ones_own_network_and_pictures(p
     assert verbs == ["quantize", "test", "export", "test"]
 
 
+def test_weights_say_whose_they_are(place):
+    """A file of another network than the default's is that network, in name, record and the next line."""
+    small = models.build("toynet")
+    record = {"model": "toynet", "options": {}, "dataset": "digits", "n_classes": 10, "in_channels": 3}
+    models.save_checkpoint(place / "small.safetensors", small, record)
+    made = hq("quantize", "--set", "weights=small.safetensors", "--method", "minmax", "--set", "n_calib=20", "--data",
+              "digits", "--n-test", "20")  # fmt: skip
+    assert "wrote toynet_minmax_w8a8.safetensors" in made
+    assert models.read_checkpoint(place / "toynet_minmax_w8a8.safetensors")[1]["configuration"]["model"] == "toynet"
+    refused = hq("quantize", "--set", "weights=small.safetensors", "--model", "vgg11", code=1)
+    assert "'vgg11'" in refused
+    assert "'toynet'" in refused
+    chosen = hq("select", "--model", "toynet", "--data", "digits", "--n", "20", "--output", "few.json")
+    assert "next: hq quantize --set manifest=few.json --model toynet" in chosen
+
+
+def test_cuda_is_taken_where_there_is_one_and_other_devices_are_refused(monkeypatch):
+    assert configuration.Configuration().device == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert configuration.Configuration().device == "cuda"
+    assert configuration.Configuration(device="cuda:1").device == "cuda:1"
+    with pytest.raises(ValueError, match=r"'cudda'.*cuda"):
+        configuration.Configuration(device="cudda")
+
+
 def test_what_is_made_of_a_file_elsewhere_is_written_here(place):
     """The shipped checkpoints lie in the repository: nothing is to be written beside them."""
     hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "w8.safetensors")

@@ -47,8 +47,8 @@ BUILD = ("model", "options", "n_classes", "in_channels")
 class Configuration:
     """What a run is. ``ValueError`` names a key whose value is of the wrong kind."""
 
-    model: str = "resnet20"
-    """network by name, as in ``models.names``"""
+    model: str = ""
+    """network by name, as in ``models.names``; "" = the one that ``weights`` are of, else resnet20"""
     net: str = ""
     """a network of one's own in its place, "module:Class", imported from the current folder"""
     options: dict = field(default_factory=dict)
@@ -97,8 +97,8 @@ class Configuration:
     """which cut of a training recipe: smoke, quick or full"""
     seed: int = 0
     """of images, batches and dropping"""
-    device: str = "cpu"
-    """cpu or cuda"""
+    device: str = ""
+    """cpu or cuda, of several cuda:1; "" = cuda where there is one"""
     requantizer: str = "float32"
     """of the integers: float32 or fixed"""
     crossbar: dict = field(default_factory=dict)
@@ -113,8 +113,11 @@ class Configuration:
                 raise ValueError(f"{each.name} is {value!r}: a {each.type.__name__} is needed")  # type: ignore[union-attr]
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{each.name} is {value}: 0 or more is needed")
+        object.__setattr__(self, "model", self.model or _held("" if self.net else self.weights))
+        object.__setattr__(self, "device", self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if len(self.bits) != 2 or not all(type(bits) is int for bits in self.bits):
             raise ValueError(f"bits is {self.bits}: [weights, activations] are needed, as [4, 4]")
+        check_known(self.device.partition(":")[0], ("cpu", "cuda"), "device")
         if not self.net:
             models.check_name(self.model)
         if bool(self.mean) != bool(self.std):
@@ -161,7 +164,12 @@ class Configuration:
                                  f"{self.model} --method float), or name a file")  # fmt: skip
             net = self.built()
         elif file.suffix == ".safetensors":
-            return opened(file, self.net, self.options)
+            net, record = opened(file, self.net, self.options)
+            if not self.net and record["model"] != self.model:
+                raise ValueError(
+                    f"model is {self.model!r}, and weights {file} are of {record['model']!r}: leave model out"
+                )
+            return net, record
         else:
             net = models.load_public(file, self.built())
         record = {} if self.net else {"model": self.model, "options": self.options, "images": taken}
@@ -336,6 +344,13 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
         raise ValueError(f"{where} has no key {inside[0]!r}; did you mean '{inner[inside[0]]}.{inside[0]}'?")
     check(where, "key", entries, keys)
     return Configuration(**entries)
+
+
+def _held(weights: str) -> str:
+    """The network of ours that a file of weights names; resnet20 where it names none."""
+    named = weights.endswith(".safetensors") and Path(weights).is_file()
+    found = models.read_checkpoint(weights)[1].get("model", OWN) if named else OWN
+    return "resnet20" if found == OWN else found
 
 
 def own(name: str) -> Any:

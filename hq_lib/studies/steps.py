@@ -161,7 +161,7 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     given = {"engine": "sim", "folder": f"{file.stem}_crossbar", **counted, **run.crossbar, **given}
     past = Path(given["folder"]) / "summary.json"
     known = json.loads(past.read_text()) if given["engine"] == "replay" and past.is_file() else {"layers": ["*"]}
-    entries = {key: known[key] for key in ("layers", "n_test", "n_calib") if key in known} | given
+    entries: dict[str, Any] = {key: known[key] for key in ("layers", "n_test", "n_calib") if key in known} | given
     check("crossbar", "key", entries, [f.name for f in dataclasses.fields(bench.Plan)])
     plan = bench.Plan(**{**entries, "folder": Path(entries["folder"]), "layers": tuple(entries["layers"])})
     if file.suffix == ".npz":
