@@ -71,6 +71,7 @@ OUTPUTS = (
     Output("fig_pareto", HYBRID, "accuracy against size of searched bit assignments"),
     Output("tab_support_matrix", INTEGER, "networks x executors: accuracy, agreement, size, time"),
     Output("fig_integer_agreement", INTEGER, "integer against fake-quantized, layer by layer"),
+    Output("tab_biases", INTEGER, "what biases that no accumulator holds change in each tensor"),
     Output("fig_mvm_scatter", CROSSBAR, "measured against ideal dot products"),
     Output("fig_mvm_calibration", CROSSBAR, "error before and after calibration"),
     Output("fig_crossbar_accuracy", CROSSBAR, "accuracy against noise, ADC bits, array size, stuck cells"),

@@ -163,9 +163,15 @@ def test_a_quantized_networks_file_is_taken_as_it_is(out_dir, monkeypatch, tmp_p
     assert study.STUDY.todo("smoke", **chosen) == []
     table = tables.support_matrix(rows, study.STUDY.plan("smoke", **chosen))
     assert set(table.loc[table["images"] != "n/r", "bits"]) == {"W2A3"}
-    compared = tables.layers(study.LAYERS.run("smoke", **chosen))
+    layers = study.LAYERS.run("smoke", **chosen)
+    compared = tables.layers(layers)
     assert set(compared["model"]) == {"mine"}
     assert tables.worst_born(compared)["largest_LSB"].max() <= 1
+    assert list(compared.loc[compared["inputs"] == "its own", "place"]) == list(range(len(compared) // 2))
+    by_tensor = tables.biases_table(layers)
+    born = by_tensor["mine"].str.split(" / ", expand=True).astype(float)
+    assert len(by_tensor) == len(compared) // 2
+    assert born[0].sum() > 10 * born[1].sum(), "what biases as trained change is gone with those of accumulators"
     graph.save(graph.load(file), file, record={**bench.record, "seed": 1})
     assert len(study.STUDY.todo("smoke", **chosen)) == 6  # another file under the name is another network
 

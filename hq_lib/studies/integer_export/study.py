@@ -22,7 +22,16 @@ from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer.record import REQUANTIZERS
 from hq_lib.ptq.ranges import Method
 from hq_lib.results import provenance
-from hq_lib.studies.bench import Bench, file_switch, known_networks, net_switch, open_bench, quantized_as, record_of
+from hq_lib.studies.bench import (
+    Bench,
+    file_switch,
+    known_networks,
+    net_switch,
+    network_file,
+    open_bench,
+    quantized_as,
+    record_of,
+)
 from hq_lib.studies.integer_export import executors
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 
@@ -39,6 +48,8 @@ MOBILE = (
 """Torchvision's networks, untrained: of them only agreement, size and time are measured."""
 ENLARGED = {"inception_v3": 3}
 """How often each pixel is repeated for an untrained network; 2 for the others."""
+AS_TRAINED = "as trained"
+"""Biases of a trained network before ``round_biases``."""
 PART = 500  # images that are normalised and run at a time
 
 
@@ -306,23 +317,32 @@ def parts(images: ImageSet) -> Iterator[np.ndarray]:
 
 
 def layer_points(plan: Plan) -> list[Point]:
-    """The networks whose tensors are compared, integers with fake-quantized values."""
+    """The networks whose tensors are compared, integers with fake-quantized values; trained ones with both biases."""
     found = []
     for net in (net for net in networks(plan) if net.name not in MOBILE):
         named = {f"switches.{name}": net.file.get(name) for name in ("network", "file", "net")}
-        key = {"method": "numpy", "metric": "largest_LSB", **net.columns(plan), **named}
-        found.append(net.point(net.unit, key, net.file))
+        for biases in ("", AS_TRAINED) if net.bits is None else ("",):
+            key = {"method": "numpy", "metric": "largest_LSB", **net.columns(plan), **named}
+            key["switches.biases"] = biases or None
+            found.append(net.point(f"{net.unit} {biases}".strip(), key, (net, biases)))
     return found
 
 
 def measure_layers(run: Run[Plan], bench: IntegerBench, point: Point) -> Iterator[Found]:
-    """Of each tensor the integers that differ, on the integer network's own integers and fed with the graph's."""
+    """Of each tensor the integers that differ, on the integer network's own integers and fed with the graph's.
+
+    Of a network with its biases as trained the latter alone: what they, which no accumulator holds, do in each tensor.
+    """
+    net, biases = point.what
     images = bench.test.subset(torch.arange(min(run.plan.n_layers, len(bench.test))))
     imodel = integer.lower(bench.qnet, images=bench.test.spec)
-    for forced in (False, True):
+    file = network_file(net.name)
+    qnet = graph.load(file) if biases and file else bench.qnet
+    for forced in (True,) if biases else (False, True):
         inputs = "the graph's" if forced else "its own"
-        for place, tensor in enumerate(integer.agreement(bench.qnet, imodel, images, forced=forced).tensors):
-            where = {"tensor": tensor.name, "place": place, "inputs": inputs, **point.what}
+        for place, tensor in enumerate(integer.agreement(qnet, imodel, images, forced=forced).tensors):
+            where = {"tensor": tensor.name, "place": place, "inputs": inputs, **net.file}
+            where |= {"biases": biases} if biases else {}
             found = {"mismatch_pct": tensor.mismatch_pct, "largest_LSB": tensor.largest}
             yield from metric_rows(found, **{**bench.about, "n_test": len(images), "switches": where})
 

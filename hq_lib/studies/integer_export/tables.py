@@ -12,7 +12,7 @@ from hq_lib.integer.proof import accumulator_bound
 from hq_lib.integer.record import Layer
 from hq_lib.results import labels, tables
 from hq_lib.studies.integer_export.executors import version
-from hq_lib.studies.integer_export.study import MOBILE, MODELS, Plan
+from hq_lib.studies.integer_export.study import AS_TRAINED, MOBILE, MODELS, Plan
 
 NAMES = {"float": "float", "fake_quant": "fake-quantized", "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime"}
 METRICS = {"acc_pct": ".2f", "file_KiB": ",.0f", "cpu_ms": ".3g", "peak_MiB": ".2f"}
@@ -141,7 +141,8 @@ def layers(rows: pd.DataFrame) -> pd.DataFrame:
 
     ``model`` is a network of ours, in the order of ``MODELS``, or the stem of a file.
     """
-    known = tables.with_switches(tables.with_bits(rows), "inputs", "place", "tensor", "network")
+    known = tables.with_switches(tables.with_bits(rows), "inputs", "place", "tensor", "network", "biases")
+    known = known.loc[known["biases"].isna()]
     known["model"] = known["network"].fillna(known["model"])
     index = ["model", "bits", "inputs", "place", "tensor", "n_test", "dataset", "seed"]
     wide = known.pivot_table(index=index, columns="metric", values="value").reset_index()
@@ -149,6 +150,21 @@ def layers(rows: pd.DataFrame) -> pd.DataFrame:
     return wide.sort_values(
         ["model", "bits", "inputs", "place"], key=lambda c: c.map(order) if c.name == "model" else c
     )
+
+
+def biases_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_biases: of each trained network, tensor by tensor, the integers that are others than fake-quantized where
+    every operation is fed with the graph's, percent: with biases as trained / with those that accumulators hold."""
+    known = tables.with_switches(rows, "inputs", "place", "tensor", "network", "biases")
+    known = known.loc[(known["inputs"] == "the graph's") & (known["metric"] == "mismatch_pct")]
+    both = known.loc[known["network"].isin(known.loc[known["biases"].notna(), "network"])]
+    both = both.assign(biases=both["biases"].fillna("held"))
+    wide = both.pivot_table(index=["place", "tensor"], columns=["network", "biases"], values="value")
+    out = pd.DataFrame({"tensor": wide.index.get_level_values("tensor")})
+    for network in dict.fromkeys(both["network"]):
+        pairs = zip(wide[network, AS_TRAINED], wide[network, "held"], strict=True)
+        out[network] = ["-" if np.isnan(trained) else f"{trained:.3g} / {held:.3g}" for trained, held in pairs]
+    return out
 
 
 def worst_born(compared: pd.DataFrame) -> pd.DataFrame:
