@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hq_lib
-from hq_lib import data, graph, models
+from hq_lib import data, graph, models, ptq
 from hq_lib.__main__ import app, main
 from hq_lib.data import sources
 from hq_lib.deploy import ENDINGS
@@ -317,6 +317,14 @@ def test_every_verb_shows_an_example_that_the_command_line_takes():
 
 
 CONFIGS = sorted((paths.ROOT / "notebooks" / "configs").glob("*.yaml"))
+
+
+def test_each_network_of_seed_003_has_a_configuration_whose_bits_can_be_changed():
+    for name, weight in {"resnet18": 0.01, "resnet50": 0.01, "resnet101": 0.01, "mobilenetv2_imagenet": 0.1,
+                         "regnetx_600m": 0.01, "mnasnet2_0": 0.2}.items():  # fmt: skip
+        run = configuration.read(paths.ROOT / "notebooks" / "configs" / f"seed003_{name}.yaml", {"bits": [2, 4]})
+        assert (run.model, run.name) == (name, f"{name}_qdrop_w2a4")
+        assert ptq.ReconstructionConfig(**run.protocol).rounding_weight == weight
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
