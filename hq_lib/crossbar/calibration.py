@@ -164,7 +164,7 @@ def reestimate_norms(network: EngineNetwork, images: Numbers, moments: Mapping[s
             made.update(_fit_layer(network, op, x, moments[op.name]))
         return network.products(op, x, spec)
 
-    run(network.model, images, batch_size=len(images), products=fit)
+    run(network.model, as_tensor(images), batch_size=len(images), products=fit)
     return made
 
 

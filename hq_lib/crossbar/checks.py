@@ -69,13 +69,14 @@ Numbers = np.ndarray | Tensor
 
 
 def as_tensor(values: Numbers) -> Tensor:
-    """A tensor of the same numbers, sharing memory where that is allowed; uint16 becomes int32, for lack of support."""
+    """A tensor of the same numbers in main memory, shared where that is allowed; uint16 becomes int32, for lack of
+    support. Engines compute there: what came from a GPU is copied, and answers are copied back to it."""
     if not isinstance(values, np.ndarray | Tensor):
         raise CrossbarError(f"a NumPy array or a torch tensor is needed, not {type(values).__name__}")
     if isinstance(values, np.ndarray):
         usable = values.flags.writeable and min(values.strides, default=1) >= 0
         values = torch.from_numpy(values if usable else values.copy())
-    return values.to(torch.int32) if values.dtype is torch.uint16 else values
+    return values.cpu().to(torch.int32) if values.dtype is torch.uint16 else values.cpu()
 
 
 def as_integers(values: Numbers, what: str, n_axes: int = 2) -> Tensor:

@@ -55,6 +55,7 @@ class Convolution:
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
         if weight.ndim != 4 or groups < 1 or len(weight) % groups:
             raise CrossbarError(f"{name}: weights {tuple(weight.shape)} cannot be a convolution of {groups} groups")
+        w_scale = w_scale.detach().cpu() if isinstance(w_scale, Tensor) else w_scale
         scales = np.split(np.broadcast_to(np.asarray(w_scale, np.float64), (len(weight),)), groups)
         self.engine, self.name, self.shape, self.x_zero_point = engine, name, tuple(weight.shape), int(x_zero_point)
         self.groups = tuple(
@@ -81,7 +82,7 @@ class Convolution:
         if self.x_zero_point:
             y -= self.x_zero_point * self.weight_sum
         y = y if x.ndim == 2 else y.view(len(x), *parts[0].size, -1).permute(0, 3, 1, 2)
-        return y.numpy() if isinstance(x, np.ndarray) else y  # type: ignore[return-value]
+        return y.numpy() if isinstance(x, np.ndarray) else y.to(x.device)  # type: ignore[return-value]
 
     def rows(self, x: Numbers) -> list[Tensor]:
         """One (B H' W', K) integer tensor per group: the rows that are multiplied, for calibration."""

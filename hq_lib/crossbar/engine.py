@@ -135,11 +135,13 @@ class Engine(ABC):
 
         Args:
             handle: from this engine's `load`.
-            x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out. Or an `Operand`, the
-                patches of images: a tensor with one row per patch.
+            x: (B, K) integers within the declared bits; NumPy in, NumPy out; torch in, torch out, on the same device.
+                Or an `Operand`, the patches of images: a tensor with one row per patch.
         """
         y = self._in_parts(handle, x, self.finish)
-        return y.numpy() if isinstance(x, np.ndarray) else y  # type: ignore[return-value]
+        if isinstance(x, Operand):
+            return y  # type: ignore[return-value]
+        return y.to(x.device) if isinstance(x, Tensor) else y.numpy()  # type: ignore[return-value]
 
     def measure(self, handle: Handle, x: Numbers | Operand) -> Tensor:
         """float64 (rows, N): what the engine reads for ``x``, before correction and rounding."""

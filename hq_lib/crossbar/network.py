@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, Numbers, check_choice
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice
 from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.engine import Correction, Engine
 from hq_lib.crossbar.native import stream
@@ -72,7 +72,7 @@ class EngineNetwork:
 
     def run(self, images: Numbers, *, batch_size: int = 50) -> np.ndarray:
         """float32 (N, n_classes): the logits of normalised float32 ``images`` (N, C, H, W), as ``integer.run``."""
-        return run(self.model, images, batch_size=batch_size, products=self.products)
+        return run(self.model, as_tensor(images), batch_size=batch_size, products=self.products)
 
     def evaluate(self, images: ImageSet, *, batch_size: int = 50) -> Evaluation:
         """Accuracy (percent) and mean cross entropy (nats) of the network on ``images``."""
@@ -114,7 +114,7 @@ class EngineNetwork:
                 found[op.name] = self._rows(op, x, n_rows)
             return exact_products(op, x, spec)
 
-        run(self.model, images, batch_size=len(images), products=look)
+        run(self.model, as_tensor(images), batch_size=len(images), products=look)
         return found
 
     def calibrate(
@@ -152,7 +152,7 @@ class EngineNetwork:
                         engine.calibrate(group, given, exact_mvm(group, exact), kind=kind, repeats=repeats)
             return self.products(op, x, spec) if loop == "closed" else exact_products(op, x, spec)
 
-        run(self.model, images, batch_size=len(images), products=fit)
+        run(self.model, as_tensor(images), batch_size=len(images), products=fit)
         return {group.name: engine.correction(group) for engine, group in self.groups()}
 
     def reset(self) -> None:

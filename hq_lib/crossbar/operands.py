@@ -70,7 +70,7 @@ def make_handle(w_int: Numbers, w_scale: object, name: str, *, w_bits: int, x_bi
     half = 2 ** (BITS.check(w_bits, f"w_bits of {name}") - 1)
     (SIGNED_BITS if x_signed else BITS).check(x_bits, f"x_bits of {name}")
     check_range(w, -half, max(half - 1, 1), f"weights of {name}")
-    scale = w_scale.detach() if isinstance(w_scale, Tensor) else torch.from_numpy(np.array(w_scale, np.float64))
+    scale = w_scale.detach().cpu() if isinstance(w_scale, Tensor) else torch.from_numpy(np.array(w_scale, np.float64))
     scale = scale.to(torch.float64)
     if scale.numel() not in (1, w.shape[1]) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CrossbarError(f"w_scale of {name} must be one positive number or {w.shape[1]} of them")
