@@ -73,14 +73,14 @@ def drift_points(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def scatter_pairs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``crossbar_mvm`` for fig_mvm_scatter, by today's rule of read noise."""
-    rows = unpacked(rows, "panel", "correction", "ideal_LSB").query("rule != 'product'")
+    """Rows of ``crossbar_mvm`` for fig_mvm_scatter."""
+    rows = unpacked(rows, "panel", "correction", "ideal_LSB")
     return rows.assign(measured_LSB=rows["value"])
 
 
 def layer_errors(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``crossbar_layers`` for fig_mvm_calibration, by today's rule, layers in the order of the network."""
-    rows = unpacked(rows, "panel", "correction", "layer").query("metric == 'relative_error' and rule != 'product'")
+    """Rows of ``crossbar_layers`` for fig_mvm_calibration, layers in the order of the network."""
+    rows = unpacked(rows, "panel", "correction", "layer").query("metric == 'relative_error'")
     names = sorted(set(rows["layer"]), key=lambda name: (name == "linear", name != "conv1", name))
     rows = rows.assign(relative_error=rows["value"], at=rows["layer"].map(names.index))
     return rows.sort_values(["at", "seed"], kind="stable")
@@ -88,8 +88,7 @@ def layer_errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 def products_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean error, slope and r2 of the scatter's layer, a line per panel and correction."""
-    rows = unpacked(rows, "panel", "correction", "layer").query("rule != 'product'")
-    rows = rows.loc[rows["layer"] == LAYER]
+    rows = unpacked(rows, "panel", "correction", "layer").query("layer == @LAYER")
     return rows.pivot_table(index=["panel", "correction"], columns="metric", values="value", sort=False).round(3)
 
 
