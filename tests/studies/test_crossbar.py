@@ -15,6 +15,7 @@ from hq_lib.crossbar.calibration import norm_moments
 from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.integer import lower
 from hq_lib.integer import run as run_integers
+from hq_lib.results import paths
 from hq_lib.studies.crossbar import figures, study, tables
 from hq_lib.studies.crossbar.points import (
     ALL_OF_IT,
@@ -159,9 +160,24 @@ def test_tables_and_figures_follow_from_the_rows(small):
     errors = tables.layer_errors(products)
     figures.fig_mvm_calibration(errors)
     by_panel: Any = errors.groupby(["panel", "correction"])["relative_error"].mean()
-    for panel in study.PANELS:
+    for panel in study.panels(PLANS["smoke"]):
         assert by_panel[panel, "column"] < by_panel[panel, "none"]
     assert tables.products_table(products).loc[("PCM, 1 day", "none"), "slope"] < 0.8
+
+
+def test_a_device_of_one_s_own_is_a_line_of_the_same_figures(small):
+    """The shipped table, measured after a second and a day: it stands beside the built-in devices everywhere."""
+    own = {"devices": [str(paths.ROOT / "data" / "devices" / "example.csv")]}
+    rows = run(["no_error", "recovery", "budget", "drift"], **own)
+    products = study.PRODUCTS.run("smoke", n_calib=10, **own)
+    assert tables.budget_table(rows).iloc[-1]["effect"] == "programming, example"
+    drifted = tables.drift_points(rows)
+    assert set(drifted.loc[drifted["effect"] == "example", "x"]) == {1.0, 86400.0}
+    drawn = figures.fig_drift(drifted, exact_pct=tables.exact_pct(rows), no_error=tables.no_error_pct(rows))
+    assert "plus signs: example" in drawn.axes[0].get_xlabel()
+    assert set(tables.layer_errors(products)["panel"]) == set(study.panels(PLANS["smoke"])) | {"example"}
+    error = tables.products_table(products)["relative_error"]
+    assert 0 < error["example", "column"] < error["example", "none"]
 
 
 def test_costs_are_the_sums_over_layers(small):

@@ -14,6 +14,8 @@ CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn":
 """Correction → label at its line; "column" is gain and offset per column."""
 RULES = {"readout": "read noise once a read-out", "product": "anew for every product"}
 """How long a draw of PCM's read noise lasts → in words."""
+MARKS = {"*": "stars", "P": "plus signs", "X": "crosses", "D": "diamonds"}
+"""Mark of a device that is no line of fig_drift → in words."""
 TICKS_S = {1: "1 s", 20: "20 s", 3600: "1 h", 8.64e4: "1 d", 3.156e7: "1 y", 3.156e8: "10 y"}
 
 
@@ -108,11 +110,11 @@ def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
 @styled
 def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, float]) -> Figure:
     """Accuracy against time since programming under each correction, a panel per rule of PCM's read noise: mean, band
-    = ± sd; RRAM where it was published.
+    = ± sd; RRAM where it was published, devices of one's own where they were measured.
 
     Args:
-        points: one row per measurement: ``effect`` (``PCM``: lines, ``RRAM``: single marks), ``rule`` (key of
-            ``RULES``; of PCM), ``x`` (seconds, > 0), ``correction``, ``seed``, ``acc_pct`` (percent).
+        points: one row per measurement: ``effect`` (``PCM``: lines, ``RRAM`` and others: single marks), ``rule`` (key
+            of ``RULES``; of PCM), ``x`` (seconds, > 0), ``correction``, ``seed``, ``acc_pct`` (percent).
         exact_pct: accuracy of the exact integer network, percent: the dashed line.
         no_error: correction → accuracy (percent) that it leaves of a network without any error: thin dotted lines.
 
@@ -122,13 +124,16 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
     need(points, ("effect", "rule", "x", "correction", "seed", "acc_pct"), "fig_drift")
     rules = [rule for rule in RULES if rule in set(points.loc[points["effect"] == "PCM", "rule"])]
     figure, axes = new_figure(1, len(rules), width=3.8 * len(rules) + 0.4, height=3.8, sharey=True)
-    rram = points.loc[points["effect"] == "RRAM"]
+    others = dict(zip(sorted(set(points["effect"]) - {"PCM"}, key=lambda e: (e != "RRAM", e)), MARKS, strict=False))
     for ax, rule in zip(axes[0], rules, strict=True):
         _correction_lines(ax, points.loc[(points["effect"] == "PCM") & (points["rule"] == rule)], tuple(CORRECTIONS))
-        for kind in ("none", "column"):
-            table = band(rram.loc[rram["correction"] == kind], x="x", y="acc_pct")
-            ax.errorbar(table.index, table["mean"], table["sd"], color=look(kind).color, marker="*", markersize=9,
-                        linestyle="", label="_rram")  # fmt: skip
+        for effect, mark in others.items():
+            for kind in ("none", "column"):
+                table = band(
+                    points.loc[(points["effect"] == effect) & (points["correction"] == kind)], x="x", y="acc_pct"
+                )
+                ax.errorbar(table.index, table["mean"], table["sd"], color=look(kind).color, marker=mark, markersize=9,
+                            linestyle="", label="_other")  # fmt: skip
         ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
         for kind, value in no_error.items():
             ax.axhline(value, color=look(kind).color, linewidth=0.8, linestyle=":", zorder=0)
@@ -137,7 +142,8 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
         used = {s: text for s, text in TICKS_S.items() if any(np.isclose(times, s, rtol=0.02))}
         ax.set_xticks(list(used), list(used.values()))
         ax.minorticks_off()
-        ax.set(ylim=(0, 100), title=f"PCM, {RULES[rule]}", xlabel="time since programming (stars: RRAM)")
+        told = "; ".join(f"{MARKS[mark]}: {effect}" for effect, mark in others.items())
+        ax.set(ylim=(0, 100), title=f"PCM, {RULES[rule]}", xlabel=f"time since programming ({told})")
         label_ends(ax)
     axes[0, 0].set_ylabel("test accuracy, %")
     return figure

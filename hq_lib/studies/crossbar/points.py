@@ -92,6 +92,8 @@ class Plan:
     """Which of ``STUDIES``."""
     read_rules: tuple[str, ...] = ("readout", "product")
     """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
+    devices: tuple[str, ...] = ()
+    """Devices of one's own, CSV files as `crossbar.device` reads them: lines of scatter, budget and drift each."""
     n_ptq: int = 256
     """Training images that the network's own ranges are fitted to, before it is on arrays."""
 
@@ -205,6 +207,7 @@ def error_budget(plan: Plan) -> Iterator[Place]:
         "read noise, 1 % of G_max": Circuit(NOISY_READS),
         "stuck cells, 0.1 % low, 0.1 % high": Circuit(IDEAL, faults=Faults(0.001, 0.001)),
     }
+    effects |= {f"programming, {own.name}": Circuit(own) for own in map(device, plan.devices)}
     fixed = ("ADC, 8 bits, fitted range", "ADC, 8 bits, full range")
     for effect, circuit in effects.items():
         yield Place("budget", effect, 0, circuit, ("none", "column", "bn"), drawn=effect not in fixed)
@@ -250,10 +253,14 @@ def stuck(plan: Plan) -> Iterator[Place]:
 
 
 def drift(plan: Plan) -> Iterator[Place]:
-    """Accuracy against time: PCM with drift, programming error and read noise, by both rules of its draws."""
+    """Accuracy against time: PCM with drift, programming error and read noise, by both rules of its draws; devices of
+    one's own at the times at which they were measured."""
     for rule in plan.read_rules:
         for t_s in plan.times_s:
             yield Place("drift", "PCM", t_s, Circuit(by_rule(rule)), ("none", "global", "column", "bn"), t_s)
+    for own in map(device, plan.devices):
+        for t_s in own.error.times_s if own.error else ():
+            yield Place("drift", own.name, t_s, Circuit(own), ("none", "global", "column", "bn"), t_s)
 
 
 def by_rule(rule: str) -> Device:
@@ -302,8 +309,13 @@ CIRCUITS = {
     "bit-serial, 4 slices x 2 signs, 128 rows": SERIAL,
 }
 """Lines of tab_crossbar_cost."""
-PANELS = {
-    "RRAM, 1 s, 8-bit ADC": Place("mvm", "", 0, Circuit(RRAM_WAN_1S, adc=Adc(8)), ("none", "global", "column")),
-    "PCM, 1 day": Place("mvm", "", 0, Circuit(PCM_NANDAKUMAR), ("none", "global", "column"), DAY_S),
-}
-"""Panels of the scatter and of the errors per layer."""
+
+
+def panels(plan: Plan) -> dict[str, Place]:
+    """Panels of the scatter and of the errors per layer; devices of one's own as they are just after programming."""
+    kinds = ("none", "global", "column")
+    return {
+        "RRAM, 1 s, 8-bit ADC": Place("mvm", "", 0, Circuit(RRAM_WAN_1S, adc=Adc(8)), kinds),
+        "PCM, 1 day": Place("mvm", "", 0, Circuit(PCM_NANDAKUMAR), kinds, DAY_S),
+        **{own.name: Place("mvm", "", 0, Circuit(own), kinds) for own in map(device, plan.devices)},
+    }

@@ -31,12 +31,12 @@ from hq_lib.integer import run as run_integers
 from hq_lib.studies.bench import after_training, net_switch, open_bench, quantized_as, record_of
 from hq_lib.studies.crossbar.points import (
     CIRCUITS,
-    PANELS,
     PLANS,
     SERIAL,
     Place,
     Plan,
     network_path,
+    panels,
     places,
 )
 from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, metric_rows
@@ -258,7 +258,7 @@ def product_points(plan: Plan) -> list[Point]:
     A row is one layer's, and the layer of the scatter stands for all.
     """
     found = []
-    for (panel, place), draw in product(PANELS.items(), range(plan.n_draws)):
+    for (panel, place), draw in product(panels(plan).items(), range(plan.n_draws)):
         named = _network(place)
         for kind in place.corrections:
             switches = {**named["switches"], "panel": panel, "t_s": place.t_s, "layer": LAYER, "correction": kind,

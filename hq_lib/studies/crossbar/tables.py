@@ -64,7 +64,8 @@ def no_error_pct(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def drift_points(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows for fig_drift: PCM at all its times by both rules, and RRAM at the two times for which it was published."""
+    """Rows for fig_drift: PCM at all its times by both rules, RRAM at the two times for which it was published, and
+    devices of one's own."""
     second, day = accuracies(rows, "recovery"), accuracies(rows, "budget")
     second, day = second.loc[second["effect"] == RRAM_SECOND], day.loc[day["effect"] == RRAM_DAY]
     rram = pd.concat([second.assign(x=1.0), day.assign(x=DAY_S)]).assign(effect="RRAM")
@@ -88,7 +89,8 @@ def layer_errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 def products_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean error, slope and r2 of the scatter's layer, a line per panel and correction."""
-    rows = unpacked(rows, "panel", "correction", "layer").query("layer == @LAYER")
+    rows = unpacked(rows, "panel", "correction", "layer")
+    rows = rows.loc[rows["layer"] == LAYER]
     return rows.pivot_table(index=["panel", "correction"], columns="metric", values="value", sort=False).round(3)
 
 
@@ -100,6 +102,8 @@ def budget_table(rows: pd.DataFrame) -> pd.DataFrame:
     shown = shown.loc[(shown["w_bits"] == 8) & (shown["rule"] != "product")]
     shown = shown.assign(effect=shown["effect"].replace(RECOVERED | {"no error": EXACT}))
     order = [EXACT, ONE_SCALE, *RECOVERED.values(), *(place.effect for place in error_budget(PLANS["full"]))]
+    of_budget = shown.loc[shown["study"] == "budget", "effect"]
+    order += [effect for effect in of_budget.unique() if effect not in order]  # devices of one's own
     shown = shown.loc[shown["effect"].isin(order)]
     table = tables.build(
         shown, index=["effect"], columns=["correction"], order={"effect": order, "correction": kinds}, decimals=1
