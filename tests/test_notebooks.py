@@ -154,6 +154,9 @@ SUBSETS = {
     "03_dsq_pact_qat": {"methods": ["lsq"], "bits": [[2, 2]]},
     "04_aciq_qdrop_ptq": {"nets": ["resnet18"], "recipes": ["minmax"]},  # no such weights here
     "05_calibration_selection": {"choices": ["random"], "imagenet_nets": []},
+    "07_integer_export": {"networks": ["lenet"], "bits": [[8, 8]]},
+    "08_crossbar": {"studies": ["no_error"]},
+    "09_edge_cloud": {"networks": ["resnet20_dsq_w2a2_s0"], "edges": ["integer"]},
 }
 
 

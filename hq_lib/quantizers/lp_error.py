@@ -39,7 +39,7 @@ def power(distance: Tensor, p: float) -> Tensor:
 def make_bins(rows: Tensor, n_bins: int) -> Bins:
     """The (C, n) values as bins: themselves, sorted, where n <= n_bins; else ``n_bins`` bins of equal width."""
     if rows.shape[1] <= n_bins:
-        mean = rows.double().sort(dim=1).values
+        mean = rows.double().sort(dim=1).values.contiguous()
         return Bins(mean, torch.ones_like(mean), mean.new_zeros(len(mean), 1))
     low, high = (end.double().unsqueeze(1) for end in torch.aminmax(rows, dim=1))
     width = ((high - low) / n_bins).clamp(min=1e-30)

@@ -176,6 +176,16 @@ def test_activations_with_a_grid_per_channel_keep_it(method, act):
     assert torch.isfinite(qnet(x)).all()
 
 
+def test_pooled_channels_are_searched_without_a_warning(request):
+    """What PyTorch says once a process is said, and an error, each time."""
+    torch.set_warn_always(True)
+    request.addfinalizer(lambda: torch.set_warn_always(False))
+    pooled = torch.randn(16, 4, 1, 1)
+    scale = ptq.find_grid(pooled, bits=4, method="mse", axis=1).scale.flatten()
+    alone = [ptq.find_grid(pooled[:, c], bits=4, method="mse").scale for c in range(4)]
+    torch.testing.assert_close(scale, torch.stack(alone))
+
+
 @pytest.mark.parametrize("call", [
     lambda net, x: ptq.fit_weights(net), lambda net, x: ptq.fit_acts(net, x), lambda net, x: calibrate(net, x),
     lambda net, x: ptq.correct_moments(net, x), lambda net, x: ptq.reconstruct(net, x, ptq.qdrop(n_images=None)),
