@@ -37,6 +37,15 @@ class Net(nn.Sequential):
             nn.Conv2d(3, width, 3, stride=4, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
             nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 10),
         )
+
+class Gate(nn.Module):
+    def forward(self, x):
+        return x if x.mean() > 1e9 else 0.5 * x
+
+class Gated(Net):
+    def __init__(self):
+        super().__init__()
+        self[2] = nn.Sequential(nn.ReLU(), Gate())
 """
 RUN = {
     "net": "mynet:Net", "data": "digits", "n_train": 200, "n_val": 50, "n_test": 50, "n_calib": 20,
@@ -144,6 +153,63 @@ def test_cuda_is_taken_where_there_is_one_and_other_devices_are_refused(monkeypa
     assert configuration.Configuration(device="cuda:1").device == "cuda:1"
     with pytest.raises(ValueError, match=r"'cudda'.*cuda"):
         configuration.Configuration(device="cudda")
+
+
+def test_corrections_beside_a_method(place):
+    """Evened-out ranges and norms measured again change the integers, and the file is tested as it was written."""
+    scale, made = (
+        {},
+        ("quantize", "--config", "ptq.yaml", "--method", "minmax", "--bits", "4/8", "--output", "c.safetensors"),
+    )
+    per_tensor = (
+        "--set",
+        "policy.weight={method: minmax, bits: 4, axis: null}",
+        "--set",
+        "policy.first_last_bits=null",
+    )
+    chosen = {"none": (), "equalize": ("--set", "corrections=[equalize]"),
+              "norms": ("--set", "corrections=[norms]", "--set", "policy.bn=keep")}  # fmt: skip
+    for name, words in chosen.items():
+        printed = percents(hq(*made, *per_tensor, *words))
+        assert percents(hq("test", "c.safetensors", "--net", "mynet:Net", "--n-test", "50")) == printed
+        qnet = graph.load(place / "c.safetensors", net=configuration.own("mynet:Net")())
+        scale[name] = torch.cat([q.grid().scale.flatten() for q in graph.act_quantizers(qnet).values()])
+        assert graph.weight_layers(qnet)["0"].weight_quantizer.grid().scale.numel() == 1
+    assert not torch.equal(scale["equalize"], scale["none"])
+    assert "'norms'" in hq(*made, "--set", "corrections=[norm]", code=1)
+    assert "bn='keep'" in hq(*made, "--set", "corrections=[norms]", code=1)
+
+
+def test_a_module_that_cannot_be_traced_stays_in_float_where_it_is_named(place):
+    words = (
+        "quantize",
+        "--config",
+        "ptq.yaml",
+        "--set",
+        "net=mynet:Gated",
+        "--method",
+        "minmax",
+        "--output",
+        "g.safetensors",
+    )
+    assert "leaf_modules" in hq(*words, code=1)
+    assert "in quotes" in hq(*words, "--set", "leaf_modules=[2.1]", code=1)
+    made = hq(*words, "--set", "leaf_modules=['2.1']")
+    assert percents(made) == percents(hq("test", "g.safetensors", "--net", "mynet:Gated", "--n-test", "50"))
+
+
+def test_powers_of_two_and_types_of_layers_are_a_policy_of_the_command_line(place):
+    words = ("quantize", "--config", "ptq.yaml", "--method", "minmax", "--bits", "4/8", "--output", "p.safetensors")
+    hq(*words, "--set", "policy.weight={method: minmax, bits: 4, power_of_two: true}", "--set",
+       "policy.overrides={linear: 6, first: {weight: 5}}")  # fmt: skip
+    qnet = graph.load(place / "p.safetensors", net=configuration.own("mynet:Net")())
+    layers = graph.weight_layers(qnet)
+    assert {name: layer.weight_quantizer.bits for name, layer in layers.items()} == {"0": 5, "3": 4, "6": 6}
+    steps = torch.cat([torch.log2(layer.weight_quantizer.grid().scale).flatten() for layer in layers.values()])
+    assert torch.equal(steps, steps.round())
+    refused = hq("quantize", "--config", "ptq.yaml", "--method", "mse", "--set",
+                 "policy.weight={method: minmax, bits: 4, power_of_two: true}", code=1)  # fmt: skip
+    assert "take minmax" in refused
 
 
 def test_what_is_made_of_a_file_elsewhere_is_written_here(place):

@@ -173,7 +173,7 @@ def test_a_subset_runs_to_the_end_and_what_it_leaves_out_is_not_run(name, tmp_pa
     printed = "".join("".join(o.get("text", "")) for c in cells(executed, "code") for o in c["outputs"])
     for output in re.findall(r"(\w+): n/r in profile smoke", printed):
         assert not list((tmp_path / "figures" / "smoke").glob(f"{output}.*"))
-    assert "n/r in profile smoke" in printed or name == "05_calibration_selection"
+    assert "n/r in profile smoke" in printed or name in ("05_calibration_selection", "09_edge_cloud")
 
 
 @pytest.mark.filterwarnings("default")

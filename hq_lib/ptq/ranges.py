@@ -75,9 +75,11 @@ def fit_weights(
                 point 0. From 8 bits up the grid is "symmetric_restricted", so that its integers fit int8.
         only:   which weight quantizers (given the module); the others, trained ones say, keep their grid.
 
+    Weights with scales that are powers of two (``power_of_two`` of "minmax") keep their grid under "minmax".
+
     Raises:
-        QuantizeError: names the layer whose method transforms its weight (DoReFa), has 1 bit, or fails to be fitted; a
-                       float network.
+        QuantizeError: names the layer whose method transforms its weight (DoReFa), has 1 bit, or fails to be fitted;
+                       whose scale is a power of two, under another method; a float network.
     """
     check_known(method, get_args(Method), "range method")
     refuse_float(qnet, "ptq.fit_weights")
@@ -87,8 +89,10 @@ def fit_weights(
             continue
         assert isinstance(old, Quantizer)
         if getattr(old, "power_of_two", False):
-            raise QuantizeError(f"layer {name!r} has a power-of-two scale, which no range method keeps: quantize has "
-                                "fitted it already; leave it out by only=")  # fmt: skip
+            if method == "minmax":
+                continue  # as quantize has fitted it
+            raise QuantizeError(f"layer {name!r} has a power-of-two scale, which {method!r} does not keep: take "
+                                "minmax, or leave the layer out by only=")  # fmt: skip
         if old.method not in ON_GRID or old.bits == 1:
             raise QuantizeError(
                 f"layer {name!r}: {old.method}:{old.bits} has no grid to choose; use weight='minmax' and 2 bits or more"

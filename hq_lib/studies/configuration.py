@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ from torch import nn
 from hq_lib import data, graph, models
 from hq_lib.data import DataSpec, ImageSet, folder
 from hq_lib.graph import BitPolicy, PolicyError
+from hq_lib.graph.folding import OnRefusal
 from hq_lib.graph.network_file import OWN
 from hq_lib.models import imagenet
 from hq_lib.models.public import load_state
@@ -36,6 +37,10 @@ PICTURES = "imagenet"
 """The data set that is a folder of pictures"""
 TORCHVISION = "torchvision"
 """``weights`` that torchvision publishes, the newest; ``torchvision:IMAGENET1K_V1`` names others"""
+EQUALIZE, NORMS = "equalize", "norms"
+CORRECTIONS = (EQUALIZE, NORMS)
+"""Ranges of neighbouring layers evened out before (``ptq.equalize``; batch norms are folded first), statistics of kept
+batch norms measured again behind (``ptq.reestimate_norms``; with ``policy.bn: keep``)."""
 LIST_KEYS = ("layer_abit", "layer_wbit")
 INNER: dict[str, tuple[Any, ...]] = {"protocol": (ReconstructionConfig, TrainConfig), "policy": (BitPolicy,)}
 """Keys that are mappings -> what their own keys are fields of."""
@@ -75,6 +80,12 @@ class Configuration:
     themselves, ``layer_abit`` (bits of each layer's input) and ``layer_wbit`` (of its weights)"""
     policy: dict = field(default_factory=dict)
     """fields of ``BitPolicy`` in place of the method's own, ``overrides`` by layer among them"""
+    corrections: list = field(default_factory=list)
+    """``quantize``: what is done besides the method, of ``CORRECTIONS``"""
+    leaf_modules: list = field(default_factory=list)
+    """names of modules that stay one call, in float, as those that cannot be traced"""
+    on_refusal: str = "raise"
+    """keep: with ``policy.bn: fold`` batch norms that cannot be folded exactly stay"""
     hybrid: dict = field(default_factory=dict)
     """``hybrid``: arguments of ``BitPolicy.hybrid``, and ``ranges``, the method of what is not trained"""
     manifest: str = ""
@@ -120,6 +131,12 @@ class Configuration:
         check_known(self.device.partition(":")[0], ("cpu", "cuda"), "device")
         if not self.net:
             models.check_name(self.model)
+        check("corrections", "step", self.corrections, CORRECTIONS)
+        if odd := [name for name in self.leaf_modules if not isinstance(name, str)]:
+            raise ValueError(
+                f"leaf_modules has {odd[0]!r}: names are needed, in quotes where YAML reads a number: ['2.1']"
+            )
+        check_known(self.on_refusal, get_args(OnRefusal), "on_refusal")
         if bool(self.mean) != bool(self.std):
             raise ValueError("mean and std go together: give both, or neither")
         if isinstance(self.lists, dict):
@@ -296,6 +313,11 @@ class Configuration:
             return BitPolicy.hybrid(**given)
         except TypeError as error:
             raise PolicyError(f"hybrid: {error}") from error
+
+    @property
+    def tracing(self) -> dict[str, Any]:
+        """Arguments of ``graph.quantize`` beside network, policy and example."""
+        return {"leaf_modules": tuple(self.leaf_modules), "on_refusal": self.on_refusal}
 
     def ptq(self, net: nn.Module) -> tuple[Recipe, BitPolicy]:
         """Method and policy of post-training quantization of ``net``; its settings are ``protocol``."""

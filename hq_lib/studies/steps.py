@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hq_lib import graph, models
+from hq_lib import graph, models, ptq
 from hq_lib.crossbar import bench, profiles
 from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
 from hq_lib.deploy.c.container import meta_of
 from hq_lib.deploy.fpga import exporter
+from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.network_file import OWN
 from hq_lib.integer import IntegerModel, LowerError, RecordError, lower, round_biases
 from hq_lib.integer import load as load_integers
@@ -24,12 +25,12 @@ from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
 from hq_lib.results import paths, provenance
 from hq_lib.results.hints import check, check_known
-from hq_lib.studies.configuration import FLOAT, HYBRID, Configuration, opened
+from hq_lib.studies.configuration import EQUALIZE, FLOAT, HYBRID, NORMS, Configuration, opened
 from hq_lib.studies.hybrid.cells import fit_early, fit_late
 from hq_lib.studies.integer_export.executors import BATCH
 from hq_lib.studies.integer_export.executors import ENDINGS as FILES
 from hq_lib.studies.integer_export.executors import opened as executor
-from hq_lib.studies.ptq.recipes import fit_recipe
+from hq_lib.studies.ptq.recipes import RANGE_IMAGES, fit_recipe
 from hq_lib.studies.qat.study import quantized as calibrated
 from hq_lib.training import evaluate, fit, processes
 from hq_lib.training.evaluation import evaluation_of
@@ -65,11 +66,11 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
     if run.method == HYBRID:
         few = run.calibration(source)
         x = normalize(few.images, few.spec).to(run.device)
-        qnet = graph.quantize(net.to(run.device), recipe.policy, x[:1])
+        qnet = graph.quantize(net.to(run.device), recipe.policy, x[:1], **run.tracing)
         fit_early(qnet, x, train, val, recipe.config, _folder(run))
         fit_late(qnet, x, run.hybrid.get("ranges", "mse"))
     else:
-        qnet = calibrated(net, recipe, train, seed=run.seed).to(run.device)
+        qnet = calibrated(net, recipe, train, seed=run.seed, **run.tracing).to(run.device)
         fit(qnet, train, val, recipe.config, _folder(run))
     processes.end_unless_first()
     more = {"config": recipe.config.as_dict(), "n_train": len(train)}
@@ -92,8 +93,13 @@ def quantized(run: Configuration) -> tuple[Path, float]:
     recipe, policy = run.ptq(net)
     few = run.calibration(source)
     x = normalize(few.images, few.spec).to(run.device)
-    qnet = graph.quantize(net.to(run.device), policy, x[:1])
+    net = net.to(run.device)
+    if EQUALIZE in run.corrections:
+        net = ptq.equalize(fold_bn(net, x[:1], **run.tracing), x[:1])
+    qnet = graph.quantize(net, policy, x[:1], **run.tracing)
     fit_recipe(qnet, x, recipe, seed=run.seed, progress=partial(print, flush=True), **run.protocol)
+    if NORMS in run.corrections:
+        ptq.reestimate_norms(qnet, x.split(RANGE_IMAGES))
     manifest = {"manifest": run.manifest} if run.manifest else {}
     return _saved(run, qnet, source, form="frozen", n_calib=len(few), **manifest)
 

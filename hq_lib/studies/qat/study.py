@@ -8,6 +8,7 @@ with its run record in ``data/checkpoints``. ``hq study qat_integers`` opens tho
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -192,10 +193,10 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     yield from float_training.split_rows(common, {**scores, "test": (score.acc_pct, score.n)})
 
 
-def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int) -> fx.GraphModule:
+def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int, **tracing: Any) -> fx.GraphModule:
     """``net`` as a quantized graph whose grids are fitted: weights to themselves, activations to training images."""
     images = data.normalize(train.drawn(N_CALIB, seed).images, train.spec)
-    qnet = quantize(net, recipe.policy, images[:1])
+    qnet = quantize(net, recipe.policy, images[:1], **tracing)
     calibrate(qnet, images)
     return qnet
 
