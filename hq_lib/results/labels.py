@@ -9,7 +9,7 @@ METHOD_LABELS = {
     "adaround": "AdaRound", "brecq": "BRECQ", "qdrop": "QDrop", "pd_quant": "PD-Quant", "mrecg_qdrop": "MRECG + QDrop",
     "captq_brecq": "CaPTQ + BRECQ", "captq_qdrop": "CaPTQ + QDrop", "fx_ptq": "torch.fx PTQ",
     "ste": "STE", "dorefa": "DoReFa", "dorefa_hw": "DoReFa (hardware)", "pact": "PACT", "mpact": "mPACT",
-    "mpact_integer": "mPACT, in integers",
+    "mpact_fixed": "mPACT, fixed clips", "mpact_integer": "mPACT, in integers",
     "lsq": "LSQ",
     "lsq_paper": "LSQ (paper's start)",
     "lsq_plus": "LSQ+", "dsq": "DSQ", "lq_nets": "LQ-Nets", "apot": "APoT", "bnn": "BNN", "xnor": "XNOR-Net",

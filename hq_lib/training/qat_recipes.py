@@ -12,6 +12,7 @@ from typing import Any
 from hq_lib.graph import BitPolicy
 from hq_lib.quantizers import act_quantizer
 from hq_lib.quantizers.base import Quantizer
+from hq_lib.quantizers.pact import FixedMPACT
 from hq_lib.results.hints import check_known
 from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
@@ -23,6 +24,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "dorefa_hw": ("dorefa_hw", "dorefa_hw"),
     "pact": ("dorefa", "pact"),
     "mpact": ("dorefa_hw", "mpact"),
+    "mpact_fixed": ("dorefa_hw", {"method": "mpact", "clip": FixedMPACT.published}),
     "lsq": (LEAST_ERROR, LEAST_ERROR),
     "lsq_paper": ("lsq", "lsq"),
     "lsq_plus": ("lsq_plus", "lsq_plus"),
@@ -30,8 +32,9 @@ METHODS: dict[str, tuple[Any, Any]] = {
 }
 """Name in rows -> (weight quantizer, activation quantizer): a method's name, or a mapping with its options.
 
-PACT takes DoReFa's weights, as its paper does. "lsq" starts its steps at the least squared error; "lsq_paper" at the
-published 2 E|x| / sqrt(qmax), which clips a rectified activation hard at 2 bits.
+PACT takes DoReFa's weights, as its paper does. "mpact" learns its clips, "mpact_fixed" keeps seed 001's of MobileNetV2.
+"lsq" starts its steps at the least squared error; "lsq_paper" at the published 2 E|x| / sqrt(qmax), which clips a
+rectified activation hard at 2 bits.
 """
 
 FINE_TUNE = TrainConfig(epochs=20, lr=0.02, weight_decay=1e-4, precision="auto", compile="auto")

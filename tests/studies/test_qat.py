@@ -13,7 +13,7 @@ from hq_lib.studies.qat import tables as qat_tables
 from hq_lib.studies.qat.figures import fig_pact_alpha
 from hq_lib.studies.study import Run, profile_rows
 from hq_lib.training import qat_recipe
-from hq_lib.training.qat_recipes import BY_BITS, METHODS
+from hq_lib.training.qat_recipes import BY_BITS, METHODS, act_of
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -26,6 +26,15 @@ def test_every_recipe_makes_the_network_it_says(method, bits):
     assert recipe.config.seed == 7
     assert recipe.n_train is None
     assert recipe.config.epochs == BY_BITS[max(key for key in BY_BITS if key <= bits)].epochs
+
+
+def test_the_groups_plan_has_both_forms_of_mpact_its_own_weights_and_six_bits():
+    plan = qat.GROUP_PLANS["full"]
+    assert {"dorefa_hw", "mpact", "mpact_fixed"} <= set(plan.methods)
+    assert {(8, 8), (6, 6), (4, 4)} == set(plan.bits)
+    learned, fixed = (act_of(name, 8, signed=True) for name in ("mpact", "mpact_fixed"))
+    assert [len(list(quantizer.parameters())) for quantizer in (learned, fixed)] == [1, 0]
+    assert float(fixed(torch.tensor([9.0]))) == pytest.approx(6.0), "the seed's clip, whatever the data"
 
 
 def test_a_shipped_checkpoint_agrees_with_its_integers_once_biases_are_those_of_accumulators(out_dir, cifar10_train):

@@ -84,7 +84,7 @@ GROUP_PLANS = {
     "quick": Plan("quick", ("dorefa_hw", "mpact"), (), ("toynet",), lists=("cfg-3",), n_test=1_000, n_val=500),
     "full": Plan(
         "full",
-        ("dorefa_hw", "pact", "mpact"),
+        ("dorefa_hw", "pact", "mpact", "mpact_fixed"),
         ((8, 8), (6, 6), (4, 4)),
         GROUP,
         lists=("cfg-1", "cfg-1*", "cfg-2", "cfg-2*", "cfg-3"),

@@ -17,7 +17,7 @@ GROUP_TABLE = "seed001"
 IN_SHAPE = (3, 32, 32)
 TABLE_BITS = {"resnet20": ("W8A8", "W4A4", "W3A3", "W2A2", "W1A32", "W1A1"), "toynet": ("W8A8", "W6A6")}
 """Bit widths that a table lists even where nothing was run; other published ones are left out."""
-LIST_METHODS = ("minmax", "dorefa_hw", "pact", "mpact")
+LIST_METHODS = ("minmax", "dorefa_hw", "pact", "mpact", "mpact_fixed")
 """Ranges alone, without training, and the seed's methods, for each of its configurations."""
 
 
