@@ -14,7 +14,7 @@
 #ifdef HQM_PORTABLE
 enum { TILE = 8 }; /* for the stack of a small device */
 #else
-enum { TILE = 48 }; /* output places computed together */
+enum { TILE = 128 }; /* output places computed together */
 #endif
 enum { BLOCK = 16 /* output channels of one weight block */, SLACK = 64 };
 enum { MAX_ELEMENTS = 1 << 28, MAX_SIZE = 65536, MAX_ARENA = 1 << 30 };
@@ -113,6 +113,8 @@ typedef struct {
     uint32_t (*fixed_add_u8)(const uint8_t *a, int32_t a_zero, const uint8_t *b, uint32_t n, const rescale *r,
                              uint8_t *out);
     part_work *tiles; /* a layer of uint8, 8 or 16 bits, ungrouped 3x3 windows of stride 1, in tiles of 2x2 outputs */
+    /* every output of the places from `place` on that p names, for the kernel rows from `row` on; or 0, nothing done */
+    int (*bounded)(const layer *l, product p, size_t place, uint32_t row);
 } kernels;
 
 const kernels *hqm_kernels(void);

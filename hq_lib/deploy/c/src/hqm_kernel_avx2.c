@@ -2,7 +2,7 @@
  *
  * Products are exact in vpmaddwd, which adds pairs of 16-bit products into 32 bits: of four bytes side by side the even
  * ones make one pair and the odd ones the other. vpmaddubsw, twice as wide, adds pairs into 16 bits: it serves weights
- * of 4 bits, whose sums are widened before they could overflow.
+ * of 4 bits, whose sums are widened before they could overflow, and those of 8 bits as hqm_bounded.h tells.
  */
 #include "hqm_kernel.h"
 
@@ -36,6 +36,27 @@ ISA INLINE void narrow(uint8_t *out, const __m256i q[2]) {
     _mm_storeu_si128((__m128i *)(void *)out, bytes);
 }
 #include "hqm_vector.h"
+
+/* rescale_u8 of whole blocks without a residual, two places at once. Packing saturates: at 0, and far below it. */
+ISA static void pairs_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
+                         const void *residual, uint8_t *out, size_t step) {
+    float m[BLOCK];
+    const uint32_t n_pairs = residual || n < BLOCK || r->low != -r->zero ? 0 : n_places / 2;
+    const __m256 high = set_f((float)r->high);
+    const __m256i zero = _mm256_set1_epi16((int16_t)r->zero), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    multipliers(r->multiplier, r, first, n, m);
+    for (uint32_t p = 0; p < n_pairs; p++, out += 2 * step) {
+        __m256i q[4];
+        for (int h = 0; h < 4; h++)
+            q[h] = to_i(_mm256_min_ps(mul_f(to_f(at(acc[2 * p] + 8 * h)), load_f(m + h % 2 * 8)), high));
+        const __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), zero);
+        const __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), zero);
+        const __m256i both = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
+        _mm_storeu_si128((__m128i *)(void *)out, _mm256_castsi256_si128(both));
+        _mm_storeu_si128((__m128i *)(void *)(out + step), _mm256_extracti128_si256(both, 1));
+    }
+    if (2 * n_pairs < n_places) avx2_rescale_u8(acc + 2 * n_pairs, n_places - 2 * n_pairs, r, first, n, residual, out, step);
+}
 
 enum { MANY = 4, SOME = 2, TAPS = 10, GROUP = 2 };
 
@@ -80,10 +101,11 @@ ISA INLINE __m256i widened(__m256i sum, const int32_t *acc, int is_first) {
     const __m256i total = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
     return is_first ? total : _mm256_add_epi32(total, at(acc));
 }
+#include "hqm_bounded.h"
 
 ISA INLINE void nibbles_n(const product *p, const uint32_t *place, const int32_t *start, int32_t (*acc)[BLOCK],
                           const int n) {
-    __m256i sum[6][2];
+    __m256i sum[MANY][2];
     const __m256i mask = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
     const uint8_t *weights = p->w;
     uint32_t left = p->n_safe;
@@ -127,8 +149,8 @@ ISA static void dense_4(const product *p, int32_t acc[TILE][BLOCK]) {
     int32_t start[BLOCK];
     uint32_t q = 0;
     starts(p, start);
-    for (; q + 6 <= p->n_places; q += 6) nibbles_n(p, p->at + q, start, acc + q, 6);
-    for (; q + 2 <= p->n_places; q += 2) nibbles_n(p, p->at + q, start, acc + q, 2);
+    for (; q + MANY <= p->n_places; q += MANY) nibbles_n(p, p->at + q, start, acc + q, MANY);
+    for (; q + SOME <= p->n_places; q += SOME) nibbles_n(p, p->at + q, start, acc + q, SOME);
     if (q < p->n_places) nibbles_n(p, p->at + q, start, acc + q, 1);
 }
 
@@ -229,6 +251,6 @@ ISA static uint32_t fixed_add_u8(const uint8_t *a, int32_t a_zero, const uint8_t
 }
 
 const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},
-                          avx2_rescale_u8, fixed_u8, avx2_add_u8, fixed_add_u8, run_tiles};
+                          pairs_u8, fixed_u8, avx2_add_u8, fixed_add_u8, run_tiles, run_bounded};
 
 #endif

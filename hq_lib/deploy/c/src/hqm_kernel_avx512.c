@@ -105,6 +105,6 @@ ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const resc
 }
 
 const kernels hqm_avx512vnni = {"avx512vnni", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},
-                                avx512_rescale_u8, fixed_u8, avx512_add_u8, NULL, NULL};
+                                avx512_rescale_u8, fixed_u8, avx512_add_u8, NULL, NULL, NULL};
 
 #endif

@@ -144,6 +144,7 @@ void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32
 
 /* Every output channel of the places from `place` on that p names, for the kernel rows from `row` on. */
 static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
+    if (hqm_kernels()->bounded && hqm_kernels()->bounded(l, p, place, row)) return;
     int32_t acc[TILE][BLOCK];
     const size_t run = (l->depthwise ? p.w_step : (size_t)p.n4 * 4 * BLOCK) * p.n_columns * l->bits / 8;
     const size_t block = l->depthwise ? BLOCK * l->bits / 8 : run * l->v->kernel[0];

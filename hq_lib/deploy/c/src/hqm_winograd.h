@@ -10,7 +10,7 @@
  *
  * The file that includes this says what hqm_x86.h wants.
  */
-enum { TILES = TILE / 2, CHUNK = 64, ROOM = 1 << 16, GAP = 32 /* between the 16 places: one line of the cache and no more */ };
+enum { TILES = 32, CHUNK = 64, ROOM = 1 << 16, GAP = 32 /* between the 16 places: one line of the cache and no more */ };
 enum { U_STEP = CHUNK * BLOCK + GAP };
 
 /* Offsets (elements) of the rows and columns of a tile's inputs; the places beyond the last count 0. */

@@ -1,4 +1,8 @@
-"""3x3 windows in tiles of 2x2 outputs (Lavin & Gray 2015): the sums that int64 gives, whatever weights and sizes."""
+"""Sums of the fast kernels beside int64's, whatever weights, inputs and sizes.
+
+3x3 windows go in tiles of 2x2 outputs (Lavin & Gray 2015), others of 8-bit weights in 16-bit sums as far as the inputs
+let them: the data decides on the way, so it is made to come close to every bound.
+"""
 
 import struct
 import subprocess
@@ -20,34 +24,39 @@ except CompilerError as error:
 ONE, WHOLE = np.asarray(1.0, np.float32), (32, -(2**31), 2**31 - 1)
 
 
-def convolution(x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray):
+def convolution(
+    x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray, stride: int = 1
+):
     """A record of one convolution of the integers ``x`` (C, H, W) that returns its sums, and its image."""
-    c_out, (_, height, width), (top, left, bottom, right) = len(weight), x.shape, padding
-    shape, ones = (c_out, height + top + bottom - 2, width + left + right - 2), np.ones(c_out, np.float32)
+    shape, ones = sums(x, weight, zero, padding, bias, stride).shape, np.ones(len(weight), np.float32)
     specs = [
         r.TensorSpec("image", x.shape, "float32", 32, 0, 0, ONE, 0),
         r.TensorSpec("q", x.shape, "uint8", 8, 0, 255, ONE, zero),
         r.TensorSpec("y", shape, "int32", *WHOLE, ONE, 0),
     ]
-    conv = r.Conv("conv", ("q",), "y", weight, ones, bias, ones, 8, None, None, (1, 1), padding, (1, 1), 1)
+    conv = r.Conv("conv", ("q",), "y", weight, ones, bias, ones, 8, None, None, (stride, stride), padding, (1, 1), 1)
     ops = (r.Quantize("quantize", ("image",), "q"), conv)
     model = r.IntegerModel("float32", {spec.name: spec for spec in specs}, ops, "image", "y")
     return model, (x - zero).astype(np.float32)[None]
 
 
-def sums(x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray) -> np.ndarray:
+def sums(
+    x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray, stride: int = 1
+) -> np.ndarray:
     """What ``convolution`` returns, in int64; the logits hold it as float32."""
     top, left, bottom, right = padding
     centred = np.pad(x.astype(np.int64) - zero, ((0, 0), (top, bottom), (left, right)))
-    windows = np.lib.stride_tricks.sliding_window_view(centred, (3, 3), (1, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(centred, weight.shape[2:], (1, 2))[:, ::stride, ::stride]
     return np.einsum("chwij,ocij->ohw", windows, weight.astype(np.int64)) + bias[:, None, None]
 
 
-def differing(x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], n_threads: int = 1) -> int:
+def differing(
+    x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], *, stride: int = 1, n_threads: int = 1
+) -> int:
     """Sums of the C runtime, and of NumPy's executor, that are not int64's."""
     bias = np.arange(len(weight)).astype(np.int32) - 7
-    model, image = convolution(x, weight, zero, padding, bias)
-    want = sums(x, weight, zero, padding, bias).astype(np.float32)
+    model, image = convolution(x, weight, zero, padding, bias, stride)
+    want = sums(x, weight, zero, padding, bias, stride).astype(np.float32)
     found = (Runtime(model, n_threads=n_threads).run(image)[0], run(model, image)[0])
     return sum(int((one != want).sum()) for one in found)
 
@@ -109,21 +118,57 @@ def test_weights_are_stored_by_the_bits_of_their_steps():
         assert differing(pixels, (step * weight).astype(np.int16), 9, (1, 1, 1, 1)) == 0
 
 
+@pytest.mark.parametrize("spread", [0, 3, 40, 120, 255])
+@pytest.mark.parametrize(("c_in", "kernel", "stride"), [(16, 1, 1), (28, 1, 2), (100, 1, 1), (1024, 1, 1), (1028, 1, 1),
+                                                        (16, 3, 2), (12, 2, 2), (40, 3, 2)])  # fmt: skip
+def test_16_bit_sums_of_inputs_of_any_spread(c_in, kernel, stride, spread):
+    rng = np.random.default_rng(c_in + spread)
+    for most in (127, 60, 9):
+        size = 13 * stride + kernel
+        low = rng.integers(0, 256 - spread, (c_in, 1, 1))
+        x = low + rng.choice([0, spread, int(rng.integers(spread + 1))], (c_in, size, size))
+        weight = integers(rng, most, (20, c_in, kernel, kernel))
+        weight[3:9] = np.abs(weight[3:9])  # sums of one sign, which grow the fastest
+        weight[9:15] = -np.abs(weight[9:15]) - 1
+        weight = np.clip(weight, -128, 127).astype(np.int8)
+        assert (
+            differing(x, weight, int(rng.integers(256)), (1, 0, 1, 2) if kernel > 1 else (0,) * 4, stride=stride) == 0
+        )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_16_bit_sums_at_the_ends_of_int16(sign):
+    rng = np.random.default_rng(7)
+    for total in (*range(32760, 32776), 65534, 65535, 65536):
+        x, weight = np.zeros((16, 8, 8), np.int64), np.zeros((17, 16, 1, 1), np.int64)
+        left, k = total, 0
+        while (
+            left > 0
+        ):  # products of the first place and channel add up to `total` in the even inputs of a quadruple each
+            w = min(127, left)
+            x[k, 0, 0], weight[0, k] = min(255, left // w), w
+            left, k = left - w * min(255, left // w), k + (1 if k % 4 == 0 else 3)
+            if k >= 16:
+                break
+        weight[1:] = rng.integers(-3, 4, weight[1:].shape)
+        weight[2, 15] = 100  # or they would be stored in 4 bits
+        assert differing(x, (sign * weight).astype(np.int8), 0, (0,) * 4) == 0
+
+
 def test_threads_share_tiles():
     rng = np.random.default_rng(0)
     x, weight = rng.integers(0, 256, (32, 37, 35)), integers(rng, 127, (40, 32, 3, 3)).astype(np.int8)
     try:
-        assert [differing(x, weight, 3, (1, 1, 1, 1), n) for n in (2, 3, 7)] == [0, 0, 0]
+        assert [differing(x, weight, 3, (1, 1, 1, 1), n_threads=n) for n in (2, 3, 7)] == [0, 0, 0]
     finally:
         differing(x[:, :5], weight, 3, (1, 1, 1, 1))  # one thread again
 
 
-def test_tiles_at_the_edge_stay_in_the_arena(tmp_path):
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_tiles_at_the_edge_stay_in_the_arena(kernel, tmp_path):
+    weight, bias = np.full((1, 68, kernel, kernel), 127, np.int8), np.zeros(1, np.int32)
     for size in ((5, 40), (40, 5), (7, 7)):
-        model, _ = convolution(
-            np.zeros((64, *size)), np.full((1, 64, 3, 3), 127, np.int8), 5, (0,) * 4, np.zeros(1, np.int32)
-        )
-        content = to_bytes(model)
+        content = to_bytes(convolution(np.zeros((68, *size)), weight, 5, (0,) * 4, bias)[0])
         (tmp_path / "one").write_bytes(struct.pack("<I", len(content)) + content)
         done = subprocess.run([fuzzer(), tmp_path / "one", "auto"], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, "1 0\n"), done.stderr
