@@ -24,7 +24,7 @@ from hq_lib.deploy.c import CompilerError, library
 from hq_lib.graph.spec import of_kind
 from hq_lib.ptq import selection
 from hq_lib.results import paths
-from hq_lib.studies import configuration
+from hq_lib.studies import configuration, steps
 from hq_lib.studies.ptq.recipes import RECIPES
 from hq_lib.training.qat_recipes import METHODS
 
@@ -266,6 +266,24 @@ def test_reconstruction_takes_its_protocol_and_a_manifest(place):
     record = models.read_checkpoint(place / "r.safetensors")[1]
     assert record["manifest"]["file"] == "m.json"
     assert record["n_calib"] == 20
+
+
+def test_a_reconstruction_that_was_stopped_goes_on_and_the_file_keeps_its_log(place, monkeypatch):
+    words = ("quantize", "--config", "ptq.yaml", "--method", "brecq", "--bits", "3/3", "--set", "protocol.iterations=3")
+    hq(*words, "--output", "whole.safetensors")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(steps, "evaluate", lambda *_: 1 / 0)
+        assert "division" in hq(*words, "--output", "again.safetensors", code=1)
+    assert "another config" in hq(*words, "--output", "again.safetensors", "--set", "protocol.iterations=4", code=1)
+    hq(*words, "--output", "again.safetensors")
+    (whole, one), (again, other) = (
+        models.read_checkpoint(place / f"{name}.safetensors") for name in ("whole", "again")
+    )
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert [line.split(":")[0] for line in one["log"]] == [line.split(":")[0] for line in other["log"]]
+    assert all("(resumed)" in line for line in other["log"])
+    assert len(one["log"]) > 3
+    assert not list((place / "out").rglob("unit_*.safetensors"))
 
 
 def test_pictures_in_a_folder_are_chosen_by_name_and_taken_by_hash(tmp_path):

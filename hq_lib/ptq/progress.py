@@ -82,8 +82,8 @@ class RunFolder:
             ) from error
         if differing := [key for key, value in record.items() if found.get(key) != json.loads(json.dumps(value))]:
             raise ReconstructionError(
-                f"{file} belongs to a run with another {', '.join(differing)}: resume with the same, or give a "
-                f"fresh folder"
+                f"{file} belongs to a run with another {', '.join(differing)}: go on with the same, give a fresh "
+                f"folder, or delete this one"
             )
 
     def save(self, report: UnitReport, body: nn.Module) -> None:

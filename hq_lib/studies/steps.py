@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,10 @@ def selected(run: Configuration) -> Path:
 
 
 def quantized(run: Configuration) -> tuple[Path, float]:
-    """(network file, test accuracy in percent) after post-training quantization."""
+    """(network file, test accuracy in percent) after post-training quantization; a killed reconstruction goes on.
+
+    The file's record keeps a line of each unit that was reconstructed (``log``).
+    """
     net, source = run.network()
     recipe, policy = run.ptq(net)
     few = run.calibration(source)
@@ -97,11 +101,15 @@ def quantized(run: Configuration) -> tuple[Path, float]:
     if EQUALIZE in run.corrections:
         net = ptq.equalize(fold_bn(net, x[:1], **run.tracing), x[:1])
     qnet = graph.quantize(net, policy, x[:1], **run.tracing)
-    fit_recipe(qnet, x, recipe, seed=run.seed, progress=partial(print, flush=True), **run.protocol)
+    folder = _folder(run) / "reconstruction"
+    settings = {"seed": run.seed, "folder": folder, **run.protocol}
+    log = [str(unit) for unit in fit_recipe(qnet, x, recipe, progress=partial(print, flush=True), **settings)]
     if NORMS in run.corrections:
         ptq.reestimate_norms(qnet, x.split(RANGE_IMAGES))
     manifest = {"manifest": run.manifest} if run.manifest else {}
-    return _saved(run, qnet, source, form="frozen", n_calib=len(few), **manifest)
+    made = _saved(run, qnet, source, form="frozen", n_calib=len(few), log=log, **manifest)
+    shutil.rmtree(folder, ignore_errors=True)  # of finished units: what they learned is in the file
+    return made
 
 
 def _saved(
