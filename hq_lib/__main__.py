@@ -159,6 +159,7 @@ def crossbar(
 def study(
     name: Annotated[str, typer.Argument(help="The study; `hq study list` names them all.")],
     profile: Annotated[str, typer.Option(help="smoke, quick or full.")] = "quick",
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file with fields of the plan.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the plan, as bits='[[2,2]]'.")] = None,
     unit: Annotated[str | None, typer.Option(help="Only this unit; its rows go to a part file.")] = None,
     todo: Annotated[bool, typer.Option("--list", help="Print what is not measured yet, a JSON line a unit.")] = False,
@@ -180,7 +181,8 @@ def study(
     if name not in known:
         raise typer.BadParameter(f"no study {name!r}: choose one of {', '.join(known)}{nearest(name, known)}")
     paths.check_profile(profile)
-    changes = dict(_assignment(text) for text in set_ or [])
+    written = importlib.import_module("hq_lib.studies.configuration").mapping(config) if config else {}
+    changes = {**written, **dict(_assignment(text) for text in set_ or [])}
     if todo:
         for line in known[name].units(profile, **changes):
             typer.echo(json.dumps(line))

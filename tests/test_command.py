@@ -391,6 +391,14 @@ def test_words_of_the_line_that_are_wrong_give_exit_code_2():
     hq("export", "net.safetensors", code=2)
 
 
+def test_a_study_takes_its_plan_from_a_file_and_what_is_set_goes_before(place):
+    write(place / "plan.yaml", {"methods": ["pact", "lsq"], "bits": [[2, 2]]})
+    lines = hq("study", "qat", "--profile", "smoke", "--config", "plan.yaml", "--set", "methods=[dsq]", "--list")
+    assert re.findall(r"resnet20_(\w+)_w2a2", lines) == ["dsq"]
+    (place / "list.yaml").write_text("[1]")
+    assert "mapping" in hq("study", "qat", "--config", "list.yaml", "--list", code=1)
+
+
 def test_every_verb_shows_an_example_that_the_command_line_takes():
     for verb, known in typer.main.get_command(app).commands.items():
         shown = " ".join(hq(verb, "--help").split())

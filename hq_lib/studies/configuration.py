@@ -341,6 +341,17 @@ class Configuration:
         }  # fmt: skip
 
 
+def mapping(path: Path | str) -> dict[str, Any]:
+    """The keys of a YAML file; ``ValueError`` names a file that is no YAML, or no mapping."""
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that is none
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{path}: a mapping of keys is needed, got a {type(entries).__name__}")
+    return dict(entries)
+
+
 def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = None) -> Configuration:
     """The configuration in a YAML file (default: an empty one) with ``changes``; "policy.bn" reaches into a mapping.
 
@@ -348,15 +359,7 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
         ValueError: no mapping, a key that is unknown (with the nearest known one), or a value of the wrong kind.
         OSError: no such file.
     """
-    entries: Any = {}
-    if path is not None:
-        try:
-            entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that is none
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(entries, Mapping):
-            raise ValueError(f"{path}: a mapping of keys is needed, got a {type(entries).__name__}")
-    entries = dict(entries)
+    entries = {} if path is None else mapping(path)
     for key, value in (changes or {}).items():
         outer, dot, inner = key.partition(".")
         entries[outer] = {**(entries.get(outer) or {}), inner: value} if dot else value
