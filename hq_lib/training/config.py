@@ -42,7 +42,11 @@ class TrainConfig(Settings):
     what ``machine.settled`` chooses when the run begins."""
     weight_noise: Annotated[float, Bound(">= 0 and < 1")] = 0.0
     """Noise-aware training for analog arrays: standard deviation of fresh errors of every convolution's and linear
-    layer's weights in each step, a fraction of the largest |w| of the output channel (``crossbar.weight_noise``)."""
+    layer's weights in each step, a fraction of the largest |w| of the output channel (``training.weight_noise``)."""
+    drive_bits: Annotated[int, Bound(">= 0 and <= 16", whole=True)] = 0
+    """The same through drives: inputs of every such layer have so many bits while it trains, 2..16; 0: ideal ones."""
+    converter_bits: Annotated[int, Bound(">= 0 and <= 16", whole=True)] = 0
+    """The same through converters: outputs of every such layer."""
     compile: Literal[True, False, "auto"] = False
     """Run the training steps through ``torch.compile``; "auto" as above."""
     seed: int = 0

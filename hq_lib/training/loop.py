@@ -74,7 +74,10 @@ def fit(
             another process is writing; batches without a length, or that processes cannot share evenly;
             a teacher without ``config.distill``, or the other way round.
     """
-    noisy = weight_noise(net, config.weight_noise) if config.weight_noise else nullcontext()
+    bits = {"drive_bits": config.drive_bits, "converter_bits": config.converter_bits}
+    noisy = (
+        weight_noise(net, config.weight_noise, **bits) if config.weight_noise or any(bits.values()) else nullcontext()
+    )
     if processes.rank():  # the first process alone writes and speaks
         run_dir = say = None
     with run_state.owned(run_dir), noisy:

@@ -2,7 +2,10 @@
 
     w_noisy = w + sigma max|w_column| xi,    xi ~ N(0, 1) once per step         Joshi et al. 2020, "Methods"; Rasch 2023
 
-The gradient is taken at the noisy point and moves the clean weights:
+    x_driven = s round(x / s),   y_read = s round(y / s),    s = max|.| / (2^(bits - 1) - 1), of the batch
+
+The second line, on demand, is what drive and converter do to whatever enters and leaves a layer; its gradient is that
+of the identity (straight through). The gradient is taken at the noisy point and moves the clean weights:
 
     fit(net, train, val, replace(config, weight_noise=0.03), run_dir)
 
@@ -43,15 +46,25 @@ class WeightNoise(nn.Module):
         return w + self.sigma * largest * torch.randn_like(w)
 
 
+def _stepped(x: Tensor, bits: int) -> Tensor:
+    """``x`` on the steps of a drive or converter of ``bits``, both signs, whose range its largest fills."""
+    step = x.detach().abs().amax().clamp_min(1e-30) / (2 ** (bits - 1) - 1)
+    return x + ((x / step).round() * step - x).detach()
+
+
 @contextmanager
-def weight_noise(net: nn.Module, sigma: float) -> Iterator[nn.Module]:
+def weight_noise(net: nn.Module, sigma: float, *, drive_bits: int = 0, converter_bits: int = 0) -> Iterator[nn.Module]:
     """``net`` itself, whose convolutions and linear layers have noisy weights while the block lasts and it trains.
 
     Args:
         sigma: see ``WeightNoise``; 0.03 is 3 % of the conductance window when columns fill it.
+        drive_bits, converter_bits: what inputs and outputs of these layers go through, 2..16, signs included; 0: ideal.
 
     Errors: no plain convolution or linear layer, or a weight that has a parametrization already.
     """
+    for what, bits in (("drive_bits", drive_bits), ("converter_bits", converter_bits)):
+        if bits and not 2 <= bits <= 16:
+            raise ValueError(f"{what} must be 2 to 16, or 0 for ideal ones, got {bits}")
     layers = {name: module for name, module in net.named_modules() if layer_kind(module)}
     if not layers:
         raise ValueError("the network has no plain convolution or linear layer to add noise to")
@@ -60,9 +73,20 @@ def weight_noise(net: nn.Module, sigma: float) -> Iterator[nn.Module]:
         raise ValueError(f"the weight of {taken[0]!r} is parametrized already; end that block first")
     for layer in layers.values():
         parametrize.register_parametrization(layer, "weight", WeightNoise(sigma).train(layer.training))
+
+    def driven(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return _stepped(inputs[0], drive_bits) if layer.training else inputs[0]
+
+    def read(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return _stepped(y, converter_bits) if layer.training else y
+
+    hooks = [layer.register_forward_pre_hook(driven) for layer in layers.values() if drive_bits]
+    hooks += [layer.register_forward_hook(read) for layer in layers.values() if converter_bits]
     try:
         yield net
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer in layers.values():
             mode = layer.training
             layer.eval()

@@ -200,7 +200,13 @@ def test_slices_and_noise_aware_rows_become_tables(small):
     assert cells[1] == 2 * cells[2]
     gains = tables.gain_of_noise(rows)
     assert set(gains["5 % in training", "count"]) == {2}
-    figures.fig_noise_aware(tables.noise_aware_points(rows), exact_pct=tables.exact_pct(rows))
+    through = gains["5 % through converters", "count"]
+    assert set(through[through > 0].index.get_level_values("reading")) == {"6-bit converters"}
+    drawn = figures.fig_noise_aware(tables.noise_aware_points(rows), exact_pct=tables.exact_pct(rows))
+    assert [ax.get_title("left") for ax in drawn.axes[::2]] == [
+        "ideal reading, correction: none",
+        "6-bit converters, correction: none",
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

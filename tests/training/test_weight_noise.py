@@ -50,6 +50,27 @@ def test_clean_weights_stay_and_come_back():
     assert all(torch.equal(after[key], before[key]) for key in before if "weight" in key)
 
 
+def test_drive_and_converter_round_what_enters_and_leaves_a_layer_in_training_only():
+    layer, x = nn.Linear(3, 2), torch.randn(50, 3, requires_grad=True)
+
+    def stepped(values, bits):
+        step = float(values.detach().abs().max()) / (2 ** (bits - 1) - 1)
+        return (values / step).round() * step
+
+    with weight_noise(layer, 0.0, drive_bits=4, converter_bits=3):
+        y = layer(x)
+        y.sum().backward()
+        ideal = layer.eval()(x)
+    wanted = stepped(nn.functional.linear(stepped(x, 4), layer.weight, layer.bias), 3)
+    assert torch.allclose(y, wanted, atol=1e-6)
+    assert len(y.unique()) <= 7
+    assert torch.equal(ideal, nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(50, 3))  # type: ignore[arg-type]
+    assert not torch.allclose(layer(x), stepped(layer(x), 3))
+    with pytest.raises(ValueError, match="converter_bits must be 2 to 16"), weight_noise(layer, 0.0, converter_bits=1):
+        pass
+
+
 def test_the_gradient_is_that_of_the_noisy_point():
     layer = nn.Linear(3, 2, bias=False)
     x = torch.randn(5, 3)

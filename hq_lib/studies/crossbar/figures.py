@@ -1,6 +1,7 @@
 """Figures of notebook 08, analog crossbars."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -151,27 +152,32 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
 
 @styled
 def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
-    """Accuracy against programming error by weight noise in training, without and with column calibration.
+    """Accuracy against programming error by weight noise in training, without and with column calibration, a row of
+    panels for each way of reading.
 
     Args:
         points: one row per measurement: ``effect`` (noise of training), ``x`` (programming error, percent of the
-            window), ``correction``, ``seed``, ``acc_pct`` (percent).
+            window), ``correction``, ``reading`` (converters, in words), ``seed``, ``acc_pct`` (percent).
         exact_pct: accuracy of the exact integers of the network that training starts from, percent: the dashed line.
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(points, ("effect", "x", "correction", "seed", "acc_pct"), "fig_noise_aware")
-    figure, axes = new_figure(1, 2, width=7.6, height=3.4, sharey=True)
-    styles = looks(list(dict.fromkeys(points["effect"])))
-    for ax, kind in zip(axes[0], ("none", "column"), strict=True):
-        for effect, style in styles.items():
-            rows = points.loc[(points["effect"] == effect) & (points["correction"] == kind)]
-            band_line(ax, rows, x="x", y="acc_pct", as_=style, label=effect)
+    need(points, ("effect", "x", "correction", "reading", "seed", "acc_pct"), "fig_noise_aware")
+    readings = sorted(set(points["reading"]), reverse=True)
+    figure, axes = new_figure(len(readings), 2, width=7.6, height=0.4 + 3.0 * len(readings), sharey=True)
+    styles = looks(sorted(set(points["effect"])))
+    for ax, (reading, kind) in zip(axes.flat, product(readings, ("none", "column")), strict=True):
+        part = points.loc[(points["reading"] == reading) & (points["correction"] == kind)]
+        for effect in [effect for effect in styles if effect in set(part["effect"])]:
+            band_line(ax, part.loc[part["effect"] == effect], x="x", y="acc_pct", as_=styles[effect], label=effect)
         ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
-        ax.set(title=f"correction: {CORRECTIONS[kind]}", xlabel="programming error, % of the window", ylim=(0, 100))
+        ax.set(title=f"{reading}, correction: {CORRECTIONS[kind]}", ylim=(0, 100))
         label_ends(ax)
-    axes[0, 0].set_ylabel("test accuracy, %")
+    for ax in axes[-1]:
+        ax.set_xlabel("programming error, % of the window")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("test accuracy, %")
     return figure
 
 

@@ -92,6 +92,9 @@ class Plan:
     """Which of ``STUDIES``."""
     read_rules: tuple[str, ...] = ("readout", "product")
     """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
+    converter_bits: tuple[int, ...] = (0,)
+    """Converters that noise-aware networks are read by, bits with a fitted range; 0 = ideal reading. For each of them
+    the largest noise is also trained through such converters, and through drives of the network's bits."""
     devices: tuple[str, ...] = ()
     """Devices of one's own, CSV files as `crossbar.device` reads them: lines of scatter, budget and drift each."""
     n_ptq: int = 256
@@ -102,7 +105,7 @@ TIMES_S = (20.0, HOUR_S, DAY_S, YEAR_S, 10 * YEAR_S)
 PLANS = {
     "smoke": Plan(
         10, 1, 4, 8, (2.0, 5.0), (10.0,), (6, 8), (64,), (1.0,), (20.0, DAY_S), False, 20, SHIPPED[3:4], (2,),
-        (0.0, 5.0), (5.0,), 1, 64, n_ptq=16,
+        (0.0, 5.0), (5.0,), 1, 64, converter_bits=(0, 6), n_ptq=16,
     ),
     "quick": Plan(
         150, 1, 16, 64, (2.0, 5.0, 10.0), (10.0, 30.0, 60.0), (4, 5, 6, 8), (64, 256), (0.1, 0.5, 2.0),
@@ -112,6 +115,7 @@ PLANS = {
     "full": Plan(
         1000, 3, 64, 256, (1.0, 2.0, 5.0, 10.0), (10.0, 20.0, 40.0, 60.0), (4, 5, 6, 8), (64, 128, 256),
         (0.1, 0.5, 2.0, 5.0), TIMES_S, True, 100, SHIPPED, (1, 2, 4), (0.0, 2.0, 5.0), (2.0, 5.0, 10.0, 15.0), 1, None,
+        converter_bits=(0, 6),
     ),
 }  # fmt: skip
 
@@ -142,6 +146,8 @@ class Place:
     """A trained network (see ``Plan.networks``) in place of the one that is quantized after training."""
     noise_pct: float | None = None
     """Weight noise that the float network is fine-tuned with first; None: it is not."""
+    train_bits: int = 0
+    """Bits of the converters that this training goes through, and through drives of ``bits``; 0: through neither."""
 
 
 DRIFT_ONLY = replace(PCM_NANDAKUMAR, name="pcm_drift_only", error=None, read=None)
@@ -287,12 +293,15 @@ def slices(plan: Plan) -> Iterator[Place]:
 
 
 def noise_aware(plan: Plan) -> Iterator[Place]:
-    """The float network fine-tuned with weight noise, then quantized and programmed with errors."""
-    for noise in plan.noise_pct:
-        for pct in plan.programming_pct:
-            circuit = Circuit(state_independent(pct / 100))
-            effect = f"{noise:g} % in training"
-            yield Place("noise_aware", effect, pct, circuit, ("none", "column"), noise_pct=noise)
+    """The float network fine-tuned with weight noise, then quantized, programmed with errors and read by converters."""
+    for bits in plan.converter_bits:
+        trainings = [(noise, 0) for noise in plan.noise_pct] + ([(max(plan.noise_pct), bits)] if bits else [])
+        for noise, through in trainings:
+            effect = f"{noise:g} % " + ("through converters" if through else "in training")
+            for pct in plan.programming_pct:
+                circuit = Circuit(state_independent(pct / 100), adc=Adc(bits) if bits else None)
+                kinds = ("none", "column")
+                yield Place("noise_aware", effect, pct, circuit, kinds, noise_pct=noise, train_bits=through)
 
 
 _MAKERS = {

@@ -92,15 +92,17 @@ class Programmed:
 
 def open_integers(run: Run[Plan], place: Place, seed: int) -> Integers | None:
     """The network of ``place`` in integers; None, after a line that says why, where this machine cannot have it."""
-    noise = place.noise_pct
-    n, epochs = run.plan.n_train or "all", run.plan.epochs
-    folder = None if noise is None else run.folder / f"noise{noise:g}_e{epochs}_n{n}_s{seed}"
-    return _integers(run.plan, place.network, place.bits, place.per_layer, noise, -1 if noise is None else seed, folder)
+    if place.noise_pct is None:
+        return _integers(run.plan, place.network, place.bits, place.per_layer, None)
+    through = {"drive_bits": place.bits, "converter_bits": place.train_bits} if place.train_bits else {}
+    config = replace(FINE_TUNE, epochs=run.plan.epochs, weight_noise=place.noise_pct / 100, seed=seed, **through)
+    name = f"{_training(place)}_e{run.plan.epochs}_n{run.plan.n_train or 'all'}_s{seed}"
+    return _integers(run.plan, place.network, place.bits, place.per_layer, config, run.folder / name)
 
 
 @lru_cache(maxsize=4)
 def _integers(
-    plan: Plan, network: str, bits: int, per_layer: bool, noise: float | None, seed: int, folder: Path | None
+    plan: Plan, network: str, bits: int, per_layer: bool, config: TrainConfig | None, folder: Path | None = None
 ) -> Integers | None:
     bench = open_bench(MODEL, n_test=plan.n_test)
     if bench is None:
@@ -112,20 +114,24 @@ def _integers(
         model, moments = lower(graph.load(network_path(network)), images=bench.test.spec), {}
     else:
         net = bench.net
-        if noise is not None:
-            net = fine_tuned(net, bench.train, plan, noise, seed, folder)
+        if config is not None:
+            net = fine_tuned(net, bench.train, plan.n_train, config, folder)
         x = bench.calibration(plan.n_ptq, 0)
         model, moments = lower(after_training(net, x, bits=bits, per_layer=per_layer)), norm_moments(net)
     logits = run_integers(model, normalize(bench.test.images, bench.test.spec))
     return Integers(model, moments, bench.test, bench.train, logits)
 
 
+def _training(place: Place) -> str:
+    """What tells a noise-aware training from others of its plan and seed, for folders and units."""
+    return f"noise{place.noise_pct:g}" + (f"_{place.train_bits}bits" if place.train_bits else "")
+
+
 def fine_tuned(
-    net: nn.Module, train: ImageSet, plan: Plan, noise_pct: float, seed: int, folder: Path | None
+    net: nn.Module, train: ImageSet, n_train: int | None, config: TrainConfig, folder: Path | None
 ) -> nn.Module:
-    """A copy of ``net`` trained on with weight noise (percent of the channel's largest weight), batch norms kept."""
-    config = replace(FINE_TUNE, epochs=plan.epochs, weight_noise=noise_pct / 100, seed=seed)
-    few = train if plan.n_train is None or plan.n_train >= len(train) else train.balanced(plan.n_train, seed)
+    """A copy of ``net`` trained on as ``config`` says with ``n_train`` images (None: all), batch norms kept."""
+    few = train if n_train is None or n_train >= len(train) else train.balanced(n_train, config.seed)
     tuned = copy.deepcopy(net)
     fit(tuned, few, None, config, folder)
     return tuned.eval()
@@ -219,7 +225,7 @@ def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
     name += (place.network or f"{place.bits} bits") + (f", read noise by {per}" if per else "")
     return Point(
         name, key, (place, correction, draw), bench=(place, draw),
-        unit=f"crossbar_{place.study}_s{draw}" + ("" if noise is None else f"_{noise:g}pct"),
+        unit=f"crossbar_{place.study}_s{draw}" + ("" if noise is None else f"_{_training(place)}"),
         after=(Path(place.network).stem,) if place.network else FIRST,
         minutes=4.2 if noise is not None and correction == "none" else 0.2,
     )  # fmt: skip

@@ -166,9 +166,11 @@ def slices_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def noise_aware_points(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows for fig_noise_aware: the longest training among them, with columns effect, x, correction, seed, acc_pct."""
-    found = accuracies(rows, "noise_aware")
-    return found.loc[(found["epochs"] == found["epochs"].max())].reset_index(drop=True)
+    """Rows for fig_noise_aware: the longest training among them, with columns effect, x, correction, seed, acc_pct, and
+    reading: by what they were read."""
+    found = tables.with_switches(accuracies(rows, "noise_aware"), "adc.bits")
+    reading = ["ideal reading" if pd.isna(bits) else f"{bits:g}-bit converters" for bits in found["adc.bits"]]
+    return found.assign(reading=reading).loc[found["epochs"] == found["epochs"].max()].reset_index(drop=True)
 
 
 def gain_of_noise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -176,10 +178,11 @@ def gain_of_noise(rows: pd.DataFrame) -> pd.DataFrame:
     found = noise_aware_points(rows)
     if found.empty:
         return pd.DataFrame()
-    wide: Any = found.pivot_table(index=["correction", "x", "seed"], columns="effect", values="acc_pct", sort=False)
+    place = ["reading", "correction", "x"]
+    wide: Any = found.pivot_table(index=[*place, "seed"], columns="effect", values="acc_pct", sort=False)
     base = wide.columns[0]
     gains = wide.drop(columns=base).sub(wide[base], axis=0)
-    return gains.groupby(["correction", "x"], sort=False).agg(["mean", "std", "count"]).round(2)
+    return gains.groupby(place, sort=False).agg(["mean", "std", "count"]).round(2)
 
 
 def _energies(wide: pd.DataFrame) -> list[str]:
