@@ -15,8 +15,10 @@ from hq_lib.data.sets import DataSpec, ImageSet
 def normalize(images: Tensor, spec: DataSpec) -> Tensor:
     """(x / 255 - mean) / std per channel; (B, C, H, W) uint8 -> the same shape, float32, channels-last."""
     images = images[:]  # read, where they are files
-    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1) * 255
+    mean, std = (
+        (torch.tensor(each).view(1, -1, 1, 1) * 255).to(images.device, non_blocking=True)
+        for each in (spec.mean, spec.std)
+    )
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -45,7 +47,7 @@ def augment(
         cols = torch.where(mirrored, cols.flip(1), cols)
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # (B, H, W, C)
     each = torch.arange(n, device=images.device).view(n, 1, 1)
-    rows, cols = rows.to(images.device), cols.to(images.device)
+    rows, cols = (each.to(images.device, non_blocking=True) for each in (rows, cols))
     return padded[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -78,7 +80,7 @@ def batches(
     stop = n if generator is None or n < batch_size else n - n % batch_size
     for start in range(0, stop, batch_size):
         chosen = order[start : min(start + batch_size, stop)]
-        at = chosen[part].to(images.images.device)
+        at = chosen[part].to(images.images.device, non_blocking=True)
         x = images.images[at]
         if generator is not None and (pad or flip):
             x = augment(x, generator, pad=pad, flip=flip and images.spec.flip, n_drawn=len(chosen), part=part)

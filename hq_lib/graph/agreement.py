@@ -43,7 +43,7 @@ def traced(net: nn.Module, example: Example | None, *, leaf_modules: LeafModules
     if example is not None:
         got = _seeded(propagate, gm, example)
         with eval_mode(net), torch.no_grad():
-            want = _seeded(net, *tree_map_only(Tensor, Tensor.clone, as_inputs(example)))
+            want = _seeded(net, *tree_map_only(Tensor, Tensor.clone, as_inputs(example, net)))
         try:
             _compare(OUTPUT, *([t.nan_to_num() for t in _tensors(value)] for value in (got, want)))
         except (DisagreementError, ValueError) as error:
@@ -111,9 +111,8 @@ def compare(original: fx.GraphModule, changed: fx.GraphModule, example: Example,
 def _run(gm: fx.GraphModule, example: Example, see: Any) -> None:
     if any(tensor.device.type != "cpu" for tensor in gm.state_dict().values()):
         gm = copy.deepcopy(gm).cpu()
-    inputs = tree_map_only(Tensor, torch.Tensor.cpu, as_inputs(example))
     with torch.no_grad(), eval_mode(gm):
-        _seeded(NodeWatcher(gm, see).run, *inputs)
+        _seeded(NodeWatcher(gm, see).run, *as_inputs(example, gm))
 
 
 def _compare(layer: str, got: list[Tensor], want: list[Tensor]) -> None:

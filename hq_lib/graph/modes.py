@@ -20,13 +20,27 @@ Pair = tuple[fx.Node | None, fx.Node | None]
 
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
-    """Put every module of ``net`` in eval mode inside the ``with`` block and restore each one's own mode after it."""
+    """Put every module of ``net`` in eval mode inside the ``with`` block and restore each one's own mode after it.
+
+    What a GPU computes there is ``repeatable``.
+    """
     modes = [(module, module.training) for module in net.modules()]
     try:
-        yield net.eval()
+        with repeatable():
+            yield net.eval()
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside the block a GPU's convolutions take whole float32 numbers and give the same bits each time.
+
+    Left alone, cuDNN rounds float32 to the 10 bits of TF32, and adds gradients up in whatever order they come.
+    """
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
 
 
 class FollowsMode(nn.Module):

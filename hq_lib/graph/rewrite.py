@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
@@ -20,7 +19,7 @@ from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.report import hidden_weights
 from hq_lib.graph.spec import PolicyError, QuantizeError, make_quantizer, of_kind
-from hq_lib.graph.tracing import Example, LeafModules, copy_modes_, propagate, unwrap
+from hq_lib.graph.tracing import Example, LeafModules, copy_modes_, device_of, propagate, unwrap
 from hq_lib.quantizers import Quantizer
 from hq_lib.quantizers.base import as_bytes
 
@@ -230,7 +229,7 @@ def fresh_quantizers(gm: fx.GraphModule) -> dict[str, Quantizer]:
         if quantizer is not None:
             quantizer.owner = name
             found[name] = quantizer.to(layer.weight.device).train(layer.training)
-    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    device = device_of(gm)
     for site in gm.meta["sites"]:
         key = f"policy, activation {site.name!r}"
         quantizer = make_quantizer(gm.meta["specs"][f"act {site.name}"], "act", key, signed=site.signed)

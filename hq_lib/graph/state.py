@@ -10,7 +10,7 @@ from hq_lib.data import ImageSet, normalize
 from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.spec import QuantizeError
-from hq_lib.graph.tracing import NodeWatcher, eval_mode
+from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.quantizers import Quantizer
 
 BUDGET_MIB = 1024
@@ -164,7 +164,7 @@ def _collect(qnet: fx.GraphModule, images: list[Tensor], targets: list[str]) -> 
             per_tensor = getattr(qnet.get_submodule(str(node.target)), "axis", None) is None
             seen[str(node.target)].append((value.flatten() if per_tensor else value).clone())  # an add may be in place
 
-    device = next(qnet.parameters()).device
+    device = device_of(qnet)
     for batch in images:
         NodeWatcher(qnet, look).run(batch.to(device))
     return seen

@@ -5,6 +5,7 @@ the same names, but its order of execution is a list that folding and quantizati
 """
 
 import inspect
+import itertools
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
 from hq_lib.graph.inplace import changed_by, read_after_change
 from hq_lib.graph.modes import eval_mode, follow_modes, read_modes
@@ -95,19 +97,28 @@ def propagate(gm: fx.GraphModule, example: Example) -> Any:
     """Write ``meta["shape"]`` (torch.Size) and ``meta["dtype"]`` on the nodes of ``gm`` that are tensors; its output.
 
     ``meta["value"]`` on a node that is a size (an int, or some): what a pool over ``y.size(3)`` looks at.
-    One forward pass of ``example`` without gradients, in eval mode: no running statistic moves, nor the CPU's random
-    state; modes are restored.
+    One forward pass of ``example`` on the network's device without gradients, in eval mode: no running statistic moves,
+    nor the CPU's random state; modes are restored.
 
     Raises:
         ValueError: names the layer that does not accept its input, and that input's shape.
     """
     with eval_mode(gm), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return NodeWatcher(gm, _write_shape).run(*as_inputs(example))
+        return NodeWatcher(gm, _write_shape).run(*as_inputs(example, gm))
 
 
-def as_inputs(example: Example) -> tuple[Tensor, ...]:
-    """Return ``example`` as the tuple of arguments of ``forward``."""
-    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+def device_of(net: nn.Module | Callable[..., Tensor]) -> torch.device:
+    """Where the network's parameters (else its buffers) live; the CPU where it has none."""
+    if not isinstance(net, nn.Module):
+        return torch.device("cpu")
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def as_inputs(example: Example, net: nn.Module) -> tuple[Tensor, ...]:
+    """Return ``example`` as the tuple of arguments of ``net.forward``, on the network's device."""
+    inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    return tree_map_only(Tensor, lambda x: x.to(device_of(net)), inputs)
 
 
 class NodeWatcher(fx.Interpreter):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from hq_lib.data import ImageSet, normalize
-from hq_lib.graph.tracing import NodeWatcher, eval_mode
+from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.integer.execute import run
 from hq_lib.integer.lowering import tensor_names
 from hq_lib.integer.record import IntegerModel, Op
@@ -109,7 +109,7 @@ def _graph_integers(
         if node.op == "output":
             logits = value.cpu().numpy()
 
-    device = next(qnet.parameters()).device
+    device = device_of(qnet)
     with eval_mode(qnet), torch.no_grad():
         NodeWatcher(qnet, look).run(images.to(device))
     return found, logits

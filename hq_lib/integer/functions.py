@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from hq_lib.graph import op_name
 from hq_lib.graph.modes import module_path
+from hq_lib.graph.tracing import device_of
 from hq_lib.integer import geometry
 from hq_lib.integer.geometry import LowerError
 
@@ -65,7 +66,7 @@ def computed(node: fx.Node, gm: fx.GraphModule, source: fx.Node, real: np.ndarra
     Raises:
         LowerError: it is not a number at one of them; with the layer's name.
     """
-    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    device = device_of(gm)
     x = torch.from_numpy(real.astype(np.float32)).to(device)
 
     def given(n: fx.Node) -> Any:

@@ -19,7 +19,7 @@ from torch import fx
 from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.ops import is_difference
-from hq_lib.graph.tracing import eval_mode
+from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.integer import functions, geometry, moves, resampling, terms
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
@@ -226,7 +226,7 @@ class _Walk:
 
     def _table(self, term: Function, quantizer: Any, spec: TensorSpec) -> TensorSpec:
         """Write what ``quantizer`` makes of ``term`` at every integer of its input."""
-        device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+        device = device_of(self.gm)
         x_int = quantizer.to_int(torch.from_numpy(term.real).to(device)).cpu().numpy()
         return self.writer.table(term.name, term.x, x_int - int(quantizer.grid().qmin), spec)
 

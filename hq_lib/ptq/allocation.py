@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from hq_lib.graph import QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
 from hq_lib.graph.state import refuse_float
-from hq_lib.graph.tracing import eval_mode
+from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
 from hq_lib.ptq.rounding import take_place
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Grid, Quantizer, aciq, dequantize
@@ -104,7 +104,7 @@ def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Corr
     with eval_mode(qnet), ExitStack() as hooks:
         for layer in layers.values():
             hooks.enter_context(layer.register_forward_pre_hook(before))
-        qnet(images.to(next(qnet.parameters()).device))
+        qnet(images.to(device_of(qnet)))
     return done
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from hq_lib.graph import act_quantizers, blocks, set_quantization, weight_layers
 from hq_lib.graph.state import refuse_float
-from hq_lib.graph.tracing import eval_mode
+from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.ptq.cache import Pair, UnitCache, chunks, through
 from hq_lib.ptq.config import ReconstructionConfig
 from hq_lib.ptq.dropping import drop, dropping
@@ -64,7 +64,7 @@ def reconstruct(
     """
     refuse_float(qnet, "ptq.reconstruct")
     several = [passes] if isinstance(passes, ReconstructionConfig) else list(passes)
-    device = next(qnet.parameters()).device
+    device = device_of(qnet)
     reports: list[UnitReport] = []
     for config in several:
         _check(qnet, images, config)

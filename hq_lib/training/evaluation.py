@@ -1,7 +1,7 @@
 """Accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
-from hq_lib.graph.tracing import eval_mode
+from hq_lib.graph.tracing import device_of, eval_mode
 
 BATCH_PIXELS = 2**21
 """Pixels a channel in a batch at most, where the caller does not say: 41 images of 224 x 224"""
@@ -25,14 +25,6 @@ class Evaluation:
     """Mean cross entropy per image, nats."""
     n: int
     """Images evaluated."""
-
-
-def device_of(net: nn.Module | Callable[..., Tensor]) -> torch.device:
-    """Where the network's parameters (else its buffers) live; the CPU where it has none."""
-    if not isinstance(net, nn.Module):
-        return torch.device("cpu")
-    tensors = [*net.parameters(), *net.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -62,12 +54,12 @@ def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int | None)
     else:
         walk = images
     with eval_mode(net), torch.inference_mode():
-        pairs = [(net(x.to(device)).float().cpu(), y.cpu()) for x, y in walk]
+        pairs = [(net(x.to(device)).float(), y) for x, y in walk]
     if not pairs:
         named = f"{images.spec.name} {images.split} is empty" if isinstance(images, ImageSet) else "no batch came"
         raise ValueError(f"nothing to evaluate: {named}")
     logits, labels = zip(*pairs, strict=True)
-    return torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
+from hq_lib.graph.modes import repeatable
+from hq_lib.graph.tracing import device_of
 from hq_lib.training import machine, processes, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
 from hq_lib.training.distillation import distance
-from hq_lib.training.evaluation import Batches, cross_entropy, device_of, evaluate
+from hq_lib.training.evaluation import Batches, cross_entropy, evaluate
 from hq_lib.training.weight_noise import weight_noise
 
 SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
@@ -80,7 +82,7 @@ def fit(
     )
     if processes.rank():  # the first process alone writes and speaks
         run_dir = say = None
-    with run_state.owned(run_dir), noisy:
+    with run_state.owned(run_dir), noisy, repeatable():
         return _Run(net, train, val, config, run_dir, teacher, before_epoch, say or (lambda _: None)).go()
 
 
@@ -130,7 +132,7 @@ class _Run:
         machine.keep_freed_memory_()
         self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.device = device_of(self.net)
-        self.train = _on(self.train, self.device)
+        self.train, self.val = (None if each is None else _on(each, self.device) for each in (self.train, self.val))
         self.steps = _n_steps(self.train, self.config)
         self.part = slice(None)
         if isinstance(self.train, ImageSet):

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hq_lib.graph.tracing import device_of
 from hq_lib.training.config import AUTO, TrainConfig
-from hq_lib.training.evaluation import device_of
 
 WORTH_COMPILING = 2_000
 """Steps from which a run wins back the minutes that compiling a network and trying it out take."""

@@ -21,13 +21,16 @@ from hq_lib.quantizers import Quantizer
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that torchrun started while the block lasts, on a GPU of its own where there are some."""
+    """Be one of the processes that torchrun started while the block lasts, with a GPU of its own where there are some.
+
+    Networks on the CPU talk through gloo there too.
+    """
     if not dist.is_torchelastic_launched():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if n_gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % n_gpus)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo")
     try:
         yield
     finally:

@@ -1,13 +1,13 @@
 """Quantizers work where their tensors are: a pass over the meta device, which has shapes and no values.
 
 A step that reads a value (``.item()``, a branch on data) or makes a tensor on the CPU stops there; on a GPU the first
-would wait for the device in every step, and the second fail.
+would wait for the device in every step, and the second fail. ``tests/test_devices.py`` has what a GPU must give.
 """
 
 import pytest
 import torch
 
-from hq_lib.quantizers import METHODS, act_quantizer, fusion_status, weight_quantizer
+from hq_lib.quantizers import METHODS, act_quantizer, weight_quantizer
 
 CASES = [
     *(pytest.param(m, s, id=f"act-{m}-{s}") for m in METHODS for s in ("unsigned", "signed")),
@@ -33,18 +33,3 @@ def test_steps_read_no_values_and_make_nothing_on_another_device(method, role):
         assert (y.device.type, y.shape) == ("meta", x.shape)
         y.sum().backward()
     assert all(p.grad is None or p.grad.device.type == "meta" for p in quantizer.parameters())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("method", "role"), CASES)
-def test_a_gpu_gives_the_integers_of_the_cpu_and_forward_is_on_their_grid(method, role):
-    """At ties too (S24): values that lie half-way between two steps, by the grid's own scale, fused and not."""
-    quantizer = fitted(method, role, torch.randn(8, 4, 6, 6)).eval()
-    ties = (torch.arange(-40, 40) + 0.5).reshape(1, 1, 4, 20).repeat(8, 4, 1, 1) * quantizer.grid().scale
-    want = quantizer.to_int(ties)
-    on_gpu = quantizer.to("cuda")
-    for _ in range(2):  # the second call may be fused
-        y, found = on_gpu(ties.cuda()), on_gpu.to_int(ties.cuda())
-        assert torch.equal(found.cpu(), want), fusion_status()
-        grid = on_gpu.grid()
-        assert torch.equal(y, grid.scale * (found - grid.zero_point)), fusion_status()
