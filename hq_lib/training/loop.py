@@ -132,7 +132,8 @@ class _Run:
         machine.keep_freed_memory_()
         self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.device = device_of(self.net)
-        self.train, self.val = (None if each is None else _on(each, self.device) for each in (self.train, self.val))
+        self.train = _on(self.train, self.device)
+        self.val = None if self.val is None else _on(self.val, self.device)
         self.steps = _n_steps(self.train, self.config)
         self.part = slice(None)
         if isinstance(self.train, ImageSet):

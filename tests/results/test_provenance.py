@@ -81,8 +81,3 @@ def test_an_absent_package_is_said_to_be_absent(monkeypatch):
     provenance.versions.cache_clear()
     assert provenance.versions().endswith("no-such-package-here absent")
     provenance.versions.cache_clear()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_named():
-    assert provenance.device("cuda") == torch.cuda.get_device_name(0)
