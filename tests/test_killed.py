@@ -5,26 +5,39 @@ bits of a run that nobody disturbed, and no temporary file. `HQ_KILLS=50` kills 
 """
 
 import hashlib
+import importlib.util
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch._dynamo
 import yaml
+from matplotlib.figure import Figure
 from test_command import NET, PTQ, RUN
+from torch import nn
 from typer.testing import CliRunner
 
+from hq_lib import data, deploy, graph, integer, models
 from hq_lib.__main__ import app
-from hq_lib.results import outputs, paths, store
+from hq_lib.crossbar import IdealEngine, RecordEngine
+from hq_lib.crossbar.recording import load_parts
+from hq_lib.ptq import progress, selection
+from hq_lib.results import outputs, paths, store, tables
+from hq_lib.results.figures import style
 from hq_lib.studies import every, steps
+from hq_lib.training import TrainConfig, run_state
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 FORK = get_context("fork")
@@ -228,6 +241,110 @@ def test_a_full_disk_is_named_and_earlier_rows_stay(full, monkeypatch):
         store.append("rows", [row(i) for i in range(1, 400)], profile="smoke")
     assert store.path_of("rows", profile="smoke").read_bytes() == before
     assert not list(full.rglob("*.tmp"))
+
+
+def record_dots(folder):
+    engine = RecordEngine(IdealEngine(), folder / "parts")
+    engine.mvm(engine.load(np.arange(12).reshape(4, 3), 0.5, "a"), np.arange(8).reshape(2, 4))
+    engine.close()
+
+
+def draw(folder):
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    style.save(figure, "fig_x", "smoke")
+
+
+def writers():
+    """Name -> what writes into a folder, which is HQ_OUT too."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    qnet = graph.quantize(net, graph.BitPolicy("minmax:8", "minmax:8", bn="fold"), x[:1])
+    graph.calibrate(qnet, x)
+    record, digits = integer.lower(qnet), data.load("digits", "train", n=20)
+    report = progress.UnitReport("a", 0, 1, 1.0, 0.5, 0.0, 10, 1.0)
+    kinds = {to: ending or "_folder" for to, ending in deploy.ENDINGS.items()}
+    if importlib.util.find_spec("onnx") is None:
+        kinds.pop("onnx")
+    table = pd.DataFrame({"a": ["1"]})
+    return {
+        "network": lambda folder: graph.save(qnet, folder / "net.safetensors"),
+        "checkpoint": lambda folder: models.write_checkpoint(folder / "net.safetensors", net.state_dict(), {}),
+        **{to: partial(export_to, record, to, x[0].numpy()) for to in kinds},
+        "record of dots": record_dots,
+        "manifest": lambda folder: selection.write(selection.from_images(digits, range(5)), folder / "m.json"),
+        "run": lambda folder: run_state.begin(folder / "run", TrainConfig(epochs=3, lr=0.1).as_dict()),
+        "state": lambda folder: run_state.save(folder / "run", {"history": [], "net": net.state_dict()}),
+        "reconstruction": lambda folder: progress.RunFolder(folder / "fit", {"p": 1}).save(report, qnet),
+        "rows": lambda folder: store.append("rows", [row(0)], profile="smoke"),
+        "figure": draw,
+        "table": lambda folder: tables.write(table, "tab_x", profile="smoke", caption="x", switches={}),
+    }
+
+
+def export_to(record, to, image, folder):
+    deploy.export(record, folder / f"net{deploy.ENDINGS[to]}", to, image=image if to == "board" else None)
+
+
+@pytest.mark.parametrize("disk", ["full", "read-only"])
+def test_every_writer_names_its_file_on_such_a_disk_and_leaves_no_half(full, monkeypatch, tmp_path, disk):
+    monkeypatch.setenv("HQ_OUT", str(full))
+    whole = tmp_path / "whole"
+    for name, write in writers().items():
+        place = whole / name
+        monkeypatch.setenv("HQ_OUT", str(place))
+        write(place)
+        assert any(file.stat().st_size for file in place.rglob("*") if file.is_file()), name
+    monkeypatch.setenv("HQ_OUT", str(full))
+    if disk == "full":
+        (full / "rest").write_bytes(b"x" * os.statvfs(full).f_bavail * 4096)
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(full)], check=True)
+    for name, write in writers().items():
+        with pytest.raises((OSError, store.ResultsError), match=rf"{re.escape(str(full))}|\.\w+: ") as refused:
+            write(full)
+        assert "No space" in str(refused.value) or "Read-only" in str(refused.value), name
+        assert not [file for file in full.rglob("*") if file.is_file() and file.name != "rest" and file.stat().st_size]
+        assert not list(full.rglob("*.tmp")), name
+
+
+def record_some(folder: Path, first: int) -> None:
+    engine = RecordEngine(IdealEngine(), folder, flush_bytes=1)
+    handle = engine.load(np.eye(4, dtype=np.int64), 0.5, "a")
+    for i in range(first, first + 15):
+        engine.mvm(handle, np.full((1, 4), i))
+    engine.close()
+
+
+def test_two_processes_that_record_into_one_folder_lose_no_answer(tmp_path):
+    both = [FORK.Process(target=record_some, args=(tmp_path / "parts", first)) for first in (0, 100)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    seen = sorted(int(value) for call in load_parts(tmp_path / "parts").calls for value in call.x[:, 0])
+    assert seen == [*range(15), *range(100, 115)]
+
+
+def begin_fit(folder: Path, p: int, both_ready) -> None:
+    both_ready.wait()
+    try:
+        progress.RunFolder(folder, {"p": p})
+    except progress.ReconstructionError:
+        os._exit(3)
+    os._exit(0)
+
+
+def test_of_two_reconstructions_that_begin_in_one_folder_one_is_refused(tmp_path):
+    for i in range(20):
+        ready = FORK.Barrier(2)
+        both = [FORK.Process(target=begin_fit, args=(tmp_path / str(i), p, ready)) for p in (1, 2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+        assert sorted(process.exitcode for process in both) == [0, 3]
 
 
 @pytest.mark.parametrize("verb", ["train", "quantize"])

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -173,9 +174,10 @@ class RecordEngine(Engine):
         if self._waiting:
             used = {call.layer for call in self._waiting}
             layers = {name: handle for name, handle in self._handles.items() if name in used}
-            past = [int(part.stem.removeprefix("part_")) for part in self.folder.glob("part_*.safetensors")]
-            number = max(past, default=-1) + 1
-            Trace(self._description, layers, self._waiting).save(self.folder / f"part_{number:06d}.safetensors")
+            with filelock.FileLock(self.folder / ".lock"):  # another process may record here
+                past = [int(part.stem.removeprefix("part_")) for part in self.folder.glob("part_*.safetensors")]
+                part = self.folder / f"part_{max(past, default=-1) + 1:06d}.safetensors"
+                Trace(self._description, layers, self._waiting).save(part)
             self._waiting = []
 
     def trace(self) -> Trace:

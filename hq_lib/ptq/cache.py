@@ -6,6 +6,7 @@ block by block: only one block's are kept.
 """
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -46,9 +47,15 @@ def _room(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if n_bytes <= MAX_BYTES:
         return torch.empty(shape, device=device)
     folder = tempfile.gettempdir()
-    if n_bytes > shutil.disk_usage(folder).free:
-        raise OSError(errno.ENOSPC, f"no space for {n_bytes / 2**30:.1f} GiB of activations: set TMPDIR", folder)
     with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            if n_bytes > shutil.disk_usage(folder).free:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if hasattr(os, "posix_fallocate"):  # the space is ours: a map of a file on a full disk ends the process
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+        except OSError as error:
+            text = f"no space for {n_bytes / 2**30:.1f} GiB of activations: set TMPDIR"
+            raise OSError(error.errno, text, folder) from error
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 

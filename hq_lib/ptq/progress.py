@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from torch import Tensor, fx, nn
 
@@ -71,9 +72,11 @@ class RunFolder:
         """Begin at ``path``, or go on there; ``ReconstructionError`` if another run's files are there."""
         self.path = path
         file = path / "run.json"
-        if not file.exists():
-            atomic.write_text(file, json.dumps(dict(record), indent=1, sort_keys=True) + "\n")
-            return
+        path.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path / ".lock"):  # of two that begin here at once, one is the first
+            if not file.exists():
+                atomic.write_text(file, json.dumps(dict(record), indent=1, sort_keys=True) + "\n")
+                return
         try:
             found = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:

@@ -18,7 +18,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from hq_lib.results import outputs, paths
+from hq_lib.results import atomic, outputs, paths
 
 MAIN_TABLE = "tab_overview"
 FRONT_FIGURES = ("fig_bn_ranges", "fig_pareto", "fig_crossbar_accuracy", "fig_edge_cloud")
@@ -39,14 +39,13 @@ def render(profile: str) -> Path:
     if not executed:
         raise FileNotFoundError(f"no executed notebooks in {build / 'notebooks'}: run `make paper PROFILE={profile}`")
     folder = build / "share"
-    folder.mkdir(parents=True, exist_ok=True)
     names = [notebook.stem for notebook in executed]
     books = [nbformat.read(notebook, as_version=4) for notebook in executed]
     for place, (name, book) in enumerate(zip(names, books, strict=True)):
         before, after = names[place - 1] if place else "", names[place + 1] if name != names[-1] else ""
         links = [("← " + before[:2], before), ("index", "index"), (after[:2] + " →", after)]
-        (folder / f"{name}.html").write_text(_page(book, links), encoding="utf-8")
-    (folder / "index.html").write_text(_page(_index(profile, names, books), []), encoding="utf-8")
+        atomic.write_text(folder / f"{name}.html", _page(book, links))
+    atomic.write_text(folder / "index.html", _page(_index(profile, names, books), []))
     return folder
 
 

@@ -10,7 +10,6 @@ left in ``hqm_open``'s checks and in the logits alone.
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hq_lib.deploy.c.container import ExportError, to_bytes
 from hq_lib.integer.execute import ImageError, run
 from hq_lib.integer.pixels import quantize_pixels
 from hq_lib.integer.record import IntegerModel
-from hq_lib.results.atomic import write_text
+from hq_lib.results.atomic import write_bytes, write_text
 
 STACK_BYTES = 4096
 """more than any function of the runtime and all that it calls take with ``-DHQM_PORTABLE``"""
@@ -65,7 +64,7 @@ def export_folder(model: IntegerModel, folder: Path | str, example: Any, *, name
         text = re.sub(r"@(\w+)@", lambda found: str(facts[found[1]]), template.read_text(encoding="utf-8"))
         write_text(folder / (f"{name}.h" if template.name == "net.h" else template.name), text)
     for file in (*RUNTIME, *(path.name for path in SOURCES.glob("*.h") if path.name != "hqm_images.h")):
-        shutil.copyfile(SOURCES / file, folder / file)
+        write_bytes(folder / file, (SOURCES / file).read_bytes())
     return folder
 
 
