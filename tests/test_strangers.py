@@ -11,10 +11,12 @@ import json
 import os
 import random
 import resource
+import socket
 import struct
 import sys
 import tempfile
 import zlib
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,14 +32,16 @@ from torch import nn
 from hq_lib import deploy, graph, integer, models
 from hq_lib.crossbar import (
     IdealEngine,
+    Limits,
     RecordEngine,
+    TcpDriver,
     Trace,
     fit_report,
     measured_device,
 )
+from hq_lib.data import fetch, sources
 from hq_lib.data import folder as pictures
 from hq_lib.data import load as load_images
-from hq_lib.data import sources
 from hq_lib.deploy import edge_cloud, fpga
 from hq_lib.deploy.c import CompilerError, Runtime, to_bytes
 from hq_lib.deploy.c.container import MAGIC, meta_of
@@ -49,6 +53,7 @@ from hq_lib.results import paths, published, store
 from hq_lib.results.paths import ROOT
 from hq_lib.studies import configuration, steps
 from hq_lib.training import TrainConfig, run_state
+from hq_lib.training.qat_recipes import METHODS
 
 FORK = get_context("fork")
 N = int(os.environ.get("HQ_MUTATIONS", "2000"))
@@ -194,6 +199,83 @@ def read_meta(path):
     normalized(meta_of(path.with_suffix(".hqm")))
 
 
+def answered(ask):
+    """A bench's answer to the first request, as whoever sits at its address sends it."""
+
+    def reading(path):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(path.read_bytes())
+            theirs.shutdown(socket.SHUT_WR)
+            driver = TcpDriver("127.0.0.1", 1, timeout_s=5.0)
+            driver._socket = ours
+            ask(driver)
+
+    return reading
+
+
+def message(head, array=None):
+    """The bytes of a bench's answer to request 1."""
+    body = b"" if array is None else array.tobytes()
+    text = json.dumps({"number": 1, **head, **({} if array is None else {"dtype": "<f8", "shape": array.shape})})
+    return struct.pack(">I", len(text)) + text.encode() + body
+
+
+def cached(place):
+    """The data cache, which refuses what is damaged by fetching it again."""
+    arrays, reason = fetch._read_cache(place, fetch.DataSet("mine", {"images": None, "labels": None}, ()))
+    if arrays is None:
+        raise fetch.DataUnavailableError(reason)
+
+
+def readers_of_runs(folder):
+    """A run's YAML to the end of what it says, manifests to their images, a data cache, a bench's answers."""
+    run = (
+        "model: lenet\nmethod: brecq\nbits: [4, 4]\nseed: 3\nprotocol: {iterations: 20, batch_size: 16}\n"
+        "policy: {first_last_bits: 8, overrides: {'conv*': {weight: 'minmax:6'}}}\nmean: [0.1]\nstd: [0.3]\n"
+    )
+    training = run.replace("brecq", "pact").replace("iterations: 20", "epochs: 3, lr: 0.1")
+    lists = "model: lenet\nmethod: lsq\nlists: {layer_abit: [8, 4, 4, 4, 8], layer_wbit: [8, 4, 2, 4, 8]}\n"
+    lenet = models.build("lenet")
+
+    def told(path):
+        given = configuration.read(path)
+        if given.method in METHODS:
+            given.qat(lenet), given.float_training()
+        else:
+            given.ptq(lenet)
+        given.normalization({"dataset": "fashion_mnist"})
+
+    (folder / "images").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((9, 9, 3), 20 * i, np.uint8)).save(folder / "images" / f"{i}.png")
+    pngs = {file.name: file.read_bytes() for file in (folder / "images").iterdir()}
+    listed = selection.from_files(folder / "images", ["0.png", "2.png"], dataset="mine").to_json().encode()
+    digits = load_images("digits", "train", n=20)
+    arrays = {"images": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "labels": np.arange(2)}
+    fetch._store(folder / "cache", arrays, {key: fetch.sha256_of(array) for key, array in arrays.items()})
+    kept = {file.name: file.read_bytes() for file in (folder / "cache").iterdir()}
+    sizes = {"n_tiles": 4, "rows": 4, "columns": 3, "rows_per_read": 2}
+    limits = Limits(**sizes, level_max=15, code_max=15, count_max=1000, counts_per_unit=0.5)
+    return {
+        "run_to_its_end.yaml": (run.encode(), told),
+        "training_to_its_end.yaml": (training.encode(), told),
+        "lists.yaml": (lists.encode(), told),
+        "manifest_of_files.json": (
+            listed, beside(pngs, "manifest.json",
+                lambda place: selection.take_files(selection.read(place / "manifest.json"), place))),
+        "manifest_of_digits.json": (
+            selection.from_images(digits, range(5)).to_json().encode(),
+            lambda p: selection.take(selection.read(p), digits)),
+        "cache_sums.json": (kept[fetch.SUMS], beside(kept, fetch.SUMS, cached)),
+        "cache_images.npy": (kept["images.npy"], beside(kept, "images.npy", cached)),
+        "bench_limits.bin": (message({"limits": asdict(limits)}), answered(TcpDriver.limits)),
+        "bench_conditions.bin": (message({"environment": {"celsius": 25.0}}), answered(TcpDriver.environment)),
+        "bench_counts.bin": (
+            message({}, np.arange(6.0).reshape(2, 3)), answered(lambda d: d.read(0, np.zeros((2, 4), np.int64)))),
+    }  # fmt: skip
+
+
 def more_readers(folder, record):
     """Images of an FPGA, packets, folders of runs, tables, files of other tools."""
     manifest = fpga.write_images(record, folder / "fpga")
@@ -202,6 +284,8 @@ def more_readers(folder, record):
     image = max((name for name in images_of if name != manifest.name), key=lambda name: len(images_of[name]))
     seeds = {file.name: file.read_bytes() for file in fpga.write_net(random_net(3, SMALL), folder, "net", form="txt")}
     read_seeds = lambda place: fpga.read_net(place, "net", SMALL, form="txt")  # noqa: E731
+    bins = {file.name: file.read_bytes() for file in fpga.write_net(random_net(3, SMALL), folder, "net", form="bin")}
+    read_bins = lambda place: fpga.read_net(place, "net", SMALL, form="bin")  # noqa: E731
     x = np.random.default_rng(0).normal(size=(1, 4, 5, 5)).astype(np.float32)
     few, real = edge_cloud.fit_wire(torch.from_numpy(x), "cut", bits=3), edge_cloud.float_wire(x.shape[1:], "cut")
     dots = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (1, 3, 16, 16), np.uint8))
@@ -226,6 +310,7 @@ def more_readers(folder, record):
         "fpga_image.hex": (images_of[image], beside(images_of, image, fpga.read_images, seal=seal_images)),
         "fpga_weight.txt": (seeds["net_weight.txt"], beside(seeds, "net_weight.txt", read_seeds)),
         "fpga_quant.txt": (seeds["net_quant.txt"], beside(seeds, "net_quant.txt", read_seeds)),
+        "fpga_weight.bin": (bins["net_weight.bin"], beside(bins, "net_weight.bin", read_bins)),
         "seed.tuple": (
             write_tuple(random_net(5, SMALL), folder / "a.tuple").read_bytes(),
             lambda p: tuple_file.read_tuple(p, SMALL)),
@@ -287,6 +372,7 @@ def readers(folder):
         "rows.csv": (b"".join(rows), store.read_file),
         "device.csv": ((ROOT / "data/devices/example.csv").read_bytes(), measured_device),
         **more_readers(folder, record),
+        **readers_of_runs(folder),
     }  # fmt: skip
     try:
         Runtime(record)
@@ -307,7 +393,9 @@ NAMES = (
     "run.yaml", "rows.csv", "device.csv", "container.hqm", "exported.onnx", "fpga_manifest.json", "fpga_image.hex",
     "fpga_weight.txt", "fpga_quant.txt", "seed.tuple", "public.pt", "packet_deflate.bin", "packet_float.bin",
     "packet.jpg", "published.csv", "cells.csv", "run_state.pt", "run_config.json", "fit_unit.safetensors",
-    "fit_run.json", "images.idx", "exported_meta.json",
+    "fit_run.json", "images.idx", "exported_meta.json", "fpga_weight.bin", "run_to_its_end.yaml",
+    "training_to_its_end.yaml", "lists.yaml", "manifest_of_files.json", "manifest_of_digits.json", "cache_sums.json",
+    "cache_images.npy", "bench_limits.bin", "bench_conditions.bin", "bench_counts.bin",
 )  # fmt: skip
 
 

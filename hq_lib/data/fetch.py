@@ -141,7 +141,7 @@ def _read_cache(folder: Path, data_set: DataSet) -> tuple[Arrays | None, str]:
         sums = {key: sha256_of(array) for key, array in arrays.items()}
         for wanted in (data_set.sha256, {key: recorded[key] for key in sums}):
             _check_sums(sums, wanted)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # damaged bytes come out of numpy's reader as a dozen types
         reason = f"corrupt ({_first_line(error)})"
         print(f"{data_set.name}: cache {folder} is {reason}; fetching again", flush=True)
         return None, reason

@@ -143,6 +143,9 @@ class Configuration:
             check("lists", "key", self.lists, LIST_KEYS)
             if absent := [key for key in LIST_KEYS if self.lists and key not in self.lists]:
                 raise ValueError(f"lists: {absent[0]} is missing; both {' and '.join(LIST_KEYS)} are needed")
+            for key, bits in self.lists.items():
+                if not isinstance(bits, list) or not bits or not all(type(b) is int for b in bits):
+                    raise ValueError(f"lists: {key} is {bits!r:.80}: whole numbers of bits are needed, as [8, 4, 8]")
         elif self.lists and self.net:
             raise ValueError(f"lists: none is called {self.lists!r} for {self.net}; write layer_abit and layer_wbit")
 
