@@ -25,13 +25,14 @@ from hq_lib.crossbar import Circuit, EngineNetwork, SimEngine, device
 from hq_lib.data import batches, normalize
 from hq_lib.deploy.edge_cloud.cuts import find_cuts, split_at
 from hq_lib.graph import BitPolicy, calibrate, quantize
+from hq_lib.graph.modes import repeatable
 from hq_lib.integer.comparison import agreement
 from hq_lib.integer.storage import to_bytes
 from hq_lib.ptq import selection
 from hq_lib.ptq.bits import GridBank
 from hq_lib.quantizers import METHODS, act_quantizer, fusion_status, weight_quantizer
 from hq_lib.results import paths, provenance
-from hq_lib.studies import configuration, steps
+from hq_lib.studies import configuration, every, steps
 from hq_lib.studies.ptq.recipes import RECIPES, fit_recipe
 from hq_lib.training import TrainConfig, evaluate, fit, predict
 from hq_lib.training.loop import _Run
@@ -305,7 +306,7 @@ def test_integers_exports_halves_and_arrays_do_not_see_where_the_network_lay(tmp
     assert agreement(qnet, record, x).same_top1_pct > 90
     integer.round_biases(qnet)
     edge, cloud = split_at(qnet, find_cuts(qnet, normal(1).to(DEVICE))[2])
-    with torch.no_grad():
+    with torch.no_grad(), repeatable():
         whole = qnet(x.to(DEVICE))
         assert torch.equal(cloud(edge(x.to(DEVICE))), whole)
     there, here = integer.lower(qnet), integer.lower(qnet.cpu())
@@ -319,6 +320,22 @@ def test_integers_exports_halves_and_arrays_do_not_see_where_the_network_lay(tmp
 
 
 # -- studies -----------------------------------------------------------------------------------------------------------
+
+
+SHORT = {
+    "float_training": {"models": ["lenet"]}, "float_reference": {"models": ["lenet"]},
+    "ptq_methods": {"recipes": ["qdrop"], "bits": [[4, 4]]}, "aciq_mse": {"bits": [4]}, "hybrid_bits": {"bits": [2, 8]},
+    "qat": {"methods": ["pact"], "bits": [[4, 4]]},
+    "selection_study": {"choices": ["random", "herding"]},
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, study in every().items() if study.gpu])
+def test_studies_measure_there_and_their_rows_say_so(name, out_dir):
+    rows = every()[name].run("smoke", device=DEVICE, **SHORT.get(name, {}))
+    assert len(rows) or name in ("selection_imagenet", "qat_group")  # pictures, networks that few machines have
+    assert rows["device"].str.startswith(provenance.device(DEVICE)).all()
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx
 
 from hq_lib.graph import blocks
-from hq_lib.graph.tracing import eval_mode
+from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.ptq.units import as_float, cut
 
 
@@ -26,7 +26,8 @@ def block_errors(qnet: fx.GraphModule, reference: fx.GraphModule, images: Tensor
     ours, theirs = blocks(qnet), blocks(reference)
     if [block.name for block in ours] != [block.name for block in theirs]:
         raise ValueError("the two nets have other blocks: make both from one float net with one policy")
-    found, x_q, x_fp = [], images, images
+    found, x_q = [], images.to(device_of(qnet))
+    x_fp = x_q
     with eval_mode(qnet), eval_mode(reference):
         for block, like in zip(ours, theirs, strict=True):
             x_q, graph = cut(qnet, block)(x_q), cut(reference, like)

@@ -124,7 +124,7 @@ class Study(Generic[Plan, Bench]):
     mem_mb: int = 4000
     """Memory that a unit of profile full is given by a batch engine, MB."""
     gpu: bool = False
-    """Whether a unit trains or reconstructs, so that a batch engine that has GPUs gives it one."""
+    """Whether it computes on the device it is given; another one stays on the CPU, and its rows say so."""
 
     @property
     def folder(self) -> str:
@@ -160,7 +160,7 @@ class Study(Generic[Plan, Bench]):
 
         Args:
             profile:     smoke, quick or full.
-            device:      "cpu" or "cuda".
+            device:      "cpu" or "cuda"; for a study without ``gpu`` the CPU, whatever is given.
             unit:        only this unit, and its rows into a part file of its own, which ``gather`` brings in.
             allow_dirty: in profile full, measure although tracked code differs from its commit; the rows say "-dirty".
             changes:     fields of the plan, see ``plan``.
@@ -169,7 +169,8 @@ class Study(Generic[Plan, Bench]):
             StudyError: see ``plan``; an unknown unit; uncommitted code in profile full.
         """
         plan = self.plan(profile, **changes)
-        run = Run(self.name, profile, plan, device, None if unit is None else self._part(profile, unit))
+        part = None if unit is None else self._part(profile, unit)
+        run = Run(self.name, profile, plan, device if self.gpu else "cpu", part)
         every = self.points(plan)
         if unit is not None:
             check_choice(f"profile {profile} of {self.name}", "unit", [unit], dict.fromkeys(p.unit for p in every))

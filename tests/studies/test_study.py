@@ -49,6 +49,11 @@ def toy(out_dir):
     return study, opened, measured, kill_at
 
 
+def test_a_study_without_a_gpu_stays_on_the_cpu_and_its_rows_say_so(toy):
+    rows = toy[0].run("smoke", device="cuda")
+    assert set(rows["device"]) == {provenance.device("cpu")}
+
+
 def test_a_bench_is_opened_once_for_its_points_and_rows_carry_key_and_provenance(toy):
     study, opened, measured, _ = toy
     rows = study.run("smoke")

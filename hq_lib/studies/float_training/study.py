@@ -190,5 +190,6 @@ REFERENCE = Study(
     points=shipped_points,
     open_bench=lambda run, name: open_bench(name, n_test=run.plan.n_test, device=run.device),
     measure=measure_shipped,
+    gpu=True,
 )
 STUDIES = (STUDY, REFERENCE)

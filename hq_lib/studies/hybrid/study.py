@@ -95,7 +95,7 @@ def measure_map(run: Run[MapPlan], bench: tuple[Bench, QuantizedNet | None], poi
     yield {"dataset": stage.dataset, "n_test": score.n, "metric": "acc_pct", "value": score.acc_pct}
 
 
-MAP = Study("hybrid_bits", MAP_PLANS, points=map_points, open_bench=open_map, measure=measure_map)
+MAP = Study("hybrid_bits", MAP_PLANS, points=map_points, open_bench=open_map, measure=measure_map, gpu=True)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def measure_sensitivity(run: Run[Plan], lab: Laboratory, point: Point) -> Iterat
 
 
 SENSITIVITIES = Study(
-    SENSITIVITY, PLANS, points=sensitivity_points, open_bench=open_laboratory, measure=measure_sensitivity
+    SENSITIVITY, PLANS, points=sensitivity_points, open_bench=open_laboratory, measure=measure_sensitivity, gpu=True
 )
 
 
@@ -311,5 +311,5 @@ def averages(bits: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-SEARCHES = Study(ALLOCATION, PLANS, points=search_points, open_bench=open_laboratory, measure=measure_search)
+SEARCHES = Study(ALLOCATION, PLANS, points=search_points, open_bench=open_laboratory, measure=measure_search, gpu=True)
 STUDIES = (MAP, SENSITIVITIES, SEARCHES)

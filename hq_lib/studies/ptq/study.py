@@ -213,7 +213,9 @@ def _shipped(run: Run[Any], _needed: Any) -> Bench | None:
     return open_bench("resnet20", n_test=1, device=run.device)
 
 
-SCHEDULE = Study("ptq_schedule", SCHEDULES, points=schedule_points, open_bench=_shipped, measure=measure_schedule)
+SCHEDULE = Study(
+    "ptq_schedule", SCHEDULES, points=schedule_points, open_bench=_shipped, measure=measure_schedule, gpu=True
+)
 
 
 @dataclass(frozen=True)
@@ -247,5 +249,5 @@ def measure_aciq(run: Run[AciqPlan], bench: Bench, point: Point) -> Iterator[Fou
         yield from metric_rows(found, **width, dataset=bench.dataset, switches=switches)
 
 
-ACIQ = Study("aciq_mse", ACIQ_PLANS, points=aciq_points, open_bench=_shipped, measure=measure_aciq)
+ACIQ = Study("aciq_mse", ACIQ_PLANS, points=aciq_points, open_bench=_shipped, measure=measure_aciq, gpu=True)
 STUDIES = (ACIQ, SCHEDULE, METHODS)

@@ -243,7 +243,7 @@ def _scores(pool: Pool, point: Point) -> Iterator[Found]:
 
 
 STUDY, IMAGENET = (
-    Study(name, plans, points=points, open_bench=open_pool, measure=measure)
+    Study(name, plans, points=points, open_bench=open_pool, measure=measure, gpu=True)
     for name, plans in (("selection_study", PLANS), ("selection_imagenet", IMAGENET_PLANS))
 )
 STUDIES = (STUDY, IMAGENET)
