@@ -42,9 +42,10 @@ CONFIG = TrainConfig(epochs=2, lr=0.05, batch_size=40, pad=2)
 
 
 @pytest.mark.skipif(DEVICE != "cuda" or compiler() is None, reason="needs a C++ compiler")
-def test_every_test_of_a_gpu_passes_on_a_device_that_stands_in_for_one():
+@pytest.mark.parametrize("which", ["gpu and not slow", pytest.param("gpu and slow", marks=pytest.mark.slow)])
+def test_every_test_of_a_gpu_passes_on_a_device_that_stands_in_for_one(which):
     """A tensor, index or generator made on another device than its tensor's ends it, and so does a step that waits."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", __file__]
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "HQ_DEVICE": "pretend", "HQ_FUSE": "0"}
     done = subprocess.run(tests, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -331,6 +332,7 @@ SHORT = {
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, study in every().items() if study.gpu])
 def test_studies_measure_there_and_their_rows_say_so(name, out_dir):
     rows = every()[name].run("smoke", device=DEVICE, **SHORT.get(name, {}))
