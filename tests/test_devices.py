@@ -21,7 +21,7 @@ from test_command import NET, PTQ, RUN
 from torch import Tensor, nn
 
 from hq_lib import data, deploy, graph, integer, models, ptq
-from hq_lib.crossbar import Circuit, EngineNetwork, SimEngine, device
+from hq_lib.crossbar import Adc, Circuit, Convolution, EngineNetwork, SimEngine, device
 from hq_lib.data import batches, normalize
 from hq_lib.deploy.edge_cloud.cuts import find_cuts, split_at
 from hq_lib.graph import BitPolicy, calibrate, quantize
@@ -320,6 +320,24 @@ def test_integers_exports_halves_and_arrays_do_not_see_where_the_network_lay(tmp
     assert np.array_equal(*on_arrays)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("adc", [None, Adc(8)])
+def test_engines_answer_tensors_there_with_the_same_numbers(adc):
+    w, x = torch.randint(-127, 128, (8, 16, 3, 3)), torch.randint(0, 256, (20, 16, 6, 5)).to(torch.uint8)
+    found = []
+    for where in ("cpu", DEVICE):
+        engine = SimEngine(Circuit(adc=adc))
+        conv = Convolution(engine, w.to(where), torch.ones(8, device=where), "a", padding=1)
+        rows = conv.rows(x[:2].to(where))[0].to(where)
+        if adc is not None:
+            engine.calibrate_adc(conv.groups[0], rows)
+        engine.calibrate(conv.groups[0], rows, kind="gain")
+        found += [conv(x.to(where)), engine.mvm(conv.groups[0], rows)]
+    assert [y.device.type for y in found] == ["cpu", "cpu", DEVICE, DEVICE]
+    assert torch.equal(found[0], found[2].cpu())
+    assert torch.equal(found[1], found[3].cpu())
+
+
 # -- studies -----------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +364,8 @@ def test_the_verbs_train_quantize_and_test_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HQ_OUT", str(tmp_path / "out"))
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    if PRETENDED:
+        monkeypatch.setattr(configuration, "check_known", lambda *_: None)  # which knows cpu and cuda
     trained = {**RUN, "device": DEVICE, "method": "float", "output": "net.safetensors"}
     rounded = {**PTQ, "device": DEVICE, "method": "qdrop", "bits": [4, 4], "output": "q.safetensors",
                "protocol": {"iterations": 5, "batch_size": 10}}  # fmt: skip

@@ -13,7 +13,6 @@ from hq_lib.crossbar import (
     Adc,
     Circuit,
     ConstantRead,
-    Convolution,
     CrossbarError,
     Device,
     Drive,
@@ -213,24 +212,6 @@ def test_integers_of_either_library_give_the_same_and_return_the_same_kind():
     assert isinstance(engine.mvm(handle, torch.from_numpy(x)), torch.Tensor)
     assert engine.mvm(handle, x[:0]).shape == (0, 3)
     np.testing.assert_array_equal(engine.mvm(handle, x.astype(np.uint8)), x @ w)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("adc", [None, Adc(8)])
-def test_tensors_of_a_gpu_are_answered_there_with_the_same_numbers(adc):
-    w, x = torch.randint(-127, 128, (8, 16, 3, 3)), torch.randint(0, 256, (20, 16, 6, 5)).to(torch.uint8)
-    found = []
-    for device in ("cpu", "cuda"):
-        engine = SimEngine(Circuit(adc=adc))
-        conv = Convolution(engine, w.to(device), torch.ones(8, device=device), "a", padding=1)
-        rows = conv.rows(x[:2].to(device))[0].to(device)
-        if adc is not None:
-            engine.calibrate_adc(conv.groups[0], rows)
-        engine.calibrate(conv.groups[0], rows, kind="gain")
-        found += [conv(x.to(device)), engine.mvm(conv.groups[0], rows)]
-    assert [y.device.type for y in found] == ["cpu", "cpu", "cuda", "cuda"]
-    assert torch.equal(found[0], found[2].cpu())
-    assert torch.equal(found[1], found[3].cpu())
 
 
 @pytest.mark.parametrize(
