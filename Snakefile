@@ -6,7 +6,7 @@
 In profile full each unit of a study (one training, or the points that share a bench) is a job of its own, on one thread
 and with rows in a part file of its own: no two jobs write one file, and many nodes can share them. What has its rows is
 no job. Then one job a study, on the machine that Snakemake runs on, gathers the parts, and the notebook only draws.
-`--config device=cuda` gives units that train a GPU; `units=true` makes jobs of a shorter profile's units too.
+`--config device=cuda` gives a GPU to units that compute on one; `units=true` makes jobs of a shorter profile's units too.
 
 Result rows (data/results/**.csv) are deliberately not declared as outputs: Snakemake deletes the outputs of a failed
 job, and rows that a long run has already written must survive it. Tables and figures are built from those rows.
