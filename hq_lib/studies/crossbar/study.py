@@ -227,7 +227,7 @@ def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
         name, key, (place, correction, draw), bench=(place, draw),
         unit=f"crossbar_{place.study}_s{draw}" + ("" if noise is None else f"_{_training(place)}"),
         after=(Path(place.network).stem,) if place.network else FIRST,
-        minutes=4.2 if noise is not None and correction == "none" else 0.2,
+        minutes=4.2 if noise is not None and correction == "none" and place.x == plan.programming_pct[0] else 0.3,
     )  # fmt: skip
 
 
