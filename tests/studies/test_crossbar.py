@@ -180,6 +180,14 @@ def test_a_device_of_one_s_own_is_a_line_of_the_same_figures(small):
     assert 0 < error["example", "column"] < error["example", "none"]
 
 
+def test_devices_are_told_by_their_window_and_error():
+    """Wan's fit by hand: 0.348 uS idle and 1.098 uS full, of a window of 40 uS."""
+    table = tables.device_table([RRAM_WAN_1S, PCM_NANDAKUMAR, IDEAL]).set_index("device")
+    assert table.loc["rram", ["idle, %", "full, %"]].tolist() == [0.87, pytest.approx(2.74, abs=0.01)]
+    assert table.loc["pcm_drift", ["with time", "read noise"]].tolist() == ["drifts", "once a readout"]
+    assert table.loc["ideal", ["half way, %", "with time", "read noise"]].tolist() == [0.0, "-", "-"]
+
+
 def test_costs_are_the_sums_over_layers(small):
     rows = study.COSTS.run("smoke")
     cost = study.total_cost(EngineNetwork(small.model, IdealEngine()), Circuit(adc=Adc(8)))

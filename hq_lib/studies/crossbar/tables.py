@@ -1,9 +1,12 @@
 """What notebook 08 shows of the crossbar studies: rows in, frames out."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
+import torch
 
+from hq_lib.crossbar import Device
 from hq_lib.results import tables
 from hq_lib.studies.crossbar.figures import RULES
 from hq_lib.studies.crossbar.points import CIRCUITS, DAY_S, ONE_SCALE, PLANS, RRAM_DAY, RRAM_SECOND, error_budget
@@ -112,6 +115,21 @@ def budget_table(rows: pd.DataFrame) -> pd.DataFrame:
     errors = plain.groupby("effect")["value"].mean()
     table["logit error"] = [f"{errors[e]:.3f}" if e in errors else tables.NOT_RUN for e in table["effect"]]
     return table
+
+
+def device_table(devices: Iterable[Device]) -> pd.DataFrame:
+    """Window of each device, its programming error idle, half way and full in percent of the window, and its source."""
+    lines = []
+    for cell in devices:
+        at = torch.linspace(cell.g_min_uS, cell.g_max_uS, 3, dtype=torch.float64)
+        sigma = 100 / cell.window_uS * (cell.error.sigma(at) if cell.error else 0 * at)
+        lines.append({
+            "device": cell.name, "window, uS": f"{cell.g_min_uS:g} to {cell.g_max_uS:g}",
+            **dict(zip(("idle, %", "half way, %", "full, %"), sigma.round(decimals=2).tolist(), strict=True)),
+            "with time": "drifts" if cell.drift else "spreads" if cell.ages else "-",
+            "read noise": f"once a {cell.read.per}" if cell.read else "-", "source": cell.source,
+        })  # fmt: skip
+    return pd.DataFrame(lines)
 
 
 def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
