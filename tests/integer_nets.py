@@ -160,7 +160,7 @@ def random_layer(seed: int, *, conv: bool, x_dtype: str, w_dtype: str, residual:
     shape = (c_in, 9, 21) if conv else (c_in,)
     one, big, wide = np.asarray(1.0, np.float32), {"uint8": 255, "uint16": 65535}[x_dtype], np.iinfo(w_dtype).max
     w_shape = (c_out, c_in // groups, k, k) if conv else (c_out, c_in)
-    weight = rng.integers(-wide, wide + 1, w_shape).astype(w_dtype) // (256 if w_dtype == "int16" else 1)
+    weight = rng.integers(-wide, wide + 1, w_shape).astype(w_dtype) // (64 if w_dtype == "int16" else 1)
     weight = weight.astype(w_dtype)
     pads = tuple(int(v) for v in rng.integers(0, 3, 4))
     acc = float(np.abs(weight.astype(float)).sum() / c_out * big / 400)

@@ -76,8 +76,21 @@ ISA INLINE void multiply(__m256i sum[2], __m256i x, __m256i w[2][2], const int b
         for (int h = 0; h < 2; h++) sum[h] = add_i(sum[h], _mm256_madd_epi16(xs[e], w[e][h]));
 }
 
+/* Eight of the weights of one kernel place. */
+ISA INLINE __m128i tap_16(const product *p, uint32_t t, int h) {
+    const int16_t *w = (const int16_t *)p->w + t * p->w_step + 8 * h;
+    return t < p->n_rows * p->n_columns ? _mm_loadu_si128((const __m128i *)(const void *)w) : _mm_setzero_si128();
+}
+
 /* Pairs of kernel places: vpmaddwd of (x_a, x_b) and (w_a, w_b) in each channel. */
 ISA INLINE void unpacked_taps(const product *p, uint32_t t, const int bits, __m256i w[2]) {
+    if (bits == 16) {
+        for (int h = 0; h < 2; h++) {
+            const __m128i first = tap_16(p, t, h), second = tap_16(p, t + 1, h);
+            w[h] = _mm256_set_m128i(_mm_unpackhi_epi16(first, second), _mm_unpacklo_epi16(first, second));
+        }
+        return;
+    }
     const __m128i a = tap(p, t, bits), b = tap(p, t + 1, bits);
     w[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
     w[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
@@ -94,6 +107,7 @@ ISA INLINE void multiply_taps(__m256i sum[2], const uint8_t *x, const size_t *o,
     sum[1] = add_i(sum[1], _mm256_madd_epi16(high, w[1]));
 }
 #include "hqm_x86.h"
+ISA static void depthwise_16(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 16); }
 #include "hqm_winograd.h"
 
 /* Sums of pairs in 32 bits, added to those in acc unless they are the first. */
@@ -250,7 +264,7 @@ ISA static uint32_t fixed_add_u8(const uint8_t *a, int32_t a_zero, const uint8_t
     return i;
 }
 
-const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},
+const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, depthwise_16},
                           pairs_u8, fixed_u8, avx2_add_u8, fixed_add_u8, run_tiles, run_bounded};
 
 #endif
