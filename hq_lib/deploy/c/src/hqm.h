@@ -64,7 +64,8 @@ const char *hqm_message(hqm_status status);
 size_t hqm_model_size(void); /* sizeof(hqm_model), for callers in other languages */
 
 /* Kernels: the fastest that this processor has, unless one is asked for; returns 0 where there is no such kernel here.
- * Names: "auto", "scalar", "avx2", "avx512vnni" (x86-64), "neon" (64-bit ARM). All give the same bits. Process-wide. */
+ * Names: "auto", "scalar", "avx2", "avx512vnni" (x86-64), "neon" (64-bit ARM). All give the same bits. Process-wide.
+ * "avx2" takes up to 256 KiB of stack, the others 16 KiB, and with HQM_PORTABLE, which leaves "scalar" alone, 4 KiB. */
 int hqm_use_kernel(const char *name);
 const char *hqm_kernel_name(void);
 

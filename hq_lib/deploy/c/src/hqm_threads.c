@@ -9,7 +9,7 @@
 #ifdef HQM_THREADS
 #include <pthread.h>
 
-enum { MOST = 64 };
+enum { MOST = 64, STACK = 1 << 20 /* bytes of each: some systems give less than kernels take */ };
 static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t begin = PTHREAD_COND_INITIALIZER, end = PTHREAD_COND_INITIALIZER;
 /* all under lock; n_threads and n_started change under in_use, too */
@@ -44,16 +44,19 @@ int hqm_use_threads(uint32_t n) {
     pthread_mutex_lock(&in_use);
     pthread_mutex_lock(&lock);
     if (!is_forking) is_forking = !pthread_atfork(NULL, NULL, forget);
+    pthread_attr_t attributes;
+    const int is_ready = !pthread_attr_init(&attributes) && !pthread_attr_setstacksize(&attributes, STACK);
     while (n_started + 1 < n) {
         pthread_t thread;
         uint32_t *place = seen + n_started + 1;
         *place = n_rounds;
-        if (pthread_create(&thread, NULL, serve, place)) break;
+        if (!is_ready || pthread_create(&thread, &attributes, serve, place)) break;
         pthread_detach(thread);
         n_started++;
     }
     const int enough = n_started + 1 >= n;
     if (enough) n_threads = n;
+    if (is_ready) pthread_attr_destroy(&attributes);
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&in_use);
     return enough;
