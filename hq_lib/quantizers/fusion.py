@@ -15,6 +15,9 @@ from torch import Tensor
 MIN_NUMEL = 2**17
 """Elements from which a compiled kernel is used; below, Python's and dynamo's overhead eat the gain."""
 
+AS_EAGER: dict[str, Any] = {"eager_numerics.division_rounding": True}
+"""Options of the compiler: on a GPU its division is else approximate, and values half-way between two steps part."""
+
 _state: dict[str, Any] = {"on": os.environ.get("HQ_FUSE", "1") != "0", "failure": None, "said": False}
 
 
@@ -76,7 +79,7 @@ class Fused:
             return self.kernel(*args)
         try:
             if self._compiled is None:
-                self._compiled = torch.compile(self.kernel, dynamic=True, fullgraph=True)
+                self._compiled = torch.compile(self.kernel, dynamic=True, fullgraph=True, options=AS_EAGER)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own deprecations are not the user's concern
                 return self._compiled(*args)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.graph.tracing import device_of
+from hq_lib.quantizers.fusion import AS_EAGER
 from hq_lib.training.config import AUTO, TrainConfig
 
 WORTH_COMPILING = 2_000
@@ -115,7 +116,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:
     """``net`` as a function that runs compiled, with its own weights (no copy); compiled anew for another shape."""
-    forward = torch.compile(net, dynamic=False)
+    forward = torch.compile(net, dynamic=False, options=AS_EAGER)
 
     def call(x: Tensor) -> Tensor:
         with warnings.catch_warnings():

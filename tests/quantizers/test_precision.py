@@ -8,6 +8,7 @@ import torch
 from hq_lib.quantizers import DSQ, act_quantizer, fusion_status, weight_quantizer
 from hq_lib.quantizers import fusion as fusion_module
 from hq_lib.quantizers.fusion import Fused, enable_fusion_
+from hq_lib.training import machine
 
 METHODS = ["minmax", "dorefa", "dorefa_hw", "pact", "mpact", "lsq", "lsq_plus", "dsq"]
 LOW = [torch.float16, torch.bfloat16]
@@ -44,6 +45,20 @@ def test_a_dsq_bound_that_starts_at_zero_learns():
 
 def double(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     return 2 * x * step
+
+
+def halve(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    return x / step / 2
+
+
+def test_the_compiler_is_asked_to_divide_as_eager_code_does(monkeypatch):
+    """On a GPU it would not by itself; no GPU is needed to see what it is asked for."""
+    asked, kernel = [], Fused(halve, n_elementwise=1, apart=False)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how["options"]) or function)
+    monkeypatch.setattr(fusion_module, "_state", {"on": True, "failure": None, "said": False})
+    kernel(torch.ones(2**17), torch.tensor(0.5))
+    machine.compiled(torch.nn.Linear(1, 1))
+    assert asked == [{"eager_numerics.division_rounding": True}] * 2
 
 
 def test_one_call_out_of_memory_leaves_fusion_on_and_says_so_once(monkeypatch):
