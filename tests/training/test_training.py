@@ -304,7 +304,7 @@ def test_the_faster_of_plain_and_compiled_is_taken(monkeypatch, slowness, wins):
 
 
 def test_without_a_compiler_auto_trains_uncompiled_and_says_so(monkeypatch):
-    def no_compiler(net, dynamic):
+    def no_compiler(net, **options):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)

@@ -223,6 +223,8 @@ def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
     }  # fmt: skip
     name = f"{place.study}: {place.effect}, {place.x:g}, {correction}, draw {draw}, "
     name += (place.network or f"{place.bits} bits") + (f", read noise by {per}" if per else "")
+    if noise is not None and place.circuit.adc is not None:  # the same training is read ideally too
+        name += f", {place.circuit.adc.bits}-bit converters"
     return Point(
         name, key, (place, correction, draw), bench=(place, draw),
         unit=f"crossbar_{place.study}_s{draw}" + ("" if noise is None else f"_{_training(place)}"),
