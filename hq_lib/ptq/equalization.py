@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hq_lib.graph import QuantizeError, kinds, op_name
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.modes import eval_mode
-from hq_lib.graph.tracing import Example
+from hq_lib.graph.tracing import Example, device_of
 
 _THROUGH = {"relu", "maxpool2d", "dropout", "dropout2d", "identity"}  # f(s x) = s f(x) for s > 0, channel by channel
 MAX_SWEEPS = 50
@@ -114,7 +114,7 @@ def reestimate_norms(net: nn.Module, batches: Tensor | Iterable[Tensor]) -> None
                 norm.reset_running_stats()
                 norm.train().momentum = None  # cumulative average
             for batch in images:
-                net(batch)
+                net(batch.to(device_of(net)))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hq_lib import ptq
 from hq_lib.graph import BitPolicy, QuantizedNet, QuantizedWeight, quantize, weight_layers
 from hq_lib.graph.state import Choice, set_quantization
-from hq_lib.graph.tracing import eval_mode
+from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.quantizers import FLOAT_BITS
 from hq_lib.results.hints import nearest
 
@@ -45,7 +45,7 @@ def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = Non
     with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet), ExitStack() as hooks:
         for name, layer in chosen.items():
             hooks.enter_context(layer.register_forward_hook(partial(measure, name)))
-        qnet(images)
+        qnet(images.to(device_of(qnet)))
     return found
 
 
