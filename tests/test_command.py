@@ -359,6 +359,8 @@ def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):
         (("quantize", "--bits", "4"), "bits"),
         (("quantize", "--set", "policy.placment=deploy"), "placement"),
         (("quantize", "--set", "seed=many"), "seed"),
+        (("quantize", "--set", "lists=[8, 4]"), "lists is [8, 4]: a str | dict is needed"),
+        (("quantize", "--set", "lists={layer_abit: [8, 4], layer_wbit: [8, four]}"), "lists: layer_wbit"),
         (("quantize", "--model", "resnet21"), "resnet20"),
         (("quantize", "--model", "resnet32"), "hq train"),
         (("quantize", "--model", "regnetx_600m", "--set", "weights=torchvision"), "torchvision has none"),

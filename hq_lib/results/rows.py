@@ -151,8 +151,8 @@ def clean_cell(column: str, value: Any) -> Any:
     number = _number(value)
     if TYPES[column] is int:
         low = -1 if column == "seed" else 0
-        if not number.is_integer() or number < low:
-            raise RowError(f"{column} is {value!r}: it must be a whole number of at least {low}")
+        if not number.is_integer() or not low <= number < 2**63:
+            raise RowError(f"{column} is {value!r:.80}: it must be a whole number of at least {low} in 64 bits")
         return int(value)
     if not math.isfinite(number):
         raise RowError(f"{column} is {value!r}: it must be finite (a diverged run is metric 'diverged', value 1)")
@@ -187,9 +187,9 @@ def _canonical_switches(value: Any) -> str:
         if not isinstance(parsed, Mapping):
             raise TypeError("not an object")
         return json.dumps(dict(parsed), sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         example = '{"first_last_bits": 8}'
-        raise RowError(f"switches is {value!r}: it must be a JSON object such as {example} ({error})") from None
+        raise RowError(f"switches is {value!r:.200}: it must be a JSON object such as {example} ({error})") from None
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:

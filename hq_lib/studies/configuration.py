@@ -121,7 +121,8 @@ class Configuration:
         for each in fields(self):
             value = getattr(self, each.name)
             if not isinstance(value, each.type) or isinstance(value, bool):  # type: ignore[arg-type]
-                raise ValueError(f"{each.name} is {value!r}: a {each.type.__name__} is needed")  # type: ignore[union-attr]
+                kind = getattr(each.type, "__name__", each.type)
+                raise ValueError(f"{each.name} is {value!r:.80}: a {kind} is needed")
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{each.name} is {value}: 0 or more is needed")
         object.__setattr__(self, "model", self.model or _held("" if self.net else self.weights))

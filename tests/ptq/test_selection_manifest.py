@@ -98,6 +98,8 @@ def test_altered_missing_and_escaping_files_are_noticed(folder, tmp_path):
     (folder / "a/1.png").unlink()
     with pytest.raises(ManifestError, match="short"):
         selection.take_files(made, folder)
+    with pytest.raises(ManifestError, match="is none"):
+        selection.from_files(folder, ["9" * 5000], dataset="sample")
     (folder / "a/1.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ManifestError, match="leads out of"):
         selection.take_files(made, folder)

@@ -76,6 +76,7 @@ def test_a_unit_is_taken_from_the_metric_s_name_and_asked_for_where_it_says_none
         ({"seed": 1.5}, "seed is 1.5"),
         ({"seed": -2}, "at least -1"),
         ({"n_calib": -1}, "at least 0"),
+        ({"n_calib": 10**19}, "in 64 bits"),
         ({"n_test": None}, "n_test"),
         ({"seconds": -1.0}, "negative"),
         ({"method": ""}, "method"),
@@ -84,6 +85,7 @@ def test_a_unit_is_taken_from_the_metric_s_name_and_asked_for_where_it_says_none
         ({"profile": "fall"}, "did you mean 'full'"),
         ({"switches": "[1]"}, "JSON object"),
         ({"switches": "{"}, "JSON object"),
+        ({"switches": "[" * 100_000}, "JSON object"),
         ({"switches": {"drop": float("nan")}}, "JSON object"),
     ],
 )

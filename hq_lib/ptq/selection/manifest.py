@@ -174,10 +174,14 @@ def _check_path(name: object) -> None:
 def _inside(root: Path, name: str) -> Path:
     """``root / name``, refused where it (or a link in it) leads out of ``root`` or is no file."""
     _check_path(name)
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        is_file = path.is_file()
+    except OSError as error:
+        raise ManifestError(f"path {name!r:.80} is none ({error.strerror})") from error
     if not path.is_relative_to(root.resolve()):
         raise ManifestError(f"path {name!r} leads out of {root}")
-    if not path.is_file():
+    if not is_file:
         raise ManifestError(f"file {name!r} does not exist in {root}: the calibration set would be short")
     return path
 
