@@ -170,22 +170,28 @@ def paper(folder, *, kill_after=None, alone=False):
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(shutil.which("snakemake") is None, reason="needs snakemake (extra batch)")
 def test_the_paper_killed_and_made_again_has_the_same_bits(tmp_path):
-    """Every second time Snakemake alone dies and its notebook runs on, beside the one that is begun again."""
-    whole, draw, hit = tmp_path / "whole", random.Random("paper"), 0
+    """In one folder killed up to ten times in a row before it may end, then in the next, until all kills have hit.
+
+    Every second time Snakemake alone dies and its notebook runs on, beside the one that is begun again.
+    """
+    whole, draw, hit, folders = tmp_path / "whole", random.Random("paper"), 0, 0
     started = time.monotonic()
     assert paper(whole) == 0, (whole / "said").read_text()
-    lasted, n = time.monotonic() - started, max(4, N_KILLS // 10)
-    want = left(whole) | pictures(whole)
+    lasted, want = time.monotonic() - started, left(whole) | pictures(whole)
     assert len(want) > 4
-    for i in range(n):
-        folder = tmp_path / str(i)
-        hit += paper(folder, kill_after=draw.uniform(0, lasted), alone=i % 2 == 1) != 0
+    while hit < N_KILLS:
+        folder, folders = tmp_path / str(folders), folders + 1
+        for _ in range(min(10, N_KILLS - hit)):
+            started = time.monotonic()
+            if paper(folder, kill_after=draw.uniform(0, lasted), alone=hit % 2 == 1) == 0:
+                lasted = min(lasted, max(10.0, time.monotonic() - started))  # the first run can be the slowest
+                break
+            hit += 1
         assert paper(folder) == 0, (folder / "said").read_text()
         while any(str(folder).encode() in environment(process) for process in Path("/proc").glob("[0-9]*")):
-            time.sleep(0.2)  # a notebook that lost its Snakemake
-        assert left(folder) | pictures(folder) == want, f"kill {i}"
-    print(f"paper: {hit} of {n} killed before their end")
-    assert hit > n / 2
+            time.sleep(0.2)  # notebooks that lost their Snakemake
+        assert left(folder) | pictures(folder) == want, f"folder {folder.name}, after {hit} kills in all"
+    print(f"paper: killed {hit} times in {folders} folders")
 
 
 def environment(process):

@@ -16,6 +16,7 @@ import struct
 import sys
 import tempfile
 import zlib
+from collections import OrderedDict
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,6 +88,12 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     return bytes(out)
 
 
+def written(path: Path, content: bytes) -> None:
+    """A new file: one that is cut and filled again waits for the disk."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
 def own(error: BaseException) -> bool:
     """A class of the library, or a plain refusal that the library raised itself."""
     if type(error).__module__.startswith("hq_lib"):
@@ -111,7 +118,7 @@ def campaign(path, content, read, n, seed, found):
     draw, refused = random.Random(seed), 0
     for i in range(n):
         mutant = mutated(content, draw) if i else content
-        path.write_bytes(mutant)
+        written(path, mutant)
         opened.clear()
         try:
             read(path)
@@ -154,7 +161,7 @@ def beside(files, name, read, *, seal=None):
             for other, content in files.items():
                 (place / other).write_bytes(content)
         content = path.read_bytes()
-        (place / name).write_bytes(content)
+        written(place / name, content)
         if seal is not None:
             seal(place, name, content)
         read(place)
@@ -235,15 +242,15 @@ def readers_of_runs(folder):
         "policy: {first_last_bits: 8, overrides: {'conv*': {weight: 'minmax:6'}}}\nmean: [0.1]\nstd: [0.3]\n"
     )
     training = run.replace("brecq", "pact").replace("iterations: 20", "epochs: 3, lr: 0.1")
-    lists = "model: lenet\nmethod: lsq\nlists: {layer_abit: [8, 4, 4, 4, 8], layer_wbit: [8, 4, 2, 4, 8]}\n"
-    lenet = models.build("lenet")
+    lists = "model: lenet\nmethod: lsq\nlists: {layer_abit: [8, 4], layer_wbit: [8, 2]}\n"
+    net = nn.Sequential(OrderedDict(conv1=nn.Conv2d(1, 2, 3), relu=nn.ReLU(), flat=nn.Flatten(), fc=nn.Linear(8, 2)))
 
     def told(path):
         given = configuration.read(path)
         if given.method in METHODS:
-            given.qat(lenet), given.float_training()
+            given.qat(net), given.float_training()
         else:
-            given.ptq(lenet)
+            given.ptq(net)
         given.normalization({"dataset": "fashion_mnist"})
 
     (folder / "images").mkdir()
@@ -338,7 +345,10 @@ def readers(folder):
     qnet = quantized("residual", BitPolicy("minmax:4", "minmax:4"))
     load_net = lambda p: graph.load(p, net=float_net("residual"))  # noqa: E731
     net = graph.save(qnet, folder / "net.safetensors")
-    lenet = ROOT / "data/checkpoints/lenet_float_s0.safetensors"
+    _, facts = models.read_checkpoint(ROOT / "data/checkpoints/lenet_float_s0.safetensors")
+    small = {**facts, "model": "vgg_small", "options": {"width": 0.01}, "in_channels": 1}
+    checkpoint = folder / "small.safetensors"
+    models.save_checkpoint(checkpoint, models.build("vgg_small", width=0.01, in_channels=1), small)
     record = integer.lower(qnet)
     integer.save(record, folder / "net.npz")
     engine = RecordEngine(IdealEngine(), folder / "parts")
@@ -352,7 +362,7 @@ def readers(folder):
     jpeg = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(jpeg, "JPEG")
     text, state = record_of(net)
-    lenet_text, lenet_state = record_of(lenet)
+    float_text, float_state = record_of(checkpoint)
     trace_text, trace_state = record_of(folder / "trace.safetensors")
     read_picture = lambda p: pictures.read_image(p, size=32, short_side=36)  # noqa: E731
     rows = (ROOT / "data/results/bn_fold.csv").read_bytes().splitlines(keepends=True)[:8]
@@ -360,8 +370,8 @@ def readers(folder):
     found = {
         "network.safetensors": (net.read_bytes(), load_net),
         "network_record.json": (text, resealed(state, load_net)),
-        "checkpoint.safetensors": (lenet.read_bytes(), models.load_checkpoint),
-        "checkpoint_record.json": (lenet_text, resealed(lenet_state, models.load_checkpoint)),
+        "checkpoint.safetensors": (checkpoint.read_bytes(), models.load_checkpoint),
+        "checkpoint_record.json": (float_text, resealed(float_state, models.load_checkpoint)),
         "record.npz": ((folder / "net.npz").read_bytes(), integer.load),
         "trace.safetensors": ((folder / "trace.safetensors").read_bytes(), Trace.load),
         "trace_record.json": (trace_text, resealed(trace_state, Trace.load)),

@@ -102,7 +102,7 @@ def load(path: str | os.PathLike, net: nn.Module | None = None) -> QuantizedNet:
                               "with that float network, untrained")  # fmt: skip
     try:
         with torch.random.fork_rng(devices=[]):  # what building draws is not the caller's concern
-            qnet = _skeleton(record, net)
+            qnet = _skeleton(record, tensors, net)
         restore(qnet, tensors, record)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
@@ -152,7 +152,7 @@ def _again(qnet: QuantizedNet, tensors: Mapping[str, Tensor], record: Mapping[st
     else:
         try:
             with torch.random.fork_rng(devices=[]):
-                again = _skeleton(record, None)
+                again = _skeleton(record, tensors, None)
         except (CheckpointError, ValueError) as error:
             raise QuantizeError(f"record['model'] = {record['model']!r} does not build this network ({error}); leave "
                                 "it out to save it as one of your own") from error  # fmt: skip
@@ -194,9 +194,9 @@ def _operations(qnet: QuantizedNet) -> list[str]:
     return lines
 
 
-def _skeleton(record: Mapping[str, Any], net: nn.Module | None) -> QuantizedNet:
+def _skeleton(record: Mapping[str, Any], tensors: Mapping[str, Tensor], net: nn.Module | None) -> QuantizedNet:
     """The network of a record, quantized and unfitted: ``net``, or the one of the name in the record."""
-    net = build_recorded(record) if net is None else copy.deepcopy(unwrap(net))
+    net = build_recorded(record, tensors) if net is None else copy.deepcopy(unwrap(net))
     example = tuple(torch.zeros(1, *shape) for shape in record["inputs"])
     for module in net.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:

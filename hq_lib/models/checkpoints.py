@@ -95,18 +95,33 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[nn.Module, dict[str, Any]]
         raise CheckpointError(f"{path.name} holds a quantized network ({record.get('form')}): graph.load opens it")
     if absent := [key for key in REQUIRED if key not in record]:
         raise CheckpointError(f"the record of {path.name} lacks {', '.join(absent)}: no network can be built from it")
-    net = build_recorded(record)
+    net = build_recorded(record, state)
     load_state(net, state, source=path.name)
     return net.eval(), record
 
 
-def build_recorded(record: Mapping[str, Any]) -> nn.Module:
-    """The untrained float network that a run record speaks of; ``CheckpointError`` where there is none of that name."""
+def build_recorded(record: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """The untrained float network that a run record speaks of, of no more weights than the file of ``state`` has bits.
+
+    Raises ``CheckpointError`` where there is none of that name, of those sizes or options, or it would be larger: the
+    record of a stranger's small file fills no memory.
+    """
     sizes = {"n_classes": record.get("n_classes"), "in_channels": record.get("in_channels")}
+    n_left = 8 * sum(value.nbytes for value in state.values())
+
+    def count(_: nn.Module, key: str, parameter: nn.Parameter | None) -> None:  # before a value is drawn for it
+        nonlocal n_left
+        n_left -= 0 if parameter is None else parameter.numel()
+        if n_left < 0:
+            raise ValueError(f"it has more weights than the file holds, with a {key!r} of {tuple(parameter.shape)}")  # type: ignore[union-attr]
+
+    counting = nn.modules.module.register_module_parameter_registration_hook(count)
     try:
         return build(record["model"], **sizes, **record.get("options") or {})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"the network of the record cannot be built: {error}") from error
+    finally:
+        counting.remove()
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ Departures from the papers: BN (absent in 2015), no dropout, a width factor, and
 forms for CIFAR have 512.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -30,8 +31,8 @@ class VGG(nn.Module):
         n_classes:   width of the last linear layer.
         in_channels: channels of the image.
         width:       factor > 0 on every number of the layout (rounded, at least 1), else ``ValueError``.
-        hidden:      units of each hidden linear layer in place of the layout's, before the factor; ``ValueError`` for
-                     a layout without hidden linear layers.
+        hidden:      units >= 1 of each hidden linear layer in place of the layout's, before the factor; ``ValueError``
+                     for a layout without hidden linear layers.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class VGG(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
-        if not width > 0:
+        if not 0 < width < math.inf:
             raise ValueError(f"VGG width {width!r}: a positive factor on the number of channels is needed, e.g. 0.25")
+        if hidden is not None and not hidden >= 1:
+            raise ValueError(f"VGG hidden={hidden!r}: a layer has at least one unit")
         last = len(layout) - layout[::-1].index("M")
         if hidden is not None and last == len(layout):
             raise ValueError(f"VGG hidden={hidden}: this layout has no hidden linear layer, leave the option out")

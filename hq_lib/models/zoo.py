@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -54,9 +55,13 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
                      (LeNet).
 
     Raises:
-        ValueError: an unknown name or option; names the nearest valid one, or lists the options.
+        ValueError: an unknown name or option; names the nearest valid one, or lists the options. A size below 1.
     """
     check_name(name)
+    sizes = {"n_classes": n_classes, "in_channels": in_channels}
+    for key, size in sizes.items():
+        if size is not None and not (isinstance(size, Integral) and size >= 1):
+            raise ValueError(f"{name} {key}={size!r}: a whole number of at least 1 is needed")
     if name not in SMALL:
         if in_channels not in (None, 3):
             raise ValueError(f"{name} takes RGB images: in_channels={in_channels} is not offered")
@@ -65,7 +70,6 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
             return imagenet.builder(name)(**classes, **options)  # type: ignore[misc]
         except TypeError as error:
             raise ValueError(f"{name} does not take these options: {error}") from error
-    sizes = {"n_classes": n_classes, "in_channels": in_channels}
     _check_options(name, options)
     return SMALL[name](**{key: value for key, value in sizes.items() if value is not None}, **options)
 

@@ -71,7 +71,16 @@ def test_another_models_state_lists_the_keys(saved):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"model": "resnet2O"}, "resnet2O.*resnet20"), ({"options": {"a": 1}}, "a")]
+    ("change", "said"),
+    [
+        ({"model": "resnet2O"}, "resnet2O.*resnet20"),
+        ({"options": {"a": 1}}, "a"),
+        ({"n_classes": 0}, "n_classes=0: a whole number of at least 1"),  # was a warning of torch's
+        ({"in_channels": -1}, "in_channels=-1: a whole number of at least 1"),
+        ({"n_classes": 10**7}, r"more weights than the file holds, with a 'weight' of \(10000000, 84\)"),
+        ({"n_classes": 10**18}, "cannot be built"),
+        ({"model": "vgg_small", "options": {"width": 1e9}}, "more weights than the file holds|cannot be built"),
+    ],
 )
 def test_a_record_that_builds_nothing_is_named(saved, change, said):
     rewritten(saved[1], **change)

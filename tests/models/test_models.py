@@ -117,6 +117,12 @@ def test_unknown_names_and_options():
         models.build("resnet20", option="C")
     with pytest.raises(ValueError, match="takes RGB"):
         models.build("resnet18", in_channels=1)
+    with pytest.raises(ValueError, match=r"resnet18 n_classes=2\.5: a whole number of at least 1"):
+        models.build("resnet18", n_classes=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="width inf: a positive factor"):
+        models.build("vgg_small", width=float("inf"))
+    with pytest.raises(ValueError, match="hidden=-1: a layer has at least one unit"):
+        models.build("vgg11", hidden=-1)  # became one unit without a word
 
 
 def test_same_seed_same_weights():
