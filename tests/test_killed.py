@@ -191,7 +191,7 @@ def test_the_paper_killed_and_made_again_has_the_same_bits(tmp_path):
         while any(str(folder).encode() in environment(process) for process in Path("/proc").glob("[0-9]*")):
             time.sleep(0.2)  # notebooks that lost their Snakemake
         assert left(folder) | pictures(folder) == want, f"folder {folder.name}, after {hit} kills in all"
-    print(f"paper: killed {hit} times in {folders} folders")
+        print(f"paper: killed {hit} times, {folders} folders end with the same bits", flush=True)
 
 
 def environment(process):
