@@ -23,12 +23,11 @@ def f32(value: Fraction | int) -> Fraction:
     value = Fraction(value)
     if value == 0:
         return value
-    exponent = 0
-    while abs(value) / Fraction(2) ** exponent >= 2**24:
-        exponent += 1
-    while abs(value) / Fraction(2) ** exponent < 2**23:
-        exponent -= 1
-    return round_half_even(value / Fraction(2) ** exponent) * Fraction(2) ** exponent
+    shift = 24 + value.denominator.bit_length() - abs(value.numerator).bit_length()
+    scaled = value * Fraction(2) ** shift  # 2^23 < |scaled| < 2^25
+    if abs(scaled) >= 2**24:
+        shift, scaled = shift - 1, scaled / 2
+    return round_half_even(scaled) / Fraction(2) ** shift
 
 
 def number(value) -> Fraction:

@@ -51,7 +51,7 @@ def queue():
 def start(place, log):
     marks = [f"{place}/build/smoke/units/{STUDY}/{unit}.done" for unit in UNITS]
     command = [
-        "snakemake", "--workflow-profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "5",
+        "snakemake", "--workflow-profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "1",
         "--slurm-logdir", f"{place}/logs", "--config", "profile=smoke", "units=true", "--", *marks,
     ]  # fmt: skip
     with log.open("w") as out:
