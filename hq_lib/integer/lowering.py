@@ -198,7 +198,8 @@ class _Walk:
 
     def concat(self, node: fx.Node) -> Value:
         tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]  # all_input_nodes has each but once
-        return moves.concat(self.writer, self.gm, node, [self.known(n, node) for n in tensors])
+        pieces: Any = self.values[tensors] if isinstance(tensors, fx.Node) else [self.known(n, node) for n in tensors]
+        return moves.concat(self.writer, self.gm, node, [*pieces])
 
     def average(self, node: fx.Node) -> Value:
         x = self.known(node.all_input_nodes[0], node)

@@ -10,6 +10,7 @@ import torch
 from integer_nets import images, noise_set, quantized
 
 from hq_lib.deploy.c import ExportError, export_folder
+from hq_lib.deploy.c.board import CODE_BYTES, STACK_BYTES
 from hq_lib.deploy.c.build import RUNTIME, SOURCES
 from hq_lib.integer import ImageError, RecordError, lower, run
 from hq_lib.integer.record import Requantizer
@@ -37,10 +38,12 @@ def made(folder: Path, board: str, *words: str) -> subprocess.CompletedProcess[s
     return subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=120, check=False)
 
 
-def exported(folder: Path, requantizer: Requantizer = "fixed", policy: str = "w4a4") -> tuple[Path, int]:
+def exported(
+    folder: Path, requantizer: Requantizer = "fixed", policy: str = "w4a4", net: str = "residual"
+) -> tuple[Path, int]:
     """(folder, class) of a small network and an image of pixels."""
     noise = noise_set(torch.Generator().manual_seed(3), 1, "test")
-    imodel = lower(quantized("residual", policy), requantizer=requantizer, images=noise.spec)
+    imodel = lower(quantized(net, policy), requantizer=requantizer, images=noise.spec)
     pixels = noise.images[0].numpy()
     mean, std = (np.reshape(v, (-1, 1, 1)).astype(np.float32) for v in (noise.spec.mean, noise.spec.std))
     return export_folder(imodel, folder, pixels), int(
@@ -74,10 +77,11 @@ def test_other_logits_are_noticed(tmp_path):
     assert "not those" in done.stdout
 
 
-def test_float_images_and_what_the_readme_says(tmp_path):
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_float_images_and_what_the_readme_says(compiler, tmp_path):
     imodel, x = lower(quantized("mobile", "w8a8")), images(1).numpy()
     folder = export_folder(imodel, tmp_path, x[0], name="tiny_net")
-    done = made(folder, "x86-64, gcc", "CFLAGS=-O1")  # with the vector kernels of this processor
+    done = made(folder, f"x86-64, {compiler}", "CFLAGS=-O1")  # with the vector kernels of this processor
     assert (done.returncode, done.stdout) == (0, f"class {run(imodel, x).argmax()}\n"), done
     told = (folder / "README.md").read_text()
     header = (folder / "tiny_net.h").read_text()
@@ -86,6 +90,50 @@ def test_float_images_and_what_the_readme_says(tmp_path):
     assert f"{arena:,}" in told
     assert "-ffp-contract=off" in told
     assert 'requantizer="fixed"' in told
+    assert "size tiny_net" in told
+
+
+SPENT = r"""
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include "hqm.h"
+#include "net.h"
+static uint32_t arena[NET_ARENA_SIZE / 4];
+static float logits[NET_N_LOGITS];
+static unsigned char room[1 << 18];
+static void *nothing(void *p) { return p; }
+static void *work(void *p) {
+    hqm_model model;
+    if (hqm_open(&model, net_model, sizeof net_model) != HQM_OK) return p;
+    return hqm_run_pixels(&model, arena, net_image, logits) == HQM_OK ? arena : p;
+}
+static long spent(void *(*todo)(void *), void *want) { /* a thread on a stack of known bytes: how many are others now */
+    pthread_t thread; pthread_attr_t attributes; void *found; size_t i = 0;
+    memset(room, 0xa5, sizeof room);
+    pthread_attr_init(&attributes), pthread_attr_setstack(&attributes, room, sizeof room);
+    if (pthread_create(&thread, &attributes, todo, NULL) || pthread_join(thread, &found) || found != want) return -1;
+    while (room[i] == 0xa5) i++;
+    return (long)(sizeof room - i);
+}
+int main(void) { printf("%ld\n", spent(work, arena) - spent(nothing, NULL)); return 0; }
+"""
+
+
+@pytest.mark.parametrize(("board", "optimize"), [("x86-64, gcc", "-O3"), ("arm without floating-point unit", "-Os")])
+def test_stack_and_code_take_no_more_than_the_readme_says(board, optimize, tmp_path):
+    for net, requantizer in (("residual", "float32"), ("gated", "fixed"), ("mobile", "fixed")):
+        folder, _ = exported(tmp_path / net, requantizer, net=net)
+        (folder / "main.c").write_text(SPENT)
+        thumb = "-march=armv7-a -mthumb" if board.startswith("arm") else ""
+        done = made(folder, board, f"CFLAGS={optimize} -DHQM_PORTABLE {thumb} -std=gnu99 -pthread", "LDFLAGS=-static")
+        assert done.returncode == 0, done
+        assert 500 < int(done.stdout) < STACK_BYTES
+    if thumb:
+        objects = f"cd {folder} && arm-linux-gnueabi-gcc -std=c99 -Os -DHQM_PORTABLE {thumb} -c hqm_*.c"
+        subprocess.run(f"{objects} && arm-linux-gnueabi-size -t *.o > sizes", shell=True, check=True)
+        assert CODE_BYTES / 2 < int((folder / "sizes").read_text().splitlines()[-1].split()[0]) < CODE_BYTES
 
 
 def test_the_runtime_can_be_called_from_cplusplus(tmp_path):

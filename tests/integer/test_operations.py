@@ -89,6 +89,7 @@ CASES = {
         lambda s, a, b: F.pixel_unshuffle(s.parts[1](F.relu(s.parts[0](a))), 3), 9,
         [nn.ChannelShuffle(2), nn.PixelShuffle(2)],
     ),
+    "pieces joined as they come": Net(lambda s, a, b: torch.cat(torch.cat(a.chunk(2, 1)[::-1], 1).split([1, 3], 1), 1)),
     "split": Net(lambda s, a, b: (lambda t: torch.cat([F.relu(t[1]), F.silu(t[0])], 1))(a.split([1, 3], 1))),
 }  # fmt: skip
 POLICIES = {
@@ -117,21 +118,27 @@ SOME = (
 ALL = [(case, policy) for policy in POLICIES for case in (CASES if policy == "w8a8" else SOME)]
 
 
+def everywhere_alike(model: r.IntegerModel, x: torch.Tensor) -> dict[str, np.ndarray]:
+    """Every tensor that NumPy makes of ``x``, once it is the oracle's and C, ONNX and ideal arrays give its logits."""
+    got: dict[str, np.ndarray] = {}
+    logits = run(model, x, watch=lambda op, v: got.update({op.output: v}))
+    want = oracle.run(model, x[1].numpy())
+    for name, values in got.items():
+        assert np.array_equal(values[1].astype(np.int64), want[name].astype(np.int64)), name
+    assert np.array_equal(Runtime(model).run(x), logits)
+    assert np.array_equal(EngineNetwork(model, IdealEngine()).run(x), logits)
+    if model.requantizer == "float32":
+        assert np.array_equal(onnx.run(onnx.session(onnx.export(model)), x), logits)
+    return got
+
+
 @pytest.mark.parametrize(("case", "policy"), ALL)
 def test_all_executors_give_the_oracle_s_integers_and_the_graph_s_function(case, policy):
     qnet, x = made(CASES[case], POLICIES[policy]), images(5, 12, seed=3)
     for requantizer in r.REQUANTIZERS:
-        model, got = lower(qnet, requantizer=requantizer), {}
-        logits = run(model, x, watch=lambda op, v, got=got: got.update({op.output: v}))
-        if policy != "a12":
-            want = oracle.run(model, x[1].numpy())
-            for name, values in got.items():
-                assert np.array_equal(values[1].astype(np.int64), want[name].astype(np.int64)), name
-        assert np.array_equal(Runtime(model).run(x), logits)
+        model = lower(qnet, requantizer=requantizer)
+        everywhere_alike(model, x)
         if requantizer == "float32":
-            assert np.array_equal(onnx.run(onnx.session(onnx.export(model)), x), logits)
-            if policy == "w8a8":
-                assert np.array_equal(EngineNetwork(model, IdealEngine()).run(x), logits)
             found = agreement(qnet, model, x, forced=True)
             assert max(t.largest for t in found.tensors) <= 1
             if policy != "a12":
@@ -145,19 +152,16 @@ def test_tensors_on_different_grids_are_joined_on_one_that_spans_them():
     node.target = "own_act_quantizer"
     qnet.recompile()
     calibrate(qnet, images(24, 12))
-    model = lower(qnet)
-    joined = next(op for op in model.ops if isinstance(op, r.Concat))
-    assert len({float(model.tensors[t].scale) for t in joined.inputs}) == 1
-    logits = run(model, x)
-    assert np.array_equal(Runtime(model).run(x), logits)
-    assert np.array_equal(onnx.run(onnx.session(onnx.export(model)), x), logits)
-    step = float(model.tensors[joined.output].scale)
-    got: dict[str, np.ndarray] = {}
-    run(model, x, watch=lambda op, v: got.update({op.output: v}))
-    source = {op.output: op.inputs[0] for op in model.ops if isinstance(op, r.Table)}
-    for name in joined.inputs:
-        moved, before = (real_values(model.tensors[t], got[t]) for t in (name, source[name]))
-        assert np.abs(moved - before).max() <= 0.5001 * step
+    for requantizer in r.REQUANTIZERS:
+        model = lower(qnet, requantizer=requantizer)
+        joined = next(op for op in model.ops if isinstance(op, r.Concat))
+        assert len({float(model.tensors[t].scale) for t in joined.inputs}) == 1
+        got = everywhere_alike(model, x)
+        step = float(model.tensors[joined.output].scale)
+        source = {op.output: op.inputs[0] for op in model.ops if isinstance(op, r.Table)}
+        for name in joined.inputs:
+            moved, before = (real_values(model.tensors[t], got[t]) for t in (name, source[name]))
+            assert np.abs(moved - before).max() <= 0.5001 * step
 
 
 def test_a_table_is_the_graph_s_own_function_at_every_integer():

@@ -25,6 +25,8 @@ from hq_lib.results.atomic import write_bytes, write_text
 
 STACK_BYTES = 4096
 """more than any function of the runtime and all that it calls take with ``-DHQM_PORTABLE``"""
+CODE_BYTES = 16384
+"""more than gcc makes of the runtime as Thumb-2 code with ``-Os -DHQM_PORTABLE``, the C library left out"""
 
 
 def export_folder(model: IntegerModel, folder: Path | str, example: Any, *, name: str = "net") -> Path:
@@ -50,9 +52,10 @@ def export_folder(model: IntegerModel, folder: Path | str, example: Any, *, name
         "name": name, "upper": name.upper(), "label": int(logits.argmax()), "requantizer": model.requantizer,
         "type": "uint8_t" if is_pixels else "float", "call": "hqm_run_pixels" if is_pixels else "hqm_run",
         "n_words": len(words), "n_values": image.size, "n_logits": logits.size, "n_bytes": f"{len(content):,}",
-        "arena": arena, "ram": f"{arena:,}", "stack": f"{STACK_BYTES:,}",
+        "arena": arena, "ram": f"{arena:,}", "stack": f"{STACK_BYTES:,}", "code": f"{CODE_BYTES:,}",
         "flags": " ".join(flag for flag in FLAGS if not flag.startswith(("-O", "-fPIC", "-fno-sem"))),
-        "advice": "" if fixed else '; without a floating-point unit export `lower(..., requantizer="fixed")`',
+        "advice": "" if fixed else "; without a floating-point unit export it again with `--set requantizer=fixed`\n"
+        '(Python: `lower(..., requantizer="fixed")`)',
     }  # fmt: skip
     arrays = [
         _array("uint32_t", f"{name}_model", [f"0x{word:08x}" for word in words]),
