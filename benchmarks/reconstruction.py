@@ -30,8 +30,7 @@ from hq_lib.graph import BitPolicy, act_quantizers, blocks, quantize, weight_lay
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.cache import UnitCache, through
 from hq_lib.ptq.reconstruction import rounders_of, train_unit
-from hq_lib.ptq.rounding import install
-from hq_lib.ptq.units import cut
+from hq_lib.ptq.units import cut, install
 from hq_lib.quantizers import Grid
 from hq_lib.results import paths
 from hq_lib.training import evaluate
@@ -165,8 +164,8 @@ def against_reference(bits: str, options: argparse.Namespace) -> None:
     with eval_mode(qnet):
         for block in blocks(qnet):
             body = cut(qnet, block)
-            for name, layer in weight_layers(body).items():
-                install(layer, name)
+            for name in weight_layers(body):
+                install(body, name)
             cache = UnitCache(pair, body, images)
             everything = cache.batch(torch.arange(len(images)))
             plain, took = plain_unit(body, options.keep), []

@@ -257,7 +257,9 @@ def readers_of_runs(folder):
     for i in range(3):
         Image.fromarray(np.full((9, 9, 3), 20 * i, np.uint8)).save(folder / "images" / f"{i}.png")
     pngs = {file.name: file.read_bytes() for file in (folder / "images").iterdir()}
-    listed = selection.from_files(folder / "images", ["0.png", "2.png"], dataset="mine").to_json().encode()
+    listed = (
+        selection.from_images(load_images("imagenet", "trainval", root=folder / "images"), [0, 2]).to_json().encode()
+    )
     digits = load_images("digits", "train", n=20)
     arrays = {"images": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "labels": np.arange(2)}
     fetch._store(folder / "cache", arrays, {key: fetch.sha256_of(array) for key, array in arrays.items()})
@@ -270,7 +272,8 @@ def readers_of_runs(folder):
         "lists.yaml": (lists.encode(), told),
         "manifest_of_files.json": (
             listed, beside(pngs, "manifest.json",
-                lambda place: selection.take_files(selection.read(place / "manifest.json"), place))),
+                lambda place: selection.take(
+                    selection.read(place / "manifest.json"), load_images("imagenet", "trainval", root=place)))),
         "manifest_of_digits.json": (
             selection.from_images(digits, range(5)).to_json().encode(),
             lambda p: selection.take(selection.read(p), digits)),

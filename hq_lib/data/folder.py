@@ -33,9 +33,14 @@ class Pictures:
 
     dtype, ndim, device = torch.uint8, 4, torch.device("cpu")
 
-    def __init__(self, files: Sequence[Path], *, size: int, short_side: int) -> None:
-        """``short_side``: pixels that the shorter side is resized to before the centre crop of ``size``."""
-        self.files, self.size, self.short_side = list(files), size, short_side
+    def __init__(self, root: Path, files: Sequence[Path], *, size: int, short_side: int) -> None:
+        """``files`` lie below ``root``; their shorter side becomes ``short_side`` pixels before the centre crop."""
+        self.root, self.files, self.size, self.short_side = root, list(files), size, short_side
+
+    @property
+    def names(self) -> list[str]:
+        """The files below the folder, with forward slashes."""
+        return [file.relative_to(self.root).as_posix() for file in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,7 +52,7 @@ class Pictures:
 
     def subset(self, positions: Tensor) -> "Pictures":
         """The pictures at these positions, unread."""
-        return Pictures([self.files[i] for i in positions], size=self.size, short_side=self.short_side)
+        return Pictures(self.root, [self.files[i] for i in positions], size=self.size, short_side=self.short_side)
 
     def split(self, n: int) -> Iterator[Tensor]:
         """``n`` images after the other."""
@@ -65,12 +70,6 @@ class Pictures:
 
     def _read(self, file: Path) -> Tensor:
         return torch.from_numpy(read_image(file, size=self.size, short_side=self.short_side)).permute(2, 0, 1)
-
-
-def pictures(files: Sequence[Path], spec: Any) -> Pictures:
-    """The images of ``files`` in the size that a ``DataSpec`` asks for."""
-    size = spec.in_shape[1]
-    return Pictures(files, size=size, short_side=spec.short_side or round(size * 256 / 224))
 
 
 def list_folder(root: Path | str, split: str) -> tuple[list[Path], list[int], int]:

@@ -7,7 +7,7 @@ evaluations load ``test``.
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -229,7 +229,7 @@ def _load_folder(spec: DataSpec, split: str, root: Path | str | None, n: int | N
     files, labels, n_classes = folder.list_folder(root, split)
     if n is not None and n > len(files):
         raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")
-    whole = ImageSet(
-        cast(Tensor, folder.pictures(files, spec)), torch.tensor(labels), replace(spec, n_classes=n_classes), split
-    )
+    size = spec.in_shape[1]
+    images: Any = Pictures(Path(root), files, size=size, short_side=spec.short_side or round(size * 256 / 224))
+    whole = ImageSet(images, torch.tensor(labels), replace(spec, n_classes=n_classes), split)
     return whole if n is None else whole.subset(np.linspace(0, len(files) - 1, n).round().astype(int).tolist())

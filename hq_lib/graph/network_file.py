@@ -24,13 +24,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_lib.graph.layers import QuantizedWeight
-from hq_lib.graph.network_tensors import restore, tensors_of
+from hq_lib.graph.network_tensors import describe, frozen, restore, tensors_of
 from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.policy import BitPolicy
-from hq_lib.graph.quantizer_record import describe, frozen, put
 from hq_lib.graph.rewrite import QuantizedNet, fresh_quantizers, unfitted
 from hq_lib.graph.spec import QuantizeError
-from hq_lib.graph.state import quantizers
+from hq_lib.graph.state import put, quantizers
 from hq_lib.graph.tracing import NodeWatcher, unwrap
 from hq_lib.models import CheckpointError, build_recorded, read_checkpoint, write_checkpoint
 from hq_lib.results import provenance

@@ -42,6 +42,15 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
     return found
 
 
+def put(net: nn.Module, name: str, quantizer: Quantizer) -> None:
+    """Make ``quantizer`` that of the layer, or activation module, ``name``, with switch, mode and owner of the old."""
+    layer = weight_layers(net).get(name)
+    holder, place = (net, name) if layer is None else (layer, "weight_quantizer")
+    old = getattr(holder, place)
+    quantizer.enabled, quantizer.owner = old.enabled, old.owner
+    setattr(holder, place, quantizer.train(old.training))
+
+
 def refuse_float(net: nn.Module, what: str) -> None:
     """Raise ``QuantizeError`` that names ``what`` where ``net`` has no quantized layer."""
     if not weight_layers(net):

@@ -7,15 +7,16 @@ Banner et al., arXiv:1810.05723, sections 4.2 and 5; formulas and departures in 
 """
 
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.graph import QuantConv2d, QuantizedWeight, QuantizeError, QuantLinear, weight_layers
-from hq_lib.graph.state import refuse_float
+from hq_lib.graph import QuantConv2d, QuantizeError, QuantLinear, weight_layers
+from hq_lib.graph.state import put, refuse_float
 from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
-from hq_lib.ptq.rounding import take_place
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Grid, Quantizer, aciq, dequantize
 from hq_lib.quantizers.affine import MIN_SCALE
 from hq_lib.quantizers.ranges import minmax_range, per_channel, rows
@@ -52,7 +53,7 @@ def fit_allocated(qnet: fx.GraphModule) -> dict[str, Tensor]:
             raise QuantizeError(f"layer {name!r}: bits are shared out among output channels; it has one grid for all")
         w = layer.weight.detach()
         bits = aciq.allocate_bits(rows(w, 0).std(1), old.bits)
-        take_place(layer, FixedGrid(channel_grid(w, bits), bits=old.bits, axis=0))
+        put(qnet, name, FixedGrid(channel_grid(w, bits), bits=old.bits, axis=0))
         found[name] = bits
     return found
 
@@ -85,7 +86,7 @@ def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Corr
         images: (N, C, H, W), normalised; one batch.
 
     Raises:
-        QuantizeError: names the layer whose form has no window sum, or that runs twice.
+        QuantizeError: names the layer whose form has no window sum, whose scale is a power of two, or that runs twice.
     """
     refuse_float(qnet, "ptq.correct_moments")
     done: dict[str, aciq.Correction] = {}
@@ -94,32 +95,23 @@ def correct_moments(qnet: fx.GraphModule, images: Tensor) -> dict[str, aciq.Corr
         if not isinstance(layer, (QuantConv2d, QuantLinear)):
             raise QuantizeError(f"layer {name!r} ({type(layer).__name__}) cannot be corrected: only convolutions and "
                                 "linear layers can")  # fmt: skip
+        if getattr(layer.weight_quantizer, "power_of_two", False):
+            raise QuantizeError(f"layer {name!r}: a correction stretches its scale, which is a power of two: leave one "
+                                "of them out")  # fmt: skip
 
-    def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        name = next(name for name, known in layers.items() if known is layer)
+    def correct(name: str, layer: Any, inputs: tuple[Tensor, ...]) -> None:
         if name in done:
             raise QuantizeError(f"layer {name!r} runs twice: its two window sums share one bias")
-        done[name] = _correct(layers[name], args[0])
+        w, old = layer.weight, layer.weight_quantizer
+        x_int, grid = old.integers(w)
+        done[name] = aciq.bias_correction(w, dequantize(x_int, grid))
+        sums = aciq.window_sum_mean(inputs[0], layer)
+        scale, bias = aciq.absorb(done[name], scale=grid.scale.flatten(), bias=layer.bias, window_sum=sums)
+        put(qnet, name, FrozenWeight(x_int, grid._replace(scale=per_channel(scale, w, 0)), bits=old.bits, axis=0))
+        layer.bias = nn.Parameter(bias)
 
     with eval_mode(qnet), ExitStack() as hooks:
-        for layer in layers.values():
-            hooks.enter_context(layer.register_forward_pre_hook(before))
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(correct, name)))
         qnet(images.to(device_of(qnet)))
     return done
-
-
-def _correct(layer: QuantizedWeight, x: Tensor) -> aciq.Correction:
-    assert isinstance(layer, (QuantConv2d, QuantLinear))
-    old = layer.weight_quantizer
-    assert isinstance(old, Quantizer)
-    if getattr(old, "power_of_two", False):
-        raise QuantizeError(f"{old}: a correction stretches its scale, which is a power of two: leave one of them out")
-    w = layer.weight
-    x_int, grid = old.integers(w)
-    correction = aciq.bias_correction(w, dequantize(x_int, grid))
-    scale, bias = aciq.absorb(
-        correction, scale=grid.scale.flatten(), bias=layer.bias, window_sum=aciq.window_sum_mean(x, layer)
-    )
-    take_place(layer, FrozenWeight(x_int, grid._replace(scale=per_channel(scale, w, 0)), bits=old.bits, axis=0))
-    layer.bias = nn.Parameter(bias)
-    return correction

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from hq_lib.graph import QuantizeError, act_quantizers, calibrate, weight_layers
-from hq_lib.graph.state import refuse_float
-from hq_lib.ptq.rounding import ON_GRID, take_place
+from hq_lib.graph.state import put, refuse_float
+from hq_lib.ptq.units import ON_GRID
 from hq_lib.quantizers import LSQ, FixedGrid, Grid, LSQPlusAct, MinMaxAct, Quantizer, aciq
 from hq_lib.quantizers.lp_grid import lp_search
 from hq_lib.quantizers.ranges import Scheme, grid_from_range, minmax_range, percentile_range
@@ -103,7 +103,7 @@ def fit_weights(
             found = find_grid(w, bits=old.bits, method=method, scheme=chosen, axis=old.axis)
         except ValueError as error:
             raise QuantizeError(f"weight of layer {name!r}: {error}") from error
-        take_place(layer, FixedGrid(found, bits=old.bits, axis=old.axis))
+        put(qnet, name, FixedGrid(found, bits=old.bits, axis=old.axis))
 
 
 def fit_acts(

@@ -25,8 +25,7 @@ from hq_lib.ptq.config import ReconstructionConfig
 from hq_lib.ptq.dropping import drop, dropping
 from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
-from hq_lib.ptq.rounding import install
-from hq_lib.ptq.units import cut, units
+from hq_lib.ptq.units import cut, install, units
 from hq_lib.quantizers import AdaRound, LSQPlusAct
 
 Progress = Callable[[UnitReport], None]
@@ -117,9 +116,8 @@ def _pass(
     for i, (block, inside) in enumerate(found):
         for region, lead in inside:
             body = cut(qnet, region)
-            for name, layer in weight_layers(body).items() if config.learn_rounding else ():
-                if layer.weight_quantizer is not None:
-                    install(layer, name)
+            for name in weight_layers(body) if config.learn_rounding else ():
+                install(body, name)
             report = files.load(position, body) if files is not None else None
             if report is None:
                 inputs = through(cut(qnet, lead), pair, images) if lead else pair

@@ -1,11 +1,17 @@
-"""The regions of a quantized graph that are reconstructed one at a time, and the switch between its two nets."""
+"""The regions of a quantized graph that are reconstructed one at a time, and how the error grows along them."""
 
 from dataclasses import replace
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
-from hq_lib.graph import Block, extract_block, kinds, set_quantization
+from hq_lib.graph import Block, QuantizeError, blocks, extract_block, kinds, set_quantization, weight_layers
+from hq_lib.graph.state import put
+from hq_lib.graph.tracing import device_of, eval_mode
+from hq_lib.quantizers import AdaRound, Quantizer
 
+ON_GRID = ("grid", "adaround", "minmax", "aciq", "lsq", "lsq_plus")
+"""Methods whose grid is in the weight's own units, so that floor and ceil of the weight are its levels."""
 _TAIL = ("norm", "relu", "clip", "act", "quantizer")
 
 
@@ -48,3 +54,53 @@ def cut(qnet: fx.GraphModule, region: Block) -> fx.GraphModule:
 def as_float(net: nn.Module) -> set_quantization:
     """Switch every quantizer of ``net`` off inside: it computes what its float net computes."""
     return set_quantization(net, weights=False, acts=False)
+
+
+def install(body: nn.Module, name: str) -> None:
+    """Let an ``AdaRound`` quantize the layer ``name`` of ``body`` on the grid it has, unless one does, or it is float.
+
+    Raises:
+        QuantizeError: names the layer whose method has no grid in the weight's own units (DoReFa's tanh, DSQ's ends),
+                       or no level at 0 (1 bit).
+    """
+    layer = weight_layers(body)[name]
+    old = layer.weight_quantizer
+    if not isinstance(old, Quantizer) or isinstance(old, AdaRound):
+        return
+    grid = old.integers(layer.weight)[1]
+    if old.method not in ON_GRID or grid.step != 1:
+        raise QuantizeError(
+            f"layer {name!r}: {old.method}:{old.bits} has no level at 0, or none at floor and ceil of its weight: make "
+            f"the policy with weight='minmax' of 2 bits or more, or leave the rounding alone (learn_rounding=False)"
+        )
+    put(body, name, AdaRound(layer.weight, grid, bits=old.bits, axis=old.axis))
+
+
+@torch.no_grad()
+def block_errors(qnet: fx.GraphModule, reference: fx.GraphModule, images: Tensor) -> list[tuple[str, float]]:
+    """Return (dotted name, relative squared error behind it) of each block of ``qnet``, in execution order.
+
+    sum (x_q - x_fp)^2 / sum x_fp^2 at its output, everything before it quantized; 0 where nothing is.
+
+    Args:
+        qnet:      quantized, its quantizers as they are switched.
+        reference: a net with the same blocks whose float values are the truth: ``qnet`` itself, or its untouched copy
+                   where a method has changed biases.
+        images:    (N, C, H, W), normalised; one batch.
+
+    Raises:
+        ValueError: the two have other blocks.
+    """
+    ours, theirs = blocks(qnet), blocks(reference)
+    if [block.name for block in ours] != [block.name for block in theirs]:
+        raise ValueError("the two nets have other blocks: make both from one float net with one policy")
+    found, x_q = [], images.to(device_of(qnet))
+    x_fp = x_q
+    with eval_mode(qnet), eval_mode(reference):
+        for block, like in zip(ours, theirs, strict=True):
+            x_q, graph = cut(qnet, block)(x_q), cut(reference, like)
+            with as_float(graph):
+                x_fp = graph(x_fp)
+            error = (x_q - x_fp).double().square().sum() / x_fp.double().square().sum().clamp(min=1e-30)
+            found.append((block.name, float(error)))
+    return found

@@ -243,14 +243,12 @@ class Configuration:
         if not self.manifest:
             return self.images("train", record, self.n_train).drawn(self.n_calib, self.seed)
         listed = selection.read(Path(self.manifest))
-        if not listed.files:
-            spec = self.normalization({"dataset": listed.dataset, **record})
-            return selection.take(listed, data.load(listed.dataset, listed.split)).normalized_by(spec.mean, spec.std)
-        if not self.root:
+        if listed.files and not self.root:
             raise ValueError(f"root: {self.manifest} names files; give the folder that they lie in")
-        spec = self.normalization({**record, "dataset": PICTURES})
-        images: Any = folder.pictures(selection.take_files(listed, Path(self.root)), spec)
-        return ImageSet(images, torch.full((len(images),), folder.UNLABELLED), spec, listed.split)
+        name = PICTURES if listed.files else listed.dataset
+        spec = self.normalization({**record, "dataset": name} if listed.files else {"dataset": name, **record})
+        images = data.load(name, listed.split, root=self.root or None, spec=spec)
+        return selection.take(listed, images).normalized_by(spec.mean, spec.std)
 
     def selected(self) -> selection.Manifest:
         """``n_calib`` training images by ``strategy`` and ``metric``, as a manifest."""
@@ -263,11 +261,7 @@ class Configuration:
         every: Any = {"labels": images.labels if balanced else None, "pool": torch.arange(len(images))}
         chosen = selection.select(scores, self.n_calib, **every, **options)
         how: Any = {"metric": self.metric, "balanced": balanced, **options}
-        if not self.root:
-            return selection.from_images(images, chosen, **how)
-        pictures: Any = images.images
-        names = [pictures.files[i].relative_to(self.root).as_posix() for i in chosen]
-        return selection.from_files(Path(self.root), names, dataset=Path(self.root).name, **how)
+        return selection.from_images(images, chosen, **how)
 
     # -- what is done --------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,6 @@ scores to a set; ``manifest`` a set as a verified file; ``agreement`` whether a 
 
 from hq_lib.ptq.selection import features
 from hq_lib.ptq.selection.agreement import paired_difference, spearman
-from hq_lib.ptq.selection.manifest import Manifest, from_files, from_images, read, take, take_files, write
+from hq_lib.ptq.selection.manifest import Manifest, from_images, read, take, write
 from hq_lib.ptq.selection.metrics import METRICS, score
 from hq_lib.ptq.selection.strategies import Strategy, check_set, draw_pool, select
