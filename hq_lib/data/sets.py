@@ -161,12 +161,6 @@ def names() -> tuple[str, ...]:
     return tuple(SPECS)
 
 
-def check_name(name: str) -> DataSpec:
-    """The spec of a data set; an unknown name raises ``ValueError`` with the nearest valid one."""
-    check_known(name, SPECS, "data set")
-    return SPECS[name]
-
-
 def load(
     name: str, split: str, *, root: Path | str | None = None, n: int | None = None, spec: DataSpec | None = None
 ) -> ImageSet:
@@ -187,7 +181,8 @@ def load(
     check_known(split, SPLITS, "split")
     if name == "imagenet":
         return _load_folder(spec or SPECS[name], split, root, n)
-    spec = check_name(name)
+    check_known(name, SPECS, "data set")
+    spec = SPECS[name]
     part = "test" if split == "test" else "train"
     images, labels = _raw(name, part)
     whole = ImageSet(images, labels, spec, split, torch.arange(len(labels)))

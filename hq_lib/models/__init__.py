@@ -14,4 +14,4 @@ from hq_lib.models.checkpoints import (
 )
 from hq_lib.models.counting import count_macs, count_madds_thop, count_parameters
 from hq_lib.models.public import IMAGENET_MEAN_STD, CheckpointError, fetched, load_public, resnet20_akamaster
-from hq_lib.models.zoo import build, check_name, imagenet_names, names
+from hq_lib.models.zoo import build, builder, imagenet_names, names, published, taken

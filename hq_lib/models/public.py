@@ -29,28 +29,19 @@ class CheckpointError(ValueError):
 
 
 def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Loads a state of exactly this network's keys and shapes, else ``CheckpointError`` listing every difference.
+    """Loads a state of exactly this network's keys and shapes, else ``CheckpointError`` listing the differences.
 
     Prefixes of wrappers (``module.``, ``_orig_mod.``) are taken off.
     """
     own = net.state_dict()
     if not state.keys() & own.keys():  # a network may have a module of that name
         state = {_renamed(key, STRIP_WRAPPERS): value for key, value in state.items()}
-    needed = {key for key in own if not key.endswith("num_batches_tracked")}  # older checkpoints lack these counters
-    problems = {
-        "missing": sorted(needed - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        ],
-    }
-    listed = {kind: ", ".join(keys[:8]) + (" ..." if len(keys) > 8 else "") for kind, keys in problems.items() if keys}
-    found = [f"{kind}: {keys}" for kind, keys in listed.items()]
-    if found:
-        raise CheckpointError(f"{source} is not a checkpoint of this {type(net).__name__}; {'; '.join(found)}")
-    net.load_state_dict({**own, **state})
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}  # not in older files
+    try:
+        net.load_state_dict({**counters, **state})
+    except RuntimeError as error:
+        listed = " ".join(f"{line.strip():.240}" for line in str(error).splitlines()[1:])
+        raise CheckpointError(f"{source} is not a checkpoint of this {type(net).__name__}; {listed:.2000}") from error
 
 
 def load_public(path: str | os.PathLike, net: nn.Module, *, key_map: Mapping[str, str] = STRIP_WRAPPERS) -> nn.Module:

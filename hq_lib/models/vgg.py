@@ -55,27 +55,21 @@ class VGG(nn.Module):
         if hidden is not None:
             layout = [*layout[:last], *(hidden for _ in layout[last:])]
         sizes = [size if isinstance(size, str) else max(1, round(size * width)) for size in layout]
-        self.features, channels = _convolutions(sizes[:last], in_channels)
+        parts: list[nn.Module] = []
+        channels = in_channels
+        for size in sizes[:last]:
+            if isinstance(size, str):
+                parts.append(nn.MaxPool2d(2))
+            else:
+                parts += [nn.Conv2d(channels, size, 3, padding=1, bias=False), nn.BatchNorm2d(size), nn.ReLU()]
+                channels = size
         px = IN_PX // 2 ** sizes.count("M")
-        self.classifier = _classifier([channels * px * px, *map(int, sizes[last:])], n_classes)
+        widths = [channels * px * px, *map(int, sizes[last:])]
+        hidden_layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+        self.features = nn.Sequential(*parts)
+        self.classifier = nn.Sequential(*hidden_layers, nn.Linear(widths[-1], n_classes))
         initialize_he_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, 32, 32) -> (B, n_classes)."""
         return self.classifier(torch.flatten(self.features(x), 1))
-
-
-def _convolutions(sizes: Sequence[int | str], channels: int) -> tuple[nn.Sequential, int]:
-    parts: list[nn.Module] = []
-    for size in sizes:
-        if isinstance(size, str):
-            parts.append(nn.MaxPool2d(2))
-            continue
-        parts += [nn.Conv2d(channels, size, 3, padding=1, bias=False), nn.BatchNorm2d(size), nn.ReLU()]
-        channels = size
-    return nn.Sequential(*parts), channels
-
-
-def _classifier(widths: Sequence[int], n_classes: int) -> nn.Sequential:
-    hidden = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(widths[-1], n_classes))

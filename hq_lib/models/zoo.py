@@ -1,20 +1,41 @@
-"""Networks by name, untrained."""
+"""Networks by name: ours for small images; torchvision's, two of its builders' and EfficientNet-Lite for ImageNet.
+
+They come untrained, but for EfficientNet-Lite, whose weights are part of a package (the extra ``imagenet``);
+``published`` fetches torchvision's.
+"""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Integral
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from hq_lib.models import imagenet
+from hq_lib.models import efficientnet_lite
 from hq_lib.models.lenet import LeNet
 from hq_lib.models.mobilenetv2 import MobileNetV2
+from hq_lib.models.public import CheckpointError
 from hq_lib.models.resnet import DEPTHS, ResNet
 from hq_lib.models.toynet import ToyNet
 from hq_lib.models.vgg import VGG, VGG11, VGG_SMALL
 from hq_lib.results.hints import nearest
+
+# RegNetX-600MF: Radosavovic et al. 2020, arXiv:2003.13678, table of RegNetX models
+REGNETX_600M = {"depth": 16, "w_0": 48, "w_a": 36.97, "w_m": 2.24, "group_width": 24}
+TORCHVISION = {"mobilenetv2_imagenet": "mobilenet_v2"}
+"""Name here -> torchvision's, where the two differ"""
+
+
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    from torchvision import models  # slow, and breaks where torch is a CPU-only wheel: only when asked for
+
+    if name == "regnetx_600m":
+        return models.regnet.RegNet(models.regnet.BlockParams.from_init_params(**REGNETX_600M), **options)
+    if name == "mnasnet2_0":
+        return models.mnasnet.MNASNet(2.0, **options)
+    return models.get_model(TORCHVISION.get(name, name), weights=None, **options)
+
 
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
@@ -25,23 +46,66 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2": MobileNetV2,
     "mobilenetv2_seed": partial(MobileNetV2, seed_form=True),
 }
+THEIRS = ("resnet18", "resnet50", "resnet101", "mobilenetv2_imagenet", "regnetx_600m", "mnasnet2_0")
+IMAGENET: dict[str, Callable[..., nn.Module]] = {
+    **{name: partial(_torchvision, name) for name in THEIRS},
+    **{f"efficientnet_lite{i}": partial(efficientnet_lite.efficientnet_lite, i) for i in efficientnet_lite.FORMS},
+}
+"""Name -> builder of the networks that tables name; options are those of the builder, ``num_classes`` among them."""
 
 
 def names() -> tuple[str, ...]:
     """Networks that tables name, the small ones first; ``build`` knows torchvision's others too."""
-    return (*SMALL, *imagenet.BUILDERS)
+    return (*SMALL, *IMAGENET)
 
 
 def imagenet_names() -> tuple[str, ...]:
     """The ImageNet networks among ``names()``; EfficientNet-Lite needs the extra ``imagenet``."""
-    return tuple(imagenet.BUILDERS)
+    return tuple(IMAGENET)
 
 
-def check_name(name: str) -> None:
-    """``ValueError`` with the nearest name, unless ``build`` knows this one."""
-    if name not in names() and imagenet.builder(name) is None:
-        near = nearest(name, [*names(), *imagenet.torchvision_names()])
-        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(names())}, or of torchvision's{near}")
+def torchvision_names() -> list[str]:
+    """Every classifier of torchvision's, by its name there."""
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def builder(name: str) -> Callable[..., nn.Module]:
+    """The builder of that network, torchvision's others too; ``ValueError`` with the nearest name if there is none."""
+    if found := SMALL.get(name) or IMAGENET.get(name):
+        return found
+    if name in torchvision_names():
+        return partial(_torchvision, name)
+    near = nearest(name, [*names(), *torchvision_names()])
+    raise ValueError(f"unknown network {name!r}: choose one of {', '.join(names())}, or of torchvision's{near}")
+
+
+def taken(name: str) -> Mapping[str, object] | None:
+    """What a network that is built with its weights takes, fields of ``DataSpec``; None for all others."""
+    lites = {f"efficientnet_lite{i}": i for i in efficientnet_lite.FORMS}
+    return efficientnet_lite.images(lites[name]) if name in lites else None
+
+
+def published(name: str, which: str = "DEFAULT") -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """(state, what it takes as fields of ``DataSpec``) of torchvision's weights, fetched once, their hash checked.
+
+    ``which``: their name there, as IMAGENET1K_V1. Raises ``CheckpointError`` where torchvision has none, or none so
+    called.
+    """
+    from torchvision import models
+
+    known = TORCHVISION.get(name, name)
+    every = models.get_model_weights(known) if known in torchvision_names() else ()
+    names = [entry.name for entry in every]
+    if not names or which not in ("DEFAULT", *names):
+        have = f"it has {', '.join(names)}" if names else "name a file, or a URL with its hash"
+        raise CheckpointError(f"weights: torchvision has none called {which!r} of {name!r}; {have}")
+    entry = every[which]  # type: ignore[index]
+    given = entry.transforms()
+    (px,), (short_side,) = given.crop_size, given.resize_size
+    images = {"mean": (*given.mean,), "std": (*given.std,), "in_shape": (3, px, px), "short_side": short_side}
+    return entry.get_state_dict(progress=True, check_hash=True), images
 
 
 def build(name: str, *, n_classes: int | None = None, in_channels: int | None = None, **options: Any) -> nn.Module:
@@ -57,7 +121,7 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
     Raises:
         ValueError: an unknown name or option; names the nearest valid one, or lists the options. A size below 1.
     """
-    check_name(name)
+    make = builder(name)
     sizes = {"n_classes": n_classes, "in_channels": in_channels}
     for key, size in sizes.items():
         if size is not None and not (isinstance(size, Integral) and size >= 1):
@@ -67,20 +131,13 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
             raise ValueError(f"{name} takes RGB images: in_channels={in_channels} is not offered")
         classes = {} if n_classes is None else {"num_classes": n_classes}
         try:
-            return imagenet.builder(name)(**classes, **options)  # type: ignore[misc]
+            return make(**classes, **options)
         except TypeError as error:
             raise ValueError(f"{name} does not take these options: {error}") from error
-    _check_options(name, options)
-    return SMALL[name](**{key: value for key, value in sizes.items() if value is not None}, **options)
-
-
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    maker = SMALL[name]
-    fixed = set(maker.keywords) if isinstance(maker, partial) else set()
-    known = [key for key, p in inspect.signature(maker).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    offered = sorted(set(known) - fixed - {"n_classes", "in_channels"})
-    for key in options:
-        if key not in offered:
-            if key == "num_classes":
-                raise ValueError(f"{name} has no option 'num_classes': say n_classes={options[key]!r}")
-            raise ValueError(f"{name} has no option {key!r}: it has {', '.join(offered) or 'none'}")
+    known = {key for key, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    offered = ", ".join(sorted(known - {*getattr(make, "keywords", ()), *sizes}))
+    for key, value in options.items():
+        if key not in offered.split(", "):
+            mend = f"say n_classes={value!r}" if key == "num_classes" else f"it has {offered or 'none'}"
+            raise ValueError(f"{name} has no option {key!r}: {mend}")
+    return make(**{key: value for key, value in sizes.items() if value is not None}, **options)

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from hq_lib import data, graph, models, ptq
 from hq_lib.data import ImageSet, folder
-from hq_lib.models import imagenet
 from hq_lib.results import paths
 from hq_lib.training import evaluate
 
@@ -173,7 +172,7 @@ def open_imagenet(
         device: "cpu" or "cuda".
     """
     images = Path(root).expanduser() if root else (paths.shared_data() or paths.ROOT / "absent") / "imagenet_sample"
-    taken = imagenet.taken(name)
+    taken = models.taken(name)
     weights = public_weights(f"{name}.pth") if taken is None else None
     if not images.is_dir():
         print(f"{name}: no image folder {images.name} (give root, a folder of class folders), not run")

@@ -21,15 +21,13 @@ from hq_lib.data import DataSpec, ImageSet, folder
 from hq_lib.graph import BitPolicy, PolicyError
 from hq_lib.graph.folding import OnRefusal
 from hq_lib.graph.network_file import OWN
-from hq_lib.models import imagenet
 from hq_lib.models.public import load_state
 from hq_lib.ptq import ReconstructionConfig, selection
 from hq_lib.results.hints import check, check_known
 from hq_lib.studies.bench import shipped
 from hq_lib.studies.ptq.recipes import RECIPES, Recipe
 from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
-from hq_lib.training.bit_lists import Lists, find_lists, list_recipe
-from hq_lib.training.qat_recipes import METHODS
+from hq_lib.training.qat_recipes import METHODS, Lists, find_lists, list_recipe
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 FLOAT, HYBRID = "float", "hybrid"
@@ -131,7 +129,7 @@ class Configuration:
             raise ValueError(f"bits is {self.bits}: [weights, activations] are needed, as [4, 4]")
         check_known(self.device.partition(":")[0], ("cpu", "cuda"), "device")
         if not self.net:
-            models.check_name(self.model)
+            models.builder(self.model)
         check("corrections", "step", self.corrections, CORRECTIONS)
         if odd := [name for name in self.leaf_modules if not isinstance(name, str)]:
             raise ValueError(
@@ -173,11 +171,11 @@ class Configuration:
 
         Raises ``ValueError`` for a network of ours that no weights are known of.
         """
-        taken = None if self.net else imagenet.taken(self.model)
+        taken = None if self.net else models.taken(self.model)
         theirs, _, which = self.weights.partition(":")
         if theirs == TORCHVISION:
             net = self.built()
-            state, taken = imagenet.published(self.model, which or "DEFAULT")
+            state, taken = models.published(self.model, which or "DEFAULT")
             load_state(net, state, source=self.weights)
         elif (file := self._weights_file()) is None:
             if taken is None and not self.net:
@@ -253,12 +251,12 @@ class Configuration:
     def selected(self) -> selection.Manifest:
         """``n_calib`` training images by ``strategy`` and ``metric``, as a manifest."""
         dataset = FLOAT_RECIPES[self.model].dataset if self.model in FLOAT_RECIPES and not self.net else ""
-        taken = None if self.net else imagenet.taken(self.model)
+        taken = None if self.net else models.taken(self.model)
         images = self.images("train", {"dataset": dataset, "images": taken}, self.n_train)
         scores = selection.score(images.images, self.metric) if self.metric else None
         options: Any = {"strategy": self.strategy, "seed": self.seed}
         balanced = self.n_calib >= images.spec.n_classes and int(images.labels.min()) != folder.UNLABELLED
-        every: Any = {"labels": images.labels if balanced else None, "pool": torch.arange(len(images))}
+        every: Any = {"labels": images.labels if balanced else None, "n_images": len(images)}
         chosen = selection.select(scores, self.n_calib, **every, **options)
         how: Any = {"metric": self.metric, "balanced": balanced, **options}
         return selection.from_images(images, chosen, **how)
