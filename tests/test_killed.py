@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -279,7 +280,7 @@ def writers():
         **{to: partial(export_to, record, to, x[0].numpy()) for to in kinds},
         "record of dots": record_dots,
         "manifest": lambda folder: selection.write(selection.from_images(digits, range(5)), folder / "m.json"),
-        "run": lambda folder: run_state.begin(folder / "run", TrainConfig(epochs=3, lr=0.1).as_dict()),
+        "run": lambda folder: run_state.begin(folder / "run", asdict(TrainConfig(epochs=3, lr=0.1))),
         "state": lambda folder: run_state.save(folder / "run", {"history": [], "net": net.state_dict()}),
         "reconstruction": lambda folder: progress.RunFolder(folder / "fit", {"p": 1}).save(report, qnet),
         "rows": lambda folder: store.append("rows", [row(0)], profile="smoke"),

@@ -54,7 +54,7 @@ def _trained_float(run: Configuration) -> tuple[Path, float]:
     sizes = {"n_classes": test.spec.n_classes, "in_channels": test.spec.in_shape[0]}
     options = {key: value for key, value in run.options.items() if key not in sizes}
     built = {"model": OWN, "options": run.options} if run.net else {"model": run.model, "options": options, **sizes}
-    facts = {"config": config.as_dict(), "n_train": len(train), "acc_pct": {"test": score.acc_pct}}
+    facts = {"config": dataclasses.asdict(config), "n_train": len(train), "acc_pct": {"test": score.acc_pct}}
     record = {**run.record({}, test, **facts), **built, **provenance.stamp(run.device)}
     models.write_checkpoint(run.target(), net.state_dict(), record)
     return run.target(), score.acc_pct
@@ -74,7 +74,7 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
         qnet = calibrated(net, recipe, train, seed=run.seed, **run.tracing).to(run.device)
         fit(qnet, train, val, recipe.config, _folder(run))
     processes.end_unless_first()
-    more = {"config": recipe.config.as_dict(), "n_train": len(train)}
+    more = {"config": dataclasses.asdict(recipe.config), "n_train": len(train)}
     return _saved(run, qnet, source, form="trainable" if run.method != HYBRID else "frozen", **more)
 
 

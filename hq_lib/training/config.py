@@ -1,6 +1,5 @@
 """What a training run is: a frozen record, its learning-rate schedule and its parameter groups."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -51,10 +50,6 @@ class TrainConfig(Settings):
     """Run the training steps through ``torch.compile``; "auto" as above."""
     seed: int = 0
     """Decides batch order, augmentation and everything random in the network, epoch by epoch."""
-
-    def as_dict(self) -> dict[str, object]:
-        """Field name -> value, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def lr_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:

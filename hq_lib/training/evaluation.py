@@ -1,4 +1,4 @@
-"""Accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
+"""Losses, and accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
 
 import math
 from collections.abc import Iterable
@@ -71,6 +71,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
             f"label {int(labels.max())} of a network with {logits.shape[1]} outputs: build it with the n_classes "
             f"of the data (labels are 0 ... n_classes - 1)"
         ) from error
+
+
+def distance(logits: Tensor, taught: Tensor) -> Tensor:
+    """KL(teacher || student) at temperature 1, mean over the images, nats; ``logits``, ``taught`` (B, K).
+
+    Hinton et al. 2015 (arXiv:1503.02531), section 2, in the form of a divergence: the gradient in ``logits`` is that of
+    the paper's cross entropy. None flows to ``taught``.
+    """
+    target = F.log_softmax(taught.detach(), dim=1)
+    return F.kl_div(F.log_softmax(logits, dim=1), target, reduction="batchmean", log_target=True)
 
 
 def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:

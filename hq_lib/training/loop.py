@@ -8,7 +8,6 @@ ends with bit-identical weights.
 import math
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from hq_lib.graph.modes import repeatable
 from hq_lib.graph.tracing import device_of
 from hq_lib.training import machine, processes, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
-from hq_lib.training.distillation import distance
-from hq_lib.training.evaluation import Batches, cross_entropy, evaluate
+from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate
 from hq_lib.training.weight_noise import weight_noise
 
 SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
@@ -76,10 +74,7 @@ def fit(
             another process is writing; batches without a length, or that processes cannot share evenly;
             a teacher without ``config.distill``, or the other way round.
     """
-    bits = {"drive_bits": config.drive_bits, "converter_bits": config.converter_bits}
-    noisy = (
-        weight_noise(net, config.weight_noise, **bits) if config.weight_noise or any(bits.values()) else nullcontext()
-    )
+    noisy = weight_noise(net, config.weight_noise, drive_bits=config.drive_bits, converter_bits=config.converter_bits)
     if processes.rank():  # the first process alone writes and speaks
         run_dir = say = None
     with run_state.owned(run_dir), noisy, repeatable():
@@ -101,13 +96,6 @@ def _n_steps(train: ImageSet | Batches, config: TrainConfig) -> int:
     if not isinstance(train, Sized) or isinstance(train, Iterator) or len(train) == 0:
         raise ValueError("batches to train on are walked once an epoch: pass a DataLoader or a list that is not empty")
     return len(train)
-
-
-def _size(images: ImageSet | Batches, split: str) -> dict[str, object]:
-    """What tells one run's data from another's, as far as it is known."""
-    if isinstance(images, ImageSet):
-        return {f"n_{split}": len(images), **({"data": images.spec.name} if split == "train" else {})}
-    return {f"n_{split}": f"{len(images)} batches" if isinstance(images, Sized) else "batches"}
 
 
 @dataclass
@@ -227,12 +215,14 @@ class _Run:
         self.say(f"epoch {epoch + 1}/{self.config.epochs}: loss {train_loss:.4f}, {validation}{row['seconds']:.0f} s")
 
     def _identity(self) -> dict[str, object]:
-        return {
-            **asdict(self.config),
-            **_size(self.train, "train"),
-            **({"n_val": 0} if self.val is None else _size(self.val, "val")),
-            "n_parameters": sum(p.numel() for p in self.net.parameters()),
-        }
+        """What tells one run from another, of the data as far as it is known."""
+        found: dict[str, object] = {**asdict(self.config), "n_val": 0}
+        for key, images in (("n_train", self.train), ("n_val", () if self.val is None else self.val)):
+            n = len(images) if isinstance(images, Sized) else None
+            found[key] = n if isinstance(images, ImageSet | tuple) else "batches" if n is None else f"{n} batches"
+        if isinstance(self.train, ImageSet):
+            found["data"] = self.train.spec.name
+        return {**found, "n_parameters": sum(p.numel() for p in self.net.parameters())}
 
     def _resume(self) -> None:
         state = processes.agreed(None if self.run_dir is None else run_state.begin(self.run_dir, self._identity()))

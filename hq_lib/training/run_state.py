@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 import torch
 
-from hq_lib.models.public import CheckpointError, unpickled
+from hq_lib.models.public import unpickled
 from hq_lib.results import atomic
 from hq_lib.training.config import TrainConfig
 
@@ -28,18 +28,19 @@ _GONE = {
 """Settings that no longer are, each with the one value that has stayed."""
 
 
-def settings(folder: Path | None) -> dict[str, object]:
+def settings(folder: Path | None) -> dict[str, Any]:
     """What the run of this folder began with; {} where none did."""
-    return {**_DEFAULTS, **_config(folder)} if folder is not None and (folder / CONFIG).exists() else {}
+    return {**_DEFAULTS, **_mapping(folder, CONFIG)} if folder is not None and (folder / CONFIG).exists() else {}
 
 
-def _config(folder: Path) -> dict[str, object]:
+def _mapping(folder: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise unusable(folder, CONFIG, error) from error
+        content = (folder / name).read_bytes()
+        found = unpickled(content, name) if name == STATE else json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise unusable(folder, name, error) from error
     if not isinstance(found, dict):
-        raise unusable(folder, CONFIG, "no mapping")
+        raise unusable(folder, name, "no mapping")
     return found
 
 
@@ -76,18 +77,10 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).exists():
-        _check_identity(_config(folder), json.loads(json.dumps(identity)), folder)
+        _check_identity(_mapping(folder, CONFIG), json.loads(json.dumps(identity)), folder)
     else:
         atomic.write_text(folder / CONFIG, json.dumps(identity, indent=1))
-    if not (folder / STATE).exists():
-        return None
-    try:
-        state = unpickled((folder / STATE).read_bytes(), STATE)
-    except (CheckpointError, OSError) as error:
-        raise unusable(folder, STATE, error) from error
-    if not isinstance(state, dict):
-        raise unusable(folder, STATE, "no mapping")
-    return state
+    return _mapping(folder, STATE) if (folder / STATE).exists() else None
 
 
 def _check_identity(old: dict[str, object], new: dict[str, object], folder: Path) -> None:

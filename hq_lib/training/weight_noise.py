@@ -62,6 +62,9 @@ def weight_noise(net: nn.Module, sigma: float, *, drive_bits: int = 0, converter
 
     Errors: no plain convolution or linear layer, or a weight that has a parametrization already.
     """
+    if not (sigma or drive_bits or converter_bits):
+        yield net
+        return
     for what, bits in (("drive_bits", drive_bits), ("converter_bits", converter_bits)):
         if bits and not 2 <= bits <= 16:
             raise ValueError(f"{what} must be 2 to 16, or 0 for ideal ones, got {bits}")

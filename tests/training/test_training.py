@@ -17,7 +17,7 @@ from hq_lib import data, models
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.training import TrainConfig, evaluate, fit, machine, predict, recipe
 from hq_lib.training.config import lr_factor, parameter_groups, sgd
-from hq_lib.training.distillation import distance
+from hq_lib.training.evaluation import distance
 from hq_lib.training.recipes import RECIPES, find
 
 CONFIG = TrainConfig(epochs=3, lr=0.05, batch_size=50, pad=2, flip=False)

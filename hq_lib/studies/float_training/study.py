@@ -6,7 +6,7 @@ Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.c
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def checkpoint(run: Run[Any], point: Point) -> Path:
 def run_record(run: Run[Any], point: Point, common: Row, done: FitResult, acc_pct: dict[str, float]) -> Row:
     """What a checkpoint says of its training, beside the network."""
     return {
-        "seed": point["seed"], "profile": run.profile, "config": done.config.as_dict(), "n_train": common["n_train"],
+        "seed": point["seed"], "profile": run.profile, "config": asdict(done.config), "n_train": common["n_train"],
         "acc_pct": acc_pct, "kept": "last epoch; test was seen once, after training", "seconds": common["seconds"],
         **provenance.stamp(run.device),
     }  # fmt: skip
