@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from hq_lib.quantizers.affine import Grid, check_bits, check_finite, quantize_to_int
-from hq_lib.quantizers.straight_through import LOW_PRECISION, Slope, staircase
+from hq_lib.quantizers.straight_through import Slope, staircase
 from hq_lib.results.hints import check_known
 
 Role = Literal["weight", "act"]
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class Tag(NamedTuple):

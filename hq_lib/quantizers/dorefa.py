@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hq_lib.quantizers.affine import MIN_SCALE, max_abs, mean_abs, refuse_nan, round_ste
-from hq_lib.quantizers.clip import FixedClip
+from hq_lib.quantizers.affine import MIN_SCALE, max_abs, mean_abs, round_ste
 from hq_lib.quantizers.minmax import FollowingQuantizer
+from hq_lib.quantizers.pact import FixedClip
 
 
 class DoReFaHardwareWeight(FollowingQuantizer):
@@ -51,13 +51,6 @@ class DoReFaHardwareWeight(FollowingQuantizer):
 
     def _snap(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return scale * self._index(x)
-
-    def _to_int(self, x: Tensor) -> Tensor:
-        if self.binary:
-            return super()._to_int(x)
-        self._follow(x)
-        refuse_nan(x)
-        return self._index(x).to(torch.int32)
 
     def _index(self, w: Tensor) -> Tensor:
         t = torch.tanh(w)

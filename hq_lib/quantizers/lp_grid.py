@@ -6,6 +6,7 @@ search stops when no bound is below the best error measured on the values themse
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,13 +35,12 @@ class LpResult(NamedTuple):
 
 class _Candidates(NamedTuple):
     steps: Tensor  # (C, S)
-    k_min: Tensor  # (C or 1, S or 1, Z)
+    k_min: Tensor  # (C, S, Z)
     n_codes: int
     p: float
 
     def chunk(self, part: slice) -> "_Candidates":
-        shared = len(self.k_min) == 1
-        return self._replace(steps=self.steps[part], k_min=self.k_min if shared else self.k_min[part])
+        return self._replace(steps=self.steps[part], k_min=self.k_min[part])
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def _candidates(values: Tensor, bits: int, scheme: Scheme, p: float) -> _Candida
         k_min = torch.tensor([-n if has_negative and not symmetric else qmin], device=values.device)
     else:
         k_min = -torch.arange(n + 1, device=values.device)
-    return _Candidates(steps, k_min.double().view(1, 1, -1), n + 1, p)
+    return _Candidates(steps, k_min.double().expand(*steps.shape, -1), n + 1, p)
 
 
 def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,13 +107,11 @@ def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tenso
         bins = bins._replace(spread=torch.zeros_like(bins.spread))
     coarse = merge_bins(bins, N_BINS_EXACT // N_BINS_FAST) if exact and binned else bins
     bound = window_bounds(coarse, candidates.steps, candidates.k_min, n_codes=candidates.n_codes, p=candidates.p)
-    refine = _refiner(bins, candidates)
     n_batch = max(4, min(32, _BATCH_CELLS // bins.mean.shape[1]))
-    error = _best_first(bound.flatten(1), refine, n_batch)
+    error = _best_first(bound.flatten(1), partial(_refined, bins, candidates), n_batch)
     if exact and binned:
-        error = torch.stack([_on_values(values[c], bound[c].flatten(), error[c], candidates.chunk(slice(c, c + 1)),
-                                        lambda i, _, c=c: refine(i, torch.tensor([c], device=i.device)))
-                             for c in range(n_channels)])  # fmt: skip
+        each = [(candidates.chunk(slice(c, c + 1)), Bins(*(t[c : c + 1] for t in bins))) for c in range(n_channels)]
+        error = torch.stack([_on_values(values[c], bound[c].flatten(), error[c], *own) for c, own in enumerate(each)])
     best = error.amin(1, keepdim=True)
     index = (error <= best * (1 + 1e-12)).int().argmax(1, keepdim=True)
     step, k_min = _gather(candidates, index, torch.arange(n_channels, device=values.device))
@@ -122,23 +120,16 @@ def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tenso
 
 def _gather(candidates: _Candidates, index: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     """(step, k_min), each (rows, B), of flat candidate indices; row r belongs to channel ``channels[r]``."""
-    n_windows = candidates.k_min.shape[-1]
-    k_min = candidates.k_min.expand(*candidates.steps.shape, n_windows)
+    n_windows, row = candidates.k_min.shape[-1], channels.unsqueeze(1)
     at_step, at_window = index // n_windows, index % n_windows
-    row = channels.unsqueeze(1)
-    return candidates.steps[row, at_step], k_min[row, at_step, at_window]
+    return candidates.steps[row, at_step], candidates.k_min[row, at_step, at_window]
 
 
-def _refiner(bins: Bins, candidates: _Candidates) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (indices (rows, B), channels (rows,)) -> (rows, B): the error of those candidates on the bins."""
-
-    def refine(index: Tensor, channels: Tensor) -> Tensor:
-        step, k_min = (t.unsqueeze(-1) for t in _gather(candidates, index, channels))
-        x, count = bins.mean[channels].unsqueeze(1), bins.count[channels].unsqueeze(1)
-        spread = bins.spread[channels].unsqueeze(1)
-        return grid_error(x, count, step, k_min, n_codes=candidates.n_codes, p=candidates.p, spread=spread)
-
-    return refine
+def _refined(bins: Bins, candidates: _Candidates, index: Tensor, channels: Tensor) -> Tensor:
+    """(rows, B): the error on the bins of the candidates ``index`` (rows, B) of ``channels`` (rows,)."""
+    step, k_min = (t.unsqueeze(-1) for t in _gather(candidates, index, channels))
+    x, count, spread = (part[channels].unsqueeze(1) for part in bins)
+    return grid_error(x, count, step, k_min, n_codes=candidates.n_codes, p=candidates.p, spread=spread)
 
 
 def _best_first(
@@ -161,9 +152,7 @@ def _best_first(
         open_bound[channels.unsqueeze(1), index] = torch.inf
 
 
-def _on_values(
-    values: Tensor, bound: Tensor, binned: Tensor, candidates: _Candidates, refine: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def _on_values(values: Tensor, bound: Tensor, binned: Tensor, candidates: _Candidates, bins: Bins) -> Tensor:
     """(M,) errors measured on one channel's values for every candidate that its bounds cannot rule out."""
     error = torch.full_like(bound, torch.inf)
 
@@ -174,7 +163,7 @@ def _on_values(
 
     measure(int(binned.argmin()))
     rest = torch.where(torch.isfinite(binned), torch.inf, bound)
-    more = _best_first(rest.unsqueeze(0), refine, 4, limit=float(error.min()))[0]
+    more = _best_first(rest.unsqueeze(0), partial(_refined, bins, candidates), 4, limit=float(error.min()))[0]
     lower = torch.minimum(binned, more)
     for index in lower.argsort().tolist():
         if float(lower[index]) * (1 - _SLACK) > float(error.min()):

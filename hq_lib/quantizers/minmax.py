@@ -13,6 +13,7 @@ from hq_lib.quantizers.affine import (
     integer_range,
     mean_abs,
     min_max,
+    quantize_to_int,
     refuse_nan,
     usable,
 )
@@ -58,10 +59,11 @@ class FollowingQuantizer(Quantizer):
 
     def _to_int(self, x: Tensor) -> Tensor:
         self._follow(x)
-        if not self.binary:
-            return super()._to_int(x)
         refuse_nan(x)
-        return torch.where(x >= 0, 1, -1).to(torch.int32)
+        return (torch.where(x >= 0, 1, -1) if self.binary else self._index(x)).to(torch.int32)
+
+    def _index(self, w: Tensor) -> Tensor:
+        return quantize_to_int(w, self._grid())
 
 
 def binary_ste(w: Tensor, scale: Tensor) -> Tensor:

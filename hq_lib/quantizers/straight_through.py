@@ -15,8 +15,6 @@ from torch import Tensor
 from hq_lib.quantizers.affine import snap
 from hq_lib.quantizers.fusion import Fused
 
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-
 
 class Slope(Enum):
     """What the backward pass gives to the input and to ``delta``; a member per published rule."""
@@ -100,7 +98,7 @@ def staircase(x: Tensor, delta: Tensor, zero: Tensor, ends: Tensor, *, odd: bool
     """Snap ``x`` to the levels ``delta * (k - zero)``, k = ends[0] ... ends[1], and return it in real units.
 
     Args:
-        x: (*shape), real units. float16 and bfloat16 are quantized in float32 and cast back.
+        x: (*shape), real units, float32 or float64.
         delta: real units between neighbouring levels, > 0, ``()`` or broadcastable to ``x``.
         zero: position of real 0 in steps, of ``delta``'s shape or ``()``; integer, or half-integer with ``odd``.
         ends: (2,), the first and the last k, integers (or, with ``odd``, half-integers).
@@ -110,6 +108,4 @@ def staircase(x: Tensor, delta: Tensor, zero: Tensor, ends: Tensor, *, odd: bool
     Returns:
         (*shape), ``x``'s dtype and memory order. NaN stays NaN and passes no gradient; +-Inf is clipped.
     """
-    if x.dtype in LOW_PRECISION:
-        return _Staircase.apply(x.float(), delta, zero, ends, odd, slope).to(x.dtype)
     return _Staircase.apply(x, delta, zero, ends, odd, slope)

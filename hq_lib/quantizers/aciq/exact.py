@@ -10,17 +10,21 @@ Grids, M bits, clip a (in units of b or sigma):
     relu_endpoint  2^M levels from 0 to a of the rectified variable              unsigned activations
 """
 
+from itertools import product
 from typing import Literal, get_args
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from hq_lib.quantizers.aciq.clip import Prior, check
+from hq_lib.quantizers.aciq.clip import PUBLISHED, Prior, check, clip_ratio, noise_mse
 from hq_lib.results.hints import check_known
 
 GridKind = Literal["midpoint", "endpoint", "restricted", "relu_endpoint"]
+GRIDS: dict[bool, tuple[GridKind, ...]] = {False: ("midpoint", "endpoint", "restricted"), True: ("relu_endpoint",)}
+"""ReLU or not -> the grids that there are"""
 MAX_BITS = 12  # 4096 levels; beyond it the noise model is exact to 1e-4
 
 
@@ -77,3 +81,28 @@ def _partial_moments(x: NDArray[np.float64], prior: Prior) -> tuple[NDArray[np.f
         return 0.5 - decay, 0.5 - (1 + finite) * decay, 1 - (finite**2 + 2 * finite + 2) * decay
     mass, density = norm.cdf(x) - 0.5, norm.pdf(x)
     return mass, norm.pdf(0.0) - density, mass - finite * density
+
+
+def constants(bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)) -> pd.DataFrame:
+    """``tab_aciq_constants``, one row per (prior, relu, bits, grid); ratios are alpha / b (Laplace), / sigma (Gauss).
+
+    Columns: ``published`` the official code's constant (NaN where it has none), ``ours`` the closed form, ``gap`` their
+    difference, ``model_mse`` the noise model's error at ``ours`` for unit spread, ``grid_optimum`` the exact optimum of
+    ``grid``, ``grid_mse`` its error, ``penalty_pct`` the excess error when ``ours`` clips that grid, per cent.
+    """
+    priors: tuple[Prior, ...] = ("laplace", "gauss")
+    rows = []
+    for prior, relu, m in product(priors, (False, True), bits):
+        ours, published = clip_ratio(m, prior, relu=relu), PUBLISHED[prior, relu].get(m, float("nan"))
+        for grid in GRIDS[relu]:
+            if grid == "restricted" and m == 1:
+                continue
+            optimum = grid_clip_ratio(m, prior, grid)
+            best = grid_mse(optimum, m, prior, grid)
+            rows.append({
+                "prior": prior, "relu": relu, "bits": m, "grid": grid,
+                "published": published, "ours": ours, "gap": ours - published,
+                "model_mse": noise_mse(ours, m, prior, relu=relu), "grid_optimum": optimum, "grid_mse": best,
+                "penalty_pct": 100 * (grid_mse(ours, m, prior, grid) / best - 1),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
