@@ -40,14 +40,12 @@ class Fisher:
                     logits = graph(logits)
             loss = F.cross_entropy(logits, self.labels[index], reduction="sum")
         gradient = torch.autograd.grad(loss, start)[0]
-        return _alike(gradient) if self.per_image else gradient
-
-
-def _alike(gradient: Tensor) -> Tensor:
-    rows = gradient.flatten(1)
-    rows = rows / rows.abs().amax(1, keepdim=True)  # squares of what is nearly certain would underflow
-    rows = rows / rows.square().mean(1, keepdim=True).sqrt()
-    return torch.where(rows.isfinite(), rows, 1.0).view_as(gradient)
+        if not self.per_image:
+            return gradient
+        rows = gradient.flatten(1)
+        rows = rows / rows.abs().amax(1, keepdim=True)  # squares of what is nearly certain would underflow
+        rows = rows / rows.square().mean(1, keepdim=True).sqrt()
+        return torch.where(rows.isfinite(), rows, 1.0).view_as(gradient)
 
 
 @torch.no_grad()

@@ -27,9 +27,11 @@ def test_filters_agree_with_scipy(channels):
         inner = (slice(1, -1), slice(1, -1))
         energy = (ndimage.sobel(y, 0)[inner] ** 2 + ndimage.sobel(y, 1)[inner] ** 2).mean()
         variation = np.abs(np.diff(y, axis=0)).mean() + np.abs(np.diff(y, axis=1)).mean()
-        assert metrics.gradient_energy(images)[i].item() == pytest.approx(energy, rel=1e-5)
-        assert metrics.laplacian_variance(images)[i].item() == pytest.approx(ndimage.laplace(y)[inner].var(), rel=1e-5)
-        assert metrics.total_variation(images)[i].item() == pytest.approx(variation, rel=1e-5)
+        assert selection.score(images, "gradient_energy")[i].item() == pytest.approx(energy, rel=1e-5)
+        assert selection.score(images, "laplacian_variance")[i].item() == pytest.approx(
+            ndimage.laplace(y)[inner].var(), rel=1e-5
+        )
+        assert selection.score(images, "tv")[i].item() == pytest.approx(variation, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [8, 16, 19])
@@ -41,22 +43,22 @@ def test_high_frequency_ratio_is_scipys_dct(size):
         blocks = [dctn(y[8 * a : 8 * a + 8, 8 * b : 8 * b + 8], norm="ortho") ** 2 for a in range(n) for b in range(n)]
         high = sum(block[u >= 4].sum() for block in blocks)
         rest = sum(block.sum() - block[0, 0] for block in blocks)
-        assert metrics.high_frequency_ratio(images)[i].item() == pytest.approx(high / rest, rel=1e-4)
+        assert selection.score(images, "high_frequency")[i].item() == pytest.approx(high / rest, rel=1e-4)
 
 
 def test_histogram_metrics_by_hand():
     flat = torch.full((1, 1, 8, 8), 77, dtype=torch.uint8)
     ramp = torch.arange(64, dtype=torch.uint8).mul(4).view(1, 1, 8, 8)
     both = torch.cat([flat, ramp])
-    np.testing.assert_allclose(metrics.histogram_entropy(both), [0.0, np.log(64)], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(metrics.histogram_roughness(both), [1 + 4 + 1, 0.0], rtol=1e-6, atol=1e-12)
-    assert metrics.histogram(flat)[0, 77 // 4] == 1.0
+    np.testing.assert_allclose(selection.score(both, "entropy"), [0.0, np.log(64)], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(selection.score(both, "roughness"), [1 + 4 + 1, 0.0], rtol=1e-6, atol=1e-12)
+    assert metrics.histogram(flat / 255)[0, 77 // 4] == 1.0
 
 
 def test_every_bin_holds_as_many_grey_levels():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for images, n_bins in ((levels, 64), (levels.repeat(1, 1, 3, 3), 256)):
-        assert torch.equal(metrics.histogram(images), torch.full((1, n_bins), 1 / n_bins))
+        assert torch.equal(metrics.histogram(images / 255), torch.full((1, n_bins), 1 / n_bins))
 
 
 def test_constant_images_are_smoothest_and_noise_is_roughest():

@@ -9,5 +9,4 @@ Tensors go by the names of ``QuantizedNet.bits_record``: "weight <layer>" and "a
 """
 
 from hq_lib.ptq.bits.bank import GridBank, correct_means, mean_shifts, tensors_of, uniform_policy
-from hq_lib.ptq.bits.cost import Cost, bop_cost, size_cost
-from hq_lib.ptq.bits.search import Assignment, Losses, assigned, at_random, greedy, optimal, uniform
+from hq_lib.ptq.bits.search import Assignment, Cost, assigned, at_random, bop_cost, greedy, optimal, size_cost, uniform

@@ -4,21 +4,74 @@
 
 The losses of single tensors are taken to add up, the premise of HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680) too, which
 solves the same integer program with second-order estimates in place of measured losses. How far it holds is for the
-caller to measure.
+caller to measure. What an assignment costs is storage of the weights, or bit operations.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from hq_lib.ptq.bits.cost import Cost
+from hq_lib.graph import QuantizedNet, QuantizeError, kinds, layer_macs, weight_layers
 
 Losses = Mapping[str, Mapping[int, float]]
 """Tensor -> bits -> loss when that tensor alone has these bits, >= 0."""
 OBJECTIVE_SCALE = 1e4
 """The solver ignores differences below 1e-6; losses of high bits are that small."""
+IMAGE_BITS = 8
+"""Bits of an image that has no quantizer: its pixels are bytes."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A sum over tensors of bits, and over pairs of tensors of the product of their bits."""
+
+    unit: str
+    """"KiB" or "BOP"."""
+    per_bit: Mapping[str, float] = field(default_factory=dict)
+    """Tensor -> cost of each of its bits; tensors that are not named cost nothing."""
+    per_bit_pair: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """(weight, its input activation) -> cost of bits x bits."""
+
+    def of(self, bits: Mapping[str, float]) -> float:
+        """The cost of an assignment, in ``unit``; it has to name every tensor that costs something."""
+        alone = sum(rate * bits[tensor] for tensor, rate in self.per_bit.items())
+        return alone + sum(rate * bits[w] * bits[a] for (w, a), rate in self.per_bit_pair.items())
+
+    def everywhere(self, bits: float) -> float:
+        """The cost of the same bits for every tensor, in ``unit``; fractions are allowed, as budgets."""
+        return bits * sum(self.per_bit.values()) + bits**2 * sum(self.per_bit_pair.values())
+
+
+def size_cost(qnet: QuantizedNet) -> Cost:
+    """Storage of the weights, KiB: elements x bits / 8192; biases and scales are not counted."""
+    layers = weight_layers(qnet)
+    return Cost("KiB", {f"weight {name}": layer.weight.numel() / 8192 for name, layer in layers.items()})
+
+
+def bop_cost(qnet: QuantizedNet) -> Cost:
+    """Bit operations per image: multiply-accumulates x weight bits x bits of the layer's input, summed over layers.
+
+    An image without quantizer counts as ``IMAGE_BITS``.
+
+    Raises:
+        QuantizeError: names the layer whose input is neither the image nor quantized, so that it has no bits.
+    """
+    macs, alone, pairs = layer_macs(qnet), {}, {}
+    kind_of = kinds(qnet)
+    sites = {site.quantizer: f"act {site.name}" for site in reversed(qnet.meta["sites"])}  # the first of a group
+    for node in (node for node, kind in kind_of.items() if kind == "layer"):
+        name, source = str(node.target), node.all_input_nodes[0]
+        while kind_of[source] in ("pass", "relu") and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if kind_of[source] == "input":
+            alone[f"weight {name}"] = float(macs[name] * IMAGE_BITS)
+        elif kind_of[source] == "quantizer":
+            pairs[f"weight {name}", sites[str(source.target)]] = float(macs[name])
+        else:
+            raise QuantizeError(f"layer {name!r}: its input is not quantized; give that activation bits in the policy")
+    return Cost("BOP", alone, pairs)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Y = 0.299 R + 0.587 G + 0.114 B; a one-channel image is its own luma.
 """
 
 from collections.abc import Callable
-from functools import wraps
 
 import torch
 from scipy.fft import dct
@@ -41,27 +40,12 @@ def luma(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 else (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-def per_image(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``function`` of images (N, C, H, W) in [0, 1] as one of any images, which are checked and taken in slices."""
-
-    @wraps(function)
-    @torch.no_grad()
-    def scored(images: Tensor) -> Tensor:
-        if len(images) == 0:
-            raise ValueError("no images to score")
-        return torch.cat([function(unit_images(chunk)) for chunk in images.split(_CHUNK)])
-
-    return scored
-
-
-@per_image
 def total_variation(images: Tensor) -> Tensor:
     """(N,) TV = mean |D_h Y| + mean |D_v Y|, forward differences."""
     y = luma(images)
     return y.diff(dim=3).abs().mean((1, 2, 3)) + y.diff(dim=2).abs().mean((1, 2, 3))
 
 
-@per_image
 def gradient_energy(images: Tensor) -> Tensor:
     """(N,) GE = mean (Sobel_x Y)^2 + (Sobel_y Y)^2, 3 x 3 Sobel without normalisation, interior pixels."""
     sobel = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
@@ -69,14 +53,12 @@ def gradient_energy(images: Tensor) -> Tensor:
     return gradients.square().sum(1).mean((1, 2))
 
 
-@per_image
 def laplacian_variance(images: Tensor) -> Tensor:
     """(N,) LV = Var(Y * [[0, 1, 0], [1, -4, 1], [0, 1, 0]]), interior pixels, population variance."""
     kernel = images.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
     return conv2d(luma(images), kernel).var((1, 2, 3), correction=0)
 
 
-@per_image
 def high_frequency_ratio(images: Tensor) -> Tensor:
     """(N,) HF = sum_{u+v>=4} C_uv^2 / (sum_{(u,v)!=(0,0)} C_uv^2 + 1e-8), orthonormal 8 x 8 DCT-II of Y.
 
@@ -93,7 +75,6 @@ def high_frequency_ratio(images: Tensor) -> Tensor:
     return energy[:, high].sum(1) / (energy.sum((1, 2)) - energy[:, 0, 0] + 1e-8)
 
 
-@per_image
 def histogram(images: Tensor) -> Tensor:
     """(N, n_bins) share of each image's pixel values (all channels) per bin; every bin holds 256 / n_bins grey levels.
 
@@ -124,9 +105,16 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "roughness": histogram_roughness,
     "entropy": histogram_entropy,
 }
+"""Name -> function of images (N, C, H, W) in [0, 1], float."""
 
 
+@torch.no_grad()
 def score(images: Tensor, metric: str) -> Tensor:
-    """(N,) float32 scores by metric name; an unknown name raises ``ValueError`` with the nearest valid one."""
+    """(N,) float32 scores by metric name of any images, checked and taken in slices.
+
+    An unknown name raises ``ValueError`` with the nearest valid one.
+    """
     check_known(metric, METRICS, "metric")
-    return METRICS[metric](images)
+    if len(images) == 0:
+        raise ValueError("no images to score")
+    return torch.cat([METRICS[metric](unit_images(chunk)) for chunk in images.split(_CHUNK)])

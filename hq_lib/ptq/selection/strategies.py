@@ -1,6 +1,6 @@
 """Which images to take, given a score per image: lowest, highest, trimmed or random; balanced or not; never twice.
 
-Everything is deterministic in (scores, labels, pool, seed). Ties go to the lower position.
+Everything is deterministic in (scores, labels, seed). Ties go to the lower position.
 """
 
 from typing import Literal, get_args
@@ -21,7 +21,7 @@ def select(
     strategy: Strategy = "lowest",
     labels: Tensor | None = None,
     n_classes: int | None = None,
-    pool: Tensor | None = None,
+    n_images: int | None = None,
     seed: int = 0,
     trim: float = 0.05,
 ) -> Tensor:
@@ -31,34 +31,30 @@ def select(
     (extremely smooth images shrink activation ranges).
 
     Args:
-        scores:    (N,), real; None is enough for "random" with labels or pool.
+        scores:    (N,), real; None is enough for "random" with labels or n_images.
         n:         images.
         labels:    (N,) int64: ranks within class and takes n / n_classes of each (one more of the first n % n_classes),
                    since a plain smoothness ranking is mostly a ranking of classes. None = not balanced.
         n_classes: how many classes have to occur; default max(labels) + 1.
-        pool:      positions allowed, without repeats; None = all. A seeded pool per draw gives deterministic strategies
-                   their spread.
+        n_images:  N, where neither scores nor labels say it.
         seed:      of "random".
         trim:      [0, 1), of "trimmed", per class where balanced.
 
     Raises:
-        ValueError: more images wanted than the pool (or a class) has, an empty class, NaN scores, repeats in the pool.
+        ValueError: more images wanted than there are (in all or of a class), an empty class, NaN scores.
     """
     check_known(strategy, get_args(Strategy), "strategy")
-    sizes = {len(t) for t in (scores, labels) if t is not None}
-    if len(sizes) > 1:
-        raise ValueError(f"{len(scores)} scores for {len(labels)} labels")  # type: ignore[arg-type]
-    if not sizes and pool is None:
-        raise ValueError("give scores, labels or a pool: nothing says how many images there are")
-    n_images = sizes.pop() if sizes else int(pool.max()) + 1 if len(pool) else 0  # type: ignore[union-attr,arg-type]
-    allowed = np.arange(n_images) if pool is None else _positions(pool, n_images)
+    sizes = {len(t) for t in (scores, labels) if t is not None} | ({n_images} - {None})
+    if len(sizes) != 1:
+        raise ValueError(f"scores, labels and n_images speak of {sorted(sizes) or 'no number of'} images: give one N")
+    (size,) = sizes
     if n < 1 or not 0 <= trim < 1:
         raise ValueError(f"n={n}, trim={trim}: need n >= 1 and 0 <= trim < 1")
-    if n > len(allowed):
-        raise ValueError(f"{n} images wanted from a pool of {len(allowed)}: take fewer, or a larger pool")
-    ranks = np.random.default_rng(seed).permutation(n_images) if strategy == "random" else _ranks(scores, strategy)
+    if n > size:
+        raise ValueError(f"{n} images wanted from a pool of {size}: take fewer, or a larger pool")
+    ranks = np.random.default_rng(seed).permutation(size) if strategy == "random" else _ranks(scores, strategy)
     chosen = []
-    for members, quota, name in groups(labels, n_classes, allowed, n):
+    for members, quota, name in groups(labels, n_classes, size, n):
         order = members[np.argsort(ranks[members], kind="stable")]
         order = order[int(trim * len(order)) :] if strategy == "trimmed" else order
         if len(order) < quota:
@@ -102,26 +98,13 @@ def _ranks(scores: Tensor | None, strategy: str) -> np.ndarray:
     return -values if strategy == "highest" else values
 
 
-def _positions(pool: Tensor, n_images: int) -> np.ndarray:
-    """The pool, ascending, checked for range and repeats."""
-    positions = pool.cpu().numpy()
-    if len(positions) and (positions.min() < 0 or positions.max() >= n_images):
-        raise ValueError(f"the pool names position {int(positions.max())} (or below 0) of {n_images} images")
-    if len(np.unique(positions)) != len(positions):
-        raise ValueError("the pool names an image twice: sets would repeat it")
-    return np.sort(positions)
-
-
-def groups(
-    labels: Tensor | None, n_classes: int | None, allowed: np.ndarray, n: int
-) -> list[tuple[np.ndarray, int, str]]:
-    """(positions, images per set, name) of every class, or of the whole pool."""
+def groups(labels: Tensor | None, n_classes: int | None, size: int, n: int) -> list[tuple[np.ndarray, int, str]]:
+    """(positions, images per set, name) of every class of ``size`` images, or of all of them."""
     if labels is None:
-        return [(allowed, n, "the pool")]
+        return [(np.arange(size), n, "the pool")]
     classes = labels.cpu().numpy()
     n_classes = n_classes or int(classes.max()) + 1
-    members = [allowed[classes[allowed] == c] for c in range(n_classes)]
-    for c, group in enumerate(members):
-        if len(group) == 0:
-            raise ValueError(f"class {c} of {n_classes} has no image in the pool: balance is impossible")
+    members = [np.flatnonzero(classes == c) for c in range(n_classes)]
+    if empty := [c for c, group in enumerate(members) if len(group) == 0]:
+        raise ValueError(f"class {empty[0]} of {n_classes} has no image in the pool: balance is impossible")
     return [(group, n // n_classes + (c < n % n_classes), f"class {c}") for c, group in enumerate(members)]

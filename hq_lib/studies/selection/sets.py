@@ -113,11 +113,11 @@ class Pool:
         labels = self.images.labels if choice.balanced and n >= self.images.spec.n_classes else None
         if choice.strategy in ("herding", "k_center"):
             method, seen = getattr(features, choice.strategy), self.seen.penultimate
-            parts = [(torch.from_numpy(own), k) for own, k, _ in groups(labels, None, np.arange(n_pool), n) if k]
+            parts = [(torch.from_numpy(own), k) for own, k, _ in groups(labels, None, n_pool, n) if k]
             chosen = torch.cat([own[method(seen[own], k)] for own, k in parts])
             return selection.check_set(chosen.sort().values, n)
         scores = self.scores(choice.metric) if choice.metric else None
-        of = {"labels": labels, "n_classes": self.images.spec.n_classes, "pool": torch.arange(n_pool)}
+        of = {"labels": labels, "n_classes": self.images.spec.n_classes, "n_images": n_pool}
         return selection.select(scores, n, strategy=choice.strategy, seed=self.draw, **of)  # type: ignore[arg-type]
 
     def manifest(self, name: str, chosen: Tensor) -> Manifest:
