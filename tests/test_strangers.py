@@ -302,7 +302,7 @@ def more_readers(folder, record):
     torch.save({"state_dict": models.build("lenet").state_dict()}, folder / "public.pt")
     net = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    identity = TrainConfig(epochs=3, lr=0.1).as_dict()
+    identity = asdict(TrainConfig(epochs=3, lr=0.1))
     run_state.begin(folder / "run", identity)
     run_state.save(folder / "run", {"history": [], "net": net.state_dict(), "optimizer": optimizer.state_dict()})
     run = {name: (folder / "run" / name).read_bytes() for name in (run_state.STATE, run_state.CONFIG)}

@@ -93,18 +93,13 @@ def compare(original: fx.GraphModule, changed: fx.GraphModule, example: Example,
         DisagreementError: names the first layer that differs by more than ``TOLERANCE`` of its largest output, or
                            whose value in ``original`` is not finite.
     """
-    needed = {*same_value.values(), OUTPUT}
     wanted: dict[str, list[Tensor]] = {}
-
-    def remember(node: fx.Node, value: Any) -> None:
-        if node.name in needed:
-            wanted[node.name] = _tensors(value)
+    _run(original, example, lambda node, value: wanted.update({node.name: _tensors(value)}))
 
     def check(node: fx.Node, value: Any) -> None:
         if node.op == OUTPUT or (node.op == "call_module" and node.target in same_value):
             _compare(str(node.target), _tensors(value), wanted[same_value.get(str(node.target), OUTPUT)])
 
-    _run(original, example, remember)
     _run(changed, example, check)
 
 

@@ -8,7 +8,6 @@ regions inside one module of a class that adds or concatenates (a BasicBlock, an
 without) are one block. No class is known by name.
 """
 
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,8 @@ from hq_lib.graph.modes import module_path
 from hq_lib.graph.ops import kinds
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import trace
+
+Owners = dict[fx.Node, str | None]
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ def blocks(net: nn.Module) -> list[Block]:
     image = [node for node, kind in kind_of.items() if kind == "input"]
     if len(image) != 1 or "layer" not in kind_of.values():
         raise QuantizeError(f"blocks need one input tensor and at least one layer; this net has {len(image)} inputs")
-    scopes = scopes_with_joins(gm)
-    joined = _join(_regions(kind_of), kind_of, scopes)
+    owner_of = owners(gm)
+    joined = _join(_regions(kind_of), kind_of, owner_of)
     inputs = [image[0], *(region[-1] for region in joined[:-1])]
-    return [_block(region, before, kind_of, scopes) for region, before in zip(joined, inputs, strict=True)]
+    return [_block(region, before, kind_of, owner_of) for region, before in zip(joined, inputs, strict=True)]
 
 
 def extract_block(gm: fx.GraphModule, block: Block) -> fx.GraphModule:
@@ -108,14 +109,14 @@ def _regions(kind_of: dict[fx.Node, str]) -> list[list[fx.Node]]:
     return regions[:-1] if not regions[-1] else regions
 
 
-def _join(regions: list[list[fx.Node]], kind_of: dict[fx.Node, str], scopes: Collection[str]) -> list[list[fx.Node]]:
+def _join(regions: list[list[fx.Node]], kind_of: dict[fx.Node, str], owner_of: Owners) -> list[list[fx.Node]]:
     joined: list[list[fx.Node]] = []
     ahead: list[fx.Node] = []  # pools and reshapes that wait for the layer they precede
     last_owner: str | None = None
     for region in regions:
         compute = [node for node in region if kind_of[node] not in ("shape", "param")]
-        owners = {owner_of(node, scopes) for node in compute}
-        owner = owners.pop() if len(owners) == 1 else None
+        several = {owner_of[node] for node in compute}
+        owner = several.pop() if len(several) == 1 else None
         region_kinds = {kind_of[node] for node in compute}
         follows = not ahead and region_kinds <= {"norm", "relu", "clip", "act", "quantizer", "other", "mul"}
         if joined and (follows or (owner is not None and owner == last_owner)):
@@ -130,31 +131,28 @@ def _join(regions: list[list[fx.Node]], kind_of: dict[fx.Node, str], scopes: Col
     return joined
 
 
-def _block(region: list[fx.Node], before: fx.Node, kind_of: dict[fx.Node, str], scopes: Collection[str]) -> Block:
-    layers = tuple(str(node.target) for node in region if kind_of[node] == "layer")
-    owner = next((owner for node in region if kind_of[node] == "layer" and (owner := owner_of(node, scopes))), None)
+def _block(region: list[fx.Node], before: fx.Node, kind_of: dict[fx.Node, str], owner_of: Owners) -> Block:
+    layers = [node for node in region if kind_of[node] == "layer"]
+    names = tuple(str(node.target) for node in layers)
     return Block(
-        name=owner or layers[0],
+        name=next((owner for node in layers if (owner := owner_of[node])), names[0]),
         input=before.name,
         output=region[-1].name,
         nodes=tuple(node.name for node in region),
-        layers=layers,
+        layers=names,
         residual=any(kind_of[node] in ("add", "mul", "concat") for node in region),
     )
 
 
-def scopes_with_joins(gm: fx.GraphModule) -> frozenset[str]:
-    """Return the paths of all modules of every class that somewhere adds or concatenates (a residual block's class)."""
+def owners(gm: fx.GraphModule) -> Owners:
+    """Return for each node the outermost module it was made in whose class somewhere adds or concatenates.
+
+    That is the path of a residual block, whatever its class; None outside of such.
+    """
     kind_of = kinds(gm)
     joining = {
         path[-1][1]
         for node, kind in kind_of.items()
         if kind in ("add", "concat") and (path := module_path(node)) and path[-1][1] != torch.typename(nn.Sequential)
     }
-    everywhere: Iterable[tuple[str, str]] = (entry for node in kind_of for entry in module_path(node))
-    return frozenset(path for path, kind in everywhere if kind in joining)
-
-
-def owner_of(node: fx.Node, scopes: Collection[str]) -> str | None:
-    """Return the outermost of ``scopes`` whose ``forward`` made ``node``, or None."""
-    return next((path for path, _ in module_path(node) if path in scopes), None)
+    return {node: next((path for path, kind in module_path(node) if kind in joining), None) for node in kind_of}

@@ -11,36 +11,27 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from hq_lib.graph.layers import is_plain
 from hq_lib.graph.modes import FollowsMode
 
 Kind = Literal["conv_bn", "linear_bn", "conv_transpose_bn", "bn_conv", "bn_linear"]
 Layer = _ConvNd | nn.Linear
 
-_LAYERS: tuple[tuple[type[nn.Module], str], ...] = (
-    *((cls, "conv_transpose") for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
-    *((cls, "conv") for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-    (nn.Linear, "linear"),
-)
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
 def layer_kind(module: nn.Module | None) -> str:
-    """Return "conv", "conv_transpose" or "linear", or "" for any other module.
-
-    A subclass with a ``forward`` of its own (weight standardization, say) is another module: its weight is not what it
-    multiplies with.
-    """
-    for cls, kind in _LAYERS:
-        if isinstance(module, cls):
-            plain = all(getattr(type(module), f, 0) is getattr(cls, f, 0) for f in ("forward", "_conv_forward"))
-            return kind if plain else ""
-    return ""
+    """Return "conv", "conv_transpose" or "linear", or "" for any other module, one that is not ``is_plain`` too."""
+    if not isinstance(module, Layer) or not is_plain(module):
+        return ""
+    return "linear" if isinstance(module, nn.Linear) else f"conv{'_transpose' * module.transposed}"
 
 
 def find_norms(gm: fx.GraphModule) -> list[fx.Node]:
     """Return the nodes that run a batch norm, modules and functional ones, in order of execution."""
-    return [n for n in gm.graph.nodes if isinstance(_module(n), _BatchNorm) or _is_functional_norm(n)]
+    nodes = gm.graph.nodes
+    return [n for n in nodes if "batch_norm" in getattr(n.target, "__name__", "") or isinstance(_module(n), _BatchNorm)]
 
 
 def find_opaque_norms(gm: fx.GraphModule) -> list[str]:
@@ -134,10 +125,6 @@ def _entangled(node: fx.Node) -> str:
 def _module(node: fx.Node) -> nn.Module | None:
     owner = node.graph.owning_module
     return owner.get_submodule(str(node.target)) if owner is not None and node.op == "call_module" else None
-
-
-def _is_functional_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and "batch_norm" in getattr(node.target, "__name__", "")
 
 
 def _is_identity(node: fx.Node) -> bool:

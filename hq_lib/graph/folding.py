@@ -87,19 +87,8 @@ def fold_bn(
     return folded
 
 
-def folded_weight_bias(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    *,
-    kind: Kind,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of the one layer that equals the layer and its BN in eval mode.
+def folded_weight_bias(layer: Any, bn: Any, *, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias of the one layer that equals ``layer`` and its BN ``bn`` in eval mode.
 
         g = gamma / sqrt(var + eps),  h = beta - g mean
         BN after:    W'_c = g_c W_c,                      b'_c = g_c b_c + h_c          (c: output channel)
@@ -108,19 +97,18 @@ def folded_weight_bias(
     The second needs every output to see all k, so no zero padding. BN: Ioffe & Szegedy 2015, algorithm 2.
 
     Args:
-        weight:      (C_out, C_in / groups, *k), of a transposed convolution (C_in, C_out / groups, *k).
-        bias:        (C_out,), or None for 0.
-        mean, var:   (C,), C the channels that the BN sees.
-        eps:         > 0, the BN's.
-        gamma, beta: (C,), or None for 1 and 0.
-        kind:        order and layer, e.g. "conv_bn": the convolution first.
-        groups:      of the convolution.
+        layer: weight (C_out, C_in / groups, *k), of a transposed convolution (C_in, C_out / groups, *k).
+        bn:    with running statistics.
+        kind:  order and layer, e.g. "conv_bn": the convolution first.
 
     Returns:
-        Weight and bias, shapes as given, bias (C_out,). Gradients pass to every tensor given.
+        Weight, shaped as given, and bias (C_out,), float64 on the CPU (some devices have no float64).
     """
-    check_known(kind, get_args(Kind), "kind")
-    g = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
+    given = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    wide: list[Any] = [None if v is None else v.detach().cpu().double() for v in given]
+    weight, bias, mean, var, gamma, beta = wide
+    groups = getattr(layer, "groups", 1)
+    g = torch.rsqrt(var + bn.eps) if gamma is None else gamma * torch.rsqrt(var + bn.eps)
     h = -g * mean if beta is None else beta - g * mean
     # (groups, C_out / groups, C_in / groups, positions), of a transposed convolution C_in first
     blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
@@ -143,17 +131,12 @@ def per_channel_ranges(net: nn.Module) -> pd.DataFrame:
     for name, layer in net.named_modules():
         if isinstance(layer, Layer):
             kind = "linear" if isinstance(layer, nn.Linear) else f"conv{'_transpose' * layer.transposed}"
-            low, high = (v.tolist() for v in torch.aminmax(_by_output(layer), dim=1))
+            weight = layer.weight.detach()
+            if isinstance(layer, _ConvTransposeNd):  # (groups, C_in / groups, C_out / groups, *k) by output channel
+                weight = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+            low, high = (v.tolist() for v in torch.aminmax(weight.flatten(1), dim=1))
             rows += [(name, kind, c, a, b, max(-a, b)) for c, (a, b) in enumerate(zip(low, high, strict=True))]
     return pd.DataFrame(rows, columns=["layer", "kind", "channel", "w_min", "w_max", "max_abs"])
-
-
-def _by_output(layer: Layer) -> Tensor:
-    weight = layer.weight.detach()
-    if not isinstance(layer, _ConvTransposeNd):
-        return weight.flatten(1)
-    blocks = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, C_in / groups, C_out / groups, *k)
-    return blocks.transpose(1, 2).reshape(layer.out_channels, -1)
 
 
 def _fold_all(gm: fx.GraphModule) -> tuple[list[Fold], dict[str, str]]:
@@ -182,9 +165,13 @@ def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> 
         return Fold(bn, "", "", found)
     node, kind = found
     name = str(node.target)
-    layer = _absorbed(gm.get_submodule(name), gm.get_submodule(bn), kind)
-    if layer is None:
+    layer: Any = copy.deepcopy(gm.get_submodule(name))
+    grad = layer.weight.requires_grad
+    weight, bias = (v.to(layer.weight) for v in folded_weight_bias(layer, gm.get_submodule(bn), kind=kind))
+    if not (weight.isfinite().all() and bias.isfinite().all()):
         return Fold(bn, "", "", "the folded weights are not finite: look at its statistics and at the weights' dtype")
+    make_plain_(layer)
+    layer.weight, layer.bias = nn.Parameter(weight, grad), nn.Parameter(bias, grad)
     if kind.endswith("_bn"):
         same_value[name] = norm.name
     else:
@@ -194,24 +181,6 @@ def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> 
     gm.graph.erase_node(norm)
     gm.delete_submodule(bn)
     return Fold(bn, name, kind, "")
-
-
-def _absorbed(layer: Any, bn: Any, kind: Kind) -> nn.Module | None:
-    """Return a copy of ``layer`` with the weight and bias that make up for ``bn``; None where they are not finite."""
-    wide: list[Any] = [
-        None if v is None else v.detach().cpu().double()  # on the CPU: some devices have no float64
-        for v in (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    ]
-    w, b, mean, var, gamma, beta = wide
-    folded = folded_weight_bias(w, b, mean, var, bn.eps, gamma, beta, kind=kind, groups=getattr(layer, "groups", 1))
-    weight, bias = (value.to(layer.weight) for value in folded)
-    if not (weight.isfinite().all() and bias.isfinite().all()):
-        return None
-    grad = layer.weight.requires_grad
-    plain = copy.deepcopy(layer)
-    make_plain_(plain)
-    plain.weight, plain.bias = nn.Parameter(weight, grad), nn.Parameter(bias, grad)
-    return plain
 
 
 def _norm_name(norm: fx.Node) -> str:

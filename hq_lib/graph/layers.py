@@ -9,6 +9,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether ``layer`` computes as its class in torch does.
+
+    A subclass with a ``forward`` of its own (weight standardization, say) does not: its weight is not what it
+    multiplies with.
+    """
+    own = (type(layer).forward, getattr(type(layer), "_conv_forward", nn.Module.forward))
+    return all(f.__module__.startswith("torch.nn.modules") for f in own)
+
+
 def make_plain_(layer: nn.Module) -> None:
     """Give a parametrized ``layer`` (weight norm, spectral norm) the plain weight that it computes with in its mode.
 

@@ -7,7 +7,7 @@ altogether in the other mode (a DropPath) stay one call. What differs beyond tha
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 Place = int | str
 Traced = Callable[[Sequence[type[nn.Module]]], fx.Graph]
 Pair = tuple[fx.Node | None, fx.Node | None]
+Flags = tuple[fx.Node, dict[Place, bool]]
 
 
 @contextmanager
@@ -88,18 +89,11 @@ class OneMode(nn.Identity):
         return input
 
 
-class ModeReading(NamedTuple):
-    """A graph and what its network does in the other mode."""
-
-    graph: fx.Graph
-    flags: list[tuple[fx.Node, dict[Place, bool]]]
-    """calls and those of their flags, with the values traced, that the other mode turns over"""
-    only_here: str | None
-    """where the network runs other operations in the other mode; None where it does not"""
-
-
-def read_modes(net: nn.Module, traced: Traced) -> ModeReading:
+def read_modes(net: nn.Module, traced: Traced) -> tuple[fx.Graph, list[Flags], str | None]:
     """Return the graph of ``net`` in its own modes, in which it is left, and how the other modes differ.
+
+    That is the calls of which the other mode turns flags over, with their values as traced, and where the network runs
+    other operations there; None where it does not.
 
     Args:
         net:    the network.
@@ -112,33 +106,32 @@ def read_modes(net: nn.Module, traced: Traced) -> ModeReading:
             with _other_mode(net):
                 other = traced(leaves)
         except ValueError as error:  # of the tracer
-            return ModeReading(graph, [], f"cannot be traced there: {error}".splitlines()[0])
+            return graph, [], f"cannot be traced there: {error}".splitlines()[0]
         found = _compared(graph, other)
         if isinstance(found, list):
-            return ModeReading(graph, found, None)
+            return graph, found, None
         small = _small_module(net, found, leaves)
         if small is None:
             node = found[1] or found[0]
-            return ModeReading(graph, [], "in its output" if node is None else f"at {line_of(node)}")
+            return graph, [], "in its output" if node is None else f"at {line_of(node)}"
         leaves.append(small)
 
 
-def follow_modes(gm: fx.GraphModule, net: nn.Module, reading: ModeReading) -> None:
-    """Make ``gm``, the graph of ``reading``, follow modes as ``net`` does, in place; or refuse the other mode."""
-    for node, flags in reading.flags:
+def follow_modes(gm: fx.GraphModule, net: nn.Module, flags: Sequence[Flags], only_here: str | None) -> None:
+    """Make ``gm``, with what ``read_modes`` found, follow modes as ``net`` does, in place; or refuse the other mode."""
+    for node, in_training in flags:
         owner = (module_path(node) or [("", "")])[-1][0]
         training = net.get_submodule(owner).training
-        module = FollowsMode(node.target, {place: value == training for place, value in flags.items()})  # type: ignore[arg-type]
+        module = FollowsMode(node.target, {place: value == training for place, value in in_training.items()})  # type: ignore[arg-type]
         node.op, node.target = "call_module", f"{owner}.{node.name}".lstrip(".")
         gm.add_submodule(node.target, module.train(training))
-    if reading.only_here is not None:
+    if only_here is not None:
         image = next(node for node in gm.graph.nodes if node.op == "placeholder")
-        gm.add_submodule("one_mode", OneMode(type(net).__name__, net.training, reading.only_here).train(net.training))
+        gm.add_submodule("one_mode", OneMode(type(net).__name__, net.training, only_here).train(net.training))
         with gm.graph.inserting_after(image):
             guard = gm.graph.call_module("one_mode", (image,))
         image.replace_all_uses_with(guard, delete_user_cb=lambda user: user is not guard)
-    if reading.flags or reading.only_here is not None:
-        gm.recompile()
+    gm.recompile()
 
 
 @contextmanager
@@ -155,7 +148,7 @@ def _other_mode(net: nn.Module) -> Iterator[None]:
             delattr(net, name)
 
 
-def _compared(own: fx.Graph, other: fx.Graph) -> list[tuple[fx.Node, dict[Place, bool]]] | Pair:
+def _compared(own: fx.Graph, other: fx.Graph) -> list[Flags] | Pair:
     """Return the nodes that differ in flags alone, with those; or the first two nodes that differ otherwise."""
     ours, theirs = [*own.nodes, None], [*other.nodes, None]
     back: dict[Any, fx.Node] = {}

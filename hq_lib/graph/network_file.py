@@ -100,15 +100,11 @@ def load(path: str | os.PathLike, net: nn.Module | None = None) -> QuantizedNet:
         raise CheckpointError(f"{name} holds a network of its maker's own ({record.get('class')}): load(path, net=...) "
                               "with that float network, untrained")  # fmt: skip
     try:
-        with torch.random.fork_rng(devices=[]):  # what building draws is not the caller's concern
-            qnet = _skeleton(record, tensors, net)
+        qnet = _skeleton(record, tensors, net)
         restore(qnet, tensors, record)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{name} does not fit the network it is loaded into ({type(error).__name__}: {error})"
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{name} does not fit the network it is loaded into ({said})") from error
     qnet.meta["record"] = record
     return qnet.eval()
 
@@ -150,8 +146,7 @@ def _again(qnet: QuantizedNet, tensors: Mapping[str, Tensor], record: Mapping[st
             put(again, name, quantizer)
     else:
         try:
-            with torch.random.fork_rng(devices=[]):
-                again = _skeleton(record, tensors, None)
+            again = _skeleton(record, tensors, None)
         except (CheckpointError, ValueError) as error:
             raise QuantizeError(f"record['model'] = {record['model']!r} does not build this network ({error}); leave "
                                 "it out to save it as one of your own") from error  # fmt: skip
@@ -193,6 +188,7 @@ def _operations(qnet: QuantizedNet) -> list[str]:
     return lines
 
 
+@torch.random.fork_rng(devices=[])  # what building draws is not the caller's concern
 def _skeleton(record: Mapping[str, Any], tensors: Mapping[str, Tensor], net: nn.Module | None) -> QuantizedNet:
     """The network of a record, quantized and unfitted: ``net``, or the one of the name in the record."""
     net = build_recorded(record, tensors) if net is None else copy.deepcopy(unwrap(net))

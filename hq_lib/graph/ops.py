@@ -50,12 +50,15 @@ _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 _NONNEGATIVE = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus"}
 
 
+def _called(node: fx.Node, gm: fx.GraphModule) -> tuple[Any, nn.Module | None]:
+    """Return the target of ``node`` and the module that it is, None for a function, one that follows a mode too."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return (module.function, None) if isinstance(module, FollowsMode) else (node.target, module)
+
+
 def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
     """Return the operation of ``node`` in one spelling: lower case without underscores, e.g. "maxpool2d"."""
-    target: Any = node.target
-    module = gm.get_submodule(target) if node.op == "call_module" else None
-    if isinstance(module, FollowsMode):
-        target, module = module.function, None
+    target, module = _called(node, gm)
     if module is not None:
         classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
         found = next(classes, nn.Module)
@@ -108,8 +111,7 @@ def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:
     owner, made = (module_path(node) or [("", "Module")])[-1]
     made = made.rpartition(".")[2]
     who = f"{owner or 'the network'!r}, at {line_of(node)},"
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    module = None if isinstance(module, FollowsMode) else module
+    module = _called(node, gm)[1]
     leave = f"or leave it in float: quantize(..., leaf_modules=({owner!r},))"
     if name in LAYERS and module is None:
         raise QuantizeError(
@@ -147,12 +149,8 @@ def lower_bound(node: fx.Node, gm: fx.GraphModule) -> float | None:
     name = op_name(node, gm)
     if name == "relu6":
         return 0.0
-    if node.op == "call_module":
-        bound = getattr(gm.get_submodule(str(node.target)), "min_val", None)
-    else:
-        default = -1.0 if name == "hardtanh" else None
-        position = node.args[1] if len(node.args) > 1 and name not in ("clampmax", "threshold") else default
-        bound = node.kwargs.get("min_val", node.kwargs.get("min", position))
+    default = node.kwargs.get("min", -1.0 if name == "hardtanh" else None)
+    bound = _option(node, gm, "min_val", 99 if name in ("clampmax", "threshold") else 1, default)
     return float(bound) if isinstance(bound, int | float) else None
 
 

@@ -13,6 +13,7 @@ tensors that a concatenation joins share one quantizer, and so do a quantized te
 ends must be levels). The network's output stays in float.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,8 @@ from hq_lib.graph.modes import module_path
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, nonnegative
 from hq_lib.graph.spec import QuantizeError, Spec
 
-LAYER_TYPES = ("first", "last", "depthwise", "linear")
 _SOURCES = {"input", "layer", "norm", "clip", "act", "add", "mul", "avgpool", "other"}
-_FOLLOWERS = {"layer": {"norm", "relu", "clip"}}
-_DEFAULT_FOLLOWERS = {"relu", "clip"}
+_FOLLOWERS = {"input": set[str](), "layer": {"norm", "relu", "clip"}}
 _THROUGH = {"pass", "concat", "relu"}
 
 
@@ -68,7 +67,8 @@ def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:
     kind_of = kinds(gm)
     tails = _tails(kind_of)
     if placement == "academic":
-        tails = {source: tail for source, tail in tails.items() if not _only_feeds_adds(source, tail, kind_of)}
+        only_added = [tail for tail in tails.values() if _readers(tail, kind_of, {"pass"}) - {"shape"} == {"add"}]
+        tails = {s: tail for s, tail in tails.items() if kind_of[s] != "layer" or tail not in only_added}
     names, signs = _names(tails, kind_of), nonnegative(gm, kind_of)
     roles = _roles(tails, kind_of, through_pools=placement == "academic")
     groups = _groups(tails.values(), kind_of)
@@ -105,53 +105,36 @@ def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
         if kind not in _SOURCES or node in absorbed:
             continue
         chain = [node]
-        followers = _FOLLOWERS.get(kind, _DEFAULT_FOLLOWERS) if kind != "input" else set()
+        followers = _FOLLOWERS.get(kind, {"relu", "clip"})
         while len(chain[-1].users) == 1 and kind_of[user := next(iter(chain[-1].users))] in followers:
             chain.append(user)
         absorbed.update(chain)
         several = "shape" in next(iter(kind_of)).meta and "shape" not in chain[-1].meta  # tensors, each on its own grid
-        if _is_read(chain[-1], kind_of) and not several:
+        if _readers(chain[-1], kind_of, _THROUGH) - {"output", "shape"} and not several:
             tails[node] = chain[-1]
     return tails
 
 
-def _is_read(node: fx.Node, kind_of: dict[fx.Node, str]) -> bool:
-    """Whether any operation computes with ``node``: it is more than the network's reshaped output."""
-    return any(
-        _is_read(user, kind_of) if kind_of[user] in _THROUGH else kind_of[user] not in ("output", "shape")
-        for user in node.users
-    )
-
-
-def _readers(node: fx.Node, kind_of: dict[fx.Node, str]) -> set[str]:
-    """Return the kinds of the operations that read ``node``, seen through reshapes."""
+def _readers(node: fx.Node, kind_of: dict[fx.Node, str], through: set[str]) -> set[str]:
+    """Return the kinds of the operations that read ``node``, seen through those of the kinds ``through``."""
     found: set[str] = set()
     for user in node.users:
-        found |= _readers(user, kind_of) if kind_of[user] == "pass" else {kind_of[user]}
+        found |= _readers(user, kind_of, through) if kind_of[user] in through else {kind_of[user]}
     return found
-
-
-def _only_feeds_adds(source: fx.Node, tail: fx.Node, kind_of: dict[fx.Node, str]) -> bool:
-    return kind_of[source] == "layer" and _readers(tail, kind_of) - {"shape"} == {"add"}
 
 
 def _names(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> dict[fx.Node, str]:
     names: dict[fx.Node, str] = {}
-    taken: set[str] = set()
     for node in tails:
-        base = "input" if kind_of[node] == "input" else _base_name(node, kind_of[node])
-        name, n = base, 0
-        while name in taken:
-            n += 1
-            name = f"{base}_{n}"
-        taken.add(name)
-        names[node] = name
+        base = _base_name(node, kind_of[node])
+        again = (f"{base}_{n}" for n in itertools.count(1))
+        names[node] = next(name for name in itertools.chain([base], again) if name not in names.values())
     return names
 
 
 def _base_name(node: fx.Node, kind: str) -> str:
-    if node.op == "call_module":
-        return str(node.target)
+    if kind == "input" or node.op == "call_module":
+        return "input" if kind == "input" else str(node.target)
     spelled = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
     operation = spelled.strip("_")
     if kind in ("add", "mul"):
@@ -201,7 +184,7 @@ def last_layers(kind_of: dict[fx.Node, str]) -> list[fx.Node]:
 
 
 def layer_types(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
-    """Return for each layer by name, in execution order, which of ``LAYER_TYPES`` it is."""
+    """Return for each layer by name, in execution order, which of ``spec.LAYER_TYPES`` it is."""
     kind_of = kinds(gm)
     layers = [node for node, kind in kind_of.items() if kind == "layer"]
     last = {str(node.target) for node in last_layers(kind_of)}

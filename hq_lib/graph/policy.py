@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from hq_lib.graph.lists import list_bits
-from hq_lib.graph.overrides import apply_overrides, statements
 from hq_lib.graph.report import report
 from hq_lib.graph.spec import (
     FLOAT_BITS,
     HYBRID,
     PolicyError,
     Spec,
+    apply_overrides,
     check_width,
     make_quantizer,
     parse_spec,
+    statements,
     unknown_key,
 )
 
@@ -103,7 +104,7 @@ class BitPolicy:
                 check_width(getattr(self, name), f"policy.{name}")
         overrides: dict[str, dict[str, Any]] = {}
         for pattern, said, _, like in statements(self.overrides):
-            overrides.setdefault(pattern, {})[said] = like
+            overrides.setdefault(pattern, {})[said] = like.to_plain() if isinstance(like, Spec) else like
         object.__setattr__(self, "overrides", overrides)
         if self.input_bits is None:
             quantized = self.placement == "deploy" and not self.act.is_float
@@ -177,14 +178,7 @@ class BitPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as plain data (what YAML and records hold); ``from_dict`` reads it back."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain |= {"weight": self.weight.to_plain(), "act": self.act.to_plain()}
-        plain["overrides"] = {
-            pattern: {kind: like.to_plain() if isinstance(like, Spec) else like for kind, like in entry.items()}
-            for pattern, entry in self.overrides.items()
-        }
-        plain["hybrid_rule"] = self.hybrid_rule and asdict(self.hybrid_rule)
-        return plain
+        return asdict(self) | {"weight": self.weight.to_plain(), "act": self.act.to_plain()}
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "BitPolicy":

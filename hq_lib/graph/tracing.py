@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from hq_lib.graph.inplace import changed_by, read_after_change
+from hq_lib.graph.layers import is_plain
 from hq_lib.graph.modes import eval_mode, follow_modes, read_modes
 from hq_lib.results.hints import nearest_few
 
@@ -71,10 +72,10 @@ def trace(
         except Exception as error:
             raise UntraceableError(_explain(net, tracer.failed_in, error)) from error
 
-    reading = read_modes(net, traced)
-    gm = fx.GraphModule(net, reading.graph, class_name=type(net).__name__)
+    graph, flags, only_here = read_modes(net, traced)
+    gm = fx.GraphModule(net, graph, class_name=type(net).__name__)
     copy_modes_(net, gm)
-    follow_modes(gm, net, reading)
+    follow_modes(gm, net, flags, only_here)
     read_after_change(gm)
     return gm
 
@@ -187,8 +188,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether ``m`` stays one call: torch.nn's own, asked for, or a plain subclass of conv, linear or BN."""
-        own = (type(m).forward, getattr(type(m), "_conv_forward", nn.Module.forward))
-        plain = isinstance(m, _ATOMS) and all(f.__module__.startswith("torch.nn") for f in own)
+        plain = isinstance(m, _ATOMS) and is_plain(m)
         theirs = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _ATOMS)
         return plain or theirs or self._asked(m) or isinstance(m, self.more)
 

@@ -6,12 +6,11 @@
     ptq.reconstruct(qnet, images, ptq.qdrop(iterations=500), folder=run_folder, progress=print)
     integer.lower(qnet, images=spec)                          # the image, float in this policy, on 8 bits
 
-``ranges`` method name -> grids; ``config`` every switch, and AdaRound, BRECQ and
-QDrop as settings of it; ``reconstruction`` the loop; ``units`` its regions, AdaRound put in place,
-and how the error grows block by block; ``cache`` its activations inside a memory
-budget; ``dropping`` QDrop's masks; ``fisher`` BRECQ's weights of the loss; ``progress`` reports and the files of a run;
-``equalization`` ranges evened out before quantizing, batch norms measured again after it; ``allocation`` ACIQ's bits
-per channel and its correction of moments.
+``ranges`` method name -> grids; ``config`` every switch, and AdaRound, BRECQ and QDrop as settings of it;
+``reconstruction`` the loop; ``units`` its regions, AdaRound put in place, and how the error grows block by block;
+``cache`` its activations inside a memory budget; ``dropping`` QDrop's masks; ``fisher`` BRECQ's weights of the loss;
+``progress`` reports and the files of a run; ``equalization`` ranges evened out before quantizing, batch norms measured
+again after it; ``allocation`` ACIQ's bits per channel and its correction of moments.
 """
 
 from hq_lib.ptq.allocation import correct_moments, fit_allocated
