@@ -121,14 +121,17 @@ def export(
 ) -> None:  # fmt: skip
     """Write a network's integers for C (c: a container; board: sources), ONNX, NumPy, or an FPGA's memories.
 
-    A float network trained with ReLU1 becomes seed 002's files with --to fpga.
+    A float chain with ReLU1, or ReLU and training images, becomes seed 002's files with --to fpga. With
+    --set requantizer=fixed there are no floats in the arithmetic.
 
     Example: hq export net.safetensors --to onnx
     """
     run, steps = _run(config, set_, net=net, root=root, output=output)
     made = steps.exported(run, file, to)
+    test = f"hq test {made}{_again(run, 'root')}"
     following = {"fpga": "its manifest.json says what each file is", "board": f"make -C {made} run"}
-    _wrote(made, None, following.get(to, f"hq test {made}{_again(run, 'root')}"))
+    following["c"] = f"{test}; --to board: sources that build as they are"
+    _wrote(made, None, following.get(to, test))
 
 
 @app.command()

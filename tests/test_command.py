@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hq_lib
-from hq_lib import data, graph, models, ptq
+from hq_lib import data, graph, integer, models, ptq
 from hq_lib.__main__ import app, main
 from hq_lib.data import sources
-from hq_lib.deploy import ENDINGS
+from hq_lib.deploy import ENDINGS, fpga
 from hq_lib.deploy.c import CompilerError, library
 from hq_lib.graph.spec import of_kind
 from hq_lib.ptq import selection
@@ -231,9 +231,12 @@ def test_a_key_of_an_inner_mapping_is_told_where_it_goes(place, key, meant):
 def test_folders_for_boards_and_fpgas(place):
     hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "w8.safetensors")
     for to in ("board", "fpga"):
-        hq("export", "w8.safetensors", "--to", to, "--net", "mynet:Net")
+        call = ("export", "w8.safetensors", "--to", to, "--net", "mynet:Net")
+        assert "--set requantizer=fixed" in hq(*call), "float32 multipliers are said, and the way out"
+        assert "float32" not in hq(*call, "--set", "requantizer=fixed")
     assert (place / "w8_board" / "main.c").exists()
-    assert (place / "w8_fpga" / "manifest.json").exists()
+    assert '"requantizer": "fixed"' in (place / "w8_fpga" / "manifest.json").read_text()
+    assert "--to board" in hq("export", "w8.safetensors", "--to", "c", "--net", "mynet:Net")
 
 
 def test_training_through_quantizers_goes_on_from_float_and_its_file_tests_alike(place):
@@ -344,6 +347,18 @@ def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):
         net.conv3.weight.fill_(1.0)[:, 0, 0, 0] = 0.0
     models.save_checkpoint(tmp_path / "wide.safetensors", net, record)
     assert "conv3: accumulator times multiplier" in hq("export", "wide.safetensors", "--to", "fpga")
+
+
+def test_a_float_chain_with_relu_becomes_seed_002s_files_in_ranges_of_its_images(place):
+    plain = ("--set", "mean=[0.0,0.0,0.0]", "--set", "std=[1.0,1.0,1.0]")  # as its hardware reads pixels
+    hq("export", "net.safetensors", "--to", "fpga", "--net", "mynet:Net", *plain)
+    made, net = fpga.read_images(place / "net_fpga"), configuration.own("mynet:Net")()
+    net.load_state_dict(models.read_checkpoint(place / "net.safetensors")[0])
+    x = data.load("digits", "test", n=200).images.float() / 255
+    with torch.no_grad():
+        want = net.eval()(x).argmax(1).numpy()
+    assert len(np.unique(want)) > 3
+    assert (integer.run(made, x.contiguous()).argmax(1) == want).mean() > 0.95
 
 
 @pytest.mark.parametrize(

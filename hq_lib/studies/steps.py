@@ -157,11 +157,16 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
     net, record = opened(file, run.net, run.options)
     spec = run.normalization(record)
     if to == "fpga" and "policy" not in record:
-        made = exporter.export(net, torch.zeros(1, *spec.in_shape), mean=spec.mean, std=spec.std)
+        example = torch.zeros(1, *spec.in_shape)
+        if any(isinstance(module, nn.ReLU) for module in net.modules()):  # whose ranges come from images
+            example = normalize(run.images("train", record, RANGE_IMAGES).images, spec)
+        made = exporter.export(net, example, mean=spec.mean, std=spec.std)
         if wide := fpga.int32_overflows(made):
             print(f"{', '.join(wide)}: accumulator times multiplier may leave int32, which wraps in seed 002's C")
         fpga.write_net(made, target, file.stem)
         return fpga.write_images(fpga.record_of(made, spec.in_shape), target).parent
+    if to in ("board", "fpga") and run.requantizer == "float32":
+        print(f"{to}: multipliers are float32 numbers; for integers alone export with --set requantizer=fixed")
     image = run.images("test", record, spec.n_classes).images[0].contiguous().numpy() if to == "board" else None
     return export(_lowered(run, file, net, record, spec), target, to, image=image)
 

@@ -7,11 +7,13 @@ import torch
 from integer_nets import NETS, POLICIES, images, quantized
 from onnx import TensorProto, numpy_helper
 
-from hq_lib import data, deploy, models
-from hq_lib.deploy.onnx import ExportError, export, run, runtime, session
+from hq_lib import data, deploy, integer, models
+from hq_lib.deploy import c
+from hq_lib.deploy.onnx import ExportError, export, run, runtime, session, to_bytes
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import ImageError, agreement, lower
 from hq_lib.integer import run as run_numpy
+from hq_lib.results import paths
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -85,6 +87,17 @@ def test_weights_of_four_bits_are_stored_in_four(policy):
         ratios = {w / (n - 16 * (n > 7)) for n, w in zip(nibbles, weight.ravel().tolist(), strict=True) if n}
         assert len(ratios) == 1
     assert np.array_equal(run(session(model), x), run_numpy(imodel, x))
+
+
+def test_resnet20_of_four_bits_takes_six_tenths_of_eight_in_every_file():
+    x, sizes = torch.randn(8, 3, 32, 32), []
+    for bits in (8, 4):
+        net, _ = models.load_checkpoint(paths.checkpoints_dir() / "resnet20_float_s0.safetensors")
+        qnet = quantize(net.eval(), BitPolicy(f"minmax:{bits}", f"minmax:{bits}", bn="fold"), x[:1])
+        calibrate(qnet, x)
+        imodel = lower(qnet)
+        sizes.append([len(integer.to_bytes(imodel)), len(c.to_bytes(imodel)), len(to_bytes(imodel))])
+    assert max(four / eight for eight, four in zip(*sizes, strict=True)) <= 0.6  # .npz, .hqm, .onnx
 
 
 def test_every_value_has_its_shape_in_the_file():

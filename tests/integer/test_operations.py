@@ -14,13 +14,14 @@ from torch import nn
 
 from hq_lib import data
 from hq_lib.crossbar import EngineNetwork, IdealEngine
-from hq_lib.deploy import onnx
+from hq_lib.deploy import fpga, onnx
 from hq_lib.deploy.c import Runtime, compiler, to_bytes
 from hq_lib.deploy.c.build import CompilerError
 from hq_lib.graph import BitPolicy, calibrate, find_sites, quantize
 from hq_lib.graph.tracing import trace
-from hq_lib.integer import LowerError, RecordError, agreement, check, lower, run
+from hq_lib.integer import LowerError, RecordError, agreement, check, from_bytes, lower, run
 from hq_lib.integer import record as r
+from hq_lib.integer import to_bytes as integer_bytes
 from hq_lib.integer.execute import real_values
 
 try:
@@ -100,9 +101,9 @@ POLICIES = {
 }
 
 
-def made(net: nn.Module, policy: BitPolicy):
+def made(net: nn.Module, policy: BitPolicy, size: int = 12):
     torch.manual_seed(0)
-    x = images(24, 12)
+    x = images(24, size)
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(torch.randn(p.shape) / p[0].numel() ** 0.5 if p.ndim > 1 else torch.rand(p.shape) / 2)
@@ -198,6 +199,18 @@ def test_what_has_no_integer_form_is_named_with_the_way_out(between, message):
         lower(made(net, BitPolicy()))
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_weights_whose_number_is_odd_come_back_from_every_file(bits, tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(27, 5))
+    policy = BitPolicy(weight=f"minmax:{bits}", act="minmax:4", first_last_bits=None)
+    model, x = lower(made(net, policy, 13)), images(5, 13, seed=3)
+    assert [op.weight.size % 2 for op in model.layers()] == [1, 1, 1]
+    everywhere_alike(model, x)
+    hexes = fpga.read_images(fpga.write_images(model, tmp_path, word_bits=36).parent)
+    for again in (from_bytes(integer_bytes(model)), hexes):
+        assert all(np.array_equal(a.weight, b.weight) for a, b in zip(again.layers(), model.layers(), strict=True))
+
+
 def test_a_product_that_could_leave_int32_is_refused():
     policy = BitPolicy(act="minmax:16", input_bits=8, first_last_bits=None)
     with pytest.raises(RecordError, match=r"'mul'.*16 bit.*int32"):
@@ -261,4 +274,5 @@ def test_mobile_networks_of_torchvision_give_equal_logits_in_every_executor(name
     assert len(np.unique(logits)) > 500
     assert int((Runtime(model).run(x) != logits).sum()) == 0
     assert int((onnx.run(onnx.session(onnx.export(model)), x) != logits).sum()) == 0
+    assert int((EngineNetwork(model, IdealEngine()).run(x[:1]) != logits[:1]).sum()) == 0
     assert max(t.largest for t in agreement(qnet, model, x, forced=True).tensors) <= 1

