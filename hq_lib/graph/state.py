@@ -13,6 +13,8 @@ from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.quantizers import Quantizer
 
+BUDGET_MIB = 1024
+"""Memory for collected activations; beyond it the batches are run again for the next tensors."""
 Choice = Callable[[nn.Module], bool]
 Fit = Callable[[nn.Module, torch.Tensor], None]
 
@@ -95,16 +97,16 @@ def calibrate(
 ) -> None:
     """Fit each activation quantizer of ``qnet`` to its input on ``batches``.
 
-    One-shot: the activation quantizers are bypassed while all images run through at once (QDrop's way), so no grid
-    depends on another's. A quantizer is fitted as soon as it has seen its input at all its places in the graph. Eval
-    mode and no gradients throughout; no random numbers; modes and switches are restored. Weight quantizers were fitted
-    by ``quantize`` and are not touched.
+    One-shot: the activation quantizers are bypassed while their inputs are collected (QDrop's way), so no
+    grid depends on another's. A quantizer sees its input over all batches, and over all its places in the graph, at
+    once. Eval mode and no gradients throughout; no random numbers; modes and switches are restored. Weight quantizers
+    were fitted by ``quantize`` and are not touched.
 
     Args:
         qnet:              from ``quantize``.
         batches:           (B, C, H, W) or several of those, float, normalised as in training (which no check can tell:
                            grids follow whatever range comes); or with their labels, which are not looked at: a
-                           ``DataLoader``, an ``ImageSet`` (normalised here). All are in memory at once.
+                           ``DataLoader``, an ``ImageSet`` (normalised here). Kept in memory.
         only:              which activation quantizers to fit (given the module); the others keep their grid and work as
                            they are switched. ``only=lambda quantizer: not quantizer.initialised`` spares trained ones.
         quantized_weights: True: activations as the quantized weights make them; False: as the float weights do.
@@ -123,31 +125,55 @@ def calibrate(
     images: list[Any] = [batch[0] if isinstance(batch, tuple | list) and batch else batch for batch in each]
     _check_images(images)
     wanted = {name for name, quantizer in act_quantizers(qnet).items() if only is None or only(quantizer)}
-    targets = [str(node.target) for node in qnet.graph.nodes if node.op == "call_module" and node.target in wanted]
-    seen: dict[str, list[Tensor]] = {target: [] for target in targets}
-
-    def look(node: fx.Node, value: Any) -> None:
-        if node.op != "call_module" or (target := str(node.target)) not in seen:
-            return
-        quantizer: Any = qnet.get_submodule(target)
-        seen[target].append(value.flatten() if getattr(quantizer, "axis", None) is None else value)
-        if len(seen[target]) == targets.count(target):
-            try:
-                (fit or Quantizer.init_from)(quantizer, torch.cat(seen.pop(target)))
-            except ValueError as error:
-                raise ValueError(f"activation quantizer {target!r}: {error}") from error
-
     weights = set_quantization(qnet, weights=None if quantized_weights else False, acts=None)
     acts = set_quantization(qnet, weights=None, acts=False, only=only)
     with eval_mode(qnet), torch.no_grad(), weights, acts:
-        NodeWatcher(qnet, look).run(torch.cat(images).to(device_of(qnet)))
+        for targets in _portions(qnet, wanted, n_images=sum(map(len, images))):
+            for target, seen in _collect(qnet, images, targets).items():
+                quantizer = qnet.get_submodule(target)
+                try:
+                    (fit or Quantizer.init_from)(quantizer, torch.cat(seen))  # type: ignore[arg-type]
+                except ValueError as error:
+                    raise ValueError(f"activation quantizer {target!r}: {error}") from error
 
 
-def _check_images(images: list[Any]) -> None:
+def _check_images(images: list[Tensor]) -> None:
     for batch in images:
         if not isinstance(batch, Tensor):
             raise QuantizeError(f"calibrate takes batches of images, got a {type(batch).__name__} among them")
         if not batch.is_floating_point():
             raise QuantizeError(f"calibrate takes normalised float images, got {batch.dtype}: data.normalize first")
-    if not images or not all(len(batch) for batch in images) or len({batch.shape[1:] for batch in images}) > 1:
-        raise QuantizeError("calibrate needs at least one image, and images of one size")
+    if not images or not all(len(batch) for batch in images):
+        raise QuantizeError("calibrate needs at least one image")
+
+
+def _portions(qnet: fx.GraphModule, wanted: set[str], *, n_images: int) -> list[list[str]]:
+    """Return ``wanted`` in execution order, in groups whose inputs fit the budget (one alone always does)."""
+    sizes: dict[str, int] = {}
+    for node in qnet.graph.nodes:
+        if node.op == "call_module" and str(node.target) in wanted:
+            size = 4 * n_images * int(torch.Size(node.meta["shape"][1:]).numel())
+            sizes[str(node.target)] = sizes.get(str(node.target), 0) + size
+    portions: list[list[str]] = []
+    room = 0
+    for target, size in sizes.items():
+        if size > room or not portions:
+            portions.append([])
+            room = BUDGET_MIB * 2**20
+        portions[-1].append(target)
+        room -= size
+    return portions
+
+
+def _collect(qnet: fx.GraphModule, images: list[Tensor], targets: list[str]) -> dict[str, list[Tensor]]:
+    seen: dict[str, list[Tensor]] = {target: [] for target in targets}
+
+    def look(node: fx.Node, value: Any) -> None:
+        if node.op == "call_module" and str(node.target) in seen:
+            per_tensor = getattr(qnet.get_submodule(str(node.target)), "axis", None) is None
+            seen[str(node.target)].append((value.flatten() if per_tensor else value).clone())  # an add may be in place
+
+    device = device_of(qnet)
+    for batch in images:
+        NodeWatcher(qnet, look).run(batch.to(device))
+    return seen
