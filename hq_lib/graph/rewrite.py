@@ -172,7 +172,11 @@ def unfitted(
         if kind == "layer" and not isinstance(layer := gm.get_submodule(name), QuantizedWeight):
             gm.set_submodule(name, _FORMS[op_name(node, gm)].from_float(layer, quantizers.get(name)))
     _insert_act_quantizers(gm, sites, quantizers)
-    return _with_graph(gm, gm.graph, f"Quantized{type(net).__name__}", gm.meta)
+    gm.graph.lint()
+    qnet = QuantizedNet(gm, gm.graph, class_name=f"Quantized{type(net).__name__}")
+    copy_modes_(gm, qnet)
+    qnet.meta = gm.meta
+    return qnet
 
 
 def fresh_quantizers(gm: fx.GraphModule) -> dict[str, Quantizer]:
@@ -208,11 +212,3 @@ def _insert_act_quantizers(gm: fx.GraphModule, sites: Iterable[Site], quantizers
             )
         node.replace_all_uses_with(inserted, delete_user_cb=lambda user, new=inserted: user is not new)
         inserted.meta = {key: node.meta[key] for key in ("nn_module_stack", "shape", "dtype") if key in node.meta}
-
-
-def _with_graph(root: nn.Module, graph: fx.Graph, class_name: str, meta: dict[str, Any]) -> QuantizedNet:
-    graph.lint()
-    qnet = QuantizedNet(root, graph, class_name=class_name)
-    copy_modes_(root, qnet)
-    qnet.meta = meta
-    return qnet

