@@ -238,10 +238,10 @@ def cached(place):
 def readers_of_runs(folder):
     """A run's YAML to the end of what it says, manifests to their images, a data cache, a bench's answers."""
     run = (
-        "model: lenet\nmethod: brecq\nbits: [4, 4]\nseed: 3\nprotocol: {iterations: 20, batch_size: 16}\n"
-        "policy: {first_last_bits: 8, overrides: {'conv*': {weight: 'minmax:6'}}}\nmean: [0.1]\nstd: [0.3]\n"
+        "model: lenet\nmethod: brecq\nbits: [4, 4]\nprotocol: {iterations: 20}\n"
+        "policy: {first_last_bits: 8, overrides: {'conv*': {weight: 'minmax:6'}}}\n"
     )
-    training = run.replace("brecq", "pact").replace("iterations: 20", "epochs: 3, lr: 0.1")
+    training = "model: lenet\nmethod: pact\nseed: 3\nprotocol: {epochs: 3, lr: 0.1}\nmean: [0.1]\nstd: [0.3]\n"
     lists = "model: lenet\nmethod: lsq\nlists: {layer_abit: [8, 4], layer_wbit: [8, 2]}\n"
     net = nn.Sequential(OrderedDict(conv1=nn.Conv2d(1, 2, 3), relu=nn.ReLU(), flat=nn.Flatten(), fc=nn.Linear(8, 2)))
 
