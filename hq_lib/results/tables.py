@@ -46,11 +46,23 @@ def with_bits(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_switches(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """A copy with these settings of ``switches`` as columns; NaN where a row has none."""
+    """A copy with these settings of ``switches`` as columns, unless they are; NaN where a row has none."""
     found = [json.loads(text) for text in frame["switches"]]
     kind: Any = None if found else "object"  # nothing is not taken for numbers
-    columns = {name: pd.Series([each.get(name) for each in found], frame.index, kind) for name in names}
-    return frame.assign(**columns)
+    new = [name for name in names if name not in frame]
+    return frame.assign(**{name: pd.Series([each.get(name) for each in found], frame.index, kind) for name in new})
+
+
+def wide(rows: pd.DataFrame, *index: str) -> pd.DataFrame:
+    """A line for each cell of ``index`` (columns or settings of ``switches``), its metrics' mean values as columns."""
+    found = with_switches(rows, *index).pivot_table(index=list(index), columns="metric", values="value")
+    return found.reset_index().rename_axis(columns=None)
+
+
+def mean_sd(values: pd.Series, decimals: int = 2) -> str:
+    """``91.20 ± 0.13``, the sample standard deviation; of one value the value, of none n/r."""
+    spread = f" ± {values.std(ddof=1):.{decimals}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{decimals}f}{spread}" if len(values) else NOT_RUN
 
 
 def longest(frame: pd.DataFrame, *cell: str) -> pd.DataFrame:

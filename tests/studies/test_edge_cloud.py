@@ -13,13 +13,13 @@ from hq_lib.deploy.edge_cloud import HEADER_BYTES, fit_wire, integer_edge
 from hq_lib.integer.execute import output_integers, real_values
 from hq_lib.studies.bench import network_file, shipped
 from hq_lib.studies.edge_cloud import study, tables
-from hq_lib.studies.edge_cloud.bench import Size, workbench
+from hq_lib.studies.edge_cloud.bench import workbench
 from hq_lib.studies.edge_cloud.figures import fig_edge_cloud, fig_wire
 from hq_lib.studies.study import StudyError
 
 CUT = "layer3.2"
 CHOSEN = {"edges": ("integer", "crossbar"), "cuts": (CUT,)}
-SIZE = study.PLANS["smoke"].size
+PLAN = study.PLANS["smoke"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HQ_OUT", str(tmp_path_factory.mktemp("out")))
         study.STUDY.run("smoke", **CHOSEN)
-        yield workbench("resnet20", SIZE)
+        yield workbench("resnet20", study.STUDY.plan("smoke", **CHOSEN))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_each_edge_has_its_images_draws_and_settings(bench, rows):
     sizes = tables.measured(rows).groupby("edge")[["n_test", "seed"]].agg(["min", "max"])
     assert list(sizes.loc["integer"]) == [10, 20, -1, -1]
     assert list(sizes.loc["crossbar"]) == [10, 10, 0, 0]
-    assert int(bench.subset.sum()) == 10
+    assert len(bench.few) == 10
     described = [json.loads(s) for s in rows["switches"]]
     crossbars = [s for s in described if s["edge"] == "crossbar"]
     assert all(s["device.name"] == "rram" and s["adc.bits"] == 8 for s in crossbars)
@@ -62,7 +62,7 @@ def test_each_edge_has_its_images_draws_and_settings(bench, rows):
 def test_what_is_there_is_not_measured_again(rows, monkeypatch):
     monkeypatch.setattr(study, "workbench", lambda *_: pytest.fail("opened again"))
     assert rows.equals(study.STUDY.run("smoke", **CHOSEN))
-    assert {p.what.draw for p in study.STUDY.todo("smoke", **{**CHOSEN, "n_draws": 2})} == {1}
+    assert {p["seed"] for p in study.STUDY.todo("smoke", **{**CHOSEN, "n_draws": 2})} == {1}
 
 
 def test_committed_rows_are_not_measured_again(monkeypatch):
@@ -72,7 +72,7 @@ def test_committed_rows_are_not_measured_again(monkeypatch):
 
 def test_wires_are_fitted_to_training_images_only(bench, monkeypatch):
     given = []
-    monkeypatch.setattr(study, "fit_wire", lambda x, *args, **more: given.append(x) or fit_wire(x, *args, **more))
+    monkeypatch.setattr(study.ec, "fit_wire", lambda x, *args, **more: given.append(x) or fit_wire(x, *args, **more))
     study.fitted_wire.cache_clear()
     cut = bench.cut(CUT)
     study.fitted_wire(bench, cut, bits=2, per_channel=True)
@@ -105,15 +105,15 @@ def test_a_network_trained_at_two_bits_sends_two_bits_without_loss(bench):
     name = "resnet20_dsq_w2a2_s0"
     if network_file(name) is None:
         pytest.skip(f"no {name} is shipped")
-    trained = workbench(name, replace(SIZE, n_test=16, n_crossbar=16))
+    plan = replace(PLAN, n_calib=32, n_test=16, n_crossbar=16, n_columns=8)
+    trained = workbench(name, plan)
     assert trained.net is trained.qnet
     assert trained.about == {"model": "resnet20", "method": "dsq", "w_bits": 2, "a_bits": 2, "placement": "academic"}
-    what = study.Sending(name, "integer", "layer2.2", grid="tensor", wire_bits=2)
-    plan = replace(study.PLANS["smoke"], size=Size(32, 16, 16, 8))
-    right, sizes = study._answered(study.open_cut(study.Run("edge_cloud", "smoke", plan), what.point().bench), what)
+    what = study.point(name, "integer", "layer2.2", grid="tensor", wire_bits=2)
+    logits, sizes = study.answered(study.open_cut(study.Run("edge_cloud", "smoke", plan), what.bench), what)
     with torch.no_grad():
         answers = trained.net(normalize(trained.test.images, trained.test.spec).contiguous()).argmax(1)
-    assert torch.equal(right, answers == trained.test.labels)
+    assert torch.equal(logits.argmax(1), answers)
     assert sizes["packed"] == [32 * 16 * 16 * 2 // 8 + HEADER_BYTES] * 16
 
 
@@ -128,30 +128,31 @@ def test_unknown_names_are_refused_with_the_known_ones(bench):
 
 def test_edges_are_compared_on_the_same_images(rows):
     """The digital edge has a column for the crossbars' images, from the very rows on them."""
-    table = tables.table(rows)
+    frame = tables.measured(rows)
+    table = tables.table(frame)
     assert list(table["cut after"]) == ["- (the image)"] * 4 + [CUT] * 4
     assert list(table)[5:] == [
         "W8A8, digital, 20 images", "digital, 10 images", "crossbar, 1 s, 10 images", "crossbar, 1 day, 10 images",
     ]  # fmt: skip
     assert set(table["crossbar, 1 day, 10 images"]) == {"as digital", "n/r"}
-    frame = tables.measured(rows)
     few = frame.loc[(frame["edge"] == "integer") & (frame["n_test"] == 10) & (frame["grid"] == "channel")]
     assert list(table["digital, 10 images"][4:]) == [f"{v:.2f}" for v in few.sort_values("wire_bits")["acc_pct"]]
-    (loss,) = tables.crossbar_losses(rows).query("cut == @CUT").to_dict("records")
+    (loss,) = tables.crossbar_losses(frame).query("cut == @CUT").to_dict("records")
     crossbar = frame.loc[(frame["edge"] == "crossbar") & (frame["wire_bits"] == 8), "acc_pct"].item()
     assert loss["mean"] == pytest.approx(crossbar - few.set_index("wire_bits")["acc_pct"][8])
 
 
 def test_tables_and_figure_come_from_the_rows(rows):
-    assert set(tables.near(rows)["edge"]) == {"integer", "crossbar"}
-    assert list(tables.scale_gains(rows).index) == [1, 2]
-    assert tables.against_jpeg(rows)["jpeg_quality"].iloc[0] > 0
+    frame = tables.measured(rows)
+    assert set(tables.near(frame)["edge"]) == {"integer", "crossbar"}
+    assert list(tables.scale_gains(frame).index) == [1, 2]
+    assert tables.against_jpeg(frame)["jpeg_quality"].iloc[0] > 0
     assert tables.by_network(rows)["network"].tolist() == ["ResNet-20"]
-    assert tables.counted(rows)["seeds"] == [0]
-    drawn = tables.lines(rows)
+    assert tables.counted(frame)["seeds"] == [0]
+    drawn = tables.lines(frame)
     assert set(drawn["line"]) == {CUT, "pixels", "JPEG"}
     assert not drawn.isna().to_numpy().any()
-    whole, titles = tables.whole_on_edge(rows), {"integer": "a", "crossbar": "b"}
+    whole, titles = tables.whole_on_edge(frame), {"integer": "a", "crossbar": "b"}
     figure = fig_edge_cloud(drawn, whole, edges=titles, named=tables.CUT_WORDS)
     assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["a", "b"]
     with pytest.raises(ValueError, match="needs the columns"):
