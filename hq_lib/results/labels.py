@@ -15,7 +15,7 @@ METHOD_LABELS = {
     "lsq_plus": "LSQ+", "dsq": "DSQ", "lq_nets": "LQ-Nets", "apot": "APoT", "bnn": "BNN", "xnor": "XNOR-Net",
     "ir_net": "IR-Net", "sd_bnn": "SD-BNN", "ir2net": "IR2Net", "wageubn": "WAGEUBN", "sbm": "SBM", "cpt": "CPT",
     "unified_int8": "unified INT8", "distributed_int8": "distributed INT8", "fpgai": "FPGAI",
-    "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime",
+    "fake_quant": "fake-quantized", "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime",
 }  # fmt: skip
 MODEL_LABELS = {
     "lenet": "LeNet", "lenet_relu1": "LeNet (ReLU1)", "lenet_mnist": "LeNet (MNIST)",

@@ -65,9 +65,9 @@ class Bench:
         return {"dataset": self.dataset, "value": score.acc_pct, "n_test": score.n}
 
 
-def shipped(name: str, *, seed: int = 0) -> Path | None:
+def shipped(name: str) -> Path | None:
     """The committed float checkpoint of a network, or None. Profile full writes it there."""
-    path = paths.checkpoints_dir() / f"{name}_float_s{seed}.safetensors"
+    path = paths.checkpoints_dir() / f"{name}_float_s0.safetensors"
     return path if path.exists() else None
 
 
@@ -123,12 +123,20 @@ def record_of(name: str) -> dict[str, Any]:
     return {} if path is None else _record(path, path.stat().st_mtime_ns)
 
 
-def file_switch(name: str) -> dict[str, str]:
-    """The switches of a row that stands on a file, its stem and its first digits; {} for a shipped float network."""
+@cache
+def _record(path: Path, mtime_ns: int) -> dict[str, Any]:
+    return models.read_checkpoint(path)[1]
+
+
+def net_switch(name: str) -> dict[str, str]:
+    """The switches of a row that say what it stands on: the stem of a file of one's own and its first digits.
+
+    Of a shipped float network its digits; {} for those that the first rows stand on.
+    """
+    sha = record_of(name).get("sha256", "")[:8]
     if name in models.names():
-        return {}
-    sha256 = record_of(name).get("sha256")
-    return {"network": Path(name).name.removesuffix(".safetensors"), **({"file": sha256[:8]} if sha256 else {})}
+        return {} if sha in ("", *FIRST) else {"net": sha}
+    return {"network": Path(name).name.removesuffix(".safetensors"), **({"file": sha} if sha else {})}
 
 
 def quantized_as(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,20 +207,6 @@ def open_imagenet(
     held_out[torch.linspace(0, n_train - 1, n_val).round().long()] = True
     train, val = (train.subset(mask.nonzero().flatten()) for mask in (~held_out, held_out))
     return Bench(net.eval().to(device), {"model": name, "dataset": "imagenet"}, train, val, test)
-
-
-def net_switch(name: str, *, seed: int = 0) -> dict[str, str]:
-    """The switch of a row that names the float network it stands on; {} for those that the first rows stand on."""
-    path = shipped(name, seed=seed)
-    if path is None:
-        return {}
-    sha = _record(path, path.stat().st_mtime_ns)["sha256"][:8]
-    return {} if sha in FIRST else {"net": sha}
-
-
-@cache
-def _record(path: Path, mtime_ns: int) -> dict[str, Any]:
-    return models.read_checkpoint(path)[1]
 
 
 def newest(rows: pd.DataFrame) -> pd.DataFrame:

@@ -120,7 +120,7 @@ def test_points_that_are_there_are_not_run_again(out_dir, only_toy, monkeypatch)
     monkeypatch.setattr(study, "open_bench", lambda *_, **__: pytest.fail("opened again"))
     pd.testing.assert_frame_equal(first, study.STUDY.run("smoke", bits=[(8, 8)], **only_toy))
     monkeypatch.setitem(executors.VERSIONS, "c", 9)  # faster kernels: these alone are measured again
-    assert {p.what[1] for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
+    assert {p["method"] for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
     left = tables.current(first)
     assert set(left.loc[left["method"] == "c", "metric"]) == {"acc_pct"}  # the integers are the same
     assert set(left.loc[left["method"] == "onnx", "metric"]) > {"acc_pct", "cpu_ms"}
@@ -240,7 +240,7 @@ def test_committed_rows_are_not_measured_again(monkeypatch):
     monkeypatch.delenv("HQ_OUT", raising=False)
     assert study.LAYERS.todo("full", networks=study.MODELS) == []
     todo = study.STUDY.todo("full", networks=study.MODELS)
-    assert all(executors.version(executor, net.w_bits) for net, executor, _ in (point.what for point in todo))
+    assert all(executors.version(point["method"], point.bench.w_bits) for point in todo)
 
 
 SHIPPED = ("lenet_w8a8", "resnet20_w8a8")

@@ -21,7 +21,7 @@ from hq_lib.deploy import edge_cloud as ec
 from hq_lib.integer import IntegerModel
 from hq_lib.integer.execute import Products, output_integers, real_values
 from hq_lib.integer.execute import run as run_integers
-from hq_lib.studies.bench import file_switch, known_networks, net_switch
+from hq_lib.studies.bench import known_networks, net_switch
 from hq_lib.studies.edge_cloud import bench as benches
 from hq_lib.studies.edge_cloud.bench import EDGES, EXACT, NONE, Plan, Workbench, workbench
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
@@ -79,7 +79,7 @@ def point(network: str, edge: str, cut: str, draw: int = -1, **wire: Any) -> Poi
         wire:    ``wire_bits`` of a number, of a tensor with one scale per ``grid``, "channel" or "tensor"; or the
                  image's ``jpeg_quality``.
     """
-    known = {"edge": edge, "cut": cut, **file_switch(network), **net_switch(network), **wire}
+    known = {"edge": edge, "cut": cut, **net_switch(network), **wire}
     key: Row = {f"switches.{name}": known.get(name) for name in NAMED}
     key |= {"seed": draw, "metric": "acc_pct" if wire or cut == ALL else "edge_mac_pct"}
     key |= {} if "network" in known else {"model": network}

@@ -50,8 +50,8 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     wide = tables.wide(found, *SWITCHES, "seed", "n_test")
     sizes = [c for c in ("packed_KiB", "deflate_KiB", "jpeg_KiB") if c in wide]
     wide[sizes] = wide.groupby([*SWITCHES, "seed"])[sizes].transform("max")
-    share = wide.dropna(subset="edge_mac_pct").set_index("cut")["edge_mac_pct"].to_dict()
-    wide["edge_mac_pct"] = wide["cut"].map({IMAGE: 0.0, **share, ALL: 100.0})
+    ends: Any = wide.dropna(subset="edge_mac_pct").set_index("cut")["edge_mac_pct"].to_dict()
+    wide["edge_mac_pct"] = wide["cut"].map(ends | {IMAGE: 0.0, ALL: 100.0})
     return wide.loc[wide["acc_pct"].notna()].reset_index(drop=True)
 
 
@@ -68,10 +68,12 @@ def lines(frame: pd.DataFrame) -> pd.DataFrame:
         edge=drawn["edge"].mask(image, ""), line=drawn["cut"].mask(image, "pixels").mask(jpeg, "JPEG"),
         step=drawn["wire_bits"].mask(jpeg, drawn["jpeg_quality"]), place=drawn["edge_mac_pct"] + 200 * image + jpeg,
     )  # fmt: skip
-    codings = {"packed_KiB": "packed", "deflate_KiB": "deflate", "jpeg_KiB": "deflate"}
-    long = drawn.melt(["edge", "line", "place", "step", "acc_pct"], [c for c in codings if c in drawn], "coding", "KiB").dropna(subset="KiB")
+    codings: Any = {"packed_KiB": "packed", "deflate_KiB": "deflate", "jpeg_KiB": "deflate"}
+    long = drawn.melt(
+        ["edge", "line", "place", "step", "acc_pct"], [c for c in codings if c in drawn], "coding", "KiB"
+    ).dropna(subset="KiB")
     long = long.assign(coding=long["coding"].map(codings)).sort_values(["place", "step"], ignore_index=True)
-    return long[["edge", "line", "coding", "KiB", "acc_pct", "step"]]
+    return pd.DataFrame(long, columns=["edge", "line", "coding", "KiB", "acc_pct", "step"])
 
 
 def whole_on_edge(frame: pd.DataFrame) -> pd.DataFrame:

@@ -22,16 +22,7 @@ from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer.record import REQUANTIZERS
 from hq_lib.ptq.ranges import Method
 from hq_lib.results import provenance
-from hq_lib.studies.bench import (
-    Bench,
-    file_switch,
-    known_networks,
-    net_switch,
-    network_file,
-    open_bench,
-    quantized_as,
-    record_of,
-)
+from hq_lib.studies.bench import Bench, known_networks, net_switch, network_file, open_bench, quantized_as, record_of
 from hq_lib.studies.integer_export import executors
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 
@@ -50,6 +41,8 @@ ENLARGED = {"inception_v3": 3}
 """How often each pixel is repeated for an untrained network; 2 for the others."""
 AS_TRAINED = "as trained"
 """Biases of a trained network before ``round_biases``."""
+NAMED = ("network", "file", "net", "biases")
+"""Switches that name a network whose tensors are compared."""
 PART = 500  # images that are normalised and run at a time
 
 
@@ -105,37 +98,25 @@ class Network:
     @property
     def w_bits(self) -> float:
         """Bits of the weights between first and last layer."""
-        if self.bits is not None:
-            return self.bits[0]
-        policy = record_of(self.name).get("policy")
-        return 32 if policy is None else BitPolicy.from_dict(policy).weight.bits
+        policy = None if self.bits else record_of(self.name).get("policy")
+        return self.bits[0] if self.bits else BitPolicy.from_dict(policy).weight.bits if policy else 32
 
-    @property
-    def file(self) -> Row:
-        """The switches that name a file, and the float network of our own behind it."""
-        return {**file_switch(self.name), **net_switch(self.name)}
+    def key(self, plan: Plan, *, quantized: bool = True) -> Row:
+        """What names the network and how it was quantized: columns for one of ours, switches for a file."""
+        known: Row = {"untrained": True} if self.name in MOBILE else {**net_switch(self.name)}
+        named: Row = {} if "network" in known else {"model": self.name}
+        if not quantized or self.bits is None:
+            return {**named, "switches": known}
+        (w_bits, a_bits), (ranges, stem_out_bits) = self.bits, recipe_of(self.bits)
+        known |= {"weights": ranges, "acts": ranges, "stem_out_bits": stem_out_bits or a_bits, "first_last_bits": 8}
+        if named:
+            named |= {"w_bits": w_bits, "a_bits": a_bits, "placement": "deploy", "n_calib": plan.n_calib}
+        return {**named, "switches": known}
 
-    def switches(self) -> Row:
-        """What names the network and how it was quantized."""
-        known: Row = {"untrained": True} if self.name in MOBILE else self.file
-        if self.bits is None:
-            return known
-        ranges, stem_out_bits = recipe_of(self.bits)
-        stem_out_bits = stem_out_bits or self.bits[1]
-        return {**known, "weights": ranges, "acts": ranges, "stem_out_bits": stem_out_bits, "first_last_bits": 8}
-
-    def columns(self, plan: Plan) -> Row:
-        """Columns that name a network of ours; of a file its switches do."""
-        if "network" in self.switches() or self.bits is None:
-            return {}
-        w_bits, a_bits = self.bits
-        quantized = {"w_bits": w_bits, "a_bits": a_bits, "placement": "deploy", "n_calib": plan.n_calib}
-        return {"model": self.name, **quantized}
-
-    def point(self, name: str, key: Row, what: Any = None) -> Point:
+    def point(self, name: str, key: Row) -> Point:
         """A point of this network; its files are opened once for all of them, behind its training."""
         after = f"{self.name}_float_s0" if self.name in MODELS else self.name
-        return Point(name, key, what, bench=self, unit=f"exported_{self.unit}", after=(after,))
+        return Point(f"{self.unit} {name}".strip(), key, bench=self, unit=f"exported_{self.unit}", after=(after,))
 
 
 def networks(plan: Plan) -> list[Network]:
@@ -151,30 +132,23 @@ def networks(plan: Plan) -> list[Network]:
 
 
 def points(plan: Plan) -> list[Point]:
-    """Every executor of every network; NumPy comes first: the others are compared with it."""
+    """Every executor of every network; NumPy comes first: the others are compared with it.
+
+    A key names the network, executor, requantizer and, of those that changed, the executor's version.
+    """
     pairs = [(executor, form) for form in REQUANTIZERS for executor in ("numpy", "c")] + [("onnx", "float32")]
     found, whole = [], set()
     for net in networks(plan):
-        wanted = [*pairs]
-        if net.name not in MOBILE:
-            is_first = net.bits is not None and net.name not in whole
-            wanted += [("float", "")] * is_first + [("fake_quant", "")]
-            whole.add(net.name)
-        found += [_point(plan, net, *pair) for pair in wanted]
+        is_ours = net.name not in MOBILE
+        is_first = is_ours and net.bits is not None and net.name not in whole
+        whole.add(net.name)
+        for executor, requantizer in [*pairs, *[("float", "")] * is_first, *[("fake_quant", "")] * is_ours]:
+            key = net.key(plan, quantized=executor != "float")
+            form = {"requantizer": requantizer, "version": executors.version(executor, net.w_bits)}
+            key["switches"] |= {name: value for name, value in form.items() if value}
+            key |= {"method": executor, "metric": "acc_pct" if is_ours else "cpu_ms"}
+            found.append(net.point(f"{executor} {requantizer}".strip(), key))
     return found
-
-
-def _point(plan: Plan, net: Network, executor: str, requantizer: str) -> Point:
-    """A key names the network, executor, requantizer and, of those that changed, the executor's version."""
-    file = f"{executor} {requantizer}".strip()
-    key: Row = {"method": executor, "metric": "cpu_ms" if net.name in MOBILE else "acc_pct"}
-    if executor == "float":
-        key |= {"switches": net.file, **({} if "network" in net.file else {"model": net.name})}
-    else:
-        form = {"requantizer": requantizer, "version": executors.version(executor, net.w_bits)}
-        key |= net.columns(plan)
-        key["switches"] = {**net.switches(), **{name: value for name, value in form.items() if value}}
-    return net.point(f"{net.unit} {file}", key, (net, executor, requantizer))
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +251,7 @@ def written(bench: Bench, qnet: fx.GraphModule, folder: Path) -> dict[str, Path]
 
 def measure(run: Run[Plan], bench: IntegerBench, point: Point) -> Iterator[Found]:
     """Accuracy, agreement with NumPy, time, size of the file, and memory; what this machine lacks is a row too."""
-    net, executor, requantizer = point.what
+    executor, requantizer = point["method"], point["requantizer"] or ""
     file, about = bench.files[f"{executor} {requantizer}".strip()], dict(bench.about)
     if executor == "float":
         about |= {"w_bits": 32, "a_bits": 32, "placement": "-"}
@@ -293,7 +267,7 @@ def measure(run: Run[Plan], bench: IntegerBench, point: Point) -> Iterator[Found
     if run.plan.memory:
         peak = executors.peak_MiB(executor, file, next(parts(bench.test))[:1])
         found |= {} if peak is None else {"peak_MiB": peak}
-    if net.name not in MOBILE:
+    if not point["untrained"]:
         found["acc_pct"] = 100 * float((logits.argmax(1) == bench.test.labels.numpy()).mean())
     about["device"] = ", ".join([provenance.device("cpu"), *executors.how(executor, file)])
     yield from metric_rows(found, **about)
@@ -320,11 +294,11 @@ def layer_points(plan: Plan) -> list[Point]:
     """The networks whose tensors are compared, integers with fake-quantized values; trained ones with both biases."""
     found = []
     for net in (net for net in networks(plan) if net.name not in MOBILE):
-        named = {f"switches.{name}": net.file.get(name) for name in ("network", "file", "net")}
+        key = {"method": "numpy", "metric": "largest_LSB", **net.key(plan)}
+        switches = key.pop("switches")
         for biases in ("", AS_TRAINED) if net.bits is None else ("",):
-            key = {"method": "numpy", "metric": "largest_LSB", **net.columns(plan), **named}
-            key["switches.biases"] = biases or None
-            found.append(net.point(f"{net.unit} {biases}".strip(), key, (net, biases)))
+            named = {f"switches.{name}": {**switches, "biases": biases or None}.get(name) for name in NAMED}
+            found.append(net.point(biases, {**key, **named}))
     return found
 
 
@@ -333,16 +307,15 @@ def measure_layers(run: Run[Plan], bench: IntegerBench, point: Point) -> Iterato
 
     Of a network with its biases as trained the latter alone: what they, which no accumulator holds, do in each tensor.
     """
-    net, biases = point.what
+    named = {name: point[name] for name in NAMED if point[name]}
     images = bench.test.subset(torch.arange(min(run.plan.n_layers, len(bench.test))))
     imodel = integer.lower(bench.qnet, images=bench.test.spec)
-    file = network_file(net.name)
-    qnet = graph.load(file) if biases and file else bench.qnet
-    for forced in (True,) if biases else (False, True):
+    file = network_file(point.bench.name) if point["biases"] else None
+    qnet = graph.load(file) if file else bench.qnet
+    for forced in (True,) if point["biases"] else (False, True):
         inputs = "the graph's" if forced else "its own"
         for place, tensor in enumerate(integer.agreement(qnet, imodel, images, forced=forced).tensors):
-            where = {"tensor": tensor.name, "place": place, "inputs": inputs, **net.file}
-            where |= {"biases": biases} if biases else {}
+            where = {"tensor": tensor.name, "place": place, "inputs": inputs, **named}
             found = {"mismatch_pct": tensor.mismatch_pct, "largest_LSB": tensor.largest}
             yield from metric_rows(found, **{**bench.about, "n_test": len(images), "switches": where})
 

@@ -1,21 +1,21 @@
 """What notebook 07 shows of the integer studies: rows in, frames out."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from hq_lib.integer import IntegerModel
 from hq_lib.integer.proof import accumulator_bound
-from hq_lib.integer.record import Layer
+from hq_lib.integer.record import REQUANTIZERS, Layer
 from hq_lib.results import labels, tables
-from hq_lib.studies.integer_export.executors import version
+from hq_lib.studies.integer_export.executors import EXECUTORS, version
 from hq_lib.studies.integer_export.study import AS_TRAINED, MOBILE, MODELS, Plan
 
-NAMES = {"float": "float", "fake_quant": "fake-quantized", "numpy": "NumPy", "c": "C", "onnx": "ONNX Runtime"}
-METRICS = {"acc_pct": ".2f", "file_KiB": ",.0f", "cpu_ms": ".3g", "peak_MiB": ".2f"}
+METRICS = {"acc_pct": ".2f", "agreement": ".0f", "file_KiB": ",.0f", "cpu_ms": ".3g", "peak_MiB": ".2f"}
 TITLES = {
     "acc_pct": "accuracy, %", "agreement": "against NumPy", "file_KiB": "file, KiB", "cpu_ms": "CPU ms an image",
     "peak_MiB": "peak memory, MiB",
@@ -41,7 +41,7 @@ def current(rows: pd.DataFrame) -> pd.DataFrame:
     have stayed the same.
     """
     found = tables.with_switches(tables.with_bits(rows), "network", "requantizer", "reason", "version")
-    found = found.fillna({"network": found["model"], "requantizer": "", "reason": "", "version": 0})
+    found = found.fillna({"network": found["model"], "requantizer": "float32", "reason": "", "version": 0})
     today = [version(method, w_bits) or 0 for method, w_bits in zip(rows["method"], rows["w_bits"], strict=True)]
     kept = found.loc[(found["version"] == today) | (found["metric"] == "acc_pct")]
     return kept.drop_duplicates(["network", "bits", "method", "metric", "requantizer"], keep="last")
@@ -69,50 +69,37 @@ def _planned_bits(network: str, plan: Plan) -> list[str]:
     return ["W8A8" if network in MOBILE else labels.bits_label(*map(int, at.groups())) if at else tables.NOT_RUN]
 
 
-def _lines(mine: pd.DataFrame, network: str, bits: str) -> list[dict[str, str]]:
+def _lines(mine: pd.DataFrame, network: str, bits: str) -> Iterator[dict[str, Any]]:
     """The lines of a network at one width, one an executor."""
     n_test = max((int(n) for n in mine["n_test"]), default=0)
     at = mine.loc[mine["bits"] == bits]
     values = at.set_index(["method", "metric", "requantizer"])["value"].to_dict()
     reasons = at.loc[at["reason"] != ""].set_index("method")["reason"].to_dict()
-    executors = ["float"] if bits == "float" else list(NAMES)[2:] if network in MOBILE else list(NAMES)[1:]
-    lines = []
-    for executor in executors:
-        line = {
-            "network": labels.printed("model", network), "bits": bits, "executor": NAMES[executor],
-            "images": f"{n_test:,}" if n_test else tables.NOT_RUN,
-        }  # fmt: skip
-        for metric, title in TITLES.items():
-            line[title] = _cell(values, executor, metric, n_test)
-        if network in MOBILE and line[TITLES["cpu_ms"]] != tables.NOT_RUN:
+    for executor in EXECUTORS[:1] if bits == "float" else EXECUTORS[1 + (network in MOBILE) :]:
+        line = {title: _cell(values, executor, metric, n_test) for metric, title in TITLES.items()}
+        is_measured = (executor, "cpu_ms", "float32") in values
+        if executor in reasons and not is_measured:
+            line = dict.fromkeys(line, reasons[executor])
+        elif network in MOBILE and is_measured:
             line[TITLES["acc_pct"]] = "untrained"
-        measured = any((executor, "cpu_ms", form) in values for form in ("", "float32"))
-        lacks = executor in reasons and not measured
-        lines.append({**line, **dict.fromkeys(TITLES.values(), reasons[executor])} if lacks else line)
-    return lines
+        yield {
+            "network": labels.printed("model", network), "bits": bits, "executor": labels.printed("method", executor),
+            "images": f"{n_test:,}" if n_test else tables.NOT_RUN, **line,
+        }  # fmt: skip
 
 
 def _cell(values: Mapping[Key, float], executor: str, metric: str, n_test: int) -> str:
-    """The value; where there are two requantizers that of "float32", then that of "fixed"."""
-    if metric == "agreement":
-        return _agreement(values, executor, n_test)
-    plain = values.get((executor, metric, ""), values.get((executor, metric, "float32")))
-    fixed = values.get((executor, metric, "fixed"))
-    if plain is None:
-        return tables.NOT_RUN
-    form = METRICS[metric]
-    return f"{plain:{form}}" if fixed is None else f"{plain:{form}} / {fixed:{form}}"
-
-
-def _agreement(values: Mapping[Key, float], executor: str, n_test: int) -> str:
-    if executor == "numpy" and any(("numpy", metric, "float32") in values for metric in ("acc_pct", "cpu_ms")):
+    """The value; where there are two requantizers that of "float32", then that of "fixed"; how many logits differ."""
+    if metric == "agreement" and executor == "numpy" and any((executor, m, "float32") in values for m in METRICS):
         return "the reference"
-    same = values.get((executor, "same_top1_pct", ""))
-    if same is not None:
+    if (same := values.get((executor, "same_top1_pct", "float32"))) is not None and metric == "agreement":
         return f"{n_test - round(same * n_test / 100)} predictions differ"
-    counts = [values.get((executor, "n_logit_mismatches", form)) for form in ("float32", "fixed")]
-    known = [f"{count:.0f}" for count in counts if count is not None]
-    return f"{' / '.join(known)} of {10 * n_test:,} logits differ" if known else tables.NOT_RUN
+    counted = "n_logit_mismatches" if metric == "agreement" else metric
+    both = [values.get((executor, counted, form)) for form in REQUANTIZERS]
+    if both[0] is None:
+        return tables.NOT_RUN
+    shown = " / ".join(f"{value:{METRICS[metric]}}" for value in both if value is not None)
+    return f"{shown} of {10 * n_test:,} logits differ" if metric == "agreement" else shown
 
 
 def accuracies(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,7 +118,9 @@ def mismatches(rows: pd.DataFrame) -> pd.DataFrame:
     """By executor: how many networks (at each width and requantizer) and logits were compared, and how many differ."""
     found = current(rows)
     found = found.loc[found["metric"] == "n_logit_mismatches"]
-    counted = found.assign(n_logits=10 * found["n_test"], executor=found["method"].map(NAMES))
+    counted = found.assign(
+        n_logits=10 * found["n_test"], executor=[labels.printed("method", m) for m in found["method"]]
+    )
     groups = counted.groupby("executor")
     return groups.agg(n_pairs=("value", "count"), n_logits=("n_logits", "sum"), n_differ=("value", "sum")).astype(int)
 
@@ -141,11 +130,9 @@ def layers(rows: pd.DataFrame) -> pd.DataFrame:
 
     ``model`` is a network of ours, in the order of ``MODELS``, or the stem of a file.
     """
-    known = tables.with_switches(tables.with_bits(rows), "inputs", "place", "tensor", "network", "biases")
-    known = known.loc[known["biases"].isna()]
-    known["model"] = known["network"].fillna(known["model"])
-    index = ["model", "bits", "inputs", "place", "tensor", "n_test", "dataset", "seed"]
-    wide = known.pivot_table(index=index, columns="metric", values="value").reset_index()
+    known = tables.with_switches(tables.with_bits(rows), "network", "biases")
+    known = known.loc[known["biases"].isna()].assign(model=known["network"].fillna(known["model"]))
+    wide = tables.wide(known, "model", "bits", "inputs", "place", "tensor", "n_test", "dataset", "seed")
     order = {name: i for i, name in enumerate([*MODELS, *sorted(set(wide["model"]) - {*MODELS})])}
     return wide.sort_values(
         ["model", "bits", "inputs", "place"], key=lambda c: c.map(order) if c.name == "model" else c
@@ -194,10 +181,8 @@ def time_by_operation(imodel: IntegerModel, seconds: np.ndarray) -> pd.DataFrame
 
     ``seconds`` from ``deploy.c.Runtime.profile``.
     """
-    lines = []
-    for op, each in zip(imodel.ops, seconds, strict=True):
-        places = int(np.prod(imodel.tensors[op.output].shape[1:]))
-        products = op.weight.size * places if isinstance(op, Layer) else 0
-        lines.append({"operation": op.name, "kind": type(op).__name__, "kMAC": products / 1000, "us": 1e6 * each,
-                      "share_pct": 100 * each / seconds.sum()})  # fmt: skip
-    return pd.DataFrame(lines).round(1)
+    shapes = [imodel.tensors[op.output].shape[1:] for op in imodel.ops]
+    known = operations(imodel)
+    products = known["weights"] * [int(np.prod(shape)) for shape in shapes] / 1000
+    shares = {"kMAC": products, "us": 1e6 * seconds, "share_pct": 100 * seconds / seconds.sum()}
+    return known[["operation", "kind"]].assign(**shares).round(1)
