@@ -70,7 +70,6 @@ def test_full_meets_the_promised_protocol():
     assert plan.n_draws >= 3
     assert min(plan.times_s) == 20
     assert max(plan.times_s) == pytest.approx(10 * 365.25 * 86400, rel=0.001)
-    assert set(plan.read_rules) == {"readout", "product"}
     assert {name.split("_")[2] for name in plan.networks} == {"w8a8", "w4a4", "w2a2"}
 
 
@@ -86,7 +85,7 @@ def test_percent_becomes_a_fraction_once():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"studies": ["drfit"]}, r"'drfit'.*drift"), ({"read_rules": ["reading"]}, "readout"),
+    [({"studies": ["drfit"]}, r"'drfit'.*drift"),
      ({"networks": ["resnet20_pact_w4a4"]}, "resnet20_pact_w4a4_s0"),
      ({"networks": ["resnet20_float_s0"]}, "resnet20_float_s0.* float .*hq quantize")],
 )  # fmt: skip
@@ -245,7 +244,7 @@ def test_a_frozen_network_file_goes_onto_arrays_as_the_trainable_one(tmp_path, c
     )
     np.testing.assert_array_equal(first, second)
     place = places(study.STUDY.plan("smoke", studies=["trained"], networks=[str(frozen)]))[0]
-    named = study._network(place)
+    named = study._network(place.net)
     assert (named["method"], named["w_bits"], named["switches"]["network"]) == ("dsq", 2, "frozen")
 
 

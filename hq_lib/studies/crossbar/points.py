@@ -10,37 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hq_lib.crossbar import (
-    Adc,
-    Circuit,
-    ConstantRead,
-    Device,
-    Drive,
-    Faults,
-    FlickerRead,
-    Mapping,
-    Wires,
-    device,
-    proportional,
-    state_independent,
-)
-from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S
+from hq_lib.crossbar import Adc, Circuit, ConstantRead, Device, Drive, Faults, FlickerRead, Mapping, Wires
+from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S, device, proportional, state_independent
 from hq_lib.results import paths
 from hq_lib.results.hints import nearest
 from hq_lib.studies.bench import record_of
 from hq_lib.studies.study import StudyError, check_choice
 
 HOUR_S, DAY_S, YEAR_S = 3600.0, 86_400.0, 3.156e7
-CORRECTIONS = {
-    "none": "no correction",
-    "global": "one gain per layer",
-    "column_open": "gain and offset per column, open loop",
-    "column": "gain and offset per column",
-    "bn": "batch-norm statistics",
-}
-"""Correction → in words. Both "column" kinds are fitted at the time of reading; "column" in a closed loop."""
-STUDIES = ("no_error", "recovery", "budget", "sigma", "adc", "stuck", "drift", "trained", "slices", "noise_aware")
-"""In the order in which they are run."""
+CORRECTIONS = ("none", "global", "column_open", "column", "bn")
+"""Nothing, one gain per layer, gain and offset per column in an open and in a closed loop, batch-norm statistics; all
+fitted at the time of reading."""
+RULES = ("readout", "product")
+"""How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
 SHIPPED = (
     "resnet20_pact_w8a8_s0", "resnet20_pact_w4a4_s0", "resnet20_dsq_w4a4_s0", "resnet20_pact_w2a2_s0",
     "resnet20_dsq_w2a2_s0", "resnet20_lsq_w2a2_s0",
@@ -88,10 +70,8 @@ class Plan:
     """Of noise-aware fine-tuning."""
     n_train: int | None
     """Its training images; None = all."""
-    studies: tuple[str, ...] = STUDIES
-    """Which of ``STUDIES``."""
-    read_rules: tuple[str, ...] = ("readout", "product")
-    """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
+    studies: tuple[str, ...] = ()
+    """Which of ``STUDIES``; () = all of them."""
     converter_bits: tuple[int, ...] = (0,)
     """Converters that noise-aware networks are read by, bits with a fitted range; 0 = ideal reading. For each of them
     the largest noise is also trained through such converters, and through drives of the network's bits."""
@@ -121,6 +101,22 @@ PLANS = {
 
 
 @dataclass(frozen=True)
+class Net:
+    """Which network is put on arrays: ResNet-20, quantized after training, or a trained one."""
+
+    bits: int = 8
+    """Bits of weights and activations of the shipped network; of a trained one its file says them."""
+    per_layer: bool = False
+    """Whether weights are quantized with one scale per layer; with one per column every column fills the window."""
+    file: str = ""
+    """A trained network (see ``Plan.networks``) in place of the one that is quantized after training."""
+    noise_pct: float | None = None
+    """Weight noise that the float network is fine-tuned with first; None: it is not."""
+    train_bits: int = 0
+    """Bits of the converters that this training goes through, and through drives of ``bits``; 0: through neither."""
+
+
+@dataclass(frozen=True)
 class Place:
     """One circuit at one place of one study."""
 
@@ -138,21 +134,13 @@ class Place:
     """Seconds since programming; 0 = the device's reference time."""
     drawn: bool = True
     """Whether anything is random, so that several draws are wanted."""
-    bits: int = 8
-    """Bits of weights and activations of the shipped network; of a trained one its file says them."""
-    per_layer: bool = False
-    """Whether weights are quantized with one scale per layer; with one per column every column fills the window."""
-    network: str = ""
-    """A trained network (see ``Plan.networks``) in place of the one that is quantized after training."""
-    noise_pct: float | None = None
-    """Weight noise that the float network is fine-tuned with first; None: it is not."""
-    train_bits: int = 0
-    """Bits of the converters that this training goes through, and through drives of ``bits``; 0: through neither."""
+    net: Net = Net()
+    """What is put on the arrays."""
 
 
 DRIFT_ONLY = replace(PCM_NANDAKUMAR, name="pcm_drift_only", error=None, read=None)
 RRAM_SECOND, RRAM_DAY = "rram, column scale", "programming, RRAM 1 day (Wan)"
-ONE_SCALE = "no error, one scale per layer"
+ONE_SCALE, ONE = "no error, one scale per layer", Net(per_layer=True)
 """Effects that several tables and figures show."""
 NOISY_READS = replace(IDEAL, name="ideal_noisy_reads", read=ConstantRead(0.01))
 ALL_OF_IT = Circuit(PCM_NANDAKUMAR, adc=Adc(8), faults=Faults(0.001, 0.001))
@@ -162,13 +150,12 @@ def places(plan: Plan) -> list[Place]:
     """Everything that a plan measures, study after study; unknown names are refused.
 
     Raises:
-        StudyError: a study, a rule or a trained network that does not exist.
+        StudyError: a study or a trained network that does not exist.
     """
     check_choice("crossbar", "study", plan.studies, STUDIES)
-    check_choice("crossbar", "rule", plan.read_rules, ("readout", "product"))
     for name in plan.networks:
         network_path(name)
-    return [place for name in STUDIES if name in plan.studies for place in _MAKERS[name](plan)]
+    return [place for name, made in STUDIES.items() if name in (plan.studies or STUDIES) for place in made(plan)]
 
 
 def network_path(name: str) -> Path:
@@ -186,10 +173,10 @@ def no_error(plan: Plan) -> Iterator[Place]:
     """What each correction costs on perfect cells; only batch-norm statistics depend on the images drawn."""
     yield Place("no_error", "no error", 0, Circuit(IDEAL), ("none", "column"), drawn=False)
     yield Place("no_error", "no error", 0, Circuit(IDEAL), ("bn",))
-    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("none", "column"), drawn=False, per_layer=True)
-    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("bn",), per_layer=True)
+    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("none", "column"), drawn=False, net=ONE)
+    yield Place("no_error", ONE_SCALE, 0, Circuit(IDEAL), ("bn",), net=ONE)
     if plan.slow:
-        yield Place("no_error", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, bits=4)
+        yield Place("no_error", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, net=Net(4))
 
 
 def recovery(plan: Plan) -> Iterator[Place]:
@@ -198,9 +185,9 @@ def recovery(plan: Plan) -> Iterator[Place]:
     columns, layer = Mapping(), Mapping(scale="layer")
     for fit, mapping in (("rram", layer), ("rram_crosssim", columns), ("rram_crosssim", layer)):
         circuit, kinds = Circuit(device(fit), mapping), ("none", "column", "bn")
-        yield Place("recovery", f"{fit}, {mapping.scale} scale", 0, circuit, kinds, per_layer=mapping is layer)
+        yield Place("recovery", f"{fit}, {mapping.scale} scale", 0, circuit, kinds, net=Net(per_layer=mapping is layer))
     if plan.slow:
-        yield Place("recovery", RRAM_SECOND, 0, Circuit(device("rram")), ("none", "column"), bits=4)
+        yield Place("recovery", RRAM_SECOND, 0, Circuit(device("rram")), ("none", "column"), net=Net(4))
 
 
 def error_budget(plan: Plan) -> Iterator[Place]:
@@ -261,7 +248,7 @@ def stuck(plan: Plan) -> Iterator[Place]:
 def drift(plan: Plan) -> Iterator[Place]:
     """Accuracy against time: PCM with drift, programming error and read noise, by both rules of its draws; devices of
     one's own at the times at which they were measured."""
-    for rule in plan.read_rules:
+    for rule in RULES:
         for t_s in plan.times_s:
             yield Place("drift", "PCM", t_s, Circuit(by_rule(rule)), ("none", "global", "column", "bn"), t_s)
     for own in map(device, plan.devices):
@@ -279,9 +266,9 @@ def by_rule(rule: str) -> Device:
 def trained(plan: Plan) -> Iterator[Place]:
     """Trained networks, exact and on RRAM after a second and a day."""
     for network in plan.networks:
-        yield Place("trained", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, network=network)
+        yield Place("trained", "no error", 0, Circuit(IDEAL), ("none",), drawn=False, net=Net(file=network))
         for effect, kind in ((RRAM_SECOND, "rram"), (RRAM_DAY, "rram_1day")):
-            yield Place("trained", effect, 0, Circuit(device(kind)), ("none", "column"), network=network)
+            yield Place("trained", effect, 0, Circuit(device(kind)), ("none", "column"), net=Net(file=network))
 
 
 def slices(plan: Plan) -> Iterator[Place]:
@@ -289,7 +276,7 @@ def slices(plan: Plan) -> Iterator[Place]:
     for network in ("", *plan.networks):
         for bits in plan.cell_bits:
             circuit = Circuit(RRAM_WAN_1S, Mapping(cell_bits=bits, subtract="digital"))
-            yield Place("slices", "sliced", bits, circuit, ("none", "column"), network=network)
+            yield Place("slices", "sliced", bits, circuit, ("none", "column"), net=Net(file=network))
 
 
 def noise_aware(plan: Plan) -> Iterator[Place]:
@@ -301,13 +288,14 @@ def noise_aware(plan: Plan) -> Iterator[Place]:
             for pct in plan.programming_pct:
                 circuit = Circuit(state_independent(pct / 100), adc=Adc(bits) if bits else None)
                 kinds = ("none", "column")
-                yield Place("noise_aware", effect, pct, circuit, kinds, noise_pct=noise, train_bits=through)
+                yield Place("noise_aware", effect, pct, circuit, kinds, net=Net(noise_pct=noise, train_bits=through))
 
 
-_MAKERS = {
+STUDIES = {
     "no_error": no_error, "recovery": recovery, "budget": error_budget, "sigma": sigma, "adc": adc, "stuck": stuck,
     "drift": drift, "trained": trained, "slices": slices, "noise_aware": noise_aware,
 }  # fmt: skip
+"""In the order in which they are run."""
 
 SERIAL = Circuit(mapping=Mapping(cell_bits=2, subtract="digital"), drive=Drive("serial"), adc=Adc(9, "exact"))
 CIRCUITS = {

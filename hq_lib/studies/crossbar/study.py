@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hq_lib import graph
 from hq_lib.crossbar import Circuit, EngineNetwork, IdealEngine, SimEngine, count, residuals
@@ -29,16 +29,7 @@ from hq_lib.data import ImageSet, normalize
 from hq_lib.integer import IntegerModel, lower
 from hq_lib.integer import run as run_integers
 from hq_lib.studies.bench import after_training, net_switch, open_bench, quantized_as, record_of
-from hq_lib.studies.crossbar.points import (
-    CIRCUITS,
-    PLANS,
-    SERIAL,
-    Place,
-    Plan,
-    network_path,
-    panels,
-    places,
-)
+from hq_lib.studies.crossbar.points import CIRCUITS, PLANS, SERIAL, Net, Place, Plan, network_path, panels, places
 from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, metric_rows
 from hq_lib.training import TrainConfig, fit
 from hq_lib.training.evaluation import evaluation_of
@@ -90,51 +81,39 @@ class Programmed:
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
-def open_integers(run: Run[Plan], place: Place, seed: int) -> Integers | None:
-    """The network of ``place`` in integers; None, after a line that says why, where this machine cannot have it."""
-    if place.noise_pct is None:
-        return _integers(run.plan, place.network, place.bits, place.per_layer, None)
-    through = {"drive_bits": place.bits, "converter_bits": place.train_bits} if place.train_bits else {}
-    config = replace(FINE_TUNE, epochs=run.plan.epochs, weight_noise=place.noise_pct / 100, seed=seed, **through)
-    name = f"{_training(place)}_e{run.plan.epochs}_n{run.plan.n_train or 'all'}_s{seed}"
-    return _integers(run.plan, place.network, place.bits, place.per_layer, config, run.folder / name)
-
-
 @lru_cache(maxsize=4)
-def _integers(
-    plan: Plan, network: str, bits: int, per_layer: bool, config: TrainConfig | None, folder: Path | None = None
-) -> Integers | None:
-    bench = open_bench(MODEL, n_test=plan.n_test)
+def open_integers(run: Run[Plan], net: Net, seed: int = 0) -> Integers | None:
+    """The network in integers; None, after a line that says why, where this machine cannot have it.
+
+    ``seed`` is that of noise-aware training: a copy of the float network trained on, batch norms kept.
+    """
+    plan, bench = run.plan, open_bench(MODEL, n_test=run.plan.n_test)
     if bench is None:
         return None
     if len(bench.test) < plan.n_test:
         print(f"{bench.dataset} has {len(bench.test)} test images, not {plan.n_test}: not run")
         return None
-    if network:
-        model, moments = lower(graph.load(network_path(network)), images=bench.test.spec), {}
+    if net.file:
+        model, moments = lower(graph.load(network_path(net.file)), images=bench.test.spec), {}
     else:
-        net = bench.net
-        if config is not None:
-            net = fine_tuned(net, bench.train, plan.n_train, config, folder)
+        float_net = bench.net
+        if net.noise_pct is not None:
+            through = {"drive_bits": net.bits, "converter_bits": net.train_bits} if net.train_bits else {}
+            config = replace(FINE_TUNE, epochs=plan.epochs, weight_noise=net.noise_pct / 100, seed=seed, **through)
+            few = bench.train.drawn(plan.n_train or len(bench.train), seed)
+            float_net = copy.deepcopy(float_net)
+            folder = run.folder / f"{_training(net)}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
+            fit(float_net, few, None, config, folder)
         x = bench.calibration(plan.n_ptq, 0)
-        model, moments = lower(after_training(net, x, bits=bits, per_layer=per_layer)), norm_moments(net)
+        made = after_training(float_net, x, bits=net.bits, per_layer=net.per_layer)
+        model, moments = lower(made), norm_moments(float_net)
     logits = run_integers(model, normalize(bench.test.images, bench.test.spec))
     return Integers(model, moments, bench.test, bench.train, logits)
 
 
-def _training(place: Place) -> str:
+def _training(net: Net) -> str:
     """What tells a noise-aware training from others of its plan and seed, for folders and units."""
-    return f"noise{place.noise_pct:g}" + (f"_{place.train_bits}bits" if place.train_bits else "")
-
-
-def fine_tuned(
-    net: nn.Module, train: ImageSet, n_train: int | None, config: TrainConfig, folder: Path | None
-) -> nn.Module:
-    """A copy of ``net`` trained on as ``config`` says with ``n_train`` images (None: all), batch norms kept."""
-    few = train if n_train is None or n_train >= len(train) else train.balanced(n_train, config.seed)
-    tuned = copy.deepcopy(net)
-    fit(tuned, few, None, config, folder)
-    return tuned.eval()
+    return f"noise{net.noise_pct:g}" + (f"_{net.train_bits}bits" if net.train_bits else "")
 
 
 def file_digest(name: str) -> str:
@@ -151,7 +130,7 @@ def file_digest(name: str) -> str:
 def open_arrays(run: Run[Plan], needed: Any) -> Programmed | None:
     """The network of (place, draw) on freshly programmed cells, at the place's time."""
     place, seed = needed
-    integers = open_integers(run, place, seed)
+    integers = open_integers(run, place.net, 0 if place.net.noise_pct is None else seed)
     if integers is None:
         return None
     network = EngineNetwork(integers.model, SimEngine(replace(place.circuit, seed=seed)))
@@ -212,7 +191,12 @@ def points(plan: Plan) -> list[Point]:
 def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
     """A study's draw is a unit, but each training has its own; a training's cost is on its first point."""
     n_calib = {"none": 0, "bn": plan.n_norm}.get(correction, plan.n_calib)
-    named, noise, per = _network(place), place.noise_pct, getattr(place.circuit.device.read, "per", "")
+    named, net, noise, per = (
+        _network(place.net),
+        place.net,
+        place.net.noise_pct,
+        getattr(place.circuit.device.read, "per", ""),
+    )
     switches = {**named["switches"], "study": place.study, "effect": place.effect, "x": place.x,
                 "correction": correction, "t_s": place.t_s, **circuit_settings(place.circuit)}  # fmt: skip
     trained = {} if noise is None else {"epochs": plan.epochs, "n_train": plan.n_train or 0}
@@ -222,13 +206,13 @@ def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
         "switches": switches, **trained,
     }  # fmt: skip
     name = f"{place.study}: {place.effect}, {place.x:g}, {correction}, draw {draw}, "
-    name += (place.network or f"{place.bits} bits") + (f", read noise by {per}" if per else "")
+    name += (net.file or f"{net.bits} bits") + (f", read noise by {per}" if per else "")
     if noise is not None and place.circuit.adc is not None:  # the same training is read ideally too
         name += f", {place.circuit.adc.bits}-bit converters"
     return Point(
         name, key, (place, correction, draw), bench=(place, draw),
-        unit=f"crossbar_{place.study}_s{draw}" + ("" if noise is None else f"_{_training(place)}"),
-        after=(Path(place.network).stem,) if place.network else FIRST,
+        unit=f"crossbar_{place.study}_s{draw}" + ("" if noise is None else f"_{_training(net)}"),
+        after=(Path(net.file).stem,) if net.file else FIRST,
         minutes=4.2 if noise is not None and correction == "none" and place.x == plan.programming_pct[0] else 0.3,
     )  # fmt: skip
 
@@ -245,11 +229,11 @@ def circuit_settings(circuit: Circuit) -> Row:
     return {k: v for k, v in (other | named).items() if k not in hidden and (k, v) != ("device.read.per", "product")}
 
 
-def _network(place: Place) -> Row:
-    if place.network:
-        switches = {"network": Path(place.network).stem, "file": file_digest(place.network)}
-        return {**quantized_as(record_of(place.network)), "switches": switches}
-    bits = {"w_bits": place.bits, "a_bits": place.bits}
+def _network(net: Net) -> Row:
+    if net.file:
+        switches = {"network": Path(net.file).stem, "file": file_digest(net.file)}
+        return {**quantized_as(record_of(net.file)), "switches": switches}
+    bits = {"w_bits": net.bits, "a_bits": net.bits}
     return {"model": MODEL, "method": "mse", **bits, "placement": "deploy", "switches": net_switch(MODEL)}
 
 
@@ -267,7 +251,7 @@ def product_points(plan: Plan) -> list[Point]:
     """
     found = []
     for (panel, place), draw in product(panels(plan).items(), range(plan.n_draws)):
-        named = _network(place)
+        named = _network(place.net)
         for kind in place.corrections:
             switches = {**named["switches"], "panel": panel, "t_s": place.t_s, "layer": LAYER, "correction": kind,
                         **circuit_settings(place.circuit)}  # fmt: skip
@@ -316,18 +300,17 @@ def measure_products(run: Run[Plan], bench: Programmed, point: Point) -> Iterato
 
 def cost_points(plan: Plan) -> list[Point]:
     """The counts of the whole network on each circuit; its exact engine will do, as counts need no cells."""
-    exact, found = Place("cost", "", 0, Circuit(), ("none",)), []
-    named = _network(exact)
+    found, named = [], _network(Net())
     for circuit, of in CIRCUITS.items():
         switches = {**named["switches"], "circuit": circuit, **circuit_settings(of)}
         key = {"experiment": PAIRS, **named, "metric": "n_cells", "switches": switches}
-        found.append(Point(circuit, key, of, bench=exact, unit="crossbar_cost", after=FIRST))
+        found.append(Point(circuit, key, of, unit="crossbar_cost", after=FIRST))
     return found
 
 
-def open_counted(run: Run[Plan], needed: Any) -> Programmed | None:
+def open_counted(run: Run[Plan], _needed: Any) -> Programmed | None:
     """The integer network, exact."""
-    integers = open_integers(run, needed, 0)
+    integers = open_integers(run, Net())
     return integers and Programmed(integers, EngineNetwork(integers.model, IdealEngine()), None)
 
 
