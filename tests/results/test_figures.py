@@ -40,7 +40,7 @@ def ranges(n_layers=4, n_channels=9):
     )  # fmt: skip
 
 
-@figures.styled
+@figures.styled()
 def a_heat_map():
     figure, axes = figures.new_figure()
     marks.heat_map(axes[0, 0], pd.DataFrame([[90.0, 80.0], [np.nan, 10.0]], ["W4", "W2"], ["A4", "A2"]), unit="%")

@@ -30,18 +30,26 @@ house_style = functools.partial(mpl_style.context, STYLE_FILE, after_reset=True)
 """The style sheet over matplotlib's defaults in a ``with`` block; the caller's settings come back after it."""
 
 
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """A figure function that draws under ``house_style`` whatever the caller's matplotlib settings are."""
+def styled(*columns: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A figure function that draws under ``house_style`` whatever the caller's matplotlib settings are.
 
-    @functools.wraps(draw)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with house_style():
-            drawn = draw(*args, **kwargs)
-            if isinstance(drawn, Figure):
-                settle(drawn)
-            return drawn
+    With ``columns`` its first argument is a frame that has to ``need`` them.
+    """
 
-    return wrapped
+    def decorate(draw: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(draw)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            if columns:
+                need(args[0], columns, draw.__name__)  # type: ignore[arg-type]
+            with house_style():
+                drawn = draw(*args, **kwargs)
+                if isinstance(drawn, Figure):
+                    settle(drawn)
+                return drawn
+
+        return wrapped
+
+    return decorate
 
 
 def settle(figure: Figure) -> None:

@@ -5,13 +5,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hq_lib.results.figures import look, need, new_figure, plain_log, styled
+from hq_lib.results.figures import look, new_figure, plain_log, styled
 
 STAGES = ("before", "after")
 SUMMARY = ("min", "q25", "median", "q75", "max")
 
 
-@styled
+@styled("layer", "channel", "stage", "max_abs")
 def fig_bn_ranges(ranges: pd.DataFrame) -> Figure:
     """How far the channels of each layer differ in their largest weight, before and after folding.
 
@@ -26,7 +26,6 @@ def fig_bn_ranges(ranges: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column or a stage is missing, a value is missing or negative, or there are no rows.
     """
-    need(ranges, ("layer", "channel", "stage", "max_abs"), "fig_bn_ranges")
     if set(ranges["stage"]) != set(STAGES) or ranges["max_abs"].to_numpy().min() < 0:
         raise ValueError("fig_bn_ranges needs both stages, 'before' and 'after', and no negative max_abs")
     layers = list(dict.fromkeys(ranges["layer"]))

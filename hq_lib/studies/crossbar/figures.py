@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hq_lib.results.figures import Look, band, band_line, label_ends, look, looks, need, new_figure, plain_log, styled
+from hq_lib.results.figures import Look, band, band_line, label_ends, look, looks, new_figure, plain_log, styled
 
 CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn": "batch norm"}
 """Correction → label at its line; "column" is gain and offset per column."""
@@ -20,7 +20,7 @@ MARKS = {"*": "stars", "P": "plus signs", "X": "crosses", "D": "diamonds"}
 TICKS_S = {1: "1 s", 20: "20 s", 3600: "1 h", 8.64e4: "1 d", 3.156e7: "1 y", 3.156e8: "10 y"}
 
 
-@styled
+@styled("panel", "correction", "ideal_LSB", "measured_LSB")
 def fig_mvm_scatter(pairs: pd.DataFrame) -> Figure:
     """Measured against ideal dot products of one layer, a panel per circuit, before and after calibration.
 
@@ -31,7 +31,6 @@ def fig_mvm_scatter(pairs: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(pairs, ("panel", "correction", "ideal_LSB", "measured_LSB"), "fig_mvm_scatter")
     panels = list(dict.fromkeys(pairs["panel"]))
     figure, axes = new_figure(1, len(panels), width=3.3 * len(panels), height=3.3)
     for ax, panel in zip(axes[0], panels, strict=True):
@@ -49,7 +48,7 @@ def fig_mvm_scatter(pairs: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("panel", "layer", "correction", "relative_error")
 def fig_mvm_calibration(layers: pd.DataFrame) -> Figure:
     """Relative error of every layer's dot products under each correction, a panel per circuit.
 
@@ -60,7 +59,6 @@ def fig_mvm_calibration(layers: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(layers, ("panel", "layer", "correction", "relative_error"), "fig_mvm_calibration")
     panels, order = (list(dict.fromkeys(layers[column])) for column in ("panel", "layer"))
     figure, axes = new_figure(len(panels), 1, height=1.0 + 2.1 * len(panels), sharex=True)
     placed = layers.assign(at=layers["layer"].map(order.index))
@@ -76,7 +74,7 @@ def fig_mvm_calibration(layers: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("study", "effect", "x", "correction", "seed", "acc_pct")
 def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     """Accuracy against programming error (two kinds), converter bits by array size, and stuck cells: mean, band = ± sd.
 
@@ -88,7 +86,6 @@ def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(points, ("study", "effect", "x", "correction", "seed", "acc_pct"), "fig_crossbar_accuracy")
     figure, axes = new_figure(2, 2, width=7.6, height=6.0, sharey=True)
     for ax, effect, unit in (
         (axes[0, 0], "state independent", "of the window"),
@@ -108,7 +105,7 @@ def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     return figure
 
 
-@styled
+@styled("effect", "rule", "x", "correction", "seed", "acc_pct")
 def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, float]) -> Figure:
     """Accuracy against time since programming under each correction, a panel per rule of PCM's read noise: mean, band
     = ± sd; RRAM where it was published, devices of one's own where they were measured.
@@ -122,7 +119,6 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(points, ("effect", "rule", "x", "correction", "seed", "acc_pct"), "fig_drift")
     rules = [rule for rule in RULES if rule in set(points.loc[points["effect"] == "PCM", "rule"])]
     figure, axes = new_figure(1, len(rules), width=3.8 * len(rules) + 0.4, height=3.8, sharey=True)
     others = dict(zip(sorted(set(points["effect"]) - {"PCM"}, key=lambda e: (e != "RRAM", e)), MARKS, strict=False))
@@ -150,7 +146,7 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
     return figure
 
 
-@styled
+@styled("effect", "x", "correction", "reading", "seed", "acc_pct")
 def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     """Accuracy against programming error by weight noise in training, without and with column calibration, a row of
     panels for each way of reading.
@@ -163,7 +159,6 @@ def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(points, ("effect", "x", "correction", "reading", "seed", "acc_pct"), "fig_noise_aware")
     readings = sorted(set(points["reading"]), reverse=True)
     figure, axes = new_figure(len(readings), 2, width=7.6, height=0.4 + 3.0 * len(readings), sharey=True)
     styles = looks(sorted(set(points["effect"])))
@@ -181,7 +176,7 @@ def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def fig_products(ideal: Tensor, measured: Tensor, *, title: str) -> Figure:
     """Measured against ideal dot products of one array, in accumulator steps, and their relative error in the title."""
     error = float((measured - ideal).norm() / ideal.norm())

@@ -18,7 +18,7 @@ SPAN_PCT, HEADROOM_PCT = 34.0, 2.5
 PICTURES = {"pixels": "the image, 1 to 8 bits a pixel", "JPEG": "the image as JPEG"}
 
 
-@styled
+@styled()
 def fig_wire(sent: np.ndarray, received: np.ndarray, *, title: str) -> Figure:
     """One channel of the tensor at a cut as it leaves the edge and as it reaches the cloud, on one scale of greys.
 
@@ -35,7 +35,7 @@ def fig_wire(sent: np.ndarray, received: np.ndarray, *, title: str) -> Figure:
     return figure
 
 
-@styled
+@styled("edge", "line", "coding", "KiB", "acc_pct", "step")
 def fig_edge_cloud(
     points: pd.DataFrame,
     references: pd.DataFrame,
@@ -62,7 +62,6 @@ def fig_edge_cloud(
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(points, ("edge", "line", "coding", "KiB", "acc_pct", "step"), "fig_edge_cloud")
     need(references, ("edge", "acc_pct"), "fig_edge_cloud")
     width = 1.4 + 2.1 * len(edges)
     figure, axes = new_figure(2, len(edges), width=width, height=4.8, sharex=True, sharey=True)

@@ -7,7 +7,7 @@ from hq_lib.results import labels
 from hq_lib.results.figures import band_line, label_ends, looks, need, new_figure, plain_log, styled
 
 
-@styled
+@styled("model", "seed", "epoch", "train_loss", "lr")
 def fig_float_training(history: pd.DataFrame) -> Figure:
     """Accuracy, loss and learning rate over the epochs, one line per model: mean over seeds, band = ± sd.
 
@@ -19,7 +19,6 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has other missing values, or there are no rows.
     """
-    need(history, ("model", "seed", "epoch", "train_loss", "lr"), "fig_float_training")
     need(history.fillna({"val_acc_pct": 0.0}), ("val_acc_pct",), "fig_float_training")  # the column itself
     judged = history.loc[history["model"].isin(list(history.dropna(subset=["val_acc_pct"])["model"]))]
     if len(judged):

@@ -22,7 +22,7 @@ WINDOW_PP = 12.0
 """Height of an accuracy axis, points; nets below it stand on its foot with their accuracy written."""
 
 
-@styled
+@styled()
 def fig_hybrid_bits(cells: pd.DataFrame, *, boundary: int) -> Figure:
     """Test accuracy with the hybrid rule over weight x activation bits, and what it gains on calibration alone.
 
@@ -51,7 +51,7 @@ def fig_hybrid_bits(cells: pd.DataFrame, *, boundary: int) -> Figure:
     return figure
 
 
-@styled
+@styled()
 def fig_assignment(bits: Mapping[str, int]) -> Figure:
     """The bits of each weight, in the network's order; the dashed line is their plain mean.
 
@@ -75,7 +75,7 @@ def _draw_boundary(ax: Axes, table: pd.DataFrame, boundary: int) -> None:
     ax.plot([-0.5, right, right], [down, down, -0.5], color="black", linewidth=0.8, linestyle="--")
 
 
-@styled
+@styled("kind", "name", "bits", "kl")
 def fig_layer_sensitivity(known: pd.DataFrame) -> Figure:
     """How far the predictions move when one tensor is quantized: weights above, activations below, a line per bits.
 
@@ -86,7 +86,6 @@ def fig_layer_sensitivity(known: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(known, ("kind", "name", "bits", "kl"), "fig_layer_sensitivity")
     figure, axes = new_figure(2, 1, width=7.2, height=6.4)
     foot = known.loc[known["kl"] > 0, "kl"].min()
     widths = sorted(set(known["bits"]))
@@ -107,7 +106,7 @@ def fig_layer_sensitivity(known: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("budget", "search", "equivalent", "size_KiB", "bops", "acc_pct", "kl", "predicted_kl")
 def fig_pareto(points: pd.DataFrame, *, float_acc_pct: float | None = None) -> Figure:
     """Accuracy against cost of searched, uniform and random assignments (above), predicted against measured KL (below).
 
@@ -122,8 +121,6 @@ def fig_pareto(points: pd.DataFrame, *, float_acc_pct: float | None = None) -> F
     Raises:
         ValueError: a column is missing or has missing values, there are no rows, or an unknown search.
     """
-    columns = ("budget", "search", "equivalent", "size_KiB", "bops", "acc_pct", "kl", "predicted_kl")
-    need(points, columns, "fig_pareto")
     if unknown := set(points["search"]) - set(SEARCHES):
         raise ValueError(f"fig_pareto cannot draw {', '.join(sorted(unknown))}: searches are {', '.join(SEARCHES)}")
     figure, axes = new_figure(2, 2, width=8.2, height=6.4)

@@ -6,14 +6,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from hq_lib.results import labels
-from hq_lib.results.figures import look, need, new_figure, styled
+from hq_lib.results.figures import look, new_figure, styled
 
 INPUTS = {"its own": "numpy", "the graph's": "before"}
 """Whose integers every operation reads -> whose look the line takes."""
 FLOOR_PCT = 0.001  # below it the axis is linear, so that 0 has a place
 
 
-@styled
+@styled("model", "bits", "inputs", "place", "mismatch_pct", "largest_LSB")
 def fig_integer_agreement(layers: pd.DataFrame) -> Figure:
     """Share of integers that differ from the fake-quantized network's, tensor by tensor: a panel per model and bits.
 
@@ -28,7 +28,6 @@ def fig_integer_agreement(layers: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, an unknown ``inputs``, or there are no rows.
     """
-    need(layers, ("model", "bits", "inputs", "place", "mismatch_pct", "largest_LSB"), "fig_integer_agreement")
     if unknown := sorted(set(layers["inputs"]) - set(INPUTS)):
         raise ValueError(f"fig_integer_agreement: inputs {unknown[0]!r} is neither of {', '.join(map(repr, INPUTS))}")
     models, bits = list(dict.fromkeys(layers["model"])), sorted(set(layers["bits"]), reverse=True)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from hq_lib.quantizers import aciq
 from hq_lib.results import labels
-from hq_lib.results.figures import band_line, label_ends, look, need, new_figure, styled
+from hq_lib.results.figures import band_line, label_ends, look, new_figure, styled
 
 PREDICTIONS = {"mse_model": "noise model (paper)", "mse_exact": "exact, on the real grid"}
 TENSORS = {"activation": "activations", "weight": "weights"}
@@ -17,7 +17,7 @@ TENSORS = {"activation": "activations", "weight": "weights"}
 BIT_LOOKS = ("dsq", "pact", "lsq", "dorefa", "ste")
 
 
-@styled
+@styled()
 def fig_clip(alpha: float = 5.0, bits: int = 4) -> Figure:
     """A Laplace variable of spread b = 1 on a grid clipped at ``alpha``: its levels, and the error that a clip costs.
 
@@ -49,7 +49,7 @@ def fig_clip(alpha: float = 5.0, bits: int = 4) -> Figure:
     return figure
 
 
-@styled
+@styled("tensor", "bits", "mse_measured", *PREDICTIONS)
 def fig_aciq_mse(found: pd.DataFrame) -> Figure:
     """Measured against predicted squared error, a point for each tensor and width, both relative to the tensor's power.
 
@@ -60,7 +60,6 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
         found: columns ``tensor`` ("activation" or "weight"), ``bits``, ``mse_measured``, ``mse_model``, ``mse_exact``
             (pure numbers, > 0).
     """
-    need(found, ("tensor", "bits", "mse_measured", *PREDICTIONS), "fig_aciq_mse")
     figure, axes = new_figure(2, 2, width=6.4, height=5.6, sharex=True, sharey=True)
     widths = sorted({int(bits) for bits in found["bits"]})
     low, high = (f(found[["mse_measured", *PREDICTIONS]].to_numpy(dtype=float)) for f in (np.min, np.max))
@@ -81,7 +80,7 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("w_bits", "a_bits", "method", "position", "block", "value")
 def fig_error_accumulation(errors: pd.DataFrame, *, order: Sequence[str] | None = None) -> Figure:
     """How far the quantized network's tensors are from the float network's behind each block, method by method.
 
@@ -93,7 +92,6 @@ def fig_error_accumulation(errors: pd.DataFrame, *, order: Sequence[str] | None 
             ``block`` (name), ``value`` (relative squared error, pure number, > 0).
         order:  methods drawn, in this order; default all.
     """
-    need(errors, ("w_bits", "a_bits", "method", "position", "block", "value"), "fig_error_accumulation")
     widths = sorted({(w, a) for w, a in zip(errors["w_bits"], errors["a_bits"], strict=True)}, reverse=True)
     names = errors.drop_duplicates("position").sort_values("position")["block"].tolist()
     figure, axes = new_figure(1, len(widths), width=0.6 + 4.1 * len(widths), height=4.2, sharey=False)

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hq_lib.results import labels
-from hq_lib.results.figures import label_ends, look, need, new_figure, plain_log, styled
+from hq_lib.results.figures import label_ends, look, new_figure, plain_log, styled
 from hq_lib.results.figures.methods import METHOD_COLORS, SPARE
 
 
-@styled
+@styled("x", "dsq_alpha", "soft", "hard", "slope")
 def fig_dsq_curve(curves: pd.DataFrame) -> Figure:
     """DSQ's soft staircase over the hard one, and below it the slope that trains: one line per dsq_alpha.
 
@@ -25,7 +25,6 @@ def fig_dsq_curve(curves: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(curves, ("x", "dsq_alpha", "soft", "hard", "slope"), "fig_dsq_curve")
     figure, axes = new_figure(2, height=5.2, sharex=True)
     stairs, slopes = axes[:, 0]
     groups = list(curves.groupby("dsq_alpha", sort=True))
@@ -46,7 +45,7 @@ def fig_dsq_curve(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("w_bits", "a_bits", "epoch", "layer", "alpha")
 def fig_pact_alpha(clips: pd.DataFrame) -> Figure:
     """PACT's learned clips over the epochs, one panel per bit width, one line per layer, dark (early) to light (late).
 
@@ -57,7 +56,6 @@ def fig_pact_alpha(clips: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(clips, ("w_bits", "a_bits", "epoch", "layer", "alpha"), "fig_pact_alpha")
     panels: Any = list(clips.groupby(["w_bits", "a_bits"], sort=True))[::-1]
     figure, axes = new_figure(1, len(panels), height=3.4, sharey=True)
     names = list(dict.fromkeys(clips["layer"]))
@@ -75,7 +73,7 @@ def fig_pact_alpha(clips: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
+@styled("method", "w_bits", "value")
 def fig_qat_bits(scores: pd.DataFrame) -> Figure:
     """Accuracy against bits, one line per method that has a colour, the float network as a dashed line.
 
@@ -85,7 +83,6 @@ def fig_qat_bits(scores: pd.DataFrame) -> Figure:
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(scores, ("method", "w_bits", "value"), "fig_qat_bits")
     figure, axes = new_figure(height=3.4)
     ax = axes[0, 0]
     drawn = set(scores["method"]) & set(METHOD_COLORS) - {"float"}

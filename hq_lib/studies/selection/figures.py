@@ -28,7 +28,7 @@ LOOKS = {
 WAYS = {"without": "each image once", "images": "images drawn with replacement", "batches": "batches with replacement"}
 
 
-@styled
+@styled()
 def fig1_framework(
     images: np.ndarray, scores: Sequence[float], *, metric: str, n_pool: int, n_calib: int, n_draws: int
 ) -> Figure:
@@ -78,7 +78,7 @@ def _flow(ax: Axes, steps: Sequence[tuple[str, str]]) -> None:
             ax.annotate("", (left - 0.2, 15), xytext=(left - gap + 0.2, 15), arrowprops=arrow)
 
 
-@styled
+@styled("model", "method", "selected", "source", "seed", "value")
 def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: str = "selected") -> Figure:
     """BRECQ and QDrop with random images (open) and with selected ones (filled), one column per network.
 
@@ -95,7 +95,6 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(pairs, ("model", "method", "selected", "source", "seed", "value"), "fig_selected")
     ours = dict.fromkeys(pairs.loc[pairs["source"] == "ours", "model"], "ours")
     columns = [*(ours | {model: "published" for model in networks if model not in ours}).items()]
     figure, axes = new_figure(width=6.8, height=3.6)
@@ -153,7 +152,7 @@ def _legend(ax: Axes, chosen_label: str) -> None:
     ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2, handletextpad=0.2)
 
 
-@styled
+@styled("choice", "label", "set_tv", "loss_own", "loss_common", "acc_pct")
 def fig_smoothness(sets: pd.DataFrame, rho: pd.DataFrame, *, n_test: str) -> Figure:
     """Smoothness of a set against its losses and its accuracy, one point a set; below, rank correlations by score.
 
@@ -166,7 +165,6 @@ def fig_smoothness(sets: pd.DataFrame, rho: pd.DataFrame, *, n_test: str) -> Fig
         ValueError: a column is missing or has missing values, or there are no rows.
     """
     targets = {"loss_own": "loss on its own images", "loss_common": "loss on common images", "acc_pct": n_test}
-    need(sets, ("choice", "label", "set_tv", *targets), "fig_smoothness")
     figure = PaperFigure(figsize=(6.8, 6.2), layout="constrained")
     axes = figure.subplot_mosaic([list(targets), ["rho"] * 3], height_ratios=[1.0, 1.25])  # type: ignore[arg-type]
     for target, words in targets.items():
@@ -194,7 +192,7 @@ def _by_choice(ax: Axes, sets: pd.DataFrame, target: str) -> None:
                     markeredgewidth=0)  # fmt: skip
 
 
-@styled
+@styled("n_calib", "acc_pct", "way")
 def fig_n_calib(curve: pd.DataFrame, *, float_pct: float | None = None, near_pp: float = 0.2) -> Figure:
     """Accuracy against the number of calibration images: mean over draws, band and bars = ± sd.
 
@@ -207,7 +205,6 @@ def fig_n_calib(curve: pd.DataFrame, *, float_pct: float | None = None, near_pp:
     Raises:
         ValueError: a column is missing or has missing values, there are no rows, or none without replacement.
     """
-    need(curve, ("n_calib", "acc_pct", "way"), "fig_n_calib")
     plain = curve.loc[curve["way"] == "without"]
     need(plain, ("n_calib",), "fig_n_calib (drawn without replacement)")
     figure, axes = new_figure(height=3.4)
