@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -18,21 +18,6 @@ METRIC = "acc_pct"
 NOT_RUN, NOT_PUBLISHED, FROM_MEMORY = "n/r", "–", "†"
 LEGEND = {NOT_RUN: "not run", NOT_PUBLISHED: "nothing published"}
 MEMORY_LEGEND = f"{FROM_MEMORY} = quoted from memory of the paper, not looked up again"
-
-
-class Cell(NamedTuple):
-    """Our number in one cell."""
-
-    mean: float
-    """Mean over the seeds, in the metric's unit."""
-    sd: float
-    """Sample standard deviation over the seeds; NaN where n = 1."""
-    n: int
-    """Number of seeds (or draws)."""
-    unit: str
-    """Unit of the mean."""
-    profile: str
-    """Profile of all its rows."""
 
 
 class TableError(ValueError):
@@ -83,19 +68,16 @@ def cells(results: pd.DataFrame, *, by: Sequence[str]) -> pd.DataFrame:
     Raises:
         TableError: the rows of a cell differ in more than their seed; the columns in which they differ are named.
     """
-    found = []
-    names: Any
-    group: Any
-    for names, group in results.groupby(list(by), sort=True, observed=True):
-        varying = [c for c in rows.KEY if c not in by and c != "seed" and group[c].nunique() > 1]
-        if varying or group["unit"].nunique() > 1:
-            where = ", ".join(f"{c}={n}" for c, n in zip(by, names, strict=True))
-            raise TableError(f"the cell {where} holds rows that differ in {', '.join(varying or ['unit'])}: filter the"
-                             " rows, or add those columns to index or columns")  # fmt: skip
-        numbers = group["value"]
-        cell = Cell(numbers.mean(), numbers.std(ddof=1), len(numbers), group["unit"].iloc[0], group["profile"].iloc[0])
-        found.append((*names, *cell))
-    return pd.DataFrame(found, columns=[*by, *Cell._fields])
+    groups = results.groupby(list(by), sort=True, observed=True)
+    same = [*(c for c in rows.KEY if c not in by and c != "seed"), "unit"]
+    varies: Any = groups[same].nunique() > 1
+    for cell in varies.loc[varies.any(axis=1)].reset_index().to_dict("records"):
+        where, differ = (", ".join(found) for found in ((f"{c}={cell[c]}" for c in by), (c for c in same if cell[c])))
+        mend = "filter the rows, or add those columns to index or columns"
+        raise TableError(f"the cell {where} holds rows that differ in {differ}: {mend}")
+    told: Any = {"mean": ("value", "mean"), "sd": ("value", "std"), "n": ("value", "count")}
+    told |= {column: (column, "first") for column in ("unit", "profile") if column not in by}
+    return groups.agg(**told).reset_index()
 
 
 def build(
@@ -128,7 +110,7 @@ def build(
     ours = with_bits(results.loc[results["metric"] == METRIC])
     theirs = None if published is None else with_bits(published.loc[published["metric"] == METRIC])
     names = [*index, *columns]
-    found = {tuple(r[: len(names)]): Cell(*r[len(names) :]) for r in cells(ours, by=names).itertuples(index=False)}
+    found: dict[Any, Any] = {tuple(cell[: len(names)]): cell for cell in cells(ours, by=names).itertuples(index=False)}
     known = _published_lookup(theirs, names)
     lines, groups = (_combinations(part, ours, theirs, order or {}) for part in (index, columns))
     if not lines or not groups:
@@ -189,7 +171,7 @@ def _place(column: str, value: Any, order: Mapping[str, Sequence[Any]]) -> tuple
     return (1, value, "") if isinstance(value, (int, float)) else (2, 0, str(value))
 
 
-def _ours_text(cell: Cell | None, decimals: int) -> str:
+def _ours_text(cell: Any, decimals: int) -> str:
     if cell is None:
         return NOT_RUN
     spread = f" ± {cell.sd:.{decimals}f}" if cell.n > 1 else ""
@@ -202,7 +184,7 @@ def _published_text(values: Sequence[tuple[float, bool]], decimals: int) -> str:
     return " / ".join(short) or NOT_PUBLISHED
 
 
-def _gap_text(cell: Cell | None, values: Sequence[tuple[float, bool]], decimals: int) -> str:
+def _gap_text(cell: Any, values: Sequence[tuple[float, bool]], decimals: int) -> str:
     if not values:
         return NOT_PUBLISHED
     return NOT_RUN if cell is None else f"{cell.mean - values[0][0]:+.{decimals}f}"

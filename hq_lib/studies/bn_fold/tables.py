@@ -28,8 +28,8 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_bn_fold, from ``shown``: relative errors in both number formats, and what predictions did."""
-    wide = rows.pivot_table(index=["model", "dataset", "n_test", "statistics"], columns="metric", values="value")
-    wide = wide.reset_index().reindex(columns=[*wide.index.names, *ERRORS, *DECIMALS])
+    index = ["model", "dataset", "n_test", "statistics"]
+    wide = tables.wide(rows, *index).reindex(columns=[*index, *ERRORS, *DECIMALS])
     out = pd.DataFrame({"model": [labels.printed("model", m) for m in wide["model"]]})
     out["statistics"] = [_source(*pair) for pair in zip(wide["model"], wide["statistics"], strict=True)]
     out["images"] = wide["dataset"].replace("-", "noise")

@@ -28,9 +28,8 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
 
     Of a network and seed trained more than once, the longest run.
     """
-    rows = tables.longest(tables.with_switches(rows, "epoch"), "model", "dataset", "seed")
-    wide = rows.pivot_table(index=["model", "dataset", "seed", "epoch"], columns="metric", values="value")
-    return wide.reset_index().rename_axis(columns=None)
+    rows = tables.longest(rows, "model", "dataset", "seed")
+    return tables.wide(rows, "model", "dataset", "seed", "epoch")
 
 
 def standard_errors(rows: pd.DataFrame) -> pd.DataFrame:

@@ -56,10 +56,8 @@ def search_note(rows: pd.DataFrame) -> str:
 
 def sensitivities(rows: pd.DataFrame) -> pd.DataFrame:
     """Columns kind ("weight" or "act"), name, tensor, bits, kl, loss_rise, acc_drop_pp."""
-    tidy = tables.with_switches(rows, "tensor").assign(bits=rows[["w_bits", "a_bits"]].min(axis=1).astype(int))
-    wide = tidy.pivot_table(index=["tensor", "bits"], columns="metric", values="value").reset_index()
-    kinds, names = ([str(tensor).partition(" ")[place] for tensor in wide["tensor"]] for place in (0, 2))
-    return wide.assign(kind=kinds, name=names).rename_axis(columns=None)
+    wide = tables.wide(rows.assign(bits=rows[["w_bits", "a_bits"]].min(axis=1).astype(int)), "tensor", "bits")
+    return wide.assign(**wide["tensor"].str.extract("(?P<kind>[^ ]*) (?P<name>.*)"))
 
 
 def losses(known: pd.DataFrame) -> dict[str, dict[int, float]]:
@@ -92,10 +90,8 @@ def slopes(known: pd.DataFrame) -> pd.DataFrame:
 
 def points(rows: pd.DataFrame) -> pd.DataFrame:
     """One line an assignment: budget, search, equivalent, seed, w, a, w_bits, a_bits, the metrics."""
-    rows = rows.loc[rows["method"] == RANGES]
-    keys = ["budget", "search", "equivalent", "seed", "w", "a", "w_bits", "a_bits"]
-    tidy = tables.with_switches(rows, "budget", "search", "equivalent", "w", "a")
-    return tidy.pivot_table(index=keys, columns="metric", values="value").reset_index().rename_axis(columns=None)
+    keys = ("budget", "search", "equivalent", "seed", "w", "a", "w_bits", "a_bits")
+    return tables.wide(rows.loc[rows["method"] == RANGES], *keys)
 
 
 def float_accuracy(rows: pd.DataFrame) -> float:

@@ -191,8 +191,7 @@ def aciq_table(rows: pd.DataFrame) -> pd.DataFrame:
     index = ["dataset", "net", "tensor", "layer", "prior", "bits"]
     rows = tables.with_switches(rows, *index[1:5])
     rows["bits"] = rows["a_bits"].where(rows["tensor"] == "activation", rows["w_bits"]).astype(int)
-    wide = rows.pivot_table(index=index, columns="metric", values="value").reset_index().rename_axis(columns=None)
-    return wide.reindex(columns=[*index, *sorted(MSE)])
+    return tables.wide(rows, *index).reindex(columns=[*index, *sorted(MSE)])
 
 
 def ratios(found: pd.DataFrame) -> pd.DataFrame:

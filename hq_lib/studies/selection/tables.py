@@ -38,9 +38,8 @@ def sets(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.loc[rows["method"] != FLOAT]
     if rows.empty:
         return pd.DataFrame(columns=[*KEYS, "choice", "n_pool", *UNTOUCHED, *TARGETS, "n_test", "git_sha"])
-    wide = rows.pivot(index=KEYS, columns="metric", values="value").reset_index().rename_axis(columns=None)
-    judged = rows.loc[rows["metric"] == "acc_pct"].set_index(KEYS)[["n_test", "git_sha"]]
-    wide = wide.merge(judged, left_on=KEYS, right_index=True)
+    judged = rows.loc[rows["metric"] == "acc_pct", [*KEYS, "n_test", "git_sha"]]
+    wide = tables.wide(rows, *KEYS).merge(judged, on=KEYS)
     return tables.with_switches(wide, "choice", "n_pool", *UNTOUCHED).fillna(UNTOUCHED)
 
 
@@ -101,17 +100,13 @@ def comparison_table(found: pd.DataFrame) -> pd.DataFrame:
     lines = comparison(found)
     out = pd.DataFrame({"calibration images": [CHOICES[choice].label for choice in lines["choice"]]})
     out["draws"] = lines["n"].astype(str)
-    out["test accuracy, %"] = [_mean_sd(m, s) for m, s in zip(lines["acc_pct"], lines["sd"], strict=True)]
+    out["test accuracy, %"] = [tables.mean_sd(found.loc[found["choice"] == c, "acc_pct"]) for c in lines["choice"]]
     out["paired difference to random, points (95 %)"] = [
         tables.NOT_PUBLISHED if line["choice"] == "random" else _interval(line) for line in lines.to_dict("records")
     ]
     for name in ("loss_own", "loss_common"):
         out[TARGETS[name]] = [f"{value:.1f}" for value in lines[name]]
     return out
-
-
-def _mean_sd(mean: float, sd: float) -> str:
-    return f"{mean:.2f}" if np.isnan(sd) else f"{mean:.2f} ± {sd:.2f}"
 
 
 def _interval(found: Mapping[Any, Any]) -> str:
@@ -166,9 +161,7 @@ def _rho(found: pd.DataFrame, loss: str) -> float:
 def scored(found: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """The sets with the mean score of their images in every metric (columns ``set_...``) and ``label`` in print."""
     shared = ["dataset", "n_calib", "seed", "choice", "n_pool"]
-    known = tables.with_switches(scores, "choice", "n_pool")
-    wide = known.pivot_table(index=shared, columns="metric", values="value").reset_index()
-    out = found.drop(columns="switches").merge(wide, on=shared)
+    out = found.drop(columns="switches").merge(tables.wide(scores, *shared), on=shared)
     return out.assign(label=[CHOICES[choice].label for choice in out["choice"]])
 
 
@@ -233,9 +226,7 @@ def _pair_texts(mine: pd.DataFrame, name: str) -> dict[str, str]:
     texts = {}
     for chosen, words in ((False, "random"), (True, "smoothest")):
         values = ours.loc[ours["selected"] == chosen, "value"]
-        texts[f"{name}, {words}, ours"] = (
-            f"{_mean_sd(values.mean(), values.std(ddof=1))} (n={len(values)})" if len(values) else tables.NOT_RUN
-        )
+        texts[f"{name}, {words}, ours"] = tables.mean_sd(values) + (f" (n={len(values)})" if len(values) else "")
     named = ours.assign(choice=ours["selected"].map({True: SMOOTH, False: "random"}))
     texts[f"{name}, paired difference (95 %)"] = _interval(paired(named, target="value") if len(ours) else {})
     known = [theirs.loc[theirs["selected"] == chosen, "value"].tolist() for chosen in (False, True)]
