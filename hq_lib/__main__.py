@@ -51,9 +51,7 @@ def train(
 
     Example: hq train --model resnet20 --method pact --bits 4/4 --set protocol.epochs=10
     """
-    run, steps = _run(
-        config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, output=output
-    )  # fmt: skip
+    run, steps = _run(locals())
     file, acc_pct = steps.trained(run)
     following = f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}"
     _wrote(file, acc_pct, following + _again(run, "net", "root"))
@@ -63,7 +61,7 @@ def train(
 def select(
     config: Config = None, set_: Set = None, model: Model = None, data: Data = None, root: Root = None,
     output: Output = None,
-    n: Annotated[int | None, typer.Option(help="Images.")] = None,
+    n_calib: Annotated[int | None, typer.Option("--n", help="Images.")] = None,
     strategy: Annotated[str | None, typer.Option(help="lowest, highest, trimmed or random.")] = None,
     metric: Annotated[str | None, typer.Option(help="Score of an image: tv, entropy, ...")] = None,
 ) -> None:  # fmt: skip
@@ -71,8 +69,7 @@ def select(
 
     Example: hq select --data cifar10 --n 256 --strategy trimmed --metric tv --output smooth.json
     """
-    given = {"n_calib": n, "strategy": strategy, "metric": metric}
-    run, steps = _run(config, set_, model=model, data=data, root=root, output=output, **given)
+    run, steps = _run(locals())
     file = steps.selected(run)
     same = f" --config {shlex.quote(str(config))}" if config else ""
     network = "net" if run.net else "model"
@@ -88,9 +85,7 @@ def quantize(
 
     Example: hq quantize --model resnet20 --method qdrop --bits 4/4 --output net.safetensors
     """
-    run, steps = _run(
-        config, set_, model=model, net=net, method=method, bits=bits, data=data, root=root, n_test=n_test, output=output
-    )  # fmt: skip
+    run, steps = _run(locals())
     file, acc_pct = steps.quantized(run)
     own = _again(run, "net", "root")
     _wrote(file, acc_pct, f"hq test {file} --integer{own}; hq export {file} --to c{own}")
@@ -105,7 +100,7 @@ def accuracy(
 
     Example: hq test net.safetensors --integer
     """
-    run, steps = _run(config, set_, net=net, data=data, root=root, n_test=n_test)
+    run, steps = _run(locals())
     for line in steps.tested(run, file, integer=integer):
         typer.echo(line)
     exported = file.suffix != ".safetensors"
@@ -126,7 +121,7 @@ def export(
 
     Example: hq export net.safetensors --to onnx
     """
-    run, steps = _run(config, set_, net=net, root=root, output=output)
+    run, steps = _run(locals())
     made = steps.exported(run, file, to)
     test = f"hq test {made}{_again(run, 'root')}"
     following = {"fpga": "its manifest.json says what each file is", "board": f"make -C {made} run"}
@@ -148,9 +143,9 @@ def crossbar(
 
     Example: hq crossbar net.safetensors --device rram --layers '*' --n-test 100
     """
-    run, steps = _run(config, set_, net=net, data=data, root=root, n_test=n_test)
-    named = layers.split(",") if layers else None
-    given = {"engine": engine, "device": device, "layers": named, "folder": folder, "record": record}
+    given = {"engine": engine, "device": device, "folder": folder, "record": record}
+    given |= {"layers": layers.split(",") if layers else None}
+    run, steps = _run({key: value for key, value in locals().items() if key not in given})
     made, lines = steps.on_crossbar(run, file, **{key: value for key, value in given.items() if value is not None})
     for line in lines:
         typer.echo(line)
@@ -196,14 +191,17 @@ def study(
         typer.echo(f"{len(rows)} rows in {paths.results_dir(profile) / name}.csv")
 
 
-def _run(config: Path | None, assignments: list[str] | None, **given: Any) -> tuple[Any, ModuleType]:
-    """(the ``Configuration``, module ``studies.steps``): the file, then ``--set``, then the options that were given."""
+def _run(given: dict[str, Any]) -> tuple[Any, ModuleType]:
+    """(the ``Configuration``, module ``studies.steps``): the file, then ``--set``, then the options that were given.
+
+    Of a verb's arguments those are taken that a configuration has keys for.
+    """
     configuration = importlib.import_module("hq_lib.studies.configuration")  # torch: only where a step is run
+    changes = dict(_assignment(text) for text in given["set_"] or [])
+    changes |= {key: value for key, value in given.items() if key in configuration.KEYS and value is not None}
     if given.get("bits") is not None:
-        given["bits"] = [yaml.safe_load(bits) for bits in given["bits"].split("/")]
-    words = {key: value for key, value in given.items() if value is not None}
-    changes = dict(_assignment(text) for text in assignments or [])
-    return configuration.read(config, {**changes, **words}), importlib.import_module("hq_lib.studies.steps")
+        changes["bits"] = [yaml.safe_load(bits) for bits in given["bits"].split("/")]
+    return configuration.read(given["config"], changes), importlib.import_module("hq_lib.studies.steps")
 
 
 def _again(run: Any, *keys: str) -> str:

@@ -171,19 +171,21 @@ class Configuration:
 
         Raises ``ValueError`` for a network of ours that no weights are known of.
         """
-        taken = None if self.net else models.taken(self.model)
+        taken, file = (None, None) if self.net else (models.taken(self.model), shipped(self.model))
         theirs, _, which = self.weights.partition(":")
+        if self.weights and theirs != TORCHVISION:
+            file = models.fetched(self.weights) if "://" in self.weights else Path(self.weights)
         if theirs == TORCHVISION:
             net = self.built()
             state, taken = models.published(self.model, which or "DEFAULT")
             load_state(net, state, source=self.weights)
-        elif (file := self._weights_file()) is None:
+        elif file is None:
             if taken is None and not self.net:
                 raise ValueError(f"weights: none are shipped for {self.model!r}; train them (hq train --model "
                                  f"{self.model} --method float), or name a file")  # fmt: skip
             net = self.built()
         elif file.suffix == ".safetensors":
-            net, record = opened(file, self.net, self.options)
+            net, record = self.opened(file)
             if not self.net and record["model"] != self.model:
                 raise ValueError(
                     f"model is {self.model!r}, and weights {file} are of {record['model']!r}: leave model out"
@@ -194,12 +196,18 @@ class Configuration:
         record = {} if self.net else {"model": self.model, "options": self.options, "images": taken}
         return net.eval(), record
 
-    def _weights_file(self) -> Path | None:
-        if "://" in self.weights:
-            return models.fetched(self.weights)
-        if self.weights:
-            return Path(self.weights)
-        return None if self.net else shipped(self.model)
+    def opened(self, file: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """(network in eval mode, record) of a float or quantized network file."""
+        state, record = models.read_checkpoint(file)
+        made = own(self.net)(**(self.options or record.get("options") or {})) if self.net else None
+        if made is None and record.get("model", OWN) == OWN:
+            raise ValueError(f"{file.name} holds a network of its maker's own: say which, --net module:Class")
+        if "policy" in record:
+            return graph.load(file, net=made), record
+        if made is None:
+            return models.load_checkpoint(file)
+        load_state(made, state, source=file.name)
+        return made.eval(), record
 
     # -- the images ----------------------------------------------------------------------------------------------------
 
@@ -337,6 +345,10 @@ class Configuration:
         }  # fmt: skip
 
 
+KEYS = tuple(each.name for each in fields(Configuration))
+"""What a file may say."""
+
+
 def mapping(path: Path | str) -> dict[str, Any]:
     """The keys of a YAML file; ``ValueError`` names a file that is no YAML, or no mapping."""
     try:
@@ -359,11 +371,11 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
     for key, value in (changes or {}).items():
         outer, dot, inner = key.partition(".")
         entries[outer] = {**(entries.get(outer) or {}), inner: value} if dot else value
-    where, keys = str(path or "the configuration"), [f.name for f in fields(Configuration)]
+    where = str(path or "the configuration")
     inner = {f.name: outer for outer, kinds in INNER.items() for kind in kinds for f in fields(kind)}
-    if inside := [key for key in entries if key in inner and key not in keys]:
+    if inside := [key for key in entries if key in inner and key not in KEYS]:
         raise ValueError(f"{where} has no key {inside[0]!r}; did you mean '{inner[inside[0]]}.{inside[0]}'?")
-    check(where, "key", entries, keys)
+    check(where, "key", entries, KEYS)
     return Configuration(**entries)
 
 
@@ -385,17 +397,3 @@ def own(name: str) -> Any:
         return getattr(importlib.import_module(module), made)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"net {name!r} cannot be imported from {Path.cwd()}: {error}") from error
-
-
-def opened(file: Path, net: str = "", options: Mapping[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """(network in eval mode, record) of a float or quantized network file; ``net`` where it is one's own."""
-    state, record = models.read_checkpoint(file)
-    made = own(net)(**(options or record.get("options") or {})) if net else None
-    if made is None and record.get("model", OWN) == OWN:
-        raise ValueError(f"{file.name} holds a network of its maker's own: say which, --net module:Class")
-    if "policy" in record:
-        return graph.load(file, net=made), record
-    if made is None:
-        return models.load_checkpoint(file)
-    load_state(made, state, source=file.name)
-    return made.eval(), record

@@ -13,8 +13,7 @@ from hq_lib.results import paths
 
 def keys() -> tuple[str, ...]:
     """What such a file may say: the fields of ``configuration.Configuration``."""
-    configuration = importlib.import_module("hq_lib.studies.configuration")
-    return tuple(each.name for each in dataclasses.fields(configuration.Configuration))
+    return importlib.import_module("hq_lib.studies.configuration").KEYS
 
 
 def carried_out(given: Mapping[str, Any], profile: str) -> str:

@@ -26,7 +26,7 @@ from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
 from hq_lib.results import paths, provenance
 from hq_lib.results.hints import check, check_known
-from hq_lib.studies.configuration import EQUALIZE, FLOAT, HYBRID, NORMS, Configuration, opened
+from hq_lib.studies.configuration import EQUALIZE, FLOAT, HYBRID, NORMS, Configuration
 from hq_lib.studies.hybrid.cells import fit_early, fit_late
 from hq_lib.studies.integer_export.executors import BATCH
 from hq_lib.studies.integer_export.executors import ENDINGS as FILES
@@ -137,7 +137,7 @@ def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
         test = run.images("test", _image_record(_meta(file)), run.n_test)
         yield _line(kinds[file.suffix], _accuracy(executor(kinds[file.suffix], file), test), test)
         return
-    net, record = opened(file, run.net, run.options)
+    net, record = run.opened(file)
     test = run.images("test", record, run.n_test)
     yield _line("fake_quant" if "policy" in record else "float", evaluate(net.to(run.device), test).acc_pct, test)
     if integer:
@@ -154,7 +154,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
     """
     check_known(to, ENDINGS, "format of hq export")
     target = Path(run.output or file.stem + ENDINGS[to])
-    net, record = opened(file, run.net, run.options)
+    net, record = run.opened(file)
     spec = run.normalization(record)
     if to == "fpga" and "policy" not in record:
         example = torch.zeros(1, *spec.in_shape)
@@ -187,7 +187,7 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
         imodel = load_integers(file)
         record = _image_record(imodel.meta)
     else:
-        net, record = opened(file, run.net, run.options)
+        net, record = run.opened(file)
         imodel = _lowered(run, file, net, record, run.normalization(record))
     test, train = run.images("test", record, plan.n_test), run.images("train", record, max(plan.n_calib, 1))
     outcome = bench.run(plan, imodel, test, train)
