@@ -7,7 +7,7 @@ hq_lib.studies.overview`` (``make readme``) writes it, and the times of the inte
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -34,7 +34,7 @@ class Number:
     file: str
     """Results file; "published" = data/published.csv."""
     where: Mapping[str, Any]
-    """Columns and switches, and their values; None = the row has no such switch."""
+    """Columns and switches of ResNet-20's rows, and their values; None = the row has no such switch."""
     metric: str = "acc_pct"
     """The metric."""
 
@@ -45,11 +45,11 @@ class Number:
             TableError: two rows of one seed, so ``where`` names more than one number.
             PublishedError: ``where`` names what nobody published.
         """
+        where = {"model": "resnet20", "metric": self.metric, **self.where}
         if self.file == "published":
-            return published.lookup(metric=self.metric, **self.where)
-        found = store.read(self.file, profile=profile)
-        found = tables.with_switches(found, *(name for name in self.where if name not in found))
-        for name, value in {**self.where, "profile": profile, "metric": self.metric}.items():
+            return published.lookup(**where)
+        found = tables.with_switches(store.read(self.file, profile=profile), *where)
+        for name, value in {**where, "profile": profile}.items():
             found = found.loc[found[name].isna() if value is None else found[name] == value]
         if len(found):
             longest = found[PROTOCOL].apply(tuple, axis=1)
@@ -65,8 +65,7 @@ class Number:
             return tables.NOT_RUN
         value, unit = found["value"], found["unit"].iloc[0]
         decimals = 0 if unit == "count" else 1 if "n_test" in found and found["n_test"].iloc[0] < 10_000 else 2
-        spread = f" ± {value.std(ddof=1):.{decimals}f}" if len(value) > 1 else ""
-        return f"{value.mean():.{decimals}f}{spread}{'' if unit in ('%', 'count') else f' {unit}'}"
+        return tables.mean_sd(value, decimals) + ("" if unit in ("%", "count") else f" {unit}")
 
 
 @dataclass(frozen=True)
@@ -84,40 +83,15 @@ class Line:
 
 
 def _bits(w: int, a: int, **more: Any) -> dict[str, Any]:
-    return {"model": "resnet20", "w_bits": w, "a_bits": a, **more}
-
-
-def _trained(w: int, a: int) -> Number:
-    return Number("", "qat", _bits(w, a, method="pact", split=None, lists=None, distill=None))
-
-
-def _official_qdrop(w: int, a: int) -> Number:
-    variant = "500 iterations a block, drop 0.5, rounding rate 1e-2"
-    where = _bits(w, a, table="official_ptq", method="qdrop", variant=variant)
-    return Number("official code, 500 iterations", "published", where)
-
-
-def _qdrop(w: int, a: int) -> Number:
-    return Number("", "ptq_methods", _bits(w, a, recipe="qdrop", net="public"))
-
-
-def _pact(w: int, a: int) -> Number:
-    where = _bits(w, a, table="resnet20_cifar10", method="pact", variant="first and last layer 8 bit")
-    return Number("published, the same first and last layer", "published", where)
-
-
-def _search(words: str, search: str) -> Number:
-    chosen = {"model": "resnet20", "search": search, "budget": "size", "equivalent": 3.0, "split": "test"}
-    return Number(words, "bit_allocation", chosen)
+    return {"w_bits": w, "a_bits": a, **more}
 
 
 def _array(words: str, correction: str, effect: str = "rram, column scale") -> Number:
     return Number(words, "crossbar", _bits(8, 8, correction=correction, effect=effect, network=None))
 
 
-def _sent(words: str, cut: str, bits: int, metric: str = "acc_pct", **switches: Any) -> Number:
-    chosen = {"model": "resnet20", "cut": cut, "wire_bits": bits, "network": None, **switches}
-    return Number(words, "edge_cloud", chosen, metric)
+def _sent(words: str, metric: str = "acc_pct", **wire: Any) -> Number:
+    return Number(words, "edge_cloud", {"network": None, **wire}, metric)
 
 
 def _integers(words: str, method: str, metric: str = "acc_pct") -> Number:
@@ -125,26 +99,41 @@ def _integers(words: str, method: str, metric: str = "acc_pct") -> Number:
     return Number(words, "integer_export", _bits(8, 8, method=method, **form), metric)
 
 
-_FLOAT = Number("float", "float_reference", {"model": "resnet20", "method": "float"})
+def _both(step: str, notebook: str, ours: Number, whole: Number, theirs: Number) -> list[Line]:
+    """A step at four and at two bits, beside the float network and what is published of each width."""
+    lines = []
+    for bits, words in ((4, f"W4A4, {step}"), (2, "W2A2, the same")):
+        mine, known = (replace(number, where=_bits(bits, bits, **number.where)) for number in (ours, theirs))
+        lines.append(Line(words, notebook, mine, (whole, known)))
+    return lines
+
+
+_FLOAT = Number("float", "float_reference", {"method": "float"})
 _GROUP = Number("the group's", "published", _bits(32, 32, table="seed001", source=_GROUP_SOURCE))
 _PUBLIC = Number("float", "ptq_methods", _bits(32, 32, net="public"))
-_EXACT = _array("exact", "none", "no error")
-_WIRE = {"edge": "integer", "grid": "channel"}
-_MISMATCHES = _integers("logits unlike NumPy's", "c", "n_logit_mismatches")
+_SEARCHED = {"budget": "size", "equivalent": 3.0, "split": "test"}
+_STAGE_2 = {"cut": "layer2.2", "wire_bits": 2, "edge": "integer", "grid": "channel"}
+_IMAGE = {"cut": "image", "wire_bits": 8}
+_TRAINED = {"method": "pact", "split": None, "lists": None, "distill": None}
+_PACT = {"table": "resnet20_cifar10", "method": "pact", "variant": "first and last layer 8 bit"}
+_QDROP = {"variant": "500 iterations a block, drop 0.5, rounding rate 1e-2", "table": "official_ptq", "method": "qdrop"}
 
 LINES = (
     Line("Float", "01", _FLOAT, (_GROUP,)),
-    Line("W4A4, trained through PACT's quantizers", "03", _trained(4, 4), (_FLOAT, _pact(4, 4))),
-    Line("W2A2, the same", "03", _trained(2, 2), (_FLOAT, _pact(2, 2))),
-    Line("W4A4, QDrop without training, public network", "04", _qdrop(4, 4), (_PUBLIC, _official_qdrop(4, 4))),
-    Line("W2A2, the same", "04", _qdrop(2, 2), (_PUBLIC, _official_qdrop(2, 2))),
-    Line("3 bits a weight, by sensitivity", "06", _search("", "optimal"), (_search("3 bits everywhere", "uniform"),)),
-    Line("W8A8 in integers, in C", "07", _integers("", "c"), (_integers("fake-quantized", "fake_quant"), _MISMATCHES)),
+    *_both("trained through PACT's quantizers", "03", Number("", "qat", _TRAINED), _FLOAT,
+           Number("published, the same first and last layer", "published", _PACT)),
+    *_both("QDrop without training, public network", "04",
+           Number("", "ptq_methods", {"recipe": "qdrop", "net": "public"}), _PUBLIC,
+           Number("official code, 500 iterations", "published", _QDROP)),
+    Line("3 bits a weight, by sensitivity", "06", Number("", "bit_allocation", {"search": "optimal", **_SEARCHED}),
+         (Number("3 bits everywhere", "bit_allocation", {"search": "uniform", **_SEARCHED}),)),
+    Line("W8A8 in integers, in C", "07", _integers("", "c"),
+         (_integers("fake-quantized", "fake_quant"), _integers("logits unlike NumPy's", "c", "n_logit_mismatches"))),
     Line("W8A8 on simulated RRAM, columns calibrated", "08", _array("", "column"),
-         (_array("uncorrected", "none"), _EXACT)),
-    Line("Cut after stage 2, two bits a number sent", "09", _sent("", "layer2.2", 2, **_WIRE),
-         (_sent("sends", "layer2.2", 2, "deflate_KiB", **_WIRE), _sent("the image itself", "image", 8),
-          _sent("sends", "image", 8, "deflate_KiB"))),
+         (_array("uncorrected", "none"), _array("exact", "none", "no error"))),
+    Line("Cut after stage 2, two bits a number sent", "09", _sent("", **_STAGE_2),
+         (_sent("sends", "deflate_KiB", **_STAGE_2), _sent("the image itself", **_IMAGE),
+          _sent("sends", "deflate_KiB", **_IMAGE))),
 )  # fmt: skip
 
 

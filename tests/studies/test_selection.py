@@ -308,7 +308,7 @@ def test_claim_cell_and_figure_say_the_paired_difference_however_many_more_rando
     assert "-2.00" in [t.get_text() for t in drawn.axes[0].texts]
 
 
-def test_the_number_of_images_and_replacement_by_hand(out_dir):
+def test_the_number_of_images_and_replacement_by_hand(out_dir, monkeypatch):
     rows = []
     for draw in (0, 1):
         for n, acc in ((16, 70.0), (32, 71.9 + draw / 10)):
@@ -317,7 +317,9 @@ def test_the_number_of_images_and_replacement_by_hand(out_dir):
     store.append(STUDY.name, rows, profile="smoke")
     curve = tables.by_number(tables.sets(STUDY.rows("smoke")), STUDY.plan("smoke"))
     assert tables.by_n(curve)["kept"].tolist() == [False, True]
-    assert tables.by_n(curve, within=2.5)["kept"].tolist() == [True, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "NEAR_PP", 2.5)
+        assert tables.by_n(curve)["kept"].tolist() == [True, True]
     (line,) = tables.replacement(curve).to_dict("records")
     assert (line["way"], line["n_calib"], line["mean"]) == ("images", 16, -1.5)
 

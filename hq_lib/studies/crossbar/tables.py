@@ -47,9 +47,9 @@ def means(rows: pd.DataFrame, study: str) -> pd.DataFrame:
     return found.pivot_table(index=["effect", "correction"], columns="x", values="acc_pct", sort=False).round(1)
 
 
-def mean(rows: pd.DataFrame, study: str, effect: str, correction: str, *, x: float = 0.0) -> float | None:
+def mean(rows: pd.DataFrame, study: str, effect: str, correction: str) -> float | None:
     """Mean accuracy over the draws in W8A8, percent; None where it was not run."""
-    found = accuracies(rows, study).query("effect == @effect and correction == @correction and x == @x")
+    found = accuracies(rows, study).query("effect == @effect and correction == @correction")
     return float(found["acc_pct"].to_numpy().mean()) if len(found) else None
 
 

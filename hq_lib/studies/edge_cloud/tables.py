@@ -163,9 +163,9 @@ def against_jpeg(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(pd.concat([jpeg, smaller], ignore_index=True), columns=columns).round(2)
 
 
-def crossbar_losses(frame: pd.DataFrame, bits: int = 8) -> pd.DataFrame:
-    """Crossbar minus digital edge on the same images, points: mean and sd over the draws, by edge and cut."""
-    frame = frame.query("grid == 'channel' and wire_bits == @bits or cut == @ALL")
+def crossbar_losses(frame: pd.DataFrame) -> pd.DataFrame:
+    """Crossbar minus digital edge on the same images, at eight bits sent: points, mean and sd over the draws."""
+    frame = frame.query("grid == 'channel' and wire_bits == 8 or cut == @ALL")
     pairs = frame.loc[frame["seed"] >= 0].merge(
         frame.loc[frame["edge"] == EXACT], on=["cut", "n_test"], suffixes=("", "_exact")
     )

@@ -1,6 +1,5 @@
 """Figures of notebook 04, post-training quantization."""
 
-from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -81,7 +80,7 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
 
 
 @styled("w_bits", "a_bits", "method", "position", "block", "value")
-def fig_error_accumulation(errors: pd.DataFrame, *, order: Sequence[str] | None = None) -> Figure:
+def fig_error_accumulation(errors: pd.DataFrame) -> Figure:
     """How far the quantized network's tensors are from the float network's behind each block, method by method.
 
     A panel for each pair of bit widths; mean over the seeds, with a band of one standard deviation where there are
@@ -90,17 +89,15 @@ def fig_error_accumulation(errors: pd.DataFrame, *, order: Sequence[str] | None 
     Args:
         errors: columns ``w_bits``, ``a_bits``, ``method`` (key of ``labels.METHOD_LABELS``), ``position`` (0 ...),
             ``block`` (name), ``value`` (relative squared error, pure number, > 0).
-        order:  methods drawn, in this order; default all.
     """
     widths = sorted({(w, a) for w, a in zip(errors["w_bits"], errors["a_bits"], strict=True)}, reverse=True)
     names = errors.drop_duplicates("position").sort_values("position")["block"].tolist()
     figure, axes = new_figure(1, len(widths), width=0.6 + 4.1 * len(widths), height=4.2, sharey=False)
     for ax, (w_bits, a_bits) in zip(axes[0], widths, strict=True):
         panel = errors.loc[(errors["w_bits"] == w_bits) & (errors["a_bits"] == a_bits)]
-        for method in order or list(dict.fromkeys(panel["method"])):
+        for method in dict.fromkeys(panel["method"]):
             lines = panel.loc[panel["method"] == method]
-            if not lines.empty:
-                band_line(ax, lines, x="position", y="value", as_=method, label=labels.printed("method", method))
+            band_line(ax, lines, x="position", y="value", as_=method, label=labels.printed("method", method))
         ax.set_yscale("log")
         ax.set_xticks(range(len(names)), names, rotation=90)
         ax.set(title=labels.bits_label(w_bits, a_bits), xlim=(-0.3, len(names) + 1.8))

@@ -79,7 +79,7 @@ def _flow(ax: Axes, steps: Sequence[tuple[str, str]]) -> None:
 
 
 @styled("model", "method", "selected", "source", "seed", "value")
-def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: str = "selected") -> Figure:
+def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str]) -> Figure:
     """BRECQ and QDrop with random images (open) and with selected ones (filled), one column per network.
 
     Ours come first, every shared draw a small point and their mean a large one, the mean paired difference above it;
@@ -90,7 +90,6 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: 
         pairs:        ``model``, ``method`` ("brecq", "qdrop"), ``selected`` (bool), ``source`` ("ours", "published"),
                       ``seed`` (of the draw), ``value`` (percent).
         networks:     columns after ours, in order; those without numbers are shown as empty.
-        chosen_label: what the filled marks are.
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
@@ -107,7 +106,11 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str], chosen_label: 
     ax.set(ylabel="top-1 accuracy, %", xlim=(-0.6, len(columns) - 0.4))
     ax.margins(y=0.14)
     ax.grid(False, axis="x")
-    _legend(ax, chosen_label)
+    for method, chosen in product(("brecq", "qdrop"), (False, True)):
+        style, words = look(method), f"{labels.printed('method', method)}, {'selected' if chosen else 'random'}"
+        face = style.color if chosen else "white"
+        ax.plot([], [], linestyle="", marker=style.marker, color=style.color, markerfacecolor=face, label=words)
+    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2, handletextpad=0.2)
     return figure
 
 
@@ -141,15 +144,6 @@ def _network_label(model: str, source: str, pairs: pd.DataFrame) -> str:
     known = pairs.loc[(pairs["model"] == model) & (pairs["source"] == "published")]
     complete = known.groupby("method")["selected"].nunique().eq(2).any()
     return f"{name}\nours n/r" + ("" if complete else "\npublished –" if known.empty else "\nselected –")
-
-
-def _legend(ax: Axes, chosen_label: str) -> None:
-    for method, chosen in product(("brecq", "qdrop"), (False, True)):
-        style = look(method)
-        words = f"{labels.printed('method', method)}, {chosen_label if chosen else 'random'}"
-        face = style.color if chosen else "white"
-        ax.plot([], [], linestyle="", marker=style.marker, color=style.color, markerfacecolor=face, label=words)
-    ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2, handletextpad=0.2)
 
 
 @styled("choice", "label", "set_tv", "loss_own", "loss_common", "acc_pct")

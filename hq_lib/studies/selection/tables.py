@@ -261,10 +261,10 @@ def by_number(found: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     return curve.assign(way=way)
 
 
-def by_n(curve: pd.DataFrame, *, within: float = NEAR_PP) -> pd.DataFrame:
+def by_n(curve: pd.DataFrame) -> pd.DataFrame:
     """Mean, sd and draws by number of images, and whether from there on the mean stays near the largest n's."""
     means = curve.loc[curve["way"] == "without"].groupby("n_calib")["acc_pct"].agg(["mean", "std", "count"])
-    near = means["mean"] >= means["mean"].iloc[-1:].max() - within
+    near = means["mean"] >= means["mean"].iloc[-1:].max() - NEAR_PP
     return means.assign(kept=near[::-1].cummin()[::-1])
 
 
