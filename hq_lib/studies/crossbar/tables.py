@@ -41,9 +41,8 @@ def accuracies(rows: pd.DataFrame, *studies: str, bits: int | None = 8) -> pd.Da
 def means(rows: pd.DataFrame, study: str) -> pd.DataFrame:
     """Mean accuracy over the draws of one study, percent: a line per effect (rule) and correction, a column per x."""
     found = accuracies(rows, study)
-    found = found.assign(
-        effect=[f"{e}, {RULES[r]}" if r else e for e, r in zip(found["effect"], found["rule"], strict=True)]
-    )
+    words: Any = {"": "", **{rule: f", {text}" for rule, text in RULES.items()}}
+    found = found.assign(effect=found["effect"] + found["rule"].map(words))
     return found.pivot_table(index=["effect", "correction"], columns="x", values="acc_pct", sort=False).round(1)
 
 
@@ -69,9 +68,9 @@ def no_error_pct(rows: pd.DataFrame) -> dict[str, float]:
 def drift_points(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows for fig_drift: PCM at all its times by both rules, RRAM at the two times for which it was published, and
     devices of one's own."""
-    second, day = accuracies(rows, "recovery"), accuracies(rows, "budget")
-    second, day = second.loc[second["effect"] == RRAM_SECOND], day.loc[day["effect"] == RRAM_DAY]
-    rram = pd.concat([second.assign(x=1.0), day.assign(x=DAY_S)]).assign(effect="RRAM")
+    second = accuracies(rows, "recovery").query("effect == @RRAM_SECOND").assign(x=1.0)
+    day = accuracies(rows, "budget").query("effect == @RRAM_DAY").assign(x=DAY_S)
+    rram = pd.concat([second, day]).assign(effect="RRAM")
     found = pd.concat([accuracies(rows, "drift"), rram], ignore_index=True)
     return found.loc[found["correction"].isin(["none", "global", "column", "bn"])].reset_index(drop=True)
 
@@ -136,10 +135,8 @@ def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_crossbar_cost: cells, arrays, conversions and cell reads of one image, and the range of energy estimates."""
     rows = unpacked(rows, "circuit")
     wide = rows.pivot_table(index="circuit", columns="metric", values="value").reindex(list(CIRCUITS))
-    names = {"n_cells": "cells", "n_arrays": "arrays", "n_conversions": "conversions per image",
-             "n_cell_reads": "cell reads per image"}  # fmt: skip
-    counts = {text: [f"{v:,.0f}" for v in wide[name]] for name, text in names.items()}
-    return pd.DataFrame({"circuit": list(wide.index), **counts, "estimate, uJ per image": _energies(wide)})
+    names = {"n_conversions": "conversions per image", "n_cell_reads": "cell reads per image"}
+    return pd.DataFrame(_counted(wide, {"n_cells": "cells", "n_arrays": "arrays", **names}), wide.index).reset_index()
 
 
 def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -147,12 +144,9 @@ def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
     found = _newest_files(accuracies(rows, "trained", bits=None))
     if found.empty:
         return pd.DataFrame()
-    names = {"no error": "exact", RRAM_SECOND: "RRAM 1 s", RRAM_DAY: "RRAM 1 day"}
-    places = [
-        f"{names[e]}{'' if k == 'none' else ', column'}"
-        for e, k in zip(found["effect"], found["correction"], strict=True)
-    ]
-    found = tables.with_bits(found).assign(place=places)
+    names: Any = {"no error": "exact", RRAM_SECOND: "RRAM 1 s", RRAM_DAY: "RRAM 1 day"}
+    corrected = found["correction"].replace({"none": "", "column": ", column"})
+    found = tables.with_bits(found).assign(place=found["effect"].map(names) + corrected)
     order = {"place": ["exact", "RRAM 1 s", "RRAM 1 s, column", "RRAM 1 day", "RRAM 1 day, column"]}
     return tables.build(found, index=["method", "bits"], columns=["place"], order=order, decimals=1)
 
@@ -164,23 +158,12 @@ def slices_table(rows: pd.DataFrame) -> pd.DataFrame:
     if found.empty:
         return pd.DataFrame()
     index = ["method", "bits", "x"]
-    accuracy: Any = found.loc[found["metric"] == "acc_pct"].pivot_table(
-        index=index, columns="correction", values="value"
-    )
-    counts: Any = found.pivot_table(index=index, columns="metric", values="value")
-    table = pd.DataFrame(
-        {
-            "cells": [f"{v:,.0f}" for v in counts["n_cells"]],
-            "conversions per image": [f"{v:,.0f}" for v in counts["n_conversions"]],
-            "estimate, uJ per image": _energies(counts),
-            "acc, none": accuracy["none"].round(1),
-            "acc, column": accuracy["column"].round(1),
-        },
-        index=counts.index,
-    ).reset_index()
-    return table.rename(columns={"x": "bits of a cell"}).sort_values(
-        ["bits", "method", "bits of a cell"], ignore_index=True
-    )
+    scores = found.loc[found["metric"] == "acc_pct"]
+    accuracy = scores.pivot_table(index=index, columns="correction", values="value")[["none", "column"]].round(1)
+    counts = found.pivot_table(index=index, columns="metric", values="value")
+    texts = _counted(counts, {"n_cells": "cells", "n_conversions": "conversions per image"})
+    table = pd.DataFrame(texts, counts.index).join(accuracy.add_prefix("acc, ")).reset_index()
+    return table.sort_values(["bits", "method", "x"], ignore_index=True).rename(columns={"x": "bits of a cell"})
 
 
 def noise_aware_points(rows: pd.DataFrame) -> pd.DataFrame:
@@ -203,9 +186,11 @@ def gain_of_noise(rows: pd.DataFrame) -> pd.DataFrame:
     return gains.groupby(place, sort=False).agg(["mean", "std", "count"]).round(2)
 
 
-def _energies(wide: pd.DataFrame) -> list[str]:
+def _counted(wide: pd.DataFrame, titles: dict[str, str]) -> dict[str, list[str]]:
+    """Counts by title, and the range of energy estimates."""
     pairs = zip(wide["energy_low_uJ"], wide["energy_high_uJ"], strict=True)
-    return [f"{low:.1f} to {high:.1f}" for low, high in pairs]
+    counts = {title: [f"{value:,.0f}" for value in wide[name]] for name, title in titles.items()}
+    return {**counts, "estimate, uJ per image": [f"{low:.1f} to {high:.1f}" for low, high in pairs]}
 
 
 def _newest_files(found: pd.DataFrame) -> pd.DataFrame:
