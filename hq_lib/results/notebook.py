@@ -20,10 +20,7 @@ from hq_lib.results.hints import nearest
 
 REFERENCE = "full"  # the profile that the text of a notebook quotes
 INJECTED = "# Parameters"  # the first line of the cell that papermill inserts after the parameters cell
-LIVE = (
-    "JPY_SESSION_NAME",
-    "VSCODE_PID",
-)  # set for a kernel that a person sits at (JupyterLab, VS Code), not by papermill
+LIVE = ("JPY_SESSION_NAME", "VSCODE_PID")  # set for a kernel that a person sits at, not by papermill
 
 
 @dataclass(frozen=True)

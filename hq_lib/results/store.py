@@ -32,13 +32,7 @@ def path_of(name: str, *, profile: str) -> Path:
     return paths.results_dir(profile) / f"{name}.csv"
 
 
-def append(
-    name: str,
-    rows: Iterable[Mapping[str, Any]],
-    *,
-    profile: str,
-    folder: Path | None = None,
-) -> int:
+def append(name: str, rows: Iterable[Mapping[str, Any]], *, profile: str, folder: Path | None = None) -> int:
     """Number of rows in the file afterwards; rows whose key is already there replace the old ones.
 
     Two processes may append to one file at once: they wait for each other and nothing is lost. Provenance columns that

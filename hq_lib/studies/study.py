@@ -148,13 +148,7 @@ class Study(Generic[Plan, Bench]):
         return dataclasses.replace(plan, **{name: _as_tuple(value) for name, value in changes.items()})
 
     def run(
-        self,
-        profile: str,
-        *,
-        device: str = "cpu",
-        unit: str | None = None,
-        allow_dirty: bool = False,
-        **changes: Any,
+        self, profile: str, *, device: str = "cpu", unit: str | None = None, allow_dirty: bool = False, **changes: Any
     ) -> pd.DataFrame:
         """Measures every point that has no row yet; all rows of the study in this profile.
 

@@ -17,10 +17,7 @@ from hq_lib.studies.study import Row, check_choice
 
 EDGE_BITS = 8
 """Of weights and activations of the edge half of a float network."""
-CIRCUITS = {
-    "crossbar": Circuit(device("rram"), adc=Adc(8)),
-    "crossbar_1day": Circuit(device("rram_1day"), adc=Adc(8)),
-}
+CIRCUITS = {"crossbar": Circuit(device("rram"), adc=Adc(8)), "crossbar_1day": Circuit(device("rram_1day"), adc=Adc(8))}
 """Edge -> what it multiplies on: RRAM (Wan et al. 2022) 1 s and 1 day after programming, 128 rows, 8-bit converters."""
 NONE, EXACT = "none", "integer"
 EDGES = (EXACT, *CIRCUITS)
