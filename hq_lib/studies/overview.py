@@ -63,7 +63,7 @@ class Number:
         found = self.rows(profile)
         if found.empty:
             return tables.NOT_RUN
-        value, unit = found["value"], found["unit"].iloc[0]
+        value, unit = pd.Series(found["value"]), found["unit"].iloc[0]
         decimals = 0 if unit == "count" else 1 if "n_test" in found and found["n_test"].iloc[0] < 10_000 else 2
         return tables.mean_sd(value, decimals) + ("" if unit in ("%", "count") else f" {unit}")
 

@@ -1,6 +1,6 @@
 """Marks that several figures share: lines with a band, heat maps, scatters, labels at line ends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,20 @@ def band_line(
     ax.fill_between(at, mean - sd, mean + sd, color=style.color, alpha=0.18, linewidth=0)
     marker = style.marker if marks else ""
     ax.plot(at, mean, color=style.color, linestyle=style.linestyle, marker=marker, label=label or "_unlabelled")
+
+
+def band_lines(
+    ax: Axes, frame: pd.DataFrame, *, x: str, y: str, by: str, names: Mapping[str, str],
+    looks: Mapping[str, Look] | None = None, marks: bool = True,
+) -> None:  # fmt: skip
+    """A ``band_line`` for each value of ``by`` that has rows, in the order of ``names``: value -> label.
+
+    ``looks`` of those values that have none of their own.
+    """
+    for value, label in names.items():
+        rows = frame.loc[frame[by] == value]
+        if len(rows):
+            band_line(ax, rows, x=x, y=y, as_=(looks or {}).get(value, value), label=label, marks=marks)
 
 
 def label_ends(ax: Axes, *, gap_points: float = 10.0) -> None:

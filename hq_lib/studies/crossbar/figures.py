@@ -1,6 +1,6 @@
 """Figures of notebook 08, analog crossbars."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 
 import numpy as np
@@ -9,7 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hq_lib.results.figures import Look, band, band_line, label_ends, look, looks, new_figure, plain_log, styled
+from hq_lib.results.figures import (
+    Look,
+    band,
+    band_line,
+    band_lines,
+    label_ends,
+    look,
+    looks,
+    new_figure,
+    plain_log,
+    styled,
+)
 
 CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn": "batch norm"}
 """Correction → label at its line; "column" is gain and offset per column."""
@@ -63,9 +74,8 @@ def fig_mvm_calibration(layers: pd.DataFrame) -> Figure:
     figure, axes = new_figure(len(panels), 1, height=1.0 + 2.1 * len(panels), sharex=True)
     placed = layers.assign(at=layers["layer"].map(order.index))
     for ax, panel in zip(axes[:, 0], panels, strict=True):
-        for kind in [k for k in CORRECTIONS if k in set(layers["correction"])]:
-            part = placed.loc[(placed["panel"] == panel) & (placed["correction"] == kind)]
-            band_line(ax, part, x="at", y="relative_error", as_=kind, label=CORRECTIONS[kind])
+        part = placed.loc[placed["panel"] == panel]
+        band_lines(ax, part, x="at", y="relative_error", by="correction", names=CORRECTIONS)
         plain_log(ax)
         ax.set_title(panel, loc="left")
         ax.set_ylabel("relative error")
@@ -92,7 +102,7 @@ def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
         (axes[0, 1], "proportional", "of the target"),
     ):
         part = points.loc[(points["study"] == "sigma") & (points["effect"] == effect)]
-        _correction_lines(ax, part, ("none", "column"))
+        band_lines(ax, part, x="x", y="acc_pct", by="correction", names=CORRECTIONS)
         ax.set(title=f"programming error, {effect}", xlabel=f"standard deviation, % {unit}")
     _converter_lines(axes[1, 0], points.loc[points["study"] == "adc"])
     _stuck_lines(axes[1, 1], points.loc[points["study"] == "stuck"])
@@ -123,7 +133,8 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
     figure, axes = new_figure(1, len(rules), width=3.8 * len(rules) + 0.4, height=3.8, sharey=True)
     others = dict(zip(sorted(set(points["effect"]) - {"PCM"}, key=lambda e: (e != "RRAM", e)), MARKS, strict=False))
     for ax, rule in zip(axes[0], rules, strict=True):
-        _correction_lines(ax, points.loc[(points["effect"] == "PCM") & (points["rule"] == rule)], tuple(CORRECTIONS))
+        part = points.loc[(points["effect"] == "PCM") & (points["rule"] == rule)]
+        band_lines(ax, part, x="x", y="acc_pct", by="correction", names=CORRECTIONS)
         for effect, mark in others.items():
             for kind in ("none", "column"):
                 table = band(
@@ -164,8 +175,8 @@ def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     styles = looks(sorted(set(points["effect"])))
     for ax, (reading, kind) in zip(axes.flat, product(readings, ("none", "column")), strict=True):
         part = points.loc[(points["reading"] == reading) & (points["correction"] == kind)]
-        for effect in [effect for effect in styles if effect in set(part["effect"])]:
-            band_line(ax, part.loc[part["effect"] == effect], x="x", y="acc_pct", as_=styles[effect], label=effect)
+        names = {effect: effect for effect in styles}
+        band_lines(ax, part, x="x", y="acc_pct", by="effect", names=names, looks=styles)
         ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
         ax.set(title=f"{reading}, correction: {CORRECTIONS[kind]}", ylim=(0, 100))
         label_ends(ax)
@@ -189,21 +200,12 @@ def fig_products(ideal: Tensor, measured: Tensor, *, title: str) -> Figure:
     return figure
 
 
-def _correction_lines(ax: Axes, part: pd.DataFrame, kinds: Sequence[str]) -> None:
-    for kind in kinds:
-        rows = part.loc[part["correction"] == kind]
-        if len(rows):
-            band_line(ax, rows, x="x", y="acc_pct", as_=kind, label=CORRECTIONS[kind])
-
-
 def _converter_lines(ax: Axes, part: pd.DataFrame) -> None:
     effects = list(dict.fromkeys(part["effect"]))
     fitted = [effect for effect in effects if not effect.endswith("full range")]
     styles = looks(fitted) | {effect: Look("#8a8a8a", "x", ":") for effect in effects if effect not in fitted}
-    for effect, style in styles.items():
-        band_line(
-            ax, part.loc[part["effect"] == effect], x="x", y="acc_pct", as_=style, label=effect.replace(" rows, ", ", ")
-        )
+    names = {effect: effect.replace(" rows, ", ", ") for effect in styles}
+    band_lines(ax, part, x="x", y="acc_pct", by="effect", names=names, looks=styles)
     ax.set(title="converters on perfect cells", xlabel="ADC bits")
     ax.set_xticks(sorted(set(part["x"])))
 

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hq_lib.results import labels
-from hq_lib.results.figures import band_line, label_ends, looks, need, new_figure, plain_log, styled
+from hq_lib.results.figures import band_lines, label_ends, looks, need, new_figure, plain_log, styled
 
 
 @styled("model", "seed", "epoch", "train_loss", "lr")
@@ -26,12 +26,9 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
     figure, axes = new_figure(3, height=6.0, sharex=True, height_ratios=[3, 2, 1])
     accuracy, loss, rate = axes[:, 0]
     styles = looks(sorted(set(history["model"])))
-    for model, style in styles.items():
-        runs = history.loc[history["model"] == model]
-        name = labels.printed("model", model)
-        curves = [(accuracy, "val_acc_pct", name), (loss, "train_loss", name), (rate, "lr", "")]
-        for ax, column, label in curves if model in set(judged["model"]) else curves[1:]:
-            band_line(ax, runs, x="epoch", y=column, as_=style, label=label, marks=False)
+    names = {model: labels.printed("model", model) for model in styles}
+    for ax, column, runs in ((accuracy, "val_acc_pct", judged), (loss, "train_loss", history), (rate, "lr", history)):
+        band_lines(ax, runs, x="epoch", y=column, by="model", names=names, looks=styles, marks=False)
     plain_log(loss)
     accuracy.set_ylabel("validation accuracy, %")
     loss.set_ylabel("training loss, nat")

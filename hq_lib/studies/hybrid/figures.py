@@ -12,7 +12,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from hq_lib.results.figures import Look, band, band_line, heat_map, label_ends, look, need, new_figure, styled
 
 SEARCHES = {
-    "optimal": "integer program", "uniform": "same bits", "ends_8": "same bits, first and last 8", "at_random": "random",
+    "optimal": "integer program", "uniform": "same bits", "ends_8": "same bits, first and last 8",
+    "at_random": "random",
 }  # fmt: skip
 BUDGETS = {"size": ("size_KiB", "weights, KiB"), "bop": ("bops", "bit operations per image, 10⁹")}
 WINDOW_PP = 12.0

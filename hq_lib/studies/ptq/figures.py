@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from hq_lib.quantizers import aciq
 from hq_lib.results import labels
-from hq_lib.results.figures import band_line, label_ends, look, new_figure, styled
+from hq_lib.results.figures import band_lines, label_ends, look, new_figure, styled
 
 PREDICTIONS = {"mse_model": "noise model (paper)", "mse_exact": "exact, on the real grid"}
 TENSORS = {"activation": "activations", "weight": "weights"}
@@ -95,9 +95,8 @@ def fig_error_accumulation(errors: pd.DataFrame) -> Figure:
     figure, axes = new_figure(1, len(widths), width=0.6 + 4.1 * len(widths), height=4.2, sharey=False)
     for ax, (w_bits, a_bits) in zip(axes[0], widths, strict=True):
         panel = errors.loc[(errors["w_bits"] == w_bits) & (errors["a_bits"] == a_bits)]
-        for method in dict.fromkeys(panel["method"]):
-            lines = panel.loc[panel["method"] == method]
-            band_line(ax, lines, x="position", y="value", as_=method, label=labels.printed("method", method))
+        methods = {method: labels.printed("method", method) for method in panel["method"]}
+        band_lines(ax, panel, x="position", y="value", by="method", names=methods)
         ax.set_yscale("log")
         ax.set_xticks(range(len(names)), names, rotation=90)
         ax.set(title=labels.bits_label(w_bits, a_bits), xlim=(-0.3, len(names) + 1.8))
