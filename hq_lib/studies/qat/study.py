@@ -93,14 +93,15 @@ GROUP_PLANS = {
 """The networks and configurations of the group whose tables (seed 001) are filled."""
 
 
-def settings(
-    plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: int, lists: str = "",
-    *, net: nn.Module | None = None,
-) -> QatRecipe:  # fmt: skip
-    """Policy and training of one run; seed 001's ``lists`` need the float network to speak of its layers."""
-    recipe = qat_recipe(method, w_bits, a_bits, plan.profile, seed=seed)
-    if lists and net is not None:
-        recipe = list_recipe(net, find_lists(model, lists), method, plan.profile, seed=seed)
+def settings(plan: Plan, of: Row | Point, net: nn.Module | None = None) -> QatRecipe:
+    """Policy and training of a run by its model, method, bits, seed and lists.
+
+    Seed 001's lists need the float network to speak of its layers.
+    """
+    recipe = qat_recipe(of["method"], of["w_bits"], of["a_bits"], plan.profile, seed=of["seed"])
+    if of["lists"] and net is not None:
+        lists = find_lists(of["model"], of["lists"])
+        recipe = list_recipe(net, lists, of["method"], plan.profile, seed=of["seed"])
     changes = {"epochs": plan.epochs, "lr": plan.lr, "distill": plan.distill}
     config = dataclasses.replace(recipe.config, **{k: v for k, v in changes.items() if v is not None})
     return dataclasses.replace(recipe, config=config)
@@ -112,53 +113,50 @@ def points(plan: Plan) -> list[Point]:
     for model in plan.models:
         wanted = [("", pair) for pair in plan.bits] + (widths(model, plan.lists, ()) if plan.lists else [])
         trained = [
-            (model, method, int(w_bits), int(a_bits), seed, lists)
+            (method, int(w_bits), int(a_bits), seed, lists)
             for seed in plan.seeds
             for lists, (w_bits, a_bits) in wanted
             for method in plan.methods
             if w_bits > 1 or method in (plan.binary or plan.methods)
         ]
         trained += [
-            (model, method, w_bits, a_bits, seed, "")
-            for seed in (1, 2)
+            (method, w_bits, a_bits, seed, "")
+            for seed in sorted({1, 2} - {*plan.seeds})
             for method, w_bits, a_bits in plan.spread
-            if seed not in plan.seeds and method in plan.methods and (w_bits, a_bits) in plan.bits
+            if method in plan.methods and (w_bits, a_bits) in plan.bits
         ]
-        trained.sort(key=lambda each: each[1] in plan.last)
+        trained.sort(key=lambda each: each[0] in plan.last)
         start = f"{model}_float_s0"
         switches = {"checkpoint": f"{start}.safetensors", **net_switch(model)}
         key = {"model": model, "method": FLOAT, "metric": "acc_pct", "switches": switches}
         found += [Point(f"{model}_{FLOAT}_w32a32_s0", key, bench=model, after=(start,))]
-        found += [_point(plan, *each) for each in trained]
+        found += [_point(plan, model, *each) for each in trained]
     return found
 
 
 def _point(plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: int, lists: str) -> Point:
     """It is called as the folder of the run and its checkpoint, e.g. ``resnet20_lsq_w4a4_s0``."""
-    what = model, method, w_bits, a_bits, seed, lists
-    recipe = settings(plan, *what)
+    of = {"model": model, "method": method, "w_bits": w_bits, "a_bits": a_bits, "seed": seed}
+    recipe = settings(plan, {**of, "lists": lists})
     config, told = recipe.config, {"distill": plan.distill, "lists": lists}
     switches = {
         "first_last_bits": recipe.policy.first_last_bits, "precision": config.precision, "lr": config.lr,
         "weight_decay": config.weight_decay, **{k: v for k, v in told.items() if v}, **net_switch(model),
     }  # fmt: skip
-    key = {
-        "model": model, "method": method, "metric": "acc_pct", "w_bits": w_bits, "a_bits": a_bits, "seed": seed,
-        "epochs": config.epochs, "switches": switches,
-    }  # fmt: skip
+    key = {**of, "metric": "acc_pct", "epochs": config.epochs, "switches": switches}
     tail = f"_kd{plan.distill:g}" if plan.distill else ""
     tail += f"_{lists.replace('*', 'star')}" if lists else ""
     minutes = 1.5 * float_training.MINUTES.get(model, 5.0) * config.epochs
     name = f"{model}_{method}_w{w_bits}a{a_bits}_s{seed}{tail}"
-    return Point(name, key, what, model, after=(f"{model}_float_s0",), minutes=minutes)
+    return Point(name, key, bench=model, after=(f"{model}_float_s0",), minutes=minutes)
 
 
 def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     """Fine-tunes (or resumes) the network; its curve, clips, and accuracies before, after (validation) and on test."""
-    if point.what is None:
+    if point["method"] == FLOAT:
         yield from float_training.measure_shipped(run, bench, point)
         return
-    recipe = settings(run.plan, *point.what, net=bench.net)
+    recipe = settings(run.plan, point, bench.net)
     train = bench.train.drawn(recipe.n_train or len(bench.train), SPLIT_SEED)
     qnet = quantized(bench.net, recipe, train, seed=point["seed"]).to(run.device)
     common: Row = {
