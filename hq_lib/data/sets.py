@@ -226,5 +226,5 @@ def _load_folder(spec: DataSpec, split: str, root: Path | str | None, n: int | N
         raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")
     size = spec.in_shape[1]
     images: Any = Pictures(Path(root), files, size=size, short_side=spec.short_side or round(size * 256 / 224))
-    whole = ImageSet(images, torch.tensor(labels), replace(spec, n_classes=n_classes), split)
+    whole = ImageSet(images, torch.tensor(labels), replace(spec, n_classes=n_classes or spec.n_classes), split)
     return whole if n is None else whole.subset(np.linspace(0, len(files) - 1, n).round().astype(int).tolist())
