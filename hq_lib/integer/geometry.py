@@ -73,125 +73,112 @@ def two(value: Any) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Where a pool looks."""
-
-    kernel: tuple[int, int]
-    """(rows, columns)"""
-    stride: tuple[int, int]
-    """(rows, columns)"""
-    padding: tuple[int, int, int, int]
-    """(top, left, bottom, right)"""
-    dilation: tuple[int, int]
-    """(rows, columns)"""
-    n: int
-    """what an average divides by"""
-    squeeze: bool
-    """whether rows and columns disappear: (C, 1, 1) becomes (C,)"""
-
-
-def window(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> Window | None:
-    """Return the window of a pool (average, max, adaptive, ``mean``, ``amax``) over a tensor of ``shape`` (C, H, W).
-
-    None where its windows differ: an adaptive pool to a size that does not divide its input, an average that leaves
-    padding out, or whose ceil_mode windows are cut. Raises LowerError for other axes than rows and columns.
-    """
-    name, options = op_name(node, gm), arguments(node, gm)
-    if len(shape) != 3:
-        raise LowerError(f"{node.name!r}: {name} of a tensor of shape {shape}; only (C, H, W) is pooled")
-    if options.get("return_indices"):
-        raise LowerError(f"{node.name!r}: {name} with return_indices has no integer form")
-    if name in ("mean", "amax"):
-        return _reduction(node, options, shape)
-    if name.startswith("adaptive"):
-        return _adaptive(options, shape)
-    return _fixed(node, options, shape, average=name.startswith("avg"))
-
-
-@dataclass(frozen=True)
 class Run:
-    """Neighbouring places of one axis of an average pool whose windows are of equal length and equally far apart."""
+    """Neighbouring windows along one axis of a pool, of equal length and equally far apart."""
 
     start: int
     """first input place that the first window reads"""
     stop: int
     """end of the last window"""
     kernel: int
-    """places that each window reads: padding and what lies outside are left out"""
+    """places that each window reads"""
     stride: int
     """input places from window to window"""
     divisor: int
-    """what this axis contributes to the number that the sum is divided by"""
+    """what this axis contributes to the number that an average divides by"""
+    before: int = 0
+    """padded places in front of ``start``"""
+    after: int = 0
+    """padded places behind ``stop``"""
 
 
-def uneven_runs(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> tuple[list[Run], list[Run]]:
-    """Return the runs of rows and of columns of an average pool for which ``window`` gives None."""
-    options, n_out = arguments(node, gm), node.meta["shape"][2:]
-    if "output_size" in options:
+@dataclass(frozen=True)
+class Pool:
+    """Where a pool looks: at each run of rows crossed with each run of columns; one of each where all windows fit."""
+
+    rows: list[Run]
+    columns: list[Run]
+    dilation: tuple[int, int] = (1, 1)
+    """(rows, columns)"""
+    squeeze: bool = False
+    """whether rows and columns disappear: (C, 1, 1) becomes (C,)"""
+    divisor: int | None = None
+    """what an average divides by instead of the runs' divisors"""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one pool, not pieces that are joined."""
+        return len(self.rows) == len(self.columns) == 1
+
+    @property
+    def n(self) -> int:
+        """What an average divides by, of a plain pool."""
+        return self.divisor or self.rows[0].divisor * self.columns[0].divisor
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Kernel, stride and padding of a plain pool, as the record has them."""
+        row, column = self.rows[0], self.columns[0]
+        padding = (row.before, column.before, row.after, column.after)
+        return {"kernel": (row.kernel, column.kernel), "stride": (row.stride, column.stride), "padding": padding}
+
+
+def pool(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> Pool:
+    """Return where a pool (average, max, adaptive, ``mean``, ``amax``) looks in a tensor of ``shape`` (C, H, W).
+
+    An adaptive pool to a size that does not divide its input, an average that leaves padding out, and one whose
+    ceil_mode windows are cut have windows that differ: several runs, of places that exist. Raises LowerError for other
+    axes than rows and columns.
+    """
+    name, options, n_out = op_name(node, gm), arguments(node, gm), node.meta["shape"][2:]
+    if len(shape) != 3:
+        raise LowerError(f"{node.name!r}: {name} of a tensor of shape {shape}; only (C, H, W) is pooled")
+    if options.get("return_indices"):
+        raise LowerError(f"{node.name!r}: {name} with return_indices has no integer form")
+    if name in ("mean", "amax"):
+        dims = options["dim"] if isinstance(options["dim"], Sequence) else [options["dim"]]
+        if None in dims or {d % 4 for d in dims} != {2, 3}:
+            raise LowerError(f"{node.name!r}: reduces over {options['dim']}; only rows and columns, (2, 3), can be")
+        rows, columns = ([Run(0, n, n, 1, n)] for n in shape[1:])
+        return Pool(rows, columns, squeeze=not options["keepdim"])
+    if name.startswith("adaptive"):
         axes = [[(k * n // m, -(-(k + 1) * n // m)) for k in range(m)] for n, m in zip(shape[1:], n_out, strict=True)]
-        rows, columns = ([(a, b, b - a) for a, b in axis] for axis in axes)
-        return _runs(rows), _runs(columns)
-    kernel, padding, override = two(options["kernel_size"]), two(options["padding"]), options.get("divisor_override")
+        rows, columns = (_runs(axis, axis, axis[0][1]) for axis in axes)
+        return Pool(rows, columns)
+    kernel, padding, dilation = (two(options[key]) for key in ("kernel_size", "padding", "dilation"))
     stride = kernel if options.get("stride") in (None, (), []) else two(options["stride"])
-    axes = []
-    for n, m, k, s, p in zip(shape[1:], n_out, kernel, stride, padding, strict=True):
-        whole = [(j * s - p, min(j * s - p + k, n + p)) for j in range(m)]
-        ends = [(max(a, 0), min(b, n)) for a, b in whole]
-        counted = whole if options["count_include_pad"] else ends
-        divisors = [override if override and not axes else 1 if override else b - a for a, b in counted]
-        axes.append(_runs([(*each, d) for each, d in zip(ends, divisors, strict=True)]))
-    return axes[0], axes[1]
+    axes = [*zip(shape[1:], n_out, kernel, stride, padding, dilation, strict=True)]
+    beyond = [max(0, (m - 1) * s + d * (k - 1) + 1 - (n + 2 * p)) for n, m, k, s, p, d in axes]
+    counted, override = options["count_include_pad"], options.get("divisor_override")
+    if name.startswith("avg") and (any(beyond) or (any(padding) and not counted)):
+        rows, columns = (_cut(n, m, k, s, p, counted=counted) for n, m, k, s, p, _ in axes)
+    else:
+        rows, columns = (
+            [Run(0, n, k, s, k, p, p + more)] for (n, _, k, s, p, _), more in zip(axes, beyond, strict=True)
+        )
+    return Pool(rows, columns, dilation, divisor=override or None)
 
 
-def _runs(windows: list[tuple[int, int, int]]) -> list[Run]:
-    """Return (first, end, divisor) of one window after another joined to runs."""
+def _cut(n: int, n_out: int, kernel: int, stride: int, padding: int, *, counted: bool) -> list[Run]:
+    """Return the windows of one axis without the places beyond its ``n``; padding is ``counted`` in divisors or not."""
+    firsts = [j * stride - padding for j in range(n_out)]
+    whole = [(a, min(a + kernel, n + padding)) for a in firsts]
+    inside = [(max(a, 0), min(b, n)) for a, b in whole]
+    return _runs(inside, whole if counted else inside)
+
+
+def _runs(windows: list[tuple[int, int]], counted: list[tuple[int, int]], stride: int = 1) -> list[Run]:
+    """Return (first, end) of one window after another joined to runs; ``stride`` is that of a window alone."""
     groups: list[list[tuple[int, int, int]]] = []
-    for a, b, d in windows:
-        last = groups[-1] if groups else []
+    for (a, b), (low, high) in zip(windows, counted, strict=True):
+        last, d = groups[-1] if groups else [], high - low
         alike = bool(last) and (b - a, d) == (last[0][1] - last[0][0], last[0][2]) and a > last[-1][0]
         if alike and (len(last) == 1 or a - last[-1][0] == last[1][0] - last[0][0]):
             last.append((a, b, d))
         else:
             groups.append([(a, b, d)])
-    strides = [g[1][0] - g[0][0] if len(g) > 1 else 1 for g in groups]
+    strides = [g[1][0] - g[0][0] if len(g) > 1 else stride if len(groups) == 1 else 1 for g in groups]
     return [Run(g[0][0], g[-1][1], g[0][1] - g[0][0], s, g[0][2]) for g, s in zip(groups, strides, strict=True)]
-
-
-def _reduction(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...]) -> Window:
-    dims = options["dim"]
-    dims = {d % 4 for d in (dims if isinstance(dims, Sequence) else [dims])} if dims is not None else None
-    if dims != {2, 3}:
-        raise LowerError(f"{node.name!r}: reduces over {options['dim']}; only rows and columns, (2, 3), can be")
-    return Window(two(shape[1:]), (1, 1), (0, 0, 0, 0), (1, 1), shape[1] * shape[2], not options["keepdim"])
-
-
-def _adaptive(options: dict[str, Any], shape: tuple[int, ...]) -> Window | None:
-    size = [s if s is not None else n for s, n in zip(two_or_none(options["output_size"]), shape[1:], strict=True)]
-    if any(n % s for n, s in zip(shape[1:], size, strict=True)):
-        return None
-    kernel = (shape[1] // size[0], shape[2] // size[1])
-    return Window(kernel, kernel, (0, 0, 0, 0), (1, 1), kernel[0] * kernel[1], False)
-
-
-def two_or_none(value: Any) -> tuple[int | None, int | None]:
-    """Return an adaptive pool's output size, one entry or a pair of which each may be None, as a pair."""
-    return (value[0], value[-1]) if isinstance(value, Sequence) else (value, value)
-
-
-def _fixed(node: fx.Node, options: dict[str, Any], shape: tuple[int, ...], *, average: bool) -> Window | None:
-    kernel, dilation = two(options["kernel_size"]), two(options["dilation"])
-    stride = kernel if options.get("stride") in (None, (), []) else two(options["stride"])
-    rows, columns = two(options["padding"])
-    spans = [(d * (k - 1) + 1) for k, d in zip(kernel, dilation, strict=True)]
-    extra = [
-        max(0, (size - 1) * s + span - (n + 2 * p))
-        for size, s, span, n, p in zip(node.meta["shape"][2:], stride, spans, shape[1:], (rows, columns), strict=True)
-    ]
-    if average and (any(extra) or ((rows or columns) and not options["count_include_pad"])):
-        return None
-    n = options.get("divisor_override") or kernel[0] * kernel[1]
-    padding = (rows, columns, rows + extra[0], columns + extra[1])
-    return Window(kernel, stride, padding, dilation, n, False)
 
 
 def axis_of(dim: int, rank: int, node: fx.Node) -> int:

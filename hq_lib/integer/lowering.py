@@ -28,7 +28,7 @@ from hq_lib.integer.execute import levels
 from hq_lib.integer.geometry import LowerError
 from hq_lib.integer.products import Product, norm_product, product, with_norm
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.integer.terms import Average, Function, Image, Patches, Pending, Sum, Times
+from hq_lib.integer.terms import Average, Function, Pending, Plain, Sum
 from hq_lib.results import provenance
 
 Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
@@ -119,11 +119,12 @@ class _Walk:
         value = self.values[node]
         if isinstance(value, TensorSpec):
             return value
-        if isinstance(value, Pending) and isinstance(value.term, Average) and not value.clipped:
-            self.values[node] = found = value.term.write_exact(self.writer, node.name)
+        term = value.term if isinstance(value, Pending) and not value.clipped else None
+        if isinstance(term, Average) and term.pool.plain:
+            self.values[node] = found = term.write_exact(self.writer, node.name)
             return found
-        if isinstance(value, Pending) and isinstance(value.term, Image) and self.images is not None:
-            self.values[node] = found = value.term.write(self.writer, pixel_grid(value.term.x.shape, self.images))
+        if isinstance(term, Plain) and term.kind is r.Quantize and self.images is not None:
+            self.values[node] = found = term.write(self.writer, pixel_grid(term.inputs[0].shape, self.images))
             return found
         if self.kinds[node] == "quantizer":  # switched off
             node = node.all_input_nodes[0]
@@ -135,7 +136,7 @@ class _Walk:
 
     def image(self, node: fx.Node) -> Value:
         spec = TensorSpec("image", self.shape(node), "float32", 32, 0, 0, np.asarray(1.0, np.float32), 0)
-        return Pending(Image(self.writer.add(spec)))
+        return Pending(Plain(r.Quantize, "", [self.writer.add(spec)]))
 
     def layer(self, node: fx.Node) -> Value:
         x, layer = self.known(node.all_input_nodes[0], node), self.gm.get_submodule(str(node.target))
@@ -181,7 +182,7 @@ class _Walk:
         a, b = (a, b) if a.shape == shape else (b, a)
         if a.shape != shape or len(b.shape) != len(shape):
             raise LowerError(f"{node.name!r} multiplies {a.shape} by {b.shape}; one of them must have all {shape}")
-        return Pending(Times(node.name, a, b))
+        return Pending(Plain(r.Mul, node.name, [a, b]))
 
     def function(self, node: fx.Node) -> Value:
         """A function of one element, as its value at every integer of its input."""
@@ -203,10 +204,7 @@ class _Walk:
 
     def average(self, node: fx.Node) -> Value:
         x = self.known(node.all_input_nodes[0], node)
-        window = geometry.window(node, self.gm, x.shape)
-        if window is None:
-            return Pending(Patches(node.name, x, *geometry.uneven_runs(node, self.gm, x.shape)))
-        return Pending(Average(node.name, x, window))
+        return Pending(Average(node.name, x, geometry.pool(node, self.gm, x.shape)))
 
     def quantizer(self, node: fx.Node) -> Value:
         module = self.gm.get_submodule(str(node.target))

@@ -19,7 +19,7 @@ from hq_lib.integer.execute import levels, to_grid
 from hq_lib.integer.geometry import LowerError
 from hq_lib.integer.record import TensorSpec
 from hq_lib.integer.resampling import with_zero
-from hq_lib.integer.terms import squeezed
+from hq_lib.integer.terms import pooled
 
 RESHAPES = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten"}
 """Operations whose output shape says it all."""
@@ -80,13 +80,13 @@ def _on_one_grid(writer: Writer, parts: list[TensorSpec], name: str) -> list[Ten
 
 
 def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
-    w = geometry.window(node, gm, x.shape)
-    if w is None:
+    pool = geometry.pool(node, gm, x.shape)
+    if not pool.plain:
         raise LowerError(
             f"{node.name!r}: a max-pool from {x.shape[1:]} to a size that does not divide it; use one that does"
         )
-    fields = {"kernel": w.kernel, "stride": w.stride, "padding": w.padding, "dilation": w.dilation}
-    return squeezed(writer, w, r.MaxPool, node.name, x, replace(x, name=node.name), **fields)
+    out = replace(x, name=node.name)
+    return pooled(writer, pool, r.MaxPool, node.name, x, out, dilation=pool.dilation)
 
 
 def _pieces(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> tuple[TensorSpec, ...]:

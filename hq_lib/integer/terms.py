@@ -1,7 +1,7 @@
 """Real values that no quantizer has rounded yet: what ``lower`` holds between a layer and the grid that ends it.
 
-A ``Product`` is a layer's result; ``Sum`` adds two of those or of known tensors; ``Times`` multiplies two known ones;
-``Average`` is a pool, ``Patches`` one of unequal windows; ``Function`` maps each element alone; ``Image`` is the input.
+A ``Product`` is a layer's result; ``Sum`` adds two of those or of known tensors; ``Average`` is a pool; ``Function``
+maps each element alone; ``Plain`` is the image's rounding or a product of two known tensors.
 Each has ``write(writer, out)``: the operations that compute it on the grid of ``out``, whose range holds its clips.
 """
 
@@ -15,22 +15,10 @@ import numpy as np
 from hq_lib.integer import record as r
 from hq_lib.integer.emit import INT32, Writer
 from hq_lib.integer.execute import to_grid
-from hq_lib.integer.geometry import LowerError, Run, Window
+from hq_lib.integer.geometry import LowerError, Pool
 from hq_lib.integer.products import Product, forms, in_storage, unchanged
 from hq_lib.integer.record import TensorSpec
 from hq_lib.integer.requant import pair, single
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """The float input."""
-
-    x: TensorSpec
-    """float32"""
-
-    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
-        """Write its integers."""
-        return writer.write(r.Quantize, out.name, [self.x], out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,20 +38,20 @@ class Function:
 
 
 @dataclass(frozen=True, eq=False)
-class Times:
-    """A product of two known tensors that waits for the grid of its output."""
+class Plain:
+    """One operation on known tensors that waits for the grid of its output: the image's ``Quantize``, a ``Mul``."""
 
+    kind: type[r.Op]
     name: str
-    """node"""
-    a: TensorSpec
-    """of the output's shape"""
-    b: TensorSpec
-    """axes of length 1 are repeated"""
+    """node; "": as its output is called"""
+    inputs: list[TensorSpec]
 
     def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
-        """Write one ``Mul``."""
-        requant = single(*forms((self.a.scale, self.b.scale), (out.scale,)))
-        return writer.write(r.Mul, self.name, [self.a, self.b], out, requant=requant)
+        """Write it; a product with its rescaling."""
+        fields = {}
+        if self.kind is r.Mul:
+            fields["requant"] = single(*forms([x.scale for x in self.inputs], (out.scale,)))
+        return writer.write(self.kind, self.name or out.name, self.inputs, out, **fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,68 +62,48 @@ class Average:
     """node"""
     x: TensorSpec
     """its input"""
-    window: Window
+    pool: Pool
     """where it looks"""
 
     def write(self, writer: Writer, out: TensorSpec, *, exact: bool = False) -> TensorSpec:
-        """Write the pool, requantized or (``exact``) its sums as they are."""
-        w = self.window
-        requant = None if exact else single(*forms((self.x.scale,), (w.n, out.scale)))
-        fields = {"kernel": w.kernel, "stride": w.stride, "padding": w.padding, "requant": requant}
-        return squeezed(writer, w, r.AvgPool, self.name, self.x, out, **fields)
+        """Write the pool, requantized or (``exact``) its sums as they are; unequal windows piece by piece, joined."""
+        if self.pool.plain:
+            requant = None if exact else single(*forms((self.x.scale,), (self.pool.n, out.scale)))
+            return pooled(writer, self.pool, r.AvgPool, self.name, self.x, out, requant=requant)
+        rows = []
+        for i, row in enumerate(self.pool.rows):
+            pieces = []
+            for j, column in enumerate(self.pool.columns):
+                name, pool = f"{out.name}.{i}.{j}", replace(self.pool, rows=[row], columns=[column])
+                pieces.append(Average(name, self.x, pool).write(writer, replace(out, name=name)))
+            rows.append(_joined(writer, pieces, 2, f"{out.name}.{i}" if len(self.pool.rows) > 1 else out.name))
+        return _joined(writer, rows, 1, out.name)
 
     def write_exact(self, writer: Writer, name: str) -> TensorSpec:
-        """Write a pool that no quantizer follows: the exact sums, on the scale s_x / n."""
-        x, w = self.x, self.window
-        places = math.prod(w.kernel)
+        """Write a plain pool that no quantizer follows: the exact sums, on the scale s_x / n."""
+        x, fields = self.x, self.pool.fields
+        places = math.prod(fields["kernel"])
         top = places * x.qmax
         if top >= 2**16:
             raise LowerError(f"average pool {name!r} has no quantizer, and its exact sums exceed 16 bits: give it one")
-        dtype, scale = ("uint8" if top < 256 else "uint16"), forms((x.scale,), (w.n,))[0].reshape(())
-        low, bits = 0 if any(w.padding) else places * x.qmin, max(1, top.bit_length())
+        dtype, scale = ("uint8" if top < 256 else "uint16"), forms((x.scale,), (self.pool.n,))[0].reshape(())
+        low, bits = 0 if any(fields["padding"]) else places * x.qmin, max(1, top.bit_length())
         out = TensorSpec(name, x.shape, dtype, bits, low, top, scale, places * x.zero_point)
         return self.write(writer, out, exact=True)
 
 
-def squeezed(
-    writer: Writer, window: Window, kind: type[r.Op], name: str, x: TensorSpec, out: TensorSpec, **fields: object
+def pooled(
+    writer: Writer, pool: Pool, kind: type[r.Op], name: str, x: TensorSpec, out: TensorSpec, **fields: object
 ) -> TensorSpec:
-    """Write a pool, and where its window takes rows and columns away the reshape from (C, 1, 1) to (C,)."""
-    if not window.squeeze:
+    """Write a plain pool of the places it reads; where it takes rows and columns away, the reshape to (C,) too."""
+    row, column, fields = pool.rows[0], pool.columns[0], {**pool.fields, **fields}
+    start, stop = (0, row.start, column.start), (x.shape[0], row.stop, column.stop)
+    if (start, stop) != ((0, 0, 0), x.shape):
+        x = writer.write(r.Slice, f"{name}.part", [x], start=start, stop=stop, step=(1, 1, 1))
+    if not pool.squeeze:
         return writer.write(kind, name, [x], out, **fields)
-    pooled = writer.write(kind, name, [x], replace(out, name=f"{out.name}.pooled"), **fields)
-    return writer.write(r.Reshape, f"{name}.squeeze", [pooled], replace(out, shape=x.shape[:1]))
-
-
-@dataclass(frozen=True, eq=False)
-class Patches:
-    """An average pool of unequal windows that waits for the grid of its output."""
-
-    name: str
-    """node"""
-    x: TensorSpec
-    """its input"""
-    rows: list[Run]
-    """windows of equal height, run after run"""
-    columns: list[Run]
-    """likewise"""
-
-    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
-        """Write the pool piece by piece, each with its own divisor, and join the pieces."""
-        rows = []
-        for i, row in enumerate(self.rows):
-            pieces = [self._patch(writer, row, c, f"{out.name}.{i}.{j}", out) for j, c in enumerate(self.columns)]
-            rows.append(_joined(writer, pieces, 2, f"{out.name}.{i}" if len(self.rows) > 1 else out.name))
-        return _joined(writer, rows, 1, out.name)
-
-    def _patch(self, writer: Writer, row: Run, column: Run, name: str, out: TensorSpec) -> TensorSpec:
-        start, stop = (0, row.start, column.start), (self.x.shape[0], row.stop, column.stop)
-        part = self.x
-        if (start, stop) != ((0, 0, 0), part.shape):
-            part = writer.write(r.Slice, f"{name}.part", [part], start=start, stop=stop, step=(1, 1, 1))
-        kernel, stride, n = (row.kernel, column.kernel), (row.stride, column.stride), row.divisor * column.divisor
-        window = Window(kernel, stride, (0, 0, 0, 0), (1, 1), n, False)
-        return Average(name, part, window).write(writer, replace(out, name=name))
+    y = writer.write(kind, name, [x], replace(out, name=f"{out.name}.pooled"), **fields)
+    return writer.write(r.Reshape, f"{name}.squeeze", [y], replace(out, shape=x.shape[:1]))
 
 
 def _joined(writer: Writer, parts: list[TensorSpec], axis: int, name: str) -> TensorSpec:
@@ -180,7 +148,7 @@ class Sum:
 class Pending:
     """A term and the clips (ReLU, ReLU6, ...) that its real value passes before it is rounded."""
 
-    term: Product | Average | Patches | Sum | Times | Function | Image
+    term: Product | Average | Sum | Function | Plain
     """what is computed"""
     low: float = -math.inf
     """least real value after the clips"""
@@ -220,7 +188,7 @@ def accumulators(writer: Writer, value: Pending) -> TensorSpec:
 
 def logits(writer: Writer, value: Pending, name: str) -> TensorSpec:
     """Write the network's output: int32 accumulators, in the fixed form brought to one scale for all classes."""
-    if isinstance(value.term, Average) and not value.clipped:
+    if isinstance(value.term, Average) and value.term.pool.plain and not value.clipped:
         return value.term.write_exact(writer, name)
     if not isinstance(value.term, Product) or value.clipped:
         raise LowerError(f"the network's output {name!r} has no quantizer, and is no layer's or pool's own output")
