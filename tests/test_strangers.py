@@ -46,7 +46,7 @@ from hq_lib.data import load as load_images
 from hq_lib.deploy import edge_cloud, fpga
 from hq_lib.deploy.c import CompilerError, Runtime, to_bytes
 from hq_lib.deploy.c.container import MAGIC, meta_of
-from hq_lib.deploy.fpga import memory_image, tuple_file
+from hq_lib.deploy.fpga import memory_image
 from hq_lib.graph import BitPolicy
 from hq_lib.models import checkpoints
 from hq_lib.ptq import progress, selection
@@ -323,7 +323,7 @@ def more_readers(folder, record):
         "fpga_weight.bin": (bins["net_weight.bin"], beside(bins, "net_weight.bin", read_bins)),
         "seed.tuple": (
             write_tuple(random_net(5, SMALL), folder / "a.tuple").read_bytes(),
-            lambda p: tuple_file.read_tuple(p, SMALL)),
+            lambda p: fpga.read_tuple(p, SMALL)),
         "public.pt": (
             (folder / "public.pt").read_bytes(), lambda p: models.load_public(p, models.build("lenet"))),
         "packet_deflate.bin": (edge_cloud.pack(few, few.encode(x), coding="deflate")[0], sealed_packet(few)),

@@ -12,7 +12,7 @@ from torch import nn
 from hq_lib import integer, models
 from hq_lib.deploy import fpga
 from hq_lib.deploy.c import Runtime
-from hq_lib.deploy.fpga import FpgaiError, FpgaiLayer, Stage, exporter, tuple_file
+from hq_lib.deploy.fpga import FpgaiError, FpgaiLayer, Stage, exporter
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +66,8 @@ def test_the_seeds_lenet_has_its_numbers(seed_lenet):
 
 def test_the_seeds_tuple_gives_its_bin_files_with_gain_256_and_not_255(seed_lenet, shared_data):
     file = shared_data / "fpgai_lenet" / "lenet_quant.tuple"
-    assert_same(tuple_file.read_tuple(file, fpga.LENET, gain=256), seed_lenet)
-    exact = tuple_file.read_tuple(file, fpga.LENET)
+    assert_same(fpga.read_tuple(file, fpga.LENET, gain=256), seed_lenet)
+    exact = fpga.read_tuple(file, fpga.LENET)
     assert all((a.bias != b.bias).any() for a, b in zip(exact, seed_lenet, strict=True))
 
 
@@ -171,11 +171,11 @@ def seed_multiplier(scale: float) -> tuple[int, int]:
 
 def test_multiplier_is_within_04_percent_where_the_seeds_rule_reaches_21():
     scales = 10.0 ** np.random.default_rng(0).uniform(-4, math.log10(0.2), 20_000)
-    ours = [fpga.nearest_multiplier(s) for s in scales]
+    ours = [exporter.nearest_multiplier(s) for s in scales]
     assert all(128 <= m <= 255 and 0 <= shift <= 31 for m, shift in ours)
-    assert max(fpga.relative_error(s, *q) for s, q in zip(scales, ours, strict=True)) < 0.004
+    assert max(exporter.relative_error(s, *q) for s, q in zip(scales, ours, strict=True)) < 0.004
     seeds = [seed_multiplier(s) for s in scales]
-    errors = np.array([fpga.relative_error(s, *q) for s, q in zip(scales, seeds, strict=True)])
+    errors = np.array([exporter.relative_error(s, *q) for s, q in zip(scales, seeds, strict=True)])
     assert 0.19 < errors.max() < 0.22
     assert 0.23 < np.mean([m == 1 for m, _ in seeds]) < 0.29  # 26 % end as a pure power of two
 
@@ -183,14 +183,14 @@ def test_multiplier_is_within_04_percent_where_the_seeds_rule_reaches_21():
 def test_multiplier_is_the_best_of_all_with_eight_bits():
     for scale in (0.2, 1.0, 0.003, 255.4 / 4096, 255.6 / 4096, 255.76 / 4096, 128 / 2**31, 255.0, 1 / 255):
         every = [(m, i) for m in range(128, 256) for i in range(32)]
-        best = min(fpga.relative_error(scale, *q) for q in every)
-        assert fpga.relative_error(scale, *fpga.nearest_multiplier(scale)) == pytest.approx(best, abs=1e-15)
+        best = min(exporter.relative_error(scale, *q) for q in every)
+        assert exporter.relative_error(scale, *exporter.nearest_multiplier(scale)) == pytest.approx(best, abs=1e-15)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 300.0, 2.0**-26])
 def test_scales_beyond_reach_are_refused(scale):
     with pytest.raises(FpgaiError, match="scale"):
-        fpga.nearest_multiplier(scale)
+        exporter.nearest_multiplier(scale)
 
 
 @pytest.mark.parametrize("low_high", [(-0.3, 0.7), (0.2, 0.7), (-0.7, -0.2), (0.0, 0.0)])

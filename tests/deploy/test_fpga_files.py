@@ -12,8 +12,7 @@ from torch import nn
 
 from hq_lib.deploy import fpga
 from hq_lib.deploy.fpga import FpgaiError, FpgaiLayer, Stage
-from hq_lib.deploy.fpga.formats import parse_quant, parse_weight_text
-from hq_lib.deploy.fpga.tuple_file import read_tuple
+from hq_lib.deploy.fpga.formats import parse_quant, parse_weight_text, read_tuple
 
 # formats
 

@@ -4,22 +4,20 @@
     narrowed(imodel, 18)                                # multipliers for one DSP slice each, and their largest error
     integer.run(read_images(folder), images)            # rebuilt from the files alone, with NumPy
 
-    net = read_net(folder, "lenet", LENET)              # or tuple_file.read_tuple(path, LENET)
+    net = read_net(folder, "lenet", LENET)              # or read_tuple(path, LENET)
     logits = run(net, images)                           # raw uint8 pixels -> the C program's integers
     record_of(net, (1, 28, 28))                         # the same integers in NumPy, C and memory images
     net = exporter.export(float_net, example)           # a chain with ReLU or ReLU1; eight-bit multipliers
     write_net(net, folder, "lenet")
 
-The modules ``exporter`` and ``tuple_file`` alone need torch.
+The module ``exporter`` and ``read_tuple`` alone need torch.
 """
 
-from hq_lib.deploy.fpga.conversion import int32_overflows, record_of, run
-from hq_lib.deploy.fpga.formats import read_net, write_net
-from hq_lib.deploy.fpga.layers import LENET, FpgaiError, FpgaiLayer, Stage
-from hq_lib.deploy.fpga.memory_image import read_images, write_images
-from hq_lib.deploy.fpga.multiplier import narrowed, nearest_multiplier, relative_error
+from hq_lib.deploy.fpga.formats import read_net, read_tuple, write_net
+from hq_lib.deploy.fpga.fpgai import LENET, FpgaiError, FpgaiLayer, Stage, int32_overflows, record_of, run
+from hq_lib.deploy.fpga.memory_image import narrowed, read_images, write_images
 
 __all__ = [
-    "LENET", "FpgaiError", "FpgaiLayer", "Stage", "int32_overflows", "narrowed", "nearest_multiplier", "read_images",
-    "read_net", "record_of", "relative_error", "run", "write_images", "write_net",
+    "LENET", "FpgaiError", "FpgaiLayer", "Stage", "int32_overflows", "narrowed", "read_images", "read_net",
+    "read_tuple", "record_of", "run", "write_images", "write_net",
 ]  # fmt: skip

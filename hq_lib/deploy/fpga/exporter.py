@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from hq_lib.deploy.fpga.conversion import record_of
-from hq_lib.deploy.fpga.layers import FpgaiError, FpgaiLayer, Stage, need
-from hq_lib.deploy.fpga.multiplier import nearest_multiplier
-from hq_lib.deploy.fpga.tuple_file import GAIN, bias_integers
+from hq_lib.deploy.fpga.formats import GAIN, bias_integers
+from hq_lib.deploy.fpga.fpgai import MAX_SHIFT, FpgaiError, FpgaiLayer, Stage, need, record_of
 from hq_lib.graph import op_name
 from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.tracing import NodeWatcher
@@ -114,6 +112,36 @@ def quantize_layer(stage: Stage, weight: np.ndarray, bias: np.ndarray, *, offset
     q = np.clip(np.rint(weight.astype(np.float64) / scale) + zero_point, 0, 255).astype(np.uint8)
     quant = (m, shift, zero_point)
     return FpgaiLayer(stage, q, bias_integers(bias.astype(np.float64) + offset / GAIN, quant, GAIN, name), *quant)
+
+
+def nearest_multiplier(scale: float) -> tuple[int, int]:
+    """Return (m, shift), m in [128, 255], with the smallest relative error |m 2^-shift - scale| / scale < 0.4 %.
+
+        m = rint(scale 2^shift),  shift the largest with m <= 255         (ALGORITHMS 10.4)
+
+    A mantissa in [128, 256) is at most half a step off: 0.5 / 128 = 0.39 %.
+
+    Args:
+        scale: real units per step, in [2^-24, 255].
+
+    Raises:
+        FpgaiError: a scale that no m in [128, 255] and shift in 0..31 is near to.
+    """
+    if not (math.isfinite(scale) and scale > 0):
+        raise FpgaiError(f"scale {scale!r} is not a finite number above 0")
+    _, exponent = math.frexp(scale)  # scale in [2^(exponent - 1), 2^exponent)
+    shift = 8 - exponent
+    m = round(math.ldexp(scale, shift))
+    if m == 2**8:  # 255.5 and above: 255 of this shift or 128 of the next
+        m, shift = min(((255, shift), (128, shift - 1)), key=lambda pair: relative_error(scale, *pair))
+    if not 0 <= shift <= MAX_SHIFT:
+        raise FpgaiError(f"scale {scale:.3g} is outside [2^-24, 255], the reach of 8-bit multipliers and shifts 0..31")
+    return m, shift
+
+
+def relative_error(scale: float, multiplier: int, shift: int) -> float:
+    """Return |m 2^-shift - scale| / scale, a fraction."""
+    return abs(math.ldexp(multiplier, -shift) - scale) / scale
 
 
 def _rounding_offset(stage: Stage) -> float:

@@ -8,7 +8,7 @@ An array is stored at its own width: its integers are divided by ``step``, the l
 them (weights of few bits fill int8, see ``record.Layer.weight``), and the quotients have the fewest ``bits`` that hold
 them, two's complement where any is negative: 4-bit weights take 4 bits. float32 numbers are their 32 bits. A word holds
 ``word_bits // bits`` values, the first in the lowest bits; the rest of a word is 0. Values follow C order: the last
-axis of the shape runs fastest.
+axis of the shape runs fastest. ``narrowed`` makes multipliers narrower first.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from hq_lib.deploy.fpga.formats import read_file
-from hq_lib.deploy.fpga.layers import FpgaiError, need, plain_name
+from hq_lib.deploy.fpga.fpgai import FpgaiError, need, plain_name
+from hq_lib.integer import record as r
 from hq_lib.integer import storage
-from hq_lib.integer.record import IntegerModel
+from hq_lib.integer.check import check
+from hq_lib.integer.record import IntegerModel, Op, Requant
 from hq_lib.integer.requant import RecordError
 from hq_lib.results.atomic import write_bytes, write_text
 from hq_lib.results.bits import bits_of, integers_of
@@ -196,3 +200,57 @@ def _decoded(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndar
         f"{path.name}: bits, step or word counts are not those of its values",
     )
     return array
+
+
+def narrowed(model: IntegerModel, bits: int) -> tuple[IntegerModel, float]:
+    """Return ``model`` with multipliers of at most ``bits`` bits, for one DSP slice each, and their largest error.
+
+        M' = round(M / 2^d), S' = S - d,   d the least with M' < 2^bits, for both multipliers of a sum
+
+    The error is |M' 2^-S' - M 2^-S| / (M 2^-S), a fraction: at most 2^-bits where a multiplier stands alone; the
+    smaller one of two that share a shift keeps fewer bits. The logits are another network's, by about that much.
+
+    Args:
+        model: a record with the "fixed" requantizer.
+        bits:  8..31.
+
+    Raises:
+        FpgaiError: a "float32" record, other bits, or a multiplier that cannot shrink (its shift is too small).
+    """
+    need(model.requantizer == "fixed", "narrow multipliers are integers: lower with requantizer='fixed'")
+    need(type(bits) is int and 8 <= bits <= 31, f"{bits!r:.40} bits of multipliers: 8 to 31")
+    errors = [0.0]
+    ops = tuple(_narrow_op(op, bits, errors) for op in model.ops)
+    return check(replace(model, ops=ops)), max(errors)
+
+
+def _narrow_op(op: Op, bits: int, errors: list[float]) -> Op:
+    requants = r.requants_of(op)
+    if not requants:
+        return op
+    narrow = _narrow(requants, bits, errors, op.name)
+    if isinstance(op, r.Add):
+        return replace(op, requants=narrow)
+    if isinstance(op, r.Layer) and op.residual is not None:
+        return replace(op, requant=narrow[0], residual=replace(op.residual, requant=narrow[1]))
+    return replace(op, requant=narrow[0])  # type: ignore[call-arg]
+
+
+def _narrow(requants: Sequence[Requant], bits: int, errors: list[float], name: str) -> tuple[Requant, ...]:
+    wide = np.stack([requant.fixed for requant in requants]).astype(np.int64)
+    drop = np.zeros(wide.shape[1], np.int64)
+    while ((narrow := _rounded(wide, drop)) >= 2**bits).any():
+        drop += (narrow >= 2**bits).any(0)
+    shift = requants[0].shift.astype(np.int64) - drop
+    need(bool((shift >= 1).all()), f"{name!r}: its multiplier is too large for {bits} bits and a right shift")
+    exact = wide.astype(np.float64)
+    errors.append(float((np.abs(np.ldexp(narrow, drop) - exact) / np.maximum(exact, 1)).max()))
+    return tuple(
+        replace(requant, fixed=m.astype(np.int32), shift=shift.astype(np.uint8))
+        for requant, m in zip(requants, narrow, strict=True)
+    )
+
+
+def _rounded(wide: np.ndarray, drop: np.ndarray) -> np.ndarray:
+    """Return wide / 2^drop, half up."""
+    return (wide + np.where(drop > 0, 1 << np.maximum(drop - 1, 0), 0)) >> drop
