@@ -1,6 +1,7 @@
 """The NumPy executor: the reference that C, ONNX and crossbar are compared with, bit for bit.
 
-It follows ``record``'s text operation by operation, over a batch at once, and imports nothing but NumPy.
+It follows ``record``'s text operation by operation, over a batch at once, and imports nothing but NumPy. Raw pixels
+become the input's integers by a table: what devices without floats do instead of normalising.
 """
 
 from __future__ import annotations
@@ -120,7 +121,15 @@ def _executed(
         case r.Quantize():
             return to_grid(x, out)
         case r.Conv() | r.Linear():
-            return _layer(op, inputs, out, requantizer, products)
+            acc = _add_bias(products(op, x, spec), op.bias)
+            if op.requant is None:
+                return acc.astype(np.int32)
+            terms = [(acc, op.requant)]
+            if op.residual is not None:
+                other, spec = inputs[1]
+                exact = np.float32 if spec.dtype != "int32" else np.int64
+                terms.append((centred(other, spec, exact), op.residual.requant))
+            return requantize(terms, out, requantizer)
         case r.Add() if requantizer == "float32":
             (a, m_a), (b, m_b) = (
                 (x.astype(np.float64), q.multiplier.astype(np.float64))
@@ -187,21 +196,6 @@ def _from_float(y: np.ndarray, low: int, high: int, z: int, dtype: str) -> np.nd
     return (y.astype(np.int32) + np.int32(z)).astype(dtype)
 
 
-def _layer(
-    op: r.Layer, inputs: list[tuple[np.ndarray, TensorSpec]], out: TensorSpec, requantizer: r.Requantizer,
-    products: Products,
-) -> np.ndarray:  # fmt: skip
-    acc = _add_bias(products(op, *inputs[0]), op.bias)
-    if op.requant is None:
-        return acc.astype(np.int32)
-    terms = [(acc, op.requant)]
-    if op.residual is not None:
-        other, spec = inputs[1]
-        dtype = np.float32 if spec.dtype != "int32" else np.int64
-        terms.append((centred(other, spec, dtype), op.residual.requant))
-    return requantize(terms, out, requantizer)
-
-
 def _add_bias(acc: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Return ``acc`` + ``bias`` exactly: in float32 only while the sum stays below 2^24."""
     if acc.dtype == np.float32:
@@ -209,3 +203,40 @@ def _add_bias(acc: np.ndarray, bias: np.ndarray) -> np.ndarray:
         if room <= 0 or max(acc.max(initial=0), -acc.min(initial=0)) >= room:
             acc = acc.astype(np.float64)
     return np.add(acc, per_channel(bias.astype(acc.dtype), acc), out=acc)
+
+
+def pixel_table(model: IntegerModel) -> np.ndarray:
+    """Return (C, 256), uint8 or uint16: the input integer of each pixel value 0..255 of each channel.
+
+        q = Q(f32(f32(pixel - f32(f32(mean) * 255)) / f32(f32(std) * 255))),   Q: the first operation, ``Quantize``
+
+    exactly what ``hq_lib.data.normalize`` and ``quantize`` make of the pixel.
+
+    Raises:
+        RecordError: the record does not know its data set's mean and std (``lower(..., images=spec)`` stores them).
+    """
+    image = model.meta.get("image")
+    if not isinstance(image, dict) or not {"mean", "std"} <= set(image):
+        raise RecordError("the record holds no mean and std of its images: lower the network with images=spec")
+    n_channels = model.tensors[model.input].shape[0]
+    mean, std = (_column(image[key], n_channels, key) for key in ("mean", "std"))
+    return to_grid((np.arange(256, dtype=np.float32) - mean) / std, model.tensors[model.ops[0].output])
+
+
+def _column(values: object, n: int, key: str) -> np.ndarray:
+    column = np.asarray(values, np.float32) * np.float32(255)
+    if column.shape != (n,) or not np.all(np.isfinite(column)) or (key == "std" and not np.all(column > 0)):
+        raise RecordError(f"the record's image {key} is {values!r:.60}: {n} numbers were expected")
+    return column[:, None]
+
+
+def quantize_pixels(model: IntegerModel, pixels: np.ndarray) -> np.ndarray:
+    """Return the input integers of raw ``pixels`` (N, C, H, W) uint8, by ``pixel_table``: same shape, uint8 or uint16.
+
+    Raises:
+        ImageError: other dtype or channels. RecordError: see ``pixel_table``.
+    """
+    table = pixel_table(model)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != len(table):
+        raise ImageError(f"pixels are uint8 (N, {len(table)}, H, W), not {pixels.dtype} {pixels.shape}")
+    return np.stack([table[c][pixels[:, c]] for c in range(len(table))], axis=1)

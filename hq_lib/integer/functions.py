@@ -17,7 +17,7 @@ from hq_lib.integer import geometry
 from hq_lib.integer.geometry import LowerError
 
 RESIZES = {"interpolate", "upsample", "upsamplingbilinear2d"}
-"""Operations that are no function of one element but of one tensor: see ``resampling``."""
+"""Operations that are no function of one element but of one tensor: see ``moves``."""
 _OF_ONE = {
     "sigmoid", "hardsigmoid", "silu", "hardswish", "gelu", "elu", "selu", "celu", "leakyrelu", "prelu", "rrelu",
     "tanh", "mish", "softplus", "softsign", "tanhshrink", "logsigmoid", "threshold", "add", "iadd", "sub", "isub",

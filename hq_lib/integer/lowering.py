@@ -20,7 +20,7 @@ from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.ops import is_difference
 from hq_lib.graph.tracing import device_of, eval_mode
-from hq_lib.integer import functions, geometry, moves, resampling, terms
+from hq_lib.integer import functions, geometry, moves, terms
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.emit import Writer
@@ -47,7 +47,7 @@ def lower(
         qnet:        from ``graph.quantize``, calibrated or trained; it is not changed. Any batch-norm mode.
         requantizer: "float32" (onnxruntime's arithmetic) or "fixed" (integers only); see ``record``.
         images:      the data set it was trained on; its mean and std go into the record, so that executors can take
-                     raw pixels (see ``pixels.pixel_table``). An image without a quantizer ("academic" policies leave it
+                     raw pixels (see ``pixel_table``). An image without a quantizer ("academic" policies leave it
                      in float) is rounded to the 8-bit grid that spans their pixels: a rounding the graph does not have.
 
     Raises:
@@ -142,7 +142,7 @@ class _Walk:
         x, layer = self.known(node.all_input_nodes[0], node), self.gm.get_submodule(str(node.target))
         term = product(str(node.target), layer, x)
         if isinstance(layer, torch.nn.ConvTranspose2d):
-            term = resampling.transposed(self.writer, layer, node, x, term)
+            term = moves.transposed(self.writer, layer, node, x, term)
         return Pending(term)
 
     def norm(self, node: fx.Node) -> Value:
@@ -189,7 +189,7 @@ class _Walk:
         source = functions.source_of(node, self.gm, self.kinds)
         value = self.values[source]
         if op_name(node, self.gm) in functions.RESIZES:
-            return Pending(resampling.bilinear(self.writer, node, self.gm, self.known(source, node)))
+            return Pending(moves.bilinear(self.writer, node, self.gm, self.known(source, node)))
         if isinstance(value, Pending) and isinstance(value.term, Function):
             x, real = value.term.x, np.clip(value.term.real, value.low, value.high)
         else:

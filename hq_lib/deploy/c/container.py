@@ -23,7 +23,7 @@ import numpy as np
 from hq_lib.deploy.c.layout import ALIGNMENT, centred_bias, is_depthwise, packed_weight, plan_arena, weight_storage
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
-from hq_lib.integer.pixels import pixel_table
+from hq_lib.integer.execute import pixel_table
 from hq_lib.integer.record import IntegerModel, Op, TensorSpec
 
 MAGIC, VERSION = b"HQM\x1a", 2
