@@ -8,8 +8,6 @@ Currents are float32; codes are integers and sum exactly while below 2^24, other
 need it) float64 is used. Shapes: K inputs, N outputs, Q read planes (slices, and signs where they are read apart).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

@@ -11,8 +11,6 @@ and asks the bench for the rest. ``replay`` does the whole run again without a b
 ``summary.json`` and ``layers.csv`` hold what came out.
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -18,8 +18,6 @@ Re-estimation can cost accuracy even without any device error, where stored mome
 measured: always print the line of an `IdealEngine` beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

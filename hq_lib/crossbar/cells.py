@@ -19,8 +19,6 @@ Limits: cells are linear. A gated 1T1R array makes the map input dependent; `Wir
 mean input, and `effective_conductance` of the driven rows alone the exact map of one input.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +60,7 @@ class Cells:
     """Programming pulses of all cells."""
 
     @classmethod
-    def program(cls, plan: Plan, circuit: Circuit, name: str) -> Cells:
+    def program(cls, plan: Plan, circuit: Circuit, name: str) -> "Cells":
         """Cells programmed with the random streams of (seed, ``name``); remapped around their faults if asked."""
         device, seed, verify = circuit.device, circuit.seed, circuit.verify
         codes = circuit.faults.codes(name, tuple(plan.levels.shape), stream(seed, name, "faults"))

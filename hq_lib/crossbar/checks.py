@@ -3,8 +3,6 @@
 Descriptions: nested settings as one flat dictionary of plain values, for result rows and records.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ Currents are in unit currents: one weight step times one input step. code = clip
 A converter loses nothing only if its step is a whole number of unit currents and its codes cover the range.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal

@@ -6,8 +6,6 @@ Padding is done with the zero point z, so padded places contribute nothing; the 
 matrix are ordered (channel, kernel row, kernel column), as ``weight.flatten(1)``.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -6,8 +6,6 @@ Symbols: G conductance (uS), g = G / G_max, sigma(G) its standard deviation (uS)
 programming.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ A bench is a set of tiles of rows x columns cells. It takes whole-number cell le
     count[b, j] = counts_per_unit sum_i code[b, i] level[i, j]  + its own errors
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol

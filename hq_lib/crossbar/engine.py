@@ -8,8 +8,6 @@ engine measures passes one digital correction per column before it is rounded, f
 The noise term removes the shrinking of slopes by read noise (errors in variables); it needs repeated measurements.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,13 +47,13 @@ class Correction:
     """The same with it."""
 
     @classmethod
-    def identity(cls, n_outputs: int) -> Correction:
+    def identity(cls, n_outputs: int) -> "Correction":
         """The correction that changes nothing."""
         one = torch.ones(n_outputs, dtype=torch.float64)
         return cls(one, torch.zeros_like(one), one)
 
     @classmethod
-    def fit(cls, runs: Tensor, wanted: Tensor, *, kind: str = "column") -> Correction:
+    def fit(cls, runs: Tensor, wanted: Tensor, *, kind: str = "column") -> "Correction":
         """The least-squares correction from ``runs`` (repeats, m, N) measured to ``wanted`` (m, N).
 
         Errors: fewer than two rows for "column", shapes that do not match, values that are not finite.
@@ -234,7 +232,7 @@ class Engine(ABC):
     def close(self) -> None:  # noqa: B027  (only engines that hold a connection or a file have something to close)
         """Nothing; gives back connections and files."""
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:

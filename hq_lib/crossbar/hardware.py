@@ -4,8 +4,6 @@ Weights become whole cell levels of the bench's tiles, inputs become codes, and 
 subtraction, shifts and offsets are digital. Nothing beyond the bench's limits is ever sent.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -13,8 +13,6 @@ remaining difference, and what a slice cannot give, the slices below it try to. 
 use any physical row; the assignment of least squared weight error is found by the Hungarian method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping as Maps
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -44,7 +42,7 @@ class Mapping(Settings):
     tile_cols: Annotated[int, Bound(">= 2", whole=True)] = 128
     """Columns of one array, >= 2; matters for wire resistance and cell counts only."""
 
-    def encode(self, w_int: Tensor, w_bits: int) -> Plan:
+    def encode(self, w_int: Tensor, w_bits: int) -> "Plan":
         """The plan of cell levels for ``w_int`` (K, N), integers of ``w_bits`` bits."""
         w, n, c, pair = w_int.to(torch.int64), w_int.shape[1], self.cell_bits, self.scheme == "pair"
         peak = w.abs().amax(0)  # the magnitude that fills the window
@@ -107,7 +105,7 @@ class Plan:
         """float64 (S,): the factor of each slice, without signs."""
         return self.weight.abs()[:: 1 if self.signed else 2]
 
-    def rows(self, rows: slice | Tensor) -> Plan:
+    def rows(self, rows: slice | Tensor) -> "Plan":
         """The plan of some of its rows, or of its rows in another order."""
         return replace(self, levels=self.levels[rows])
 

@@ -7,8 +7,6 @@ layers drew. Programming, drift, faults and converter errors are drawn once from
 for every multiplication and has a faster sampler of its own, `Normals`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import warnings

@@ -11,8 +11,6 @@ Only sums of products are the engine's: biases, requantization, additions and po
 with `IdealEngine` every integer equals the NumPy executor's. Accumulators saturate at int32 as digital ones would.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 

@@ -3,8 +3,6 @@
 x = sum_b factor_b digit_b,   digit_b = (x >> shift_b) & mask_b     two's complement: the sign bit's factor is < 0
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable
@@ -242,14 +240,14 @@ class Operand:
         size = (x.shape[0], *self.size, x.shape[1], kh, kw)
         return x.as_strided(size, (b, sy * y, sx * z, c, dy * y, dx * z)).reshape(self.n_rows, self.n_columns)
 
-    def split(self, n_rows: int) -> list[Operand]:
+    def split(self, n_rows: int) -> "list[Operand]":
         """Consecutive parts of about ``n_rows`` rows."""
         if 0 < self.n_rows <= n_rows:
             return [self]
         parts = self.values.split(max(1, n_rows // math.prod(self.size))) if self.n_rows else ()
         return [replace(self, values=part) for part in parts]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Operand:
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Operand":
         """The operand of ``function`` of every number; ``function`` must map the padding's zero to zero."""
         if self.window is None:
             return Operand(function(self.values))
@@ -258,7 +256,7 @@ class Operand:
             mapped = mapped.contiguous(memory_format=torch.channels_last)
         return replace(self, values=mapped)
 
-    def floats(self, dtype: torch.dtype) -> Operand:
+    def floats(self, dtype: torch.dtype) -> "Operand":
         """The operand of its integers as ``dtype``, laid out as `times` wants it."""
         if self.window is None or dtype is not torch.float32:
             return self.map(lambda values: values.to(dtype))

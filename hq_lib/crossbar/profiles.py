@@ -10,8 +10,6 @@ Two fits of one measurement (Wan 2022) differ mainly near G = 0, where most cell
 points of accuracy: compare tools only at equal sigma(G), window and weight scale, and print all three.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

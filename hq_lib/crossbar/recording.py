@@ -14,8 +14,6 @@ Its record lists layers, calls (layer, seconds after programming), engine and un
 all: a changed number anywhere is refused. That guards against damage, not against a forger.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -119,7 +117,7 @@ class Trace:
         write_checkpoint(path, state, record)
 
     @classmethod
-    def load(cls, path: str | Path) -> Trace:
+    def load(cls, path: str | Path) -> "Trace":
         """The trace stored at ``path``. Errors (`TraceError`): absent, changed in anything, or of another schema."""
         layers: dict[str, Handle] = {}
         try:

@@ -5,8 +5,6 @@ Energy is a labelled, order-of-magnitude estimate of converters and array only, 
     E = conversions E_adc + cell reads G V^2 t_read
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ A message is a 4-byte big-endian length, that many bytes of JSON, and the bytes 
 both sides. There is no authentication: use it on loopback or a bench's private network only.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import socket
@@ -120,7 +118,7 @@ class BenchServer(socketserver.ThreadingTCPServer):
                     answer, found = _answer(self._driver, asked, array)
                 _send(request, answer | {"number": asked.get("number")}, found, time.monotonic() + self._idle_s)
 
-    def __enter__(self) -> BenchServer:
+    def __enter__(self) -> "BenchServer":
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 

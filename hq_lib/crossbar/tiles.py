@@ -5,8 +5,6 @@ Where nothing but gains, offsets and state-independent noise stands between cell
 Elsewhere converter steps are divided into the matrix beforehand, so that a product is already in codes.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Callable

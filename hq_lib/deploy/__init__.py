@@ -3,8 +3,6 @@
 export(lower(qnet), "net.onnx", "onnx")
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from pathlib import Path
@@ -21,7 +19,7 @@ ENDINGS = {"c": ".hqm", "onnx": ".onnx", "npz": ".npz", "board": "_board", "fpga
 """Format -> what a file (board and fpga: a folder) of it is called."""
 
 
-def export(imodel: IntegerModel, path: str | os.PathLike, to: str, *, image: np.ndarray | None = None) -> Path:
+def export(imodel: "IntegerModel", path: str | os.PathLike, to: str, *, image: "np.ndarray | None" = None) -> Path:
     """Write ``imodel`` to ``path`` in format ``to``, and return the path.
 
     c: a container for the C runtime; onnx: integer initializers (extra ``export``); npz: read with NumPy alone; board:

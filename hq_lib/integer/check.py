@@ -1,7 +1,5 @@
 """``check``: everything a record promises, verified; made records and loaded files pass through it alike."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -5,8 +5,6 @@ Both networks round the same real values, but the fake-quantized one computes th
 lies almost half-way between two steps, the two may part by one step (1 LSB).
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, cast
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``Writer``: the tensors and operations of a record in the making."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -4,8 +4,6 @@ It follows ``record``'s text operation by operation, over a batch at once, and i
 become the input's integers by a table: what devices without floats do instead of normalising.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import reduce
 from typing import Any

@@ -1,7 +1,5 @@
 """Functions of one element: the graph's own operation at every real value that a grid has, for a table of integers."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

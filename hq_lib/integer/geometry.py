@@ -1,7 +1,5 @@
 """What the arguments of pools, pads, slices and reshapes say, whether a module or a function spells them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

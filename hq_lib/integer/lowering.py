@@ -6,8 +6,6 @@ A signed grid is moved to unsigned integers; real values stay. A function of one
 table of all its integers, made by the graph's own operation and quantizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -6,8 +6,6 @@ each channel apart, with the kernel (1 3 3 1) / 4 in either direction on an inpu
 (PyTorch's align_corners=False).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Batch norms behind it only change w_scale and bias.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

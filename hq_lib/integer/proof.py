@@ -1,7 +1,5 @@
 """Proofs that a record's arithmetic is exact: no int32 accumulator overflows, no float sum loses a bit unseen."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

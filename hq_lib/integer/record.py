@@ -22,8 +22,6 @@ onnxruntime's fused kernels bit for bit. Clamp in float, to [qmin - z_y, qmax - 
 the product may exceed int32. "fixed" is in int64; ``>>`` is the arithmetic shift (floor): half up. Multipliers >= 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

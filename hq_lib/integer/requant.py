@@ -5,8 +5,6 @@
 where two terms share one sum the larger has M in [2^29, 2^30), so that the sum of both and the rounding fits int64.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from hq_lib.integer.record import Requant

@@ -7,8 +7,6 @@ of the first byte. The same record gives the same bytes. ``load`` trusts nothing
 anything is read, hashes and the whole record checked after.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

@@ -4,8 +4,6 @@ float32 matrix products where sum |w| max|q - z| < 2^24 (every partial sum is th
 order), float64 elsewhere (the overflow proof keeps sums below 2^31 < 2^53). Depthwise layers sum in int32.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from hq_lib.integer.proof import product_bound

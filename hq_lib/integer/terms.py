@@ -5,8 +5,6 @@ maps each element alone; ``Plain`` is the image's rounding or a product of two k
 Each has ``write(writer, out)``: the operations that compute it on the grid of ``out``, whose range holds its clips.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -116,7 +114,7 @@ class Sum:
 
     name: str
     """node"""
-    operands: tuple[TensorSpec | Pending, TensorSpec | Pending]
+    operands: "tuple[TensorSpec | Pending, TensorSpec | Pending]"
     """known tensors, or layers without a quantizer of their own"""
 
     def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
@@ -160,7 +158,7 @@ class Pending:
         """Whether any clip is at work."""
         return self.low > -math.inf or self.high < math.inf
 
-    def clip(self, low: float, high: float) -> Pending:
+    def clip(self, low: float, high: float) -> "Pending":
         """Return the value clipped once more."""
         return replace(self, low=min(max(self.low, low), high), high=min(max(self.high, low), high))
 

@@ -7,8 +7,6 @@ A processor without a floating-point unit wants a record made with ``lower(..., 
 left in ``hqm_open``'s checks and in the logits alone.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from pathlib import Path

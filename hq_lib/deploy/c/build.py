@@ -1,7 +1,5 @@
 """The C runtime's binaries, compiled when first asked for and kept beside the data (``cache_dir``)."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

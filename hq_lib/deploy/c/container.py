@@ -9,8 +9,6 @@ A tensor takes 20 words, an operation 32 (named in ``hqm_internal.h``), arrays l
 i writes tensor i + 1; tensor 0 is the image. The same record gives the same bytes.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 import zlib

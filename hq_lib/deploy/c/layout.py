@@ -1,7 +1,5 @@
 """How the C runtime lays a record out: weights in the order that windows are read in, tensors in one arena."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The C runtime called from Python: one container, one arena, logits per image."""
 
-from __future__ import annotations
-
 import ctypes
 import time
 from functools import cache

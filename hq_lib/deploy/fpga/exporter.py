@@ -8,8 +8,6 @@ quantized on the grid that the hardware really has, zero is in their range, the 
 and the biases make up for what the hardware's floors take away.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

@@ -9,8 +9,6 @@
 None but the last holds a shape: the reader is given the stages. Any byte too many or too few is an error.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

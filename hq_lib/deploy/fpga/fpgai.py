@@ -20,8 +20,6 @@ An average pool is a depthwise layer of weights 2 and bias 1 - n, for windows of
     (2 sum + 1 - n) / (2 n) + 1/2 = (sum + 1/2) / n, whose floor is that of sum / n whatever the multiplier's last bit.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ them, two's complement where any is negative: 4-bit weights take 4 bits. float32
 axis of the shape runs fastest. ``narrowed`` makes multipliers narrower first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

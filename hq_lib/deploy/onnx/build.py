@@ -1,7 +1,5 @@
 """``export``: an integer record as an ONNX model, operation by operation."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

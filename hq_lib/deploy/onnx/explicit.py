@@ -4,8 +4,6 @@ Accumulators come from ConvInteger and MatMulInteger, which multiply 8-bit integ
 x = 256 x_hi + x_lo and w = 256 w_hi + w_lo, and the int32 sums of the parts added with their powers of 256.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

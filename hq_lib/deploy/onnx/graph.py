@@ -1,7 +1,5 @@
 """A growing ONNX graph: nodes, initializers shared by value, fresh names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ Fused, these compute the record's "float32" arithmetic exactly; the ``Clip`` on 
 of a grid below 8 bits (QCDQ).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """onnxruntime, set up so that its integers are the record's on every x86-64 processor: one thread, full precision."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
