@@ -29,7 +29,7 @@ from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import device
-from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, load_parts
+from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace, load_parts
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.crossbar.tcp import BenchServer, TcpDriver
 from hq_lib.data import ImageSet, normalize
@@ -107,17 +107,11 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
         found = {name: evaluation_of(torch.from_numpy(each), images.labels).acc_pct
                  for name, each in (("acc_pct", logits), ("exact_acc_pct", exact))}  # fmt: skip
         error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
-        match engine:
-            case RecordEngine():
-                n_rows = engine.trace().n_rows
-            case ReplayEngine():
-                n_rows = engine.trace.n_rows
-            case _:
-                n_rows = 0
+        trace = engine.trace() if isinstance(engine, RecordEngine) else getattr(engine, "trace", Trace())
         inner = getattr(engine, "inner", None)
         written = inner.programming() if isinstance(inner, HardwareEngine) else {}
         summary = {
-            **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": n_rows,
+            **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": trace.n_rows,
             **written, "layers": list(network.layers), "engine": engine.describe(),
         }  # fmt: skip
         fits = {group.name: engine.correction(group) for engine, group in network.groups()}

@@ -29,7 +29,7 @@ _RIDGE = 1e-9  # of the ideal variance: a dead column gets gain 0 instead of an 
 class Correction:
     """Digital correction of one layer's outputs."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("zero", "gain", "column_gain", "column")
+    KINDS: ClassVar[tuple[str, ...]] = ("gain", "column")
 
     gain: Tensor
     """float64 (N,), dimensionless; 0 for a column that carries no signal."""
@@ -63,24 +63,18 @@ class Correction:
             raise CrossbarError(f"measured {tuple(runs.shape[1:])} and wanted {tuple(wanted.shape)} rows do not fit")
         if not bool(torch.isfinite(runs.sum()) & torch.isfinite(wanted.sum())):
             raise CrossbarError("calibration rows hold NaN or infinity")
-        y, z = runs.mean(0), wanted
-        noise = runs.var(0, correction=1).mean(0) / len(runs) if len(runs) > 1 else 0.0  # of the averaged reading
-        gain, offset = torch.ones(y.shape[1], dtype=y.dtype), torch.zeros(y.shape[1], dtype=y.dtype)
-        if kind == "zero":
-            offset = (z - y).mean(0)
-        elif kind == "gain":
-            power = (y.square().mean(0) - noise).clamp_min(0).sum() + _RIDGE * z.square().mean() + 1e-30
-            gain = gain * ((y * z).mean(0).sum() / power)
-        elif kind == "column_gain":
-            power = (y.square().mean(0) - noise).clamp_min(0) + _RIDGE * z.square().mean(0) + 1e-30
-            gain = (y * z).mean(0) / power
-        else:
-            y_mean, z_mean = y.mean(0), z.mean(0)
-            variance = (y - y_mean).square().mean(0)
-            clean = torch.maximum(variance - noise, 0.05 * variance)  # few repeats may overestimate the noise
-            power = clean + _RIDGE * (z - z_mean).square().mean(0) + 1e-30
-            gain = ((y - y_mean) * (z - z_mean)).mean(0) / power
-            offset = z_mean - gain * y_mean
+        y, z, noise = runs.mean(0), wanted, torch.zeros(wanted.shape[1], dtype=runs.dtype)
+        if len(runs) > 1:  # variance of the averaged reading
+            noise = runs.var(0, correction=1).mean(0) / len(runs)
+        y_mean, z_mean = (y.mean(0), z.mean(0)) if kind == "column" else (torch.zeros_like(noise),) * 2
+        power, product = (y - y_mean).square().mean(0), ((y - y_mean) * (z - z_mean)).mean(0)
+        # few repeats may overestimate the noise
+        clean = torch.maximum(power - noise, (0.05 if kind == "column" else 0.0) * power)
+        ideal = (z - z_mean).square().mean(0)
+        if kind == "gain":
+            clean, product, ideal = clean.sum(), product.sum(), z.square().mean()
+        gain = torch.ones_like(noise) * (product / (clean + _RIDGE * ideal + 1e-30))
+        offset = z_mean - gain * y_mean
         made = cls(gain, offset, torch.ones_like(gain), kind, len(wanted), _rmse(y, z))
         return replace(made, rmse_after=_rmse(made.apply(y), z))
 
@@ -178,17 +172,13 @@ class Engine(ABC):
         Args:
             y_ideal: (m, N) wanted outputs; None: ``x @ w_int`` exactly. In a closed loop these are the ideal network's
                 accumulators while ``x`` are the inputs that the calibrated upstream layers really deliver.
-            kind: "zero" (offset at zero input), "gain" (one factor), "column_gain", or "column" (gain and offset).
+            kind: "gain" (one factor for all columns), or "column" (gain and offset of each).
             repeats: measurements of each row, averaged; two or more also remove read noise from the slope.
 
         Errors: fewer than three rows for "column": a line meets two exactly, noise and all.
         """
-        check_choice(kind, Correction.KINDS, "correction kind")
         if kind == "column" and len(x) < 3:
             raise CrossbarError(f"{handle.name}: gain and offset need 3 calibration rows, not {len(x)}: more images")
-        if kind == "zero":
-            x = torch.zeros(max(len(x), 1), handle.w_int.shape[0], dtype=torch.int64)
-            y_ideal = None
         wanted = exact_mvm(handle, as_tensor(x)) if y_ideal is None else as_tensor(y_ideal)
         runs = torch.stack([self.measure(handle, x).to(torch.float64) for _ in range(max(repeats, 1))])
         self._corrections[handle.name] = Correction.fit(runs, wanted.to(torch.float64), kind=kind)
@@ -206,11 +196,6 @@ class Engine(ABC):
             if correction.gain.numel() != handle.w_int.shape[1]:
                 raise CrossbarError(f"{handle.name}: a correction of {correction.gain.numel()} columns does not fit")
             self._corrections[handle.name] = correction
-
-    @property
-    def handles(self) -> dict[str, Handle]:
-        """Loaded layers by name, in the order of loading."""
-        return dict(self._handles)
 
     @property
     def time_s(self) -> float:

@@ -128,7 +128,7 @@ class EngineNetwork:
 
         Args:
             images: (N, C, H, W) normalised float32, N of about 64; all go through the network at once.
-            kind: "zero", "gain", "column_gain" or "column" (gain and offset), see `Engine.calibrate`; None: only the
+            kind: "gain" or "column" (gain and offset), see `Engine.calibrate`; None: only the
                 converters' ranges, where they are of the "calibrated" kind.
             loop: inputs that a layer is fitted on. "open": the exact network's. "closed": those that the calibrated
                 layers before it deliver, against the exact network's accumulators: it also takes out what they left.

@@ -180,17 +180,16 @@ def _read(path: str | Path, needed: tuple[str, ...]) -> pd.DataFrame:
     return numbers if "time_s" in numbers else numbers.assign(time_s=1.0)
 
 
-def state_independent(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
+def state_independent(fraction: float) -> Device:
     """A generic cell whose error is ``fraction`` (2 % is 0.02) of the window at every target."""
-    error = Constant(FRACTION.check(fraction, "fraction") * (g_max_uS - g_min_uS))
-    name = f"state_independent_{fraction:g}"
-    return Device(name, "generic, no device", g_min_uS, g_max_uS, error, clip_at_zero=clip)
+    error = Constant(FRACTION.check(fraction, "fraction") * 25.0)
+    return Device(f"state_independent_{fraction:g}", "generic, no device", 0.0, 25.0, error, clip_at_zero=False)
 
 
-def proportional(fraction: float, *, g_min_uS: float = 0.0, g_max_uS: float = 25.0, clip: bool = False) -> Device:
+def proportional(fraction: float) -> Device:
     """A generic cell whose error is ``fraction`` (10 % is 0.1) of its own target."""
-    name = f"proportional_{fraction:g}"
-    return Device(name, "generic, no device", g_min_uS, g_max_uS, Proportional(fraction), clip_at_zero=clip)
+    error = Proportional(fraction)
+    return Device(f"proportional_{fraction:g}", "generic, no device", 0.0, 25.0, error, clip_at_zero=False)
 
 
 IDEAL = Device("ideal", "no errors; infinite on/off ratio", 0.0, 25.0)

@@ -235,10 +235,6 @@ class ReplayEngine(Engine):
     def describe(self) -> dict[str, Any]:
         return {"engine": "replay"} | {f"recorded.{key}": value for key, value in self.trace.engine.items()}
 
-    def rewind(self) -> None:
-        """Nothing; the trace is played from its beginning again."""
-        self.trace.rewind()
-
     def _program(self, handle: Handle) -> None:
         check_choice(handle.name, self.trace.layers, "the trace's layer")
         if self.trace.layers[handle.name].digest != handle.digest:
@@ -249,7 +245,7 @@ class ReplayEngine(Engine):
         for i, n in self.trace.take(handle.name, x.rows(), y).items():
             raise TraceError(
                 f"{handle.name}: row {i} was measured {n} times in the trace, not {n + 1} times; "
-                "record it, or rewind() to play the trace again"
+                "record it, or trace.rewind() to play it again"
             )
         return y
 

@@ -58,7 +58,7 @@ def test_replay_gives_the_same_answers_noise_and_calibration_included(recorded):
         np.testing.assert_array_equal(engine.mvm(handle, X[:10]), answers[1])
         engine.calibrate(handle, X)
         np.testing.assert_array_equal(engine.mvm(handle, X[5:]), answers[2])
-        engine.rewind()
+        engine.trace.rewind()
         engine.set_correction(handle, None)
     assert engine.describe()["recorded.device.name"] == "n"
 

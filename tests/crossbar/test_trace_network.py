@@ -79,7 +79,7 @@ def test_the_replayed_network_gives_the_recorded_logits(resnet20, recorded):
     assert not np.array_equal(run(record, x), recorded[1]), "the crossbar changed something"
     with pytest.raises(TraceError, match=rf"{LAYER}: row \d+ was measured \d+ times"):
         network.run(x)
-    engine.rewind()
+    engine.trace.rewind()
     np.testing.assert_array_equal(network.run(x, batch_size=3), recorded[1])
     assert engine.describe()["recorded.device.name"] == "rram_noisy"
 
