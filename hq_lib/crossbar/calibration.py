@@ -26,13 +26,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor
 from hq_lib.crossbar.engine import Correction, Engine
 from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.operands import Handle, exact_mvm
 from hq_lib.graph.folding import fold_bn
 from hq_lib.integer.execute import run
 from hq_lib.integer.record import Layer, TensorSpec
+from hq_lib.results.hints import check_known
 
 
 def residuals(engine: Engine, samples: Mapping[Handle, Numbers]) -> pd.DataFrame:
@@ -85,7 +86,7 @@ def compensate_drift(engine: Engine, handle: Handle, reference: Reference, *, pe
     Args:
         per: "column" (one factor per output) or "layer" (one for all). Dead columns keep the factor 1.
     """
-    check_choice(per, ("column", "layer"), "per")
+    check_known(per, ("column", "layer"), "per", error=CrossbarError)
     now = engine.measure(handle, reference.probes).abs().mean(0)
     if per == "layer":
         then_all, now_all = reference.size.sum(), now.sum()

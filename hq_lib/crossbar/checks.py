@@ -5,7 +5,7 @@ Descriptions: nested settings as one flat dictionary of plain values, for result
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hq_lib.results import settings
-from hq_lib.results.hints import nearest_few
 
 
 class CrossbarError(ValueError):
@@ -52,14 +51,6 @@ Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, Bound(">= 0")]
 Count = Annotated[int, Bound(">= 1", whole=True)]
 """Annotations of fields of `Settings`."""
-
-
-def check_choice(value: Any, choices: Iterable[str], what: str) -> str:
-    """``value`` itself if it is one of ``choices``; otherwise an error with the nearest valid names."""
-    names = list(choices)
-    if value not in names:
-        raise CrossbarError(f"{what} {value!r} is unknown; nearest: {nearest_few(value, names)}")
-    return value
 
 
 Numbers = np.ndarray | Tensor

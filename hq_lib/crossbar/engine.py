@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, Numbers, as_integers, as_tensor, check_choice, check_range
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_integers, as_tensor, check_range
 from hq_lib.crossbar.native import rounded
 from hq_lib.crossbar.operands import Handle, Operand, exact_dtype, exact_mvm, make_handle
+from hq_lib.results.hints import check_known
 
 Answers = TypeVar("Answers", np.ndarray, Tensor)
 _RIDGE = 1e-9  # of the ideal variance: a dead column gets gain 0 instead of an infinite one
@@ -58,7 +59,7 @@ class Correction:
 
         Errors: fewer than two rows for "column", shapes that do not match, values that are not finite.
         """
-        check_choice(kind, cls.KINDS, "correction kind")
+        check_known(kind, cls.KINDS, "correction kind", error=CrossbarError)
         if runs.shape[1:] != wanted.shape or runs.ndim != 3 or len(wanted) < (2 if kind == "column" else 1):
             raise CrossbarError(f"measured {tuple(runs.shape[1:])} and wanted {tuple(wanted.shape)} rows do not fit")
         if not bool(torch.isfinite(runs.sum()) & torch.isfinite(wanted.sum())):

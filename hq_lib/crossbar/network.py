@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor, check_choice
+from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor
 from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.engine import Correction, Engine
 from hq_lib.crossbar.native import stream
@@ -30,6 +30,7 @@ from hq_lib.integer.check import need_model
 from hq_lib.integer.execute import run
 from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
 from hq_lib.integer.sums import products as exact_products
+from hq_lib.results.hints import check_known
 from hq_lib.training.evaluation import Evaluation, evaluation_of
 
 Samples = dict[str, list[Tensor]]
@@ -135,7 +136,7 @@ class EngineNetwork:
             repeats: measurements of each row; two or more remove read noise from the slopes.
             n_rows: rows of inputs per layer, drawn at random.
         """
-        check_choice(loop, ("open", "closed"), "loop")
+        check_known(loop, ("open", "closed"), "loop", error=CrossbarError)
         ideal = self.samples(images, n_rows=n_rows)
 
         def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
@@ -221,6 +222,6 @@ def _choose(names: list[str], engines: Mapping[str, Engine]) -> dict[str, Engine
     """{layer: engine} in the order of ``names``, by the first pattern that fits."""
     for pattern in engines:
         if not any(fnmatchcase(name, pattern) for name in names):
-            check_choice(pattern, names, "the network's layer or pattern")
+            check_known(pattern, names, "the network's layer or pattern", error=CrossbarError)
     fits = {name: [e for pattern, e in engines.items() if fnmatchcase(name, pattern)] for name in names}
     return {name: found[0] for name, found in fits.items() if found}

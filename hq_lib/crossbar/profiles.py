@@ -21,7 +21,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from hq_lib.crossbar.checks import FRACTION, Bound, CrossbarError, check_choice
+from hq_lib.crossbar.checks import FRACTION, Bound, CrossbarError
 from hq_lib.crossbar.devices import (
     Constant,
     Curve,
@@ -33,6 +33,7 @@ from hq_lib.crossbar.devices import (
     Proportional,
     ReadNoise,
 )
+from hq_lib.results.hints import check_known
 
 NEEDED, OPTIONAL = ("target_uS", "mean_uS", "sigma_uS"), ("time_s", "read_sigma_uS")
 CELLS = ("target_uS", "g_uS")
@@ -194,14 +195,6 @@ def proportional(fraction: float) -> Device:
 
 IDEAL = Device("ideal", "no errors; infinite on/off ratio", 0.0, 25.0)
 
-PCM_JOSHI = Device(
-    "pcm",
-    "PCM, Joshi et al., Nat. Commun. 11 (2020), sigma(G) as fitted in CrossSim 3.2; drift not modelled",
-    0.25,
-    25.0,
-    Polynomial((0.286, 0.0759, -0.00179)),
-)
-
 PCM_NANDAKUMAR = Device(
     "pcm_drift",
     "PCM, Nandakumar et al., ICECS 2019, programming, drift and 1/f read noise as in aihwkit",
@@ -212,42 +205,25 @@ PCM_NANDAKUMAR = Device(
     FlickerRead(q_scale=0.0088, q_power=-0.65, q_max=0.2, t_read_s=250e-9),
 )
 
-RRAM_WAN_1S = Device(
-    "rram",
-    "RRAM, Wan et al., Nature 608 (2022), 1 s after programming, fit of aihwkit",
-    0.0,
-    40.0,
-    Polynomial((0.348, 16.03, -43.85, 45.39, -16.82), per_uS=40.0),
-)
+_FITS = {
+    "pcm": ("PCM, Joshi et al., Nat. Commun. 11 (2020), sigma(G) as fitted in CrossSim 3.2; drift not modelled",
+            0.25, 25.0, (0.286, 0.0759, -0.00179), 1.0),
+    "rram": ("RRAM, Wan et al., Nature 608 (2022), 1 s after programming, fit of aihwkit",
+             0.0, 40.0, (0.348, 16.03, -43.85, 45.39, -16.82), 40.0),
+    "rram_1day": ("RRAM, Wan et al., Nature 608 (2022), 1 day after programming, fit of aihwkit",
+                  0.0, 40.0, (0.701, 22.09, -50.77, 47.10, -16.46), 40.0),
+    "rram_crosssim": ("RRAM, Wan et al., Nature 608 (2022), fit of CrossSim 3.2",
+                      0.0, 39.26, (1.053, 0.2374, -0.01167, 1.536e-4), 1.0),
+    "rram_lowratio": ("RRAM, Milo et al. (2021), fit of CrossSim 3.2; on/off ratio 4.5",
+                      50.0, 225.0, (4.782, -0.0091), 1.0),
+}  # fmt: skip
+"""Name -> source, lowest and highest target (uS), and `Polynomial`: coefficients and what divides G (uS)."""
 
-RRAM_WAN_1DAY = Device(
-    "rram_1day",
-    "RRAM, Wan et al., Nature 608 (2022), 1 day after programming, fit of aihwkit",
-    0.0,
-    40.0,
-    Polynomial((0.701, 22.09, -50.77, 47.10, -16.46), per_uS=40.0),
-)
-
-RRAM_WAN_CROSSSIM = Device(
-    "rram_crosssim",
-    "RRAM, Wan et al., Nature 608 (2022), fit of CrossSim 3.2",
-    0.0,
-    39.26,
-    Polynomial((1.053, 0.2374, -0.01167, 1.536e-4)),
-)
-
-RRAM_MILO = Device(
-    "rram_lowratio",
-    "RRAM, Milo et al. (2021), fit of CrossSim 3.2; on/off ratio 4.5",
-    50.0,
-    225.0,
-    Polynomial((4.782, -0.0091)),
-)
-
-DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (IDEAL, PCM_JOSHI, PCM_NANDAKUMAR, RRAM_WAN_1S, RRAM_WAN_1DAY, RRAM_WAN_CROSSSIM, RRAM_MILO)
+_FITTED = {
+    name: Device(name, source, low, high, Polynomial(fit, per)) for name, (source, low, high, fit, per) in _FITS.items()
 }
+PCM_JOSHI, RRAM_WAN_1S = _FITTED["pcm"], _FITTED["rram"]
+DEVICES = {"ideal": IDEAL, "pcm": PCM_JOSHI, "pcm_drift": PCM_NANDAKUMAR} | _FITTED
 
 
 def device(name: str | Path) -> Device:
@@ -255,7 +231,8 @@ def device(name: str | Path) -> Device:
     (`fit_report`); an unknown name is refused with the nearest ones."""
     if Path(name).suffix == ".csv":
         return fit_report(name)[0] if holds_cells(name) else measured_device(name)
-    return DEVICES[check_choice(str(name), DEVICES, "device")]
+    check_known(name, DEVICES, "device", error=CrossbarError)
+    return DEVICES[str(name)]
 
 
 def holds_cells(name: str | Path) -> bool:

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import TraceError, check_choice
+from hq_lib.crossbar.checks import CrossbarError, TraceError
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.operands import Handle, Operand, exact_mvm, make_handle
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.models import CheckpointError, read_checkpoint, write_checkpoint
+from hq_lib.results.hints import check_known
 
 SCHEMA = 2
 UNITS = {"x": "input steps", "y": "accumulator steps", "t_s": "seconds after programming"}
@@ -236,7 +237,7 @@ class ReplayEngine(Engine):
         return {"engine": "replay"} | {f"recorded.{key}": value for key, value in self.trace.engine.items()}
 
     def _program(self, handle: Handle) -> None:
-        check_choice(handle.name, self.trace.layers, "the trace's layer")
+        check_known(handle.name, self.trace.layers, "the trace's layer", error=CrossbarError)
         if self.trace.layers[handle.name].digest != handle.digest:
             raise TraceError(f"layer {handle.name!r} has other weights or bits in the trace: it is of another network")
 

@@ -4,7 +4,7 @@ It follows ``record``'s text operation by operation, over a batch at once, and i
 become the input's integers by a table: what devices without floats do instead of normalising.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -54,14 +54,14 @@ def output_integers(
 ) -> np.ndarray:
     """Return the integers of the tensor ``model.output``, (N, *shape); arguments and errors of ``run``."""
     need_model(model)
-    images = _as_images(model, images)
+    images = as_images(images, model.tensors[model.input].shape)
     parts = [_run_batch(model, images[i : i + batch_size], products, watch) for i in range(0, len(images), batch_size)]
     return np.concatenate(parts)
 
 
 def quantize(model: IntegerModel, images: Any) -> np.ndarray:
     """Return the integers of ``images`` (as ``run`` takes them) on the input grid: (N, C, H, W), uint8 or uint16."""
-    return to_grid(_as_images(model, images), model.tensors[model.ops[0].output])
+    return to_grid(as_images(images, model.tensors[model.input].shape), model.tensors[model.ops[0].output])
 
 
 def real_values(spec: TensorSpec, x: np.ndarray) -> np.ndarray:
@@ -86,10 +86,11 @@ def per_channel(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     return values[:, None, None] if like.ndim == 4 and len(values) > 1 else values
 
 
-def _as_images(model: IntegerModel, images: Any) -> np.ndarray:
+def as_images(images: Any, shape: Sequence[int | str]) -> np.ndarray:
+    """Return ``images`` as an array (N, *shape), checked; axes of ``shape`` that are names may be of any length."""
     x = np.ascontiguousarray(np.asarray(images))
-    shape = model.tensors[model.input].shape
-    if x.dtype != np.float32 or x.shape[1:] != shape or not len(x):
+    wanted = tuple(m if isinstance(n, str) else n for n, m in zip(shape, x.shape[1:], strict=False))
+    if x.dtype != np.float32 or len(wanted) < len(shape) or x.shape[1:] != wanted or not len(x):
         raise ImageError(f"the model takes float32 images (N, {', '.join(map(str, shape))}), not {x.dtype} {x.shape}")
     if np.isnan(x).any():
         raise ImageError(f"{int(np.isnan(x).any(axis=tuple(range(1, x.ndim))).sum())} images hold NaN")

@@ -158,7 +158,7 @@ def test_probes_must_carry_signal():
 @pytest.mark.parametrize(
     ("kind", "rows", "wanted", "message"),
     [
-        ("columns", FIT, None, "nearest: 'column'"),
+        ("columns", FIT, None, "did you mean .column."),
         ("column", FIT[:2], None, "3 calibration rows, not 2"),
         ("column", FIT, np.zeros((3, 6)), "do not fit"),
         ("column", FIT, np.full((200, 6), np.nan), "NaN"),

@@ -32,10 +32,7 @@ from hq_lib.crossbar.profiles import (
     IDEAL,
     PCM_JOSHI,
     PCM_NANDAKUMAR,
-    RRAM_MILO,
-    RRAM_WAN_1DAY,
     RRAM_WAN_1S,
-    RRAM_WAN_CROSSSIM,
 )
 
 SIGMAS = 5  # of the test statistic
@@ -52,9 +49,9 @@ def sample(dev: Device, g: float, n: int = 20_000) -> torch.Tensor:
         (PCM_JOSHI, 25.0, 0.286 + 0.0759 * 25 - 0.00179 * 625),
         (PCM_NANDAKUMAR, 12.5, 0.263 + 1.965 / 2 - 1.173 / 4),
         (RRAM_WAN_1S, 40.0, 1.098),
-        (RRAM_WAN_1DAY, 40.0, 2.671),
-        (RRAM_WAN_CROSSSIM, 12.0, 2.487),
-        (RRAM_MILO, 225.0, 2.7345),
+        (device("rram_1day"), 40.0, 2.671),
+        (device("rram_crosssim"), 12.0, 2.487),
+        (device("rram_lowratio"), 225.0, 2.7345),
         (state_independent(0.02), 10.0, 0.5),
         (proportional(0.1), 10.0, 1.0),
     ],
@@ -69,7 +66,7 @@ def test_programming_error_has_the_published_spread(dev, g, sigma):
 def test_the_two_fits_of_one_measurement_differ_near_zero():
     zero = torch.zeros(1, dtype=torch.float64)
     assert RRAM_WAN_1S.error.sigma(zero).item() == pytest.approx(0.348)
-    assert RRAM_WAN_CROSSSIM.error.sigma(zero).item() == pytest.approx(1.053)
+    assert device("rram_crosssim").error.sigma(zero).item() == pytest.approx(1.053)
 
 
 def test_clipping_rectifies_idle_cells_as_stated():
@@ -240,7 +237,7 @@ def test_points_of_the_fast_normals_have_the_moments_of_a_normal_of_half_the_var
         (lambda: proportional(20), "fraction = 20 .*5 % is 0.05"),
         (lambda: Device("d", "t", 5.0, 5.0), "must exceed"),
         (lambda: Device("d", "t", -1.0, 5.0), "g_min_uS"),
-        (lambda: device("rramm"), "nearest: 'rram'"),
+        (lambda: device("rramm"), "did you mean 'rram'"),
         (lambda: Polynomial(()), "one or more"),
         (lambda: ConstantRead(1), "fraction"),
         (lambda: Device("d", "t", 0.0, 5.0, column_correlation=0.6, row_correlation=0.6), "correlation"),

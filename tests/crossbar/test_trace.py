@@ -86,7 +86,7 @@ def test_replay_fails_loudly_on_what_was_not_measured(recorded):
 
 @pytest.mark.parametrize(
     ("w", "name", "bits", "message"),
-    [(-W, "a", 8, "other weights"), (W, "a", 7, "outside"), (W, "aa", 8, "nearest: 'a'")],
+    [(-W, "a", 8, "other weights"), (W, "a", 7, "outside"), (W, "aa", 8, "did you mean 'a'")],
 )
 def test_a_trace_of_another_network_is_refused(recorded, w, name, bits, message):
     with pytest.raises(ValueError, match=message):

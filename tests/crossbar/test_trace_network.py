@@ -92,7 +92,7 @@ def test_images_that_were_not_measured_are_refused(resnet20, recorded):
 
 
 def test_the_trace_of_another_layer_is_refused(resnet20, recorded):
-    with pytest.raises(ValueError, match=f"nearest: '{LAYER}'"):
+    with pytest.raises(ValueError, match=f"did you mean '{LAYER}'"):
         EngineNetwork(resnet20[0], {"layer2.1.conv1": ReplayEngine(recorded[0] / "trace.safetensors")})
 
 

@@ -14,13 +14,6 @@ from hq_lib.deploy.c.container import ExportError, to_bytes
 from hq_lib.deploy.c.runtime import ContainerError, Runtime
 
 __all__ = [
-    "CompilerError",
-    "ContainerError",
-    "ExportError",
-    "Runtime",
-    "compiler",
-    "export_folder",
-    "library",
-    "program",
+    "CompilerError", "ContainerError", "ExportError", "Runtime", "compiler", "export_folder", "library", "program",
     "to_bytes",
-]
+]  # fmt: skip

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 
-from hq_lib.integer.execute import ImageError
+from hq_lib.integer.execute import as_images
 from hq_lib.integer.requant import RecordError
 from hq_lib.results.provenance import cpu_flags
 
@@ -62,15 +62,7 @@ def run(runtime: Any, images: Any, *, batch_size: int = 100) -> np.ndarray:
     Raises:
         ImageError: as the other executors: another shape or dtype (pixels would be taken for real values), NaN, none.
     """
-    x, taken = np.ascontiguousarray(np.asarray(images)), runtime.get_inputs()[0]
-    sizes = taken.shape[1:]  # numbers, or names where a graph leaves them open
-    fits = x.ndim == 1 + len(sizes) and all(
-        isinstance(n, str) or n == m for n, m in zip(sizes, x.shape[1:], strict=True)
-    )
-    if x.dtype != np.float32 or not fits or not len(x):
-        wanted = ", ".join(map(str, sizes))
-        raise ImageError(f"the model takes float32 images (N, {wanted}), not {x.dtype} {x.shape}")
-    if np.isnan(x).any():
-        raise ImageError("the images hold NaN")
+    taken = runtime.get_inputs()[0]
+    x = as_images(images, taken.shape[1:])
     parts = (x[i : i + batch_size] for i in range(0, len(x), batch_size))
     return np.concatenate([runtime.run(None, {taken.name: part})[0] for part in parts])
