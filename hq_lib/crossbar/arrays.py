@@ -204,7 +204,8 @@ class ArrayLayer:
         if gain is not None:
             gain = gain.to(dtype)
             x = Operand(x.rows().to(dtype) * gain)
-        total = torch.zeros(x.n_rows, self._coefficient.numel(), dtype=self._sum_dtype(dtype))
+        exact = adc is not None and self._largest_total() < 2**24
+        total = torch.zeros(x.n_rows, self._coefficient.numel(), dtype=dtype if exact else torch.float64)
         for b, step in enumerate(self.steps):
             driven = x.map(lambda v, step=step: self.drive(step.digits(v).to(dtype)))
             power = cache(lambda d=driven, step=step: self.power(x, d, step))
@@ -220,9 +221,6 @@ class ArrayLayer:
         if self.circuit.drive.accumulate:
             return x.map(lambda v: self.circuit.drive.power(v, *self.inputs))
         return driven if step.mask == 1 else driven.map(torch.square)
-
-    def _sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if self.circuit.adc is not None and self._largest_total() < 2**24 else torch.float64
 
     def _largest_total(self) -> float:
         """Bound on a sum of codes over tiles and steps."""

@@ -26,7 +26,7 @@ SOURCES = Path(__file__).resolve().parent / "src"
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None, said once, where there is no C compiler."""
     try:
-        path = compiled("libhqx.so", SOURCES)
+        path = compiled("libhqx.so", ("read.c",), "-shared", folder=SOURCES)
     except CompilerError as error:
         warnings.warn(f"crossbars are read by torch, to the same bits but many times slower: {error}", stacklevel=2)
         return None

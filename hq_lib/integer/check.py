@@ -118,22 +118,18 @@ def _check_array(value: Any, dtypes: str, shapes: list[tuple[int, ...]], what: s
 
 def _check_requants(op: r.Op) -> None:
     requants, shape = r.requants_of(op), op.weight.shape[:1] if isinstance(op, r.Layer) else (1,)
+    top, what = 32 - len(requants), repr(op.name)
     for requant in requants:
-        _check_requant(requant, shape, repr(op.name), top=32 - len(requants))
-    one_shift = all(np.array_equal(requant.shift, requants[0].shift) for requant in requants[1:])
-    _need(one_shift, f"{op.name!r}: its two terms have one shift")
-
-
-def _check_requant(requant: r.Requant, shape: tuple[int, ...], what: str, *, top: int) -> None:
-    for value, dtype in ((requant.multiplier, "float32"), (requant.fixed, "int32"), (requant.shift, "uint8")):
-        _check_array(value, dtype, [shape], f"{what}, {dtype} multiplier or shift")
-    m = requant.multiplier.astype(np.float64)
-    _need(np.all(np.isfinite(m)) and np.all(m >= 0), f"{what}: multipliers must be finite and >= 0")
-    _need(np.all((requant.shift >= 1) & (requant.shift <= MAX_SHIFT)), f"{what}: shifts lie in 1..{MAX_SHIFT}")
-    _need(np.all((requant.fixed >= 0) & (requant.fixed.astype(np.int64) <= 2**top - (top == 31))), f"{what}: fixed")
-    step = np.ldexp(1.0, -requant.shift.astype(np.int64))
-    off = np.abs(requant.fixed * step - m)
-    _need(np.all(off <= step + 1e-5 * m), f"{what}: the fixed multipliers are not those of the float32 form")
+        for value, dtype in ((requant.multiplier, "float32"), (requant.fixed, "int32"), (requant.shift, "uint8")):
+            _check_array(value, dtype, [shape], f"{what}, {dtype} multiplier or shift")
+        m, shift = requant.multiplier.astype(np.float64), requant.shift.astype(np.int64)
+        _need(np.all(np.isfinite(m)) and np.all(m >= 0), f"{what}: multipliers must be finite and >= 0")
+        _need(np.all((shift >= 1) & (shift <= MAX_SHIFT)), f"{what}: shifts lie in 1..{MAX_SHIFT}")
+        _need(np.all((requant.fixed >= 0) & (requant.fixed.astype(np.int64) <= 2**top - (top == 31))), f"{what}: fixed")
+        step = np.ldexp(1.0, -shift)
+        close = np.abs(requant.fixed * step - m) <= step + 1e-5 * m
+        _need(np.all(close), f"{what}: the fixed multipliers are not those of the float32 form")
+        _need(np.array_equal(requant.shift, requants[0].shift), f"{what}: its two terms have one shift")
 
 
 _N_INPUTS = {r.Add: (2, 2), r.Mul: (2, 2), r.Concat: (1, 64), r.Conv: (1, 2), r.Linear: (1, 2)}

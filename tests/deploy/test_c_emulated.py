@@ -59,8 +59,9 @@ def neon(folder: Path) -> list[str]:
         pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64 (qemu-user)")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CFLAGS", "-static")
+        patch.setenv("CC", cc)
         try:
-            return [emulator, str(program(cc=cc))]
+            return [emulator, str(program())]
         except CompilerError:
             pytest.skip(f"{cc} has no static C library (Debian: libc6-dev-arm64-cross)")
 

@@ -36,57 +36,43 @@ def compiler() -> str:
     raise CompilerError(f"no C compiler ({', '.join(names)}): install gcc or clang, or set CC to one")
 
 
-def program(*, sanitize: bool = False, cc: str | None = None) -> Path:
-    """Return the command-line program ``hqm``, compiled with ``cc`` (default ``compiler()``).
-
-    Args:
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, each finding fatal.
-
-    Raises:
-        CompilerError: see there.
-    """
-    return _built("hqm", RUNTIME + TOOL, SANITIZERS if sanitize else (), cc or compiler())
+def program(*, sanitize: bool = False) -> Path:
+    """Return the command-line program ``hqm``; with ``sanitize`` findings of AddressSanitizer and
+    UndefinedBehaviorSanitizer are fatal. Raises CompilerError."""
+    return compiled("hqm", RUNTIME + TOOL, *(SANITIZERS if sanitize else ()))
 
 
-def fuzzer(*, cc: str | None = None) -> Path:
+def fuzzer() -> Path:
     """Return the test program ``hqm_fuzz``, with both sanitizers. Raises CompilerError."""
-    return _built("hqm_fuzz", (*RUNTIME, "hqm_fuzz.c"), SANITIZERS, cc or compiler())
+    return compiled("hqm_fuzz", (*RUNTIME, "hqm_fuzz.c"), *SANITIZERS)
 
 
-def library(*, cc: str | None = None) -> Path:
+def library() -> Path:
     """Return the shared library of the runtime, for ctypes. Raises CompilerError."""
-    return _built("libhqm.so", RUNTIME, ("-shared", "-DHQM_THREADS", "-pthread"), cc or compiler())
+    return compiled("libhqm.so", RUNTIME, "-shared", "-DHQM_THREADS", "-pthread")
 
 
-def compiled(name: str, folder: Path, *, cc: str | None = None) -> Path:
-    """Return the shared library ``name`` of the C sources in ``folder``, kept as the runtime is; or CompilerError."""
-    sources = tuple(sorted(source.name for source in folder.glob("*.c")))
-    return _built(name, sources, ("-shared",), cc or compiler(), folder)
-
-
-def _built(name: str, sources: tuple[str, ...], extra: tuple[str, ...], cc: str, folder: Path = SOURCES) -> Path:
-    """Return ``name`` from a folder called by what it is made of; compiled there if it is not."""
-    digest = hashlib.sha256(repr((cc, extra, FLAGS, os.environ.get("CFLAGS"))).encode())
+def compiled(name: str, sources: tuple[str, ...], *extra: str, folder: Path = SOURCES) -> Path:
+    """Return ``name`` made of C ``sources`` in ``folder`` with these flags too, from a cache called by what it is made
+    of; compiled there if it is not. Raises CompilerError."""
+    cc, own = compiler(), os.environ.get("CFLAGS", "")
+    digest = hashlib.sha256(repr((cc, extra, FLAGS, own)).encode())
     for source in sorted(folder.glob("*.[ch]")):
         digest.update(source.read_bytes())
     target = paths.cache_dir() / "c" / digest.hexdigest()[:16] / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
-        if not target.exists():
-            _compile(target, [folder / source for source in sources], extra, cc)
+        if target.exists():
+            return target
+        fresh = target.with_name(f".{name}.{os.getpid()}.tmp")
+        command = [cc, *FLAGS, *extra, *own.split(), *(str(folder / source) for source in sources), "-o", str(fresh)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CompilerError(f"{cc} does not compile the C runtime:\n{done.stderr[-4000:]}")
+            os.replace(fresh, target)
+        except OSError as error:
+            raise CompilerError(f"{cc} cannot be run: {error}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
     return target
-
-
-def _compile(target: Path, sources: list[Path], extra: tuple[str, ...], cc: str) -> None:
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    own = os.environ.get("CFLAGS", "").split()
-    command = [cc, *FLAGS, *extra, *own, *map(str, sources), "-o", str(fresh)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CompilerError(f"{cc} does not compile the C runtime:\n{done.stderr[-4000:]}")
-        os.replace(fresh, target)
-    except OSError as error:
-        raise CompilerError(f"{cc} cannot be run: {error}") from error
-    finally:
-        fresh.unlink(missing_ok=True)

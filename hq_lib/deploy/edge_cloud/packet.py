@@ -56,8 +56,10 @@ def pack(wire: Wire, codes: np.ndarray, *, coding: str = "packed") -> list[bytes
         raise WireError(f"wire {wire.cut!r}: code {int(codes.max())} does not fit {wire.bits} bits")
     payloads = [row.tobytes() for row in _to_bytes(codes.reshape(len(codes), wire.n_values), wire.bits)]
     if coding == "deflate":
-        payloads = [_deflated(payload) for payload in payloads]
-    return [_with_header(wire, coding, payload) for payload in payloads]
+        payloads = [zlib.compress(payload, _LEVEL, _RAW) for payload in payloads]
+    fields = _FIELDS.pack(MAGIC, VERSION, wire.bits, CODINGS.index(coding), wire.n_values, wire.digest)
+    crc = zlib.crc32(fields)
+    return [fields + _CRC.pack(zlib.crc32(payload, crc)) + payload for payload in payloads]
 
 
 def unpack(wire: Wire, packets: Sequence[bytes]) -> np.ndarray:
@@ -74,11 +76,6 @@ def unpack(wire: Wire, packets: Sequence[bytes]) -> np.ndarray:
             raise PacketError(f"packet {i} for wire {wire.cut!r}, {error}") from None
     rows = np.frombuffer(b"".join(payloads), np.uint8).reshape(len(payloads), wire.n_payload_bytes)
     return _from_bytes(rows, wire.n_values, wire.bits).reshape(len(payloads), *wire.shape)
-
-
-def _with_header(wire: Wire, coding: str, payload: bytes) -> bytes:
-    fields = _FIELDS.pack(MAGIC, VERSION, wire.bits, CODINGS.index(coding), wire.n_values, wire.digest)
-    return fields + _CRC.pack(zlib.crc32(payload, zlib.crc32(fields))) + payload
 
 
 def _payload(wire: Wire, packet: bytes) -> bytes:
@@ -106,11 +103,6 @@ def _payload(wire: Wire, packet: bytes) -> bytes:
 def _need(truth: bool, field: str, message: str) -> None:
     if not truth:
         raise PacketError(f"field {field}: {message}")
-
-
-def _deflated(payload: bytes) -> bytes:
-    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _RAW)
-    return packer.compress(payload) + packer.flush()
 
 
 def _inflated(payload: bytes, n_bytes: int) -> bytes:

@@ -62,7 +62,8 @@ def write_images(
     for key, array in arrays.items():
         like = _layout(array, word_bits, key)
         file = f"{_file_stem(key, model)}.{encoding}"
-        files[file] = content = encode(_quotients(array, like["step"]), like["bits"], like["word_bits"], encoding)
+        values = array.view(np.uint32) if array.dtype == np.float32 else array.astype(np.int64) // like["step"]
+        files[file] = content = encode(values, like["bits"], like["word_bits"], encoding)
         images[key] = {"file": file, **like, "sha256": hashlib.sha256(content).hexdigest()}
     for file, content in files.items():
         write_bytes(Path(folder) / file, content)
@@ -82,7 +83,12 @@ def read_images(folder: Path | str) -> IntegerModel:
     path = folder / MANIFEST
     try:
         body = _read_manifest(path)
-        arrays = {key: _read_image(folder, key, image, body["encoding"]) for key, image in body["images"].items()}
+        arrays = {}
+        for key, image in body["images"].items():
+            try:
+                arrays[key] = _decoded(folder, image, body["encoding"])
+            except (FpgaiError, RecordError, UnicodeDecodeError) as error:
+                raise FpgaiError(f"array {key!r:.80}: {error}") from error
         return storage.from_plain(body, arrays)
     except (FpgaiError, RecordError) as error:
         raise FpgaiError(f"{path}: {error}") from error
@@ -120,10 +126,6 @@ def decode(content: bytes, n: int, bits: int, word_bits: int, encoding: Encoding
     values = integers_of(ones[:, : per_word * bits].reshape(-1, bits), signed=signed)
     need(not values[n:].any(), "the end of its last word is not 0")
     return values[:n]
-
-
-def _quotients(array: np.ndarray, step: int) -> np.ndarray:
-    return array.view(np.uint32) if array.dtype == np.float32 else array.astype(np.int64) // step
 
 
 def _layout(array: np.ndarray, word_bits: int | None, what: str) -> dict[str, Any]:
@@ -164,13 +166,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     need(body.pop("sha256", None) == _digest(body), "it was altered after it was written (SHA-256 differs)")
     need(body["encoding"] in ("hex", "coe"), f"encoding {body['encoding']!r:.40}")
     return body
-
-
-def _read_image(folder: Path, key: str, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
-    try:
-        return _decoded(folder, image, encoding)
-    except (FpgaiError, RecordError, UnicodeDecodeError) as error:
-        raise FpgaiError(f"array {key!r:.80}: {error}") from error
 
 
 def _decoded(folder: Path, image: dict[str, Any], encoding: Encoding) -> np.ndarray:
@@ -237,7 +232,7 @@ def _narrow_op(op: Op, bits: int, errors: list[float]) -> Op:
 def _narrow(requants: Sequence[Requant], bits: int, errors: list[float], name: str) -> tuple[Requant, ...]:
     wide = np.stack([requant.fixed for requant in requants]).astype(np.int64)
     drop = np.zeros(wide.shape[1], np.int64)
-    while ((narrow := _rounded(wide, drop)) >= 2**bits).any():
+    while ((narrow := (wide + (1 << drop >> 1)) >> drop) >= 2**bits).any():
         drop += (narrow >= 2**bits).any(0)
     shift = requants[0].shift.astype(np.int64) - drop
     need(bool((shift >= 1).all()), f"{name!r}: its multiplier is too large for {bits} bits and a right shift")
@@ -247,8 +242,3 @@ def _narrow(requants: Sequence[Requant], bits: int, errors: list[float], name: s
         replace(requant, fixed=m.astype(np.int32), shift=shift.astype(np.uint8))
         for requant, m in zip(requants, narrow, strict=True)
     )
-
-
-def _rounded(wide: np.ndarray, drop: np.ndarray) -> np.ndarray:
-    """Return wide / 2^drop, half up."""
-    return (wide + np.where(drop > 0, 1 << np.maximum(drop - 1, 0), 0)) >> drop
