@@ -117,16 +117,14 @@ class Cells:
 
     def _through_wires(self, g: Tensor) -> Tensor:
         """Effective conductances, tile by tile; the planes of one output are neighbours in a tile."""
-        wires, mapping = self.circuit.wires, self.circuit.mapping
+        wires = self.circuit.wires
         assert wires is not None
         if bool((g < 0).any()):
             raise CrossbarError("wires need conductances >= 0: use a device with clip_at_zero=True")
         flat = g.flatten(1)
         seen = torch.empty_like(flat)
-        for r in range(0, flat.shape[0], mapping.tile_rows):
-            for c in range(0, flat.shape[1], mapping.tile_cols):
-                tile = slice(r, r + mapping.tile_rows), slice(c, c + mapping.tile_cols)
-                seen[tile] = torch.from_numpy(effective_conductance(flat[tile].numpy(), wires))
+        for tile in self.circuit.mapping.tiles(flat.shape):
+            seen[tile] = torch.from_numpy(effective_conductance(flat[tile].numpy(), wires))
         return seen.view(g.shape)
 
 

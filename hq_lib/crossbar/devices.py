@@ -243,8 +243,8 @@ class Device(Settings):
             target_uS, xi: targets, and the standard normals of their programming errors.
             nu: drift exponents; None: no drift.
         """
-        if not t_s >= self.t0_s:
-            raise CrossbarError(f"t_s = {t_s} is before {self.name}'s reference time {self.t0_s} s")
+        if not self.t0_s <= t_s < math.inf:
+            raise CrossbarError(f"t_s = {t_s} is not a time from {self.name}'s reference {self.t0_s} s on")
         g_uS = target_uS.clone() if self.error is None else self.error.state(target_uS, xi, t_s)
         g_uS = g_uS.clamp_min_(0.0) if self.clip_at_zero else g_uS
         return g_uS if nu is None else g_uS * torch.exp(-nu * math.log(t_s / self.t0_s))

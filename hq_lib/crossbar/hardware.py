@@ -174,12 +174,7 @@ class HardwareEngine(Engine):
             )
         steps = (self.limits.level_max / plan.span).floor()  # levels per weight step: whole, so that weights stay exact
         levels = (plan.levels * steps[:, None]).to(torch.int64).flatten(1).numpy()
-        blocks = [
-            _Block(rows, columns, levels[rows, columns])
-            for r in range(0, levels.shape[0], self.mapping.tile_rows)
-            for c in range(0, levels.shape[1], self.mapping.tile_cols)
-            for rows, columns in [(slice(r, r + self.mapping.tile_rows), slice(c, c + self.mapping.tile_cols))]
-        ]
+        blocks = [_Block(*tile, levels[tile]) for tile in self.mapping.tiles(levels.shape)]
         self._placed[handle.name] = _Placed(plan, steps, blocks)
         for block in blocks:
             self.limits.refuse(0, block.levels, "levels")

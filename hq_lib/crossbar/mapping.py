@@ -15,6 +15,7 @@ use any physical row; the assignment of least squared weight error is found by t
 
 from collections.abc import Mapping as Maps
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Annotated, Literal
 
 import numpy as np
@@ -41,6 +42,11 @@ class Mapping(Settings):
     """Rows R of one array, 1..4096 (64 to 512 in practice); longer columns are split and added digitally."""
     tile_cols: Annotated[int, Bound(">= 2", whole=True)] = 128
     """Columns of one array, >= 2; matters for wire resistance and cell counts only."""
+
+    def tiles(self, shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
+        """Rows and columns of each array that cells of ``shape`` fill, row of arrays by row of arrays."""
+        starts = product(range(0, shape[0], self.tile_rows), range(0, shape[1], self.tile_cols))
+        return [(slice(r, r + self.tile_rows), slice(c, c + self.tile_cols)) for r, c in starts]
 
     def encode(self, w_int: Tensor, w_bits: int) -> "Plan":
         """The plan of cell levels for ``w_int`` (K, N), integers of ``w_bits`` bits."""

@@ -132,28 +132,22 @@ def _answer(
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """What the server sends back; the driver's own errors become words, never a broken connection."""
     try:
-        match request.get("op"), array:
-            case "limits", None:
+        tile: Any = request.get("tile")
+        match request.get("op"), array, type(tile) is int:
+            case "limits", None, _:
                 return {"limits": asdict(driver.limits())}, None
-            case "environment", None:
+            case "environment", None, _:
                 return {"environment": driver.environment()}, None
-            case "write", np.ndarray():
-                driver.write(_tile(request), array)
+            case "write", np.ndarray(), True:
+                driver.write(tile, array)
                 return {}, None
-            case "read", np.ndarray():
-                return {}, np.asarray(driver.read(_tile(request), array), np.float64)
-        return {"refused": f"unknown request {request.get('op')!r:.80}"}, None
+            case "read", np.ndarray(), True:
+                return {}, np.asarray(driver.read(tile, array), np.float64)
+        return {"refused": f"unknown request {request.get('op')!r:.80} of tile {tile!r:.80}"}, None
     except CrossbarError as error:
         return {"refused": str(error)}, None
     except Exception as error:  # whatever a bench's own code raises: the client must hear of it, and the server go on
         return {"failed": f"{type(error).__name__}: {error}"}, None
-
-
-def _tile(request: dict[str, Any]) -> int:
-    tile = request.get("tile")
-    if type(tile) is not int:
-        raise CrossbarError(f"the request names no tile but {tile!r:.80}")
-    return tile
 
 
 def _send(link: socket.socket, head: dict[str, Any], array: np.ndarray | None, deadline: float) -> None:

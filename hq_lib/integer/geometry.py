@@ -58,6 +58,13 @@ def known_sizes(value: Any) -> Any:
     return map_aggregate(value, lambda v: v.meta.get("value", v) if isinstance(v, fx.Node) else v)
 
 
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape that ``node`` had when the graph was made, without the batch."""
+    if "shape" not in node.meta:
+        raise LowerError(f"{node.name!r}: its shape is not known; make the graph with graph.quantize")
+    return tuple(node.meta["shape"][1:])
+
+
 def two(value: Any) -> tuple[int, int]:
     """Return a size that may be one number or a pair as (rows, columns)."""
     if isinstance(value, Sequence):

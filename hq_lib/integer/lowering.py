@@ -106,12 +106,6 @@ class _Walk:
             raise LowerError(f"the network has {len(images)} inputs; one image is what executors take")
         return next(iter(self.writer.tensors)), output  # the image is written first
 
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Return the shape that ``node`` had when the graph was made, without the batch."""
-        if "shape" not in node.meta:
-            raise LowerError(f"{node.name!r}: its shape is not known; make the graph with graph.quantize")
-        return tuple(node.meta["shape"][1:])
-
     def known(self, node: fx.Node, reader: fx.Node) -> TensorSpec:
         """Return the tensor on a grid that ``node`` is; a pool without a quantizer becomes its exact sums."""
         value = self.values[node]
@@ -133,7 +127,7 @@ class _Walk:
         )
 
     def image(self, node: fx.Node) -> Value:
-        spec = TensorSpec("image", self.shape(node), "float32", 32, 0, 0, np.asarray(1.0, np.float32), 0)
+        spec = TensorSpec("image", geometry.shape_of(node), "float32", 32, 0, 0, np.asarray(1.0, np.float32), 0)
         return Pending(Plain(r.Quantize, "", [self.writer.add(spec)]))
 
     def layer(self, node: fx.Node) -> Value:
@@ -176,7 +170,7 @@ class _Walk:
 
     def mul(self, node: fx.Node) -> Value:
         a, b = (self.known(arg, node) for arg in node.args[:2] if isinstance(arg, fx.Node))
-        shape = self.shape(node)
+        shape = geometry.shape_of(node)
         a, b = (a, b) if a.shape == shape else (b, a)
         if a.shape != shape or len(b.shape) != len(shape):
             raise LowerError(f"{node.name!r} multiplies {a.shape} by {b.shape}; one of them must have all {shape}")
@@ -209,7 +203,7 @@ class _Walk:
         value = self.values[node.all_input_nodes[0]]
         if not module.enabled:
             return value
-        spec = on_grid(self.names[node.name], module, self.shape(node))
+        spec = on_grid(self.names[node.name], module, geometry.shape_of(node))
         if isinstance(value, Pending):
             qmin, qmax = clipped_range(spec, value.low, value.high)
             spec = replace(spec, qmin=qmin, qmax=qmax)
@@ -237,9 +231,9 @@ class _Walk:
         value = self.values[source]
         if name in moves.RESHAPES and isinstance(value, Pending) and isinstance(value.term, Product):
             acc = terms.logits(self.writer, value, f"{node.name}.map")  # nothing quantizes a 1x1 map of logits
-            return moves.reshape(self.writer, node, acc, self.shape(node))
+            return moves.reshape(self.writer, node, acc)
         x = self.known(source, node)
-        return moves.move(self.writer, self.gm, node, x, self.shape(node) if name not in moves.SPLITS else ())
+        return moves.move(self.writer, self.gm, node, x)
 
     def output(self, node: fx.Node) -> str:
         """Write the network's output and return its name."""

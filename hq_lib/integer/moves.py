@@ -27,30 +27,26 @@ from hq_lib.integer.terms import pooled
 
 RESHAPES = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten"}
 """Operations whose output shape says it all."""
-SPLITS = {"chunk", "split"}
-"""Operations that give several tensors."""
 Moved = TensorSpec | tuple[TensorSpec, ...]
 
 
-def move(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec, shape: tuple[int, ...]) -> Moved:
-    """Write the operation that ``node`` is on ``x`` and return what it makes.
-
-    Args:
-        shape: of its output without the batch, as the graph recorded it; unused for splits.
+def move(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> Moved:
+    """Write the operation that ``node`` is on ``x`` and return what it makes; splits make several tensors.
 
     Raises:
         LowerError: names an operation, or arguments of one, without an integer form.
     """
     name = op_name(node, gm)
     if name in RESHAPES:
-        return reshape(writer, node, x, shape)
+        return reshape(writer, node, x)
     if name not in _MOVES:
         raise LowerError(f"{node.name!r}: {name} has no integer form")
     return _MOVES[name](writer, gm, node, x)
 
 
-def reshape(writer: Writer, node: fx.Node, x: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
-    """Return ``x`` under another shape; the same tensor if it has that shape already."""
+def reshape(writer: Writer, node: fx.Node, x: TensorSpec) -> TensorSpec:
+    """Return ``x`` under the shape that ``node`` had; the same tensor if it has that shape already."""
+    shape = geometry.shape_of(node)
     if math.prod(shape) != math.prod(x.shape):
         raise LowerError(f"{node.name!r}: reshapes across the batch, {x.shape} to {shape}")
     return x if shape == x.shape else _reshape(writer, node, x, shape)

@@ -48,7 +48,7 @@ def test_cells_follow_their_table(own):
         assert float(plus.std()) == pytest.approx(sigma, rel=0.05)
         pair = engine.measure(handle, np.array([[1]])) - engine.layer(handle).weight
         assert float(pair.std()) * 20 == pytest.approx((read**2 + 0.1**2) ** 0.5, rel=0.05)
-    with pytest.raises(CrossbarError, match="measured up to 100 s"):
+    with pytest.raises(CrossbarError, match="measured were 1 to 100 s"):
         engine.set_time(1000.0)
 
 
