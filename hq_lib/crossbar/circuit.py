@@ -11,17 +11,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import (
-    OPTION,
-    SIGNED_BITS,
-    Bits,
-    Bound,
-    CrossbarError,
-    Fraction,
-    NotNegative,
-    Settings,
-    Share,
-)
+from hq_lib.crossbar import checks
+from hq_lib.crossbar.checks import CrossbarError, Settings
 from hq_lib.crossbar.devices import Device
 from hq_lib.crossbar.mapping import Faults, Mapping
 from hq_lib.crossbar.operands import Drive
@@ -32,30 +23,30 @@ from hq_lib.crossbar.profiles import PCM_JOSHI
 class Adc(Settings):
     """One converter per read column. Leave it out (``adc=None``) for ideal, unlimited reading."""
 
-    bits: Bits = 8
+    bits: checks.Bits = 8
     """Code width, 1..16 bits, sign included where currents have both signs (then 2..16)."""
     range: Literal["exact", "whole", "max", "calibrated"] = "calibrated"
     """"exact": step = one unit current; refused where ``bits`` do not cover all cells full and all inputs full.
     "whole": step = the smallest power of two of unit currents that covers them (exact where that is one).
     "max": the same range, whatever the step. "calibrated": from measured currents (`SimEngine.calibrate_adc`)."""
-    coverage: Share | None = 0.9999
+    coverage: checks.Share | None = 0.9999
     """Share of calibration currents inside the range, in (0, 1]; None: the range of least mean |error| (L1)."""
-    gain_sigma: Fraction = 0.0
+    gain_sigma: checks.Fraction = 0.0
     """Spread of converter gain about 1, fraction in [0, 1), one draw per tile and column."""
-    offset_sigma_lsb: NotNegative = 0.0
+    offset_sigma_lsb: checks.NotNegative = 0.0
     """Spread of converter offset, codes (LSB), >= 0, one draw per tile and column."""
-    halvings: Annotated[int, Bound(">= 0 and <= 16", whole=True)] = field(default=0, metadata=OPTION)
+    halvings: Annotated[int, checks.Bound(">= 0 and <= 16", whole=True)] = field(default=0, metadata=checks.OPTION)
     """Times that a row of inputs is read again at half the drive while any converter of an array saturates, 0..16, its
     codes doubled digitally: aihwkit's bound management. Read noise is that of the last reading; offsets count as the
     column's own. With ``Drive("analog")`` only."""
-    inl_lsb: NotNegative = 0.0
+    inl_lsb: checks.NotNegative = 0.0
     """Peak integral nonlinearity, codes, >= 0: an S-shaped bend, zero at both ends and in the middle of the range."""
 
     def codes(self, signed: bool) -> tuple[int, int]:
         """(code_min, code_max): two's complement where currents have both signs, else from 0."""
         if not signed:
             return 0, 2**self.bits - 1
-        SIGNED_BITS.check(self.bits, "Adc.bits of a signed converter")
+        checks.SIGNED_BITS.check(self.bits, "Adc.bits of a signed converter")
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     @property
@@ -128,9 +119,9 @@ class Adc(Settings):
 class Verify(Settings):
     """Write-verify: cells are read after programming, and those too far from their target are programmed again."""
 
-    tolerance: Annotated[float, Bound("> 0 and < 1", mend="5 % of the window is 0.05")]
+    tolerance: Annotated[float, checks.Bound("> 0 and < 1", mend="5 % of the window is 0.05")]
     """What is near enough, a fraction of the window G_max - G_min, in (0, 1)."""
-    max_pulses: Annotated[int, Bound(">= 1 and <= 10000", whole=True)] = 10
+    max_pulses: Annotated[int, checks.Bound(">= 1 and <= 10000", whole=True)] = 10
     """Times that a cell is programmed at most, >= 1; the last state stays, wherever it is."""
 
 
@@ -138,15 +129,15 @@ class Verify(Settings):
 class Wires(Settings):
     """Resistances of one tile; leave it out (``wires=None``) for ideal wires."""
 
-    row_ohm: NotNegative = 1.0
+    row_ohm: checks.NotNegative = 1.0
     """Row wire per cell, ohm, >= 0; about 0.35 (aihwkit) to 1..3 in narrow wires."""
-    col_ohm: NotNegative = 1.0
+    col_ohm: checks.NotNegative = 1.0
     """Column wire per cell, ohm, >= 0."""
-    source_ohm: NotNegative = 0.0
+    source_ohm: checks.NotNegative = 0.0
     """Driver output R_s, ohm, >= 0."""
-    load_ohm: NotNegative = 0.0
+    load_ohm: checks.NotNegative = 0.0
     """Sense input R_l, ohm, >= 0."""
-    active: Share = field(default=1.0, metadata=OPTION)
+    active: checks.Share = field(default=1.0, metadata=checks.OPTION)
     """Share of rows that are driven at one time, (0, 1], where cells of undriven rows are gated off (1T1R): wires then
     carry the current of that share. The map is that of the mean, G_eff(active G) / active, since the exact one depends
     on which rows they are; 1: all cells are connected."""
@@ -171,13 +162,13 @@ class Circuit(Settings):
     """Converters; None: currents are read ideally."""
     wires: Wires | None = None
     """Wire resistances; None: none."""
-    verify: Verify | None = field(default=None, metadata=OPTION)
+    verify: Verify | None = field(default=None, metadata=checks.OPTION)
     """Programming in pulses with a reading after each; None: one pulse."""
     faults: Faults = field(default_factory=Faults)
     """Stuck cells."""
     remap: Literal["none", "partner", "rows", "both"] = "none"
     """What is done about known stuck cells: "none", "partner", "rows" or "both"."""
-    seed: Annotated[int, Bound(">= -inf", whole=True)] = 0
+    seed: Annotated[int, checks.Bound(">= -inf", whole=True)] = 0
     """Seed of every draw; draws depend on seed, layer name and purpose only."""
     path: Literal["auto", "collapsed", "converted"] = "auto"
     """"auto": one matmul where converters are absent or lose nothing; "converted": never; "collapsed": nothing else."""

@@ -15,17 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hq_lib.crossbar.checks import (
-    BITS,
-    OPTION,
-    SIGNED_BITS,
-    CellBits,
-    CrossbarError,
-    Numbers,
-    Settings,
-    as_integers,
-    check_range,
-)
+from hq_lib.crossbar import checks
+from hq_lib.crossbar.checks import CrossbarError, Numbers, Settings, as_integers, check_range
 from hq_lib.crossbar.native import channels_last
 from hq_lib.integer.sums import n_windows
 
@@ -65,8 +56,8 @@ def make_handle(w_int: Numbers, w_scale: object, name: str, *, w_bits: int, x_bi
     w = as_integers(w_int, f"weights of {name}")
     if w.numel() == 0:
         raise CrossbarError(f"weights of {name} are empty: {tuple(w.shape)}")
-    half = 2 ** (BITS.check(w_bits, f"w_bits of {name}") - 1)
-    (SIGNED_BITS if x_signed else BITS).check(x_bits, f"x_bits of {name}")
+    half = 2 ** (checks.BITS.check(w_bits, f"w_bits of {name}") - 1)
+    (checks.SIGNED_BITS if x_signed else checks.BITS).check(x_bits, f"x_bits of {name}")
     check_range(w, -half, max(half - 1, 1), f"weights of {name}")
     scale = w_scale.detach().cpu() if isinstance(w_scale, Tensor) else torch.from_numpy(np.array(w_scale, np.float64))
     scale = scale.to(torch.float64)
@@ -112,11 +103,11 @@ class Drive(Settings):
 
     mode: Literal["analog", "serial"] = "analog"
     """"analog": one step with a multi-bit level or pulse width. "serial": ``step_bits`` bits at a time, ADC each."""
-    step_bits: CellBits = 1
+    step_bits: checks.CellBits = 1
     """Bits v per step of the serial mode, 1..8."""
-    accumulate: bool = field(default=False, metadata=OPTION)
+    accumulate: bool = field(default=False, metadata=checks.OPTION)
     """Serial mode: add the steps' currents by their weights in analog and convert the sum once, not every step."""
-    managed: bool = field(default=False, metadata=OPTION)
+    managed: bool = field(default=False, metadata=checks.OPTION)
     """Analog mode: drive each row of inputs by the power of two that brings its largest to the top of the range, and
     divide it out digitally: aihwkit's noise management. It sets small inputs against offsets and steps of converters.
     """
