@@ -246,7 +246,7 @@ class ReplayEngine(Engine):
         for i, n in self.trace.take(handle.name, x.rows(), y).items():
             raise TraceError(
                 f"{handle.name}: row {i} was measured {n} times in the trace, not {n + 1} times; "
-                "record it, or trace.rewind() to play it again"
+                "record it, or rewind the trace to play it again"
             )
         return y
 
