@@ -101,6 +101,13 @@ def test_files_go_where_the_profile_says_and_ids_are_checked(out):
         figures.save(a_heat_map(), "fig_heat", "quickly")
 
 
+def test_a_heat_map_without_a_number_is_drawn_without_a_warning():
+    figure, axes = figures.new_figure()
+    marks.heat_map(axes[0, 0], pd.DataFrame({"A4": [np.nan, np.nan]}), unit="%")
+    figure.canvas.draw()
+    assert [text.get_text() for text in axes[0, 0].texts if text.get_text()] == ["n/r", "n/r"]
+
+
 def test_nothing_is_left_behind_in_matplotlib():
     program = (
         "import sys, matplotlib as mpl\n"

@@ -95,7 +95,8 @@ def heat_map(ax: Axes, table: pd.DataFrame, *, unit: str, decimals: int = 1) -> 
     """
     values = table.to_numpy(dtype=float)
     image = ax.imshow(np.ma.masked_invalid(values), aspect="auto")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    known = values[~np.isnan(values)]
+    middle = (known.min() + known.max()) / 2 if known.size else 0.0
     for (row, column), value in np.ndenumerate(values):
         missing = np.isnan(value)
         color = "black" if missing or value > middle else "white"  # cividis is dark where low
