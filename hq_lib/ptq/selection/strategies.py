@@ -44,7 +44,7 @@ def select(
         ValueError: more images wanted than there are (in all or of a class), an empty class, NaN scores.
     """
     check_known(strategy, get_args(Strategy), "strategy")
-    sizes = {len(t) for t in (scores, labels) if t is not None} | ({n_images} - {None})
+    sizes = {len(t) for t in (scores, labels) if t is not None} | (set() if n_images is None else {n_images})
     if len(sizes) != 1:
         raise ValueError(f"scores, labels and n_images speak of {sorted(sizes) or 'no number of'} images: give one N")
     (size,) = sizes
