@@ -1,16 +1,19 @@
 """``quantize``: one pass that turns any traced CNN into its quantized graph."""
 
+import importlib
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.folding import OnRefusal, fold_bn
 from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear, make_plain_
-from hq_lib.graph.modes import eval_mode
+from hq_lib.graph.modes import eval_mode, module_path
 from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
@@ -32,7 +35,7 @@ class QuantizedNet(fx.GraphModule):
 
     What it was made of is in ``meta``: "network" (its class), how it was traced ("traced_training",
     "leaf_modules", "on_refusal"), "policy", "sites" (tuple of ``Site``) and "specs" ("weight <layer>" or
-    "act <activation>" -> Spec). It can be copied; ``graph.save`` writes it.
+    "act <activation>" -> Spec). It can be copied and pickled.
     """
 
     @property
@@ -88,8 +91,49 @@ class QuantizedNet(fx.GraphModule):
             raise error if isinstance(error, PolicyError) else PolicyError(str(error)) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Refuse pickle: fx would trace its code anew, and lose names and shapes."""
-        raise TypeError("a quantized network is not pickled: graph.save writes it to a file, graph.load reads it")
+        """Pickle the graph as it is: fx would trace its code anew, and lose names and shapes."""
+        body = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code", "_tracer_cls")}
+        nodes = [
+            (n.op, _place(n.target), fx.map_arg(n.args, _named), fx.map_arg(n.kwargs, _named), n.name, _plain_meta(n))
+            for n in self.graph.nodes
+        ]
+        return _unpickled, (body, nodes, type(self).__name__)
+
+
+class _Named(str):
+    """The name of a node, in place of the node, while a graph is pickled."""
+
+    __slots__ = ()
+
+
+def _place(target: Any) -> Any:
+    """Return where a function is found; some of torch's are local to the function that made them, for pickle."""
+    place = getattr(target, "__module__", None), getattr(target, "__name__", None)
+    return place if getattr(sys.modules.get(place[0] or ""), place[1] or "", None) is target else target
+
+
+def _named(node: fx.Node) -> Any:
+    return _Named(node.name)
+
+
+def _plain_meta(node: fx.Node) -> dict[str, Any]:
+    """Return the meta that this library reads; classes by name, so that a notebook's own need not be importable."""
+    known = {key: node.meta[key] for key in ("shape", "dtype", "value", "line") if key in node.meta}
+    return known | {"nn_module_stack": {path: (path, name) for path, name in module_path(node)}}
+
+
+def _unpickled(body: dict[str, Any], nodes: list[tuple[Any, ...]], class_name: str) -> QuantizedNet:
+    root, graph = nn.Module(), fx.Graph()
+    root.__dict__.update(body)
+    made: dict[str, fx.Node] = {}
+    for op, target, args, kwargs, name, meta in nodes:
+        args, kwargs = (
+            map_aggregate(part, lambda v: made[v] if isinstance(v, _Named) else v) for part in (args, kwargs)
+        )
+        target = getattr(importlib.import_module(target[0]), target[1]) if isinstance(target, tuple) else target
+        made[name] = graph.create_node(op, target, args, kwargs, name=name)  # type: ignore[arg-type]
+        made[name].meta = meta
+    return _with_graph(root, graph, class_name, body["meta"])
 
 
 def quantize(
@@ -172,10 +216,14 @@ def unfitted(
         if kind == "layer" and not isinstance(layer := gm.get_submodule(name), QuantizedWeight):
             gm.set_submodule(name, _FORMS[op_name(node, gm)].from_float(layer, quantizers.get(name)))
     _insert_act_quantizers(gm, sites, quantizers)
-    gm.graph.lint()
-    qnet = QuantizedNet(gm, gm.graph, class_name=f"Quantized{type(net).__name__}")
-    copy_modes_(gm, qnet)
-    qnet.meta = gm.meta
+    return _with_graph(gm, gm.graph, f"Quantized{type(net).__name__}", gm.meta)
+
+
+def _with_graph(root: nn.Module, graph: fx.Graph, class_name: str, meta: dict[str, Any]) -> QuantizedNet:
+    graph.lint()
+    qnet = QuantizedNet(root, graph, class_name=class_name)
+    copy_modes_(root, qnet)
+    qnet.meta = meta
     return qnet
 
 

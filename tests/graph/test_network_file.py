@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import hashlib
+import io
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -144,7 +146,7 @@ sys.path[:0] = [{tests!r}, {tests!r} + "/graph"]
 from test_network_file import NETS, images
 from hq_lib import graph
 for file, of, want in pickle.loads(Path({index!r}).read_bytes()):
-    qnet = graph.load(file, net=NETS[of]())
+    qnet = torch.load(file, weights_only=False) if file.endswith(".pt") else graph.load(file, net=NETS[of]())
     print(int((qnet.eval()(images(3, seed=7)) != want).sum()))
 """
 
@@ -159,7 +161,7 @@ def unequal_in_a_fresh_process(index, folder) -> list[int]:
 
 
 def test_a_fresh_process_gives_the_same_bits(tmp_path, steps_of_ptq):
-    """Files of every method and every step of PTQ, opened where nothing else ran."""
+    """Files of every method and every step of PTQ, and pickles of whole networks, opened where nothing else ran."""
     nets = dict(steps_of_ptq)
     for i, method in enumerate(METHODS):
         policy = BitPolicy({"method": method, "bits": 1 + i, "axis": [None, 0][i % 2]}, f"{method}:{1 + i}")
@@ -168,6 +170,8 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path, steps_of_ptq):
     for i, qnet in enumerate(nets.values()):
         of, want = qnet.meta["network"], qnet.eval()(images(3, seed=7)).detach()
         index += [(str(file), of, want) for file in both_forms(qnet, tmp_path, str(i))]
+        torch.save(qnet, tmp_path / f"{i}.pt")
+        index.append((str(tmp_path / f"{i}.pt"), of, want))
     assert unequal_in_a_fresh_process(index, tmp_path) == [0] * len(index)
 
 
@@ -257,14 +261,19 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
         graph.load(tmp_path / "absent.safetensors")
 
 
-def test_a_network_is_copied_whole_and_not_pickled():
-    qnet = fitted(BitPolicy("minmax:4", "minmax:4"))
-    again = copy.deepcopy(qnet)
-    assert [node.name for node in again.graph.nodes] == [node.name for node in qnet.graph.nodes]
-    assert again.bits_record() == qnet.bits_record()
-    assert torch.equal(again.eval()(images(3)), qnet.eval()(images(3)))
-    with pytest.raises(TypeError, match=r"graph\.save"):
-        pickle.dumps(qnet)
+def test_a_pickled_network_keeps_graph_names_and_shapes():
+    qnet = fitted(BitPolicy("lsq:4", "lsq:4"), Branches)
+    file = io.BytesIO()
+    torch.save(qnet, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert [(n.name, n.meta.get("shape")) for n in again.graph.nodes] == [
+        (n.name, n.meta.get("shape")) for n in qnet.graph.nodes
+    ]
+    assert again.policy == qnet.policy
+    assert [b.name for b in graph.blocks(again)] == [b.name for b in graph.blocks(qnet)]
+    assert again.policy.report(again).equals(qnet.policy.report(qnet))
+    assert json.dumps(again.bits_record()) == json.dumps(qnet.bits_record())
 
 
 def a_policy(rng) -> BitPolicy:
