@@ -52,7 +52,7 @@ def test_selected_images(metric):
 
     def chosen():
         scores = selection.score(pool, metric) if metric else None
-        how = {"strategy": "lowest"} if metric else {"strategy": "random", "pool": torch.arange(len(pool))}
+        how = {"strategy": "lowest"} if metric else {"strategy": "random", "n_images": len(pool)}
         return selection.select(scores, 40, seed=2, **how).tolist()
 
     once, again, two_threads = runs(chosen)
