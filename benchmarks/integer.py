@@ -7,7 +7,7 @@ Every peer reads the ONNX file that ``deploy.onnx`` exports; ranges come from 25
 set. The executors take turns, round after round, so that a busy machine slows all of them; a ratio is the peer's time
 over C's of the same round (above 1 C is faster), printed as the median over the rounds and, in brackets, its extremes.
 Time is the processor's on one thread and the clock's on more. The C runtime takes one image at a time at every batch
-size; more threads share its rows.
+size; more threads share a batch's images, or a single image's rows.
 
 "onnxruntime" is ``deploy.onnx.session``, whose logits must equal C's. Without VNNI that session has the option that
 keeps onnxruntime from saturating, and onnxruntime "as it comes", whose logits then differ, has a line of its own.

@@ -153,16 +153,17 @@ def table(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 def speed(profile: str) -> pd.DataFrame:
     """C's time an image and how many times as long its peers take, from the rows of ``benchmarks/integer.py``."""
     found = store.read("integer_speed", profile=profile)
-    found = tables.with_bits(tables.with_switches(found, "batch"))
-    cell = ["model", "bits", "batch"]
+    found = tables.with_bits(tables.with_switches(found, "threads", "batch"))
+    cell = ["threads", "model", "bits", "batch"]
     ratios = found.loc[found["metric"] == "over_c"].set_index(["method", *cell])["value"]
     times = found.loc[(found["metric"] == "time_ms") & found["method"].str.startswith("C ")]
     lines = []
-    for model, bits, batch, time in times[[*cell, "value"]].itertuples(index=False):
-        peers = [ratios.get((peer, model, bits, batch)) for peer in PEERS]
+    for threads, model, bits, batch, time in times[[*cell, "value"]].itertuples(index=False):
+        peers = [ratios.get((peer, threads, model, bits, batch)) for peer in PEERS]
         shown = [tables.NOT_RUN if ratio is None else f"{ratio:.2f}" for ratio in peers]
-        lines.append((labels.printed("model", model), bits, str(batch), f"{time:.3g}", *shown))
-    return pd.DataFrame(lines, columns=["network", "bits", "batch", "C, ms an image", *PEERS.values()])
+        lines.append((str(threads), labels.printed("model", model), bits, str(batch), f"{time:.3g}", *shown))
+    table = pd.DataFrame(lines, columns=["threads", "network", "bits", "batch", "C, ms an image", *PEERS.values()])
+    return table.sort_values("threads", kind="stable")
 
 
 def written(text: str) -> str:

@@ -94,7 +94,7 @@ def test_what_is_needed_together_does_not_share_bytes(net, policy):
     assert size < sum(layout.n_bytes(imodel.tensors[t]) + layout.SLACK for t in born)  # and some do share
 
 
-def test_threads_share_rows_and_change_no_bit():
+def test_threads_share_images_or_rows_and_change_no_bit():
     big = quantize(nn.Sequential(nn.Conv2d(3, 40, 5, padding=2), nn.ReLU(), nn.Conv2d(40, 24, 3, padding=1)),
                    BitPolicy(), images(1, 33))  # fmt: skip
     calibrate(big, images(4, 33))
@@ -102,11 +102,12 @@ def test_threads_share_rows_and_change_no_bit():
         model, x = lower(big.eval(), requantizer=requantizer), images(3, 33).numpy()
         want = Runtime(model).run(x)
         assert np.array_equal(want, run(model, x))
-        try:
-            for n in (2, 3, 7):
-                assert np.array_equal(Runtime(model, n_threads=n).run(x), want)
-        finally:
-            Runtime(model, n_threads=1)
+        for n in (2, 3, 7):  # images of a batch are shared but by the last
+            shared = Runtime(model, n_threads=n)
+            assert np.array_equal(shared.run(x), want)
+            assert np.array_equal(shared.run(x[1:2]), want[1:2])
+            with pytest.raises(ImageError):
+                shared.run(np.where(np.arange(3)[:, None, None, None] == 2, np.float32("nan"), x))
     for n in (0, 65, -1):
         with pytest.raises(ValueError, match="threads"):
             Runtime(model, n_threads=n)

@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Runtime:
 
         Args:
             kernel:    one of ``KERNELS``. Holds for the process.
-            n_threads: 1..64 that share the rows of large layers; the bits stay. Holds for the process.
+            n_threads: 1..64 that share the images of a batch, or the rows of a large layer where there are fewer
+                       images than threads; the bits stay.
 
         Raises:
             ContainerError: what the runtime says of the container. ValueError: no such kernel here, or no such threads.
@@ -58,6 +60,7 @@ class Runtime:
         self._lib = _library(library())
         if not self._lib.hqm_use_kernel(kernel.encode()):
             raise ValueError(f"no kernel {kernel!r} on this processor (known: {', '.join(KERNELS)})")
+        self._n_threads = n_threads
         if not self._lib.hqm_use_threads(n_threads):
             raise ValueError(f"{n_threads!r} threads: 1 to 64, as many as this system gives")
         self._content = _aligned(len(content))
@@ -65,7 +68,7 @@ class Runtime:
         self._model = ctypes.create_string_buffer(self._lib.hqm_model_size())
         status = self._lib.hqm_open(self._model, _pointer(self._content), ctypes.c_size_t(len(content)))
         self._need(status, ContainerError)
-        self._arena = _aligned(self._lib.hqm_arena_size(self._model))
+        self._arenas = [_aligned(self._lib.hqm_arena_size(self._model)) for _ in range(n_threads)]
         self.in_shape = _shape(self._lib.hqm_input(self._model))
         self.out_shape = _shape(self._lib.hqm_output(self._model))
 
@@ -89,9 +92,19 @@ class Runtime:
             raise ImageError(f"the model takes (N, {', '.join(map(str, self.in_shape))}), not {x.dtype} {x.shape}")
         call = self._lib.hqm_run if x.dtype == np.float32 else self._lib.hqm_run_pixels
         logits = np.empty((len(x), *self.out_shape), np.float32)
-        arena = _pointer(self._arena)
-        for image, row in zip(x, logits, strict=True):
-            self._need(call(self._model, arena, _pointer(image), _pointer(row)), ImageError)
+        n = self._n_threads if len(x) >= self._n_threads else 1  # images at the same time
+        self._lib.hqm_use_threads(self._n_threads // n)
+
+        def run_share(first: int) -> None:
+            arena = _pointer(self._arenas[first])
+            for image, row in zip(x[first::n], logits[first::n], strict=True):
+                self._need(call(self._model, arena, _pointer(image), _pointer(row)), ImageError)
+
+        if n == 1:
+            run_share(0)
+        else:
+            with ThreadPoolExecutor(n) as pool:
+                list(pool.map(run_share, range(n)))
         return logits
 
     def profile(self, images: Any, *, rounds: int = 5) -> np.ndarray:
@@ -101,7 +114,7 @@ class Runtime:
             images: (N, C, H, W) float32, as ``run`` takes them.
             rounds: of each operation the least time counts; a call from Python adds under 2 us to each.
         """
-        n_ops, arena = int(self._content[24:28].view("<u4")[0]), _pointer(self._arena)
+        n_ops, arena = int(self._content[24:28].view("<u4")[0]), _pointer(self._arenas[0])
         seconds, x = np.zeros((rounds, n_ops)), np.ascontiguousarray(np.asarray(images, np.float32))
         self.run(x)  # which checks them
         for row in seconds:

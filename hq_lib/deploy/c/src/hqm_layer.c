@@ -130,7 +130,7 @@ static uint32_t rows_inside(const window *v, const tensor *x, uint32_t row, uint
     return n;
 }
 
-enum { WORTH = 1 << 20 }; /* products that make up for waking threads */
+enum { WORTH = 1 << 22 }; /* products that make up for waking threads */
 
 /* Integers of the output, n channels from `first` on of the places from `place` on, from their accumulators. */
 void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32_t first, uint32_t n, size_t place) {
