@@ -6,8 +6,8 @@
 Every peer reads the ONNX file that ``deploy.onnx`` exports; ranges come from 256 training images, images from the test
 set. The executors take turns, round after round, so that a busy machine slows all of them; a ratio is the peer's time
 over C's of the same round (above 1 C is faster), printed as the median over the rounds and, in brackets, its extremes.
-Time is the processor's on one thread and the clock's on more. The C runtime takes one image at a time at every batch
-size; more threads share a batch's images, or a single image's rows.
+Time is the processor's on one thread and the clock's on more. Each is called once a batch. The C runtime takes one
+image at a time at every batch size; more threads share a batch's images, or a single image's rows.
 
 "onnxruntime" is ``deploy.onnx.session``, whose logits must equal C's. Without VNNI that session has the option that
 keeps onnxruntime from saturating, and onnxruntime "as it comes", whose logits then differ, has a line of its own.
@@ -91,6 +91,11 @@ def as_it_comes(model: onnx.ModelProto, n_threads: int) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def parts(x: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Return ``x`` cut into batches."""
+    return [x[i : i + batch] for i in range(0, len(x), batch)]
+
+
 def openvino_call(model: onnx.ModelProto, x: np.ndarray, batch: int, n_threads: int) -> Call:
     """Return a call that gives OpenVINO's logits of ``x``, compiled for this batch size."""
     assert openvino is not None
@@ -98,8 +103,7 @@ def openvino_call(model: onnx.ModelProto, x: np.ndarray, batch: int, n_threads: 
     read.reshape([batch, *x.shape[1:]])
     settings = {"INFERENCE_NUM_THREADS": n_threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.Core().compile_model(read, "CPU", settings).create_infer_request()
-    parts = [x[i : i + batch] for i in range(0, len(x), batch)]
-    return lambda: np.concatenate([request.infer([part])[0] for part in parts])
+    return lambda: np.concatenate([request.infer([part])[0] for part in parts(x, batch)])
 
 
 def executors(net: nn.Module, imodel: IntegerModel, x: np.ndarray, batch: int, n_threads: int) -> dict[str, Call]:
@@ -110,7 +114,8 @@ def executors(net: nn.Module, imodel: IntegerModel, x: np.ndarray, batch: int, n
         sessions["onnxruntime as it comes"] = as_it_comes(model, n_threads)
     if (plain := float_session(net, x[:1], n_threads)) is not None:
         sessions["onnxruntime float"] = plain
-    calls: dict[str, Call] = {f"C ({runtime.kernel})": lambda: runtime.run(x)}
+    first = f"C ({runtime.kernel})"
+    calls: dict[str, Call] = {first: lambda: np.concatenate([runtime.run(p) for p in parts(x, batch)])}
     for key, session in sessions.items():
         calls[key] = lambda session=session: export_onnx.run(session, x, batch_size=batch)
     if openvino is not None:
