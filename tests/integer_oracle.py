@@ -5,6 +5,7 @@ from the exact fraction.
 """
 
 from fractions import Fraction
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -12,30 +13,39 @@ import numpy as np
 from hq_lib.integer import record as r
 
 
-def round_half_even(value: Fraction) -> int:
-    floor = value.numerator // value.denominator
-    rest = value - floor
-    return floor + (rest > Fraction(1, 2) or (rest == Fraction(1, 2) and floor % 2 == 1))
+def round_half_even(numerator: int, denominator: int) -> int:
+    """The integer nearest to a quotient, ties to even; denominator > 0."""
+    floor, rest = divmod(numerator, denominator)
+    return floor + (2 * rest > denominator or (2 * rest == denominator and floor % 2 == 1))
 
 
 def f32(value: Fraction | int) -> Fraction:
     """The float32 nearest to an exact value, ties to even (normal range)."""
-    value = Fraction(value)
-    if value == 0:
-        return value
-    shift = 24 + value.denominator.bit_length() - abs(value.numerator).bit_length()
-    scaled = value * Fraction(2) ** shift  # 2^23 < |scaled| < 2^25
-    if abs(scaled) >= 2**24:
-        shift, scaled = shift - 1, scaled / 2
-    return round_half_even(scaled) / Fraction(2) ** shift
+    n, d = value.numerator, value.denominator
+    if n == 0:
+        return Fraction(0)
+    shift = 24 + d.bit_length() - abs(n).bit_length()
+    n, d = n << max(shift, 0), d << max(-shift, 0)  # 2^23 < |n / d| < 2^25
+    if abs(n) >= d << 24:
+        shift, d = shift - 1, d << 1
+    return Fraction(round_half_even(n, d) << max(-shift, 0), 1 << max(shift, 0))
+
+
+@cache
+def exactly(value: float) -> Fraction:
+    return Fraction(value)
 
 
 def number(value) -> Fraction:
-    return Fraction(float(value))
+    return exactly(float(value))
 
 
 def clamp(q: int, spec: r.TensorSpec) -> int:
     return min(max(q, spec.qmin), spec.qmax)
+
+
+def nearest(value: Fraction, spec: r.TensorSpec, offset: int = 0) -> int:
+    return clamp(round_half_even(value.numerator, value.denominator) + offset, spec)
 
 
 def at(values: np.ndarray, i: int):
@@ -50,7 +60,7 @@ def requantized(terms, out: r.TensorSpec, channel: int, requantizer: str) -> int
         return clamp((total + 2 ** (shift - 1)) // 2**shift + out.zero_point, out)
     reals = [f32(f32(acc) * number(at(q.multiplier, channel))) for acc, q in terms]
     real = reals[0] if len(reals) == 1 else f32(reals[0] + reals[1])
-    return clamp(round_half_even(real) + out.zero_point, out)
+    return nearest(real, out, out.zero_point)
 
 
 def run(model: r.IntegerModel, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -71,7 +81,7 @@ def run(model: r.IntegerModel, image: np.ndarray) -> dict[str, np.ndarray]:
 def element(op, inputs, specs, out, place, requantizer) -> int | None:
     x, spec = inputs[0], specs[0]
     if isinstance(op, r.Quantize):
-        return clamp(round_half_even(f32(number(x[place]) / number(spec_scale(out)))) + out.zero_point, out)
+        return nearest(f32(number(x[place]) / number(spec_scale(out))), out, out.zero_point)
     if isinstance(op, r.Layer):
         return layer(op, inputs, specs, out, place, requantizer)
     if isinstance(op, r.Add):
@@ -151,4 +161,4 @@ def add(op, inputs, specs, out, place, requantizer) -> int:
         terms = [(q - s.zero_point, m) for q, s, m in zip((a, b), specs, op.requants, strict=True)]
         return requantized(terms, out, 0, requantizer)
     inner = f32(b * number(op.requants[1].multiplier[0]) + number(op.offset))
-    return clamp(round_half_even(f32(a * number(op.requants[0].multiplier[0]) + inner)), out)
+    return nearest(f32(a * number(op.requants[0].multiplier[0]) + inner), out)
