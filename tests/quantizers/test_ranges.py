@@ -231,7 +231,7 @@ def test_data_already_on_a_grid_is_found_with_no_error():
 
 @pytest.mark.parametrize(("p", "n_bins"), list(itertools.product([1.0, 1.7, 2.0, 2.4, 3.0], [64, 512, 8192])))
 def test_bounds_never_exceed_the_error(p, n_bins):
-    """The proof behind ``exact=True``, sampled: bins of any width, every step, every window."""
+    """The proof behind ``exact=True``, sampled: bins of any width, every step, every window; and from above."""
     x = heavy_tailed(9000, seed=7)
     bins = lp_error.make_bins(x.unsqueeze(0), n_bins)
     steps = (float(x.max() - x.min()) * torch.tensor([0.02, 0.2, 0.5, 1.0]) / 15).double().unsqueeze(0)
@@ -246,6 +246,7 @@ def test_bounds_never_exceed_the_error(p, n_bins):
         truth = lp_error.grid_error(x64, torch.ones_like(x64), spread=torch.zeros(1, 1, 1), **grid)
         assert bound[i, j] <= truth * (1 + 1e-9)
         assert on_bins <= truth * (1 + 1e-9)
+        assert truth <= lp_error._largest_error(bins, **grid) * (1 + 1e-9)
 
 
 def test_bins_keep_count_and_mean():
