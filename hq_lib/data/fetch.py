@@ -1,7 +1,8 @@
 """Bring a data set's raw arrays to this machine: cache, then each source in turn; never unverified.
 
 A data set is a few uint8 arrays. They are cached as ``.npy`` files in ``cache_dir()/<name>/``, written into a temporary
-folder first and renamed when complete, and their SHA-256 sums are checked at every load, whatever the source was.
+folder first and renamed when complete, and their SHA-256 sums are checked at a process's first load and again whenever
+the files are others by inode, size or time, whatever the source was.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from hq_lib.results import paths
 
 Arrays = dict[str, np.ndarray]
 SUMS = "sha256.json"
+SETTLED_NS = 2 * 10**9
+"""Files younger than this are checked at every load: they could change again within one tick of their clock."""
+_checked: dict[Path, object] = {}
 
 
 class DataUnavailableError(RuntimeError):
@@ -138,9 +143,14 @@ def _read_cache(folder: Path, data_set: DataSet) -> tuple[Arrays | None, str]:
         recorded = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         # copy-on-write maps: pages are shared with the file cache, and nothing can write to the file by accident
         arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="c", allow_pickle=False) for key in data_set.sha256}
-        sums = {key: sha256_of(array) for key, array in arrays.items()}
-        for wanted in (data_set.sha256, {key: recorded[key] for key in sums}):
-            _check_sums(sums, wanted)
+        files = [file.stat() for file in sorted(folder.iterdir())]
+        seen = (data_set.sha256, recorded, [(file.st_ino, file.st_size, file.st_mtime_ns) for file in files])
+        if _checked.get(folder) != seen:
+            sums = {key: sha256_of(array) for key, array in arrays.items()}
+            for wanted in (data_set.sha256, {key: recorded[key] for key in sums}):
+                _check_sums(sums, wanted)
+            if time.time_ns() - max(file.st_mtime_ns for file in files) > SETTLED_NS:
+                _checked[folder] = seen
     except Exception as error:  # damaged bytes come out of numpy's reader as a dozen types
         reason = f"corrupt ({_first_line(error)})"
         print(f"{data_set.name}: cache {folder} is {reason}; fetching again", flush=True)

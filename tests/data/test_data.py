@@ -1,6 +1,8 @@
 import errno
 import gzip
 import hashlib
+import os
+import time
 import tracemalloc
 from dataclasses import replace
 
@@ -79,6 +81,22 @@ def test_damaged_cache_is_noticed_and_fetched_again(cache, damage, capsys):
         file.unlink()
     np.testing.assert_array_equal(fetch.obtain(toy(bad, good))["train_images"], IMAGES)
     assert "corrupt" in capsys.readouterr().out
+
+
+def test_files_are_hashed_once_a_process_and_again_when_they_change(cache, monkeypatch):
+    """But for files so young that the clock of their changes may not have ticked."""
+    hashed, hash_of = [], fetch.sha256_of
+    fetch.obtain(toy(good))
+    monkeypatch.setattr(fetch, "sha256_of", lambda array: hashed.append(len(array)) or hash_of(array))
+    for age, n in ((0, 4), (1000, 6)):
+        for file in (cache / "toy").iterdir():
+            os.utime(file, (time.time() - age,) * 2)
+        for _ in range(2):
+            np.testing.assert_array_equal(fetch.obtain(toy(bad))["train_images"], IMAGES)
+        assert len(hashed) == n
+    np.save(cache / "toy" / "train_images.npy", IMAGES + 1)
+    with pytest.raises(data.DataUnavailableError, match=r"corrupt \(wrong SHA-256 of train_images"):
+        fetch.obtain(toy(bad))
 
 
 def test_a_pickle_in_the_cache_is_not_executed(cache, tmp_path):
