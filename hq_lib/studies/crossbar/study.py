@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -95,20 +95,27 @@ def open_integers(run: Run[Plan], net: Net, seed: int = 0) -> Integers | None:
         return None
     if net.file:
         model, moments = lower(graph.load(network_path(net.file)), images=bench.test.spec), {}
+    elif net.noise_pct is None:
+        model, moments = shipped_integers(net.bits, net.per_layer, plan.n_ptq), norm_moments(bench.net)
     else:
-        float_net = bench.net
-        if net.noise_pct is not None:
-            through = {"drive_bits": net.bits, "converter_bits": net.train_bits} if net.train_bits else {}
-            config = replace(FINE_TUNE, epochs=plan.epochs, weight_noise=net.noise_pct / 100, seed=seed, **through)
-            few = bench.train.drawn(plan.n_train or len(bench.train), seed)
-            float_net = copy.deepcopy(float_net)
-            folder = run.folder / f"{_training(net)}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
-            fit(float_net, few, None, config, folder)
-        x = bench.calibration(plan.n_ptq, 0)
-        made = after_training(float_net, x, bits=net.bits, per_layer=net.per_layer)
+        through = {"drive_bits": net.bits, "converter_bits": net.train_bits} if net.train_bits else {}
+        config = replace(FINE_TUNE, epochs=plan.epochs, weight_noise=net.noise_pct / 100, seed=seed, **through)
+        few = bench.train.drawn(plan.n_train or len(bench.train), seed)
+        float_net = copy.deepcopy(bench.net)
+        folder = run.folder / f"{_training(net)}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
+        fit(float_net, few, None, config, folder)
+        made = after_training(float_net, bench.calibration(plan.n_ptq, 0), bits=net.bits, per_layer=net.per_layer)
         model, moments = lower(made), norm_moments(float_net)
     logits = run_integers(model, normalize(bench.test.images, bench.test.spec))
     return Integers(model, moments, bench.test, bench.train, logits)
+
+
+@cache
+def shipped_integers(bits: int, per_layer: bool, n_ptq: int) -> IntegerModel:
+    """The shipped network in integers, as ``after_training`` has it: one search of ranges for the three studies."""
+    bench = open_bench(MODEL, n_test=1)
+    assert bench is not None
+    return lower(after_training(bench.net, bench.calibration(n_ptq, 0), bits=bits, per_layer=per_layer))
 
 
 def _training(net: Net) -> str:
