@@ -7,14 +7,23 @@
     packets = pack(wire, codes, coding="deflate")            one packet of bytes per image
     logits = cloud(wire.decode(unpack(wire, packets)))
 
-``cuts`` where and into what; ``wire`` the grid of the sent tensor; ``packet`` bytes and their checks; ``pictures`` what
-an edge without a network would send instead: pixels of few bits, or JPEG.
+``cuts`` where and into what; ``wire`` the grid of the sent tensor, its packets and their checks; ``pictures`` what an
+edge without a network would send instead: pixels of few bits, or JPEG.
 """
 
 from hq_lib.deploy.edge_cloud.cuts import Cut, find_cuts, integer_edge, split_at
-from hq_lib.deploy.edge_cloud.packet import CODINGS, HEADER_BYTES, PacketError, pack, unpack
 from hq_lib.deploy.edge_cloud.pictures import from_jpeg, pixel_wire, to_jpeg
-from hq_lib.deploy.edge_cloud.wire import Wire, WireError, fit_wire, float_wire
+from hq_lib.deploy.edge_cloud.wire import (
+    CODINGS,
+    HEADER_BYTES,
+    PacketError,
+    Wire,
+    WireError,
+    fit_wire,
+    float_wire,
+    pack,
+    unpack,
+)
 
 __all__ = [
     "CODINGS", "HEADER_BYTES", "Cut", "PacketError", "Wire", "WireError", "find_cuts", "fit_wire", "float_wire",
