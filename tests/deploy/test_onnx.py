@@ -9,7 +9,7 @@ from onnx import TensorProto, numpy_helper
 
 from hq_lib import data, deploy, integer, models
 from hq_lib.deploy import c
-from hq_lib.deploy.onnx import ExportError, export, run, runtime, session, to_bytes
+from hq_lib.deploy.onnx import ExportError, export, model, run, session, to_bytes
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import ImageError, agreement, lower
 from hq_lib.integer import run as run_numpy
@@ -27,7 +27,7 @@ def test_onnxruntime_gives_numpy_s_bits(net, policy):
     ({"avx2"}, True), (set(), True), ({"avx512f", "avx512_vnni"}, False), ({"avx2", "avx_vnni"}, False),
 ])  # fmt: skip
 def test_the_slow_exact_kernels_are_asked_for_only_where_the_fast_ones_saturate(flags, exact_by_option, monkeypatch):
-    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(model, "cpu_flags", lambda: frozenset(flags))
     options = session(export(lower(quantized("residual", "w8a8")))).get_session_options()
     if exact_by_option:
         assert options.get_session_config_entry("session.x64quantprecision") == "1"

@@ -9,7 +9,7 @@ quantize and dequantize); the others (16 bits, fused conv-adds, logits) as integ
 requantization. Needs the extra ``export`` (onnx, onnxruntime).
 """
 
-from hq_lib.deploy.onnx.build import ExportError, export, to_bytes
-from hq_lib.deploy.onnx.runtime import meta_of, run, session
+from hq_lib.deploy.onnx.model import export, meta_of, run, session, to_bytes
+from hq_lib.deploy.onnx.operators import ExportError
 
 __all__ = ["ExportError", "export", "meta_of", "run", "session", "to_bytes"]

@@ -76,7 +76,7 @@ def how(executor: str, file: Path) -> list[str]:
 
         return [f"{Runtime(file).kernel} kernels"]
     if executor == "onnx":
-        from hq_lib.deploy.onnx.runtime import VNNI
+        from hq_lib.deploy.onnx.model import VNNI
 
         return [] if provenance.cpu_flags() & VNNI else ["x64quantprecision"]
     return []

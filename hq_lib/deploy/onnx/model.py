@@ -1,4 +1,5 @@
-"""onnxruntime, set up so that its integers are the record's on every x86-64 processor: one thread, full precision."""
+"""An integer record as an ONNX model, and onnxruntime, set up so that its integers are the record's on every x86-64
+processor: one thread, full precision."""
 
 import json
 from pathlib import Path
@@ -8,13 +9,78 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
+from onnx import helper
 
+import hq_lib
+from hq_lib.deploy.onnx.operators import ONNX_TYPE, ExportError, Graph, write
+from hq_lib.integer import check
+from hq_lib.integer import record as r
 from hq_lib.integer.execute import as_images
+from hq_lib.integer.record import IntegerModel
 from hq_lib.integer.requant import RecordError
 from hq_lib.results.provenance import cpu_flags
 
+OPSET, OPSET_INT4 = 17, 21
+IR_VERSION, IR_VERSION_INT4 = 8, 10
+BATCH = "N"
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 """Instruction sets whose products of uint8 and int8 are summed in 32 bits at once."""
+
+
+def export(imodel: IntegerModel) -> onnx.ModelProto:
+    """Return ``imodel`` as an ONNX model: normalised (N, C, H, W) float32 images in, float32 logits out.
+
+    Weights of up to 4 bits are stored in 4 (INT4, opset 21) and widened once, when the model is loaded. Every value has
+    its type and shape in the file.
+
+    Args:
+        imodel: a record with the "float32" requantizer, which is onnxruntime's own arithmetic.
+
+    Raises:
+        ExportError: a "fixed" record.
+    """
+    check(imodel)
+    if imodel.requantizer != "float32":
+        raise ExportError("onnxruntime multiplies in float32: lower the network with requantizer='float32'")
+    graph = Graph()
+    for op in imodel.ops:
+        write(graph, op, [imodel.tensors[t] for t in op.inputs], imodel.tensors[op.output])
+    _logits(graph, imodel)
+    return _finished(graph, imodel)
+
+
+def to_bytes(imodel: IntegerModel) -> bytes:
+    """Return the content of the ONNX file of ``imodel``, the same bytes every time; see ``export``."""
+    return export(imodel).SerializeToString(deterministic=True)
+
+
+def _finished(graph: Graph, imodel: IntegerModel) -> onnx.ModelProto:
+    int4 = any(each.data_type == onnx.TensorProto.INT4 for each in graph.initializers)
+    image, out = imodel.tensors[imodel.input], imodel.tensors[imodel.output]
+    float_type = ONNX_TYPE["float32"]
+    body = helper.make_graph(
+        graph.nodes,
+        "integer_network",
+        [helper.make_tensor_value_info(image.name, float_type, [BATCH, *image.shape])],
+        [helper.make_tensor_value_info("output:real", float_type, [BATCH, *out.shape])],
+        graph.initializers,
+    )
+    opset = helper.make_opsetid("", OPSET_INT4 if int4 else OPSET)
+    model = helper.make_model(body, opset_imports=[opset], producer_name="hq_lib", producer_version=hq_lib.__version__)
+    model.ir_version = IR_VERSION_INT4 if int4 else IR_VERSION
+    known = {key: value if isinstance(value, str) else json.dumps(value) for key, value in imodel.meta.items()}
+    helper.set_model_props(model, {"schema": str(r.SCHEMA), "requantizer": imodel.requantizer, **known})
+    onnx.checker.check_model(model, full_check=True)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def _logits(graph: Graph, imodel: IntegerModel) -> None:
+    out = imodel.tensors[imodel.output]
+    value = graph.cast(out.name, "float32")
+    if out.zero_point:
+        value = graph.node("Sub", [value, graph.constant(float(out.zero_point), "float32")])
+    scale = out.scale[:, None, None] if out.scale.ndim and len(out.shape) == 3 else out.scale
+    graph.node("Mul", [value, graph.constant(scale, "float32", name="output:scale")], output="output:real")
 
 
 def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_optimized: Path | None = None) -> Any:
