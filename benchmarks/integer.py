@@ -35,9 +35,9 @@ from torch import nn
 from hq_lib import data, integer, models
 from hq_lib.deploy import c as export_c
 from hq_lib.deploy import onnx as export_onnx
-from hq_lib.deploy.c.layout import plan_arena
+from hq_lib.deploy.c.container import plan_arena
 from hq_lib.deploy.c.runtime import KERNELS
-from hq_lib.deploy.onnx.runtime import VNNI
+from hq_lib.deploy.onnx.model import VNNI
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer.record import REQUANTIZERS, IntegerModel, Requantizer
 from hq_lib.results import paths, provenance, store

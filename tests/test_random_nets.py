@@ -17,7 +17,7 @@ from hq_lib import integer
 from hq_lib.crossbar import EngineNetwork, IdealEngine
 from hq_lib.deploy import onnx
 from hq_lib.deploy.c import Runtime, compiler
-from hq_lib.deploy.c.build import CompilerError
+from hq_lib.deploy.c.runtime import CompilerError
 from hq_lib.graph import BitPolicy, calibrate, load, quantize, save
 from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.tracing import trace

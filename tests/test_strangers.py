@@ -45,7 +45,8 @@ from hq_lib.data import folder as pictures
 from hq_lib.data import load as load_images
 from hq_lib.deploy import edge_cloud, fpga
 from hq_lib.deploy.c import CompilerError, Runtime, to_bytes
-from hq_lib.deploy.c.container import MAGIC, meta_of
+from hq_lib.deploy.c.container import MAGIC
+from hq_lib.deploy.c.runtime import meta_of
 from hq_lib.deploy.fpga import memory_image
 from hq_lib.graph import BitPolicy
 from hq_lib.models import checkpoints

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from hq_lib.deploy.c.build import CompilerError, compiled
+from hq_lib.deploy.c.runtime import CompilerError, compiled
 
 SOURCES = Path(__file__).resolve().parent / "src"
 

@@ -16,7 +16,7 @@ from hq_lib import graph, models, ptq
 from hq_lib.crossbar import bench, profiles
 from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
-from hq_lib.deploy.c.container import meta_of
+from hq_lib.deploy.c.runtime import meta_of
 from hq_lib.deploy.fpga import exporter
 from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.network_file import OWN

@@ -18,7 +18,7 @@ from hq_lib.crossbar import (
     native,
 )
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI
-from hq_lib.deploy.c.build import CompilerError
+from hq_lib.deploy.c.runtime import CompilerError
 
 NOISY = replace(PCM_JOSHI, read=ConstantRead(0.01))
 CIRCUITS = {

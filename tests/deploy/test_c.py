@@ -1,5 +1,7 @@
 """The C runtime against the NumPy executor: equal logits, for every operation, policy, requantizer and kernel."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,8 @@ from torch import nn
 
 from hq_lib import deploy, models
 from hq_lib.data import normalize
-from hq_lib.deploy.c import ContainerError, Runtime, compiler, layout, library, to_bytes
-from hq_lib.deploy.c.build import CompilerError
-from hq_lib.deploy.c.runtime import KERNELS
+from hq_lib.deploy.c import ContainerError, Runtime, compiler, container, library, to_bytes
+from hq_lib.deploy.c.runtime import KERNELS, CompilerError
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import ImageError, lower, run
 from hq_lib.integer import record as r
@@ -78,11 +79,12 @@ def test_ties_are_rounded_alike(add, requantizer):
 @pytest.mark.parametrize(("net", "policy"), [("joined", "w8a8"), ("residual", "academic"), ("gated", "w4a4")])
 def test_what_is_needed_together_does_not_share_bytes(net, policy):
     imodel = lower(quantized(net, policy))
-    blocks, padded, size = layout.plan_arena(imodel)
+    blocks, padded, size = container.plan_arena(imodel)
+    n_bytes = {t: math.prod(s.shape) * np.dtype(s.dtype).itemsize for t, s in imodel.tensors.items()}
     born = {op.output: i for i, op in enumerate(imodel.ops)}
     dies = {t: max([i for i, op in enumerate(imodel.ops) if t in op.inputs], default=len(imodel.ops)) for t in born}
     for a in born:
-        assert blocks[a].offset + layout.n_bytes(imodel.tensors[a]) + layout.SLACK <= size
+        assert blocks[a].offset + n_bytes[a] + container.SLACK <= size
         for b in born:
             apart = blocks[a].offset + blocks[a].size <= blocks[b].offset
             apart = apart or blocks[b].offset + blocks[b].size <= blocks[a].offset
@@ -91,7 +93,7 @@ def test_what_is_needed_together_does_not_share_bytes(net, policy):
     for op in imodel.layers():
         if op.name in padded and padded[op.name] is blocks.get(op.inputs[0]):
             assert dies[op.inputs[0]] == born[op.output]  # an input is padded where it lies when it is read last
-    assert size < sum(layout.n_bytes(imodel.tensors[t]) + layout.SLACK for t in born)  # and some do share
+    assert size < sum(n_bytes[t] + container.SLACK for t in born)  # and some do share
 
 
 def test_threads_share_images_or_rows_and_change_no_bit():

@@ -11,7 +11,7 @@ from integer_nets import images, noise_set, quantized
 
 from hq_lib.deploy.c import ExportError, export_folder
 from hq_lib.deploy.c.board import CODE_BYTES, STACK_BYTES
-from hq_lib.deploy.c.build import RUNTIME, SOURCES
+from hq_lib.deploy.c.runtime import RUNTIME, SOURCES
 from hq_lib.integer import ImageError, RecordError, lower, run
 from hq_lib.integer.record import Requantizer
 

@@ -12,7 +12,7 @@ import pytest
 from integer_nets import NETS, all_pairs, images, quantized, random_layer
 
 from hq_lib.deploy.c import program, to_bytes
-from hq_lib.deploy.c.build import RUNTIME, SOURCES, TOOL, CompilerError
+from hq_lib.deploy.c.runtime import RUNTIME, SOURCES, TOOL, CompilerError
 from hq_lib.integer import lower, run
 from hq_lib.integer.record import IntegerModel
 

@@ -9,7 +9,7 @@ import pytest
 from integer_nets import images, quantized
 
 from hq_lib.deploy.c import compiler, program, to_bytes
-from hq_lib.deploy.c.build import CompilerError, fuzzer
+from hq_lib.deploy.c.runtime import CompilerError, fuzzer
 from hq_lib.integer import lower, run
 
 try:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hq_lib.deploy.c import Runtime, compiler, to_bytes
-from hq_lib.deploy.c.build import CompilerError, fuzzer
-from hq_lib.deploy.c.layout import weight_storage
+from hq_lib.deploy.c.container import weight_storage
+from hq_lib.deploy.c.runtime import CompilerError, fuzzer
 from hq_lib.integer import record as r
 from hq_lib.integer import run
 

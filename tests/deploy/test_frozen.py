@@ -6,7 +6,7 @@ from integer_nets import float_net, images
 
 from hq_lib import crossbar, graph, integer
 from hq_lib.deploy import c, onnx
-from hq_lib.deploy.c.build import CompilerError
+from hq_lib.deploy.c.runtime import CompilerError
 from hq_lib.graph import BitPolicy, calibrate, quantize
 
 METHODS = ("minmax", "dorefa", "dorefa_hw", "pact", "mpact", "lsq", "lsq_plus", "dsq", "aciq")

@@ -16,7 +16,7 @@ from hq_lib import data
 from hq_lib.crossbar import EngineNetwork, IdealEngine
 from hq_lib.deploy import fpga, onnx
 from hq_lib.deploy.c import Runtime, compiler, to_bytes
-from hq_lib.deploy.c.build import CompilerError
+from hq_lib.deploy.c.runtime import CompilerError
 from hq_lib.graph import BitPolicy, calibrate, find_sites, quantize
 from hq_lib.graph.tracing import trace
 from hq_lib.integer import LowerError, RecordError, agreement, check, from_bytes, lower, run

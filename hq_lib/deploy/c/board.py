@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hq_lib.deploy.c.build import FLAGS, RUNTIME, SOURCES
 from hq_lib.deploy.c.container import ExportError, to_bytes
+from hq_lib.deploy.c.runtime import FLAGS, RUNTIME, SOURCES
 from hq_lib.integer.execute import ImageError, quantize_pixels, run
 from hq_lib.integer.record import IntegerModel
 from hq_lib.results.atomic import write_bytes, write_text
