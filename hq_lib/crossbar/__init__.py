@@ -11,9 +11,10 @@ a tile, G conductance (microsiemens), t seconds after programming. Codes, weight
 an output is one accumulator step of the integer network.
 """
 
+from hq_lib.crossbar.bench import FakeDriver
 from hq_lib.crossbar.calibration import residuals
 from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
-from hq_lib.crossbar.circuit import Adc, Circuit, Verify, Wires
+from hq_lib.crossbar.circuit import Adc, Circuit, Drive, Verify, Wires
 from hq_lib.crossbar.convolution import Convolution
 from hq_lib.crossbar.devices import (
     Constant,
@@ -26,16 +27,14 @@ from hq_lib.crossbar.devices import (
     Polynomial,
     Proportional,
 )
-from hq_lib.crossbar.drivers import Driver, FakeDriver, Limits
+from hq_lib.crossbar.drivers import BenchServer, Driver, Limits, TcpDriver
 from hq_lib.crossbar.engine import Correction, Engine, IdealEngine
 from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.mapping import Faults, Mapping
 from hq_lib.crossbar.network import EngineNetwork
-from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import device, fit_report, measured_device, proportional, state_independent
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace
 from hq_lib.crossbar.simulator import SimEngine, count
-from hq_lib.crossbar.tcp import BenchServer, TcpDriver
 
 __all__ = [
     "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "Convolution", "Correction",

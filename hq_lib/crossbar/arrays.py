@@ -16,10 +16,10 @@ from torch import Tensor
 
 from hq_lib.crossbar.cells import Cells
 from hq_lib.crossbar.checks import CrossbarError
-from hq_lib.crossbar.circuit import Circuit
+from hq_lib.crossbar.circuit import Circuit, Step
 from hq_lib.crossbar.engine import Handle, exact_dtype
 from hq_lib.crossbar.native import Normals, library, stream
-from hq_lib.crossbar.operands import Operand, Step
+from hq_lib.crossbar.operands import Operand
 from hq_lib.crossbar.tiles import NativeReader, Tile, is_whole, made_whole, on_exact_grid, on_whole_grid, spread_of
 
 

@@ -12,6 +12,7 @@ and asks the bench for the rest. ``replay`` does the whole run again without a b
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +23,83 @@ import pandas as pd
 import torch
 
 from hq_lib.crossbar.checks import Bound, Count, CrossbarError, Positive, Settings
-from hq_lib.crossbar.circuit import Circuit
-from hq_lib.crossbar.drivers import Driver, FakeDriver, Limits
+from hq_lib.crossbar.circuit import Circuit, Drive
+from hq_lib.crossbar.drivers import BenchServer, Driver, Limits, TcpDriver
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.hardware import HardwareEngine, Patience
+from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW
 from hq_lib.crossbar.network import EngineNetwork
-from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import device
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace, load_parts
 from hq_lib.crossbar.simulator import SimEngine
-from hq_lib.crossbar.tcp import BenchServer, TcpDriver
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer import IntegerModel
 from hq_lib.integer import run as run_integers
 from hq_lib.results import atomic
 from hq_lib.training.evaluation import evaluation_of
+
+
+class FakeDriver:
+    """A bench in memory, exact but for the errors it is given; follows `Driver`.
+
+    Args:
+        limits: its size.
+        gain, offset: of every column, dimensionless and counts.
+        noise: standard deviation of every count, counts.
+        failures: what happens to the next reads, one word each: "ok", "timeout", "drop", "nan" or "shape".
+        stuck: {tile: uint8 (rows, columns) of the codes of `Faults`}; what these cells are written with is lost.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        gain: float = 1.0,
+        offset: float = 0.0,
+        noise: float = 0.0,
+        failures: Iterable[str] = (),
+        stuck: dict[int, np.ndarray] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._limits, self.gain, self.offset, self.noise = limits, gain, offset, noise
+        self.failures, self.n_reads, self.stuck = list(failures), 0, stuck or {}
+        self._levels: dict[int, np.ndarray] = {}
+        self._random = np.random.default_rng(seed)
+
+    def limits(self) -> Limits:
+        return self._limits
+
+    def write(self, tile: int, levels: np.ndarray) -> None:
+        self._limits.refuse(tile, levels, "levels")
+        codes = self.stuck.get(tile, np.zeros(levels.shape, np.uint8))[: levels.shape[0], : levels.shape[1]]
+        high = np.where(codes == STUCK_HIGH, self._limits.level_max, levels.astype(np.int64))
+        self._levels[tile] = np.where(codes == STUCK_LOW, 0, high)
+
+    def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
+        self.n_reads += 1
+        happens = self.failures.pop(0) if self.failures else "ok"
+        if happens == "timeout":
+            raise TimeoutError("the fake bench was told to time out")
+        if happens == "drop":
+            raise ConnectionError("the fake bench was told to drop the connection")
+        self._limits.refuse(tile, codes, "codes")
+        if tile not in self._levels:
+            raise CrossbarError(f"tile {tile} was never written")
+        exact = codes.astype(np.int64) @ self._levels[tile][: codes.shape[1]]
+        counts = self._limits.counts_per_unit * self.gain * exact + self.offset
+        counts = np.rint(counts + self.noise * self._random.standard_normal(counts.shape))
+        counts = counts.clip(-self._limits.count_max, self._limits.count_max)
+        if happens == "nan":
+            counts[0, 0] = np.nan
+        return counts[:, :-1] if happens == "shape" else counts
+
+    def environment(self) -> dict[str, float]:
+        return {"time_s": float(self.n_reads), "temperature_C": 25.0}
+
+    def close(self) -> None:
+        self._levels.clear()
+
 
 REHEARSAL = Limits(
     n_tiles=64, rows=128, columns=128, level_max=255, code_max=255, count_max=2**31, rows_per_read=256,

@@ -1,7 +1,10 @@
 """Circuit: every setting of a simulated crossbar in one frozen record; its converters with four rules of range.
 
 Currents are in unit currents: one weight step times one input step. code = clip(round(I / step), code_min, code_max).
-A converter loses nothing only if its step is a whole number of unit currents and its codes cover the range.
+A converter loses nothing only if its step is a whole number of unit currents and its codes cover the range. Inputs are
+driven whole or in digits, two's complement (the sign bit's factor is < 0):
+
+    x = sum_b factor_b digit_b,   digit_b = (x >> shift_b) & mask_b
 """
 
 import math
@@ -15,8 +18,88 @@ from hq_lib.crossbar import checks
 from hq_lib.crossbar.checks import CrossbarError, Settings
 from hq_lib.crossbar.devices import Device
 from hq_lib.crossbar.mapping import Faults, Mapping
-from hq_lib.crossbar.operands import Drive
 from hq_lib.crossbar.profiles import PCM_JOSHI
+
+
+@dataclass(frozen=True)
+class Step:
+    """One input step: which bits of x it drives, and the digital factor of what is read."""
+
+    shift: int
+    """Lowest bit of the digit."""
+    mask: int
+    """Largest digit, 2^v - 1; 0 means the whole integer, sign included."""
+    factor: float
+    """Digital factor, +-2^shift."""
+
+    def digits(self, x: Tensor) -> Tensor:
+        """Integer tensor of ``x``'s shape: the digit of this step."""
+        if not self.mask:
+            return x
+        return (x >> self.shift).bitwise_and_(self.mask) if self.shift else x & self.mask
+
+
+@dataclass(frozen=True)
+class Drive(Settings):
+    """Input scheme of the rows."""
+
+    mode: Literal["analog", "serial"] = "analog"
+    """"analog": one step with a multi-bit level or pulse width. "serial": ``step_bits`` bits at a time, ADC each."""
+    step_bits: checks.CellBits = 1
+    """Bits v per step of the serial mode, 1..8."""
+    accumulate: bool = field(default=False, metadata=checks.OPTION)
+    """Serial mode: add the steps' currents by their weights in analog and convert the sum once, not every step."""
+    managed: bool = field(default=False, metadata=checks.OPTION)
+    """Analog mode: drive each row of inputs by the power of two that brings its largest to the top of the range, and
+    divide it out digitally: aihwkit's noise management. It sets small inputs against offsets and steps of converters.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.accumulate and self.mode == "analog") or (self.managed and self.mode == "serial"):
+            raise CrossbarError("Drive.accumulate is for mode 'serial', Drive.managed for mode 'analog'")
+
+    @property
+    def at_once(self) -> bool:
+        """Whether converters see whole inputs, not one step of them."""
+        return self.mode == "analog" or self.accumulate
+
+    def steps(self, x_bits: int, x_signed: bool) -> list[Step]:
+        """The steps that are converted; a sign bit is a step of its own in serial mode."""
+        return [Step(0, 0, 1.0)] if self.at_once else self.pulses(x_bits, x_signed)
+
+    def pulses(self, x_bits: int, x_signed: bool) -> list[Step]:
+        """The steps that carry integers of ``x_bits`` bits to the rows."""
+        if self.mode == "analog":
+            return [Step(0, 0, 1.0)]
+        steps, low, plain = [], 0, x_bits - x_signed
+        while low < plain:
+            width = min(self.step_bits, plain - low)
+            steps.append(Step(low, 2**width - 1, 2.0**low))
+            low += width
+        return [*steps, Step(plain, 1, -(2.0**plain))] if x_signed else steps
+
+    def peak(self, x_bits: int, x_signed: bool) -> int:
+        """Largest |digit| that any converted step can carry."""
+        if self.at_once:
+            return 2 ** (x_bits - 1) if x_signed else 2**x_bits - 1
+        return max(step.mask for step in self.steps(x_bits, x_signed))
+
+    def gain(self, rows: Tensor, x_bits: int, x_signed: bool) -> Tensor | None:
+        """(n, 1) powers of two >= 1 by which ``rows`` (n, K) are driven; None where they are driven as they are."""
+        if not self.managed:
+            return None
+        largest = rows.abs().amax(1, keepdim=True).to(torch.float64).clamp_min(1.0)
+        return torch.exp2(torch.log2(self.peak(x_bits, x_signed) / largest).floor())
+
+    def power(self, x: Tensor, x_bits: int, x_signed: bool) -> Tensor:
+        """float32, shape of ``x``: sum_b factor_b^2 digit_b^2, by which a cell's read variance reaches the output."""
+        if self.mode == "analog":
+            return x.to(torch.float32).square_()
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        for step in self.pulses(x_bits, x_signed):
+            total += step.digits(x).to(torch.float32).square_() * step.factor**2
+        return total
 
 
 @dataclass(frozen=True)

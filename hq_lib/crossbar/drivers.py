@@ -1,18 +1,31 @@
-"""What a bench is: its limits, the little that its driver must offer, and a bench in memory that can be broken at will.
+"""What a bench is: its limits, the little that its driver must offer, and any bench behind a TCP connection.
 
 A bench is a set of tiles of rows x columns cells. It takes whole-number cell levels and input codes and returns counts:
 
     count[b, j] = counts_per_unit sum_i code[b, i] level[i, j]  + its own errors
+
+A message to a bench behind TCP is a 4-byte big-endian length, that many bytes of JSON, and the bytes of at most one
+array that the JSON's "dtype" and "shape" describe. Requests carry a number that the answer repeats; lengths, types and
+times are bounded on both sides. There is no authentication: use it on loopback or a bench's private network only.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+import json
+import math
+import socket
+import socketserver
+import struct
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 
-from hq_lib.crossbar.checks import Count, CrossbarError, Positive, Settings
-from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW
+from hq_lib.crossbar.checks import POSITIVE, Count, CrossbarError, Positive, Settings
+
+_MAX_BYTES = 64 << 20
+_DTYPES = ("<i8", "<f8")
 
 
 @dataclass(frozen=True)
@@ -76,63 +89,174 @@ class Driver(Protocol):
         ...
 
 
-class FakeDriver:
-    """A bench in memory, exact but for the errors it is given; follows `Driver`.
+class TcpDriver:
+    """A bench at ``host``:``port``; follows `Driver`. After a failed call the next one opens a new connection.
 
     Args:
-        limits: its size.
-        gain, offset: of every column, dimensionless and counts.
-        noise: standard deviation of every count, counts.
-        failures: what happens to the next reads, one word each: "ok", "timeout", "drop", "nan" or "shape".
-        stuck: {tile: uint8 (rows, columns) of the codes of `Faults`}; what these cells are written with is lost.
-        seed: of the noise.
+        host, port: where the bench server listens.
+        timeout_s: bound on every call, connecting included, seconds.
     """
 
-    def __init__(
-        self,
-        limits: Limits,
-        *,
-        gain: float = 1.0,
-        offset: float = 0.0,
-        noise: float = 0.0,
-        failures: Iterable[str] = (),
-        stuck: dict[int, np.ndarray] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._limits, self.gain, self.offset, self.noise = limits, gain, offset, noise
-        self.failures, self.n_reads, self.stuck = list(failures), 0, stuck or {}
-        self._levels: dict[int, np.ndarray] = {}
-        self._random = np.random.default_rng(seed)
+    def __init__(self, host: str, port: int, *, timeout_s: float = 5.0) -> None:
+        self._address, self._timeout_s = (host, port), POSITIVE.check(timeout_s, "timeout_s")
+        self._socket: socket.socket | None = None
+        self._number = 0
 
     def limits(self) -> Limits:
-        return self._limits
+        found = self._call("limits")[0].get("limits")
+        if not isinstance(found, dict) or set(found) != {field.name for field in fields(Limits)}:
+            raise ConnectionError(f"the bench did not answer with its limits but with {found!r:.80}")
+        return Limits(**found)
 
     def write(self, tile: int, levels: np.ndarray) -> None:
-        self._limits.refuse(tile, levels, "levels")
-        codes = self.stuck.get(tile, np.zeros(levels.shape, np.uint8))[: levels.shape[0], : levels.shape[1]]
-        high = np.where(codes == STUCK_HIGH, self._limits.level_max, levels.astype(np.int64))
-        self._levels[tile] = np.where(codes == STUCK_LOW, 0, high)
+        self._call("write", levels, tile=int(tile))
 
     def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
-        self.n_reads += 1
-        happens = self.failures.pop(0) if self.failures else "ok"
-        if happens == "timeout":
-            raise TimeoutError("the fake bench was told to time out")
-        if happens == "drop":
-            raise ConnectionError("the fake bench was told to drop the connection")
-        self._limits.refuse(tile, codes, "codes")
-        if tile not in self._levels:
-            raise CrossbarError(f"tile {tile} was never written")
-        exact = codes.astype(np.int64) @ self._levels[tile][: codes.shape[1]]
-        counts = self._limits.counts_per_unit * self.gain * exact + self.offset
-        counts = np.rint(counts + self.noise * self._random.standard_normal(counts.shape))
-        counts = counts.clip(-self._limits.count_max, self._limits.count_max)
-        if happens == "nan":
-            counts[0, 0] = np.nan
-        return counts[:, :-1] if happens == "shape" else counts
+        counts = self._call("read", codes, tile=int(tile))[1]
+        if counts is None:
+            raise ConnectionError("the bench answered a read without counts")
+        return counts
 
     def environment(self) -> dict[str, float]:
-        return {"time_s": float(self.n_reads), "temperature_C": 25.0}
+        found = self._call("environment")[0].get("environment")
+        if not isinstance(found, dict) or not all(isinstance(value, int | float) for value in found.values()):
+            raise ConnectionError(f"the bench did not answer with its conditions but with {found!r:.80}")
+        return {str(key): float(value) for key, value in found.items()}
 
     def close(self) -> None:
-        self._levels.clear()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _call(
+        self, operation: str, array: np.ndarray | None = None, **more: Any
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        self._number += 1
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            if self._socket is None:
+                self._socket = socket.create_connection(self._address, timeout=self._timeout_s)
+            _send(self._socket, {"op": operation, "number": self._number} | more, array, deadline)
+            answer, found = _receive(self._socket, deadline)
+            if answer.get("number") != self._number:
+                raise ConnectionError(f"the bench answered request {answer.get('number')}, not {self._number}")
+        except (OSError, ValueError, KeyError) as error:
+            self.close()
+            if isinstance(error, (TimeoutError, ConnectionError)):
+                raise
+            raise ConnectionError(f"bench at {self._address[0]}:{self._address[1]}: {error}") from error
+        if "refused" in answer:
+            raise CrossbarError(f"the bench refused: {answer['refused']}")
+        if "failed" in answer:
+            raise ConnectionError(f"the bench failed: {answer['failed']}")
+        return answer, found
+
+
+class BenchServer(socketserver.ThreadingTCPServer):
+    """A driver served on 127.0.0.1 at a free port, in a thread; use it as a context manager.
+
+    Args:
+        driver: the bench; calls reach it one at a time.
+        idle_s: seconds after which a silent connection is closed.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, driver: Driver, *, idle_s: float = 60.0) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self._driver, self._idle_s, self._one_call = driver, idle_s, threading.Lock()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """(host, port) to connect to."""
+        host, port = self.server_address[:2]
+        return str(host), int(port)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Nothing; answers one client, until it is lost, silent or unreadable: the next one gets a connection of its
+        own."""
+        with suppress(OSError, ValueError, KeyError):
+            while True:
+                asked, array = _receive(request, time.monotonic() + self._idle_s)
+                with self._one_call:
+                    answer, found = _answer(self._driver, asked, array)
+                _send(request, answer | {"number": asked.get("number")}, found, time.monotonic() + self._idle_s)
+
+    def __enter__(self) -> "BenchServer":
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+def _answer(
+    driver: Driver, request: dict[str, Any], array: np.ndarray | None
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """What the server sends back; the driver's own errors become words, never a broken connection."""
+    try:
+        tile: Any = request.get("tile")
+        match request.get("op"), array, type(tile) is int:
+            case "limits", None, _:
+                return {"limits": asdict(driver.limits())}, None
+            case "environment", None, _:
+                return {"environment": driver.environment()}, None
+            case "write", np.ndarray(), True:
+                driver.write(tile, array)
+                return {}, None
+            case "read", np.ndarray(), True:
+                return {}, np.asarray(driver.read(tile, array), np.float64)
+        return {"refused": f"unknown request {request.get('op')!r:.80} of tile {tile!r:.80}"}, None
+    except CrossbarError as error:
+        return {"refused": str(error)}, None
+    except Exception as error:  # whatever a bench's own code raises: the client must hear of it, and the server go on
+        return {"failed": f"{type(error).__name__}: {error}"}, None
+
+
+def _send(link: socket.socket, head: dict[str, Any], array: np.ndarray | None, deadline: float) -> None:
+    body = b""
+    if array is not None:
+        array = np.ascontiguousarray(array, "<i8" if np.issubdtype(array.dtype, np.integer) else "<f8")
+        head, body = head | {"dtype": array.dtype.str, "shape": array.shape}, array.tobytes()
+    text = json.dumps(head).encode()
+    _limit(link, deadline)
+    link.sendall(struct.pack(">I", len(text)) + text + body)
+
+
+def _receive(link: socket.socket, deadline: float) -> tuple[dict[str, Any], np.ndarray | None]:
+    try:
+        head = json.loads(_bytes(link, struct.unpack(">I", _bytes(link, 4, deadline))[0], deadline))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    if not isinstance(head, dict):
+        raise ValueError(f"a message begins with a JSON object, not with {head!r:.80}")
+    if "shape" not in head:
+        return head, None
+    shape = head["shape"]
+    sized = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n >= 0 for n in shape)
+    if head.get("dtype") not in _DTYPES or not sized:
+        raise ValueError(f"an array of {head.get('dtype')!r:.80} {shape!r:.80} is not accepted")
+    data = _bytes(link, 8 * math.prod(shape), deadline)
+    return head, np.frombuffer(data, head["dtype"]).reshape(shape)
+
+
+def _bytes(link: socket.socket, n_bytes: int, deadline: float) -> bytes:
+    """Exactly ``n_bytes`` before ``deadline``; longer messages than 64 MiB are refused."""
+    if n_bytes > _MAX_BYTES:
+        raise ValueError(f"a message of {n_bytes} bytes is longer than {_MAX_BYTES}")
+    data = bytearray()
+    while len(data) < n_bytes:
+        _limit(link, deadline)
+        piece = link.recv(min(n_bytes - len(data), 1 << 20))
+        if not piece:
+            raise ConnectionError("the other side closed the connection")
+        data += piece
+    return bytes(data)
+
+
+def _limit(link: socket.socket, deadline: float) -> None:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the bench did not answer in time")
+    link.settimeout(left)

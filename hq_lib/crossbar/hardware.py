@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hq_lib.crossbar.checks import BenchError, Count, CrossbarError, NotNegative, Settings, flatten
+from hq_lib.crossbar.circuit import Drive
 from hq_lib.crossbar.drivers import Driver
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW, Mapping, Plan
-from hq_lib.crossbar.operands import Drive, Handle, Operand
+from hq_lib.crossbar.operands import Handle, Operand
 
 Answer = TypeVar("Answer")
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hq_lib.crossbar.circuit import Step
 from hq_lib.crossbar.native import Normals, library
-from hq_lib.crossbar.operands import Operand, Stencil, Step
+from hq_lib.crossbar.operands import Operand, Stencil
 
 LANES = 16
 _CHUNK = 1 << 20  # numbers of noise that are held at once

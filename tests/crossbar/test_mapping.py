@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hq_lib.crossbar import Drive, Mapping
-from hq_lib.crossbar.operands import Step
+from hq_lib.crossbar.circuit import Step
 
 MAPPINGS = st.builds(
     Mapping,
