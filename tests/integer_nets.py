@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hq_lib import data
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import record as r
-from hq_lib.integer.requant import pair, single
+from hq_lib.integer.arithmetic import requants
 
 
 class Residual(nn.Module):
@@ -165,8 +165,8 @@ def random_layer(seed: int, *, conv: bool, x_dtype: str, w_dtype: str, residual:
     pads = tuple(int(v) for v in rng.integers(0, 3, 4))
     acc = float(np.abs(weight.astype(float)).sum() / c_out * big / 400)
     first, second = np.full(c_out, 1 / acc), np.full(c_out, 0.5 / acc if residual == "int32" else 0.3)
-    forms = pair((first.astype(np.float32), second.astype(np.float32)), (first, second))
-    requants = forms if residual else (single(first.astype(np.float32), first), None)
+    forms = requants((first.astype(np.float32), first), (second.astype(np.float32), second))
+    both = forms if residual else (requants((first.astype(np.float32), first))[0], None)
     out_shape = (c_out,)
     if conv:
         sizes = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, a, b in ((9, *pads[::2]), (21, *pads[1::2]))]
@@ -196,10 +196,12 @@ def random_layer(seed: int, *, conv: bool, x_dtype: str, w_dtype: str, residual:
     if residual:
         res_spec = {"int32": (32, -(2**31), 2**31 - 1, 0)}.get(residual, (8, 0, 255, 90))
         specs.append(r.TensorSpec("r", out_shape, residual, *res_spec[:3], one, res_spec[3]))
-        ops.append(layer("other", "r", None if residual == "int32" else single(first.astype(np.float32), first), None))
-        res = r.Residual("r", requants[1])
+        ops.append(
+            layer("other", "r", None if residual == "int32" else requants((first.astype(np.float32), first))[0], None)
+        )
+        res = r.Residual("r", both[1])
     specs.append(r.TensorSpec("y", out_shape, "uint8", 8, 7, 250, one, 100))
-    ops.append(layer("layer", "y", requants[0], res))
+    ops.append(layer("layer", "y", both[0], res))
     image = rng.integers(-300 if big < 256 else -40000, 300 if big < 256 else 60000, (3, *specs[0].shape))
     model = r.IntegerModel(requantizer, {spec.name: spec for spec in specs}, tuple(ops), "image", "y")
     return model, image.astype(np.float32)
@@ -214,7 +216,7 @@ def all_pairs(seed: int, *, requantizer: str, add: bool):
     rng = np.random.default_rng(seed)
     channels, n, zero, one = 1 if add else 11, 255, 90, np.asarray(1.0, np.float32)
     first, second = rng.choice([0.05, 0.1, 0.25, 0.3, 0.35, 0.5], (2, channels))
-    requants = pair((first.astype(np.float32), second.astype(np.float32)), (first, second))
+    both = requants((first.astype(np.float32), first), (second.astype(np.float32), second))
     shape, names = (channels, n, n), ("across", "down", "y")
     specs = [r.TensorSpec("image", (1, n, n), "float32", 32, 0, 0, one, 0)]
     specs += [r.TensorSpec("q", (1, n, n), "uint8", 8, 0, 255, one, zero)]
@@ -222,10 +224,10 @@ def all_pairs(seed: int, *, requantizer: str, add: bool):
     ops: list[r.Op] = [r.Quantize("quantize", ("image",), "q"), r.Concat("repeat", ("q",) * channels, "across", 0)]
     ops.append(r.Transpose("turn", ("across",), "down", (0, 2, 1)))
     if add:
-        ops.append(r.Add("add", ("across", "down"), "y", requants, np.float32(rng.choice([-8.5, 0.2, 3.15]))))
+        ops.append(r.Add("add", ("across", "down"), "y", both, np.float32(rng.choice([-8.5, 0.2, 3.15]))))
     else:
         weight, scales = np.eye(channels, dtype=np.int8)[:, :, None, None], np.ones(channels, np.float32)
-        common = (weight, scales, np.zeros(channels, np.int32), scales, 8, requants[0], r.Residual("down", requants[1]))
+        common = (weight, scales, np.zeros(channels, np.int32), scales, 8, both[0], r.Residual("down", both[1]))
         ops.append(r.Conv("layer", ("across", "down"), "y", *common, (1, 1), (0, 0, 0, 0), (1, 1), 1))
     image = np.broadcast_to(np.arange(n, dtype=np.float32) - zero, (1, 1, n, n))
     return r.IntegerModel(requantizer, {s.name: s for s in specs}, tuple(ops), "image", "y"), image.copy()

@@ -26,10 +26,10 @@ from hq_lib.crossbar.operands import Handle, exact_mvm
 from hq_lib.crossbar.recording import simulated
 from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.data import ImageSet, normalize
+from hq_lib.integer.arithmetic import products as exact_products
 from hq_lib.integer.check import need_model
 from hq_lib.integer.execute import run
 from hq_lib.integer.record import ACC_MAX, Conv, IntegerModel, Layer, TensorSpec
-from hq_lib.integer.sums import products as exact_products
 from hq_lib.results.hints import check_known
 from hq_lib.training.evaluation import Evaluation, evaluation_of
 

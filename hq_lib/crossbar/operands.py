@@ -14,7 +14,7 @@ from torch.nn import functional
 from hq_lib.crossbar import checks
 from hq_lib.crossbar.checks import CrossbarError, Numbers, as_integers, check_range
 from hq_lib.crossbar.native import channels_last
-from hq_lib.integer.sums import n_windows
+from hq_lib.integer.arithmetic import n_windows
 
 
 @dataclass(frozen=True, eq=False)

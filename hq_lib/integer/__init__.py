@@ -12,16 +12,16 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hq_lib.integer.arithmetic import RecordError
 from hq_lib.integer.check import check
 from hq_lib.integer.execute import ImageError, output_integers, pixel_table, quantize, quantize_pixels, run
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.integer.requant import RecordError
 from hq_lib.integer.storage import from_bytes, load, save, to_bytes
 
 if TYPE_CHECKING:
     from hq_lib.integer.comparison import Agreement, agreement, round_biases
-    from hq_lib.integer.geometry import LowerError
     from hq_lib.integer.lowering import lower
+    from hq_lib.integer.nodes import LowerError
 
 __all__ = [
     "Agreement", "ImageError", "IntegerModel", "LowerError", "RecordError", "TensorSpec", "agreement", "check",
@@ -31,7 +31,7 @@ __all__ = [
 
 
 _NEED_TORCH = {
-    "lower": "lowering", "LowerError": "geometry", "agreement": "comparison", "Agreement": "comparison",
+    "lower": "lowering", "LowerError": "nodes", "agreement": "comparison", "Agreement": "comparison",
     "round_biases": "comparison",
 }  # fmt: skip
 

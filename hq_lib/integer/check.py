@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 
 from hq_lib.integer import record as r
-from hq_lib.integer.proof import prove_accumulator, prove_add, prove_product
-from hq_lib.integer.requant import MAX_SHIFT, RecordError
-from hq_lib.integer.sums import n_windows
+from hq_lib.integer.arithmetic import MAX_SHIFT, RecordError, n_windows, prove_accumulator, prove_add, prove_product
 
 RANGES = {"uint8": (0, 2**8 - 1), "uint16": (0, 2**16 - 1), "int32": (-(2**31), 2**31 - 1), "float32": (0, 0)}
 """dtype of a tensor -> the integers it holds (float32: none)"""

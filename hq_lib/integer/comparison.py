@@ -15,8 +15,8 @@ from hq_lib.data import DataSpec, ImageSet, normalize
 from hq_lib.graph import kinds, op_name
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.integer.execute import run
-from hq_lib.integer.geometry import LowerError
 from hq_lib.integer.lowering import SAME, lower, tensor_names
+from hq_lib.integer.nodes import LowerError
 from hq_lib.integer.products import norm_gain
 from hq_lib.integer.record import IntegerModel, Op
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from hq_lib.integer import record as r
+from hq_lib.integer.arithmetic import FLOAT32_EXACT, RecordError, centred, padded, products, taps
 from hq_lib.integer.check import need_model
 from hq_lib.integer.record import IntegerModel, Requant, TensorSpec
-from hq_lib.integer.requant import RecordError
-from hq_lib.integer.sums import FLOAT32_EXACT, centred, padded, products, taps
 
 Products = Callable[[r.Layer, np.ndarray, TensorSpec], np.ndarray]
 Watch = Callable[[r.Op, np.ndarray], np.ndarray | None]
@@ -38,7 +37,8 @@ def run(
         model:      from ``lower`` or ``load``.
         images:     (N, C, H, W) float32 (an array or a CPU tensor), normalised as in training; finite or infinite.
         batch_size: images at once, >= 1; changes memory and speed only.
-        products:   makes a layer's sums of products from its integers (an analog engine, say); see ``sums.products``.
+        products:   makes a layer's sums of products from its integers (an analog engine, say); ``arithmetic.products``
+                    does it exactly.
         watch:      is shown each operation with the integers it wrote, (B, *shape), batch after batch; integers that it
                     returns (not None) take their place.
 

@@ -18,12 +18,12 @@ from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.ops import is_difference
 from hq_lib.graph.tracing import device_of, eval_mode
-from hq_lib.integer import functions, geometry, moves, terms
+from hq_lib.integer import moves, nodes, terms
 from hq_lib.integer import record as r
 from hq_lib.integer.check import check
 from hq_lib.integer.emit import Writer
 from hq_lib.integer.execute import levels
-from hq_lib.integer.geometry import LowerError
+from hq_lib.integer.nodes import LowerError
 from hq_lib.integer.products import Product, norm_product, product, with_norm
 from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.terms import Average, Function, Pending, Plain, Sum
@@ -127,7 +127,7 @@ class _Walk:
         )
 
     def image(self, node: fx.Node) -> Value:
-        spec = TensorSpec("image", geometry.shape_of(node), "float32", 32, 0, 0, np.asarray(1.0, np.float32), 0)
+        spec = TensorSpec("image", nodes.shape_of(node), "float32", 32, 0, 0, np.asarray(1.0, np.float32), 0)
         return Pending(Plain(r.Quantize, "", [self.writer.add(spec)]))
 
     def layer(self, node: fx.Node) -> Value:
@@ -144,7 +144,7 @@ class _Walk:
         return Pending(norm_product(str(node.target), module, self.known(node.all_input_nodes[0], node)))
 
     def clip(self, node: fx.Node) -> Value:
-        low, high = geometry.clip_bounds(node, self.gm)
+        low, high = nodes.clip_bounds(node, self.gm)
         value = self.values[node.all_input_nodes[0]]
         if isinstance(value, Pending):
             return value.clip(low, high)
@@ -170,7 +170,7 @@ class _Walk:
 
     def mul(self, node: fx.Node) -> Value:
         a, b = (self.known(arg, node) for arg in node.args[:2] if isinstance(arg, fx.Node))
-        shape = geometry.shape_of(node)
+        shape = nodes.shape_of(node)
         a, b = (a, b) if a.shape == shape else (b, a)
         if a.shape != shape or len(b.shape) != len(shape):
             raise LowerError(f"{node.name!r} multiplies {a.shape} by {b.shape}; one of them must have all {shape}")
@@ -178,16 +178,16 @@ class _Walk:
 
     def function(self, node: fx.Node) -> Value:
         """A function of one element, as its value at every integer of its input."""
-        source = functions.source_of(node, self.gm, self.kinds)
+        source = nodes.source_of(node, self.gm, self.kinds)
         value = self.values[source]
-        if op_name(node, self.gm) in functions.RESIZES:
+        if op_name(node, self.gm) in nodes.RESIZES:
             return Pending(moves.bilinear(self.writer, node, self.gm, self.known(source, node)))
         if isinstance(value, Pending) and isinstance(value.term, Function):
             x, real = value.term.x, np.clip(value.term.real, value.low, value.high)
         else:
             x = self.known(source, node)
             real = levels(x)
-        return Pending(Function(node.name, x, functions.computed(node, self.gm, source, real)))
+        return Pending(Function(node.name, x, nodes.computed(node, self.gm, source, real)))
 
     def concat(self, node: fx.Node) -> Value:
         tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]  # all_input_nodes has each but once
@@ -196,14 +196,14 @@ class _Walk:
 
     def average(self, node: fx.Node) -> Value:
         x = self.known(node.all_input_nodes[0], node)
-        return Pending(Average(node.name, x, geometry.pool(node, self.gm, x.shape)))
+        return Pending(Average(node.name, x, nodes.pool(node, self.gm, x.shape)))
 
     def quantizer(self, node: fx.Node) -> Value:
         module = self.gm.get_submodule(str(node.target))
         value = self.values[node.all_input_nodes[0]]
         if not module.enabled:
             return value
-        spec = on_grid(self.names[node.name], module, geometry.shape_of(node))
+        spec = on_grid(self.names[node.name], module, nodes.shape_of(node))
         if isinstance(value, Pending):
             qmin, qmax = clipped_range(spec, value.low, value.high)
             spec = replace(spec, qmin=qmin, qmax=qmax)

@@ -16,11 +16,11 @@ import numpy as np
 from torch import fx, nn
 
 from hq_lib.graph import op_name
-from hq_lib.integer import geometry
+from hq_lib.integer import nodes
 from hq_lib.integer import record as r
 from hq_lib.integer.emit import Writer
 from hq_lib.integer.execute import levels, to_grid
-from hq_lib.integer.geometry import LowerError
+from hq_lib.integer.nodes import LowerError
 from hq_lib.integer.products import Product, unchanged
 from hq_lib.integer.record import TensorSpec
 from hq_lib.integer.terms import pooled
@@ -46,7 +46,7 @@ def move(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> Mo
 
 def reshape(writer: Writer, node: fx.Node, x: TensorSpec) -> TensorSpec:
     """Return ``x`` under the shape that ``node`` had; the same tensor if it has that shape already."""
-    shape = geometry.shape_of(node)
+    shape = nodes.shape_of(node)
     if math.prod(shape) != math.prod(x.shape):
         raise LowerError(f"{node.name!r}: reshapes across the batch, {x.shape} to {shape}")
     return x if shape == x.shape else _reshape(writer, node, x, shape)
@@ -60,7 +60,7 @@ def concat(writer: Writer, gm: fx.GraphModule, node: fx.Node, parts: list[Tensor
     """Write tensors joined; those of different grids on one that spans them all first."""
     if len({(float(p.scale), p.zero_point, p.dtype) for p in parts}) > 1:
         parts = _on_one_grid(writer, parts, node.name)
-    axis = geometry.axis_of(geometry.arguments(node, gm)["dim"] or 0, len(parts[0].shape), node)
+    axis = nodes.axis_of(nodes.arguments(node, gm)["dim"] or 0, len(parts[0].shape), node)
     ends = {"qmin": min(p.qmin for p in parts), "qmax": max(p.qmax for p in parts)}
     return writer.write(r.Concat, node.name, parts, replace(parts[0], name=node.name, **ends), axis=axis)
 
@@ -80,7 +80,7 @@ def _on_one_grid(writer: Writer, parts: list[TensorSpec], name: str) -> list[Ten
 
 
 def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
-    pool = geometry.pool(node, gm, x.shape)
+    pool = nodes.pool(node, gm, x.shape)
     if not pool.plain:
         raise LowerError(
             f"{node.name!r}: a max-pool from {x.shape[1:]} to a size that does not divide it; use one that does"
@@ -91,8 +91,8 @@ def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) 
 
 def _pieces(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> tuple[TensorSpec, ...]:
     """Chunk and split: a slice for each piece."""
-    options = geometry.arguments(node, gm)
-    axis = geometry.axis_of(options["dim"] or 0, len(x.shape), node)
+    options = nodes.arguments(node, gm)
+    axis = nodes.axis_of(options["dim"] or 0, len(x.shape), node)
     n, whole = x.shape[axis], [slice(0, n, 1) for n in x.shape]
     sizes: Any = -(-n // options["chunks"]) if "chunks" in options else options["split_size_or_sections"]
     bounds = [*(range(0, n, sizes) if isinstance(sizes, int) else accumulate([0, *sizes[:-1]])), n]
@@ -103,7 +103,7 @@ def _pieces(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) ->
 
 def _index(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
     """What an indexing such as ``x[:, :, ::2, ::2]`` takes."""
-    index: Any = geometry.known_sizes(node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
+    index: Any = nodes.known_sizes(node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
     rank = len(x.shape)
     simple = all(isinstance(i, slice) for i in index) and index[:1] == (slice(None),) and len(index) <= rank + 1
     if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
@@ -121,20 +121,20 @@ def _transpose(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec)
     """Transpose and permute: which input axis each output axis is."""
     rank = len(x.shape)
     if op_name(node, gm) == "transpose":
-        options, dims = geometry.arguments(node, gm), list(range(rank + 1))
-        first, second = (geometry.axis_of(options[key], rank, node) + 1 for key in ("dim0", "dim1"))
+        options, dims = nodes.arguments(node, gm), list(range(rank + 1))
+        first, second = (nodes.axis_of(options[key], rank, node) + 1 for key in ("dim0", "dim1"))
         dims[first], dims[second] = second, first
     else:
-        given: Any = geometry.known_sizes(node.kwargs.get("dims", node.args[1:]))
+        given: Any = nodes.known_sizes(node.kwargs.get("dims", node.args[1:]))
         dims = [*(given[0] if len(given) == 1 and isinstance(given[0], Sequence) else given)]
     if dims[0] % (rank + 1) != 0:
         raise LowerError(f"{node.name!r}: moves the batch axis")
-    return writer.write(r.Transpose, node.name, [x], axes=tuple(geometry.axis_of(d, rank, node) for d in dims[1:]))
+    return writer.write(r.Transpose, node.name, [x], axes=tuple(nodes.axis_of(d, rank, node) for d in dims[1:]))
 
 
 def _pad(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
     """Padding by zeros, whose list begins with the last axis."""
-    options, rank = geometry.arguments(node, gm), len(x.shape)
+    options, rank = nodes.arguments(node, gm), len(x.shape)
     flat = options.get("pad", options["padding"])
     flat = [flat] * 4 if isinstance(flat, int) else list(flat)
     if options.get("mode", "constant") != "constant" or options.get("value") or min(flat) < 0:
@@ -165,7 +165,7 @@ def _shuffle(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -
     """Channel shuffle, pixel shuffle and its inverse: a reshape, a transpose, a reshape."""
     (c, h, w), kind = x.shape, op_name(node, gm)
     option = {"channelshuffle": "groups", "pixelshuffle": "upscale_factor", "pixelunshuffle": "downscale_factor"}[kind]
-    n = geometry.arguments(node, gm)[option]
+    n = nodes.arguments(node, gm)[option]
     split, axes = {
         "channelshuffle": ((n, c // n, h, w), (1, 0, 2, 3)),
         "pixelshuffle": ((c // n**2, n, n, h, w), (0, 3, 1, 4, 2)),
@@ -208,11 +208,11 @@ def transposed(writer: Writer, layer: nn.Module, node: fx.Node, x: TensorSpec, t
     """Return ``term`` (of transposed convolution ``layer`` on ``x``) as a convolution of the spread input."""
     assert isinstance(layer, nn.ConvTranspose2d)
     assert term.geometry is not None
-    wide = spread(writer, f"{node.name}.spread", x, geometry.two(layer.stride))
+    wide = spread(writer, f"{node.name}.spread", x, nodes.two(layer.stride))
     pads = []
     for i, n in enumerate(wide.shape[1:]):
-        reach = geometry.two(layer.dilation)[i] * (term.w.shape[2 + i] - 1)
-        before = reach - geometry.two(layer.padding)[i]
+        reach = nodes.two(layer.dilation)[i] * (term.w.shape[2 + i] - 1)
+        before = reach - nodes.two(layer.padding)[i]
         pads.append((before, node.meta["shape"][2 + i] - n + reach - before))
     if min(min(pair) for pair in pads) < 0:
         raise LowerError(f"layer {term.name!r}: a transposed convolution padded by more than its kernel reaches")
@@ -222,7 +222,7 @@ def transposed(writer: Writer, layer: nn.Module, node: fx.Node, x: TensorSpec, t
 
 def bilinear(writer: Writer, node: fx.Node, gm: fx.GraphModule, x: TensorSpec) -> Product:
     """Return the term of a bilinear upsampling by 2. Raises LowerError for other modes, factors and aligned corners."""
-    options, n = geometry.arguments(node, gm), x.shape[0]
+    options, n = nodes.arguments(node, gm), x.shape[0]
     plain = options.get("mode") == "bilinear" and not options.get("align_corners")
     if not plain or tuple(node.meta["shape"][2:]) != (2 * x.shape[1], 2 * x.shape[2]):
         raise LowerError(

@@ -4,7 +4,6 @@ Batch norms behind it only change w_scale and bias.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import nn
 
 from hq_lib.graph import QuantizedWeight
 from hq_lib.integer import record as r
+from hq_lib.integer.arithmetic import forms, largest, requants
 from hq_lib.integer.emit import INT32, Writer
-from hq_lib.integer.geometry import LowerError
-from hq_lib.integer.proof import largest
+from hq_lib.integer.nodes import LowerError
 from hq_lib.integer.record import TensorSpec
-from hq_lib.integer.requant import single
 
 BIAS_MAX = 2**30
 """Largest bias, and largest sum of products, that ``in_storage`` aims at: together they fit int32."""
@@ -26,8 +24,6 @@ MIN_SCALE = 1e-25
 """Smallest real weight step that a batch norm leaves: products with float32 input scales stay normal numbers."""
 NORM_STEPS = 2**14
 """The weight (int16) with which a batch norm becomes a depthwise layer: its bias has so many steps per input step."""
-
-FLOATS = (np.float32, np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +53,7 @@ class Product:
     def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
         """Write the layer on the grid of ``out``, whose range already holds its clips."""
         term = in_storage(self)
-        return term.write_layer(writer, out, single(*forms((term.x.scale, term.w_scale), (out.scale,))))
+        return term.write_layer(writer, out, requants(forms((term.x.scale, term.w_scale), (out.scale,)))[0])
 
     def write_accumulators(self, writer: Writer, name: str) -> TensorSpec:
         """Write its int32 accumulators (of a term that is ``in_storage``)."""
@@ -78,15 +74,6 @@ class Product:
         }  # fmt: skip
         kind, inputs = r.Linear if self.geometry is None else r.Conv, [self.x] if other is None else [self.x, other]
         return writer.write(kind, self.name, inputs, out, **fields, **(self.geometry or {}))
-
-
-def forms(over: Sequence[Any], under: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return prod over / prod under, (n,), float32 after every step and float64: what a ``Requant`` is made of."""
-    tops, bottoms = (
-        [math.prod((np.asarray(value, dtype).reshape(-1) for value in values), start=dtype(1)) for dtype in FLOATS]
-        for values in (over, under)
-    )
-    return np.asarray(tops[0] / bottoms[0]), np.asarray(tops[1] / bottoms[1])
 
 
 def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:

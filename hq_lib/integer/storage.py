@@ -20,9 +20,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from hq_lib.integer import record
+from hq_lib.integer.arithmetic import RecordError
 from hq_lib.integer.check import MAX_ELEMENTS, check
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.integer.requant import RecordError
 from hq_lib.results.atomic import write_bytes
 from hq_lib.results.bits import pack, unpack
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hq_lib.integer import record as r
+from hq_lib.integer.arithmetic import forms, requants
 from hq_lib.integer.emit import INT32, Writer
 from hq_lib.integer.execute import to_grid
-from hq_lib.integer.geometry import LowerError, Pool
-from hq_lib.integer.products import Product, forms, in_storage, unchanged
+from hq_lib.integer.nodes import LowerError, Pool
+from hq_lib.integer.products import Product, in_storage, unchanged
 from hq_lib.integer.record import TensorSpec
-from hq_lib.integer.requant import pair, single
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Plain:
         """Write it; a product with its rescaling."""
         fields = {}
         if self.kind is r.Mul:
-            fields["requant"] = single(*forms([x.scale for x in self.inputs], (out.scale,)))
+            fields["requant"] = requants(forms([x.scale for x in self.inputs], (out.scale,)))[0]
         return writer.write(self.kind, self.name or out.name, self.inputs, out, **fields)
 
 
@@ -66,7 +66,7 @@ class Average:
     def write(self, writer: Writer, out: TensorSpec, *, exact: bool = False) -> TensorSpec:
         """Write the pool, requantized or (``exact``) its sums as they are; unequal windows piece by piece, joined."""
         if self.pool.plain:
-            requant = None if exact else single(*forms((self.x.scale,), (self.pool.n, out.scale)))
+            requant = None if exact else requants(forms((self.x.scale,), (self.pool.n, out.scale)))[0]
             return pooled(writer, self.pool, r.AvgPool, self.name, self.x, out, requant=requant)
         rows = []
         for i, row in enumerate(self.pool.rows):
@@ -129,17 +129,16 @@ class Sum:
             raise LowerError(f"{self.name!r} adds tensors without quantizers, of which none is a plain layer's output")
         rest, term = other if isinstance(other, TensorSpec) else accumulators(writer, other), in_storage(main.term)
         r_scale = np.broadcast_to(rest.scale, len(term.w))
-        ratios = forms((term.x.scale, term.w_scale), (out.scale,)), forms((r_scale,), (out.scale,))
-        requant, residual = pair(*zip(*ratios, strict=True))
+        requant, residual = requants(forms((term.x.scale, term.w_scale), (out.scale,)), forms((r_scale,), (out.scale,)))
         return term.write_layer(writer, out, requant, rest, r.Residual(rest.name, residual))
 
     def _add(self, writer: Writer, a: TensorSpec, b: TensorSpec, out: TensorSpec) -> TensorSpec:
-        requants = pair(*zip(*(forms((x.scale,), (out.scale,)) for x in (a, b)), strict=True))
-        m_a, m_b = (requant.multiplier[0] for requant in requants)
+        both = requants(*(forms((x.scale,), (out.scale,)) for x in (a, b)))
+        m_a, m_b = (requant.multiplier[0] for requant in both)
         product_b = np.float32(m_b * np.float32(b.zero_point))
-        both = np.float32(np.float64(m_a) * a.zero_point + np.float64(product_b))
-        offset = np.float32(np.float32(out.zero_point) - both)
-        return writer.write(r.Add, self.name, [a, b], out, requants=requants, offset=offset)
+        zeros = np.float32(np.float64(m_a) * a.zero_point + np.float64(product_b))
+        offset = np.float32(np.float32(out.zero_point) - zeros)
+        return writer.write(r.Add, self.name, [a, b], out, requants=both, offset=offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +194,7 @@ def logits(writer: Writer, value: Pending, name: str) -> TensorSpec:
         return term.write_accumulators(writer, name)
     scale, exact = forms((term.x.scale, term.w_scale), ())
     out = TensorSpec(name, (), "int32", 32, *INT32, np.asarray(scale.max()), 0)
-    return term.write_layer(writer, out, single(scale / scale.max(), exact / exact.max()))
+    return term.write_layer(writer, out, requants((scale / scale.max(), exact / exact.max()))[0])
 
 
 def negated(writer: Writer, value: TensorSpec | Pending, name: str) -> TensorSpec | Pending:

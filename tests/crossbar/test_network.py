@@ -25,8 +25,8 @@ from hq_lib.crossbar.profiles import IDEAL
 from hq_lib.data import SPECS, ImageSet, normalize
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import lower, run
+from hq_lib.integer.arithmetic import products
 from hq_lib.integer.record import Conv, Layer, Requantizer
-from hq_lib.integer.sums import products
 
 NETWORKS = ("resnet20", "lenet", "vgg_small", "toynet", "mobilenetv2")
 POLICIES = {"w8a8": BitPolicy(bn="fold"), "w4a4": BitPolicy("minmax:4", "minmax:4", bn="fold")}

@@ -10,8 +10,8 @@ from integer_nets import NETS, POLICIES, images, quantized
 
 from hq_lib.integer import ImageError, lower, run
 from hq_lib.integer import record as r
+from hq_lib.integer.arithmetic import RecordError, requants
 from hq_lib.integer.execute import quantize, requantize
-from hq_lib.integer.requant import RecordError, pair, single
 
 ALL = [(net, policy) for net in NETS for policy in POLICIES]
 
@@ -47,12 +47,12 @@ def test_logits_do_not_depend_on_the_batch_size(qnets):
 def test_a_sum_beyond_24_bits_is_still_exact():
     w = np.full((1, 300), 127, np.int8)
     w[0, ::2] = 126
-    requant = single(np.float32([1.0]), np.array([1.0]))
+    requant = requants((np.float32([1.0]), np.array([1.0])))[0]
     scale, one = np.float32([1.0]), np.asarray(1.0, np.float32)
     bias = np.array([1], np.int32)
     op = r.Linear("fc", ("x",), "y", w, scale, bias, scale, 8, None, None)
     x = r.TensorSpec("x", (300,), "uint16", 16, 0, 65535, one, 0)
-    from hq_lib.integer.sums import products
+    from hq_lib.integer.arithmetic import products
 
     x_int = np.full((1, 300), 65533, np.uint16)
     exact = sum(int(v) * 65533 for v in w[0])
@@ -66,14 +66,14 @@ def test_a_sum_beyond_24_bits_is_still_exact():
     [(1, 0, 1), (3, 2, 2), (5, 2, 3), (-1, 0, 0), (-3, -2, -1), (-5, -2, -2), (4, 2, 2)],
 )
 def test_ties_round_as_the_record_says(acc, half_even, half_up):
-    requant = single(np.float32([0.5]), np.array([0.5]))
+    requant = requants((np.float32([0.5]), np.array([0.5])))[0]
     out = r.TensorSpec("y", (1,), "uint8", 8, 0, 255, np.asarray(1.0, np.float32), 100)
     got = [int(requantize([(np.array([[acc]]), requant)], out, form)[0, 0]) - 100 for form in r.REQUANTIZERS]
     assert got == [half_even, half_up]
 
 
 def test_saturation_reaches_both_ends_far_outside():
-    requant = single(np.float32([2.0**20]), np.array([2.0**20]))
+    requant = requants((np.float32([2.0**20]), np.array([2.0**20])))[0]
     out = r.TensorSpec("y", (2,), "uint8", 8, 3, 250, np.asarray(1.0, np.float32), 7)
     for form in r.REQUANTIZERS:
         assert requantize([(np.array([[-(2**31) + 1, 2**31 - 1]]), requant)], out, form).tolist() == [[3, 250]]
@@ -81,14 +81,14 @@ def test_saturation_reaches_both_ends_far_outside():
 
 def test_fixed_multipliers_have_31_bits_and_negligible_error():
     exact = np.exp(np.random.default_rng(0).uniform(np.log(1e-9), np.log(1e5), 2000))
-    requant = single(exact.astype(np.float32), exact)
+    requant = requants((exact.astype(np.float32), exact))[0]
     assert requant.fixed.min() >= 2**30
     for m, s, e in zip(requant.fixed, requant.shift, exact, strict=True):
         assert abs(Fraction(int(m), 2 ** int(s)) / Fraction(e) - 1) <= Fraction(1, 2**31)
 
 
 def test_two_terms_share_a_shift_and_leave_room_for_their_sum():
-    first, second = pair((np.float32([3.0]), np.float32([0.01])), (np.array([3.0]), np.array([0.01])))
+    first, second = requants((np.float32([3.0]), np.array([3.0])), (np.float32([0.01]), np.array([0.01])))
     assert first.shift[0] == second.shift[0]
     assert 2**29 <= first.fixed[0] < 2**30
     worst = (2**31 - 1) * (int(first.fixed[0]) + int(second.fixed[0])) + 2 ** (int(first.shift[0]) - 1)
@@ -98,7 +98,7 @@ def test_two_terms_share_a_shift_and_leave_room_for_their_sum():
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf, 2.0**31])
 def test_impossible_multipliers_are_refused(bad):
     with pytest.raises(RecordError, match="multiplier"):
-        single(np.float32([bad]), np.array([bad]))
+        requants((np.float32([bad]), np.array([bad])))[0]
 
 
 def test_input_integers_equal_the_quantizer_s_own(qnets):
@@ -115,7 +115,7 @@ def test_images_that_do_not_fit_are_refused(qnets, spoil):
 
 def test_a_caller_s_products_replace_the_layer_s_own(qnets):
     model, x, seen = lower(made(qnets, "residual", "w8a8")), images(2), []
-    from hq_lib.integer.sums import products
+    from hq_lib.integer.arithmetic import products
 
     def engine(op, x_int, spec):
         seen.append(op.name)

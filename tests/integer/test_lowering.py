@@ -12,7 +12,7 @@ from hq_lib.graph import BitPolicy, calibrate, quantize, set_quantization
 from hq_lib.graph.spec import of_kind
 from hq_lib.integer import LowerError, RecordError, agreement, lower, pixel_table, quantize_pixels, run
 from hq_lib.integer import record as r
-from hq_lib.integer.proof import accumulator_bound
+from hq_lib.integer.arithmetic import accumulator_bound
 
 
 def small(net: nn.Module, policy: BitPolicy, size: int = 8, requantizer="float32"):
@@ -137,7 +137,7 @@ def test_fixed_logits_have_one_scale_so_that_integers_alone_decide():
 
 def test_accumulators_never_exceed_their_proved_bound():
     model, worst = lower(quantized("mobile", "w8a8")), {}
-    from hq_lib.integer.sums import products
+    from hq_lib.integer.arithmetic import products
 
     def engine(op, x, spec):
         acc = products(op, x, spec)

@@ -29,11 +29,11 @@ from typing import Any, Literal
 import numpy as np
 
 from hq_lib.integer import record as r
+from hq_lib.integer.arithmetic import requants
 from hq_lib.integer.check import check
 from hq_lib.integer.emit import INT32, Writer
 from hq_lib.integer.execute import output_integers
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.integer.requant import single
 
 MAX_MULTIPLIER = 255
 """The C program holds ``m`` in an unsigned char: 256 would become 0."""
@@ -250,5 +250,5 @@ def _pool(writer: Writer, stage: Stage, x: TensorSpec) -> TensorSpec:
     half, scale = np.full(c, 1 / (2 * n)), np.full(c, 1 / (2 * n), np.float32)
     fields = {"weight": np.full((c, 1, *size), 2, np.int8), "bias": np.full(c, 1 - n, np.int32), "weight_bits": 8}
     fields |= {"weight_scale": scale, "acc_scale": np.float32(x.scale) * scale}
-    requant = single(half.astype(np.float32), half)
+    (requant,) = requants((half.astype(np.float32), half))
     return writer.write(r.Conv, name, [x], **fields, **moved, groups=c, requant=requant, residual=None)

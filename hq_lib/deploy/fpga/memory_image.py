@@ -26,9 +26,9 @@ from hq_lib.deploy.fpga.formats import read_file
 from hq_lib.deploy.fpga.fpgai import FpgaiError, need, plain_name
 from hq_lib.integer import record as r
 from hq_lib.integer import storage
+from hq_lib.integer.arithmetic import RecordError
 from hq_lib.integer.check import check
 from hq_lib.integer.record import IntegerModel, Op, Requant
-from hq_lib.integer.requant import RecordError
 from hq_lib.results.atomic import write_bytes, write_text
 from hq_lib.results.bits import bits_of, integers_of
 

@@ -15,9 +15,9 @@ import hq_lib
 from hq_lib.deploy.onnx.operators import ONNX_TYPE, ExportError, Graph, write
 from hq_lib.integer import check
 from hq_lib.integer import record as r
+from hq_lib.integer.arithmetic import RecordError
 from hq_lib.integer.execute import as_images
 from hq_lib.integer.record import IntegerModel
-from hq_lib.integer.requant import RecordError
 from hq_lib.results.provenance import cpu_flags
 
 OPSET, OPSET_INT4 = 17, 21

@@ -10,8 +10,8 @@ from hq_lib.data import ImageSet, normalize
 from hq_lib.deploy.edge_cloud import Cut, find_cuts
 from hq_lib.graph import layer_macs
 from hq_lib.integer import IntegerModel, lower
+from hq_lib.integer.arithmetic import products as exact_products
 from hq_lib.integer.execute import Products
-from hq_lib.integer.sums import products as exact_products
 from hq_lib.studies.bench import after_training, open_bench, quantized_as
 from hq_lib.studies.study import Row, check_choice
 

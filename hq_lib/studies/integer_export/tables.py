@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from hq_lib.integer import IntegerModel
-from hq_lib.integer.proof import accumulator_bound
+from hq_lib.integer.arithmetic import accumulator_bound
 from hq_lib.integer.record import REQUANTIZERS, Layer
 from hq_lib.results import labels, tables
 from hq_lib.studies.integer_export.executors import EXECUTORS, version
