@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib import data
+from hq_lib.deploy.c.runtime import RUNTIME, compiled
 from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import record as r
 from hq_lib.integer.arithmetic import requants
@@ -110,6 +111,14 @@ POLICIES = {
     "academic": BitPolicy(weight="minmax:4", act="minmax:4", placement="academic", input_bits=8),
     "academic_no_pool": BitPolicy(weight="lsq:5", act="lsq:5", placement="academic", input_bits=8, pool_bits=32),
 }
+
+
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def fuzzer():
+    """The test program ``hqm_fuzz``, in which findings of both sanitizers are fatal."""
+    return compiled("hqm_fuzz", (*RUNTIME, "hqm_fuzz.c"), *SANITIZERS)
 
 
 def images(n: int, size: int = 12, seed: int = 0) -> Tensor:

@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from hq_lib import data, deploy, graph, integer, models
 from hq_lib.__main__ import app
-from hq_lib.crossbar import IdealEngine, RecordEngine
+from hq_lib.crossbar import IdealEngine, RecordEngine, recording
 from hq_lib.crossbar.recording import load_parts
 from hq_lib.ptq import progress, selection
 from hq_lib.results import outputs, paths, store, tables
@@ -316,7 +316,8 @@ def test_every_writer_names_its_file_on_such_a_disk_and_leaves_no_half(full, mon
 
 
 def record_some(folder: Path, first: int) -> None:
-    engine = RecordEngine(IdealEngine(), folder, flush_bytes=1)
+    recording.FLUSH_BYTES = 1  # in this process alone: every answer is written at once
+    engine = RecordEngine(IdealEngine(), folder)
     handle = engine.load(np.eye(4, dtype=np.int64), 0.5, "a")
     for i in range(first, first + 15):
         engine.mvm(handle, np.full((1, 4), i))

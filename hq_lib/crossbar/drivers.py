@@ -25,6 +25,7 @@ import numpy as np
 from hq_lib.crossbar.checks import POSITIVE, Count, CrossbarError, Positive, Settings
 
 _MAX_BYTES = 64 << 20
+_IDLE_S = 60.0
 _DTYPES = ("<i8", "<f8")
 
 
@@ -156,15 +157,14 @@ class BenchServer(socketserver.ThreadingTCPServer):
     """A driver served on 127.0.0.1 at a free port, in a thread; use it as a context manager.
 
     Args:
-        driver: the bench; calls reach it one at a time.
-        idle_s: seconds after which a silent connection is closed.
+        driver: the bench; calls reach it one at a time. A connection that is silent for a minute is closed.
     """
 
     daemon_threads = True
 
-    def __init__(self, driver: Driver, *, idle_s: float = 60.0) -> None:
+    def __init__(self, driver: Driver) -> None:
         super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
-        self._driver, self._idle_s, self._one_call = driver, idle_s, threading.Lock()
+        self._driver, self._one_call = driver, threading.Lock()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -177,10 +177,10 @@ class BenchServer(socketserver.ThreadingTCPServer):
         own."""
         with suppress(OSError, ValueError, KeyError):
             while True:
-                asked, array = _receive(request, time.monotonic() + self._idle_s)
+                asked, array = _receive(request, time.monotonic() + _IDLE_S)
                 with self._one_call:
                     answer, found = _answer(self._driver, asked, array)
-                _send(request, answer | {"number": asked.get("number")}, found, time.monotonic() + self._idle_s)
+                _send(request, answer | {"number": asked.get("number")}, found, time.monotonic() + _IDLE_S)
 
     def __enter__(self) -> "BenchServer":
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

@@ -11,7 +11,7 @@ Only sums of products are the engine's: biases, requantization, additions and po
 with `IdealEngine` every integer equals the NumPy executor's. Accumulators saturate at int32 as digital ones would.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -53,21 +53,20 @@ class EngineNetwork:
         need_model(model)
         self.model = model
         chosen = _choose([op.name for op in model.layers()], {"*": engines} if isinstance(engines, Engine) else engines)
-        self.layers: dict[str, Convolution] = {}
-        for op in model.layers():
-            if op.name in chosen:
-                self.layers[op.name] = _loaded(chosen[op.name], op, model.tensors[op.inputs[0]])
+        self.layers = {
+            op.name: _loaded(chosen[op.name], op, model.tensors[op.inputs[0]])
+            for op in model.layers()
+            if op.name in chosen
+        }
 
     @property
     def engines(self) -> list[Engine]:
         """The engines in use, each once, in the order of their first layer."""
         return list({id(layer.engine): layer.engine for layer in self.layers.values()}.values())
 
-    def groups(self) -> Iterator[tuple[Engine, Handle]]:
+    def groups(self) -> list[tuple[Engine, Handle]]:
         """Every loaded matrix with its engine, in the order of execution; a grouped convolution has several."""
-        for layer in self.layers.values():
-            for group in layer.groups:
-                yield layer.engine, group
+        return [(layer.engine, group) for layer in self.layers.values() for group in layer.groups]
 
     def run(self, images: Numbers, *, batch_size: int = 50) -> np.ndarray:
         """float32 (N, n_classes): the logits of normalised float32 ``images`` (N, C, H, W), as ``integer.run``."""

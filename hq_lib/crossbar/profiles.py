@@ -62,16 +62,10 @@ class Measured(Curve):
         """Conductance in uS, shape of ``target_uS``, at ``t_s``, of cells with the standard normals ``xi``."""
         return self._at(self.mean_uS, target_uS, t_s) + self._at(self.sigma_uS, target_uS, t_s) * xi
 
-    def read_std(self, g_uS: Tensor, t_s: float) -> Tensor:
-        """Standard deviation of one read, uS, of cells that now have ``g_uS``: that of the targets with this mean."""
-        assert self.read_uS is not None
-        now, noise = (self._row(rows, t_s) for rows in (self.mean_uS, self.read_uS))
-        return torch.from_numpy(np.interp(g_uS.numpy(), now, noise)).to(g_uS.dtype)
-
     def _at(self, rows: tuple[tuple[float, ...], ...], target_uS: Tensor, t_s: float) -> Tensor:
-        return torch.from_numpy(np.interp(target_uS.numpy(), self.target_uS, self._row(rows, t_s))).to(target_uS.dtype)
+        return torch.from_numpy(np.interp(target_uS.numpy(), self.target_uS, self.row(rows, t_s))).to(target_uS.dtype)
 
-    def _row(self, rows: tuple[tuple[float, ...], ...], t_s: float) -> np.ndarray:
+    def row(self, rows: tuple[tuple[float, ...], ...], t_s: float) -> np.ndarray:
         """(P,) values at ``t_s``, linear in ln t."""
         if not self.times_s[0] <= t_s <= self.times_s[-1]:
             raise CrossbarError(f"t_s = {t_s}: measured were {self.times_s[0]:g} to {self.times_s[-1]:g} s only")
@@ -82,14 +76,16 @@ class Measured(Curve):
 
 @dataclass(frozen=True)
 class MeasuredRead(ReadNoise):
-    """Measured read noise, fresh at every product."""
+    """Measured read noise, fresh at every product: that of the targets whose mean a cell now has."""
 
     per: ClassVar[str] = "product"
     table: Measured
     """A table with read noise."""
 
     def std(self, g_uS: Tensor, *, g_max_uS: float, t_s: float, g0_uS: Tensor | None = None) -> Tensor:
-        return self.table.read_std(g_uS, t_s)
+        assert self.table.read_uS is not None
+        now, noise = (self.table.row(rows, t_s) for rows in (self.table.mean_uS, self.table.read_uS))
+        return torch.from_numpy(np.interp(g_uS.numpy(), now, noise)).to(g_uS.dtype)
 
 
 def measured_device(path: str | Path) -> Device:

@@ -35,6 +35,8 @@ from hq_lib.models import CheckpointError, read_checkpoint, write_checkpoint
 from hq_lib.results.hints import check_known
 
 SCHEMA = 2
+FLUSH_BYTES = 1 << 20
+"""How much may wait in memory before it is written."""
 UNITS = {"x": "input steps", "y": "accumulator steps", "t_s": "seconds after programming"}
 
 
@@ -147,12 +149,11 @@ class RecordEngine(Engine):
         inner: does the work; its own corrections are part of what is recorded.
         folder: where the parts go. Parts already there are used first: that resumes an interrupted run. They must be
             of an engine with this description, its time and its bench's conditions apart.
-        flush_bytes: how much may wait in memory before it is written.
     """
 
-    def __init__(self, inner: Engine, folder: str | Path, *, flush_bytes: int = 1 << 20) -> None:
+    def __init__(self, inner: Engine, folder: str | Path) -> None:
         super().__init__()
-        self.inner, self.folder, self._flush_bytes = inner, Path(folder), flush_bytes
+        self.inner, self.folder = inner, Path(folder)
         self._description = inner.describe()  # now, because a bench that has failed cannot be asked
         self.folder.mkdir(parents=True, exist_ok=True)
         self._past = load_parts(self.folder)
@@ -210,7 +211,7 @@ class RecordEngine(Engine):
                 raise
             y[part], ideal = answered, exact_mvm(handle, asked).to(torch.int64)
             self._waiting.append(Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s))
-            if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= self._flush_bytes:
+            if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= FLUSH_BYTES:
                 self.flush()
         return y
 

@@ -35,7 +35,8 @@ def export(imodel: "IntegerModel", path: str | os.PathLike, to: str, *, image: "
         raise ValueError(f"format {to!r}: choose one of {', '.join(ENDINGS)}")
     if ENDINGS[to][0] == "." and path.suffix != ENDINGS[to]:
         raise ValueError(f"{path.name}: a file for {to} ends in {ENDINGS[to]}")
-    room: Any = importlib.import_module("hq_lib.integer" if to == "npz" else f"hq_lib.deploy.{_ROOMS.get(to, to)}")
+    rooms = {"npz": "hq_lib.integer", "board": "hq_lib.deploy.c"}
+    room: Any = importlib.import_module(rooms.get(to, f"hq_lib.deploy.{to}"))
     if to == "fpga":
         room.write_images(imodel, path)
     elif to == "board":
@@ -43,6 +44,3 @@ def export(imodel: "IntegerModel", path: str | os.PathLike, to: str, *, image: "
     else:
         write_bytes(path, room.to_bytes(imodel))
     return path
-
-
-_ROOMS = {"board": "c"}

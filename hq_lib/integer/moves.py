@@ -93,12 +93,10 @@ def _pieces(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) ->
     """Chunk and split: a slice for each piece."""
     options = nodes.arguments(node, gm)
     axis = nodes.axis_of(options["dim"] or 0, len(x.shape), node)
-    n, whole = x.shape[axis], [slice(0, n, 1) for n in x.shape]
+    n = x.shape[axis]
     sizes: Any = -(-n // options["chunks"]) if "chunks" in options else options["split_size_or_sections"]
     bounds = [*(range(0, n, sizes) if isinstance(sizes, int) else accumulate([0, *sizes[:-1]])), n]
-    return tuple(
-        _cut(writer, node, x, [*whole[:axis], slice(*ends, 1), *whole[axis + 1 :]]) for ends in pairwise(bounds)
-    )
+    return tuple(_part(writer, node.name, x, axis, *ends) for ends in pairwise(bounds))
 
 
 def _index(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
@@ -109,12 +107,18 @@ def _index(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> 
     if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
         raise LowerError(f"{node.name!r}: only slices such as x[:, :, ::2, ::2] have an integer form, not {index}")
     rest = [*index[1:], *[slice(None)] * (rank + 1 - len(index))]
-    return _cut(writer, node, x, [slice(*s.indices(n)) for s, n in zip(rest, x.shape, strict=True)])
+    return _cut(writer, node.name, x, [slice(*s.indices(n)) for s, n in zip(rest, x.shape, strict=True)])
 
 
-def _cut(writer: Writer, node: fx.Node, x: TensorSpec, taken: list[slice]) -> TensorSpec:
+def _cut(writer: Writer, name: str, x: TensorSpec, taken: list[slice]) -> TensorSpec:
     start, stop, step = zip(*((s.start, s.stop, s.step) for s in taken), strict=True)
-    return writer.write(r.Slice, node.name, [x], start=start, stop=stop, step=step)
+    return writer.write(r.Slice, name, [x], start=start, stop=stop, step=step)
+
+
+def _part(writer: Writer, name: str, x: TensorSpec, axis: int, start: int, stop: int) -> TensorSpec:
+    taken = [slice(0, n, 1) for n in x.shape]
+    taken[axis] = slice(start, stop, 1)
+    return _cut(writer, name, x, taken)
 
 
 def _transpose(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
@@ -230,16 +234,10 @@ def bilinear(writer: Writer, node: fx.Node, gm: fx.GraphModule, x: TensorSpec) -
             "nearest by whole factors and bilinear by 2 with align_corners=False have"
         )
     for axis in (1, 2):
-        first, last = (_edge(writer, node, x, axis, at) for at in (0, x.shape[axis] - 1))
+        first, last = (_part(writer, f"{node.name}.edge", x, axis, at, at + 1) for at in (0, x.shape[axis] - 1))
         x = writer.write(r.Concat, f"{node.name}.edges", [first, x, last], axis=axis)
     kernel = np.outer([1, 3, 3, 1], [1, 3, 3, 1]).astype(np.int64)
     wide = spread(writer, f"{node.name}.spread", x, (2, 2))
     return replace(
         unchanged(node.name, wide), w=np.broadcast_to(kernel, (n, 1, 4, 4)), w_scale=np.full(n, 1 / 16, np.float32)
     )
-
-
-def _edge(writer: Writer, node: fx.Node, x: TensorSpec, axis: int, at: int) -> TensorSpec:
-    start, stop = [0] * 3, [*x.shape]
-    start[axis], stop[axis] = at, at + 1
-    return writer.write(r.Slice, f"{node.name}.edge", [x], start=tuple(start), stop=tuple(stop), step=(1, 1, 1))

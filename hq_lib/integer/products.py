@@ -95,7 +95,10 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
     w = _numpy(w_int, np.int64) - _numpy(grid.zero_point, np.int64)
     if isinstance(layer, nn.ConvTranspose2d):
         w = turned(w, layer.groups)
-    scale = np.broadcast_to(_per_channel(grid.scale, name), len(w)).astype(np.float32)
+    scale = _numpy(grid.scale, np.float32)
+    if scale.size > 1 and scale.size not in scale.shape[:2]:
+        raise LowerError(f"layer {name!r}: weight scales of shape {scale.shape} are not one per output channel")
+    scale = np.broadcast_to(scale.reshape(-1), len(w)).astype(np.float32)
     bias = layer.bias
     real_bias = np.zeros(len(w)) if bias is None else _numpy(bias, np.float64)
     return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(name, layer))  # type: ignore[arg-type]
@@ -111,13 +114,6 @@ def turned(w: np.ndarray, groups: int) -> np.ndarray:
 
 def _numpy(values: torch.Tensor, dtype: type) -> np.ndarray:
     return values.detach().cpu().numpy().astype(dtype)
-
-
-def _per_channel(scale: torch.Tensor, name: str) -> np.ndarray:
-    values = _numpy(scale, np.float32)
-    if values.size > 1 and values.size not in values.shape[:2]:
-        raise LowerError(f"layer {name!r}: weight scales of shape {values.shape} are not one per output channel")
-    return values.reshape(-1)
 
 
 def _geometry(name: str, layer: nn.Module) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 A ``Product`` is a layer's result; ``Sum`` adds two of those or of known tensors; ``Average`` is a pool; ``Function``
 maps each element alone; ``Plain`` is the image's rounding or a product of two known tensors.
-Each has ``write(writer, out)``: the operations that compute it on the grid of ``out``, whose range holds its clips.
+All but a function have ``write(writer, out)``: the operations that compute them on the grid of ``out``, whose range
+holds their clips; a function becomes what its quantizer makes of every integer of its input (``lowering``).
 """
 
 import math
@@ -13,7 +14,6 @@ import numpy as np
 from hq_lib.integer import record as r
 from hq_lib.integer.arithmetic import forms, requants
 from hq_lib.integer.emit import INT32, Writer
-from hq_lib.integer.execute import to_grid
 from hq_lib.integer.nodes import LowerError, Pool
 from hq_lib.integer.products import Product, in_storage, unchanged
 from hq_lib.integer.record import TensorSpec
@@ -29,10 +29,6 @@ class Function:
     """its input"""
     real: np.ndarray
     """float32 (x.qmax + 1,): its value at each integer 0 .. qmax"""
-
-    def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
-        """Write its table."""
-        return writer.table(self.name, self.x, to_grid(self.real, out), out)
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,7 +148,7 @@ def test_a_bench_that_fails_in_mid_run_loses_nothing_and_the_run_resumes(tmp_pat
     engine, driver = bench()
     engine.drive = engine.drive.__class__("analog")
     driver.failures = ["ok"] * 9 + ["timeout"] * 100  # 4 reads per 4 rows: two chunks are safe, the third fails
-    recorder = RecordEngine(engine, tmp_path, flush_bytes=1 << 30)
+    recorder = RecordEngine(engine, tmp_path)
     handle = recorder.load(W, 1.0, "a")
     with pytest.raises(BenchError, match="failed 2 times"):
         recorder.mvm(handle, X)

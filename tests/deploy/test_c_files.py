@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from integer_nets import images, quantized
+from integer_nets import SANITIZERS, fuzzer, images, quantized
 
-from hq_lib.deploy.c import compiler, program, to_bytes
-from hq_lib.deploy.c.runtime import CompilerError, fuzzer
+from hq_lib.deploy.c import compiler, to_bytes
+from hq_lib.deploy.c.runtime import RUNTIME, TOOL, CompilerError, compiled
 from hq_lib.integer import lower, run
 
 try:
@@ -53,7 +53,7 @@ def mutations(content: bytes, n: int, seed: int) -> list[bytes]:
 def sanitized() -> str:
     """The command-line program with both sanitizers."""
     try:
-        return str(program(sanitize=True))
+        return str(compiled("hqm", RUNTIME + TOOL, *SANITIZERS))
     except CompilerError as error:
         pytest.skip(f"no sanitizers here: {str(error)[:200]}")
 

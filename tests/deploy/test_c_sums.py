@@ -9,10 +9,11 @@ import subprocess
 
 import numpy as np
 import pytest
+from integer_nets import fuzzer
 
 from hq_lib.deploy.c import Runtime, compiler, to_bytes
 from hq_lib.deploy.c.container import weight_storage
-from hq_lib.deploy.c.runtime import CompilerError, fuzzer
+from hq_lib.deploy.c.runtime import CompilerError
 from hq_lib.integer import record as r
 from hq_lib.integer import run
 

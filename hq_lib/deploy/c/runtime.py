@@ -27,7 +27,6 @@ FLAGS = (
     "-std=c99", "-O3", "-Wall", "-Wextra", "-pedantic", "-Werror", "-ffp-contract=off", "-fPIC",
     "-fno-semantic-interposition",
 )  # fmt: skip
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RUNTIME = (
     "hqm_open.c", "hqm_run.c", "hqm_layer.c", "hqm_moves.c", "hqm_rescale.c", "hqm_table.c", "hqm_threads.c",
     "hqm_kernel.c", "hqm_kernel_avx2.c", "hqm_kernel_avx512.c", "hqm_kernel_neon.c",
@@ -50,15 +49,9 @@ def compiler() -> str:
     raise CompilerError(f"no C compiler ({', '.join(names)}): install gcc or clang, or set CC to one")
 
 
-def program(*, sanitize: bool = False) -> Path:
-    """Return the command-line program ``hqm``; with ``sanitize`` findings of AddressSanitizer and
-    UndefinedBehaviorSanitizer are fatal. Raises CompilerError."""
-    return compiled("hqm", RUNTIME + TOOL, *(SANITIZERS if sanitize else ()))
-
-
-def fuzzer() -> Path:
-    """Return the test program ``hqm_fuzz``, with both sanitizers. Raises CompilerError."""
-    return compiled("hqm_fuzz", (*RUNTIME, "hqm_fuzz.c"), *SANITIZERS)
+def program() -> Path:
+    """Return the command-line program ``hqm``. Raises CompilerError."""
+    return compiled("hqm", RUNTIME + TOOL)
 
 
 def library() -> Path:

@@ -83,7 +83,7 @@ def _logits(graph: Graph, imodel: IntegerModel) -> None:
     graph.node("Mul", [value, graph.constant(scale, "float32", name="output:scale")], output="output:real")
 
 
-def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_optimized: Path | None = None) -> Any:
+def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1) -> Any:
     """Return an ``onnxruntime.InferenceSession`` of ``model`` on the CPU with all graph optimizations.
 
     Where no VNNI is known of, ``session.x64quantprecision`` keeps onnxruntime from saturating sums of two products at
@@ -91,8 +91,7 @@ def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_opt
     slower uint8 x uint8 kernels: it is left alone there.
 
     Args:
-        n_threads:      threads inside one operator; the integers do not depend on it.
-        save_optimized: where onnxruntime writes the graph with its fused kernels, if asked.
+        n_threads: threads inside one operator; the integers do not depend on it.
 
     Raises:
         RecordError: no such file, or no model that onnxruntime opens.
@@ -103,8 +102,6 @@ def session(model: onnx.ModelProto | Path | str, *, n_threads: int = 1, save_opt
     if not cpu_flags() & VNNI:
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
-    if save_optimized is not None:
-        options.optimized_model_filepath = str(save_optimized)
     name = "model" if isinstance(model, onnx.ModelProto) else model
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     try:
