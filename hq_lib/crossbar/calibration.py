@@ -72,43 +72,36 @@ class Reference:
     """float64 (N,), mean |reading| per column, accumulator units."""
 
 
-def take_reference(engine: Engine, handle: Handle, probes: Numbers) -> Reference:
-    """The reference of ``handle`` for ``probes`` (m, K) at the engine's present time."""
-    rows = as_tensor(probes)
-    if len(rows) < 1 or not bool((rows != 0).any()):
-        raise CrossbarError(f"{handle.name}: probe rows must exist and not all be zero")
-    return Reference(rows, engine.measure(handle, rows).abs().mean(0))
+def references(network: EngineNetwork, images: Numbers, *, n_rows: int = 256) -> dict[str, Reference]:
+    """{matrix: what it reads now for sampled input rows}: take it just after programming, before `compensate`.
+
+    Errors: rows that are all zero, which tell nothing of a matrix.
+    """
+    rows, found = [x for parts in network.samples(images, n_rows=n_rows).values() for x in parts], {}
+    for (engine, group), probes in zip(network.groups(), rows, strict=True):
+        if not bool((probes != 0).any()):
+            raise CrossbarError(f"{group.name}: probe rows must exist and not all be zero")
+        found[group.name] = Reference(probes, engine.measure(group, probes).abs().mean(0))
+    return found
 
 
-def compensate_drift(engine: Engine, handle: Handle, reference: Reference, *, per: str = "column") -> Tensor:
-    """float64 (N,): the factors now in force for ``handle``, from reading the probes again.
+def compensate(
+    network: EngineNetwork, references: Mapping[str, Reference], *, per: str = "column"
+) -> dict[str, Tensor]:
+    """{matrix: float64 (N,) factors now in force}: every reading is scaled back to its reference.
 
     Args:
         per: "column" (one factor per output) or "layer" (one for all). Dead columns keep the factor 1.
     """
     check_known(per, ("column", "layer"), "per", error=CrossbarError)
-    now = engine.measure(handle, reference.probes).abs().mean(0)
-    if per == "layer":
-        then_all, now_all = reference.size.sum(), now.sum()
-        factor = (then_all / now_all.clamp_min(1e-30)).expand_as(now)
-    else:
-        factor = reference.size / now.clamp_min(1e-30)
-    factor = torch.where((reference.size > 0) & (now > 0), factor.clamp(*_RANGE), 1.0)
-    engine.set_correction(handle, replace(engine.correction(handle), drift=factor))
-    return factor
-
-
-def references(network: EngineNetwork, images: Numbers, *, n_rows: int = 256) -> dict[str, Reference]:
-    """{matrix: what it reads now for sampled input rows}: take it just after programming, before `compensate`."""
-    rows = [x for parts in network.samples(images, n_rows=n_rows).values() for x in parts]
-    pairs = zip(network.groups(), rows, strict=True)
-    return {group.name: take_reference(engine, group, x) for (engine, group), x in pairs}
-
-
-def compensate(network: EngineNetwork, references: Mapping[str, Reference], *, per: str = "column") -> None:
-    """Nothing; scales every reading back to its reference, one factor per "column" or per "layer"."""
+    found = {}
     for engine, group in network.groups():
-        compensate_drift(engine, group, references[group.name], per=per)
+        then, now = references[group.name].size, engine.measure(group, references[group.name].probes).abs().mean(0)
+        ratio = then.sum() / now.sum().clamp_min(1e-30) if per == "layer" else then / now.clamp_min(1e-30)
+        factor = torch.where((then > 0) & (now > 0), ratio.clamp(*_RANGE), 1.0)
+        engine.set_correction(group, replace(engine.correction(group), drift=factor))
+        found[group.name] = factor
+    return found
 
 
 _AFTER = ("conv_bn", "linear_bn")

@@ -1,6 +1,8 @@
 """Calibration: known errors go to round-off, held-out errors fall, dead columns stay finite, faults are mended."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from hq_lib.crossbar import (
     count,
     residuals,
 )
-from hq_lib.crossbar.calibration import compensate_drift, take_reference
+from hq_lib.crossbar.calibration import compensate, references
 from hq_lib.crossbar.mapping import OK, STUCK_HIGH, STUCK_LOW, partner_levels, row_order
 from hq_lib.crossbar.profiles import IDEAL, PCM_JOSHI, PCM_NANDAKUMAR, RRAM_WAN_1S
 
@@ -41,6 +43,12 @@ class Skewed(IdealEngine):
 
 def loaded(engine: Engine, name: str = "a", w=W):
     return engine, engine.load(w, 1.0, name)
+
+
+def as_network(engine: Engine, handle, probes) -> Any:
+    """One matrix as a network of its own, of which ``probes`` are the sampled inputs."""
+    samples = {handle.name: [torch.from_numpy(probes)]}
+    return SimpleNamespace(groups=lambda: [(engine, handle)], samples=lambda images, n_rows: samples)
 
 
 def rms(engine, handle, x=TEST):
@@ -139,20 +147,20 @@ def test_drift_is_compensated(per):
     device = Device("d", "t", 0.0, 25.0, drift=PCM_NANDAKUMAR.drift)
     engine, handle = loaded(SimEngine(Circuit(device)))
     engine.calibrate(handle, FIT)
-    reference, fresh = take_reference(engine, handle, FIT[:50]), rms(engine, handle)
+    network = as_network(engine, handle, FIT[:50])
+    found, fresh = references(network, X), rms(engine, handle)
     engine.set_time(86_400.0)
     drifted = rms(engine, handle)
-    factor = compensate_drift(engine, handle, reference, per=per)
-    assert bool((factor > 1.2).all())
+    assert bool((compensate(network, found, per=per)["a"] > 1.2).all())
     assert fresh < rms(engine, handle) < 0.5 * drifted
     engine.set_time(20.0)
-    torch.testing.assert_close(compensate_drift(engine, handle, reference, per=per), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(compensate(network, found, per=per)["a"], torch.ones(6, dtype=torch.float64))
 
 
 def test_probes_must_carry_signal():
     engine, handle = loaded(SimEngine())
     with pytest.raises(CrossbarError, match="probe rows"):
-        take_reference(engine, handle, np.zeros((5, 90), int))
+        references(as_network(engine, handle, np.zeros((5, 90), int)), X)
 
 
 @pytest.mark.parametrize(
