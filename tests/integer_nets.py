@@ -1,5 +1,6 @@
 """Small networks that between them use every operation a record has, and single layers of awkward sizes."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -240,3 +241,52 @@ def all_pairs(seed: int, *, requantizer: str, add: bool):
         ops.append(r.Conv("layer", ("across", "down"), "y", *common, (1, 1), (0, 0, 0, 0), (1, 1), 1))
     image = np.broadcast_to(np.arange(n, dtype=np.float32) - zero, (1, 1, n, n))
     return r.IntegerModel(requantizer, {s.name: s for s in specs}, tuple(ops), "image", "y"), image.copy()
+
+
+def random_moves(seed: int, *, dtype: str, requantizer: str):
+    """A chain of operations that move or multiply integers, of random shapes and axes, as a record, and its images."""
+    rng = np.random.default_rng(seed)
+    big, one = np.iinfo(dtype).max, np.asarray(1.0, np.float32)
+    grid = (dtype, 8 if big == 255 else 16, 0, big, one, big // 3)
+    specs = [r.TensorSpec("image", (6, 5, 4), "float32", 32, 0, 0, one, 0), r.TensorSpec("t0", (6, 5, 4), *grid)]
+    ops: list[r.Op] = [r.Quantize("quantize", ("image",), "t0")]
+
+    def put(kind, inputs, shape, *settings):
+        name = f"t{len(ops)}"
+        specs.append(r.TensorSpec(name, tuple(int(n) for n in shape), *grid))
+        ops.append(kind(f"op{len(ops)}", inputs, name, *settings))
+        return name
+
+    for _ in range(12):
+        x, shape = specs[-1].name, specs[-1].shape
+        ends = [sorted(rng.choice(n + 1, 2, replace=False).tolist()) for n in shape]
+        match rng.choice(["reshape", "turn", "cut", "pad", "join", "gate", "table"]):
+            case "reshape":
+                left, sizes = math.prod(shape), []
+                for _ in range(int(rng.integers(0, 4))):
+                    sizes.append(int(rng.choice([n for n in range(1, left + 1) if left % n == 0])))
+                    left //= sizes[-1]
+                put(r.Reshape, (x,), [*sizes, left])
+            case "turn":
+                axes = tuple(rng.permutation(len(shape)).tolist())
+                put(r.Transpose, (x,), [shape[a] for a in axes], axes)
+            case "cut" if math.prod(shape) > 200:
+                starts, stops = zip(*ends, strict=True)
+                steps = tuple(rng.integers(1, 3, len(shape)).tolist())
+                lengths = [len(range(*of)) for of in zip(starts, stops, steps, strict=True)]
+                put(r.Slice, (x,), lengths, starts, stops, steps)
+            case "pad" if math.prod(shape) < 2000:
+                before, after = (tuple(rng.integers(0, 3, len(shape)).tolist()) for _ in range(2))
+                put(r.Pad, (x,), np.array(shape) + before + after, before, after)
+            case "join" if math.prod(shape) < 2000:
+                axis, times = int(rng.integers(len(shape))), int(rng.integers(1, 4))
+                put(r.Concat, (x,) * times, [n * (times if a == axis else 1) for a, n in enumerate(shape)], axis)
+            case "gate":
+                stops = tuple(n if rng.random() < 0.5 else 1 for n in shape)
+                gate = put(r.Slice, (x,), stops, (0,) * len(shape), stops, (1,) * len(shape))
+                forms = (np.array([1.5 / big], np.float32), np.array([1.5 / big]))
+                put(r.Mul, (x, gate), shape, *requants(forms))
+            case "table":
+                put(r.Table, (x,), shape, rng.integers(0, big + 1, big + 1).astype(dtype))
+    image = rng.integers(-big // 3, big - big // 3 + 1, (2, 6, 5, 4)).astype(np.float32)
+    return r.IntegerModel(requantizer, {s.name: s for s in specs}, tuple(ops), "image", specs[-1].name), image

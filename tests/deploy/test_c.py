@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from integer_nets import NETS, POLICIES, all_pairs, images, quantized, random_layer
+from integer_nets import NETS, POLICIES, all_pairs, images, quantized, random_layer, random_moves
 from torch import nn
 
 from hq_lib import deploy, models
@@ -71,6 +71,16 @@ def test_layers_of_awkward_sizes(requantizer, residual, x_dtype, w_dtype):
 def test_ties_are_rounded_alike(add, requantizer):
     for seed in range(8 if add else 2):
         model, x = all_pairs(seed, requantizer=requantizer, add=add)
+        want = run(model, x)
+        for kernel in kernels_here(model):
+            assert np.array_equal(Runtime(model, kernel=kernel).run(x), want), (seed, kernel)
+
+
+@pytest.mark.parametrize("requantizer", r.REQUANTIZERS)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_moves_and_products_of_any_shape(dtype, requantizer):
+    for seed in range(40):
+        model, x = random_moves(seed, dtype=dtype, requantizer=requantizer)
         want = run(model, x)
         for kernel in kernels_here(model):
             assert np.array_equal(Runtime(model, kernel=kernel).run(x), want), (seed, kernel)

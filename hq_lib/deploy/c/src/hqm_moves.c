@@ -79,17 +79,43 @@ void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const
     write_sums(acc, n, &r, y, at);
 }
 
-/* Copies shape[0] x ... elements between two places of the arena, each with its own steps (in elements). */
+/* n elements of `size` bytes, each so many steps (in elements) from the one before. */
+static void move_run(uint8_t *to, size_t to_step, const uint8_t *from, size_t from_step, size_t n, uint32_t size) {
+    if (to_step == 1 && from_step == 1) memmove(to, from, n * size);
+    else if (size == 1)
+        for (size_t i = 0; i < n; i++) to[i * to_step] = from[i * from_step];
+    else
+        for (size_t i = 0; i < n; i++) memmove(to + i * to_step * size, from + i * from_step * size, size);
+}
+
+/* Copies shape[0] x ... elements between two places of the arena, each with its own steps (in elements): in the order of
+ * the destination, and axes that follow each other in both places as one. */
 static void copy(uint8_t *to, const size_t *to_step, const uint8_t *from, const size_t *from_step,
                  const uint32_t *shape, uint32_t rank, uint32_t size) {
-    uint32_t at[HQM_MAX_RANK] = {0};
-    for (;;) {
-        size_t a = 0, b = 0;
-        for (uint32_t k = 0; k < rank; k++) a += at[k] * to_step[k], b += at[k] * from_step[k];
-        memmove(to + a * size, from + b * size, size);
-        uint32_t k = rank;
-        while (k > 0 && ++at[k - 1] == shape[k - 1]) at[--k] = 0;
-        if (k == 0) return;
+    struct { size_t to, from, n, at; } axes[HQM_MAX_RANK], *last = axes;
+    uint32_t n = 0;
+    axes[0].to = axes[0].from = axes[0].n = 1;
+    for (uint32_t k = 0; k < rank; k++) {
+        if (shape[k] == 1) continue;
+        uint32_t i = n++;
+        for (; i && axes[i - 1].to < to_step[k]; i--) axes[i] = axes[i - 1];
+        axes[i].to = to_step[k], axes[i].from = from_step[k], axes[i].n = shape[k], axes[i].at = 0;
+    }
+    for (uint32_t k = 1; k < n; k++) {
+        const int follows = last->to == axes[k].to * axes[k].n && last->from == axes[k].from * axes[k].n;
+        const size_t times = follows ? last->n : 1;
+        if (!follows) last++;
+        *last = axes[k], last->n *= times;
+    }
+    for (size_t a = 0, b = 0;;) {
+        move_run(to + a * size, last->to, from + b * size, last->from, last->n, size);
+        uint32_t k = (uint32_t)(last - axes);
+        for (; k > 0; k--) {
+            a += axes[k - 1].to, b += axes[k - 1].from;
+            if (++axes[k - 1].at < axes[k - 1].n) break;
+            a -= axes[k - 1].to * axes[k - 1].n, b -= axes[k - 1].from * axes[k - 1].n, axes[k - 1].at = 0;
+        }
+        if (!k) return;
     }
 }
 
@@ -111,13 +137,20 @@ static size_t place_of(const tensor *t, uint32_t i) {
 
 static int is_flat(const tensor *t) { return t->rank != 3 || t->shape[0] == 1 || t->n == t->shape[0]; }
 
+/* Steps (in elements) of the axes of a tensor in row-major order. */
+static void row_major(const tensor *t, size_t *step) {
+    size_t n = 1;
+    for (uint32_t k = t->rank; k-- > 0; n *= t->shape[k]) step[k] = n;
+}
+
 static void reshape(const tensor *x, const tensor *y) {
-    if (is_flat(x) && is_flat(y)) {
-        memmove(y->data, x->data, (size_t)x->n * x->size);
-        return;
-    }
-    for (uint32_t i = 0; i < x->n; i++)
-        memmove(y->data + place_of(y, i) * y->size, x->data + place_of(x, i) * x->size, x->size);
+    size_t step[HQM_MAX_RANK];
+    if (is_flat(x) && is_flat(y)) memmove(y->data, x->data, (size_t)x->n * x->size);
+    else if (is_flat(y)) row_major(x, step), copy(y->data, step, x->data, x->stride, x->shape, x->rank, x->size);
+    else if (is_flat(x)) row_major(y, step), copy(y->data, y->stride, x->data, step, y->shape, y->rank, x->size);
+    else
+        for (uint32_t i = 0; i < x->n; i++)
+            memmove(y->data + place_of(y, i) * y->size, x->data + place_of(x, i) * x->size, x->size);
 }
 
 void run_move(const uint32_t *op, const tensor *x, const tensor *y) {
