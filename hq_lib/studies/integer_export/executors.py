@@ -25,12 +25,12 @@ from hq_lib.results import provenance
 
 EXECUTORS = ("float", "fake_quant", "numpy", "c", "onnx")
 ENDINGS = {"float": "safetensors", "fake_quant": "safetensors", "numpy": "npz", "c": "hqm", "onnx": "onnx"}
-VERSIONS = {"c": 2, "onnx": 2}
-NARROW_VERSIONS = {"numpy": 2, "c": 2, "onnx": 3}
+VERSIONS = {"numpy": 2, "c": 3, "onnx": 3}
+NARROW_VERSIONS = {"numpy": 3, "c": 3, "onnx": 4}
 """Executor -> switch "version" of its rows, raised when its time or file changes; the second: weights of up to 4 bits.
 
-Rows without it are of the first: C before the kernels of container version 2, ONNX Runtime with an option that slowed
-it where VNNI is present, ``.npz`` and ONNX files with a byte for a weight of 4 bits."""
+Rows without it are of the first; the newest are those of smaller ``.npz`` and ONNX files, and of C in tiles of 2x2
+outputs, in 16-bit sums and with moves in runs."""
 BATCH = 100  # images at once; C takes one at a time
 LIBRARIES = {
     "float": ("torch", "hq_lib.models"), "fake_quant": ("torch", "hq_lib.models", "hq_lib.graph", "hq_lib.ptq"),
