@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hq_lib import data
+from hq_lib import data, ptq
 from hq_lib.data import ImageSet
-from hq_lib.graph import Block, blocks
+from hq_lib.graph import Block, blocks, quantize, set_quantization
 from hq_lib.graph.modes import eval_mode
 from hq_lib.ptq import selection
 from hq_lib.ptq.selection import Manifest, features
@@ -175,12 +175,20 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
 
 
 def first_block_error(bench: Bench, x: Tensor) -> Tensor:
-    """(N,) mean squared error per image behind the first residual block, rounded to nearest at ``ERROR_BITS``."""
-    qnet = recipes.quantized(bench.net, x, recipes.RECIPES["mse"], ERROR_BITS, iterations=0, seed=0)
+    """(N,) mean squared error per image behind the first residual block, rounded to nearest at ``ERROR_BITS``.
+
+    Ranges are of least squared error, as recipe "mse" has them; what comes later gets none.
+    """
+    qnet = quantize(bench.net, recipes.policy(*ERROR_BITS), x[:1])
     found = blocks(qnet)
     upto = found[: next(i for i, block in enumerate(found) if block.residual) + 1]
     nodes, layers = (tuple(name for b in upto for name in getattr(b, key)) for key in ("nodes", "layers"))
-    head = cut(qnet, Block("head", upto[0].input, upto[-1].output, nodes, layers, True))
+    whole = Block("head", upto[0].input, upto[-1].output, nodes, layers, True)
+    own = set(cut(qnet, whole).modules())
+    ptq.fit_weights(qnet, "mse", only=own.__contains__)
+    with set_quantization(qnet, weights=False, acts=False, only=lambda quantizer: quantizer not in own):
+        ptq.fit_acts(qnet, x[: recipes.RANGE_IMAGES], "mse", only=own.__contains__)
+    head = cut(qnet, whole)
 
     def exact(part: Tensor) -> Tensor:
         with as_float(head):
