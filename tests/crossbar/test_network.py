@@ -59,8 +59,11 @@ def distance(network, x):
     return float(np.linalg.norm(network.run(x) - exact) / np.linalg.norm(exact))
 
 
-@pytest.mark.parametrize("requantizer", ["float32", "fixed"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "requantizer"),
+    [("w8a8", "float32"), ("w4a4", "fixed"),
+     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("w8a8", "fixed"), ("w4a4", "float32")))],
+)  # fmt: skip
 @pytest.mark.parametrize("name", NETWORKS)
 def test_ideal_engine_gives_the_numpy_executor_s_bits(qnets, name, policy, requantizer):
     model, x = lowered(qnets, name, policy, requantizer)

@@ -64,10 +64,13 @@ def both_forms(qnet, folder, name="net"):
     return files
 
 
+GRID = set(itertools.product((None, 0), (1, 2, 3, 4, 5, 6, 7, 8, 16)))
+FEW = [(0, 1), (None, 3), (0, 16)]  # signs, codes that fill no byte, two bytes a code
+
+
 @pytest.mark.parametrize(
-    "bits", [1, 3, 16, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 5, 6, 7, 8))]
+    ("axis", "bits"), [*FEW, *(pytest.param(*each, marks=pytest.mark.slow) for each in sorted(GRID - {*FEW}, key=str))]
 )
-@pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_comes_back_to_the_last_bit(tmp_path, method, axis, bits):
     weight = {"method": method, "bits": bits, "axis": axis}
