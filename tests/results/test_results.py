@@ -19,7 +19,7 @@ from hq_lib.results import atomic, paths, rows, store
 from hq_lib.results.rows import Row, RowError
 from hq_lib.results.store import ResultsError
 
-SPAWN = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
 
 
 def a_row(**changes):
@@ -283,7 +283,7 @@ def append_for_ever(started):
 
 
 def test_two_processes_appending_fifty_rows_each_lose_none():
-    writers = [SPAWN.Process(target=append_fifty, args=(m,)) for m in ("pact", "lsq")]
+    writers = [CONTEXT.Process(target=append_fifty, args=(m,)) for m in ("pact", "lsq")]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -297,8 +297,8 @@ def test_two_processes_appending_fifty_rows_each_lose_none():
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a POSIX signal")
 def test_a_killed_writer_leaves_a_whole_file_and_no_lock():
     for attempt in range(3):
-        started = SPAWN.Event()
-        writer = SPAWN.Process(target=append_for_ever, args=(started,))
+        started = CONTEXT.Event()
+        writer = CONTEXT.Process(target=append_for_ever, args=(started,))
         writer.start()
         assert started.wait(60)
         time.sleep(0.15 + 0.11 * attempt)
