@@ -2,9 +2,14 @@
 
 import ast
 import json
+import os
 import re
 import statistics
+import sys
+import warnings
 from collections import defaultdict
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 
 import nbformat
 import pandas as pd
@@ -12,10 +17,15 @@ import papermill
 import pytest
 import torch
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from hq_lib import models
+from hq_lib.quantizers.fusion import enable_fusion_
 from hq_lib.results import dependencies, notebook, paths, tables
 from hq_lib.results.share import RUNS_A_STUDY
+from hq_lib.studies import every
 
 NOTEBOOKS = sorted((paths.ROOT / "notebooks").glob("*.ipynb"))
 names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -138,16 +148,45 @@ def smoke_out(tmp_path_factory):
         yield folder
 
 
+LOADED_BEFORE_THE_FORK = every()
+
+
+def run_cells(sources, folder, said):
+    """In a forked process, which has the imports of this one: the cells one after another, to the first error."""
+    os.chdir(folder)
+    enable_fusion_(False)
+    with said.open("w") as out, redirect_stdout(out), redirect_stderr(out), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shell = InteractiveShell.instance()
+        ended = all(shell.run_cell(source, store_history=True).success for source in sources)
+        print("", flush=True)
+    os._exit(0 if ended else 1)
+
+
 @names
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_it_runs(path, smoke_out, tmp_path):
+    """Cell by cell as papermill gives it to a kernel; what a kernel and its start add is ``IN_A_KERNEL``'s."""
+    given = parameterize_notebook(load_notebook_node(str(path)), {"profile": "smoke", **SHORT.get(path.stem, {})})
+    sources, said = [c.source for c in given.cells if c.cell_type == "code"], tmp_path / "said"
+    process = get_context("fork").Process(target=run_cells, args=(sources, path.parent, said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, said.read_text()[-6000:]
+
+
+IN_A_KERNEL = "00_map"
+
+
 @pytest.mark.filterwarnings("default")  # the kernel's own process and client libraries, not ours
-def test_it_runs(path, smoke_out):
-    executed = smoke_out / path.name
-    given = {"profile": "smoke", **SHORT.get(path.stem, {})}
-    papermill.execute_notebook(path, executed, parameters=given, progress_bar=False, cwd=path.parent)
-    errors = [o for c in cells(executed, "code") for o in c["outputs"] if o["output_type"] == "error"]
-    assert errors == []
-    warned = [o["text"] for c in cells(executed, "code") for o in c["outputs"] if o.get("name") == "stderr"]
-    assert not [text for text in warned if "Warning" in "".join(text)]
+def test_papermill_runs_one_in_a_kernel(smoke_out):
+    executed = smoke_out / f"{IN_A_KERNEL}.ipynb"
+    path = paths.ROOT / "notebooks" / executed.name
+    papermill.execute_notebook(path, executed, parameters={"profile": "smoke"}, progress_bar=False, cwd=path.parent)
+    outputs = [o for c in cells(executed, "code") for o in c["outputs"]]
+    assert outputs
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert not [o["text"] for o in outputs if o.get("name") == "stderr" and "Warning" in "".join(o["text"])]
 
 
 SUBSETS = {

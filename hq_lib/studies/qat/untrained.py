@@ -18,8 +18,6 @@ BRANCHES = ("*.shortcut.0",)
 INPUTS = ("conv1", "layer1.*.add", "layer2.*.add", "layer3.0.add", "layer3.1.add")
 IN_FLOAT = {"neither": (), "branch outputs": BRANCHES, "block inputs": INPUTS, "both": (*BRANCHES, *INPUTS)}
 """What has no quantizer -> its tensors in ResNet-20, whose blocks read the stem or the sum of the block before."""
-N_CALIB = 256
-"""Training images that the ranges hold."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +30,24 @@ class Plan:
     """Networks whose bit lists are measured."""
     n_test: int | None = None
     """Test images; None = all."""
+    n_calib: int = 256
+    """Training images that the ranges hold."""
 
 
 def points(plan: Plan) -> list[Point]:
     """ResNet-20 by what is left in float and by bits, then every network's configurations."""
-    found = [_point("resnet20", (bits, bits), {"in_float": what}) for bits in plan.bits for what in IN_FLOAT]
+    found = [_point(plan, "resnet20", (bits, bits), {"in_float": what}) for bits in plan.bits for what in IN_FLOAT]
     return found + [
-        _point(model, least_bits(lists), {"lists": name})
+        _point(plan, model, least_bits(lists), {"lists": name})
         for model in plan.models
         for name, lists in BIT_LISTS.get(model, {}).items()
     ]
 
 
-def _point(model: str, bits: tuple[int, int], named: dict[str, str]) -> Point:
+def _point(plan: Plan, model: str, bits: tuple[int, int], named: dict[str, str]) -> Point:
     key = {
         "model": model, "method": "minmax", "metric": "acc_pct", "w_bits": bits[0], "a_bits": bits[1],
-        "n_calib": N_CALIB, "seed": 0, "switches": {**named, **net_switch(model)},
+        "n_calib": plan.n_calib, "seed": 0, "switches": {**named, **net_switch(model)},
     }  # fmt: skip
     what = "_".join(named.values()).replace(" ", "_").replace("*", "star")
     return Point(f"untrained_{model}_w{bits[0]}a{bits[1]}_{what}", key, bench=model, after=(f"{model}_float_s0",))
@@ -61,7 +61,7 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Row]:
     else:
         left = {name: {"act": 32} for name in ("*.conv2", *IN_FLOAT[point["in_float"]])}
         policy = BitPolicy(f"minmax:{point['w_bits']}", f"minmax:{point['a_bits']}", overrides=left)
-    x = bench.calibration(N_CALIB, 0)
+    x = bench.calibration(run.plan.n_calib, 0)
     qnet = quantize(bench.net, policy, x[:1])
     calibrate(qnet, x)
     score = evaluate(qnet, bench.test)
@@ -70,7 +70,7 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Row]:
 
 STUDY = Study(
     "qat_untrained",
-    {"smoke": Plan((8,), ("resnet20",), 50), "quick": Plan(n_test=500), "full": Plan()},
+    {"smoke": Plan((8,), ("resnet20",), 50, 32), "quick": Plan(n_test=500), "full": Plan()},
     points=points,
     open_bench=lambda run, name: open_bench(name, n_test=run.plan.n_test),
     measure=measure,
