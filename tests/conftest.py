@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed-shift", type=int, default=0, help="added to the seed that every test starts from")
 
 
-LONGEST = ("test_types.py", "test_notebooks.py::test_it_runs", "test_killed.py", "test_life.py")
+LONGEST = ("test_types.py", "test_it_runs", "test_killed.py", "test_life.py", "test_every_test_of_a_gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
