@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib import data
-from hq_lib.models.resnet import ResNet
+from hq_lib.models.small import ResNet
 from hq_lib.quantizers import Grid
 from hq_lib.quantizers.lp_grid import lp_search
 from hq_lib.results import paths

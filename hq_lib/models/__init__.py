@@ -12,6 +12,15 @@ from hq_lib.models.checkpoints import (
     save_checkpoint,
     write_checkpoint,
 )
-from hq_lib.models.counting import count_macs, count_madds_thop, count_parameters
 from hq_lib.models.public import IMAGENET_MEAN_STD, CheckpointError, fetched, load_public, resnet20_akamaster
-from hq_lib.models.zoo import build, builder, imagenet_names, names, published, taken
+from hq_lib.models.zoo import (
+    build,
+    builder,
+    count_macs,
+    count_madds_thop,
+    count_parameters,
+    imagenet_names,
+    names,
+    published,
+    taken,
+)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib.data import sources
-from hq_lib.models.resnet import ResNet
+from hq_lib.models.small import ResNet
 from hq_lib.results import paths
 
 STRIP_WRAPPERS = {r"^((module|_orig_mod)\.)+": ""}  # the prefixes that DataParallel and torch.compile leave

@@ -1,24 +1,23 @@
-"""Networks by name: ours for small images; torchvision's, two of its builders' and EfficientNet-Lite for ImageNet.
+"""Networks by name, and their sizes: ours for small images, torchvision's, two of its builders', EfficientNet-Lite.
 
 They come untrained, but for EfficientNet-Lite, whose weights are part of a package (the extra ``imagenet``);
 ``published`` fetches torchvision's.
 """
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_lib.models import efficientnet_lite
-from hq_lib.models.lenet import LeNet
-from hq_lib.models.mobilenetv2 import MobileNetV2
+from hq_lib.models.mobile import FORMS, TAKEN, MobileNetV2, efficientnet_lite
 from hq_lib.models.public import CheckpointError
-from hq_lib.models.resnet import DEPTHS, ResNet
-from hq_lib.models.toynet import ToyNet
-from hq_lib.models.vgg import VGG, VGG11, VGG_SMALL
+from hq_lib.models.small import DEPTHS, VGG, VGG11, VGG_SMALL, LeNet, ResNet, ToyNet
 from hq_lib.results.hints import nearest
 
 # RegNetX-600MF: Radosavovic et al. 2020, arXiv:2003.13678, table of RegNetX models
@@ -49,7 +48,7 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
 THEIRS = ("resnet18", "resnet50", "resnet101", "mobilenetv2_imagenet", "regnetx_600m", "mnasnet2_0")
 IMAGENET: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_torchvision, name) for name in THEIRS},
-    **{f"efficientnet_lite{i}": partial(efficientnet_lite.efficientnet_lite, i) for i in efficientnet_lite.FORMS},
+    **{f"efficientnet_lite{i}": partial(efficientnet_lite, i) for i in FORMS},
 }
 """Name -> builder of the networks that tables name; options are those of the builder, ``num_classes`` among them."""
 
@@ -83,7 +82,7 @@ def builder(name: str) -> Callable[..., nn.Module]:
 
 def taken(name: str) -> Mapping[str, object] | None:
     """What a network that is built with its weights takes, fields of ``DataSpec``; None for all others."""
-    return efficientnet_lite.TAKEN.get(name)
+    return TAKEN.get(name)
 
 
 def published(name: str, which: str = "DEFAULT") -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -140,3 +139,55 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
             mend = f"say n_classes={value!r}" if key == "num_classes" else f"it has {offered or 'none'}"
             raise ValueError(f"{name} has no option {key!r}: {mend}")
     return make(**{key: value for key, value in sizes.items() if value is not None}, **options)
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Number of elements of all parameters; batch-norm statistics are buffers and do not count."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def count_macs(net: nn.Module, in_shape: Sequence[int]) -> int:
+    """MACs of the convolutions and matrix products for one image, without biases: half of PyTorch's own FLOPs.
+
+        conv       C_out H_out W_out  k_h k_w  C_in / groups
+        conv^T     C_in H_in W_in  k_h k_w  C_out / groups
+        linear     n_in n_out, times the positions it is applied to
+
+    Args:
+        net:      any module; left as it was (mode, buffers).
+        in_shape: (C, H, W) of one image.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # a second's import that only this needs
+
+    net = copy.deepcopy(net).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(next(net.parameters(), torch.zeros(())).new_zeros((1, *in_shape)))
+    return counter.get_total_flops() // 2
+
+
+def count_madds_thop(net: nn.Module, in_shape: Sequence[int]) -> int:
+    """MAdds for one image in the convention of the package thop, which seed 001's tables use.
+
+    MACs of ``count_macs``, plus 2 per element that a batch norm puts out, plus pooling *modules*: an ``AvgPool2d`` 1
+    per output element, an ``AdaptiveAvgPool2d`` (window area + 1) per output element. Pools called as functions,
+    activations and additions are free.
+
+    Args:
+        net:      any module; left as it was.
+        in_shape: (C, H, W) of one image.
+    """
+    beside = 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        nonlocal beside
+        if isinstance(module, _BatchNorm):
+            beside += 2 * y.numel()
+        elif isinstance(module, nn.AvgPool2d):
+            beside += y.numel()
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            beside += y.numel() * (inputs[0][0, 0].numel() // y[0, 0].numel() + 1)
+
+    net = copy.deepcopy(net)
+    for module in net.modules():
+        module.register_forward_hook(add)
+    return count_macs(net, in_shape) + beside

