@@ -28,9 +28,8 @@ from torch import Tensor, fx, nn
 from hq_lib import data, models, ptq
 from hq_lib.graph import BitPolicy, act_quantizers, blocks, quantize, weight_layers
 from hq_lib.graph.tracing import eval_mode
-from hq_lib.ptq.cache import UnitCache, through
 from hq_lib.ptq.reconstruction import rounders_of, train_unit
-from hq_lib.ptq.units import cut, install
+from hq_lib.ptq.units import UnitCache, cut, install, through
 from hq_lib.quantizers import Grid
 from hq_lib.results import paths
 from hq_lib.training import evaluate

@@ -304,7 +304,7 @@ def test_pictures_in_a_folder_are_chosen_by_name_and_taken_by_hash(tmp_path):
     assert chosen.spec.mean == (0.5, 0.4, 0.3)
     first = selection.read(tmp_path / "m.json").files[0]
     Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(tmp_path / "pictures" / first)
-    with pytest.raises(selection.manifest.ManifestError, match="differs"):
+    with pytest.raises(selection.ManifestError, match="differs"):
         again.calibration({})
 
 

@@ -1,18 +1,22 @@
-"""What prepares a network for low bits without images' labels: weights evened out, batch norms measured again.
+"""What helps a network to low bits without labels: weights evened out, means corrected, batch norms measured again.
 
 net = ptq.equalize(fold_bn(net, x), x)                    # before quantize: same function, ranges alike
+ptq.correct_means(qnet, images)                           # after it: the shift that rounding made, out of the biases
 ptq.reestimate_norms(qnet, batches)                       # after it: statistics of the quantized activations
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_lib.graph import QuantizeError, kinds, op_name
+from hq_lib.graph import QuantizedNet, QuantizedWeight, QuantizeError, kinds, op_name, weight_layers
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.modes import eval_mode
+from hq_lib.graph.state import Choice, set_quantization
 from hq_lib.graph.tracing import Example, device_of
 
 _THROUGH = {"relu", "maxpool2d", "dropout", "dropout2d", "identity"}  # f(s x) = s f(x) for s > 0, channel by channel
@@ -84,6 +88,48 @@ def _even_out(first: nn.Module, second: nn.Module) -> float:
     if isinstance(first.bias, Tensor):
         first.bias.div_(s)
     return float((s - 1).abs().max())
+
+
+@torch.no_grad()
+def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> dict[str, Tensor]:
+    """By how much rounding the weights shifts the mean of each output channel: (C_out,), real units, by layer.
+
+        shift_c = E[(w_hat * x)_c] - E[(w * x)_c]        mean over images and positions, x the layer's input
+
+    (Nagel et al. 2019, arXiv:1906.04721, section 4.2, measured instead of derived.) ``x`` is what the layer sees while
+    the quantizers chosen by ``only`` (default: all, activations too) are off, so that no layer's shift depends on
+    another's bits.
+
+    Args:
+        qnet:   from ``graph.quantize``, weight grids fitted; left as it was.
+        images: (N, C, H, W), normalised; one batch.
+        only:   which quantizers (given the module).
+    """
+    found: dict[str, Tensor] = {}
+
+    def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, QuantizedWeight)
+        with set_quantization(layer, weights=True, acts=None):
+            shift = layer.forward(inputs[0]) - output
+        channels = shift.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        found[name] = shift.mean([d for d in range(shift.dim()) if d != channels])
+
+    chosen = {n: m for n, m in weight_layers(qnet).items() if (q := m.weight_quantizer) and (only is None or only(q))}
+    with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet), ExitStack() as hooks:
+        for name, layer in chosen.items():
+            hooks.enter_context(layer.register_forward_hook(partial(measure, name)))
+        qnet(images.to(device_of(qnet)))
+    return found
+
+
+def correct_means(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> None:
+    """Take each layer's ``mean_shifts`` out of its bias, in place; a layer without bias gets one.
+
+    The integers and scales stay as they are, so it survives ``integer.lower``. Arguments as in ``mean_shifts``.
+    """
+    for name, shift in mean_shifts(qnet, images, only=only).items():
+        layer = weight_layers(qnet)[name]
+        layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias.detach() - shift)
 
 
 @torch.no_grad()

@@ -3,16 +3,18 @@
     min over V, s   mean |f_q(x~; V, s) - f(x)|^p  +  lambda sum(1 - |2 h(V) - 1|^beta)
 
 f the float unit on the float net's activations, f_q the quantized one behind the quantized prefix. AdaRound
-(arXiv:2004.10568) does this by layer, BRECQ (arXiv:2102.05426) by block, QDrop (arXiv:2203.05740) by block with the
-activations' quantization dropped at random, ``x~ = where(U < p, x_q, x_fp)``. See ``config`` for the three settings.
+(arXiv:2004.10568) does this by layer, BRECQ (arXiv:2102.05426) by block, QDrop (Wei et al. 2022, arXiv:2203.05740,
+eq. 6) by block with the activations' quantization dropped at random, ``x~ = where(U < p, x_q, x_fp)``. See ``config``
+for the three settings.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,16 +22,49 @@ from torch import Tensor, fx, nn
 from hq_lib.graph import act_quantizers, blocks, set_quantization, weight_layers
 from hq_lib.graph.state import refuse_float
 from hq_lib.graph.tracing import device_of, eval_mode
-from hq_lib.ptq.cache import Pair, UnitCache, chunks, through
 from hq_lib.ptq.config import ReconstructionConfig
-from hq_lib.ptq.dropping import drop, dropping
-from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.progress import ReconstructionError, RunFolder, UnitReport, fingerprint
-from hq_lib.ptq.units import cut, install, units
+from hq_lib.ptq.units import Fisher, Pair, UnitCache, chunks, cut, drawn_labels, install, through, units
 from hq_lib.quantizers import AdaRound, LSQPlusAct
 
-Progress = Callable[[UnitReport], None]
+_LANES = 4  # 16-bit numbers in one int64 draw
 _CHECK_EVERY = 100
+
+
+def keep_mask(like: Tensor, keep_probability: float, generator: torch.Generator) -> Tensor:
+    """Return bool of ``like``'s shape: True, element by element, with ``keep_probability`` (to 2^-16).
+
+    One 64-bit draw serves four elements.
+    """
+    n = like.numel()
+    draws = torch.empty(-(-n // _LANES), dtype=torch.int64, device=like.device)
+    draws.random_(-(2**63), None, generator=generator)  # type: ignore[call-overload]
+    lanes = draws.view(torch.int16)[:n].view(like.shape)
+    return lanes < round(keep_probability * 2**16) - 2**15 if keep_probability < 1 else torch.ones_like(lanes).bool()
+
+
+def drop(x_hat: Tensor, x: Tensor, keep_probability: float, generator: torch.Generator) -> Tensor:
+    """Return ``x_hat`` where a fresh mask keeps it and ``x`` elsewhere; exactly one of them at probabilities 1 and 0.
+
+    Gradient: that of ``x_hat`` where kept, the identity to ``x`` elsewhere (the step gets none from there).
+    """
+    if keep_probability in (0, 1):
+        return x_hat if keep_probability == 1 else x
+    kept = keep_mask(x, keep_probability, generator).to(x.dtype)
+    return torch.lerp(x, x_hat, kept)  # exact at weights 0 and 1; ``where`` is many times slower on random masks
+
+
+@contextmanager
+def dropping(net: nn.Module, keep_probability: float, generator: torch.Generator) -> Iterator[None]:
+    """Inside, each activation quantizer of ``net`` keeps its result element by element with ``keep_probability``."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return drop(output, args[0], keep_probability, generator)
+
+    with ExitStack() as hooks:
+        for quantizer in act_quantizers(net).values() if keep_probability < 1 else ():
+            hooks.enter_context(quantizer.register_forward_hook(hook))
+        yield
 
 
 def reconstruct(
@@ -38,7 +73,7 @@ def reconstruct(
     passes: ReconstructionConfig | Sequence[ReconstructionConfig],
     *,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[UnitReport], None] | None = None,
 ) -> list[UnitReport]:
     """Learn the rounding (and steps) of ``qnet`` in place, unit after unit; returns one report per unit and pass.
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from hq_lib.quantizers.affine import MIN_SCALE, levels_from_range, max_abs
 from hq_lib.quantizers.base import Quantizer, Role, Tag, scale_gradient
-from hq_lib.quantizers.fusion import Fused
 from hq_lib.quantizers.ranges import best_shrink, widest_range
-from hq_lib.quantizers.straight_through import forward_kernel, sum_to
+from hq_lib.quantizers.straight_through import Fused, forward_kernel, sum_to
 
 ALPHA_MIN, ALPHA_MAX = 1e-3, 0.5
 """Open ends of the learned dsq_alpha; the paper has 0 and 0.5, and 0 would make the slope infinite."""

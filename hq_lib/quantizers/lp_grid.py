@@ -1,8 +1,16 @@
 """The L_p-optimal grid of a tensor (BRECQ, QDrop: p = 2.4), found exactly in a fraction of the literal loop's time.
 
-The literal loop quantizes the whole tensor once per candidate: 100 times in the 1-D search, 100 * 2^bits times in the
-2-D search. Here candidates are ranked by proved lower bounds on a histogram (``lp_error``), visited best first, and the
-search stops when no bound is below the best error measured on the values themselves: same optimum, few passes.
+The literal loop quantizes the whole tensor for each candidate: 100 times in the 1-D search, 100 * 2^bits in the 2-D.
+Here candidates are ranked by proved lower bounds on a histogram, visited best first, and the search stops when no bound
+is below the best error measured on the values themselves: same optimum, few passes.
+
+A candidate is (step, k_min): the levels are step * k for k_min <= k <= k_min + n_codes - 1, so all candidates of one
+step share the same infinite grid {step * k} and differ only in the window of codes that clips it. Hence
+
+    E(step, k_min) = R(window) + U(high end) + L(low end)
+
+with R the rounding error inside the window (one prefix sum per step serves every k_min) and U, L the clipping errors.
+Symbols: C channels, K bins, S steps, Z windows per step, p >= 1 the exponent.
 """
 
 from collections.abc import Callable
@@ -13,11 +21,135 @@ import torch
 from torch import Tensor
 
 from hq_lib.quantizers.affine import MIN_SCALE, Grid
-from hq_lib.quantizers.lp_error import Bins, grid_error, make_bins, merge_bins, value_error, window_bounds
 from hq_lib.quantizers.ranges import Scheme, grid_ends, per_channel, rows
 
-P_DEFAULT = 2.4  # BRECQ and QDrop, official code
-N_STEPS = 100  # QDrop, MSEObserver
+
+class Bins(NamedTuple):
+    """A tensor's values grouped per channel into bins, ascending; a bin of one value is exact."""
+
+    mean: Tensor
+    """(C, K) float64, real units: mean of each bin's values, ascending along K."""
+    count: Tensor
+    """(C, K) float64: number of values in each bin."""
+    spread: Tensor
+    """(C, 1) float64, real units: no value lies farther than this from its bin's mean; 0 = every bin is exact."""
+
+
+def power(distance: Tensor, p: float) -> Tensor:
+    """distance**p for distance >= 0 in float64, four times faster than ``torch.pow``.
+
+    Distances under 1e-100 count as 1e-100: log(0) is slow, and half of a ReLU output stands exactly on level 0.
+    """
+    return distance * distance if p == 2.0 else distance.clamp(min=1e-100).log_().mul_(p).exp_()
+
+
+def make_bins(rows: Tensor, n_bins: int) -> Bins:
+    """The (C, n) values as bins: themselves, sorted, where n <= n_bins; else ``n_bins`` bins of equal width."""
+    if rows.shape[1] <= n_bins:
+        mean = rows.double().sort(dim=1).values.contiguous()
+        return Bins(mean, torch.ones_like(mean), mean.new_zeros(len(mean), 1))
+    low, high = (end.double().unsqueeze(1) for end in torch.aminmax(rows, dim=1))
+    width = ((high - low) / n_bins).clamp(min=1e-30)
+    count, total = (rows.new_zeros(len(rows) * n_bins, dtype=torch.float64) for _ in range(2))
+    first = torch.arange(len(rows), device=rows.device).unsqueeze(1) * n_bins
+    start, per_unit = low.to(rows.dtype), (1 / width).to(rows.dtype)
+    for chunk in rows.split(max(1, 2**18 // len(rows)), dim=1):
+        index = (((chunk - start) * per_unit).long().clamp_(0, n_bins - 1) + first).flatten()
+        count += torch.bincount(index, minlength=len(count))
+        total += torch.bincount(index, weights=chunk.double().flatten(), minlength=len(count))
+    count, total = count.view(len(rows), n_bins), total.view(len(rows), n_bins)
+    centre = low + width * (torch.arange(n_bins, device=rows.device) + 0.5)
+    return Bins(torch.where(count > 0, total / count.clamp(min=1), centre), count, width * 1.02)  # float32 edges wander
+
+
+def merge_bins(bins: Bins, factor: int) -> Bins:
+    """The same values in bins ``factor`` times as wide: a cheaper, looser bound."""
+    mean, count = (t.unflatten(1, (-1, factor)) for t in (bins.mean, bins.count))
+    merged, total = count.sum(2), (mean * count).sum(2)
+    return Bins(torch.where(merged > 0, total / merged.clamp(min=1), mean.mean(2)), merged, bins.spread * factor)
+
+
+def grid_error(
+    x: Tensor, count: Tensor, step: Tensor, k_min: Tensor, *, n_codes: int, p: float, spread: Tensor
+) -> Tensor:
+    """Summed count * |x - nearest level|^p: exact for spread 0, else a lower bound of the bins' error.
+
+        E = sum_x n(x) |x - step * clip(round(x / step), k_min, k_min + n_codes - 1)|^p
+
+    Lower bound: |x - level|^p is convex except at the mid points between levels, so a bin that holds no mid point obeys
+    Jensen's inequality at its mean; distance to a grid is 1-Lipschitz, so any other bin loses at most ``spread``.
+    ``x``, ``count`` (C, 1, K), float64; ``step``, ``k_min`` (C, B, 1); ``spread`` (C, 1, 1) -> (C, B), real units to p.
+    """
+    inner = torch.round(x / step)
+    code = torch.minimum(torch.maximum(inner, k_min), k_min + (n_codes - 1))
+    distance = _less_spread((x - code * step).abs_(), step, spread, code == inner)
+    return (power(distance, p) * count).sum(-1)
+
+
+def _less_spread(distance: Tensor, step: Tensor, spread: Tensor, inside: Tensor | bool) -> Tensor:
+    """``distance``, less ``spread`` where a bin ``inside`` the window may hold a mid point between levels."""
+    if not bool((spread > 0).any()):
+        return distance
+    doubtful = inside & (distance > step / 2 - spread)
+    return torch.where(doubtful, (distance - spread).clamp_(min=0), distance)
+
+
+def value_error(values: Tensor, step: float, k_min: float, *, n_codes: int, p: float) -> Tensor:
+    """() float64: summed |x - x_hat|^p of one grid on the values (n,) themselves, in slices that stay in the cache."""
+    total = values.new_zeros((), dtype=torch.float64)
+    for part in values.split(2**15):
+        x = part.double()
+        code = torch.round(x / step).clamp_(k_min, k_min + n_codes - 1)
+        total += power((x - code.mul_(step)).abs_(), p).sum()  # float64 values are the caller's own
+    return total
+
+
+def window_bounds(bins: Bins, steps: Tensor, k_min: Tensor, *, n_codes: int, p: float) -> Tensor:
+    """Lower bounds of the error of every (step, window): prefix sums only, no pass over values per window.
+
+    R from one prefix sum per step. U and L from the first three moments m_0, m_1, m_2 of the clipped excess:
+    m_p >= m_2 (m_2 / m_1)^(p-2) for p >= 2 (Lyapunov), m_p >= m_1 (m_1 / m_0)^(p-1) for 1 <= p < 2 (Jensen).
+    ``steps`` (C, S) float64, > 0; ``k_min`` broadcastable to (C, S, Z), integer-valued -> (C, S, Z), real units to p.
+    """
+    moments = torch.stack([bins.count * bins.mean**r for r in range(3)])
+    below = torch.nn.functional.pad(moments.cumsum(-1), (1, 0))
+    above = torch.nn.functional.pad(moments.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    first = steps.unsqueeze(2) * k_min
+    last = steps.unsqueeze(2) * (k_min + (n_codes - 1))
+    at_first, at_last = (  # (C, S, Z)
+        torch.searchsorted(bins.mean, end.flatten(1), right=right).view_as(end)
+        for end, right in ((first, False), (last, True))
+    )
+    bounds = torch.empty_like(first)
+    for i in range(steps.shape[1]):
+        inside = _rounding_prefix(bins, steps[:, i : i + 1], p)
+        bounds[:, i] = (inside.gather(1, at_last[:, i]) - inside.gather(1, at_first[:, i])).clamp_(min=0)
+    bounds += _tail_bound(below, at_first, first, p)
+    return bounds.add_(_tail_bound(above, at_last, last, p))
+
+
+def _rounding_prefix(bins: Bins, step: Tensor, p: float) -> Tensor:
+    """(C, K+1): lower bound of the rounding error of the first j bins on the infinite grid {step * k}."""
+    distance = _less_spread((bins.mean - torch.round(bins.mean / step) * step).abs_(), step, bins.spread, True)
+    return torch.nn.functional.pad((power(distance, p) * bins.count).cumsum(-1), (1, 0))
+
+
+def _tail_bound(sums: Tensor, index: Tensor, end: Tensor, p: float) -> Tensor:
+    """Lower bound of sum |x - end|^p beyond ``index`` (C, S, Z), from the raw moments ``sums`` of the bins there.
+
+    Cancellation is charged against the bound.
+    """
+    n, first, second = sums.gather(2, index.flatten(1).expand(3, -1, -1)).view(3, *index.shape)
+    size = second + end * end * n
+    m_1 = (first - end * n).abs_()
+    m_2 = (second - 2 * end * first + end * end * n - 1e-12 * size).clamp_(min=0)
+    if p < 2:
+        mean = (m_1 - 1e-12 * (first.abs() + end.abs() * n)).clamp_(min=0) / n.clamp(min=1)
+        return n * power(mean, p)
+    return torch.where(m_2 > 0, m_2 * torch.pow(m_2 / m_1.clamp(min=1e-300), p - 2), m_2)
+
+
+P_DEFAULT, N_STEPS = 2.4, 100  # BRECQ and QDrop, official code; QDrop, MSEObserver
 N_BINS_EXACT, N_BINS_FAST = 2**16, 2**14
 _BATCH_CELLS = 2**18  # candidates x bins refined per round and channel
 _MAX_CELLS = 2**22  # bounds (channels x candidates) held at once
@@ -28,7 +160,7 @@ class LpResult(NamedTuple):
     """The best grid found and its error."""
 
     grid: Grid
-    """Scale and zero point, () or per channel in a shape that broadcasts to the tensor, with the grid's ends."""
+    """() or per channel in a shape that broadcasts to the tensor."""
     error: Tensor
     """Mean |x - x_hat|^p of the optimum (of the histogram where ``exact=False``), shape of the scale."""
 
@@ -59,12 +191,10 @@ def lp_search(
         bits:   1..16 (at 8 bits two-sided: 25,600 candidates).
         p:      >= 1; 2 is the mean squared error, 2.4 the published default.
         axis:   channel axis of a per-channel search; None = per tensor. Which signs occur is decided once for all.
-        exact:  True: the literal loop's optimum (ties, to 1e-12, go to the first in (step, zero point) order).
-                False: every value stands at the mean of its bin (16,384 bins over the range): no second pass over x;
-                the error of the chosen grid is typically within 0.5 % of the optimum.
+        exact:  True: the literal loop's optimum (ties, to 1e-12, go to the first in (step, zero point) order). False:
+                values stand at the mean of their bin (16,384): one pass over x, typically within 0.5 % of the optimum.
 
-    Returns:
-        ``LpResult``. No gradient. ``ValueError`` for NaN, Inf or no values.
+    No gradient. Raises ``ValueError`` for NaN, Inf or no values.
     """
     values = rows(x, axis)
     if p < 1:
@@ -135,10 +265,7 @@ def _refined(bins: Bins, candidates: _Candidates, index: Tensor, channels: Tenso
 def _best_first(
     bound: Tensor, refine: Callable[[Tensor, Tensor], Tensor], n_batch: int, limit: float | None = None
 ) -> Tensor:
-    """(C, M) errors of every candidate that can still win, infinity elsewhere; stops when no bound beats the best.
-
-    With ``limit`` the candidates whose bound is at most ``limit`` are refined instead.
-    """
+    """(C, M) errors of every candidate that can still win, or whose bound is at most ``limit``; infinity elsewhere."""
     open_bound, error = bound.clone(), torch.full_like(bound, torch.inf)
     n_batch = min(n_batch, bound.shape[1])
     while True:

@@ -6,7 +6,7 @@ The range follows the data and gets no gradient; the input's gradient is 1 where
 import torch
 from torch import Tensor
 
-from hq_lib.quantizers.aciq.ranges import advised_range
+from hq_lib.quantizers.aciq import advised_range
 from hq_lib.quantizers.affine import (
     affine_from_range,
     channel_dims,
@@ -137,8 +137,7 @@ class MinMaxAct(Quantizer):
         return torch.zeros_like(high), high
 
     def _fit(self, x: Tensor) -> None:
-        found = self._range(x) if self.binary else widest_range(x, signed=self.signed, axis=self.axis)
-        self.low, self.high = found
+        self.low, self.high = self._range(x) if self.binary else widest_range(x, signed=self.signed, axis=self.axis)
 
     def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         if self.binary:

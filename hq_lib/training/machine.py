@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_lib.graph.tracing import device_of
-from hq_lib.quantizers.fusion import AS_EAGER
+from hq_lib.quantizers.straight_through import AS_EAGER
 from hq_lib.training.config import AUTO, TrainConfig
 
 WORTH_COMPILING = 2_000

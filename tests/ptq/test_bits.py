@@ -16,9 +16,7 @@ from hq_lib.ptq.bits import (
     GridBank,
     at_random,
     bop_cost,
-    correct_means,
     greedy,
-    mean_shifts,
     optimal,
     size_cost,
     uniform,
@@ -138,7 +136,7 @@ def test_the_bank_gives_what_quantizing_afresh_gives(bank, images):
     fresh = quantize(tiny(), bank.policy(bits), images[:1])
     ptq.fit_weights(fresh)
     ptq.fit_acts(fresh, images)
-    correct_means(fresh, images)
+    ptq.correct_means(fresh, images)
     qnet = bank.assign(bits)
     with eval_mode(qnet), torch.no_grad():
         torch.testing.assert_close(qnet(images), fresh(images), rtol=1e-4, atol=1e-5)
@@ -175,10 +173,10 @@ def test_corrected_means_equal_the_float_nets(images):
     qnet = quantize(net, policy, images[:1])
     with torch.no_grad():
         truth, before = (net[0](images), qnet.get_submodule("0")(images))
-        shifts = mean_shifts(qnet, images)
+        shifts = ptq.mean_shifts(qnet, images)
         torch.testing.assert_close(shifts["0"], (before - truth).mean((0, 2, 3)))
         assert shifts["0"].abs().max() > 1e-3
-        correct_means(qnet, images)
+        ptq.correct_means(qnet, images)
         after = qnet.get_submodule("0")(images)
     torch.testing.assert_close(after.mean((0, 2, 3)), truth.mean((0, 2, 3)), rtol=0, atol=1e-5)
 
@@ -194,7 +192,7 @@ def test_only_some_quantizers_are_corrected_and_fitted(images):
         return quantizer.bits >= 4
 
     ptq.fit_weights(qnet, only=late)
-    shifts = mean_shifts(qnet, images, only=late)
+    shifts = ptq.mean_shifts(qnet, images, only=late)
     assert trained
     assert set(trained) == {"blocks.1.expand", "blocks.1.depthwise", "blocks.1.project"}
     assert not set(shifts) & set(trained)

@@ -9,10 +9,8 @@ from torch import nn
 
 from hq_lib import ptq
 from hq_lib.graph import BitPolicy, blocks, quantize
-from hq_lib.ptq.cache import UnitCache, through
-from hq_lib.ptq.fisher import Fisher, drawn_labels
 from hq_lib.ptq.reconstruction import distance, unit_loss
-from hq_lib.ptq.units import cut
+from hq_lib.ptq.units import Fisher, UnitCache, cut, drawn_labels, through
 
 N = 32
 SMALL = ptq.ReconstructionConfig(

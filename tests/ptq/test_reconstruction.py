@@ -11,8 +11,7 @@ from torch import nn
 from hq_lib import integer, ptq
 from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, blocks, quantize, weight_layers
 from hq_lib.ptq import cache
-from hq_lib.ptq.dropping import drop, dropping, keep_mask
-from hq_lib.ptq.reconstruction import batch_indices
+from hq_lib.ptq.reconstruction import batch_indices, drop, dropping, keep_mask
 from hq_lib.ptq.units import cut, units
 from hq_lib.quantizers import AdaRound
 

@@ -15,8 +15,8 @@ from PIL import Image
 from hq_lib import data
 from hq_lib.data import ImageSet
 from hq_lib.ptq import selection
-from hq_lib.ptq.selection import Manifest, manifest
-from hq_lib.ptq.selection.manifest import ManifestError
+from hq_lib.ptq.selection import Manifest, sets
+from hq_lib.ptq.selection.sets import ManifestError
 
 HASH = "0" * 64
 
@@ -64,13 +64,14 @@ def test_indices_are_raw_so_that_another_subset_serves_too(some, digits):
 
 def test_memory_layout_does_not_change_a_hash():
     image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
-    assert manifest.pixel_hash(image) == manifest.pixel_hash(image.permute(1, 2, 0).contiguous().permute(2, 0, 1))
-    assert manifest.pixel_hash(image) != manifest.pixel_hash(image.view(3, 2, 8))
-    assert manifest.pixel_hash(image) != manifest.pixel_hash(image.flip(0))
+    assert sets.pixel_hash(image) == sets.pixel_hash(image.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    assert sets.pixel_hash(image) != sets.pixel_hash(image.view(3, 2, 8))
+    assert sets.pixel_hash(image) != sets.pixel_hash(image.flip(0))
 
 
-def test_files_come_back_in_order(pictures):
-    made = manifest.parse(selection.from_images(pictures, [2, 0], seed=3).to_json())
+def test_files_come_back_in_order(pictures, tmp_path):
+    selection.write(selection.from_images(pictures, [2, 0], seed=3), tmp_path / "m.json")
+    made = selection.read(tmp_path / "m.json")
     assert (made.dataset, made.files) == ("root", ("train/b/3.png", "train/a/1.png"))
     taken = selection.take(made, pictures)
     assert [file.name for file in taken.images.files] == ["3.png", "1.png"]

@@ -8,7 +8,7 @@ from scipy import ndimage
 from scipy.fft import dctn
 
 from hq_lib.ptq import selection
-from hq_lib.ptq.selection import metrics
+from hq_lib.ptq.selection import scores
 
 
 def noise(n: int = 5, c: int = 3, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -52,13 +52,13 @@ def test_histogram_metrics_by_hand():
     both = torch.cat([flat, ramp])
     np.testing.assert_allclose(selection.score(both, "entropy"), [0.0, np.log(64)], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(selection.score(both, "roughness"), [1 + 4 + 1, 0.0], rtol=1e-6, atol=1e-12)
-    assert metrics.histogram(flat / 255)[0, 77 // 4] == 1.0
+    assert scores.histogram(flat / 255)[0, 77 // 4] == 1.0
 
 
 def test_every_bin_holds_as_many_grey_levels():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for images, n_bins in ((levels, 64), (levels.repeat(1, 1, 3, 3), 256)):
-        assert torch.equal(metrics.histogram(images / 255), torch.full((1, n_bins), 1 / n_bins))
+        assert torch.equal(scores.histogram(images / 255), torch.full((1, n_bins), 1 / n_bins))
 
 
 def test_constant_images_are_smoothest_and_noise_is_roughest():
@@ -74,7 +74,7 @@ def test_constant_images_are_smoothest_and_noise_is_roughest():
 def test_batches_and_pixel_types_do_not_matter(name, monkeypatch):
     images = noise(7)
     whole = selection.score(images, name)
-    monkeypatch.setattr(metrics, "_CHUNK", 2)
+    monkeypatch.setattr(scores, "_CHUNK", 2)
     torch.testing.assert_close(selection.score(images, name), whole)
     torch.testing.assert_close(selection.score(images.float() / 255, name), whole)
     torch.testing.assert_close(selection.score(images.to(memory_format=torch.channels_last), name), whole)

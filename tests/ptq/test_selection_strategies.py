@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hq_lib.ptq import selection
-from hq_lib.ptq.selection import features
+from hq_lib.ptq.selection import scores
 
 LABELS = torch.arange(60) % 4
 SCORES = torch.rand(60, generator=torch.Generator().manual_seed(0))
@@ -108,7 +108,7 @@ def test_herding_is_the_literal_loop_and_follows_the_mean():
             (mu - (phi[chosen].sum(0) + phi[i]) / t).norm().item() if i not in chosen else torch.inf for i in range(60)
         ]
         chosen.append(distance.index(min(distance)))
-    assert features.herding(phi, 12).tolist() == chosen
+    assert scores.herding(phi, 12).tolist() == chosen
     random = phi[selection.select(None, 12, strategy="random", n_images=60)].mean(0)
     assert (phi[chosen].mean(0) - mu).norm() < 0.5 * (random - mu).norm()
 
@@ -118,19 +118,19 @@ def test_k_center_is_the_literal_loop():
     chosen = [int((phi - phi.mean(0)).norm(dim=1).argmin())]
     while len(chosen) < 9:
         chosen.append(int(torch.cdist(phi, phi[chosen]).min(1).values.argmax()))
-    assert features.k_center(phi, 9).tolist() == chosen
+    assert scores.k_center(phi, 9).tolist() == chosen
 
 
 def test_selections_never_repeat_an_image_even_among_equal_ones():
     same = torch.ones(12, 3)
-    for chosen in (features.k_center(same, 12), features.herding(same, 12)):
+    for chosen in (scores.k_center(same, 12), scores.herding(same, 12)):
         assert sorted(chosen.tolist()) == list(range(12))
 
 
 def test_knowledge_distance_flags_the_outlier_in_any_layer():
     layers = [blobs(40, 3, seed=2), blobs(40, 8, seed=3) * 1000]
     layers[0][7] += 20
-    distance = features.knowledge_distance(layers, n_clusters=1)
+    distance = scores.knowledge_distance(layers, n_clusters=1)
     assert distance.argmax() == 7
     want = sum((f - f.mean(0)).norm(dim=1) / (f - f.mean(0)).norm(dim=1).mean() for f in layers)
     torch.testing.assert_close(distance, want, rtol=1e-4, atol=1e-4)
@@ -138,8 +138,8 @@ def test_knowledge_distance_flags_the_outlier_in_any_layer():
 
 def test_bn_distance_is_zero_on_its_own_statistics():
     x = torch.randn(6, 4, 9, 9, generator=torch.Generator().manual_seed(0))
-    mean, square = features.channel_moments(x)
-    distance = features.bn_distance(mean, square, x[2].mean((1, 2)), x[2].var((1, 2), correction=0))
+    mean, square = scores.channel_moments(x)
+    distance = scores.bn_distance(mean, square, x[2].mean((1, 2)), x[2].var((1, 2), correction=0))
     assert distance.argmin() == 2
     assert distance[2].item() == pytest.approx(0.0, abs=1e-9)
     by_hand = (x[0].mean((1, 2)) - x[2].mean((1, 2))).square().sum() + (
@@ -150,14 +150,14 @@ def test_bn_distance_is_zero_on_its_own_statistics():
 
 def test_reconstruction_error_per_image():
     x = blobs(7, 12).view(7, 3, 2, 2)
-    error = features.reconstruction_error(x, lambda v: v, lambda v: v.round(), batch_size=3)
+    error = scores.reconstruction_error(x, lambda v: v, lambda v: v.round(), batch_size=3)
     torch.testing.assert_close(error, (x - x.round()).square().mean((1, 2, 3)))
 
 
 @pytest.mark.parametrize("call", [
-    lambda: features.herding(blobs(5), 6), lambda: features.k_center(blobs(5), 0),
-    lambda: features.herding(torch.full((5, 2), float("nan")), 2), lambda: features.herding(torch.ones(5), 2),
-    lambda: features.knowledge_distance([]), lambda: features.knowledge_distance([blobs(5)], n_clusters=6),
+    lambda: scores.herding(blobs(5), 6), lambda: scores.k_center(blobs(5), 0),
+    lambda: scores.herding(torch.full((5, 2), float("nan")), 2), lambda: scores.herding(torch.ones(5), 2),
+    lambda: scores.knowledge_distance([]), lambda: scores.knowledge_distance([blobs(5)], n_clusters=6),
 ])  # fmt: skip
 def test_bad_features_are_refused(call):
     with pytest.raises(ValueError, match=r"wanted|NaN|one row per image|no layers"):

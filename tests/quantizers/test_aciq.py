@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.stats import laplace, norm
-from torch import nn
 
 from hq_lib.quantizers import aciq
 from hq_lib.quantizers.ranges import grid_from_range
@@ -178,86 +177,3 @@ def test_grid_aware_clip_beats_the_table_at_two_bits():
         return (x - grid.scale * torch.clamp(torch.round(x / grid.scale), 0, 3)).square().mean().item()
 
     assert error(grid="relu_endpoint") < 0.97 * error()
-
-
-# ---------------------------------------------------------------- weights
-
-
-def test_bit_allocation_example():
-    bits = aciq.allocate_bits(torch.tensor([1.0, 1.0, 8.0]), 4).tolist()
-    assert (sorted(bits[:2]), bits[2]) == ([3, 4], 5)  # the formula's (3, 3, 5) and one bit more to meet the average
-
-
-def test_bit_allocation_meets_its_limits():
-    assert aciq.allocate_bits(torch.ones(5), 3).tolist() == [3] * 5
-    assert aciq.allocate_bits(torch.tensor([0.0, 0.0]), 4).tolist() == [0, 0]
-    assert aciq.allocate_bits(torch.tensor([0.0, 1.0]), 4).tolist() == [0, 8]
-    assert aciq.allocate_bits(torch.tensor([1e-9, 1.0, 1e9]), 2).tolist() == [0, 0, 6]  # no bit for the negligible
-    spreads = torch.rand(64, generator=torch.Generator().manual_seed(0)) * 5
-    assert int(aciq.allocate_bits(spreads, 4).sum()) == 256
-    for bad in ({"spreads": -spreads, "bits": 4}, {"spreads": spreads, "bits": 9}):
-        with pytest.raises(ValueError, match=r"negative|need 0\.\.8"):
-            aciq.allocate_bits(**bad)
-
-
-def coarse(w: torch.Tensor, levels: int = 3) -> torch.Tensor:
-    scale = w.abs().amax(tuple(range(1, w.dim())), keepdim=True) / levels
-    return scale * torch.clamp(torch.round(w / scale.clamp(min=1e-9)), -levels, levels)
-
-
-def corrected(correction: aciq.Correction, w_hat: torch.Tensor) -> torch.Tensor:
-    shape = (-1, *[1] * (w_hat.dim() - 1))
-    return (correction.gain.view(shape) * w_hat.double() + correction.offset.view(shape)).to(w_hat.dtype)
-
-
-@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (5, 40), (6, 1, 3, 3)])
-def test_bias_correction_restores_mean_and_norm(shape):
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.3
-    w_hat = coarse(w)
-    fixed = corrected(aciq.bias_correction(w, w_hat), w_hat.double()).flatten(1)
-    real = w.double().flatten(1)
-    torch.testing.assert_close(fixed.mean(1), real.mean(1), rtol=1e-6, atol=0)
-    centred, want = fixed - fixed.mean(1, keepdim=True), real - real.mean(1, keepdim=True)
-    torch.testing.assert_close(centred.norm(dim=1), want.norm(dim=1), rtol=1e-6, atol=0)
-    assert ((coarse(w) - w).flatten(1).mean(1).abs() > 1e-4).any()  # it had something to restore
-
-
-def test_bias_correction_of_constant_channels():
-    w = torch.stack([torch.zeros(9), torch.full((9,), 0.2), torch.linspace(-0.01, 0.01, 9)])
-    w_hat = torch.stack([torch.zeros(9), torch.full((9,), 0.25), torch.zeros(9)])
-    correction = aciq.bias_correction(w, w_hat)
-    assert correction.gain.tolist() == [1.0, 1.0, 1.0]
-    torch.testing.assert_close(corrected(correction, w_hat).mean(1), w.mean(1))
-    with pytest.raises(ValueError, match="differ in shape"):
-        aciq.bias_correction(w, w_hat[:2])
-
-
-@pytest.mark.parametrize("geometry", [{"padding": 1}, {"stride": 2, "padding": 1, "groups": 2}, {"dilation": 2}])
-def test_correction_survives_the_integer_form(geometry):
-    """Same integers, new scale and bias: the mean output per channel is that of the exactly corrected weight."""
-    generator = torch.Generator().manual_seed(2)
-    layer = nn.Conv2d(4, 6, 3, **geometry).double()
-    x = torch.rand(16, 4, 9, 9, generator=generator).double()
-    scale = layer.weight.detach().abs().amax((1, 2, 3)) / 3
-    w_int = torch.clamp(torch.round(layer.weight.detach() / scale.view(-1, 1, 1, 1)), -3, 3)
-    correction = aciq.bias_correction(layer.weight, scale.view(-1, 1, 1, 1) * w_int)
-    new_scale, new_bias = aciq.absorb(
-        correction, scale=scale, bias=layer.bias, window_sum=aciq.window_sum_mean(x, layer)
-    )
-    with torch.no_grad():
-        exact = layer._conv_forward(x, corrected(correction, scale.view(-1, 1, 1, 1) * w_int), layer.bias)
-        integer = layer._conv_forward(x, w_int, None) * new_scale.view(1, -1, 1, 1) + new_bias.view(1, -1, 1, 1)
-    torch.testing.assert_close(integer.mean((0, 2, 3)), exact.mean((0, 2, 3)), rtol=1e-9, atol=1e-12)
-    assert (correction.offset.abs() > 1e-6).any()
-
-
-def test_absorb_creates_a_bias_and_window_sums_of_a_linear_layer():
-    layer, x = nn.Linear(3, 2, bias=False), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    sums = aciq.window_sum_mean(x, layer)
-    assert sums.tolist() == [6.0, 6.0]
-    correction = aciq.Correction(torch.tensor([2.0, 1.0]).double(), torch.tensor([0.5, 0.0]).double())
-    scale, bias = aciq.absorb(correction, scale=torch.tensor(0.1), bias=None, window_sum=sums)
-    torch.testing.assert_close(scale, torch.tensor([0.2, 0.1]))
-    torch.testing.assert_close(bias, torch.tensor([3.0, 0.0]))
-    with pytest.raises(ValueError, match="zero padding"):
-        aciq.window_sum_mean(torch.ones(1, 1, 4, 4), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"))

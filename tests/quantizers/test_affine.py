@@ -23,7 +23,7 @@ from hq_lib.quantizers.affine import (
     min_max,
     round_ste,
 )
-from hq_lib.quantizers.fusion import flat, unflat
+from hq_lib.quantizers.straight_through import flat, unflat
 
 S, Z = torch.tensor(0.5), torch.tensor(0.0)
 GRID = {"qmin": -8, "qmax": 7}
@@ -257,7 +257,7 @@ def test_fused_kernels_equal_the_plain_ones(slope, memory_format):
 
 
 def test_a_failing_compiler_falls_back_silently(monkeypatch):
-    from hq_lib.quantizers.fusion import Fused
+    from hq_lib.quantizers.straight_through import Fused
 
     def broken(*_args, **_kwargs):
         raise RuntimeError("no C++ compiler here")

@@ -7,7 +7,7 @@ import torch
 
 from hq_lib.quantizers import DSQ, act_quantizer, fusion_status, weight_quantizer
 from hq_lib.quantizers import fusion as fusion_module
-from hq_lib.quantizers.fusion import Fused, enable_fusion_
+from hq_lib.quantizers.straight_through import Fused, enable_fusion_
 from hq_lib.training import machine
 
 METHODS = ["minmax", "dorefa", "dorefa_hw", "pact", "mpact", "lsq", "lsq_plus", "dsq"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hq_lib.quantizers import Grid, lp_error
+from hq_lib.quantizers import Grid, lp_grid
 from hq_lib.quantizers.lp_grid import lp_search
 from hq_lib.quantizers.ranges import grid_from_range, minmax_range, percentile_range
 
@@ -233,17 +233,17 @@ def test_data_already_on_a_grid_is_found_with_no_error():
 def test_bounds_never_exceed_the_error(p, n_bins):
     """The proof behind ``exact=True``, sampled: bins of any width, every step, every window; and from above."""
     x = heavy_tailed(9000, seed=7)
-    bins = lp_error.make_bins(x.unsqueeze(0), n_bins)
+    bins = lp_grid.make_bins(x.unsqueeze(0), n_bins)
     steps = (float(x.max() - x.min()) * torch.tensor([0.02, 0.2, 0.5, 1.0]) / 15).double().unsqueeze(0)
     k_min = -torch.arange(16.0).double().view(1, 1, -1)
-    bound = lp_error.window_bounds(bins, steps, k_min, n_codes=16, p=p)[0]
+    bound = lp_grid.window_bounds(bins, steps, k_min, n_codes=16, p=p)[0]
     for i, j in itertools.product(range(4), range(16)):
         grid = {"step": steps[:, i].view(1, 1, 1), "k_min": k_min[:, :, j].view(1, 1, 1), "n_codes": 16, "p": p}
-        on_bins = lp_error.grid_error(
+        on_bins = lp_grid.grid_error(
             bins.mean.unsqueeze(1), bins.count.unsqueeze(1), spread=bins.spread.unsqueeze(1), **grid
         )
         x64 = x.double().view(1, 1, -1)
-        truth = lp_error.grid_error(x64, torch.ones_like(x64), spread=torch.zeros(1, 1, 1), **grid)
+        truth = lp_grid.grid_error(x64, torch.ones_like(x64), spread=torch.zeros(1, 1, 1), **grid)
         assert bound[i, j] <= truth * (1 + 1e-9)
         assert on_bins <= truth * (1 + 1e-9)
         assert truth <= lp_error._largest_error(bins, **grid) * (1 + 1e-9)
@@ -251,7 +251,7 @@ def test_bounds_never_exceed_the_error(p, n_bins):
 
 def test_bins_keep_count_and_mean():
     x = heavy_tailed(2, 5000)
-    bins = lp_error.make_bins(x, 100)
+    bins = lp_grid.make_bins(x, 100)
     assert bins.count.sum(1).tolist() == [5000.0, 5000.0]
     torch.testing.assert_close((bins.count * bins.mean).sum(1), x.double().sum(1))
     assert (bins.mean.diff(dim=1) > 0).all()

@@ -185,7 +185,7 @@ def test_a_set_goes_through_its_manifest_and_an_altered_one_is_refused(pool, out
     record = json.loads(file.read_text())
     assert record["n"] == 32
     file.write_text(json.dumps({**record, "hashes": record["hashes"][:-1], "indices": record["indices"][:-1]}))
-    with pytest.raises(selection.manifest.ManifestError, match="promises"):
+    with pytest.raises(selection.ManifestError, match="promises"):
         study.calibration_set(RUN, pool, SET)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hq_lib import ptq
 from hq_lib.data import ImageSet
 from hq_lib.graph import BitPolicy, QuantizedNet, act_quantizers, calibrate, quantize, set_quantization, weight_layers
-from hq_lib.ptq.bits import correct_means
 from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import FLOAT_BITS, Quantizer
 from hq_lib.studies.bench import Bench
@@ -121,7 +120,7 @@ def fit_late(qnet: QuantizedNet, x: Tensor, ranges: Method) -> None:
     """Calibrate on ``x`` what has the boundary's bits or more, in place, mean shifts of its biases too."""
     late = is_late(qnet.eval())
     ptq.fit_weights(qnet, ranges, only=late)
-    correct_means(qnet, x, only=late)
+    ptq.correct_means(qnet, x, only=late)
     ptq.fit_acts(qnet, x, ranges, quantized_weights=True, only=late)
 
 

@@ -150,7 +150,7 @@ def differences(logits: Tensor, truth: Tensor, labels: Tensor) -> dict[str, floa
 @cache
 def outline() -> QuantizedNet:
     """The quantized graph that speaks of the network's tensors; its weights do not matter."""
-    return quantize(models.build(MODEL), uniform_policy(8, placement="academic"), torch.zeros(1, 3, 32, 32))
+    return quantize(models.build(MODEL), uniform_policy(8), torch.zeros(1, 3, 32, 32))
 
 
 def tensors() -> list[str]:

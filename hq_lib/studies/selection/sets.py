@@ -17,8 +17,8 @@ from hq_lib.data import ImageSet
 from hq_lib.graph import Block, blocks, quantize, set_quantization
 from hq_lib.graph.modes import eval_mode
 from hq_lib.ptq import selection
-from hq_lib.ptq.selection import Manifest, features
-from hq_lib.ptq.selection.strategies import groups
+from hq_lib.ptq.selection import Manifest
+from hq_lib.ptq.selection.sets import groups
 from hq_lib.ptq.units import as_float, cut
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.ptq import recipes
@@ -95,8 +95,8 @@ class Pool:
         if metric not in self._scores:
             network: dict[str, Callable[[], Tensor]] = {
                 "block_error": lambda: first_block_error(self.bench, self.x),
-                "bn_distance": lambda: features.bn_distance(*self.seen.moments),
-                "knowledge": lambda: features.knowledge_distance(self.seen.layers, seed=self.draw),
+                "bn_distance": lambda: selection.bn_distance(*self.seen.moments),
+                "knowledge": lambda: selection.knowledge_distance(self.seen.layers, seed=self.draw),
             }
             made = network[metric]() if metric in network else selection.score(self.images.images, metric)
             self._scores[metric] = made
@@ -112,7 +112,7 @@ class Pool:
             return selection.draw_pool(n_pool, n, seed=self.draw, replacement=True)
         labels = self.images.labels if choice.balanced and n >= self.images.spec.n_classes else None
         if choice.strategy in ("herding", "k_center"):
-            method, seen = getattr(features, choice.strategy), self.seen.penultimate
+            method, seen = getattr(selection, choice.strategy), self.seen.penultimate
             parts = [(torch.from_numpy(own), k) for own, k, _ in groups(labels, None, n_pool, n) if k]
             chosen = torch.cat([own[method(seen[own], k)] for own, k in parts])
             return selection.check_set(chosen.sort().values, n)
@@ -158,7 +158,7 @@ def watch(net: nn.Module, x: Tensor, *, batch_size: int) -> Seen:
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         last = module is heads[-1]
-        seen[module].append(inputs[0].flatten(1) if last else torch.stack(features.channel_moments(inputs[0]), 1))
+        seen[module].append(inputs[0].flatten(1) if last else torch.stack(selection.channel_moments(inputs[0]), 1))
 
     hooks = [module.register_forward_pre_hook(keep) for module in seen]
     try:
@@ -194,4 +194,4 @@ def first_block_error(bench: Bench, x: Tensor) -> Tensor:
         with as_float(head):
             return head(part)
 
-    return features.reconstruction_error(x, exact, head, batch_size=bench.eval_batch)
+    return selection.reconstruction_error(x, exact, head, batch_size=bench.eval_batch)

@@ -1,4 +1,11 @@
-"""Assignments of bits under a budget, from a table of what each tensor's quantization alone costs in loss.
+"""Bits per tensor: how much each tensor's quantization hurts, and the assignment that spends a budget best.
+
+    bank = GridBank(net, images, (2, 3, 4, 8))               # every tensor's grid at every number of bits, fitted once
+    qnet = bank.assign({"weight conv1": 8, "act conv1": 4})  # the others float; no fitting, a moment each
+    found = optimal(losses, size_cost(qnet), budget=100.0)   # integer program over a sensitivity table
+    quantize(net, bank.policy(found.bits), images[:1])       # the same bits as a policy, for PTQ, QAT and lowering
+
+Tensors go by the names of ``QuantizedNet.bits_record``: "weight <layer>" and "act <activation>". Assignments solve
 
     min  sum_t loss[t, b_t]      over b      so that  cost(b) <= budget
 
@@ -7,13 +14,115 @@ solves the same integer program with second-order estimates in place of measured
 caller to measure. What an assignment costs is storage of the weights, or bit operations.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor, nn
 
-from hq_lib.graph import QuantizedNet, QuantizeError, kinds, layer_macs, weight_layers
+from hq_lib import ptq
+from hq_lib.graph import (
+    BitPolicy,
+    QuantizedNet,
+    QuantizeError,
+    kinds,
+    layer_macs,
+    quantize,
+    weight_layers,
+)
+from hq_lib.graph.tracing import eval_mode
+from hq_lib.quantizers import FLOAT_BITS
+from hq_lib.results.hints import nearest
+
+
+def uniform_policy(bits: int, *, overrides: Mapping[str, object] | None = None) -> BitPolicy:
+    """The policy with ``bits`` for every tensor, first and last layer too; the image stays in float ("academic")."""
+    first = {"first_last_bits": None, "placement": "academic", "bn": "fold"}
+    return BitPolicy(f"minmax:{bits}", f"lsq_plus:{bits}", overrides=overrides or {}, **first)
+
+
+def tensors_of(qnet: QuantizedNet) -> list[str]:
+    """Names of all tensors with a quantizer: weights in execution order, then activations."""
+    weights = [f"weight {name}" for name, layer in weight_layers(qnet).items() if layer.weight_quantizer is not None]
+    sites = [site for site in qnet.meta["sites"] if hasattr(qnet, site.quantizer)]
+    return weights + [f"act {site.name}" for site in sites]
+
+
+class GridBank:
+    """Fitted quantizers (and corrected biases) of every tensor of a net, at several numbers of bits.
+
+    All of them are fitted to float activations, so that no tensor's grid depends on another's bits: ``assign`` only
+    swaps modules. Batch norms are folded, the image stays in float ("academic"); L2.4 ranges and bias correction are
+    those of fast PTQ, nothing is learned.
+    """
+
+    def __init__(self, net: nn.Module, images: Tensor, bits: Sequence[int]) -> None:
+        """Fit all grids.
+
+        Args:
+            net:    float; fitted in eval mode, its own is restored.
+            images: (N, C, H, W), normalised: the calibration batch.
+            bits:   2 to 16 each.
+        """
+        self.bits = tuple(sorted(set(bits)))
+        with eval_mode(net):
+            fitted = {b: quantize(net, uniform_policy(b), images[:1]) for b in self.bits}
+            for qnet in fitted.values():
+                ptq.fit_weights(qnet)
+                ptq.fit_acts(qnet, images)  # to the float net's activations, so before its biases change
+                ptq.correct_means(qnet, images)
+            self.net: QuantizedNet = quantize(net, uniform_policy(self.bits[-1]), images[:1])
+        self._biases = {name: layer.bias for name, layer in weight_layers(self.net).items()}
+        self._targets = {site.name: site.quantizer for site in self.net.meta["sites"]}
+        self._modules: dict[str, dict[int, tuple[Any, nn.Parameter | None]]] = {}
+        for b, qnet in fitted.items():
+            layers = weight_layers(qnet)
+            for tensor in tensors_of(qnet):
+                kind, name = tensor.split(" ", 1)
+                layer = layers.get(name) if kind == "weight" else None
+                own = layer.weight_quantizer if layer else qnet.get_submodule(self._targets[name])
+                self._modules.setdefault(tensor, {})[b] = own, layer.bias if layer else None
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of all tensors that can have bits, weights first, each kind in execution order."""
+        return list(self._modules)
+
+    def assign(self, bits: Mapping[str, int]) -> QuantizedNet:
+        """The net with these bits; tensors that are not named, or named with 32, are float. The next call changes it.
+
+        Raises:
+            ValueError: an unknown tensor (with the nearest name), or bits that were not fitted.
+        """
+        for tensor, b in bits.items():
+            if tensor not in self._modules:
+                raise ValueError(f"no tensor {tensor!r}{nearest(tensor, self._modules)}")
+            if b not in (*self.bits, FLOAT_BITS):
+                have = f"{self.bits} and {FLOAT_BITS} (float)"
+                raise ValueError(f"{tensor}: {b!r} bits were not fitted; there are {have}")
+        for tensor, fitted in self._modules.items():
+            kind, name = tensor.split(" ", 1)
+            module, bias = fitted.get(bits.get(tensor, FLOAT_BITS), (None, None))
+            if kind == "act":
+                setattr(self.net, self._targets[name], module or nn.Identity())
+            else:
+                layer = weight_layers(self.net)[name]
+                layer.weight_quantizer, layer.bias = module, bias if module is not None else self._biases[name]
+        meta = self.net.meta  # reports and files go by it
+        meta["specs"] = {t: replace(spec, bits=bits.get(t, FLOAT_BITS)) for t, spec in meta["specs"].items()}
+        meta["policy"] = self.policy(bits)
+        return self.net
+
+    def policy(self, bits: Mapping[str, int]) -> BitPolicy:
+        """The policy that gives the same bits; tensors that are not named are float in it."""
+        overrides: dict[str, dict[str, int]] = {}
+        for tensor in self._modules:
+            kind, name = tensor.split(" ", 1)
+            overrides.setdefault(name, {})[kind] = bits.get(tensor, FLOAT_BITS)
+        return uniform_policy(self.bits[-1], overrides=overrides)
+
 
 Losses = Mapping[str, Mapping[int, float]]
 """Tensor -> bits -> loss when that tensor alone has these bits, >= 0."""
@@ -101,11 +210,7 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
 
     One binary per (tensor, bits). The product of two tensors' bits is linear in the joint choices z(w, b_w, a, b_a),
     whose margins are the single choices; given binary margins, z is 0 or 1 by itself.
-
-    Args:
-        losses: of every tensor that ``cost`` names.
-        cost:   what is limited.
-        budget: in ``cost.unit``.
+    ``losses``: of every tensor that ``cost`` names; ``budget``: in ``cost.unit``.
 
     Raises:
         ValueError: no assignment is that cheap (the message states the least cost), or a tensor that costs something
@@ -118,17 +223,11 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
     price += [cost.per_bit_pair[w, a] * b_w * b_a for w, b_w, a, b_a in joint]
     loss = [OBJECTIVE_SCALE * losses[tensor][bits] for tensor, bits in choices] + [0.0] * len(joint)
     one_each = [[t == tensor for t, _ in choices] + [False] * len(joint) for tensor in losses]
-    limits = [
-        LinearConstraint(np.array([price]) / budget, -np.inf, 1.0),
-        LinearConstraint(np.array(one_each, float), 1.0, 1.0),
-    ]
-    if joint:
-        limits.append(LinearConstraint(_margins(choices, joint), 0.0, 0.0))
-    integral = [1] * len(choices) + [0] * len(joint)
-    options = {"mip_rel_gap": 1e-6}
-    found = milp(
-        np.array(loss), integrality=np.array(integral), bounds=Bounds(0, 1), constraints=limits, options=options
-    )
+    bounded = LinearConstraint(np.array([price]) / budget, -np.inf, 1.0)
+    limits = [bounded, LinearConstraint(np.array(one_each, float), 1.0, 1.0)]
+    limits += [LinearConstraint(_margins(choices, joint), 0.0, 0.0)] if joint else []
+    integral, options = np.array([1] * len(choices) + [0] * len(joint)), {"mip_rel_gap": 1e-6}
+    found = milp(np.array(loss), integrality=integral, bounds=Bounds(0, 1), constraints=limits, options=options)
     if found.x is None:
         raise RuntimeError(f"the integer program ended without an assignment: {found.message}")
     chosen = {tensor: bits for (tensor, bits), x in zip(choices, found.x[: len(choices)], strict=True) if x > 0.5}
