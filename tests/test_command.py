@@ -26,7 +26,7 @@ from hq_lib.ptq import selection
 from hq_lib.results import paths
 from hq_lib.studies import configuration, steps
 from hq_lib.studies.ptq.recipes import RECIPES
-from hq_lib.training.qat_recipes import METHODS
+from hq_lib.training.recipes import METHODS
 
 NET = """
 from torch import nn

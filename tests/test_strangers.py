@@ -55,7 +55,7 @@ from hq_lib.results import paths, published, store
 from hq_lib.results.paths import ROOT
 from hq_lib.studies import configuration, steps
 from hq_lib.training import TrainConfig, run_state
-from hq_lib.training.qat_recipes import METHODS
+from hq_lib.training.recipes import METHODS
 
 FORK = get_context("fork")
 N = int(os.environ.get("HQ_MUTATIONS", "2000"))

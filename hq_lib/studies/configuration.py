@@ -27,7 +27,7 @@ from hq_lib.results.hints import check, check_known
 from hq_lib.studies.bench import shipped
 from hq_lib.studies.ptq.recipes import RECIPES, Recipe
 from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
-from hq_lib.training.qat_recipes import METHODS, Lists, find_lists, list_recipe
+from hq_lib.training.recipes import METHODS, Lists, find_lists, list_recipe
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 FLOAT, HYBRID = "float", "hybrid"
@@ -70,7 +70,7 @@ class Configuration:
     size: int = 0
     """side in pixels that pictures of ``root`` are cropped to; 0 = as the network was trained, or 224"""
     method: str = "qdrop"
-    """``train``: float, hybrid, or a key of ``qat_recipes.METHODS``; ``quantize``: a key of ``recipes.RECIPES``"""
+    """``train``: float, hybrid, or a key of ``recipes.METHODS``; ``quantize``: a key of ``recipes.RECIPES``"""
     bits: list = field(default_factory=lambda: [8, 8])
     """[weights, activations] between first and last layer"""
     lists: str | dict = ""

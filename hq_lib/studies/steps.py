@@ -33,13 +33,13 @@ from hq_lib.studies.integer_export.executors import ENDINGS as FILES
 from hq_lib.studies.integer_export.executors import opened as executor
 from hq_lib.studies.ptq.recipes import RANGE_IMAGES, fit_recipe
 from hq_lib.studies.qat.study import quantized as calibrated
-from hq_lib.training import evaluate, fit, processes
+from hq_lib.training import evaluate, fit, machine
 from hq_lib.training.evaluation import evaluation_of
 
 
 def trained(run: Configuration) -> tuple[Path, float]:
     """(file, test accuracy in percent) after float training or quantization-aware training; resumes a killed run."""
-    with processes.joined():
+    with machine.joined():
         return _trained_float(run) if run.method == FLOAT else _trained_quantized(run)
 
 
@@ -48,7 +48,7 @@ def _trained_float(run: Configuration) -> tuple[Path, float]:
     net = run.network()[0] if run.weights else run.built()
     train, val = run.images("train", {"dataset": dataset}, n or 0), run.validation({"dataset": dataset})
     fit(net.to(run.device), train, val, config, _folder(run))
-    processes.end_unless_first()
+    machine.end_unless_first()
     test = run.images("test", {"dataset": dataset}, run.n_test)
     score = evaluate(net.eval(), test)
     sizes = {"n_classes": test.spec.n_classes, "in_channels": test.spec.in_shape[0]}
@@ -73,7 +73,7 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
     else:
         qnet = calibrated(net, recipe, train, seed=run.seed, **run.tracing).to(run.device)
         fit(qnet, train, val, recipe.config, _folder(run))
-    processes.end_unless_first()
+    machine.end_unless_first()
     more = {"config": dataclasses.asdict(recipe.config), "n_train": len(train)}
     return _saved(run, qnet, source, form="trainable" if run.method != HYBRID else "frozen", **more)
 

@@ -3,5 +3,4 @@
 from hq_lib.training.config import TrainConfig
 from hq_lib.training.evaluation import Evaluation, evaluate, predict
 from hq_lib.training.loop import FitResult, fit
-from hq_lib.training.qat_recipes import QatRecipe, qat_recipe
-from hq_lib.training.recipes import recipe
+from hq_lib.training.recipes import QatRecipe, qat_recipe, recipe

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hq_lib.data import ImageSet, batches
 from hq_lib.graph.modes import repeatable
 from hq_lib.graph.tracing import device_of
-from hq_lib.training import machine, processes, run_state
+from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
 from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate
 from hq_lib.training.weight_noise import weight_noise
@@ -66,7 +66,7 @@ def fit(
                       puts in eval mode stays there for the epoch.
         say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
 
-    Several processes, with a batch shared among them, train as one: see ``training.processes``.
+    Several processes, with a batch shared among them, train as one: see ``training.machine``.
 
     Raises:
         FloatingPointError: the loss stopped being finite; names the epoch and the learning rate.
@@ -75,7 +75,7 @@ def fit(
             a teacher without ``config.distill``, or the other way round.
     """
     noisy = weight_noise(net, config.weight_noise, drive_bits=config.drive_bits, converter_bits=config.converter_bits)
-    if processes.rank():  # the first process alone writes and speaks
+    if machine.rank():  # the first process alone writes and speaks
         run_dir = say = None
     with run_state.owned(run_dir), noisy, repeatable():
         return _Run(net, train, val, config, run_dir, teacher, before_epoch, say or (lambda _: None)).go()
@@ -125,12 +125,12 @@ class _Run:
         self.steps = _n_steps(self.train, self.config)
         self.part = slice(None)
         if isinstance(self.train, ImageSet):
-            self.part = processes.share(min(len(self.train), self.config.batch_size))
+            self.part = machine.share(min(len(self.train), self.config.batch_size))
         n_steps, stored = self.config.epochs * self.steps, run_state.settings(self.run_dir)
         settled = machine.settled(self.config, self.net, self._first, n_steps=n_steps, stored=stored, say=self.say)
-        self.config = processes.agreed(settled)
+        self.config = machine.agreed(settled)
         self.optimizer = sgd(self.net, self.config)
-        self.forward = self._fast(processes.parallel(self.net))
+        self.forward = self._fast(machine.parallel(self.net))
         self.taught = None if self.teacher is None else self._fast(self.teacher.eval())
         self.history: list[dict[str, float]] = []
 
@@ -142,7 +142,7 @@ class _Run:
         self._resume()
         for epoch in range(len(self.history), self.config.epochs):
             start = time.perf_counter()
-            torch.manual_seed(self._epoch_seed(epoch) + 1_000_000_007 * processes.rank())
+            torch.manual_seed(self._epoch_seed(epoch) + 1_000_000_007 * machine.rank())
             self.net.train()
             if self.before_epoch:
                 self.before_epoch(self.net, epoch)
@@ -167,7 +167,7 @@ class _Run:
             if time.perf_counter() - spoken > SAY_EVERY_S:
                 spoken = time.perf_counter()
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
-        mean = processes.synchronised(self.net, total.item() / self.steps)
+        mean = machine.synchronised(self.net, total.item() / self.steps)
         if not math.isfinite(mean):
             lr = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(f"loss is {mean} in epoch {epoch + 1} at learning rate {lr:.3g}: lower config.lr")
@@ -175,7 +175,7 @@ class _Run:
 
     def _walk(self, epoch: int) -> Batches:
         if not isinstance(self.train, ImageSet):
-            return ((x[processes.share(len(x))], y[processes.share(len(y))]) for x, y in self.train)
+            return ((x[machine.share(len(x))], y[machine.share(len(y))]) for x, y in self.train)
         generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
         return batches(
             self.train, self.config.batch_size, generator=generator, pad=self.config.pad, flip=self.config.flip,
@@ -225,7 +225,7 @@ class _Run:
         return {**found, "n_parameters": sum(p.numel() for p in self.net.parameters())}
 
     def _resume(self) -> None:
-        state = processes.agreed(None if self.run_dir is None else run_state.begin(self.run_dir, self._identity()))
+        state = machine.agreed(None if self.run_dir is None else run_state.begin(self.run_dir, self._identity()))
         if state is None:
             return
         try:

@@ -1,24 +1,34 @@
-"""How a run uses the machine: precision, compilation, freed memory. None of it changes a result beyond rounding.
+"""How a run uses the machine: precision, compilation, freed memory, processes. Results change by rounding at most.
 
 ``benchmarks/training.py`` prints every choice beside the others.
+
+One run in several processes, started by ``torchrun --nproc_per_node=4 -m hq_lib train ...``, is data parallel: each
+holds the network and takes every n-th image of each batch; ``DistributedDataParallel`` averages gradients. Order, crops
+and flips are those of one process, so ``batch_size`` is of all processes together and the losses are one process's to
+rounding, but for what looks at a whole batch: batch norms normalise each share by its own statistics, and running
+ranges and statistics are those of the first process's share. The first process alone writes and speaks.
 """
 
 import copy
 import ctypes
-import dataclasses
+import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hq_lib.graph.tracing import device_of
+from hq_lib.quantizers import Quantizer
 from hq_lib.quantizers.straight_through import AS_EAGER
 from hq_lib.training.config import AUTO, TrainConfig
 
@@ -54,13 +64,13 @@ def settled(
         say:     told what a long run chose and why.
     """
     chosen = {key: stored[key] for key in ("precision", "compile") if getattr(config, key) == AUTO and key in stored}
-    config = dataclasses.replace(config, **chosen)
+    config = replace(config, **chosen)
     if config.precision == AUTO:
         precision = "bfloat16" if multiplies_bfloat16(device_of(net)) else "float32"
-        config = dataclasses.replace(config, precision=precision)
+        config = replace(config, precision=precision)
     if config.compile == AUTO:
         wins = n_steps >= WORTH_COMPILING and compiling_wins(net, *batch(), precision=config.precision, say=say)
-        config = dataclasses.replace(config, compile=wins)
+        config = replace(config, compile=wins)
     return config
 
 
@@ -135,3 +145,72 @@ def keep_freed_memory_() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that torchrun started while the block lasts, with a GPU of its own where there are some.
+
+    Networks on the CPU talk through gloo there too.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if n_gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % n_gpus)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def end_unless_first() -> None:
+    """End every process but the first, which goes on alone to what is done once."""
+    if rank():
+        raise SystemExit(0)
+
+
+def rank() -> int:
+    """The number of this process; 0 where there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(n: int) -> slice:
+    """Which of a batch of ``n`` images are this process's; ``ValueError`` where they cannot be shared evenly."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if n % size:
+        raise ValueError(f"a batch of {n} images cannot be shared evenly by {size} processes: change batch_size")
+    return slice(rank(), None, size)
+
+
+def agreed(value: Any) -> Any:
+    """What the first process has, in every process."""
+    found = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def parallel(net: nn.Module) -> nn.Module:
+    """``net`` with the first process's parameters, grids and buffers, whose gradients are the mean over all processes.
+
+    Raises:
+        ValueError: a quantizer that has no grid yet, which each process would fit to its own images.
+    """
+    if not dist.is_initialized():
+        return net
+    if waiting := [name for name, q in net.named_modules() if isinstance(q, Quantizer) and not q.initialised]:
+        raise ValueError(f"{waiting[0]!r} has no grid yet: graph.calibrate(qnet, images) before training in processes")
+    return DistributedDataParallel(net)
+
+
+def synchronised(net: nn.Module, loss: float) -> float:
+    """Give every process the first one's buffers of ``net``, at an epoch's end; the mean of ``loss`` over processes."""
+    if not dist.is_initialized():
+        return loss
+    for buffer in net.buffers():
+        dist.broadcast(buffer, 0)
+    total = torch.tensor(loss, dtype=torch.float64, device=next(net.parameters()).device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()

@@ -1,15 +1,25 @@
-"""Training recipes as data: which configuration each network is trained with, by profile.
+"""Training recipes as data: which configuration each network is trained with, and how each bit width is fine-tuned.
 
-``full`` is the length that a reference run has (the record of each shipped checkpoint repeats what made it, which may
-be an earlier recipe); ``quick`` and ``smoke`` are the same recipe cut short, on fewer images, to show the pipeline at
-work rather than to reach an accuracy.
+``full`` is the length that a reference run has (each row and the record of each checkpoint repeat what made it, which
+may be an earlier recipe); ``quick`` and ``smoke`` are the same recipe cut short, on fewer images, to show the pipeline
+at work rather than to reach an accuracy. Quantization-aware runs start from the shipped float network.
+
+Seed 001's layer-by-layer configurations (``BIT_LISTS``) are data too: bits of each layer's input and weights, in the
+order stem, blocks, header, classifier (``BitPolicy.from_lists``); 32 = float. From the source of
+louvinci/PACT-Quantization; ResNet-20's lists speak of its blocks alone. cfg-2* is named there and never measured: its
+lists here are ours, cfg-2's six bits for the weights of the middle stages, all else as in cfg-1*.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
+from hq_lib.graph import BitPolicy
+from hq_lib.quantizers import act_quantizer
+from hq_lib.quantizers.base import Quantizer
+from hq_lib.quantizers.pact import FixedMPACT
 from hq_lib.results.hints import check_known
 from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
@@ -39,20 +49,20 @@ class Recipe:
 
 
 RESNET = TrainConfig(epochs=200, lr=0.1, warmup_epochs=2, precision="auto", compile="auto")
-MOBILE = dataclasses.replace(RESNET, epochs=60)
-VGG = dataclasses.replace(RESNET, epochs=30, lr=0.05)
+MOBILE = replace(RESNET, epochs=60)
+VGG = replace(RESNET, epochs=30, lr=0.05)
 LENET = TrainConfig(epochs=40, lr=0.05, warmup_epochs=1, pad=2, precision="auto", compile="auto")
 
 RECIPES = {
     "resnet20": Recipe("cifar10", RESNET, later_epochs=100, split="trainval"),
-    "toynet": Recipe("cifar10", dataclasses.replace(RESNET, epochs=120), later_epochs=60, split="trainval"),
+    "toynet": Recipe("cifar10", replace(RESNET, epochs=120), later_epochs=60, split="trainval"),
     "mobilenetv2": Recipe("cifar10", MOBILE, split="trainval"),
     "mobilenetv2_seed": Recipe("cifar10", MOBILE, split="trainval"),
     "vgg11": Recipe("cifar10", VGG, split="trainval", options={"width": 0.5, "hidden": 512}),
-    "vgg_small": Recipe("cifar10", dataclasses.replace(RESNET, epochs=80)),
+    "vgg_small": Recipe("cifar10", replace(RESNET, epochs=80)),
     "lenet": Recipe("fashion_mnist", LENET),
     "lenet_relu1": Recipe("fashion_mnist", LENET, network="lenet", options={"relu1": True}),
-    "lenet_mnist": Recipe("mnist", dataclasses.replace(LENET, epochs=20), network="lenet"),
+    "lenet_mnist": Recipe("mnist", replace(LENET, epochs=20), network="lenet"),
 }
 """SGD with Nesterov momentum, cosine from 0.1 to 0 after two epochs of warm-up, weight decay 5e-4, crops and flips.
 
@@ -75,12 +85,163 @@ def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig
     chosen = find(model)
     if profile == "full":
         epochs = chosen.config.epochs if seed == 0 else chosen.later_epochs or chosen.config.epochs
-        return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs), None
+        return chosen.dataset, replace(chosen.config, seed=seed, epochs=epochs), None
     epochs, n = (chosen.quick_epochs, chosen.quick_images) if profile == "quick" else (1, 256)
-    return chosen.dataset, dataclasses.replace(chosen.config, seed=seed, epochs=epochs, warmup_epochs=0), n
+    return chosen.dataset, replace(chosen.config, seed=seed, epochs=epochs, warmup_epochs=0), n
 
 
 def find(model: str) -> Recipe:
     """The recipe of a network; an unknown one raises ``ValueError`` naming the nearest one that has a recipe."""
     check_known(model, RECIPES, "network with a recipe")
     return RECIPES[model]
+
+
+LEAST_ERROR = {"method": "lsq", "init": "least_error"}
+METHODS: dict[str, tuple[Any, Any]] = {
+    "ste": ("minmax", "minmax"),
+    "dorefa": ("dorefa", "dorefa"),
+    "dorefa_hw": ("dorefa_hw", "dorefa_hw"),
+    "pact": ("dorefa", "pact"),
+    "mpact": ("dorefa_hw", "mpact"),
+    "mpact_fixed": ("dorefa_hw", {"method": "mpact", "clip": FixedMPACT.published}),
+    "lsq": (LEAST_ERROR, LEAST_ERROR),
+    "lsq_paper": ("lsq", "lsq"),
+    "lsq_plus": ("lsq_plus", "lsq_plus"),
+    "dsq": ("dsq", "dsq"),
+}
+"""Name in rows -> (weight quantizer, activation quantizer): a method's name, or a mapping with its options.
+
+PACT takes DoReFa's weights, as its paper does. "mpact" learns its clips, "mpact_fixed" keeps seed 001's of MobileNetV2.
+"lsq" starts its steps at the least squared error; "lsq_paper" at the published 2 E|x| / sqrt(qmax), which clips a
+rectified activation hard at 2 bits.
+"""
+
+FINE_TUNE = TrainConfig(epochs=20, lr=0.02, weight_decay=1e-4, precision="auto", compile="auto")
+LOW = replace(FINE_TUNE, lr=0.04, warmup_epochs=1.0)
+EIGHT = replace(FINE_TUNE, epochs=5, lr=2e-3, precision="float32")  # bfloat16 is no finer than 8 bits
+BY_BITS = {
+    1: replace(LOW, epochs=100, lr=0.05, warmup_epochs=2.0, weight_decay=1e-5),
+    2: replace(LOW, epochs=60, weight_decay=5e-5),
+    3: replace(LOW, epochs=30),
+    4: FINE_TUNE,
+    6: replace(EIGHT, epochs=10, lr=5e-3),
+    8: EIGHT,
+}
+"""Lowest bits of a policy -> its ``full`` configuration; between two keys the lower one holds.
+
+The coarser the grid, the further the weights must move from the float net's: rate and epochs grow as bits fall, while
+the decay shrinks, as LSQ's does (Esser et al. 2020, section 3), for a coarse net underfits. Departs from the papers:
+PACT (Choi et al. 2018) trains 200 epochs from scratch with steps and decay 2e-4, LSQ 90 epochs, DSQ is silent; here
+every method has the same epochs from the same float net, so that a table compares methods and not schedules.
+"""
+
+CUT = {"quick": (1, 1_280), "smoke": (1, 128)}
+"""Profile -> (epochs, class-balanced training images)."""
+
+
+@dataclass(frozen=True)
+class QatRecipe:
+    """How one network is fine-tuned through its quantizers."""
+
+    policy: BitPolicy
+    """Which tensor is quantized how."""
+    config: TrainConfig
+    """How it is trained."""
+    n_train: int | None
+    """Training images, class-balanced; None = all of the training split."""
+
+
+def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int = 0) -> QatRecipe:
+    """The recipe of a method at given bits, the same for every network.
+
+    First and last layer have 8 bits, the image has 8, sums are quantized once after the addition (placement
+    "academic"), batch norms are kept: the protocol of the papers that the tables compare with.
+
+    Raises:
+        ValueError: an unknown method or profile (the nearest name is given), or bits that the method cannot do.
+    """
+    check_profile(profile)
+    check_known(method, METHODS, "QAT method")
+    weight, act = METHODS[method]
+    specs = {"weight": _with_bits(weight, w_bits), "act": _with_bits(act, a_bits)}
+    policy = BitPolicy(**specs, first_last_bits=8, input_bits=8, placement="academic", bn="keep")
+    lowest = min(w_bits, a_bits)
+    if max(w_bits, a_bits) == 32:
+        lowest = max(lowest, 2)  # one bit of one of them alone is about as hard as two of both
+    config = BY_BITS[max((bits for bits in BY_BITS if bits <= lowest), default=min(BY_BITS))]
+    if profile == "full":
+        return QatRecipe(policy, replace(config, seed=seed), None)
+    epochs, n_train = CUT[profile]
+    return QatRecipe(policy, replace(config, epochs=epochs, warmup_epochs=0.0, seed=seed), n_train)
+
+
+def _with_bits(like: Any, bits: int) -> Any:
+    return {**like, "bits": bits} if isinstance(like, dict) else f"{like}:{bits}"
+
+
+def act_of(method: str, bits: int, *, signed: bool) -> Quantizer | None:
+    """The activation quantizer that ``method`` (a key of ``METHODS``) stands for; None for 32 bits."""
+    like = METHODS[method][1]
+    spec = dict(like) if isinstance(like, dict) else {"method": like}
+    return act_quantizer(spec.pop("method"), bits, signed=signed, **spec)
+
+
+Lists = tuple[tuple[int, ...], tuple[int, ...]]
+
+_TOYNET_ACTS = (32, *(8,) * 10, 32, 32)
+BIT_LISTS: dict[str, dict[str, Lists]] = {
+    "toynet": {
+        "cfg-1": (_TOYNET_ACTS, (32, *(8,) * 10, 16, 16)),
+        "cfg-1*": ((32, *(8,) * 11, 16), (8,) * 13),
+        "cfg-2": (_TOYNET_ACTS, (32, 8, *(6,) * 6, *(8,) * 3, 16, 16)),
+        "cfg-2*": ((32, *(8,) * 11, 16), (8, 8, *(6,) * 6, *(8,) * 5)),
+        "cfg-3": ((32, 8, *(6,) * 9, 32, 32), (32, 8, *(6,) * 9, 16, 16)),
+    },
+    "mobilenetv2_seed": {
+        "cfg-1*": ((32, *(8,) * 18, 16), (8,) * 20),
+        "cfg-2*": ((32, *(8,) * 18, 16), (8, 8, *(6,) * 9, *(8,) * 9)),
+    },
+    "resnet20": {"cfg-1": ((8,) * 9, (8,) * 9), "cfg-2*": ((8,) * 9, (8, 8, 8, 6, 6, 6, 8, 8, 8))},
+}
+"""Network -> configuration -> (layer_abit, layer_wbit). cfg-1*: image in float, the classifier's input 16 bits, all
+else 8."""
+
+
+def find_lists(model: str, name: str) -> Lists:
+    """(layer_abit, layer_wbit) of a configuration; ``ValueError`` names the nearest where there is none."""
+    check_known(model, BIT_LISTS, "network with bit lists")
+    check_known(name, BIT_LISTS[model], f"configuration of {model}")
+    return BIT_LISTS[model][name]
+
+
+def widths(model: str, lists: Sequence[str], bits: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
+    """(configuration, fewest bits) of each of ``lists`` that ``model`` has; ("", pair) for ``bits`` without lists.
+
+    ``ValueError`` for a configuration that no network has, or a network that has none.
+    """
+    if not lists:
+        return [("", pair) for pair in bits]
+    somewhere = {name for known in BIT_LISTS.values() for name in known}
+    asked = [name for name in lists if name not in somewhere or name in BIT_LISTS.get(model, lists)]
+    return [(name, least_bits(find_lists(model, name))) for name in asked]
+
+
+def least_bits(lists: Lists) -> tuple[int, int]:
+    """(weight bits, activation bits), the fewest that any layer of a configuration has."""
+    acts, weights = lists
+    return min(weights), min(acts)
+
+
+def list_recipe(net: nn.Module, lists: Lists, method: str, profile: str, *, seed: int = 0) -> QatRecipe:
+    """The recipe of a method with (layer_abit, layer_wbit) of ``net``, trained as its fewest bits ask for.
+
+    Sums are quantized once after the addition (placement "academic"), batch norms are kept; the seed also quantizes the
+    shortcut's output before the sum.
+
+    Raises:
+        ValueError: lists of a length that fits neither layers nor blocks, an unknown method or profile.
+    """
+    recipe = qat_recipe(method, *least_bits(lists), profile, seed=seed)
+    weight, act = METHODS[method]
+    policy = BitPolicy.from_lists(net, *lists, weight=weight, act=act, placement="academic")
+    return QatRecipe(policy, recipe.config, recipe.n_train)

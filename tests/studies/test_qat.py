@@ -13,7 +13,7 @@ from hq_lib.studies.qat import tables as qat_tables
 from hq_lib.studies.qat.figures import fig_pact_alpha
 from hq_lib.studies.study import Run, profile_rows
 from hq_lib.training import qat_recipe
-from hq_lib.training.qat_recipes import BY_BITS, METHODS, act_of
+from hq_lib.training.recipes import BY_BITS, METHODS, act_of
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,7 +6,7 @@ from hq_lib import models
 from hq_lib.graph.placement import find_sites, layer_types
 from hq_lib.graph.spec import of_kind
 from hq_lib.graph.tracing import trace
-from hq_lib.training.qat_recipes import BIT_LISTS, find_lists, least_bits, list_recipe, widths
+from hq_lib.training.recipes import BIT_LISTS, find_lists, least_bits, list_recipe, widths
 
 EVERY = [(model, name) for model, lists in BIT_LISTS.items() for name in lists]
 

@@ -37,14 +37,14 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_processes import CONFIG, qat_net, quantize, splits, BitPolicy, fit, nn
-from hq_lib.training import processes
+from hq_lib.training import machine
 folder = Path(sys.argv[1])
-with processes.joined():
-    own = folder / f"rank{{processes.rank()}}"
+with machine.joined():
+    own = folder / f"rank{{machine.rank()}}"
     own.mkdir()
     for norm in (False, True):
         net = qat_net(norm)
-        if processes.rank():
+        if machine.rank():
             nn.init.zeros_(net.get_parameter("4.weight"))  # what the first process has counts
         found = fit(net, *splits(), CONFIG, folder / f"run{{norm}}", say=lambda line: (own / "said").write_text(line))
         torch.save(net.state_dict(), own / f"{{norm}}.pt")
@@ -61,8 +61,8 @@ with processes.joined():
             fit(net, *splits(), config, say=None)
         except ValueError as error:
             (own / how).write_text(str(error))
-    processes.end_unless_first()
-    (folder / "alone").write_text(str(processes.rank()))
+    machine.end_unless_first()
+    (folder / "alone").write_text(str(machine.rank()))
 """
 
 

@@ -23,7 +23,7 @@ from hq_lib.studies.float_training import study as float_training
 from hq_lib.studies.qat import untrained
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
-from hq_lib.training.qat_recipes import find_lists, list_recipe, widths
+from hq_lib.training.recipes import find_lists, list_recipe, widths
 
 HISTORY, CLIPS = "qat_history", "qat_clips"
 FLOAT = "float"
@@ -39,7 +39,7 @@ class Plan:
     profile: str
     """Which cut of the recipes is trained."""
     methods: tuple[str, ...]
-    """Keys of ``qat_recipes.METHODS``."""
+    """Keys of ``recipes.METHODS``."""
     bits: tuple[tuple[int, int], ...]
     """(weights, activations) between first and last layer."""
     models: tuple[str, ...] = ("resnet20",)
@@ -47,7 +47,7 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     """Of batch order, augmentation and calibration images."""
     lists: tuple[str, ...] = ()
-    """Seed 001's configurations, keys of ``qat_recipes.BIT_LISTS``, run besides ``bits`` where a network has them."""
+    """Seed 001's configurations, keys of ``recipes.BIT_LISTS``, run besides ``bits`` where a network has them."""
     binary: tuple[str, ...] = ()
     """Methods that are run at one bit; () = all of them."""
     spread: tuple[tuple[str, int, int], ...] = ()

@@ -11,7 +11,7 @@ from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.qat.study import EXECUTORS, FLOAT, GROUP, PLANS
 from hq_lib.studies.qat.untrained import IN_FLOAT
-from hq_lib.training.qat_recipes import BIT_LISTS
+from hq_lib.training.recipes import BIT_LISTS
 
 GROUP_TABLE = "seed001"
 IN_SHAPE = (3, 32, 32)

@@ -12,7 +12,7 @@ from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.studies.bench import Bench, net_switch, open_bench
 from hq_lib.studies.study import Point, Row, Run, Study
 from hq_lib.training import evaluate
-from hq_lib.training.qat_recipes import BIT_LISTS, find_lists, least_bits
+from hq_lib.training.recipes import BIT_LISTS, find_lists, least_bits
 
 BRANCHES = ("*.shortcut.0",)
 INPUTS = ("conv1", "layer1.*.add", "layer2.*.add", "layer3.0.add", "layer3.1.add")
