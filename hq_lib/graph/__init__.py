@@ -8,12 +8,18 @@ save(qnet, "net.safetensors")                # and load: frozen integers, or tra
 """
 
 from hq_lib.graph.blocks import Block, blocks, extract_block
-from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear
+from hq_lib.graph.layers import (
+    QUANTIZER_SUFFIX,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantizedWeight,
+    QuantLinear,
+    kinds,
+    op_name,
+)
 from hq_lib.graph.network_file import load, save
-from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.placement import Site, find_sites
 from hq_lib.graph.policy import BitPolicy, HybridRule
-from hq_lib.graph.report import layer_macs, report
 from hq_lib.graph.rewrite import QuantizedNet, quantize
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
-from hq_lib.graph.state import act_quantizers, calibrate, set_quantization, weight_layers
+from hq_lib.graph.state import act_quantizers, calibrate, layer_macs, report, set_quantization, weight_layers

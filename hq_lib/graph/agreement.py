@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hq_lib.graph.inplace import changed_by
-from hq_lib.graph.modes import eval_mode, line_of
+from hq_lib.graph.modes import changed_by, eval_mode, line_of
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import Example, LeafModules, NodeWatcher, as_inputs, propagate, trace, unwrap
 

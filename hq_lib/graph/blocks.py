@@ -1,4 +1,4 @@
-"""Blocks of a network, found from its graph: regions between single-tensor cut points.
+"""Blocks of a network: regions of its graph between single-tensor cut points; seed 001's bit lists speak of them.
 
 A cut point is a node whose output is the only tensor alive: all that follows depends on what came before through this
 one tensor alone. Between two neighbouring cut points lies the least region that can be computed, and reconstructed
@@ -8,14 +8,16 @@ regions inside one module of a class that adds or concatenates (a BasicBlock, an
 without) are one block. No class is known by name.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
+from hq_lib.graph.layers import kinds
 from hq_lib.graph.modes import module_path
-from hq_lib.graph.ops import kinds
-from hq_lib.graph.spec import QuantizeError
+from hq_lib.graph.placement import find_sites
+from hq_lib.graph.spec import PolicyError, QuantizeError
 from hq_lib.graph.tracing import trace
 
 Owners = dict[fx.Node, str | None]
@@ -59,7 +61,7 @@ def blocks(net: nn.Module) -> list[Block]:
     image = [node for node, kind in kind_of.items() if kind == "input"]
     if len(image) != 1 or "layer" not in kind_of.values():
         raise QuantizeError(f"blocks need one input tensor and at least one layer; this net has {len(image)} inputs")
-    owner_of = owners(gm)
+    owner_of = _owners(gm)
     joined = _join(_regions(kind_of), kind_of, owner_of)
     inputs = [image[0], *(region[-1] for region in joined[:-1])]
     return [_block(region, before, kind_of, owner_of) for region, before in zip(joined, inputs, strict=True)]
@@ -144,7 +146,7 @@ def _block(region: list[fx.Node], before: fx.Node, kind_of: dict[fx.Node, str], 
     )
 
 
-def owners(gm: fx.GraphModule) -> Owners:
+def _owners(gm: fx.GraphModule) -> Owners:
     """Return for each node the outermost module it was made in whose class somewhere adds or concatenates.
 
     That is the path of a residual block, whatever its class; None outside of such.
@@ -156,3 +158,44 @@ def owners(gm: fx.GraphModule) -> Owners:
         if kind in ("add", "concat") and (path := module_path(node)) and path[-1][1] != torch.typename(nn.Sequential)
     }
     return {node: next((path for path, kind in module_path(node) if kind in joining), None) for node in kind_of}
+
+
+def list_bits(
+    net: nn.Module, layer_abit: Sequence[int], layer_wbit: Sequence[int], *, placement: str
+) -> tuple[int, dict[str, dict[str, int]]]:
+    """Return (bits of the image, ``BitPolicy.overrides``) of seed 001's lists; see ``BitPolicy.from_lists``."""
+    gm = trace(net)
+    kind_of, owner_of = kinds(gm), _owners(gm)
+    places: dict[str | None, int] = {}  # one per block (a module that adds), one per other layer
+    groups: dict[str, int] = {}
+    for node, kind in kind_of.items():
+        if kind == "layer":
+            groups[str(node.target)] = places.setdefault(owner_of[node] or str(node.target), len(places))
+    a_bits = _padded("layer_abit", layer_abit, len(places), last=32)
+    w_bits = _padded("layer_wbit", layer_wbit, len(places), last=16)
+    overrides = {layer: {"weight": w_bits[group]} for layer, group in groups.items()}
+    read: dict[fx.Node, set[int]] = {}  # places of the layers that read a node, directly or through what is no layer
+    for node in reversed(list(kind_of)):
+        by_user = ({groups[str(user.target)]} if kind_of[user] == "layer" else read[user] for user in node.users)
+        read[node] = set[int]().union(*by_user)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for site in find_sites(gm, placement=placement):
+        node, owner = nodes[site.node], owner_of[nodes[site.node]]
+        own = places.get(owner, groups.get(site.name, -1))  # its block's, or the next reader's where it leaves one
+        leaves = owner is None or any(owner_of[user] != owner for user in node.users)
+        place = min((place for place in read[node] if place > own), default=own) if leaves else own
+        if site.role != "image":
+            overrides.setdefault(site.name, {})["act"] = a_bits[place]
+    return a_bits[0], overrides
+
+
+def _padded(name: str, bits: Sequence[int], n_layers: int, *, last: int) -> list[int]:
+    """Return ``bits`` as they are, or between a stem in float and a classifier of ``last`` bits, as the seed has it."""
+    if len(bits) == n_layers - 2:
+        return [32, *bits, last]
+    if len(bits) != n_layers:
+        raise PolicyError(
+            f"{name} has {len(bits)} entries; this net has {n_layers} layers (stem, blocks, header, classifier), so "
+            f"{n_layers} are needed, or {n_layers - 2} for the blocks alone"
+        )
+    return list(bits)

@@ -5,8 +5,8 @@ In eval mode BN is one multiplier and one shift per channel c (Ioffe & Szegedy 2
     y = g x + (beta - g mean),    g = gamma / sqrt(var + eps)
 
 so BN after a layer scales the layer's output channels, and BN before a layer scales its input channels. What goes with
-what is read from the order of execution, never from the order of registration. A fold that would not be exact is
-refused by name.
+what is read from the order of execution, never from the order of registration, about one batch norm at a time, since
+each fold changes the graph for the next. A fold that would not be exact is refused by name.
 """
 
 import copy
@@ -14,17 +14,140 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
 
 from hq_lib.graph.agreement import compare, traced
-from hq_lib.graph.bn_pairs import Kind, Layer, find_layer, find_norms, find_opaque_norms
-from hq_lib.graph.layers import make_plain_
-from hq_lib.graph.modes import eval_mode
+from hq_lib.graph.layers import layer_kind, make_plain_
+from hq_lib.graph.modes import FollowsMode, eval_mode
 from hq_lib.graph.tracing import Example, LeafModules, trace, unwrap
 from hq_lib.results.hints import check_known
 
+Kind = Literal["conv_bn", "linear_bn", "conv_transpose_bn", "bn_conv", "bn_linear"]
+Layer = _ConvNd | nn.Linear
 OnRefusal = Literal["raise", "keep"]
+
+_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+
+
+def find_norms(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that run a batch norm, modules and functional ones, in order of execution."""
+    nodes = gm.graph.nodes
+    return [n for n in nodes if "batch_norm" in getattr(n.target, "__name__", "") or isinstance(_module(n), _BatchNorm)]
+
+
+def find_opaque_norms(gm: fx.GraphModule) -> list[str]:
+    """Return the names of the batch norms inside leaf modules, which no graph shows."""
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    return [name for name, m in gm.named_modules() if isinstance(m, _BatchNorm) and name not in called]
+
+
+def find_layer(norm: fx.Node) -> tuple[fx.Node, Kind] | str:
+    """Return the node of the layer that can take in batch norm ``norm``, and how; or the reason why none can.
+
+    The layer before it comes first; the layer after it can do only where no padding lets unshifted zeros in.
+    """
+    bn = _module(norm)
+    if not isinstance(bn, _BatchNorm):
+        return "it is a functional batch_norm; make it a module, nn.BatchNorm2d"
+    if bn.running_mean is None or bn.running_var is None:
+        return "track_running_stats=False: it uses the statistics of each batch, in eval mode too"
+    if type(bn).forward not in _NORM_FORWARDS:
+        return f"its class {type(bn).__name__} has a forward of its own"
+    if reason := _entangled(norm):
+        return reason
+    before = _layer_before(norm, bn)
+    if not isinstance(before, str):
+        return before
+    after = _layer_after(norm, bn)
+    return f"{before}, and {after}" if isinstance(after, str) else after
+
+
+def _layer_before(norm: fx.Node, bn: _BatchNorm) -> tuple[fx.Node, Kind] | str:
+    chain = [norm.all_input_nodes[0]]
+    while _is_identity(chain[-1]):
+        chain.append(chain[-1].all_input_nodes[0])
+    node, shared = chain[-1], next((n for n in reversed(chain) if len(n.users) > 1), None)
+    kind = layer_kind(_module(node))
+    if not kind:
+        return f"{_name(node)!r} before it is no plain convolution or linear layer"
+    if shared is not None:
+        others = [repr(_name(user)) for user in shared.users if user is not norm and not _leads_to(user, norm)]
+        return f"the output of {_name(node)!r} before it is used by {', '.join(others) or 'it twice'} too"
+    return _misfit(node, node, bn, outputs=True) or (node, f"{kind}_bn")  # pyright: ignore[reportReturnType]
+
+
+def _layer_after(norm: fx.Node, bn: _BatchNorm) -> tuple[fx.Node, Kind] | str:
+    node = norm
+    while True:
+        if len(node.users) != 1:
+            return f"its output goes to {len(node.users)} places"
+        last, node = node, next(iter(node.users))
+        if not _is_identity(node):
+            break
+    layer, kind = _module(node), layer_kind(_module(node))
+    if not kind:
+        return f"{_name(node)!r} after it is no plain convolution or linear layer"
+    if kind == "conv_transpose":
+        return f"{_name(node)!r} after it is transposed: not all its outputs see all of its kernel"
+    if isinstance(layer, _ConvNd) and layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice):
+        return f"{_name(node)!r} after it pads with zeros, which the batch norm would not have shifted"
+    return _misfit(node, last, bn, outputs=False) or (node, f"bn_{kind}")  # pyright: ignore[reportReturnType]
+
+
+def _misfit(node: fx.Node, between: fx.Node, bn: _BatchNorm, *, outputs: bool) -> str:
+    """Return why the channels of the layer at ``node`` are not those of ``bn``, which meet in the value ``between``."""
+    layer = _module(node)
+    assert isinstance(layer, Layer)
+    names = ("out_channels", "out_features") if outputs else ("in_channels", "in_features")
+    n_channels = getattr(layer, names[isinstance(layer, nn.Linear)])
+    shape = between.meta.get("shape")
+    if bn.num_features != n_channels:
+        return f"{_name(node)!r} has {n_channels} channels and it has {bn.num_features}"
+    if shape is not None and len(shape) != layer.weight.dim():
+        return f"in shape {tuple(shape)} the channels of {_name(node)!r} are not on the batch norm's axis 1"
+    return _entangled(node)
+
+
+def _entangled(node: fx.Node) -> str:
+    """Return what else depends on the module at ``node`` as it is: a second call, a hook, a look at its tensors."""
+    module, who = _module(node), repr(_name(node))
+    assert module is not None
+    calls = [n for n in node.graph.nodes if _module(n) is module]
+    if len(calls) > 1:
+        return f"{who} is called {len(calls)} times"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{who} has forward hooks"
+    if any(n.op == "get_attr" and str(n.target).startswith(f"{node.target}.") for n in node.graph.nodes):
+        return f"forward reads the tensors of {who} directly"
+    return ""
+
+
+def _module(node: fx.Node) -> nn.Module | None:
+    owner = node.graph.owning_module
+    return owner.get_submodule(str(node.target)) if owner is not None and node.op == "call_module" else None
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Say whether ``node`` passes its input on in eval mode."""
+    if node.op == "call_function" and node.target in _DROPOUTS:
+        return node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is False
+    module = _module(node)
+    if isinstance(module, FollowsMode):
+        return module.function in _DROPOUTS
+    return isinstance(module, nn.Identity | _DropoutNd)
+
+
+def _leads_to(node: fx.Node, norm: fx.Node) -> bool:
+    return _is_identity(node) and any(user is norm or _leads_to(user, norm) for user in node.users)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 class FoldError(ValueError):
@@ -94,19 +217,12 @@ def folded_weight_bias(layer: Any, bn: Any, *, kind: Kind) -> tuple[Tensor, Tens
         BN after:    W'_c = g_c W_c,                      b'_c = g_c b_c + h_c          (c: output channel)
         BN before:   W'_oi = W_oi g_i,                    b'_o = b_o + sum_ik W_oik h_i (i: input, k: position)
 
-    The second needs every output to see all k, so no zero padding. BN: Ioffe & Szegedy 2015, algorithm 2.
-
-    Args:
-        layer: weight (C_out, C_in / groups, *k), of a transposed convolution (C_in, C_out / groups, *k).
-        bn:    with running statistics.
-        kind:  order and layer, e.g. "conv_bn": the convolution first.
-
-    Returns:
-        Weight, shaped as given, and bias (C_out,), float64 on the CPU (some devices have no float64).
+    The second needs every output to see all k, so no zero padding. The weight is shaped as given, (C_out, C_in /
+    groups, *k) or, transposed, (C_in, C_out / groups, *k); bias (C_out,); float64, on the CPU (some devices have none).
+    ``kind``: order and layer, e.g. "conv_bn": the convolution first.
     """
     given = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    wide: list[Any] = [None if v is None else v.detach().cpu().double() for v in given]
-    weight, bias, mean, var, gamma, beta = wide
+    weight, bias, mean, var, gamma, beta = (None if v is None else v.detach().cpu().double() for v in given)
     groups = getattr(layer, "groups", 1)
     g = torch.rsqrt(var + bn.eps) if gamma is None else gamma * torch.rsqrt(var + bn.eps)
     h = -g * mean if beta is None else beta - g * mean
@@ -145,14 +261,14 @@ def _fold_all(gm: fx.GraphModule) -> tuple[list[Fold], dict[str, str]]:
     Returns the account of each, in order of execution, and for each layer changed (by name) the node of the original
     graph that has the value which the layer now has.
     """
-    order = [*(_norm_name(n) for n in find_norms(gm)), *find_opaque_norms(gm)]
+    order = [*(_name(n) for n in find_norms(gm)), *find_opaque_norms(gm)]
     folds = {bn: Fold(bn, "", "", "it is inside a leaf module, one opaque call") for bn in order}
     same_value: dict[str, str] = {}
     progress = True
     while progress:  # a fold can make the next one possible: BN, BN, conv
         progress = False
         for norm in find_norms(gm):
-            fold = folds[_norm_name(norm)] = _fold_one(gm, norm, same_value)
+            fold = folds[_name(norm)] = _fold_one(gm, norm, same_value)
             progress |= not fold.reason
     gm.graph.lint()
     gm.recompile()
@@ -160,7 +276,7 @@ def _fold_all(gm: fx.GraphModule) -> tuple[list[Fold], dict[str, str]]:
 
 
 def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> Fold:
-    bn, found = _norm_name(norm), find_layer(norm)
+    bn, found = _name(norm), find_layer(norm)
     if isinstance(found, str):
         return Fold(bn, "", "", found)
     node, kind = found
@@ -181,7 +297,3 @@ def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> 
     gm.graph.erase_node(norm)
     gm.delete_submodule(bn)
     return Fold(bn, name, kind, "")
-
-
-def _norm_name(norm: fx.Node) -> str:
-    return str(norm.target) if norm.op == "call_module" else norm.name

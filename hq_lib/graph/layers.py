@@ -1,12 +1,27 @@
-"""Layers of a quantized graph: each is its float layer (same parameters, same names) with a quantizer for its weight.
+"""Quantized layers, and what each operation of a traced CNN means to a quantizer, whatever its spelling.
 
-y = layer(x, Q(w), b)
+A quantized layer is its float layer (same parameters, same names) with a quantizer for its weight,
+y = layer(x, Q(w), b). ``nn.ReLU``, ``F.relu``, ``torch.relu`` and ``x.relu_()`` are one operation; so are the quantized
+and the float form of a layer. The kind of a node says how the values of its output relate to the grid of its input:
+
+    input     the image                             layer     conv, transposed conv, linear
+    norm      batch norm, synchronised or not       relu      keeps the grid of its input (it only drops values)
+    clip      ReLU6, hardtanh, clamp                act       any other activation function
+    add, mul  two or more tensors in, one out       concat    keeps a grid only if all its inputs share it
+              (add: differences too)                pass      max-pool, reshapes, slices, dropout, nearest upsampling:
+    avgpool   values between those of its input               grid unchanged
+    shape     an integer, not a tensor              quantizer an activation quantizer
+    param     a constant of the network             other     anything else that makes a tensor
 """
 
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+
+from hq_lib.graph.modes import FollowsMode, line_of, module_path
+from hq_lib.graph.spec import QuantizeError
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -17,6 +32,13 @@ def is_plain(layer: nn.Module) -> bool:
     """
     own = (type(layer).forward, getattr(type(layer), "_conv_forward", nn.Module.forward))
     return all(f.__module__.startswith("torch.nn.modules") for f in own)
+
+
+def layer_kind(module: nn.Module | None) -> str:
+    """Return "conv", "conv_transpose" or "linear", or "" for any other module, one that is not ``is_plain`` too."""
+    if not isinstance(module, _ConvNd | nn.Linear) or not is_plain(module):
+        return ""
+    return "linear" if isinstance(module, nn.Linear) else f"conv{'_transpose' * module.transposed}"
 
 
 def make_plain_(layer: nn.Module) -> None:
@@ -81,3 +103,154 @@ class QuantConvTranspose2d(QuantizedWeight, nn.ConvTranspose2d):
         padding = self._output_padding(input, output_size, *sizes, 2, self.dilation)  # type: ignore[arg-type]
         rest: Any = (self.stride, self.padding, padding, self.groups, self.dilation)
         return nn.functional.conv_transpose2d(input, self.quantized_weight(), self.bias, *rest)
+
+
+QUANTIZER_SUFFIX = "_act_quantizer"
+LAYERS = {"conv2d", "linear", "convtranspose2d"}
+_UNSUPPORTED = {"conv1d", "conv3d", "convtranspose1d", "convtranspose3d", "lstm", "gru", "rnn", "bilinear"}
+_NAMES = {
+    "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm"},
+    "relu": {"relu"},
+    "clip": {"relu6", "hardtanh", "clamp", "clip", "clampmin", "clampmax", "threshold"},
+    "act": {
+        *("sigmoid", "hardsigmoid", "silu", "hardswish", "gelu", "elu", "selu", "celu", "leakyrelu", "prelu", "rrelu"),
+        *("tanh", "mish", "softplus", "softmax", "logsoftmax", "softsign", "tanhshrink", "logsigmoid", "glu"),
+    },
+    "add": {"add", "iadd", "sub", "isub", "subtract"},
+    "mul": {"mul", "imul"},
+    "concat": {"cat", "concat", "concatenate"},
+    "avgpool": {"avgpool1d", "avgpool2d", "adaptiveavgpool1d", "adaptiveavgpool2d", "mean"},
+    "pass": {
+        *("maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax", "identity", "clone", "detach"),
+        *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "contiguous", "squeeze"),
+        *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
+        *("dropout", "dropout1d", "dropout2d", "featuredropout", "stochasticdepth", "droppath"),
+        *("alphadropout", "featurealphadropout", "dropout3d", "pad", "zeropad2d"),
+        *("channelshuffle", "pixelshuffle", "pixelunshuffle", "upsamplingnearest2d"),
+    },
+    "shape": {"size", "dim", "numel", "ndimension"},
+}
+_KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names} | dict.fromkeys(LAYERS, "layer")
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+_NONNEGATIVE = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus"}
+
+
+def _called(node: fx.Node, gm: fx.GraphModule) -> tuple[Any, nn.Module | None]:
+    """Return the target of ``node`` and the module that it is, None for a function, one that follows a mode too."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return (module.function, None) if isinstance(module, FollowsMode) else (node.target, module)
+
+
+def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
+    """Return the operation of ``node`` in one spelling: lower case without underscores, e.g. "maxpool2d"."""
+    target, module = _called(node, gm)
+    if module is not None:
+        classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
+        found = next(classes, nn.Module)
+        name = type(module).__name__ if found is nn.Module else found.__name__
+    else:
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name.lower().replace("_", "")
+
+
+def kinds(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """Return the kind (see the module docstring) of every node of ``gm``, in execution order.
+
+    Raises:
+        QuantizeError: a layer called as a function on weights that no module holds, or a layer type that has no
+            quantized form (1-d and 3-d convolutions, recurrent layers), with its name and the way out.
+    """
+    found: dict[fx.Node, str] = {}
+    for node in gm.graph.nodes:
+        found[node] = _kind(node, gm, found)
+    return found
+
+
+def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
+    fixed = {"placeholder": "input", "get_attr": "param", "output": "output"}.get(node.op)
+    if fixed is not None:
+        return fixed
+    if str(node.target).endswith(QUANTIZER_SUFFIX):
+        return "quantizer"
+    if node.meta.get("opaque"):  # a leaf that was asked for stays in float, whatever it is
+        return "other"
+    name = op_name(node, gm)
+    _refuse(node, name, gm)
+    inputs = [known[n] for n in node.all_input_nodes]
+    if inputs and all(kind == "shape" for kind in inputs):
+        return "shape"
+    if name == "getattr":
+        return "shape" if node.args[1] in _SHAPE_ATTRIBUTES else "other"
+    if name == "getitem" and inputs[0] == "other" and "shape" not in node.all_input_nodes[0].meta:
+        return "other"  # one of several tensors that an operation has made
+    kind = _KIND_OF.get(name, "other")
+    tensors = [arg for arg in node.args if isinstance(arg, fx.Node) and known[arg] not in ("shape", "param")]
+    if kind in ("add", "mul") and len(tensors) < 2:
+        return "other"
+    if name in ("interpolate", "upsample"):
+        return "pass" if _option(node, gm, "mode", 3, "nearest").startswith("nearest") else "other"
+    return "other" if name == "pad" and _option(node, gm, "value", 3, 0) else kind
+
+
+def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:
+    owner, made = (module_path(node) or [("", "Module")])[-1]
+    made = made.rpartition(".")[2]
+    who = f"{owner or 'the network'!r}, at {line_of(node)},"
+    module = _called(node, gm)[1]
+    leave = f"or leave it in float: quantize(..., leaf_modules=({owner!r},))"
+    if name in LAYERS and module is None:
+        raise QuantizeError(
+            f"{who} calls {name} as a function on a weight of its own making, so no layer holds what it multiplies "
+            f"with: make it an nn.Conv2d or nn.Linear module, {leave}"
+        )
+    theirs = module is not None and type(module).__module__.startswith("torch.nn.modules")
+    matrices = theirs and any(p.dim() > 1 for p in module.parameters())  # type: ignore[union-attr]
+    if name in _UNSUPPORTED or (matrices and name not in _KIND_OF and "norm" not in name):
+        raise QuantizeError(
+            f"layer {str(node.target)!r}: {name} has no quantized form here (conv2d, linear and convtranspose2d have); "
+            f"write it as one of those, {leave.replace(repr(owner), repr(str(node.target)))}"
+        )
+    if module is None and (name == "batchnorm" or "BatchNorm" in made):
+        raise QuantizeError(
+            f"{who} normalises by a function ({made}), which can be neither folded nor kept with its layer: "
+            f"make it an nn.BatchNorm2d with the same statistics"
+        )
+
+
+def _option(node: fx.Node, gm: fx.GraphModule, name: str, position: int, default: Any) -> Any:
+    """Return option ``name`` of a module or of a function, whose argument number ``position`` it is."""
+    if node.op == "call_module":
+        return getattr(gm.get_submodule(str(node.target)), name, default)
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+
+
+def is_difference(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Return whether an "add" node subtracts its second tensor: ``a - b``, or ``torch.add`` with a negative alpha."""
+    return ("sub" in op_name(node, gm)) != (_option(node, gm, "alpha", 2, 1) < 0)
+
+
+def lower_bound(node: fx.Node, gm: fx.GraphModule) -> float | None:
+    """Return the least value that a clip node can put out, None where it has no lower end known before running."""
+    name = op_name(node, gm)
+    if name == "relu6":
+        return 0.0
+    default = node.kwargs.get("min", -1.0 if name == "hardtanh" else None)
+    bound = _option(node, gm, "min_val", 99 if name in ("clampmax", "threshold") else 1, default)
+    return float(bound) if isinstance(bound, int | float) else None
+
+
+def nonnegative(gm: fx.GraphModule, kind_of: dict[fx.Node, str]) -> dict[fx.Node, bool]:
+    """Return for every node whether its values can be proved >= 0 from the graph alone (so an unsigned grid fits)."""
+    proved: dict[fx.Node, bool] = {}
+    for node, kind in kind_of.items():
+        inputs = [n for n in node.all_input_nodes if kind_of[n] not in ("shape", "param")]
+        inherited = bool(inputs) and all(proved[n] for n in inputs)
+        if kind in ("relu", "act"):
+            proved[node] = op_name(node, gm) in _NONNEGATIVE
+        elif kind == "clip":
+            bound = lower_bound(node, gm)
+            proved[node] = inherited or (bound is not None and bound >= 0)
+        else:
+            keeps = kind in ("pass", "avgpool", "mul", "concat", "quantizer")
+            proved[node] = inherited and (keeps or (kind == "add" and not is_difference(node, gm)))
+    return proved

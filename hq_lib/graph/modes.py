@@ -1,15 +1,22 @@
-"""What a forward asks of ``self.training``: a graph, traced in one mode, that does the right thing in both.
+"""What a forward does besides computing: it asks ``self.training``, and it changes tensors where they lie.
 
-A network is traced as it is and again with every module in its other mode. Calls that differ in a flag alone
-(``F.dropout(x, training=self.training)``) become modules that follow the mode; small modules that do something else
-altogether in the other mode (a DropPath) stay one call. What differs beyond that runs in the traced mode only.
+A network is traced as it is and again with every module in its other mode, so that the graph does the right thing in
+both. Calls that differ in a flag alone (``F.dropout(x, training=self.training)``) become modules that follow the mode;
+small modules that do something else altogether in the other mode (a DropPath) stay one call. What differs beyond that
+runs in the traced mode only.
+
+``F.relu_(y)``, ``y += z`` and ``nn.ReLU(inplace=True)`` change ``y`` itself. In a graph that is rewritten, where a
+quantizer or a copy comes between, a later reader of ``y`` would see the value before the change: what is read after
+such a change must be read from it.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_arg
 
@@ -195,3 +202,43 @@ def module_path(node: fx.Node) -> list[tuple[str, str]]:
 def line_of(node: fx.Node) -> str:
     """Return the line of the user's code that made ``node`` where ``tracing.trace`` saw it, else the node's name."""
     return node.meta.get("line") or f"node {node.name!r}"
+
+
+_AUGMENTED = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor"}
+
+
+def changed_by(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
+    """Return the node whose tensor ``node`` changes in place, or None."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    return node.args[0] if _works_in_place(node, gm) else None
+
+
+def _works_in_place(node: fx.Node, gm: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if (name.endswith("_") and not name.endswith("__")) or name in _AUGMENTED:
+        return True
+    if callable(target) and target.__module__ == F.__name__:
+        named = dict(zip(inspect.signature(target).parameters, node.args, strict=False)) | dict(node.kwargs)
+        return named.get("inplace", False) is True
+    return node.kwargs.get("inplace", False) is True
+
+
+def read_after_change(gm: fx.GraphModule) -> None:
+    """Let every reader of a tensor that comes after an in-place change of it read the change's result, in place.
+
+    The graph then computes the same with or without the changes being in place, unless a view of the tensor that was
+    made before is read after (which ``agreement.traced`` finds by comparing).
+    """
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    moved = False
+    for node, place in position.items():
+        if (source := changed_by(node, gm)) is not None:
+            for user in [user for user in source.users if position[user] > place]:
+                user.replace_input_with(source, node)
+                moved = True
+    if moved:
+        gm.recompile()

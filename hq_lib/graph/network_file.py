@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_lib.graph.layers import QuantizedWeight
+from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantizedWeight
 from hq_lib.graph.network_tensors import describe, frozen, restore, tensors_of
-from hq_lib.graph.ops import QUANTIZER_SUFFIX
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.rewrite import QuantizedNet, fresh_quantizers, unfitted
 from hq_lib.graph.spec import QuantizeError

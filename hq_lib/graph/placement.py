@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from hq_lib.graph.layers import QUANTIZER_SUFFIX, kinds, nonnegative
 from hq_lib.graph.modes import module_path
-from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, nonnegative
 from hq_lib.graph.spec import QuantizeError, Spec
 
 _SOURCES = {"input", "layer", "norm", "clip", "act", "add", "mul", "avgpool", "other"}

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from hq_lib.graph.lists import list_bits
-from hq_lib.graph.report import report
+from hq_lib.graph.blocks import list_bits
 from hq_lib.graph.spec import (
     FLOAT_BITS,
     HYBRID,
@@ -20,6 +19,7 @@ from hq_lib.graph.spec import (
     statements,
     unknown_key,
 )
+from hq_lib.graph.state import report
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -171,7 +171,7 @@ class BitPolicy:
         return " · ".join([*shown, f"{len(self.overrides)} overrides"] if self.overrides else shown)
 
     def report(self, qnet: fx.GraphModule) -> "DataFrame":
-        """Return one row per weight and activation of ``qnet``; see ``hq_lib.graph.report``."""
+        """Return one row per weight and activation of ``qnet``; see ``hq_lib.graph.state``."""
         if self != qnet.meta.get("policy", self):
             raise PolicyError("report: this network was made by another policy; use qnet.policy.report(qnet)")
         return report(qnet)

@@ -12,13 +12,21 @@ from torch.fx.node import map_aggregate
 
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.folding import OnRefusal, fold_bn
-from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantizedWeight, QuantLinear, make_plain_
+from hq_lib.graph.layers import (
+    QUANTIZER_SUFFIX,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantizedWeight,
+    QuantLinear,
+    kinds,
+    make_plain_,
+    op_name,
+)
 from hq_lib.graph.modes import eval_mode, module_path
-from hq_lib.graph.ops import QUANTIZER_SUFFIX, kinds, op_name
 from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
-from hq_lib.graph.report import hidden_weights
 from hq_lib.graph.spec import PolicyError, QuantizeError, make_quantizer, of_kind
+from hq_lib.graph.state import hidden_weights
 from hq_lib.graph.tracing import Example, LeafModules, copy_modes_, device_of, propagate, unwrap
 from hq_lib.quantizers import Quantizer
 from hq_lib.quantizers.base import as_bytes

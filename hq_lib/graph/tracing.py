@@ -18,9 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
-from hq_lib.graph.inplace import changed_by, read_after_change
 from hq_lib.graph.layers import is_plain
-from hq_lib.graph.modes import eval_mode, follow_modes, read_modes
+from hq_lib.graph.modes import changed_by, eval_mode, follow_modes, read_after_change, read_modes
 from hq_lib.results.hints import nearest_few
 
 Example = Tensor | tuple[Tensor, ...]

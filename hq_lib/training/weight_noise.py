@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hq_lib.graph.bn_pairs import layer_kind
+from hq_lib.graph.layers import layer_kind
 
 
 class WeightNoise(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from hq_lib.graph import folding
-from hq_lib.graph.bn_pairs import find_layer, find_norms, find_opaque_norms, layer_kind
+from hq_lib.graph.folding import find_layer, find_norms, find_opaque_norms
+from hq_lib.graph.layers import layer_kind
 from hq_lib.graph.tracing import propagate, trace
 
 
