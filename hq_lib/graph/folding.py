@@ -222,7 +222,8 @@ def folded_weight_bias(layer: Any, bn: Any, *, kind: Kind) -> tuple[Tensor, Tens
     ``kind``: order and layer, e.g. "conv_bn": the convolution first.
     """
     given = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    weight, bias, mean, var, gamma, beta = (None if v is None else v.detach().cpu().double() for v in given)
+    wide: Any = [None if v is None else v.detach().cpu().double() for v in given]
+    weight, bias, mean, var, gamma, beta = wide
     groups = getattr(layer, "groups", 1)
     g = torch.rsqrt(var + bn.eps) if gamma is None else gamma * torch.rsqrt(var + bn.eps)
     h = -g * mean if beta is None else beta - g * mean
