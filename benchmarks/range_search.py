@@ -106,8 +106,8 @@ def timed(call: Callable[[], Grid]) -> tuple[Grid, float]:
 def compare(name: str, x: Tensor, axis: int | None, options: argparse.Namespace) -> dict[str, object]:
     """One row: times of the exact search, of the fast one and of the literal loop, and who found the lower error."""
     search = {"bits": options.bits, "p": options.p, "axis": axis}
-    exact, exact_s = timed(lambda: lp_search(x, **search).grid)
-    fast, fast_s = timed(lambda: lp_search(x, **search, exact=False).grid)
+    exact, exact_s = timed(lambda: lp_search(x, **search))
+    fast, fast_s = timed(lambda: lp_search(x, **search, exact=False))
     rows = x.reshape(1, -1) if axis is None else x.flatten(1)
     reference, literal_s, scaled = literal(rows, bits=options.bits, p=options.p, budget=options.budget)
     errors = [error_of(rows, grid, options.p) for grid in (exact, fast, reference)]

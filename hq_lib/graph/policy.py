@@ -133,7 +133,9 @@ class BitPolicy:
             PolicyError: names the override that matches nothing, or the tensor whose bits its method cannot do.
         """
         types = {f"weight {name}": set(of) for name, of in layers.items()}
-        specs = {tensor: self._of_layer(of) for tensor, of in types.items()}
+        plain = self.first_last_bits is None or self.weight.is_float
+        ends = self.weight if plain else replace(self.weight, bits=self.first_last_bits)
+        specs = {tensor: self.weight if {"first", "last"}.isdisjoint(of) else ends for tensor, of in types.items()}
         for site in sites:
             specs[f"act {site.name}"] = self._by_role(site.role)
             types[f"act {site.name}"] = {*layers.get(site.name, ())} - {"last"} | ({"last"} & {site.role[-4:]})
@@ -142,10 +144,6 @@ class BitPolicy:
             kind, name = tensor.split(" ", 1)
             specs[tensor] = self._settled(spec, kind, f"{origins.get(tensor, f'policy.{kind}')} (tensor {name!r})")
         return specs
-
-    def _of_layer(self, types: Collection[str]) -> Spec:
-        inner = self.first_last_bits is None or self.weight.is_float or {"first", "last"}.isdisjoint(types)
-        return self.weight if inner else replace(self.weight, bits=self.first_last_bits)
 
     def _by_role(self, role: str) -> Spec:
         if role == "image":

@@ -47,7 +47,7 @@ def find_grid(
     check_known(method, get_args(Method), "range method")
     x = x if signed else x.clamp(min=0.0)
     if method == "mse":
-        return lp_search(x, bits=bits, scheme=scheme, axis=axis).grid
+        return lp_search(x, bits=bits, scheme=scheme, axis=axis)
     if method == "minmax":
         found = minmax_range(x, axis=axis)
     elif method == "percentile":

@@ -131,8 +131,9 @@ def grid_clip_ratio(bits: int, prior: Prior, grid: GridKind) -> float:
     scan = np.linspace(0.05, upper, 200)
     best = int(np.argmin([grid_mse(x, bits, prior, grid) for x in scan]))
     bracket = (scan[max(best - 1, 0)], scan[min(best + 1, len(scan) - 1)])
-    each, options = (bits, prior, grid), {"xatol": 1e-9}
-    return float(minimize_scalar(grid_mse, bounds=bracket, args=each, method="bounded", options=options).x)
+    of, options = (bits, prior, grid), {"xatol": 1e-9}
+    found = minimize_scalar(grid_mse, bounds=bracket, args=of, method="bounded", options=options)
+    return float(found.x)
 
 
 def _partial_moments(x: NDArray[np.float64], prior: Prior) -> tuple[NDArray[np.float64], ...]:

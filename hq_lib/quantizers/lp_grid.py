@@ -156,15 +156,6 @@ _MAX_CELLS = 2**22  # bounds (channels x candidates) held at once
 _SLACK = 1e-9  # relative; covers float64 summation order
 
 
-class LpResult(NamedTuple):
-    """The best grid found and its error."""
-
-    grid: Grid
-    """() or per channel in a shape that broadcasts to the tensor."""
-    error: Tensor
-    """Mean |x - x_hat|^p of the optimum (of the histogram where ``exact=False``), shape of the scale."""
-
-
 class _Candidates(NamedTuple):
     steps: Tensor  # (C, S)
     k_min: Tensor  # (C, S, Z)
@@ -179,7 +170,7 @@ class _Candidates(NamedTuple):
 def lp_search(
     x: Tensor, *, bits: int, scheme: Scheme = "affine", p: float = P_DEFAULT, axis: int | None = None,
     exact: bool = True,
-) -> LpResult:  # fmt: skip
+) -> Grid:  # fmt: skip
     """The grid that minimises mean |x - x_hat|^p among the published candidates.
 
     Candidates are QDrop's (arXiv:2203.05740, MSEObserver): steps i/100 of the full range, i = 1..100. Symmetric schemes
@@ -194,7 +185,8 @@ def lp_search(
         exact:  True: the literal loop's optimum (ties, to 1e-12, go to the first in (step, zero point) order). False:
                 values stand at the mean of their bin (16,384): one pass over x, typically within 0.5 % of the optimum.
 
-    No gradient. Raises ``ValueError`` for NaN, Inf or no values.
+    Scale and zero point are () or per channel in a shape that broadcasts to ``x``. No gradient. Raises ``ValueError``
+    for NaN, Inf or no values.
     """
     values = rows(x, axis)
     if p < 1:
@@ -204,11 +196,9 @@ def lp_search(
     size = max(1, _MAX_CELLS // n_cells)
     parts = [slice(c, c + size) for c in range(0, len(values), size)]
     found = [_search(values[part], candidates.chunk(part), exact) for part in parts]
-    step, k_min, error = (torch.cat(column) for column in zip(*found, strict=True))
+    step, k_min = (torch.cat(column).to(values.dtype) for column in zip(*found, strict=True))
     qmin, qmax = grid_ends(bits, scheme)
-    columns = (step.to(values.dtype), (qmin - k_min).to(values.dtype), error / values.shape[1])
-    scale, zero_point, error = (per_channel(column, x, axis) for column in columns)
-    return LpResult(Grid(scale, zero_point, qmin, qmax), error)
+    return Grid(per_channel(step, x, axis), per_channel(qmin - k_min, x, axis), qmin, qmax)
 
 
 def _candidates(values: Tensor, bits: int, scheme: Scheme, p: float) -> _Candidates:
@@ -228,8 +218,8 @@ def _candidates(values: Tensor, bits: int, scheme: Scheme, p: float) -> _Candida
     return _Candidates(steps, k_min.double().expand(*steps.shape, -1), n + 1, p)
 
 
-def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(step, k_min, summed error) of the optimum, each (C,)."""
+def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tensor, Tensor]:
+    """(step, k_min) of the optimum, each (C,)."""
     n_channels = len(values)
     bins = make_bins(values, N_BINS_EXACT if exact else N_BINS_FAST)
     binned = bool((bins.spread > 0).any())
@@ -245,7 +235,7 @@ def _search(values: Tensor, candidates: _Candidates, exact: bool) -> tuple[Tenso
     best = error.amin(1, keepdim=True)
     index = (error <= best * (1 + 1e-12)).int().argmax(1, keepdim=True)
     step, k_min = _gather(candidates, index, torch.arange(n_channels, device=values.device))
-    return step.squeeze(1), k_min.squeeze(1), error.gather(1, index).squeeze(1)
+    return step.squeeze(1), k_min.squeeze(1)
 
 
 def _gather(candidates: _Candidates, index: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,17 +77,14 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).exists():
-        _check_identity(_mapping(folder, CONFIG), json.loads(json.dumps(identity)), folder)
+        old, new = _mapping(folder, CONFIG), json.loads(json.dumps(identity))
+        old = {**_DEFAULTS, **{k: v for k, v in old.items() if k in new or k not in _GONE or _GONE[k] != v}}
+        apart = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in old | new if old.get(k) != new.get(k)]
+        if apart:
+            raise ValueError(f"{folder} holds another run ({'; '.join(apart)}): choose another folder or delete it")
     else:
         atomic.write_text(folder / CONFIG, json.dumps(identity, indent=1))
     return _mapping(folder, STATE) if (folder / STATE).exists() else None
-
-
-def _check_identity(old: dict[str, object], new: dict[str, object], folder: Path) -> None:
-    old = {**_DEFAULTS, **{k: v for k, v in old.items() if k in new or k not in _GONE or _GONE[k] != v}}
-    differing = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differing:
-        raise ValueError(f"{folder} holds another run ({'; '.join(differing)}): choose another folder or delete it")
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:

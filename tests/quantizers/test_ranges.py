@@ -125,11 +125,21 @@ def test_integer_tensors_and_bad_percentages_are_refused():
 
 def test_nothing_carries_a_gradient():
     x = heavy_tailed(64).requires_grad_()
-    parts = [*minmax_range(x), *percentile_range(x), *lp_search(x, bits=3).grid[:2]]
+    parts = [*minmax_range(x), *percentile_range(x), *lp_search(x, bits=3)[:2]]
     assert not any(part.requires_grad for part in parts)
 
 
 # ---------------------------------------------------------------- L_p search
+
+
+def _apply(x, grid):
+    return grid.scale * (
+        torch.clamp(torch.round(x / grid.scale) + grid.zero_point, grid.qmin, grid.qmax) - grid.zero_point
+    )
+
+
+def _error(x, grid, p=2.4):
+    return float((x.double() - _apply(x, grid).double()).abs().pow(p).mean())
 
 
 @pytest.mark.parametrize(
@@ -140,9 +150,9 @@ def test_two_sided_search_is_the_literal_loop(bits, p, shift):
     x = heavy_tailed(700, seed=bits, shift=shift)
     error, scale, zero_point = literal_search(x, bits=bits, p=p, mode="both")
     got = lp_search(x, bits=bits, p=p)
-    assert got.error.item() == pytest.approx(error, rel=1e-9)
-    assert got.grid.scale.item() == pytest.approx(scale, rel=1e-6)
-    assert got.grid.zero_point.item() == zero_point
+    assert _error(x, got, p) == pytest.approx(error, rel=1e-4)
+    assert got.scale.item() == pytest.approx(scale, rel=1e-6)
+    assert got.zero_point.item() == zero_point
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -153,9 +163,9 @@ def test_one_dimensional_searches_are_the_literal_loop(bits, mode):
     options = {"scheme": mode} if mode.startswith("symmetric") else {}
     error, scale, zero_point = literal_search(x, bits=bits, mode=mode)
     got = lp_search(x, bits=bits, **options)
-    assert got.error.item() == pytest.approx(error, rel=1e-9)
-    assert got.grid.scale.item() == pytest.approx(scale, rel=1e-6)
-    assert got.grid.zero_point.item() == zero_point
+    assert _error(x, got) == pytest.approx(error, rel=1e-4)
+    assert got.scale.item() == pytest.approx(scale, rel=1e-6)
+    assert got.zero_point.item() == zero_point
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(3, "both"), (4, "positive"), (8, "positive"), (8, "symmetric")])
@@ -164,25 +174,18 @@ def test_the_histogram_path_is_exact_too(bits, mode):
     x = x.relu() if mode == "positive" else x
     error, scale, zero_point = literal_search(x, bits=bits, mode=mode)
     got = lp_search(x, bits=bits, scheme=mode if mode == "symmetric" else "affine")
-    assert got.error.item() == pytest.approx(error, rel=1e-9)
-    assert (got.grid.scale.item(), got.grid.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
+    assert _error(x, got) == pytest.approx(error, rel=1e-4)
+    assert (got.scale.item(), got.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
     fast = lp_search(x, bits=bits, scheme=mode if mode == "symmetric" else "affine", exact=False)
-    chosen = (x - _apply(x, fast.grid)).abs().double().pow(2.4).mean()
-    assert chosen.item() <= error * 1.005
-
-
-def _apply(x, grid):
-    return grid.scale * (
-        torch.clamp(torch.round(x / grid.scale) + grid.zero_point, grid.qmin, grid.qmax) - grid.zero_point
-    )
+    assert _error(x, fast) <= error * 1.005
 
 
 def test_eight_bit_two_sided_search_on_small_data_is_the_literal_loop():
     x = heavy_tailed(150, seed=3)
     error, scale, zero_point = literal_search(x, bits=8, mode="both")
     got = lp_search(x, bits=8)
-    assert got.error.item() == pytest.approx(error, rel=1e-9)
-    assert (got.grid.scale.item(), got.grid.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
+    assert _error(x, got) == pytest.approx(error, rel=1e-4)
+    assert (got.scale.item(), got.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -191,15 +194,14 @@ def test_per_channel_search_is_a_loop_over_channels(axis):
     got = lp_search(w, bits=4, axis=axis)
     for c in range(w.shape[axis]):
         one = lp_search(w.select(axis, c), bits=4)
-        assert got.grid.scale.flatten()[c] == one.grid.scale
-        assert got.grid.zero_point.flatten()[c] == one.grid.zero_point
-        assert got.error.flatten()[c].item() == pytest.approx(one.error.item())
+        assert got.scale.flatten()[c] == one.scale
+        assert got.zero_point.flatten()[c] == one.zero_point
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_grid_per_channel_meets_its_tensor(axis):
     w = heavy_tailed(6, 5, 3, 3)
-    grid = lp_search(w, bits=4, axis=axis).grid
+    grid = lp_search(w, bits=4, axis=axis)
     x_hat = _apply(w, grid)
     for c in range(w.shape[axis]):
         one = Grid(grid.scale.flatten()[c], grid.zero_point.flatten()[c], grid.qmin, grid.qmax)
@@ -210,7 +212,7 @@ def test_many_channels_are_searched_in_pieces(monkeypatch):
     w = heavy_tailed(40, 30)
     whole = lp_search(w, bits=4, axis=0)
     monkeypatch.setattr("hq_lib.quantizers.lp_grid._MAX_CELLS", 5 * 100 * 16)
-    assert torch.equal(lp_search(w, bits=4, axis=0).grid.scale, whole.grid.scale)
+    assert torch.equal(lp_search(w, bits=4, axis=0).scale, whole.scale)
 
 
 @pytest.mark.parametrize("least", [0.1, -0.1])
@@ -218,15 +220,14 @@ def test_zeros_and_constants_have_a_grid(least):
     """Where every channel is one-sided, and where one of them is not."""
     w = torch.stack([torch.zeros(9), torch.full((9,), 0.3), torch.linspace(least, 1.0, 9)])
     got = lp_search(w, bits=4, axis=0)
-    assert (got.grid.scale > 0).all()
-    assert got.error[0].item() < 1e-90
-    assert got.error[1].item() < 1e-12
-    assert lp_search(torch.zeros(4), bits=8).error.item() < 1e-90
+    assert (got.scale > 0).all()
+    assert (_apply(w, got) - w)[:2].abs().amax(1).tolist() == [0, pytest.approx(0.0, abs=1e-5)]
+    assert _error(torch.zeros(4), lp_search(torch.zeros(4), bits=8)) == 0
 
 
 def test_data_already_on_a_grid_is_found_with_no_error():
     x = 0.25 * torch.arange(-3, 13).float().repeat(50)
-    assert lp_search(x, bits=4).error.item() == pytest.approx(0.0, abs=1e-15)
+    assert _error(x, lp_search(x, bits=4)) == pytest.approx(0.0, abs=1e-15)
 
 
 @pytest.mark.parametrize(("p", "n_bins"), list(itertools.product([1.0, 1.7, 2.0, 2.4, 3.0], [64, 512, 8192])))
@@ -263,5 +264,6 @@ def test_other_float_types_are_searched_like_their_values(dtype):
     before = x.clone()
     got, want = lp_search(x, bits=4), lp_search(x.double(), bits=4)
     assert torch.equal(x, before)
-    assert got.grid.scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert got.error.item() == pytest.approx(want.error.item(), rel=1e-9)
+    assert got.scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert got.scale.item() == pytest.approx(want.scale.item(), rel=1e-6)
+    assert got.zero_point == want.zero_point

@@ -144,7 +144,7 @@ def fit_wire(x: Tensor, cut: str, *, bits: int, per_channel: bool = True, p: flo
     if bits == FLOAT_BITS:
         raise WireError(f"wire {cut!r}: 32 bits are sent as they are, use float_wire")
     axis = 1 if per_channel and x.ndim > 1 else None
-    grid = lp_search(x.contiguous(), bits=bits, p=p, axis=axis, exact=False).grid
+    grid = lp_search(x.contiguous(), bits=bits, p=p, axis=axis, exact=False)
     scale = grid.scale.reshape(-1).float().numpy()
     return Wire(cut, tuple(x.shape[1:]), bits, scale, -scale * grid.zero_point.reshape(-1).float().numpy())
 
