@@ -109,6 +109,7 @@ def window_bounds(bins: Bins, steps: Tensor, k_min: Tensor, *, n_codes: int, p: 
 
     R from one prefix sum per step. U and L from the first three moments m_0, m_1, m_2 of the clipped excess:
     m_p >= m_2 (m_2 / m_1)^(p-2) for p >= 2 (Lyapunov), m_p >= m_1 (m_1 / m_0)^(p-1) for 1 <= p < 2 (Jensen).
+    R is left out where U + L alone exceeds the largest error that one of a few grids can have (8 bits: 4 steps of 5).
     ``steps`` (C, S) float64, > 0; ``k_min`` broadcastable to (C, S, Z), integer-valued -> (C, S, Z), real units to p.
     """
     moments = torch.stack([bins.count * bins.mean**r for r in range(3)])
@@ -120,12 +121,21 @@ def window_bounds(bins: Bins, steps: Tensor, k_min: Tensor, *, n_codes: int, p: 
         torch.searchsorted(bins.mean, end.flatten(1), right=right).view_as(end)
         for end, right in ((first, False), (last, True))
     )
-    bounds = torch.empty_like(first)
-    for i in range(steps.shape[1]):
+    bounds = _tail_bound(below, at_first, first, p) + _tail_bound(above, at_last, last, p)
+    tried = torch.arange(steps.shape[1] - 1, -1, -N_APART, device=steps.device)
+    likely = k_min.expand(bounds.shape)[:, tried].gather(2, bounds[:, tried].argmin(2, keepdim=True))
+    largest = _largest_error(bins, steps[:, tried].unsqueeze(2), likely, n_codes=n_codes, p=p).amin(1, keepdim=True)
+    for i in (bounds.amin(2) <= largest * (1 + 1e-9)).any(0).nonzero().flatten().tolist():
         inside = _rounding_prefix(bins, steps[:, i : i + 1], p)
-        bounds[:, i] = (inside.gather(1, at_last[:, i]) - inside.gather(1, at_first[:, i])).clamp_(min=0)
-    bounds += _tail_bound(below, at_first, first, p)
-    return bounds.add_(_tail_bound(above, at_last, last, p))
+        bounds[:, i] += (inside.gather(1, at_last[:, i]) - inside.gather(1, at_first[:, i])).clamp_(min=0)
+    return bounds
+
+
+def _largest_error(bins: Bins, step: Tensor, k_min: Tensor, *, n_codes: int, p: float) -> Tensor:
+    """(C, B): no values of such bins have a larger error on the grids of ``step`` and ``k_min``, (C, B, 1) each."""
+    x = bins.mean.unsqueeze(1)
+    distance = (x - torch.clamp(torch.round(x / step), k_min, k_min + (n_codes - 1)) * step).abs_()
+    return (power(distance + bins.spread.unsqueeze(1), p) * bins.count.unsqueeze(1)).sum(-1)
 
 
 def _rounding_prefix(bins: Bins, step: Tensor, p: float) -> Tensor:
@@ -151,6 +161,7 @@ def _tail_bound(sums: Tensor, index: Tensor, end: Tensor, p: float) -> Tensor:
 
 P_DEFAULT, N_STEPS = 2.4, 100  # BRECQ and QDrop, official code; QDrop, MSEObserver
 N_BINS_EXACT, N_BINS_FAST = 2**16, 2**14
+N_APART = 12  # one step in so many is tried, for an error that the optimum cannot exceed
 _BATCH_CELLS = 2**18  # candidates x bins refined per round and channel
 _MAX_CELLS = 2**22  # bounds (channels x candidates) held at once
 _SLACK = 1e-9  # relative; covers float64 summation order
@@ -185,8 +196,7 @@ def lp_search(
         exact:  True: the literal loop's optimum (ties, to 1e-12, go to the first in (step, zero point) order). False:
                 values stand at the mean of their bin (16,384): one pass over x, typically within 0.5 % of the optimum.
 
-    Scale and zero point are () or per channel in a shape that broadcasts to ``x``. No gradient. Raises ``ValueError``
-    for NaN, Inf or no values.
+    Its parts are () or broadcast to ``x`` per channel. No gradient. ``ValueError`` for NaN, Inf or no values.
     """
     values = rows(x, axis)
     if p < 1:

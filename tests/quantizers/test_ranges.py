@@ -247,7 +247,7 @@ def test_bounds_never_exceed_the_error(p, n_bins):
         truth = lp_grid.grid_error(x64, torch.ones_like(x64), spread=torch.zeros(1, 1, 1), **grid)
         assert bound[i, j] <= truth * (1 + 1e-9)
         assert on_bins <= truth * (1 + 1e-9)
-        assert truth <= lp_error._largest_error(bins, **grid) * (1 + 1e-9)
+        assert truth <= lp_grid._largest_error(bins, **grid) * (1 + 1e-9)
 
 
 def test_bins_keep_count_and_mean():
