@@ -10,7 +10,6 @@ from torch import nn
 
 from hq_lib import integer, ptq
 from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, blocks, quantize, weight_layers
-from hq_lib.ptq import cache
 from hq_lib.ptq.reconstruction import batch_indices, drop, dropping, keep_mask
 from hq_lib.ptq.units import cut, units
 from hq_lib.quantizers import AdaRound
@@ -193,11 +192,11 @@ def test_activations_in_files_give_the_same_bits(unit, monkeypatch):
     if unit == "block":
         settings = dataclasses.replace(settings, loss="fisher")
     ptq.reconstruct(plain, x, settings)
-    monkeypatch.setattr(cache, "MAX_BYTES", 0)
+    monkeypatch.setattr("hq_lib.ptq.units.MAX_BYTES", 0)
     ptq.reconstruct(lean, x, settings)
     for a, b in zip(plain.state_dict().values(), lean.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    monkeypatch.setattr("hq_lib.ptq.units.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
     with pytest.raises(OSError, match=r"no space for .* GiB of activations: set TMPDIR"):
         ptq.reconstruct(made()[0], x, settings)
 

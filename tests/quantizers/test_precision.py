@@ -5,8 +5,7 @@ import warnings
 import pytest
 import torch
 
-from hq_lib.quantizers import DSQ, act_quantizer, fusion_status, weight_quantizer
-from hq_lib.quantizers import fusion as fusion_module
+from hq_lib.quantizers import DSQ, act_quantizer, fusion_status, straight_through, weight_quantizer
 from hq_lib.quantizers.straight_through import Fused, enable_fusion_
 from hq_lib.training import machine
 
@@ -55,14 +54,14 @@ def test_the_compiler_is_asked_to_divide_as_eager_code_does(monkeypatch):
     """On a GPU it would not by itself; no GPU is needed to see what it is asked for."""
     asked, kernel = [], Fused(halve, n_elementwise=1, apart=False)
     monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how["options"]) or function)
-    monkeypatch.setattr(fusion_module, "_state", {"on": True, "failure": None, "said": False})
+    monkeypatch.setattr(straight_through, "_state", {"on": True, "failure": None, "said": False})
     kernel(torch.ones(2**17), torch.tensor(0.5))
     machine.compiled(torch.nn.Linear(1, 1))
     assert asked == [{"eager_numerics.division_rounding": True}] * 2
 
 
 def test_one_call_out_of_memory_leaves_fusion_on_and_says_so_once(monkeypatch):
-    before, x, calls = dict(fusion_module._state), torch.ones(2**17), []
+    before, x, calls = dict(straight_through._state), torch.ones(2**17), []
     kernel = Fused(double, n_elementwise=1, apart=False)
 
     def full(*args):
@@ -79,4 +78,4 @@ def test_one_call_out_of_memory_leaves_fusion_on_and_says_so_once(monkeypatch):
             assert torch.equal(kernel(x, torch.tensor(1.0)), 2 * x)
         assert (fusion_status(), len(calls)) == ("on", 2)
     finally:
-        fusion_module._state.update(before)
+        straight_through._state.update(before)
