@@ -22,7 +22,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from hq_lib import models
-from hq_lib.quantizers.fusion import enable_fusion_
+from hq_lib.quantizers import enable_fusion_
 from hq_lib.results import dependencies, notebook, paths, tables
 from hq_lib.results.share import RUNS_A_STUDY
 from hq_lib.studies import every
