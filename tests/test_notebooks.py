@@ -20,6 +20,7 @@ import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from traitlets.config import Config
 
 from hq_lib import models
 from hq_lib.quantizers import enable_fusion_
@@ -157,7 +158,7 @@ def run_cells(sources, folder, said):
     enable_fusion_(False)
     with said.open("w") as out, redirect_stdout(out), redirect_stderr(out), warnings.catch_warnings():
         warnings.simplefilter("error")
-        shell = InteractiveShell.instance()
+        shell = InteractiveShell.instance(config=Config({"HistoryManager": {"hist_file": ":memory:"}}))
         ended = all(shell.run_cell(source, store_history=True).success for source in sources)
         print("", flush=True)
     os._exit(0 if ended else 1)
