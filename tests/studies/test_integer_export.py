@@ -15,7 +15,7 @@ from torch import nn
 import hq_lib.deploy
 from hq_lib import data, graph, integer, models
 from hq_lib.deploy import c as export_c
-from hq_lib.deploy.c import CompilerError, container
+from hq_lib.deploy.c import CompilerError, runtime
 from hq_lib.results import paths
 from hq_lib.studies.bench import Bench, open_imagenet
 from hq_lib.studies.integer_export import executors, study, tables
@@ -251,7 +251,7 @@ SHIPPED = ("lenet_w8a8", "resnet20_w8a8")
 def test_the_shipped_integer_networks_run_as_they_are_and_agree(name):
     pytest.importorskip("onnxruntime")
     files = {kind: paths.checkpoints_dir() / f"{name}.{executors.ENDINGS[kind]}" for kind in ("c", "onnx")}
-    image = container.meta_of(files["c"])["image"]
+    image = runtime.meta_of(files["c"])["image"]
     shape = data.SPECS[image["name"]].in_shape
     x = torch.randn(5, *shape).numpy()
     logits = [executors.opened(kind, file)(x) for kind, file in files.items()]
@@ -263,7 +263,7 @@ def test_the_shipped_integer_networks_run_as_they_are_and_agree(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_integer_networks_have_the_accuracy_that_they_say(name):
     file = paths.checkpoints_dir() / f"{name}.hqm"
-    meta = container.meta_of(file)
+    meta = runtime.meta_of(file)
     try:
         test = data.load(meta["image"]["name"], "test")
     except data.DataUnavailableError as error:
