@@ -47,15 +47,15 @@ def test_a_shipped_checkpoint_agrees_with_its_integers_once_biases_are_those_of_
 
 
 def test_what_is_left_in_float_has_no_quantizer_and_the_rest_has(out_dir, cifar10_train, monkeypatch):
-    left = {}
+    left, run = {}, Run("qat_untrained", "smoke", qat.untrained.STUDY.plan("smoke"))
     monkeypatch.setattr(
         qat.untrained, "evaluate", lambda net, _: seen.append(net) or SimpleNamespace(acc_pct=90.0, n=50)
     )
     for what in qat.untrained.IN_FLOAT:
         seen = []
-        point = qat.untrained._point("resnet20", (8, 8), {"in_float": what})
+        point = qat.untrained._point(run.plan, "resnet20", (8, 8), {"in_float": what})
         bench = qat.open_net(Run("qat", "smoke", qat.STUDY.plan("smoke")), "resnet20")
-        assert [row["n_test"] for row in qat.untrained.measure(None, bench, point)] == [50]
+        assert [row["n_test"] for row in qat.untrained.measure(run, bench, point)] == [50]
         left[what] = {name.removesuffix("_act_quantizer") for name in act_quantizers(seen[0])}
     assert len(left["neither"]) == 32 - 9  # tensors of the network, without the last convolution of each block
     assert left["neither"] - left["branch outputs"] == {"layer2_0_shortcut_1", "layer3_0_shortcut_1"}
