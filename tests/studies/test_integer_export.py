@@ -1,8 +1,10 @@
 """The integer study: executors opened from files agree bit for bit, rows resume, the table has no empty cell."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -41,10 +43,16 @@ def toy_bench() -> Bench:
     return Bench(net.eval(), record, train, train, test)
 
 
+@cache
+def quantized_toy(bits, quantized=study.quantized):
+    return quantized(toy_bench(), bits)
+
+
 @pytest.fixture
 def only_toy(monkeypatch):
-    """The study, of that network alone."""
+    """The study, of that network alone, whose ranges are searched once for all tests."""
     monkeypatch.setattr(study, "open_bench", lambda *_, **__: toy_bench())
+    monkeypatch.setattr(study, "quantized", lambda _, bits: copy.deepcopy(quantized_toy(bits)))
     return {"networks": ["toynet"]}
 
 
