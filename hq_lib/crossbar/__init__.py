@@ -35,11 +35,3 @@ from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.profiles import device, fit_report, measured_device, proportional, state_independent
 from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace
 from hq_lib.crossbar.simulator import SimEngine, count
-
-__all__ = [
-    "Adc", "BenchError", "BenchServer", "Circuit", "Constant", "ConstantRead", "Convolution", "Correction",
-    "CrossbarError", "Curve", "Device", "Drift", "Drive", "Driver", "Engine", "EngineNetwork", "FakeDriver", "Faults",
-    "FlickerRead", "HardwareEngine", "IdealEngine", "Limits", "LogClamp", "Mapping", "Patience", "Polynomial",
-    "Proportional", "RecordEngine", "ReplayEngine", "SimEngine", "TcpDriver", "Trace", "TraceError", "Verify", "Wires",
-    "count", "device", "fit_report", "measured_device", "proportional", "residuals", "state_independent",
-]  # fmt: skip

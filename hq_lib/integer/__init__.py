@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     from hq_lib.integer.lowering import lower
     from hq_lib.integer.nodes import LowerError
 
-__all__ = [
-    "Agreement", "ImageError", "IntegerModel", "LowerError", "RecordError", "TensorSpec", "agreement", "check",
-    "from_bytes", "load", "lower", "output_integers", "pixel_table", "quantize", "quantize_pixels", "round_biases",
-    "run", "save", "to_bytes",
-]  # fmt: skip
-
 
 _NEED_TORCH = {
     "lower": "lowering", "LowerError": "nodes", "agreement": "comparison", "Agreement": "comparison",

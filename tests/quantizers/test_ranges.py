@@ -142,17 +142,22 @@ def _error(x, grid, p=2.4):
     return float((x.double() - _apply(x, grid).double()).abs().pow(p).mean())
 
 
+def assert_finds(wanted, x, **options):
+    """(error, scale, zero point) of ``x``, found in its own precision, and without any rounding in double."""
+    error, scale, zero_point = wanted
+    got, exact = lp_search(x, **options), lp_search(x.double(), **options)
+    assert _error(x.double(), exact, options.get("p", 2.4)) == pytest.approx(error, rel=1e-9)
+    assert (exact.scale.item(), exact.zero_point.item()) == (pytest.approx(scale, rel=1e-9), zero_point)
+    assert (got.scale, got.zero_point) == (exact.scale.to(x.dtype), exact.zero_point)
+
+
 @pytest.mark.parametrize(
     ("bits", "p"), [(1, 2.4), (2, 2.4), (3, 2.0), (4, 2.4), (4, 1.0), (4, 1.5), (3, 4.0), (6, 2.4)]
 )
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_two_sided_search_is_the_literal_loop(bits, p, shift):
     x = heavy_tailed(700, seed=bits, shift=shift)
-    error, scale, zero_point = literal_search(x, bits=bits, p=p, mode="both")
-    got = lp_search(x, bits=bits, p=p)
-    assert _error(x, got, p) == pytest.approx(error, rel=1e-4)
-    assert got.scale.item() == pytest.approx(scale, rel=1e-6)
-    assert got.zero_point.item() == zero_point
+    assert_finds(literal_search(x, bits=bits, p=p, mode="both"), x, bits=bits, p=p)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -161,31 +166,21 @@ def test_one_dimensional_searches_are_the_literal_loop(bits, mode):
     x = heavy_tailed(900, seed=bits)
     x = {"positive": x.relu(), "negative": -x.relu()}.get(mode, x)
     options = {"scheme": mode} if mode.startswith("symmetric") else {}
-    error, scale, zero_point = literal_search(x, bits=bits, mode=mode)
-    got = lp_search(x, bits=bits, **options)
-    assert _error(x, got) == pytest.approx(error, rel=1e-4)
-    assert got.scale.item() == pytest.approx(scale, rel=1e-6)
-    assert got.zero_point.item() == zero_point
+    assert_finds(literal_search(x, bits=bits, mode=mode), x, bits=bits, **options)
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(3, "both"), (4, "positive"), (8, "positive"), (8, "symmetric")])
 def test_the_histogram_path_is_exact_too(bits, mode):
     x = heavy_tailed(100_000, seed=1)  # more values than bins
     x = x.relu() if mode == "positive" else x
-    error, scale, zero_point = literal_search(x, bits=bits, mode=mode)
-    got = lp_search(x, bits=bits, scheme=mode if mode == "symmetric" else "affine")
-    assert _error(x, got) == pytest.approx(error, rel=1e-4)
-    assert (got.scale.item(), got.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
-    fast = lp_search(x, bits=bits, scheme=mode if mode == "symmetric" else "affine", exact=False)
-    assert _error(x, fast) <= error * 1.005
+    wanted, scheme = literal_search(x, bits=bits, mode=mode), mode if mode == "symmetric" else "affine"
+    assert_finds(wanted, x, bits=bits, scheme=scheme)
+    assert _error(x, lp_search(x, bits=bits, scheme=scheme, exact=False)) <= wanted[0] * 1.005
 
 
 def test_eight_bit_two_sided_search_on_small_data_is_the_literal_loop():
     x = heavy_tailed(150, seed=3)
-    error, scale, zero_point = literal_search(x, bits=8, mode="both")
-    got = lp_search(x, bits=8)
-    assert _error(x, got) == pytest.approx(error, rel=1e-4)
-    assert (got.scale.item(), got.zero_point.item()) == (pytest.approx(scale, rel=1e-6), zero_point)
+    assert_finds(literal_search(x, bits=8, mode="both"), x, bits=8)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

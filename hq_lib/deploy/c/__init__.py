@@ -11,8 +11,3 @@ The sources and a Makefile are in ``src``.
 from hq_lib.deploy.c.board import export_folder
 from hq_lib.deploy.c.container import ExportError, to_bytes
 from hq_lib.deploy.c.runtime import CompilerError, ContainerError, Runtime, compiler, library, program
-
-__all__ = [
-    "CompilerError", "ContainerError", "ExportError", "Runtime", "compiler", "export_folder", "library", "program",
-    "to_bytes",
-]  # fmt: skip

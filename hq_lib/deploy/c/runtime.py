@@ -195,7 +195,8 @@ class Runtime:
         """
         n_ops, arena = int(self._content[24:28].view("<u4")[0]), _pointer(self._arenas[0])
         seconds, x = np.zeros((rounds, n_ops)), np.ascontiguousarray(np.asarray(images, np.float32))
-        self.run(x)  # which checks them
+        self.run(x)  # which checks them, and may have given each thread images of its own
+        self._lib.hqm_use_threads(self._n_threads)
         for row in seconds:
             for image in map(_pointer, x):
                 for i in range(n_ops):

@@ -24,8 +24,3 @@ from hq_lib.deploy.edge_cloud.wire import (
     pack,
     unpack,
 )
-
-__all__ = [
-    "CODINGS", "HEADER_BYTES", "Cut", "PacketError", "Wire", "WireError", "find_cuts", "fit_wire", "float_wire",
-    "from_jpeg", "integer_edge", "pack", "pixel_wire", "split_at", "to_jpeg", "unpack",
-]  # fmt: skip

@@ -16,8 +16,3 @@ The module ``exporter`` and ``read_tuple`` alone need torch.
 from hq_lib.deploy.fpga.formats import read_net, read_tuple, write_net
 from hq_lib.deploy.fpga.fpgai import LENET, FpgaiError, FpgaiLayer, Stage, int32_overflows, record_of, run
 from hq_lib.deploy.fpga.memory_image import narrowed, read_images, write_images
-
-__all__ = [
-    "LENET", "FpgaiError", "FpgaiLayer", "Stage", "int32_overflows", "narrowed", "read_images", "read_net",
-    "read_tuple", "record_of", "run", "write_images", "write_net",
-]  # fmt: skip

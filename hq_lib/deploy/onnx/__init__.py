@@ -11,5 +11,3 @@ requantization. Needs the extra ``export`` (onnx, onnxruntime).
 
 from hq_lib.deploy.onnx.model import export, meta_of, run, session, to_bytes
 from hq_lib.deploy.onnx.operators import ExportError
-
-__all__ = ["ExportError", "export", "meta_of", "run", "session", "to_bytes"]

@@ -90,14 +90,7 @@ def write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> 
         case r.Quantize():
             _round_to(graph, graph.node("Div", [x.name, graph.constant(float(out.scale), "float32")]), out)
         case r.Conv() | r.Linear() | r.AvgPool():
-            acc = _accumulators(graph, op, x)
-            if op.requant is not None:
-                _requantize(graph, op, acc, inputs[1:], out)
-            elif isinstance(op, r.AvgPool):
-                acc = graph.node("Add", [acc, graph.constant(out.zero_point, "int32")]) if out.zero_point else acc
-                graph.cast(acc, out.dtype, output=out.name)
-            else:
-                graph.node("Identity", [acc], output=out.name)
+            _sum(graph, op, inputs, out)
         case r.Add():
             _add(graph, op, inputs, out)
         case r.Mul():
@@ -129,6 +122,18 @@ def write(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> 
             graph.node("Gather", [values, graph.cast(x.name, "int32")], **named)
         case _:
             raise ExportError(f"{op.name!r}: {type(op).__name__} has no ONNX form")
+
+
+def _sum(graph: Graph, op: r.Layer | r.AvgPool, inputs: list[TensorSpec], out: TensorSpec) -> None:
+    """Write a sum over a window: requantized, or as it is (logits, a residual's accumulators, an exact pool)."""
+    acc = _accumulators(graph, op, inputs[0])
+    if op.requant is not None:
+        _requantize(graph, op, acc, inputs[1:], out)
+    elif isinstance(op, r.AvgPool):
+        acc = graph.node("Add", [acc, graph.constant(out.zero_point, "int32")]) if out.zero_point else acc
+        graph.cast(acc, out.dtype, output=out.name)
+    else:
+        graph.node("Identity", [acc], output=out.name)
 
 
 def _float_for_uint16(spec: TensorSpec) -> str:

@@ -7,8 +7,3 @@ Nothing here touches pyplot or its global state.
 from hq_lib.results.figures.marks import band, band_line, band_lines, heat_map, label_ends, plain_log
 from hq_lib.results.figures.methods import Look, look, looks
 from hq_lib.results.figures.style import SCREEN_DPI, PaperFigure, caption, need, new_figure, rendered, save, styled
-
-__all__ = [
-    "SCREEN_DPI", "Look", "PaperFigure", "band", "band_line", "band_lines", "caption", "heat_map", "label_ends", "look",
-    "looks", "need", "new_figure", "plain_log", "rendered", "save", "styled",
-]  # fmt: skip
