@@ -85,7 +85,7 @@ typedef void rescale_kernel(int32_t acc[TILE][BLOCK], uint32_t n_places, const r
 typedef struct {
     const window *v;
     const tensor *x, *residual, *y;
-    const uint8_t *data; /* of x, padded */
+    const uint8_t *data; /* of x, padded but for depthwise_rows */
     const uint8_t *w;
     const int32_t *start;
     product_kernel *kernel;
@@ -104,7 +104,7 @@ enum { WIDEST = 512 }; /* input channels of a layer in tiles */
 /* Vector forms of the frequent cases, or NULL: then the portable code runs. */
 typedef struct {
     const char *name;
-    product_kernel *dense[3], *depthwise[3]; /* uint8 inputs; weights of 4, 8, 16 bits */
+    product_kernel *dense[3];              /* uint8 inputs; weights of 4, 8, 16 bits */
     rescale_kernel *rescale_u8, *fixed_u8;   /* "float32" and "fixed" */
     /* n elements, float32 Add of uint8 */
     void (*add_u8)(const uint8_t *a, const uint8_t *b, uint32_t n, const float m[2], float offset, int32_t qmin,
@@ -112,9 +112,11 @@ typedef struct {
     /* as many of n elements of a "fixed" Add of uint8 as it serves, whose number it returns */
     uint32_t (*fixed_add_u8)(const uint8_t *a, int32_t a_zero, const uint8_t *b, uint32_t n, const rescale *r,
                              uint8_t *out);
+    part_work *depthwise_rows; /* a depthwise layer of uint8, read without padding, of windows that `joins` takes */
+    int (*joins)(const window *v);
     part_work *tiles; /* a layer of uint8, 8 or 16 bits, ungrouped 3x3 windows of stride 1, in tiles of 2x2 outputs */
     /* every output of the places from `place` on that p names, for the kernel rows from `row` on; or 0, nothing done */
-    int (*bounded)(const layer *l, product p, size_t place, uint32_t row);
+    int (*whole_tile)(const layer *l, product p, size_t place, uint32_t row);
 } kernels;
 
 const kernels *hqm_kernels(void);

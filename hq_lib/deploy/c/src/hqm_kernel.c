@@ -1,7 +1,7 @@
 /* The choice of kernels, made when the program runs. */
 #include "hqm_kernel.h"
 
-static const kernels scalar = {"scalar", {NULL, NULL, NULL}, {NULL, NULL, NULL}, NULL, NULL, NULL, NULL, NULL, NULL};
+static const kernels scalar = {.name = "scalar"};
 static const kernels *chosen;
 
 /* The fastest first. */

@@ -31,22 +31,11 @@ static inline void multipliers(const float *from, const rescale *r, uint32_t fir
     for (uint32_t o = 0; from && o < n; o++) to[o] = from[r->is_shared ? 0 : first + o];
 }
 
-/* Offsets in x of n kernel places from `first` on; the first place's behind the last, where weights are 0. */
-static inline void tap_offsets(const product *p, uint32_t first, uint32_t n, size_t *offset) {
-    const uint32_t n_taps = p->n_rows * p->n_columns;
-    for (uint32_t t = 0; t < n; t++) {
-        const uint32_t tap = first + t < n_taps ? first + t : 0;
-        offset[t] = tap / p->n_columns * p->row_step + tap % p->n_columns * p->column_step;
-    }
-}
-
 #ifdef HQM_X86
 #include <immintrin.h>
 
-/* The weights of one kernel place, as bytes. */
-INLINE __m128i tap(const product *p, uint32_t t, const int bits) {
-    const uint8_t *w = (const uint8_t *)p->w + t * p->w_step * (size_t)bits / 8;
-    if (t >= p->n_rows * p->n_columns) return _mm_setzero_si128();
+/* The weights of a depthwise block, 4 or 8 bits each, as bytes. */
+INLINE __m128i block_bytes(const uint8_t *w, const int bits) {
     if (bits == 8) return _mm_loadu_si128((const __m128i *)(const void *)w);
     const __m128i both = _mm_loadl_epi64((const __m128i *)(const void *)w), mask = _mm_set1_epi8(15);
     const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);

@@ -37,28 +37,7 @@ ISA INLINE void narrow(uint8_t *out, const __m256i q[2]) {
 }
 #include "hqm_vector.h"
 
-/* rescale_u8 of whole blocks without a residual, two places at once. Packing saturates: at 0, and far below it. */
-ISA static void pairs_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
-                         const void *residual, uint8_t *out, size_t step) {
-    float m[BLOCK];
-    const uint32_t n_pairs = residual || n < BLOCK || r->low != -r->zero ? 0 : n_places / 2;
-    const __m256 high = set_f((float)r->high);
-    const __m256i zero = _mm256_set1_epi16((int16_t)r->zero), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    multipliers(r->multiplier, r, first, n, m);
-    for (uint32_t p = 0; p < n_pairs; p++, out += 2 * step) {
-        __m256i q[4];
-        for (int h = 0; h < 4; h++)
-            q[h] = to_i(_mm256_min_ps(mul_f(to_f(at(acc[2 * p] + 8 * h)), load_f(m + h % 2 * 8)), high));
-        const __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), zero);
-        const __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), zero);
-        const __m256i both = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
-        _mm_storeu_si128((__m128i *)(void *)out, _mm256_castsi256_si128(both));
-        _mm_storeu_si128((__m128i *)(void *)(out + step), _mm256_extracti128_si256(both, 1));
-    }
-    if (2 * n_pairs < n_places) avx2_rescale_u8(acc + 2 * n_pairs, n_places - 2 * n_pairs, r, first, n, residual, out, step);
-}
-
-enum { MANY = 4, SOME = 2, TAPS = 10, GROUP = 2 };
+enum { MANY = 4, SOME = 2 };
 
 /* Of four weights the even ones, w[0], and the odd ones, w[1], as int16 pairs. */
 ISA INLINE void unpacked(const uint8_t *from, const int bits, __m256i w[2][2]) {
@@ -76,38 +55,47 @@ ISA INLINE void multiply(__m256i sum[2], __m256i x, __m256i w[2][2], const int b
         for (int h = 0; h < 2; h++) sum[h] = add_i(sum[h], _mm256_madd_epi16(xs[e], w[e][h]));
 }
 
-/* Eight of the weights of one kernel place. */
-ISA INLINE __m128i tap_16(const product *p, uint32_t t, int h) {
-    const int16_t *w = (const int16_t *)p->w + t * p->w_step + 8 * h;
-    return t < p->n_rows * p->n_columns ? _mm_loadu_si128((const __m128i *)(const void *)w) : _mm_setzero_si128();
+ISA INLINE __m256i packed(const __m256i v[4], __m256i zero) {
+    const __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), zero);
+    const __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero);
+    return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-
-/* Pairs of kernel places: vpmaddwd of (x_a, x_b) and (w_a, w_b) in each channel. */
-ISA INLINE void unpacked_taps(const product *p, uint32_t t, const int bits, __m256i w[2]) {
-    if (bits == 16) {
-        for (int h = 0; h < 2; h++) {
-            const __m128i first = tap_16(p, t, h), second = tap_16(p, t + 1, h);
-            w[h] = _mm256_set_m128i(_mm_unpackhi_epi16(first, second), _mm_unpacklo_epi16(first, second));
-        }
-        return;
-    }
-    const __m128i a = tap(p, t, bits), b = tap(p, t + 1, bits);
-    w[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
-    w[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
-}
-
-ISA INLINE void multiply_taps(__m256i sum[2], const uint8_t *x, const size_t *o, const __m256i w[2]) {
-    const __m256i spread = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7, -1, 8, -1, 9, -1, 10,
-                                            -1, 11, -1, 12, -1, 13, -1, 14, -1, 15, -1);
-    const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + o[0])));
-    const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(x + o[1])));
-    const __m256i low = _mm256_shuffle_epi8(_mm256_unpacklo_epi8(a, b), spread);
-    const __m256i high = _mm256_shuffle_epi8(_mm256_unpackhi_epi8(a, b), spread);
-    sum[0] = add_i(sum[0], _mm256_madd_epi16(low, w[0]));
-    sum[1] = add_i(sum[1], _mm256_madd_epi16(high, w[1]));
-}
+ISA INLINE int below_one(__m256 m) { return _mm256_movemask_ps(_mm256_cmp_ps(m, set_f(1.0f), _CMP_NLT_UQ)) == 0; }
+#define set_b(x) _mm256_set1_epi8((char)(x))
+#define set_w(x) _mm256_set1_epi16((int16_t)(x))
+#define within(b, low, high) _mm256_min_epu8(_mm256_max_epu8(b, low), high)
 #include "hqm_x86.h"
-ISA static void depthwise_16(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 16); }
+
+#define ROWS(bits) ((void)(bits), 2u)
+#define or_i(a, b) _mm256_or_si256(a, b)
+#define and_i(a, b) _mm256_and_si256(a, b)
+/* Dwords so that what unpacking in halves leaves lies in the channels' order. */
+ISA INLINE __m256i apart(const uint8_t *x) {
+    return _mm256_permutevar8x32_epi32(at(x), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+}
+ISA INLINE void join(const uint8_t *const rows[4], const int bits, __m256i v[4]) {
+    const __m256i a = apart(rows[0]), b = apart(rows[1]), zero = zero_i();
+    const __m256i low[2] = {_mm256_unpacklo_epi8(a, zero), _mm256_unpacklo_epi8(b, zero)};
+    const __m256i high[2] = {_mm256_unpackhi_epi8(a, zero), _mm256_unpackhi_epi8(b, zero)};
+    (void)bits;
+    v[0] = _mm256_unpacklo_epi16(low[0], low[1]), v[1] = _mm256_unpackhi_epi16(low[0], low[1]);
+    v[2] = _mm256_unpacklo_epi16(high[0], high[1]), v[3] = _mm256_unpackhi_epi16(high[0], high[1]);
+}
+ISA INLINE __m256i signed_weights(const uint8_t *w, uint32_t channel, const int bits) {
+    if (bits == 16) return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(w + 2 * channel)));
+    const __m128i all = block_bytes(w + channel / BLOCK * BLOCK * (uint32_t)bits / 8, bits);
+    return _mm256_cvtepi8_epi32(channel % BLOCK ? _mm_srli_si128(all, 8) : all);
+}
+ISA INLINE __m256i multiply_joined(__m256i sum, __m256i x, __m256i w, const int bits) {
+    (void)bits;
+    return add_i(sum, _mm256_madd_epi16(x, w));
+}
+ISA INLINE void put_some(uint8_t *to, __m256i v, uint32_t n) {
+    uint8_t all[32];
+    if (n == 32) put(to, v);
+    else put(all, v), memcpy(to, all, n);
+}
+#include "hqm_depthwise.h"
 #include "hqm_winograd.h"
 
 /* Sums of pairs in 32 bits, added to those in acc unless they are the first. */
@@ -264,7 +252,9 @@ ISA static uint32_t fixed_add_u8(const uint8_t *a, int32_t a_zero, const uint8_t
     return i;
 }
 
-const kernels hqm_avx2 = {"avx2", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, depthwise_16},
-                          pairs_u8, fixed_u8, avx2_add_u8, fixed_add_u8, run_tiles, run_bounded};
+const kernels hqm_avx2 = {
+    .name = "avx2", .dense = {dense_4, dense_8, dense_16}, .rescale_u8 = together_u8, .fixed_u8 = fixed_u8,
+    .add_u8 = avx2_add_u8, .fixed_add_u8 = fixed_add_u8, .depthwise_rows = run_depthwise, .joins = joins,
+    .tiles = run_tiles, .whole_tile = run_bounded};
 
 #endif

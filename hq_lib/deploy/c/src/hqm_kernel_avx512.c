@@ -35,7 +35,7 @@ ISA INLINE void put(void *to, __m512i v) { _mm512_storeu_si512(to, v); }
 ISA INLINE __m128i at_128(const void *from) { return _mm_loadu_si128((const __m128i *)from); }
 #include "hqm_vector.h"
 
-enum { MANY = 8, SOME = 4, TAPS = 12, GROUP = 4 };
+enum { MANY = 8, SOME = 4 };
 
 ISA INLINE void unpacked(const uint8_t *from, const int bits, __m512i w[2][1]) {
     if (bits == 4) {
@@ -55,23 +55,49 @@ ISA INLINE void multiply(__m512i sum[1], __m512i x, __m512i w[2][1], const int b
     }
 }
 
-/* Byte t of each int32: channel by channel what four kernel places have. */
-ISA INLINE __m512i joined(__m128i a, __m128i b, __m128i c, __m128i d) {
-    const __m512i low = _mm512_or_si512(_mm512_cvtepu8_epi32(a), _mm512_slli_epi32(_mm512_cvtepu8_epi32(b), 8));
-    const __m512i high = _mm512_or_si512(_mm512_cvtepu8_epi32(c), _mm512_slli_epi32(_mm512_cvtepu8_epi32(d), 8));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#define set_b(x) _mm512_set1_epi8((char)(x))
+#define set_w(x) _mm512_set1_epi16((int16_t)(x))
+#define within(b, low, high) _mm512_min_epu8(_mm512_max_epu8(b, low), high)
+/* Dword 4 i + j from 4 j + i: what packing and unpacking in four lanes needs around it. */
+ISA INLINE __m512i transposed(__m512i v) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
 }
-
-ISA INLINE void unpacked_taps(const product *p, uint32_t t, const int bits, __m512i w[1]) {
-    w[0] = joined(tap(p, t, bits), tap(p, t + 1, bits), tap(p, t + 2, bits), tap(p, t + 3, bits));
+ISA INLINE __m512i packed(const __m512i v[4], __m512i zero) {
+    const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zero);
+    const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), zero);
+    return transposed(_mm512_packus_epi16(a, b));
 }
-
-ISA INLINE void multiply_taps(__m512i sum[1], const uint8_t *x, const size_t *o, const __m512i w[1]) {
-    const __m512i all = joined(at_128(x + o[0]), at_128(x + o[1]), at_128(x + o[2]), at_128(x + o[3]));
-    sum[0] = _mm512_dpbusd_epi32(sum[0], all, w[0]);
-}
+ISA INLINE int below_one(__m512 m) { return _mm512_cmp_ps_mask(m, set_f(1.0f), _CMP_NLT_UQ) == 0; }
 #include "hqm_x86.h"
 ISA static void dense_4(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 4); }
+
+#define ROWS(bits) ((bits) == 16 ? 2u : 4u)
+#define or_i(a, b) _mm512_or_si512(a, b)
+#define and_i(a, b) _mm512_and_si512(a, b)
+ISA INLINE void join(const uint8_t *const rows[4], const int bits, __m512i v[4]) {
+    const __m512i a = transposed(at(rows[0])), b = transposed(at(rows[1])), zero = zero_i();
+    __m512i low[2] = {_mm512_unpacklo_epi8(a, zero), _mm512_unpacklo_epi8(b, zero)};
+    __m512i high[2] = {_mm512_unpackhi_epi8(a, zero), _mm512_unpackhi_epi8(b, zero)};
+    if (bits < 16) {
+        const __m512i c = transposed(at(rows[2])), d = transposed(at(rows[3]));
+        low[0] = _mm512_unpacklo_epi8(a, b), low[1] = _mm512_unpacklo_epi8(c, d);
+        high[0] = _mm512_unpackhi_epi8(a, b), high[1] = _mm512_unpackhi_epi8(c, d);
+    }
+    v[0] = _mm512_unpacklo_epi16(low[0], low[1]), v[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+    v[2] = _mm512_unpacklo_epi16(high[0], high[1]), v[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+}
+ISA INLINE __m512i signed_weights(const uint8_t *w, uint32_t channel, const int bits) {
+    if (bits == 16) return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * channel)));
+    return _mm512_cvtepi8_epi32(block_bytes(w + channel * (uint32_t)bits / 8, bits));
+}
+ISA INLINE __m512i multiply_joined(__m512i sum, __m512i x, __m512i w, const int bits) {
+    return bits == 16 ? _mm512_dpwssd_epi32(sum, x, w) : _mm512_dpbusd_epi32(sum, x, w);
+}
+ISA INLINE void put_some(uint8_t *to, __m512i v, uint32_t n) {
+    if (n == 64) put(to, v);
+    else _mm512_mask_storeu_epi8(to, ((__mmask64)1 << n) - 1, v);
+}
+#include "hqm_depthwise.h"
 
 /* The "fixed" requantizer on 8 channels at a time: int64 sums, arithmetic shift. */
 ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
@@ -104,7 +130,8 @@ ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const resc
     }
 }
 
-const kernels hqm_avx512vnni = {"avx512vnni", {dense_4, dense_8, dense_16}, {depthwise_4, depthwise_8, NULL},
-                                avx512_rescale_u8, fixed_u8, avx512_add_u8, NULL, NULL, NULL};
+const kernels hqm_avx512vnni = {
+    .name = "avx512vnni", .dense = {dense_4, dense_8, dense_16}, .rescale_u8 = together_u8, .fixed_u8 = fixed_u8,
+    .add_u8 = avx512_add_u8, .depthwise_rows = run_depthwise, .joins = joins};
 
 #endif

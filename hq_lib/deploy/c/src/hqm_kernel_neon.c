@@ -79,6 +79,7 @@ static inline void neon_narrow(uint8_t *out, const int32x4_t q[4]) {
 #define narrow(out, q) neon_narrow(out, q)
 #include "hqm_vector.h"
 
-const kernels hqm_neon = {"neon", {dense_4, dense_8, NULL}, {NULL, NULL, NULL}, neon_rescale_u8, NULL, neon_add_u8, NULL, NULL, NULL};
+const kernels hqm_neon = {
+    .name = "neon", .dense = {dense_4, dense_8, NULL}, .rescale_u8 = neon_rescale_u8, .add_u8 = neon_add_u8};
 
 #endif

@@ -1,4 +1,4 @@
-/* Convolution and linear layers: padded copy, products tile by tile, requantization.
+/* Convolution and linear layers: padded copy (where kernels need one), products tile by tile, requantization.
  *
  * The input lies as (H, W, C), so a window of a dense convolution is one run of k_w C elements per kernel row, read in
  * place: nothing is unfolded. Grouped and dilated windows are one run of C / groups elements per kernel place. Weights
@@ -70,7 +70,7 @@ static product_kernel *kernel_of(uint32_t depthwise, uint32_t x_size, uint32_t b
         {{depthwise_uint8_t_4, depthwise_uint8_t_8, depthwise_uint8_t_16},
          {depthwise_uint16_t_4, depthwise_uint16_t_8, depthwise_uint16_t_16}}};
     const kernels *fast = hqm_kernels();
-    product_kernel *found = x_size > 1 ? NULL : depthwise ? fast->depthwise[bits / 8] : fast->dense[bits / 8];
+    product_kernel *found = x_size > 1 || depthwise ? NULL : fast->dense[bits / 8];
     return found ? found : portable[depthwise][x_size - 1][bits / 8];
 }
 
@@ -144,7 +144,7 @@ void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32
 
 /* Every output channel of the places from `place` on that p names, for the kernel rows from `row` on. */
 static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
-    if (hqm_kernels()->bounded && hqm_kernels()->bounded(l, p, place, row)) return;
+    if (hqm_kernels()->whole_tile && hqm_kernels()->whole_tile(l, p, place, row)) return;
     int32_t acc[TILE][BLOCK];
     const size_t run = (l->depthwise ? p.w_step : (size_t)p.n4 * 4 * BLOCK) * p.n_columns * l->bits / 8;
     const size_t block = l->depthwise ? BLOCK * l->bits / 8 : run * l->v->kernel[0];
@@ -200,15 +200,17 @@ void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const te
     layer l;
     memset(&l, 0, sizeof l);
     l.v = &v, l.x = x, l.residual = residual, l.y = y, l.r = rescale_of(m, op, y);
-    l.data = q[0] | q[1] | q[2] | q[3] ? pad_input(&v, x, (uint8_t *)arena + op[O_PADDED]) : x->data;
+    l.depthwise = op[O_DEPTHWISE];
+    const int by_rows = l.depthwise && x->size == 1 && hqm_kernels()->joins && hqm_kernels()->joins(&v);
+    l.data = (q[0] | q[1] | q[2] | q[3]) && !by_rows ? pad_input(&v, x, (uint8_t *)arena + op[O_PADDED]) : x->data;
     if (residual) l.r.residual_dtype = residual->dtype, l.r.residual_zero = residual->zero;
     flatten(&v);
     l.w = m->bytes + op[O_WEIGHT], l.start = ints_at(m, op[O_BIAS]), l.bits = op[O_WEIGHT_BITS];
-    l.depthwise = op[O_DEPTHWISE], l.c_group = op[O_C_GROUP];
+    l.c_group = op[O_C_GROUP];
     l.groups = l.depthwise ? 1 : op[O_GROUPS], l.per_group = op[O_C_OUT] / l.groups;
     l.kernel = kernel_of(l.depthwise, x->size, l.bits);
     l.p = product_of(&v, op, x);
-    part_work *work = goes_in_tiles(&l) ? hqm_kernels()->tiles : run_places;
+    part_work *work = by_rows ? hqm_kernels()->depthwise_rows : goes_in_tiles(&l) ? hqm_kernels()->tiles : run_places;
     if ((double)y->n * op[O_C_GROUP] * v.kernel[0] * v.kernel[1] >= WORTH) in_parts(work, &l);
     else work(&l, 0, 1);
 }

@@ -1,15 +1,54 @@
-/* Sums of products, written once for the vector units of x86-64. The file that includes this says
+/* Sums of products, and requantization to bytes, written once for the vector units of x86-64. The file that includes this says
  *
  *     ISA vi add_i set_i at put    as in hqm_vector.h; a vector of LANES int32 from memory and to it
  *     zero_i shifted               a vector of zeros; shifted(v, n): each int32 n bits to the left
  *     MANY SOME                    places computed together, at most and where fewer are left
  *     unpacked(from, bits, w)      w[2][BLOCK / LANES]: the 64 weights of four inputs, as multiply wants them
  *     multiply(sum, x, w, bits)    adds their products with four inputs, which are in every int32 of x
- *     TAPS GROUP                   kernel places whose weights stay in registers; those multiplied together
- *     unpacked_taps(p, t, bits, w) w[BLOCK / LANES]: the weights of places t .. t + GROUP - 1
- *     multiply_taps(sum, x, o, w)  adds their products with the inputs at x + o[0 .. GROUP - 1]
+ *     mul_f to_f to_i load_f       as in hqm_vector.h
+ *     packed(v, zero)              4 * LANES int32 with zero added, as bytes in their order; saturates at 0 and 255
+ *     set_b(x) set_w(x)            x in every byte, in every 16 bits
+ *     within(b, low, high)         bytes within [low, high]
+ *     below_one(m)                 whether every float32 is
  */
-enum { PARTS = BLOCK / LANES };
+enum { PARTS = BLOCK / LANES, WIDE = 4 * LANES /* bytes of a vector */ };
+
+/* The "float32" requantizer without a residual, in vectors of bytes: what lies outside saturates on its way to a byte, at
+ * the bounds of a byte and then at its own. No float is too large for int32, as multipliers are below 1. */
+typedef struct {
+    vi zero, low, high;
+} byte_rule;
+
+ISA INLINE byte_rule byte_rule_of(const rescale *r) {
+    byte_rule b = {set_w(r->zero), set_b(r->zero + r->low), set_b(r->zero + r->high)};
+    return b;
+}
+
+ISA INLINE vi bytes_of(const vi sum[4], const vf m[4], const byte_rule *b) {
+    vi q[4];
+    for (int k = 0; k < 4; k++) q[k] = to_i(mul_f(to_f(sum[k]), m[k]));
+    return within(packed(q, b->zero), b->low, b->high);
+}
+
+/* rescale_u8 of whole blocks without a residual, several places at once. */
+ISA static void together_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
+                            const void *residual, uint8_t *out, size_t step) {
+    enum { PLACES = WIDE / BLOCK };
+    float each[BLOCK];
+    uint8_t all[WIDE];
+    uint32_t p = 0;
+    vf m[4];
+    int serves = !residual && n == BLOCK;
+    multipliers(r->multiplier, r, first, n, each);
+    for (int k = 0; k < 4; k++) m[k] = load_f(each + k % PARTS * LANES), serves &= below_one(m[k]);
+    const byte_rule b = byte_rule_of(r);
+    for (; serves && p + PLACES <= n_places; p += PLACES) {
+        const vi sum[4] = {at(acc[p]), at(acc[p] + LANES), at(acc[p] + 2 * LANES), at(acc[p] + 3 * LANES)};
+        put(all, bytes_of(sum, m, &b));
+        for (uint32_t k = 0; k < PLACES; k++, out += step) memcpy(out, all + k * BLOCK, BLOCK);
+    }
+    if (p < n_places) V(rescale_u8)(acc + p, n_places - p, r, first, n, residual, out, step);
+}
 
 ISA INLINE void put_sums(int32_t *acc, const int32_t *start, const vi sum[PARTS], uint32_t shift) {
     for (int h = 0; h < PARTS; h++) put(acc + LANES * h, add_i(at(start + LANES * h), shifted(sum[h], shift)));
@@ -47,22 +86,3 @@ ISA INLINE void dense(const product *p, int32_t acc[TILE][BLOCK], const int bits
 ISA static void dense_8(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 8); }
 ISA static void dense_16(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 16); }
 
-ISA INLINE void depthwise(const product *p, int32_t acc[TILE][BLOCK], const int bits) {
-    int32_t start[BLOCK];
-    starts(p, start);
-    for (uint32_t first = 0; first < p->n_rows * p->n_columns; first += TAPS) {
-        size_t offset[TAPS];
-        vi w[TAPS / GROUP][PARTS];
-        tap_offsets(p, first, TAPS, offset);
-        for (uint32_t t = 0; t < TAPS / GROUP; t++) unpacked_taps(p, first + GROUP * t, bits, w[t]);
-        for (uint32_t q = 0; q < p->n_places; q++) {
-            vi sum[PARTS];
-            for (int h = 0; h < PARTS; h++) sum[h] = zero_i();
-            for (int t = 0; t < TAPS / GROUP; t++)
-                multiply_taps(sum, (const uint8_t *)p->x + p->at[q], offset + GROUP * t, w[t]);
-            put_sums(acc[q], first ? acc[q] : start, sum, p->shift);
-        }
-    }
-}
-ISA static void depthwise_4(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 4); }
-ISA static void depthwise_8(const product *p, int32_t acc[TILE][BLOCK]) { depthwise(p, acc, 8); }
