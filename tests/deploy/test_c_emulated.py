@@ -31,6 +31,8 @@ LANEWISE(_mm512_cvtepi32_ps, __m512i, int, 16, __m512, float, 16, (float)a[i])
 LANEWISE(_mm512_cvtps_epi32, __m512, float, 16, __m512i, int, 16, (int)lrintf(a[i]))
 LANEWISE(_mm512_cvtepu8_epi32, __m128i, unsigned char, 16, __m512i, int, 16, a[i])
 LANEWISE(_mm512_cvtepu8_epi64, __m128i, unsigned char, 16, __m512i, long long, 8, a[i])
+LANEWISE(_mm512_cvtepi8_epi32, __m128i, signed char, 16, __m512i, int, 16, a[i])
+LANEWISE(_mm512_cvtepi16_epi32, __m256i, short, 16, __m512i, int, 16, a[i])
 LANEWISE(_mm512_cvtepi32_epi64, __m256i, int, 8, __m512i, long long, 8, a[i])
 LANEWISE(_mm512_cvtepi32_epi8, __m512i, int, 16, __m128i, unsigned char, 16, (unsigned char)a[i])
 LANEWISE(_mm512_cvtepi64_epi8, __m512i, long long, 8, __m128i, unsigned char, 16, (unsigned char)a[i])
@@ -40,6 +42,18 @@ static __attribute__((unused)) __m512i _mm512_srav_epi64(__m512i x, __m512i by) 
     for (int i = 0; i < 8; i++) a[i] = a[i] >= 0 ? a[i] >> n[i] : ~(~a[i] >> n[i]);
     memcpy(&x, a, sizeof x); return x;
 }
+typedef unsigned short __mmask16;
+typedef unsigned long long __mmask64;
+static __attribute__((unused)) __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void *from) {
+    int a[16]; __m512i x;
+    for (int i = 0; i < 16; i++) { a[i] = 0; if (mask >> i & 1) memcpy(a + i, (const int *)from + i, 4); }
+    memcpy(&x, a, sizeof x); return x;
+}
+static __attribute__((unused)) void store_some(char *to, unsigned long long mask, const char *from, int n) {
+    for (int i = 0; i < n; i++) if (mask >> i & 1) to[i] = from[i];
+}
+#define _mm512_mask_storeu_epi8(to, mask, x) { __m512i v_ = x; store_some((void *)(to), mask, (void *)&v_, 64); }
+#define _mm_mask_storeu_epi8(to, mask, x) { __m128i v_ = x; store_some((void *)(to), mask, (void *)&v_, 16); }
 #undef _mm512_fmadd_ps
 static __attribute__((unused)) __m512 _mm512_fmadd_ps(__m512 x, __m512 y, __m512 z) {
     float a[16], b[16], c[16];

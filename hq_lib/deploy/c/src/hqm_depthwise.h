@@ -43,7 +43,7 @@ ISA INLINE void chunk_of(const layer *l, uint32_t first, depthwise_chunk *k, con
                 k->w[j * k->groups + g][q] = joined_weights(l, g, j, first + q * LANES, bits);
     memcpy(starts, l->start + first, k->n * sizeof *starts);
     k->is_direct = l->r.multiplier && !l->r.is_fixed && !l->residual && l->y->size == 1;
-    for (uint32_t o = 0; o < k->n && k->is_direct; o++) m[o] = l->r.multiplier[first + o];
+    if (k->is_direct) memcpy(m, l->r.multiplier + first, k->n * sizeof *m);
     for (int q = 0; q < 4; q++) {
         k->start[q] = at(starts + q * LANES), k->m[q] = load_f(m + q * LANES);
         k->is_direct &= below_one(k->m[q]);
@@ -51,9 +51,10 @@ ISA INLINE void chunk_of(const layer *l, uint32_t first, depthwise_chunk *k, con
     k->rule = byte_rule_of(&l->r);
 }
 
-/* n columns from `column` of the padded input on, for the windows of output row `row`: to[n][groups][nv] */
+/* n columns from `column` of the padded input on, for the windows of output row `row` and of those that share its rows
+ * (`together`): to[n][groups][nv] */
 ISA INLINE void join_columns(const layer *l, const depthwise_chunk *k, uint32_t row, uint32_t column, uint32_t n, vi *to,
-                             const int nv, const int bits) {
+                             const uint32_t together, const int nv, const int bits) {
     const window *v = l->v;
     const vi outside = ROWS(bits) == 4 ? set_b(l->x->zero) : set_w(l->x->zero);
     const uint32_t rows = ROWS(bits), left = v->padding[1], width = v->width, groups = k->groups;
@@ -66,11 +67,10 @@ ISA INLINE void join_columns(const layer *l, const depthwise_chunk *k, uint32_t 
         uint32_t c = 0;
         for (uint32_t i = 0; i < rows; i++) {
             const uint32_t y = row * v->stride[0] + (g * rows + i) * v->dilation[0];
-            const int inside = g * rows + i < v->kernel[0] && y >= v->padding[0] && y - v->padding[0] < v->height;
+            const uint32_t x = column > left ? column - left : 0, above = v->padding[0];
+            const int inside = g * rows + i < v->kernel[0] + together - 1 && y >= above && y - above < v->height;
             step[i] = inside ? v->channels : 0;
-            from[i] = inside ? l->data + ((size_t)(y - v->padding[0]) * width + (column > left ? column - left : 0)) * v->channels +
-                                   k->first
-                             : zeros;
+            from[i] = inside ? l->data + ((size_t)(y - above) * width + x) * v->channels + k->first : zeros;
         }
         for (; c < n && column + c < left; c++)
             for (int q = 0; q < nv; q++) to[c * each + (size_t)q] = outside;
@@ -85,16 +85,17 @@ ISA INLINE void join_columns(const layer *l, const depthwise_chunk *k, uint32_t 
     }
 }
 
-/* n outputs side by side, from `place` on, of joined columns from x on; kw, groups: of the kernel */
-ISA INLINE void some_places(const layer *l, const depthwise_chunk *k, const vi *x, uint32_t n, size_t place, const uint32_t kw,
-                            const uint32_t groups, const int nv, const int bits) {
+/* n outputs side by side, from `place` on, of joined columns from x on; kw, groups: of the kernel, whose rows begin `late`
+ * bytes behind the joined ones (a kernel of three joined places alone) */
+ISA INLINE void some_places(const layer *l, const depthwise_chunk *k, const vi *x, uint32_t n, size_t place, uint32_t late,
+                            const uint32_t kw, const uint32_t groups, const int nv, const int bits) {
     const size_t each = groups * (size_t)nv, apart = l->v->dilation[1] * each, c_out = l->per_group;
     const byte_rule rule = k->rule;
     const vf m[4] = {k->m[0], k->m[1], k->m[2], k->m[3]};
     int32_t acc[WIDE / BLOCK][TILE][BLOCK];
     vi near[3][4]; /* a kernel of three joined places: in registers, whatever is written */
     for (uint32_t j = 0; j < kw * groups && kw * groups == 3; j++)
-        for (int q = 0; q < nv; q++) near[j][q] = k->w[j][q];
+        for (int q = 0; q < nv; q++) near[j][q] = shifted(k->w[j][q], 8 * late);
     for (uint32_t c = 0; c < n; c++, x += l->v->stride[1] * each) {
         vi sum[4];
         for (int q = 0; q < nv; q++) sum[q] = l->p.shift ? zero_i() : k->start[q];
@@ -115,18 +116,25 @@ ISA INLINE void some_places(const layer *l, const depthwise_chunk *k, const vi *
         put_places(l, acc[o / BLOCK], n, k->first + o, at_most(BLOCK, k->n - o), place);
 }
 
-ISA INLINE void chunk_rows(const layer *l, const depthwise_chunk *k, uint32_t from, uint32_t to, const int nv, const int bits) {
+ISA INLINE void chunk_rows(const layer *l, const depthwise_chunk *k, uint32_t from, uint32_t to, const int nv,
+                           const int bits) {
     const window *v = l->v;
-    const uint32_t kw = v->kernel[1], before = (kw - 1) * v->dilation[1], step = v->stride[1], each = k->groups * (uint32_t)nv;
+    const uint32_t kw = v->kernel[1], step = v->stride[1], each = k->groups * (uint32_t)nv;
+    const uint32_t before = (kw - 1) * v->dilation[1];
     const uint32_t most = at_most(TILE, (STRIP / sizeof(vi) / each - before - 1) / step + 1);
+    /* three rows leave room for those of the next outputs */
+    const int is_3x3 = kw == 3 && v->kernel[0] == 3 && v->stride[0] == 1 && v->dilation[0] == 1;
+    const uint32_t together = ROWS(bits) == 4 && is_3x3 ? 2 : 1;
     vi joined[STRIP / sizeof(vi)];
-    for (uint32_t row = from; row < to; row++)
+    for (uint32_t row = from; row < to; row += together)
         for (uint32_t c = 0, n; c < v->out_width; c += n) {
-            n = at_most(most, v->out_width - c);
-            join_columns(l, k, row, c * step, (n - 1) * step + before + 1, joined, nv, bits);
             const size_t place = (size_t)row * v->out_width + c;
-            if (kw == 3 && k->groups == 1) some_places(l, k, joined, n, place, 3, 1, nv, bits);
-            else some_places(l, k, joined, n, place, kw, k->groups, nv, bits);
+            n = at_most(most, v->out_width - c);
+            join_columns(l, k, row, c * step, (n - 1) * step + before + 1, joined, together, nv, bits);
+            for (uint32_t i = 0; i < at_most(together, to - row); i++) {
+                if (kw == 3 && k->groups == 1) some_places(l, k, joined, n, place + i * v->out_width, i, 3, 1, nv, bits);
+                else some_places(l, k, joined, n, place, 0, kw, k->groups, nv, bits);
+            }
         }
 }
 

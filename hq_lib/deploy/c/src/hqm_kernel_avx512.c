@@ -181,17 +181,18 @@ ISA INLINE void by_blocks(const layer *l, const product *p, uint32_t place, cons
 }
 
 /* Functions of their own, each with the registers of one. */
+#define ALONE ISA static __attribute__((noinline))
 #define OF_BITS(BITS)                                                                                                  \
-    ISA static __attribute__((noinline)) void eights_##BITS(const layer *l, const product *p, uint32_t to, __m512i start,  \
-                                                            __m512 m, uint8_t *y, uint32_t channels) {                 \
+    ALONE void eights_##BITS(const layer *l, const product *p, uint32_t to, __m512i start, __m512 m, uint8_t *y,       \
+                             uint32_t channels) {                                                                      \
         by_places(l, p, 0, to, start, m, y, channels, 8, BITS);                                                        \
     }                                                                                                                  \
-    ISA static __attribute__((noinline)) void four_##BITS(const layer *l, const product *p, uint32_t from, __m512i start,  \
-                                                          __m512 m, uint8_t *y, uint32_t channels) {                   \
+    ALONE void four_##BITS(const layer *l, const product *p, uint32_t from, __m512i start, __m512 m, uint8_t *y,       \
+                           uint32_t channels) {                                                                        \
         by_places(l, p, from, from + 4, start, m, y, channels, 4, BITS);                                               \
     }                                                                                                                  \
-    ISA static __attribute__((noinline)) void rest_##BITS(const layer *l, const product *p, uint32_t place, const size_t apart[4],  \
-                                                          const __m512i start[4], const __m512 m[4], uint8_t *y, uint32_t channels) {  \
+    ALONE void rest_##BITS(const layer *l, const product *p, uint32_t place, const size_t apart[4],                    \
+                           const __m512i start[4], const __m512 m[4], uint8_t *y, uint32_t channels) {                 \
         by_blocks(l, p, place, apart, start, m, y, channels, BITS);                                                    \
     }
 OF_BITS(4)
