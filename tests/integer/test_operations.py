@@ -133,17 +133,30 @@ def everywhere_alike(model: r.IntegerModel, x: torch.Tensor) -> dict[str, np.nda
     return got
 
 
+def ties(model: r.IntegerModel, got: dict[str, np.ndarray]) -> dict[str, int]:
+    """By addition, how many of its sums lie on a tie, where the last bit of a processor's float32 decides."""
+    found = {}
+    for op in (op for op in model.ops if isinstance(op, r.Add)):
+        terms = zip(op.inputs, op.requants, strict=True)
+        real = sum(
+            (got[name] - float(model.tensors[name].zero_point)) * np.float64(requant.multiplier[0])
+            for name, requant in terms
+        )
+        found[op.output] = int((np.abs(real - np.floor(real) - 0.5) < 1e-4).sum())
+    return found
+
+
 @pytest.mark.parametrize(("case", "policy"), ALL)
 def test_all_executors_give_the_oracle_s_integers_and_the_graph_s_function(case, policy):
     qnet, x = made(CASES[case], POLICIES[policy]), images(5, 12, seed=3)
     for requantizer in r.REQUANTIZERS:
         model = lower(qnet, requantizer=requantizer)
-        everywhere_alike(model, x)
+        n_ties = ties(model, everywhere_alike(model, x))
         if requantizer == "float32":
             found = agreement(qnet, model, x, forced=True)
             assert max(t.largest for t in found.tensors) <= 1
             if policy != "a12":
-                assert max(t.mismatch_pct for t in found.tensors) <= 4.0
+                assert max((t.n_differ - n_ties.get(t.name, 0)) / t.n for t in found.tensors) <= 0.04
 
 
 def test_tensors_on_different_grids_are_joined_on_one_that_spans_them():
