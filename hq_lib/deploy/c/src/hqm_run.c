@@ -1,15 +1,46 @@
 /* hqm_run: the operations in their order, and everything that is not a layer. */
 #include "hqm_internal.h"
 
+enum { CHUNK = 128 }; /* integers made side by side, in vectors, before they go to their places */
+
+/* q[i] = t's element at + i */
+static void load_ints(int32_t *restrict q, uint32_t n, const tensor *t, size_t at) {
+    if (t->size == 1) {
+        const uint8_t *from = t->data + at;
+        for (uint32_t i = 0; i < n; i++) q[i] = from[i];
+    } else {
+        const uint16_t *from = (const uint16_t *)(const void *)t->data + at;
+        for (uint32_t i = 0; i < n; i++) q[i] = from[i];
+    }
+}
+
+/* t's element at + i * step = q[i] */
+static void store_ints(const int32_t *restrict q, uint32_t n, const tensor *t, size_t at, size_t step) {
+    if (t->size == 1) {
+        uint8_t *restrict to = t->data + at;
+        for (uint32_t i = 0; i < n; i++) to[i * step] = (uint8_t)q[i];
+    } else {
+        uint16_t *restrict to = (uint16_t *)(void *)t->data + at;
+        for (uint32_t i = 0; i < n; i++) to[i * step] = (uint16_t)q[i];
+    }
+}
+
 static hqm_status run_quantize(const float *image, const tensor *y) {
-    float scale = y->scale[0], low = (float)(y->qmin - y->zero), high = (float)(y->qmax - y->zero);
-    uint32_t channels = y->shape[0], plane = y->n / channels;
+    const float scale = y->scale[0], low = (float)(y->qmin - y->zero), high = (float)(y->qmax - y->zero);
+    const uint32_t channels = y->shape[0], plane = y->n / channels;
+    int32_t q[CHUNK];
     for (uint32_t c = 0; c < channels; c++)
-        for (uint32_t i = 0; i < plane; i++) {
-            float x = image[(size_t)c * plane + i];
-            if (x != x) return HQM_NAN;
-            int32_t q = round_half_even(clamp_float(x / scale, low, high)) + y->zero;
-            store_int(y->data, y->dtype, (size_t)i * channels + c, q);
+        for (uint32_t i = 0, n; i < plane; i += n, image += n) {
+            int is_nan = 0;
+            n = at_most(CHUNK, plane - i);
+            for (uint32_t k = 0; k < n; k++) {
+                float x = image[k] / scale; /* clamp_float in two steps, each one instruction of a vector unit */
+                is_nan |= image[k] != image[k];
+                x = x > low ? x : low, x = x < high ? x : high;
+                q[k] = round_half_even(x) + y->zero;
+            }
+            if (is_nan) return HQM_NAN;
+            store_ints(q, n, y, (size_t)i * channels + c, channels);
         }
     return HQM_OK;
 }
@@ -17,10 +48,15 @@ static hqm_status run_quantize(const float *image, const tensor *y) {
 static hqm_status run_table(const hqm_model *m, const uint32_t *op, const uint8_t *pixels, const tensor *y) {
     if (!op[O_TABLE]) return HQM_NO_PIXELS;
     const uint16_t *table = (const uint16_t *)(const void *)(m->bytes + op[O_TABLE]);
-    uint32_t channels = y->shape[0], plane = y->n / channels;
-    for (uint32_t c = 0; c < channels; c++)
-        for (uint32_t i = 0; i < plane; i++)
-            store_int(y->data, y->dtype, (size_t)i * channels + c, table[256 * c + pixels[(size_t)c * plane + i]]);
+    const uint32_t channels = y->shape[0], plane = y->n / channels;
+    for (uint32_t c = 0; c < channels; c++, table += 256, pixels += plane)
+        if (y->size == 1) {
+            uint8_t *restrict to = y->data + c;
+            for (size_t i = 0; i < plane; i++) to[i * channels] = (uint8_t)table[pixels[i]];
+        } else {
+            uint16_t *restrict to = (uint16_t *)(void *)y->data + c;
+            for (size_t i = 0; i < plane; i++) to[i * channels] = table[pixels[i]];
+        }
     return HQM_OK;
 }
 
@@ -34,10 +70,8 @@ static void add_fixed(rescale *r, const tensor *a, const tensor *b, const tensor
         at = fast->fixed_add_u8(a->data, a->zero, b->data, y->n, r, y->data);
     for (uint32_t n; at < y->n; at += n) {
         n = at_most(TILE * BLOCK, y->n - at);
-        if (a->size == 1)
-            for (uint32_t i = 0; i < n; i++) q[i] = a->data[at + i] - a->zero;
-        else
-            for (uint32_t i = 0; i < n; i++) q[i] = ((const uint16_t *)(const void *)a->data)[at + i] - a->zero;
+        load_ints(q, n, a, at);
+        for (uint32_t i = 0; i < n; i++) q[i] -= a->zero;
         rescale_row(acc, n, r, b->data, y, at);
     }
 }
@@ -54,23 +88,25 @@ void run_add(const hqm_model *m, const uint32_t *op, const tensor *a, const tens
         add_fixed(&r, a, b, y);
         return;
     }
-    for (uint32_t i = 0; i < y->n; i++) {
-        int64_t qa = load_int(a->data, a->dtype, i), qb = load_int(b->data, b->dtype, i);
-        store_int(y->data, y->dtype, i, added(qa, qb, ms, offset, y->qmin, y->qmax));
+    int32_t qa[CHUNK / 2], qb[CHUNK / 2];
+    for (uint32_t i = 0, n; i < y->n; i += n) {
+        n = at_most(CHUNK / 2, y->n - i);
+        load_ints(qa, n, a, i), load_ints(qb, n, b, i);
+        for (uint32_t k = 0; k < n; k++) qa[k] = added(qa[k], qb[k], ms, offset, y->qmin, y->qmax);
+        store_ints(qa, n, y, i, 1);
     }
 }
 
-static const float *real_scale(const tensor *y, uint32_t c) { return y->scale + (y->n_scales > 1 ? c : 0); }
-
-/* Logits in the order of the record: (C, H, W), or row-major with channels last. */
+/* Logits in the order of the record: (C, H, W), or row-major with channels last, which is the order of the arena. */
 static void write_logits(const tensor *y, float *logits) {
-    uint32_t inner = y->rank == 3 ? y->n / y->shape[0] : 1, last = y->shape[y->rank - 1];
-    for (uint32_t i = 0; i < y->n; i++) {
-        uint32_t channel = y->rank == 3 ? i / inner : i % last;
-        size_t at = y->rank == 3 ? (size_t)(i % inner) * y->shape[0] + channel : i;
-        float real = (float)(load_int(y->data, y->dtype, at) - y->zero);
-        logits[i] = real * *real_scale(y, channel);
-    }
+    const int is_map = y->rank == 3;
+    const uint32_t channels = y->shape[is_map ? 0 : y->rank - 1], places = y->n / channels;
+    for (uint32_t c = 0; c < channels; c++)
+        for (uint32_t i = 0; i < places; i++) {
+            const size_t at = (size_t)i * channels + c;
+            const float real = (float)(load_int(y->data, y->dtype, at) - y->zero);
+            logits[is_map ? (size_t)c * places + i : at] = real * y->scale[y->n_scales > 1 ? c : 0];
+        }
 }
 
 static hqm_status run_operation(const hqm_model *m, uint32_t i, void *arena, const float *image, const uint8_t *pixels) {
