@@ -1,82 +1,130 @@
 /* Pools, and operations that move or clip integers. */
 #include "hqm_internal.h"
 
+#ifdef HQM_PORTABLE
+enum { VECTOR = 1 };
+#else
+enum { VECTOR = 16 }; /* channels that a pool joins together; what it reads behind the last one is in SLACK */
+#endif
+enum { ROOM = TILE * BLOCK }; /* results of a pool that are written together */
+
+/* Places side by side whose windows lie alike, and the taps that lie inside: x is the first one of the first place.
+ * Steps are in bytes. */
+typedef struct {
+    const uint8_t *x;
+    uint32_t n_places, n_rows, n_columns;
+    size_t place_step, row_step, column_step;
+} taps;
+
 /* Window rows (axis 0) or columns (axis 1) of output place `at` that lie inside: *first <= k < return value. */
 static uint32_t inside(const window *v, int axis, uint32_t at, uint32_t *first) {
-    int64_t n = axis ? v->width : v->height, d = v->dilation[axis];
-    int64_t start = (int64_t)at * v->stride[axis] - v->padding[axis];
-    int64_t low = start < 0 ? (-start + d - 1) / d : 0, high = start < n ? (n - start + d - 1) / d : 0;
-    *first = (uint32_t)low;
-    return (uint32_t)(high < v->kernel[axis] ? high : v->kernel[axis]);
+    const int32_t n = (int32_t)(axis ? v->width : v->height), d = (int32_t)v->dilation[axis];
+    const int32_t start = (int32_t)(at * v->stride[axis]) - (int32_t)v->padding[axis];
+    const uint32_t k = v->kernel[axis];
+    *first = start < 0 ? (uint32_t)((-start + d - 1) / d) : 0;
+    if (start + (int32_t)(k - 1) * d < n) return k;
+    return start < n ? (uint32_t)((n - start + d - 1) / d) : 0;
 }
 
-/* y[c] = max(y[c], x[c]) and sum[c] += x[c] - zero: channels lie side by side, so that these become vectors. */
-#define CHANNELS(T)                                                                                                   \
-    static void max_##T(T *restrict y, const T *restrict x, size_t n) {                                               \
-        for (size_t c = 0; c < n; c++) y[c] = x[c] > y[c] ? x[c] : y[c];                                              \
-    }                                                                                                                 \
-    static void sum_##T(uint32_t *restrict sum, const T *restrict x, size_t n, uint32_t zero) {                       \
-        for (size_t c = 0; c < n; c++) sum[c] += x[c] - zero;                                                         \
+/* The places from (row, column) on whose windows lie inside from left to right, or that one place. */
+static taps taps_at(const window *v, const tensor *x, uint32_t row, uint32_t column) {
+    uint32_t i, j, i1 = inside(v, 0, row, &i), j1 = inside(v, 1, column, &j), n = v->kernel[1];
+    const size_t place = (size_t)v->channels * x->size, line = place * v->width;
+    taps t = {x->data, 1, 0, 0, v->stride[1] * place, v->dilation[0] * line, v->dilation[1] * place};
+    if (i < i1 && j < j1) {
+        t.n_rows = i1 - i, t.n_columns = j1 - j;
+        t.x += ((size_t)row * v->stride[0] + (size_t)i * v->dilation[0] - v->padding[0]) * line;
+        t.x += ((size_t)column * v->stride[1] + (size_t)j * v->dilation[1] - v->padding[1]) * place;
     }
-CHANNELS(uint8_t)
-CHANNELS(uint16_t)
-
-/* Takes n channels from the tap at element `from` of x into to: y (MAX_POOL), or sums. */
-static void take(const tensor *x, size_t from, size_t n, int is_max, void *to) {
-    const uint8_t *data = x->data + from * x->size;
-    if (is_max && x->size == 1) max_uint8_t(to, data, n);
-    else if (is_max) max_uint16_t(to, (const uint16_t *)(const void *)data, n);
-    else if (x->size == 1) sum_uint8_t(to, data, n, (uint32_t)x->zero);
-    else sum_uint16_t(to, (const uint16_t *)(const void *)data, n, (uint32_t)x->zero);
+    if (j1 - j == n) {
+        const uint32_t last = (v->width - 1 + v->padding[1] - (n - 1) * v->dilation[1]) / v->stride[1];
+        t.n_places = at_most(last + 1, v->out_width) - column;
+    }
+    return t;
 }
 
-/* Takes n channels from channel c on of every tap inside the window of one output place; padded taps do not count. */
-static void pool(const window *v, const tensor *x, uint32_t row, uint32_t column, size_t c, size_t n, int is_max,
-                 void *to) {
-    uint32_t i0, j0, i1 = inside(v, 0, row, &i0), j1 = inside(v, 1, column, &j0);
-    for (uint32_t i = i0; i < i1; i++)
-        for (uint32_t j = j0; j < j1; j++) {
-            size_t h = (size_t)row * v->stride[0] + (size_t)i * v->dilation[0] - v->padding[0];
-            size_t w = (size_t)column * v->stride[1] + (size_t)j * v->dilation[1] - v->padding[1];
-            take(x, (h * v->width + w) * v->channels + c, n, is_max, to);
-        }
+/* Joins n channels of four taps, with goes_on also what is in `to` already. Channels lie side by side, so that these
+ * loops become vectors. */
+typedef void join_4(void *restrict to, const void *restrict t0, const void *restrict t1, const void *restrict t2,
+                    const void *restrict t3, uint32_t n, int goes_on);
+/* X: type of the inputs, F: of four joined, Y: of all */
+#define JOIN_4(NAME, X, F, Y, JOIN)                                                                                    \
+    static void NAME(void *restrict to, const void *restrict t0, const void *restrict t1, const void *restrict t2,     \
+                     const void *restrict t3, uint32_t n, int goes_on) {                                               \
+        const X *a = t0, *b = t1, *c = t2, *d = t3;                                                                    \
+        Y *all = to;                                                                                                   \
+        for (uint32_t k = 0; k < n; k++) {                                                                             \
+            const F ab = (F)JOIN(a[k], b[k]), cd = (F)JOIN(c[k], d[k]), abcd = (F)JOIN(ab, cd);                        \
+            const Y before = goes_on ? all[k] : 0;                                                                     \
+            all[k] = (Y)JOIN(before, abcd);                                                                            \
+        }                                                                                                              \
+    }
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define SUM(a, b) ((a) + (b))
+JOIN_4(max_8, uint8_t, uint8_t, uint8_t, LARGER)
+JOIN_4(max_16, uint16_t, uint16_t, uint16_t, LARGER)
+JOIN_4(sum_8, uint8_t, uint16_t, uint32_t, SUM)
+JOIN_4(sum_16, uint16_t, uint32_t, uint32_t, SUM)
+
+/* n <= ROOM channels of every place, place after place, into `to`, which has room for so many elements of `size` bytes.
+ * Vectors are whole: what they hold behind the last channel, the next place writes over. */
+static void pool(const taps *t, join_4 *join, uint32_t n, uint8_t *to, size_t size, uint32_t room) {
+    static const uint16_t zeros[ROOM]; /* where there are fewer than four taps */
+    const uint8_t *none = (const uint8_t *)zeros;
+    const uint32_t wide = (n + VECTOR - 1) / VECTOR * VECTOR;
+    for (size_t place = 0; place < t->n_places; place++, to += n * size, room -= n) {
+        const uint8_t *row = t->x + place * t->place_step;
+        const uint32_t m = at_most(wide, room);
+        if (!t->n_rows) join(to, none, none, none, none, m, 0);
+        for (uint32_t i = 0; i < t->n_rows; i += 2, row += 2 * t->row_step)
+            for (uint32_t j = 0; j < t->n_columns; j += 2) {
+                const uint8_t *a = row + j * t->column_step, *b = none, *c = none, *d = none;
+                if (j + 1 < t->n_columns) b = a + t->column_step;
+                if (i + 1 < t->n_rows) c = a + t->row_step, d = b == none ? none : c + t->column_step;
+                join(to, a, b, c, d, m, i || j);
+            }
+    }
 }
 
-void run_max_pool(const uint32_t *op, const tensor *x, const tensor *y) {
-    window v = window_of(op, x, y);
-    uint8_t *to = y->data;
-    memset(to, 0, (size_t)y->n * y->size);
-    for (uint32_t row = 0; row < v.out_height; row++)
-        for (uint32_t column = 0; column < v.out_width; column++, to += (size_t)v.channels * y->size)
-            pool(&v, x, row, column, 0, v.channels, 1, to);
-}
-
-/* Writes n sums as y's elements from `at` on. */
-static void write_sums(int32_t acc[TILE][BLOCK], uint32_t n, const rescale *r, const tensor *y, size_t at) {
-    if (r->multiplier) rescale_row(acc, n, r, NULL, y, at);
+/* Writes n of them as y's elements from `at` on: sums with r, else the largest ones. */
+static void write_pool(int32_t all[TILE][BLOCK], uint32_t n, const rescale *r, const tensor *y, size_t at) {
+    if (!r) memcpy(y->data + at * y->size, all, n * y->size);
+    else if (r->multiplier) rescale_row(all, n, r, NULL, y, at);
     else
         for (uint32_t o = 0; o < n; o++)
-            store_int(y->data, y->dtype, at + o, (int64_t)acc[o / BLOCK][o % BLOCK] + y->zero);
+            store_int(y->data, y->dtype, at + o, (int64_t)all[o / BLOCK][o % BLOCK] + y->zero);
 }
 
-/* Sums of as many places as fit (or of as many channels) are written together. */
-void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y) {
-    window v = window_of(op, x, y);
-    rescale r = rescale_of(m, op, y);
-    int32_t acc[TILE][BLOCK];
+/* Sums (with r) or the largest of as many places as fit, or of as many channels, together; padded taps do not count. */
+static void run_pool(const uint32_t *op, const tensor *x, const tensor *y, const rescale *r) {
+    const window v = window_of(op, x, y);
+    join_4 *join = x->size == 1 ? (r ? sum_8 : max_8) : (r ? sum_16 : max_16);
+    const size_t size = r ? 4 : x->size;
+    int32_t all[TILE][BLOCK], *sums = all[0];
+    uint32_t done = 0;
     size_t at = 0;
-    uint32_t n = 0, step;
-    r.is_shared = 1;
+    taps t;
     for (uint32_t row = 0; row < v.out_height; row++)
-        for (uint32_t column = 0; column < v.out_width; column++)
-            for (uint32_t c = 0; c < v.channels; c += step) {
-                step = at_most(TILE * BLOCK, v.channels - c);
-                if (n + step > TILE * BLOCK) write_sums(acc, n, &r, y, at), at += n, n = 0;
-                memset(acc[0] + n, 0, step * sizeof **acc);
-                pool(&v, x, row, column, c, step, 0, acc[0] + n);
-                n += step;
+        for (uint32_t column = 0; column < v.out_width; column += t.n_places) {
+            t = taps_at(&v, x, row, column);
+            t.n_places = at_most(t.n_places, v.channels < ROOM ? ROOM / v.channels : 1);
+            const uint32_t zero = r ? (uint32_t)x->zero * t.n_rows * t.n_columns : 0;
+            for (uint32_t c = 0, n, more; c < v.channels; c += n, t.x += n * x->size, done += more) {
+                n = at_most(ROOM, v.channels - c), more = n * t.n_places;
+                if (done + more > ROOM) write_pool(all, done, r, y, at), at += done, done = 0;
+                pool(&t, join, n, (uint8_t *)all + done * size, size, ROOM - done);
+                for (uint32_t o = done; zero && o < done + more; o++) sums[o] = (int32_t)((uint32_t)sums[o] - zero);
             }
-    write_sums(acc, n, &r, y, at);
+        }
+    write_pool(all, done, r, y, at);
+}
+
+void run_max_pool(const uint32_t *op, const tensor *x, const tensor *y) { run_pool(op, x, y, NULL); }
+
+void run_avg_pool(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *y) {
+    rescale r = rescale_of(m, op, y);
+    r.is_shared = 1;
+    run_pool(op, x, y, &r);
 }
 
 /* n elements of `size` bytes, each so many steps (in elements) from the one before. */
@@ -153,6 +201,13 @@ static void reshape(const tensor *x, const tensor *y) {
             memmove(y->data + place_of(y, i) * y->size, x->data + place_of(x, i) * x->size, x->size);
 }
 
+static void clip_bytes(uint8_t *q, uint32_t n, uint8_t low, uint8_t high) {
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t raised = q[i] > low ? q[i] : low;
+        q[i] = raised < high ? raised : high;
+    }
+}
+
 void run_move(const uint32_t *op, const tensor *x, const tensor *y) {
     size_t step[HQM_MAX_RANK], offset = 0;
     switch (op[O_KIND]) {
@@ -169,12 +224,17 @@ void run_move(const uint32_t *op, const tensor *x, const tensor *y) {
         copy(y->data, y->stride, x->data + offset * x->size, step, y->shape, y->rank, x->size);
         return;
     case PAD:
-        for (uint32_t i = 0; i < y->n; i++) store_int(y->data, y->dtype, i, x->zero);
+        if (y->size == 1) memset(y->data, x->zero, y->n);
+        else
+            for (uint32_t i = 0; i < y->n; i++) store_int(y->data, y->dtype, i, x->zero);
         for (uint32_t a = 0; a < x->rank; a++) offset += op[O_BEFORE + a] * y->stride[a];
         copy(y->data + offset * y->size, y->stride, x->data, x->stride, x->shape, x->rank, x->size);
         return;
     default: /* CLIP */
-        for (uint32_t i = 0; i < y->n; i++)
-            store_int(y->data, y->dtype, i, clamp_int(load_int(x->data, x->dtype, i), y->qmin, y->qmax));
+        memmove(y->data, x->data, (size_t)y->n * y->size);
+        if (y->size == 1) clip_bytes(y->data, y->n, (uint8_t)y->qmin, (uint8_t)y->qmax);
+        else
+            for (uint32_t i = 0; i < y->n; i++)
+                store_int(y->data, y->dtype, i, clamp_int(load_int(y->data, y->dtype, i), y->qmin, y->qmax));
     }
 }
