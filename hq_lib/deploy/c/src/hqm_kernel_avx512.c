@@ -157,55 +157,68 @@ ISA INLINE void by_places(const layer *l, const product *p, uint32_t from, uint3
     }
 }
 
-/* Outputs of one place and four blocks, which begin at p->w + apart[block]. */
-ISA INLINE void by_blocks(const layer *l, const product *p, uint32_t place, const size_t apart[4], const __m512i start[4],
-                          const __m512 m[4], uint8_t *y, uint32_t channels, const int bits) {
+/* Outputs of n places (1 or 2) and four blocks, which begin at p->w + apart[block]. */
+ISA INLINE void by_blocks(const layer *l, const product *p, uint32_t first, const size_t apart[4], const __m512i start[4],
+                          const __m512 m[4], uint8_t *y, uint32_t channels, const int n, const int bits) {
     const byte_rule rule = byte_rule_of(&l->r);
     const uint8_t *weights = p->w;
-    __m512i sum[4], w[2][1];
-    for (int b = 0; b < 4; b++) sum[b] = p->shift ? zero_i() : start[b];
+    __m512i sum[2][4], w[2][1];
+    for (int q = 0; q < n; q++)
+        for (int b = 0; b < 4; b++) sum[q][b] = p->shift ? zero_i() : start[b];
     for (uint32_t i = 0; i < p->n_rows; i++)
         for (uint32_t j = 0; j < p->n_columns; j++) {
-            const uint8_t *x = (const uint8_t *)p->x + p->at[place] + i * p->row_step + j * p->column_step;
+            const uint8_t *x = (const uint8_t *)p->x + i * p->row_step + j * p->column_step;
             for (uint32_t k = 0; k < p->n4; k++, x += 4, weights += 8 * bits) {
-                int32_t four;
-                memcpy(&four, x, 4);
+                int32_t four[2];
+                for (int q = 0; q < n; q++) memcpy(four + q, x + p->at[first + (uint32_t)q], 4);
                 for (int b = 0; b < 4; b++) {
                     unpacked(weights + apart[b], bits, w);
-                    sum[b] = _mm512_dpbusd_epi32(sum[b], set_i(four), w[0][0]);
+                    for (int q = 0; q < n; q++) sum[q][b] = _mm512_dpbusd_epi32(sum[q][b], set_i(four[q]), w[0][0]);
                 }
             }
         }
-    for (int b = 0; b < 4 && p->shift; b++) sum[b] = add_i(start[b], shifted(sum[b], p->shift));
-    put_some(y, bytes_of(sum, m, &rule), channels);
+    for (int q = 0; q < n; q++, y += (size_t)l->groups * l->per_group) {
+        for (int b = 0; b < 4 && p->shift; b++) sum[q][b] = add_i(start[b], shifted(sum[q][b], p->shift));
+        put_some(y, bytes_of(sum[q], m, &rule), channels);
+    }
 }
 
 /* Functions of their own, each with the registers of one. */
 #define ALONE ISA static __attribute__((noinline))
-#define OF_BITS(BITS)                                                                                                  \
-    ALONE void eights_##BITS(const layer *l, const product *p, uint32_t to, __m512i start, __m512 m, uint8_t *y,       \
-                             uint32_t channels) {                                                                      \
-        by_places(l, p, 0, to, start, m, y, channels, 8, BITS);                                                        \
-    }                                                                                                                  \
-    ALONE void four_##BITS(const layer *l, const product *p, uint32_t from, __m512i start, __m512 m, uint8_t *y,       \
-                           uint32_t channels) {                                                                        \
-        by_places(l, p, from, from + 4, start, m, y, channels, 4, BITS);                                               \
-    }                                                                                                                  \
-    ALONE void rest_##BITS(const layer *l, const product *p, uint32_t place, const size_t apart[4],                    \
-                           const __m512i start[4], const __m512 m[4], uint8_t *y, uint32_t channels) {                 \
-        by_blocks(l, p, place, apart, start, m, y, channels, BITS);                                                    \
+typedef void some_places_kernel(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start, __m512 m,
+                                uint8_t *y, uint32_t channels);
+typedef void few_places_kernel(const layer *l, const product *p, uint32_t place, const size_t apart[4],
+                               const __m512i start[4], const __m512 m[4], uint8_t *y, uint32_t channels);
+#define PLACES(N, BITS)                                                                                                \
+    ALONE void places_##N##_##BITS(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start,        \
+                                   __m512 m, uint8_t *y, uint32_t channels) {                                          \
+        by_places(l, p, from, to, start, m, y, channels, N, BITS);                                                     \
     }
-OF_BITS(4)
-OF_BITS(8)
+#define FEW(N, BITS)                                                                                                   \
+    ALONE void few_##N##_##BITS(const layer *l, const product *p, uint32_t place, const size_t apart[4],               \
+                                const __m512i start[4], const __m512 m[4], uint8_t *y, uint32_t channels) {            \
+        by_blocks(l, p, place, apart, start, m, y, channels, N, BITS);                                                 \
+    }
+PLACES(8, 4)
+PLACES(8, 8)
+PLACES(4, 4)
+PLACES(4, 8)
+FEW(2, 4)
+FEW(2, 8)
+FEW(1, 4)
+FEW(1, 8)
 
-/* A group's outputs: eight or four places at a time by a block, those left over one by one by four blocks. */
+/* A group's outputs: eight or four places at a time by a block, those left over by four blocks. */
 ISA static void group_at_once(const layer *l, product p, uint32_t first, size_t place, size_t block) {
-    const uint32_t eights = p.n_places / 8 * 8, fours = p.n_places / 4 * 4;
+    some_places_kernel *const eights = l->bits == 4 ? places_8_4 : places_8_8;
+    some_places_kernel *const fours = l->bits == 4 ? places_4_4 : places_4_8;
+    few_places_kernel *const two = l->bits == 4 ? few_2_4 : few_2_8, *const one = l->bits == 4 ? few_1_4 : few_1_8;
+    const uint32_t eight = p.n_places / 8 * 8, whole = p.n_places / 4 * 4;
     const size_t c_out = (size_t)l->groups * l->per_group;
     const uint8_t *weights = p.w;
     uint8_t *y = l->y->data + place * c_out + first;
     for (uint32_t b = 0; b < l->per_group; b += 4 * BLOCK) {
-        const uint32_t left = l->per_group - b;
+        const uint32_t left = l->per_group - b, n = at_most(4 * BLOCK, left);
         size_t apart[4];
         __m512i start[4];
         __m512 m[4];
@@ -215,16 +228,16 @@ ISA static void group_at_once(const layer *l, product p, uint32_t first, size_t 
             start[k] = some_i(l->start + channel, left - here * BLOCK);
             m[k] = _mm512_castsi512_ps(some_i(l->r.multiplier + channel, left - here * BLOCK));
         }
-        for (uint32_t k = 0; k < 4 && k * BLOCK < left; k++) {
-            const uint32_t n = at_most(BLOCK, left - k * BLOCK);
+        for (uint32_t k = 0; k < 4 && k * BLOCK < left && whole; k++) {
+            const uint32_t channels = at_most(BLOCK, left - k * BLOCK);
             uint8_t *to = y + b + k * BLOCK;
             p.w = weights + (b / BLOCK + k) * block;
-            if (eights) (l->bits == 4 ? eights_4 : eights_8)(l, &p, eights, start[k], m[k], to, n);
-            if (eights < fours) (l->bits == 4 ? four_4 : four_8)(l, &p, eights, start[k], m[k], to + eights * c_out, n);
+            eights(l, &p, 0, eight, start[k], m[k], to, channels);
+            fours(l, &p, eight, whole, start[k], m[k], to + eight * c_out, channels);
         }
         p.w = weights + b / BLOCK * block;
-        for (uint32_t q = fours; q < p.n_places; q++)
-            (l->bits == 4 ? rest_4 : rest_8)(l, &p, q, apart, start, m, y + b + q * c_out, at_most(4 * BLOCK, left));
+        if (whole + 2 <= p.n_places) two(l, &p, whole, apart, start, m, y + b + whole * c_out, n);
+        if (p.n_places % 2) one(l, &p, p.n_places - 1, apart, start, m, y + b + (p.n_places - 1) * c_out, n);
     }
 }
 
