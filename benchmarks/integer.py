@@ -156,6 +156,7 @@ def compare(name: str, policy: str, batch: int, n_threads: int, options: argpars
         "n_calib": 256, "n_test": len(x),
         "switches": {
             "batch": batch, "threads": n_threads, "policy": policy, "rounds": options.rounds, "peers": peers(),
+            "kernel": first.removeprefix("C (").rstrip(")"),
         },
     }  # fmt: skip
     for key, seconds in found.items():

@@ -150,19 +150,24 @@ def table(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(lines, columns=columns), pd.concat(behind, ignore_index=True)
 
 
-def speed(profile: str) -> pd.DataFrame:
-    """C's time an image and how many times as long its peers take, from the rows of ``benchmarks/integer.py``."""
+def speed(profile: str, kernel: str) -> pd.DataFrame:
+    """C's time an image and how many times as long its peers take, from the rows of ``benchmarks/integer.py``.
+
+    ``kernel`` chose the processor: "avx2" (also rows that name none) or "avx512vnni", where ONNX Runtime gives C's
+    logits as it comes.
+    """
     found = store.read("integer_speed", profile=profile)
-    found = tables.with_bits(tables.with_switches(found, "threads", "batch"))
+    found = tables.with_bits(tables.with_switches(found, "threads", "batch", "kernel"))
+    found = found.loc[found["kernel"].fillna("avx2") == kernel]
     cell = ["threads", "model", "bits", "batch"]
     ratios = found.loc[found["metric"] == "over_c"].set_index(["method", *cell])["value"]
     times = found.loc[(found["metric"] == "time_ms") & found["method"].str.startswith("C ")]
+    peers = {key: name for key, name in PEERS.items() if key in set(found["method"])}
     lines = []
     for threads, model, bits, batch, time in times[[*cell, "value"]].itertuples(index=False):
-        peers = [ratios.get((peer, threads, model, bits, batch)) for peer in PEERS]
-        shown = [tables.NOT_RUN if ratio is None else f"{ratio:.2f}" for ratio in peers]
+        shown = [f"{ratios[peer, threads, model, bits, batch]:.2f}" for peer in peers]
         lines.append((str(threads), labels.printed("model", model), bits, str(batch), f"{time:.3g}", *shown))
-    table = pd.DataFrame(lines, columns=["threads", "network", "bits", "batch", "C, ms an image", *PEERS.values()])
+    table = pd.DataFrame(lines, columns=["threads", "network", "bits", "batch", "C, ms an image", *peers.values()])
     return table.sort_values("threads", kind="stable")
 
 
@@ -172,7 +177,11 @@ def written(text: str) -> str:
     Raises:
         KeyError: a marker names no table.
     """
-    makers = {"tab_overview": lambda: table("full")[0], "integer_speed": lambda: speed("full")}
+    makers = {
+        "tab_overview": lambda: table("full")[0],
+        "integer_speed_avx2": lambda: speed("full", "avx2"),
+        "integer_speed_vnni": lambda: speed("full", "avx512vnni"),
+    }
     return re.sub(
         r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)",
         lambda m: f"{m[1]}{tables.markdown(makers[m[2]]())}{m[3]}",
