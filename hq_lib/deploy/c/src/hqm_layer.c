@@ -130,7 +130,7 @@ static uint32_t rows_inside(const window *v, const tensor *x, uint32_t row, uint
     return n;
 }
 
-enum { WORTH = 1 << 22 }; /* products that make up for waking threads */
+enum { WORTH = 1 << 24 }; /* products that make up for waking threads */
 
 /* Integers of the output, n channels from `first` on of the places from `place` on, from their accumulators. */
 void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32_t first, uint32_t n, size_t place) {
@@ -168,20 +168,23 @@ static void run_places(const void *context, uint32_t part, uint32_t n_parts) {
     const uint32_t from = (uint32_t)(n * part / n_parts), to = (uint32_t)(n * (part + 1) / n_parts);
     const uint32_t x_step = v->stride[1] * v->channels;
     product p = l->p;
-    uint32_t at[TILE], first = 0, end = p.n_rows, row = from / v->out_width, column = from % v->out_width;
+    uint32_t at[TILE], first = 0, end = 0, row = from / v->out_width, column = from % v->out_width;
     p.at = at, p.n_places = 0;
-    for (uint32_t place = from; place <= to; place++) {
-        uint32_t first_here = first, end_here = end;
-        if ((!column || place == from) && place < to) end_here = rows_inside(v, l->x, row, &first_here);
-        if (p.n_places == TILE || place == to || (p.n_places && (first != first_here || end != end_here))) {
+    for (uint32_t place = from, n; place < to; place += n, column += n) {
+        if (column == v->out_width) column = 0, row++;
+        uint32_t first_here, end_here = rows_inside(v, l->x, row, &first_here);
+        if (p.n_places == TILE || (p.n_places && (first != first_here || end != end_here))) {
             p.n_rows = end - first;
             run_tile(l, p, place - p.n_places, first);
             p.n_places = 0;
         }
         first = first_here, end = end_here;
-        at[p.n_places++] = (uint32_t)(row * line + (size_t)column * x_step);
-        if (++column == v->out_width) column = 0, row++;
+        n = at_most(at_most(TILE - p.n_places, v->out_width - column), to - place);
+        for (uint32_t k = 0; k < n; k++) at[p.n_places + k] = (uint32_t)(row * line) + (column + k) * x_step;
+        p.n_places += n;
     }
+    p.n_rows = end - first;
+    if (p.n_places) run_tile(l, p, to - p.n_places, first);
 }
 
 /* Whether windows go in tiles of 2x2 (hqm_winograd.h); fewer than four make no use of its vectors. */
