@@ -30,16 +30,13 @@ MISSING = """
 LANEWISE(_mm512_cvtepi32_ps, __m512i, int, 16, __m512, float, 16, (float)a[i])
 LANEWISE(_mm512_cvtps_epi32, __m512, float, 16, __m512i, int, 16, (int)lrintf(a[i]))
 LANEWISE(_mm512_cvtepu8_epi32, __m128i, unsigned char, 16, __m512i, int, 16, a[i])
-LANEWISE(_mm512_cvtepu8_epi64, __m128i, unsigned char, 16, __m512i, long long, 8, a[i])
 LANEWISE(_mm512_cvtepi8_epi32, __m128i, signed char, 16, __m512i, int, 16, a[i])
 LANEWISE(_mm512_cvtepi16_epi32, __m256i, short, 16, __m512i, int, 16, a[i])
-LANEWISE(_mm512_cvtepi32_epi64, __m256i, int, 8, __m512i, long long, 8, a[i])
 LANEWISE(_mm512_cvtepi32_epi8, __m512i, int, 16, __m128i, unsigned char, 16, (unsigned char)a[i])
-LANEWISE(_mm512_cvtepi64_epi8, __m512i, long long, 8, __m128i, unsigned char, 16, (unsigned char)a[i])
-static __attribute__((unused)) __m512i _mm512_srav_epi64(__m512i x, __m512i by) {
-    long long a[8], n[8];
+static __attribute__((unused)) __m512i _mm512_srav_epi32(__m512i x, __m512i by) {
+    int a[16], n[16];
     memcpy(a, &x, sizeof a); memcpy(n, &by, sizeof n);
-    for (int i = 0; i < 8; i++) a[i] = a[i] >= 0 ? a[i] >> n[i] : ~(~a[i] >> n[i]);
+    for (int i = 0; i < 16; i++) a[i] = a[i] >= 0 ? a[i] >> n[i] : ~(~a[i] >> n[i]);
     memcpy(&x, a, sizeof x); return x;
 }
 typedef unsigned short __mmask16;

@@ -15,7 +15,8 @@ enum { STRIP = 1 << 14 /* bytes of joined columns: half of the nearest cache */,
 /* What a layer's chunk of channels needs. */
 typedef struct {
     vi w[MOST_TAPS][4], start[4];
-    vf m[4];
+    factor f[4];
+    fixed_lanes fixed[4];
     byte_rule rule;
     uint32_t first, n, groups; /* channels; joined rows */
     int is_direct;             /* bytes come out of registers */
@@ -42,11 +43,12 @@ ISA INLINE void chunk_of(const layer *l, uint32_t first, depthwise_chunk *k, con
             for (uint32_t q = 0; q < 4 && q * LANES < k->n; q++)
                 k->w[j * k->groups + g][q] = joined_weights(l, g, j, first + q * LANES, bits);
     memcpy(starts, l->start + first, k->n * sizeof *starts);
-    k->is_direct = l->r.multiplier && !l->r.is_fixed && !l->residual && l->y->size == 1;
     if (k->is_direct) memcpy(m, l->r.multiplier + first, k->n * sizeof *m);
+    for (uint32_t o = 0; o < k->n && k->is_direct && l->r.is_fixed; o += BLOCK)
+        fixed_lanes_of(k->fixed + o / LANES, &l->r, first + o, at_most(BLOCK, k->n - o), 0);
     for (int q = 0; q < 4; q++) {
-        k->start[q] = at(starts + q * LANES), k->m[q] = load_f(m + q * LANES);
-        k->is_direct &= below_one(k->m[q]);
+        k->start[q] = at(starts + q * LANES), k->f[q].m = load_f(m + q * LANES);
+        k->f[q].fixed = l->r.is_fixed ? k->fixed + q : NULL;
     }
     k->rule = byte_rule_of(&l->r);
 }
@@ -91,7 +93,7 @@ ISA INLINE void some_places(const layer *l, const depthwise_chunk *k, const vi *
                             const uint32_t kw, const uint32_t groups, const int nv, const int bits) {
     const size_t each = groups * (size_t)nv, apart = l->v->dilation[1] * each, c_out = l->per_group;
     const byte_rule rule = k->rule;
-    const vf m[4] = {k->m[0], k->m[1], k->m[2], k->m[3]};
+    const factor f[4] = {k->f[0], k->f[1], k->f[2], k->f[3]};
     int32_t acc[WIDE / BLOCK][TILE][BLOCK];
     vi near[3][4]; /* a kernel of three joined places: in registers, whatever is written */
     for (uint32_t j = 0; j < kw * groups && kw * groups == 3; j++)
@@ -108,7 +110,7 @@ ISA INLINE void some_places(const layer *l, const depthwise_chunk *k, const vi *
         for (int q = 0; q < nv && l->p.shift; q++) sum[q] = add_i(k->start[q], shifted(sum[q], l->p.shift));
         if (k->is_direct) {
             const vi all[4] = {sum[0], sum[1 % nv], sum[2 % nv], sum[3 % nv]};
-            put_some(l->y->data + (place + c) * c_out + k->first, bytes_of(all, m, &rule), k->n);
+            put_some(l->y->data + (place + c) * c_out + k->first, bytes_of(all, f, &rule), k->n);
         } else
             for (int q = 0; q < nv; q++) put(acc[q / PARTS][c] + q % PARTS * LANES, sum[q]);
     }
@@ -140,6 +142,7 @@ ISA INLINE void chunk_rows(const layer *l, const depthwise_chunk *k, uint32_t fr
 
 ISA INLINE void some_rows(const layer *l, uint32_t from, uint32_t to, const int bits) {
     depthwise_chunk k;
+    k.is_direct = has_bytes(l);
     for (uint32_t first = 0; first < l->per_group; first += WIDE) {
         chunk_of(l, first, &k, bits);
         if (k.n <= LANES) chunk_rows(l, &k, from, to, 1, bits);

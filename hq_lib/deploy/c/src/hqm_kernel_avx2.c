@@ -61,6 +61,13 @@ ISA INLINE __m256i packed(const __m256i v[4], __m256i zero) {
     return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 ISA INLINE int below_one(__m256 m) { return _mm256_movemask_ps(_mm256_cmp_ps(m, set_f(1.0f), _CMP_NLT_UQ)) == 0; }
+#define mul_even(a, b) _mm256_mul_epi32(a, b)
+#define add_64(a, b) _mm256_add_epi64(a, b)
+#define high_half(v) _mm256_srli_epi64(v, 32)
+#define even_odd(a, b) _mm256_blend_epi32(a, b, 0xaa)
+#define shifted_down(v, n) _mm256_srav_epi32(v, n)
+#define min_i(a, b) _mm256_min_epi32(a, b)
+#define max_i(a, b) _mm256_max_epi32(a, b)
 #define set_b(x) _mm256_set1_epi8((char)(x))
 #define set_w(x) _mm256_set1_epi16((int16_t)(x))
 #define within(b, low, high) _mm256_min_epu8(_mm256_max_epu8(b, low), high)
@@ -154,102 +161,6 @@ ISA static void dense_4(const product *p, int32_t acc[TILE][BLOCK]) {
     for (; q + MANY <= p->n_places; q += MANY) nibbles_n(p, p->at + q, start, acc + q, MANY);
     for (; q + SOME <= p->n_places; q += SOME) nibbles_n(p, p->at + q, start, acc + q, SOME);
     if (q < p->n_places) nibbles_n(p, p->at + q, start, acc + q, 1);
-}
-
-/* What "fixed" needs for eight channels: sums of the even and of the odd ones in 64 bits, of which the high halves are
- * shifted once more. A sum that needs a smaller shift than 32 is of small integers, moved up before (`up`). */
-typedef struct {
-    int32_t multiplier[2][8], multiplier_2[2][8], shift[8]; /* [1]: the odd channels' in the low halves */
-    int64_t half[2][4];
-    int32_t up;
-} fixed_8;
-
-/* The least shift that fixed_of serves: an Add's integers have 17 bits, an accumulator all of 32. */
-static inline uint32_t least_shift(const rescale *r, int is_sum) { return r->is_shared && is_sum ? 18 : 32; }
-
-static inline void fixed_8_of(fixed_8 f[2], const rescale *r, uint32_t first, uint32_t n, int is_sum) {
-    for (uint32_t o = 0; o < BLOCK; o++) {
-        const uint32_t c = r->is_shared ? 0 : first + at_most(o, n - 1), j = o % 8;
-        fixed_8 *to = f + o / 8;
-        to->up = r->shift[c] < 32 ? 32 - r->shift[c] : 0;
-        for (uint32_t odd = 0; odd <= j % 2; odd++) {
-            to->multiplier[odd][j - odd] = r->fixed[c];
-            to->multiplier_2[odd][j - odd] = is_sum ? r->fixed_2[c] : 0;
-        }
-        to->shift[j] = r->shift[c] < 32 ? 0 : r->shift[c] - 32;
-        to->half[j % 2][j / 2] = (int64_t)1 << (r->shift[c] - 1 + to->up);
-    }
-}
-
-/* The requantized integers of acc (and, with is_sum, of other), before zero point and clamp. */
-ISA INLINE __m256i fixed_of(const fixed_8 *f, __m256i acc, __m256i other, const int is_sum) {
-    __m256i sum[2];
-    if (is_sum) acc = _mm256_slli_epi32(acc, f->up), other = _mm256_slli_epi32(other, f->up);
-    for (int odd = 0; odd < 2; odd++) {
-        const __m256i x = odd ? _mm256_srli_epi64(acc, 32) : acc;
-        sum[odd] = _mm256_add_epi64(_mm256_mul_epi32(x, at(f->multiplier[odd])), at(f->half[odd]));
-        if (!is_sum) continue;
-        const __m256i r = odd ? _mm256_srli_epi64(other, 32) : other;
-        sum[odd] = _mm256_add_epi64(sum[odd], _mm256_mul_epi32(r, at(f->multiplier_2[odd])));
-    }
-    return _mm256_srav_epi32(_mm256_blend_epi32(_mm256_srli_epi64(sum[0], 32), sum[1], 0xaa), at(f->shift));
-}
-
-/* size: bytes of one element of the residual, 0 without one; whole: 0..255 are all integers that there are */
-ISA INLINE void fixed_sized(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, const fixed_8 f[2], uint32_t n,
-                            const uint8_t *residual, uint8_t *out, size_t step, const int size, const int whole) {
-    const __m256i low = set_i(r->low), high = set_i(r->high), zero = set_i(r->zero), minus = set_i(r->residual_zero);
-    uint8_t all[BLOCK];
-    for (uint32_t p = 0; p < n_places; p++, out += step) {
-        __m256i q[2];
-        for (size_t h = 0; h < 2; h++) {
-            __m256i other = _mm256_setzero_si256();
-            if (size) {
-                const uint8_t *from = residual + (p * step + 8 * h) * (size_t)size;
-                other = sub_i(size == 1 ? wide(from) : at(from), minus);
-            }
-            q[h] = fixed_of(f + h, at(acc[p] + 8 * h), other, size != 0);
-            if (!whole) q[h] = _mm256_min_epi32(_mm256_max_epi32(q[h], low), high);
-            q[h] = add_i(q[h], zero);
-        }
-        narrow(n == BLOCK ? out : all, q);
-        if (n < BLOCK) memcpy(out, all, n);
-    }
-}
-
-ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
-                         const void *residual, uint8_t *out, size_t step) {
-    const int whole = r->low == -r->zero && r->high == 255 - r->zero, is_byte = r->residual_dtype == HQM_UINT8;
-    fixed_8 f[2];
-    for (uint32_t o = 0; o < n; o++)
-        if (r->shift[r->is_shared ? 0 : first + o] < least_shift(r, residual != NULL)) {
-            rescale_each(acc, n_places, r, first, n, residual, out, step);
-            return;
-        }
-    fixed_8_of(f, r, first, n, residual != NULL);
-    if (!residual && whole) fixed_sized(acc, n_places, r, f, n, NULL, out, step, 0, 1);
-    else if (!residual) fixed_sized(acc, n_places, r, f, n, NULL, out, step, 0, 0);
-    else if (is_byte) fixed_sized(acc, n_places, r, f, n, residual, out, step, 1, 0);
-    else fixed_sized(acc, n_places, r, f, n, residual, out, step, 4, 0);
-}
-
-/* Returns how many of n elements of a "fixed" Add it has written, a multiple of BLOCK. */
-ISA static uint32_t fixed_add_u8(const uint8_t *a, int32_t a_zero, const uint8_t *b, uint32_t n, const rescale *r,
-                                 uint8_t *out) {
-    const __m256i low = set_i(r->low), high = set_i(r->high), zero = set_i(r->zero);
-    fixed_8 f[2];
-    uint32_t i = 0;
-    if (r->shift[0] < least_shift(r, 1)) return 0;
-    fixed_8_of(f, r, 0, 1, 1);
-    for (; i + BLOCK <= n; i += BLOCK) {
-        __m256i q[2];
-        for (uint32_t h = 0; h < BLOCK; h += 8) {
-            const __m256i x = sub_i(wide(a + i + h), set_i(a_zero)), y = sub_i(wide(b + i + h), set_i(r->residual_zero));
-            q[h / 8] = add_i(_mm256_min_epi32(_mm256_max_epi32(fixed_of(f, x, y, 1), low), high), zero);
-        }
-        narrow(out + i, q);
-    }
-    return i;
 }
 
 const kernels hqm_avx2 = {

@@ -55,6 +55,13 @@ ISA INLINE void multiply(__m512i sum[1], __m512i x, __m512i w[2][1], const int b
     }
 }
 
+#define mul_even(a, b) _mm512_mul_epi32(a, b)
+#define add_64(a, b) _mm512_add_epi64(a, b)
+#define high_half(v) _mm512_srli_epi64(v, 32)
+#define even_odd(a, b) _mm512_mask_blend_epi32(0xaaaa, a, b)
+#define shifted_down(v, n) _mm512_srav_epi32(v, n)
+#define min_i(a, b) _mm512_min_epi32(a, b)
+#define max_i(a, b) _mm512_max_epi32(a, b)
 #define set_b(x) _mm512_set1_epi8((char)(x))
 #define set_w(x) _mm512_set1_epi16((int16_t)(x))
 #define within(b, low, high) _mm512_min_epu8(_mm512_max_epu8(b, low), high)
@@ -101,40 +108,9 @@ ISA INLINE void put_some(uint8_t *to, __m512i v, uint32_t n) {
 
 #include "hqm_registers.h"
 
-/* The "fixed" requantizer on 8 channels at a time: int64 sums, arithmetic shift. */
-ISA static void fixed_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const rescale *r, uint32_t first, uint32_t n,
-                         const void *residual, uint8_t *out, size_t step) {
-    int64_t m[BLOCK], m2[BLOCK], shift[BLOCK], half[BLOCK];
-    uint8_t whole[BLOCK];
-    for (uint32_t o = 0; o < BLOCK; o++) {
-        const uint32_t c = r->is_shared ? 0 : first + at_most(o, n - 1);
-        m[o] = r->fixed[c], m2[o] = residual ? r->fixed_2[c] : 0, shift[o] = r->shift[c];
-        half[o] = (int64_t)1 << (r->shift[c] - 1);
-    }
-    const int is_byte = r->residual_dtype == HQM_UINT8;
-    const __m512i low = _mm512_set1_epi64(r->low), high = _mm512_set1_epi64(r->high), zero = _mm512_set1_epi64(r->zero);
-    const __m512i other_zero = _mm512_set1_epi64(r->residual_zero);
-    for (uint32_t p = 0; p < n_places; p++, out += step) {
-        const uint8_t *bytes = residual ? (const uint8_t *)residual + p * step * (is_byte ? 1 : 4) : NULL;
-        for (int o = 0; o < BLOCK; o += 8) {
-            const __m256i sums = _mm256_loadu_si256((const __m256i *)(const void *)(acc[p] + o));
-            __m512i y = _mm512_add_epi64(_mm512_mul_epi32(_mm512_cvtepi32_epi64(sums), at(m + o)), at(half + o));
-            if (bytes) {
-                const void *from = bytes + o * (is_byte ? 1 : 4);
-                const __m512i q = is_byte ? _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)from))
-                                          : _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i *)from));
-                y = _mm512_add_epi64(y, _mm512_mul_epi32(_mm512_sub_epi64(q, other_zero), at(m2 + o)));
-            }
-            y = _mm512_min_epi64(_mm512_max_epi64(_mm512_srav_epi64(y, at(shift + o)), low), high);
-            _mm_storel_epi64((__m128i *)(void *)(whole + o), _mm512_cvtepi64_epi8(_mm512_add_epi64(y, zero)));
-        }
-        memcpy(out, whole, n);
-    }
-}
-
 const kernels hqm_avx512vnni = {
     .name = "avx512vnni", .dense = {dense_4, dense_8, dense_16}, .rescale_u8 = together_u8, .fixed_u8 = fixed_u8,
-    .add_u8 = avx512_add_u8, .depthwise_rows = run_depthwise, .joins = joins,
+    .add_u8 = avx512_add_u8, .fixed_add_u8 = fixed_add_u8, .depthwise_rows = run_depthwise, .joins = joins,
     .whole_tile = run_at_once};
 
 #endif

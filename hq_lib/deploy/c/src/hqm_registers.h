@@ -1,5 +1,5 @@
-/* Tiles whose bytes come out of the registers that hold their sums, for processors with VNNI: "float32" without a residual,
- * weights of 4 or 8 bits. Eight or four places go by a block of channels; the one, two or three that are left by four
+/* Tiles whose bytes come out of the registers that hold their sums, for processors with VNNI: no residual, weights
+ * of 4 or 8 bits. Eight or four places go by a block of channels; the one, two or three that are left by four
  * blocks, so that there are enough sums side by side. The file that includes this says what hqm_x86.h wants.
  */
 /* n values from `from` on, 0 behind them */
@@ -15,12 +15,12 @@ ISA INLINE __m512i some_i(const void *from, uint32_t n) {
 #define UP_TO_8(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 
 /* Outputs of the places from `from` to `to`, n of them (4 or 8) at a time; y: of the first, `channels` of a block. */
-ISA INLINE void by_places(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start, __m512 m, uint8_t *y,
+ISA INLINE void by_places(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start, factor f, uint8_t *y,
                           uint32_t channels, const int n, const int bits) {
     const size_t c_out = (size_t)l->groups * l->per_group, row_step = p->row_step, column_step = p->column_step;
     const uint32_t n_rows = p->n_rows, n_columns = p->n_columns, shift = p->shift;
     const size_t run = 4 * (size_t)p->n4;
-    const __m512 all_m[4] = {m, m, m, m};
+    const factor all_f[4] = {f, f, f, f};
     const __mmask16 some = (__mmask16)((1u << channels) - 1);
     const byte_rule rule = byte_rule_of(&l->r);
     for (; from < to; from += (uint32_t)n) {
@@ -50,7 +50,7 @@ ISA INLINE void by_places(const layer *l, const product *p, uint32_t from, uint3
         if (shift) { UP_TO_8(SHIFT) }
         const __m512i sums[2][4] = {{s0, s1, s2, s3}, {s4, s5, s6, s7}};
         for (int h = 0; h < n / 4; h++) {
-            const __m512i bytes = bytes_of(sums[h], all_m, &rule);
+            const __m512i bytes = bytes_of(sums[h], all_f, &rule);
 #define STORE(k)                                                                                                       \
     if (channels == BLOCK) _mm_storeu_si128((__m128i *)(void *)y, _mm512_extracti32x4_epi32(bytes, k));                \
     else _mm_mask_storeu_epi8(y, some, _mm512_extracti32x4_epi32(bytes, k));                                           \
@@ -62,7 +62,7 @@ ISA INLINE void by_places(const layer *l, const product *p, uint32_t from, uint3
 
 /* Outputs of n places (1 or 2) and four blocks, which begin at p->w + apart[block]. */
 ISA INLINE void by_blocks(const layer *l, const product *p, uint32_t first, const size_t apart[4], const __m512i start[4],
-                          const __m512 m[4], uint8_t *y, uint32_t channels, const int n, const int bits) {
+                          const factor f[4], uint8_t *y, uint32_t channels, const int n, const int bits) {
     const byte_rule rule = byte_rule_of(&l->r);
     const uint8_t *weights = p->w;
     __m512i sum[2][4], w[2][1];
@@ -82,25 +82,25 @@ ISA INLINE void by_blocks(const layer *l, const product *p, uint32_t first, cons
         }
     for (int q = 0; q < n; q++, y += (size_t)l->groups * l->per_group) {
         for (int b = 0; b < 4 && p->shift; b++) sum[q][b] = add_i(start[b], shifted(sum[q][b], p->shift));
-        put_some(y, bytes_of(sum[q], m, &rule), channels);
+        put_some(y, bytes_of(sum[q], f, &rule), channels);
     }
 }
 
 /* Functions of their own, each with the registers of one. */
 #define ALONE ISA static __attribute__((noinline))
-typedef void some_places_kernel(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start, __m512 m,
+typedef void some_places_kernel(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start, factor f,
                                 uint8_t *y, uint32_t channels);
 typedef void few_places_kernel(const layer *l, const product *p, uint32_t place, const size_t apart[4],
-                               const __m512i start[4], const __m512 m[4], uint8_t *y, uint32_t channels);
+                               const __m512i start[4], const factor f[4], uint8_t *y, uint32_t channels);
 #define PLACES(N, BITS)                                                                                                \
     ALONE void places_##N##_##BITS(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start,        \
-                                   __m512 m, uint8_t *y, uint32_t channels) {                                          \
-        by_places(l, p, from, to, start, m, y, channels, N, BITS);                                                     \
+                                   factor f, uint8_t *y, uint32_t channels) {                                          \
+        by_places(l, p, from, to, start, f, y, channels, N, BITS);                                                     \
     }
 #define FEW(N, BITS)                                                                                                   \
     ALONE void few_##N##_##BITS(const layer *l, const product *p, uint32_t place, const size_t apart[4],               \
-                                const __m512i start[4], const __m512 m[4], uint8_t *y, uint32_t channels) {            \
-        by_blocks(l, p, place, apart, start, m, y, channels, N, BITS);                                                 \
+                                const __m512i start[4], const factor f[4], uint8_t *y, uint32_t channels) {            \
+        by_blocks(l, p, place, apart, start, f, y, channels, N, BITS);                                                 \
     }
 PLACES(8, 4)
 PLACES(8, 8)
@@ -129,12 +129,15 @@ ISA static void group_at_once(const layer *l, product p, uint32_t first, size_t 
         const uint32_t left = l->per_group - b, n = at_most(4 * BLOCK, left);
         size_t apart[4];
         __m512i start[4];
-        __m512 m[4];
+        fixed_lanes fixed[4];
+        factor f[4];
         for (uint32_t k = 0; k < 4; k++) { /* blocks beyond the last are the last again, and not written */
             const uint32_t here = at_most(k, (left - 1) / BLOCK), channel = first + b + here * BLOCK;
             apart[k] = here * block;
             start[k] = some_i(l->start + channel, left - here * BLOCK);
-            m[k] = _mm512_castsi512_ps(some_i(l->r.multiplier + channel, left - here * BLOCK));
+            f[k].m = _mm512_castsi512_ps(some_i(l->r.multiplier + channel, left - here * BLOCK));
+            f[k].fixed = l->r.is_fixed ? fixed + k : NULL;
+            if (l->r.is_fixed) fixed_lanes_of(fixed + k, &l->r, channel, at_most(BLOCK, left - here * BLOCK), 0);
         }
         for (uint32_t k = 0; k < 4 && k * BLOCK < left && whole; k++) {
             const uint32_t channels = at_most(BLOCK, left - k * BLOCK);
@@ -147,25 +150,22 @@ ISA static void group_at_once(const layer *l, product p, uint32_t first, size_t 
             }
             if (unpacks) {
                 p.w = bytes;
-                places_8_8(l, &p, 0, eight, start[k], m[k], to, channels);
+                places_8_8(l, &p, 0, eight, start[k], f[k], to, channels);
                 p.w = weights + (b / BLOCK + k) * block;
-            } else eights(l, &p, 0, eight, start[k], m[k], to, channels);
-            fours(l, &p, eight, whole, start[k], m[k], to + eight * c_out, channels);
+            } else eights(l, &p, 0, eight, start[k], f[k], to, channels);
+            fours(l, &p, eight, whole, start[k], f[k], to + eight * c_out, channels);
         }
         p.w = weights + b / BLOCK * block;
-        if (whole + 2 <= p.n_places) two(l, &p, whole, apart, start, m, y + b + whole * c_out, n);
-        if (p.n_places % 2) one(l, &p, p.n_places - 1, apart, start, m, y + b + (p.n_places - 1) * c_out, n);
+        if (whole + 2 <= p.n_places) two(l, &p, whole, apart, start, f, y + b + whole * c_out, n);
+        if (p.n_places % 2) one(l, &p, p.n_places - 1, apart, start, f, y + b + (p.n_places - 1) * c_out, n);
     }
 }
 
-/* A tile whose bytes come out of registers; 0 for other requantizers, and for weights of 16 bits. */
+/* A tile whose bytes come out of registers, or 0. */
 ISA static int run_at_once(const layer *l, product p, size_t place, uint32_t row) {
     const size_t run = (size_t)p.n4 * 4 * BLOCK * p.n_columns * l->bits / 8, block = run * l->v->kernel[0];
-    const uint32_t c_out = l->groups * l->per_group, n_blocks = (l->per_group + BLOCK - 1) / BLOCK;
-    if (l->x->size > 1 || l->bits > 8 || l->depthwise || l->residual || l->y->size > 1) return 0;
-    if (!l->r.multiplier || l->r.is_fixed) return 0;
-    for (uint32_t o = 0; o < c_out; o += BLOCK)
-        if (!below_one(_mm512_castsi512_ps(some_i(l->r.multiplier + o, c_out - o)))) return 0;
+    const uint32_t n_blocks = (l->per_group + BLOCK - 1) / BLOCK;
+    if (l->x->size > 1 || l->bits > 8 || l->depthwise || !has_bytes(l)) return 0;
     for (uint32_t g = 0; g < l->groups; g++) {
         p.w = l->w + row * run + g * n_blocks * block, p.x = l->data + row * p.row_step + g * l->c_group;
         group_at_once(l, p, g * l->per_group, place, block);

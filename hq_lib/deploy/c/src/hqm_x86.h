@@ -1,4 +1,5 @@
-/* Sums of products, and requantization to bytes, written once for the vector units of x86-64. The file that includes this says
+/* Sums of products, and requantization to bytes, written once for the vector units of x86-64. The file that includes this
+ * says
  *
  *     ISA vi add_i set_i at put    as in hqm_vector.h; a vector of LANES int32 from memory and to it
  *     zero_i shifted               a vector of zeros; shifted(v, n): each int32 n bits to the left
@@ -12,21 +13,45 @@
  *     below_one(m)                 whether every float32 is
  */
 enum { PARTS = BLOCK / LANES, WIDE = 4 * LANES /* bytes of a vector */ };
+#include "hqm_fixed.h"
 
-/* The "float32" requantizer without a residual, in vectors of bytes: what lies outside saturates on its way to a byte, at
- * the bounds of a byte and then at its own. No float is too large for int32, as multipliers are below 1. */
+/* Requantization without a residual, in vectors of bytes: what lies outside saturates on its way to a byte, at the bounds
+ * of a byte and then at its own. */
 typedef struct {
     vi zero, low, high;
 } byte_rule;
+
+/* What LANES channels are multiplied by: m, or (not NULL) what "fixed" needs. */
+typedef struct {
+    vf m;
+    const fixed_lanes *fixed;
+} factor;
+
+/* Whether bytes_of serves the layer: no float of multipliers below 1 is too large for int32. */
+ISA INLINE int has_bytes(const layer *l) {
+    const uint32_t n = l->groups * l->per_group;
+    int serves = l->r.multiplier && !l->residual && l->y->size == 1;
+    for (uint32_t o = 0; o < n && serves; o += BLOCK) {
+        float last[BLOCK];
+        const float *m = n - o < BLOCK ? last : l->r.multiplier + o;
+        if (n - o < BLOCK) multipliers(l->r.multiplier, &l->r, o, n - o, last);
+        for (int h = 0; h < BLOCK && !l->r.is_fixed; h += LANES) serves &= below_one(load_f(m + h));
+        for (uint32_t k = o; k < n && k < o + BLOCK && l->r.is_fixed; k++) serves &= l->r.shift[k] >= 32;
+    }
+    return serves;
+}
 
 ISA INLINE byte_rule byte_rule_of(const rescale *r) {
     byte_rule b = {set_w(r->zero), set_b(r->zero + r->low), set_b(r->zero + r->high)};
     return b;
 }
 
-ISA INLINE vi bytes_of(const vi sum[4], const vf m[4], const byte_rule *b) {
+ISA INLINE vi bytes_of(const vi sum[4], const factor f[4], const byte_rule *b) {
     vi q[4];
-    for (int k = 0; k < 4; k++) q[k] = to_i(mul_f(to_f(sum[k]), m[k]));
+    if (f[0].fixed)
+        for (int k = 0; k < 4; k++) q[k] = fixed_of(f[k].fixed, sum[k], sum[k], 0);
+    else
+        for (int k = 0; k < 4; k++) q[k] = to_i(mul_f(to_f(sum[k]), f[k].m));
     return within(packed(q, b->zero), b->low, b->high);
 }
 
@@ -37,14 +62,14 @@ ISA static void together_u8(int32_t acc[TILE][BLOCK], uint32_t n_places, const r
     float each[BLOCK];
     uint8_t all[WIDE];
     uint32_t p = 0;
-    vf m[4];
+    factor f[4];
     int serves = !residual && n == BLOCK;
     multipliers(r->multiplier, r, first, n, each);
-    for (int k = 0; k < 4; k++) m[k] = load_f(each + k % PARTS * LANES), serves &= below_one(m[k]);
+    for (int k = 0; k < 4; k++) f[k].m = load_f(each + k % PARTS * LANES), f[k].fixed = NULL, serves &= below_one(f[k].m);
     const byte_rule b = byte_rule_of(r);
     for (; serves && p + PLACES <= n_places; p += PLACES) {
         const vi sum[4] = {at(acc[p]), at(acc[p] + LANES), at(acc[p] + 2 * LANES), at(acc[p] + 3 * LANES)};
-        put(all, bytes_of(sum, m, &b));
+        put(all, bytes_of(sum, f, &b));
         for (uint32_t k = 0; k < PLACES; k++, out += step) memcpy(out, all + k * BLOCK, BLOCK);
     }
     if (p < n_places) V(rescale_u8)(acc + p, n_places - p, r, first, n, residual, out, step);
