@@ -165,7 +165,8 @@ def speed(profile: str, kernel: str) -> pd.DataFrame:
     peers = {key: name for key, name in PEERS.items() if key in set(found["method"])}
     lines = []
     for threads, model, bits, batch, time in times[[*cell, "value"]].itertuples(index=False):
-        shown = [f"{ratios[peer, threads, model, bits, batch]:.2f}" for peer in peers]
+        found_here = [ratios.get((peer, threads, model, bits, batch)) for peer in peers]
+        shown = [tables.NOT_RUN if ratio is None else f"{ratio:.2f}" for ratio in found_here]
         lines.append((str(threads), labels.printed("model", model), bits, str(batch), f"{time:.3g}", *shown))
     table = pd.DataFrame(lines, columns=["threads", "network", "bits", "batch", "C, ms an image", *peers.values()])
     return table.sort_values("threads", kind="stable")

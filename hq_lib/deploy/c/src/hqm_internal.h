@@ -91,7 +91,8 @@ typedef struct {
     product_kernel *kernel;
     rescale r;
     uint32_t groups, per_group, c_group, depthwise, bits;
-    product p; /* without its places */
+    int has_bytes; /* outputs are uint8, from int32 vectors by multipliers below 1 or shifts of 32 bits and more */
+    product p;     /* without its places */
 } layer;
 void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32_t first, uint32_t n, size_t place);
 

@@ -73,18 +73,18 @@ ISA INLINE int below_one(__m256 m) { return _mm256_movemask_ps(_mm256_cmp_ps(m, 
 #define within(b, low, high) _mm256_min_epu8(_mm256_max_epu8(b, low), high)
 #include "hqm_x86.h"
 
-#define ROWS(bits) ((void)(bits), 2u)
+#define ROWS_8 2
 #define or_i(a, b) _mm256_or_si256(a, b)
 #define and_i(a, b) _mm256_and_si256(a, b)
 /* Dwords so that what unpacking in halves leaves lies in the channels' order. */
 ISA INLINE __m256i apart(const uint8_t *x) {
     return _mm256_permutevar8x32_epi32(at(x), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 }
-ISA INLINE void join(const uint8_t *const rows[4], const int bits, __m256i v[4]) {
-    const __m256i a = apart(rows[0]), b = apart(rows[1]), zero = zero_i();
+ISA INLINE void join(const uint8_t *const from[4], const uint32_t rows, __m256i v[4]) {
+    const __m256i a = apart(from[0]), b = apart(from[1]), zero = zero_i();
     const __m256i low[2] = {_mm256_unpacklo_epi8(a, zero), _mm256_unpacklo_epi8(b, zero)};
     const __m256i high[2] = {_mm256_unpackhi_epi8(a, zero), _mm256_unpackhi_epi8(b, zero)};
-    (void)bits;
+    (void)rows;
     v[0] = _mm256_unpacklo_epi16(low[0], low[1]), v[1] = _mm256_unpackhi_epi16(low[0], low[1]);
     v[2] = _mm256_unpacklo_epi16(high[0], high[1]), v[3] = _mm256_unpackhi_epi16(high[0], high[1]);
 }
@@ -93,8 +93,8 @@ ISA INLINE __m256i signed_weights(const uint8_t *w, uint32_t channel, const int 
     const __m128i all = block_bytes(w + channel / BLOCK * BLOCK * (uint32_t)bits / 8, bits);
     return _mm256_cvtepi8_epi32(channel % BLOCK ? _mm_srli_si128(all, 8) : all);
 }
-ISA INLINE __m256i multiply_joined(__m256i sum, __m256i x, __m256i w, const int bits) {
-    (void)bits;
+ISA INLINE __m256i multiply_joined(__m256i sum, __m256i x, __m256i w, const uint32_t rows) {
+    (void)rows;
     return add_i(sum, _mm256_madd_epi16(x, w));
 }
 ISA INLINE void put_some(uint8_t *to, __m256i v, uint32_t n) {

@@ -78,15 +78,15 @@ ISA INLINE int below_one(__m512 m) { return _mm512_cmp_ps_mask(m, set_f(1.0f), _
 #include "hqm_x86.h"
 ISA static void dense_4(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 4); }
 
-#define ROWS(bits) ((bits) == 16 ? 2u : 4u)
+#define ROWS_8 4
 #define or_i(a, b) _mm512_or_si512(a, b)
 #define and_i(a, b) _mm512_and_si512(a, b)
-ISA INLINE void join(const uint8_t *const rows[4], const int bits, __m512i v[4]) {
-    const __m512i a = transposed(at(rows[0])), b = transposed(at(rows[1])), zero = zero_i();
+ISA INLINE void join(const uint8_t *const from[4], const uint32_t rows, __m512i v[4]) {
+    const __m512i a = transposed(at(from[0])), b = transposed(at(from[1])), zero = zero_i();
     __m512i low[2] = {_mm512_unpacklo_epi8(a, zero), _mm512_unpacklo_epi8(b, zero)};
     __m512i high[2] = {_mm512_unpackhi_epi8(a, zero), _mm512_unpackhi_epi8(b, zero)};
-    if (bits < 16) {
-        const __m512i c = transposed(at(rows[2])), d = transposed(at(rows[3]));
+    if (rows == 4) {
+        const __m512i c = transposed(at(from[2])), d = transposed(at(from[3]));
         low[0] = _mm512_unpacklo_epi8(a, b), low[1] = _mm512_unpacklo_epi8(c, d);
         high[0] = _mm512_unpackhi_epi8(a, b), high[1] = _mm512_unpackhi_epi8(c, d);
     }
@@ -97,15 +97,14 @@ ISA INLINE __m512i signed_weights(const uint8_t *w, uint32_t channel, const int 
     if (bits == 16) return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(w + 2 * channel)));
     return _mm512_cvtepi8_epi32(block_bytes(w + channel * (uint32_t)bits / 8, bits));
 }
-ISA INLINE __m512i multiply_joined(__m512i sum, __m512i x, __m512i w, const int bits) {
-    return bits == 16 ? _mm512_dpwssd_epi32(sum, x, w) : _mm512_dpbusd_epi32(sum, x, w);
+ISA INLINE __m512i multiply_joined(__m512i sum, __m512i x, __m512i w, const uint32_t rows) {
+    return rows == 2 ? _mm512_dpwssd_epi32(sum, x, w) : _mm512_dpbusd_epi32(sum, x, w);
 }
 ISA INLINE void put_some(uint8_t *to, __m512i v, uint32_t n) {
     if (n == 64) put(to, v);
     else _mm512_mask_storeu_epi8(to, ((__mmask64)1 << n) - 1, v);
 }
 #include "hqm_depthwise.h"
-
 #include "hqm_registers.h"
 
 const kernels hqm_avx512vnni = {

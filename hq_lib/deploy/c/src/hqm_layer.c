@@ -196,6 +196,20 @@ static int goes_in_tiles(const layer *l) {
     return v->channels % 4 == 0 && v->channels <= WIDEST && v->out_height > 2 && v->out_width > 2;
 }
 
+/* Whether sums become bytes in vectors that saturate: no product by a multiplier below 1 is too large for int32. */
+static int has_bytes(const layer *l) {
+    const uint32_t n = l->groups * l->per_group, one = 0x3f800000; /* 1.0f: floats >= 0 are ordered as their bits are */
+    uint32_t largest = 0, least = 32;
+    if (!l->r.multiplier || l->residual || l->y->size > 1) return 0;
+    for (uint32_t o = 0; o < n && !l->r.is_fixed; o++) {
+        uint32_t bits;
+        memcpy(&bits, l->r.multiplier + o, sizeof bits);
+        largest = largest > bits ? largest : bits;
+    }
+    for (uint32_t o = 0; o < n && l->r.is_fixed; o++) least = at_most(least, l->r.shift[o]);
+    return largest < one && least >= 32;
+}
+
 void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *residual, const tensor *y,
                void *arena) {
     window v = window_of(op, x, y);
@@ -213,6 +227,7 @@ void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const te
     l.groups = l.depthwise ? 1 : op[O_GROUPS], l.per_group = op[O_C_OUT] / l.groups;
     l.kernel = kernel_of(l.depthwise, x->size, l.bits);
     l.p = product_of(&v, op, x);
+    l.has_bytes = has_bytes(&l);
     part_work *work = by_rows ? hqm_kernels()->depthwise_rows : goes_in_tiles(&l) ? hqm_kernels()->tiles : run_places;
     if ((double)y->n * op[O_C_GROUP] * v.kernel[0] * v.kernel[1] >= WORTH) in_parts(work, &l);
     else work(&l, 0, 1);

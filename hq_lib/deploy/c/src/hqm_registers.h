@@ -165,7 +165,7 @@ ISA static void group_at_once(const layer *l, product p, uint32_t first, size_t 
 ISA static int run_at_once(const layer *l, product p, size_t place, uint32_t row) {
     const size_t run = (size_t)p.n4 * 4 * BLOCK * p.n_columns * l->bits / 8, block = run * l->v->kernel[0];
     const uint32_t n_blocks = (l->per_group + BLOCK - 1) / BLOCK;
-    if (l->x->size > 1 || l->bits > 8 || l->depthwise || !has_bytes(l)) return 0;
+    if (l->x->size > 1 || l->bits > 8 || l->depthwise || !l->has_bytes) return 0;
     for (uint32_t g = 0; g < l->groups; g++) {
         p.w = l->w + row * run + g * n_blocks * block, p.x = l->data + row * p.row_step + g * l->c_group;
         group_at_once(l, p, g * l->per_group, place, block);

@@ -1,5 +1,4 @@
-/* Sums of products, and requantization to bytes, written once for the vector units of x86-64. The file that includes this
- * says
+/* Sums of products, and their requantization to bytes, written once for the vector units of x86-64. The including file says
  *
  *     ISA vi add_i set_i at put    as in hqm_vector.h; a vector of LANES int32 from memory and to it
  *     zero_i shifted               a vector of zeros; shifted(v, n): each int32 n bits to the left
@@ -26,20 +25,6 @@ typedef struct {
     vf m;
     const fixed_lanes *fixed;
 } factor;
-
-/* Whether bytes_of serves the layer: no float of multipliers below 1 is too large for int32. */
-ISA INLINE int has_bytes(const layer *l) {
-    const uint32_t n = l->groups * l->per_group;
-    int serves = l->r.multiplier && !l->residual && l->y->size == 1;
-    for (uint32_t o = 0; o < n && serves; o += BLOCK) {
-        float last[BLOCK];
-        const float *m = n - o < BLOCK ? last : l->r.multiplier + o;
-        if (n - o < BLOCK) multipliers(l->r.multiplier, &l->r, o, n - o, last);
-        for (int h = 0; h < BLOCK && !l->r.is_fixed; h += LANES) serves &= below_one(load_f(m + h));
-        for (uint32_t k = o; k < n && k < o + BLOCK && l->r.is_fixed; k++) serves &= l->r.shift[k] >= 32;
-    }
-    return serves;
-}
 
 ISA INLINE byte_rule byte_rule_of(const rescale *r) {
     byte_rule b = {set_w(r->zero), set_b(r->zero + r->low), set_b(r->zero + r->high)};
@@ -110,4 +95,3 @@ ISA INLINE void dense(const product *p, int32_t acc[TILE][BLOCK], const int bits
 }
 ISA static void dense_8(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 8); }
 ISA static void dense_16(const product *p, int32_t acc[TILE][BLOCK]) { dense(p, acc, 16); }
-
