@@ -45,10 +45,11 @@ def drawn(rng: np.random.Generator, groups: int, c_in: int, c_out: int, kernel, 
           largest: float = 0.9, requantizer: str = "float32"):  # fmt: skip
     """A record of one random convolution with uint8 outputs of a random range, its image, and what it should give.
 
-    Weights fit 4, 8 or 16 bits, sometimes in steps of 4. ``largest``: the greatest multiplier.
+    Weights fit 4, 8 or 16 bits, sometimes in steps of 4 or 16, sometimes all odd. ``largest``: the greatest multiplier.
     """
     most = int(rng.choice([7, 127, 300]))
-    weight = rng.integers(-most, most + 1, (c_out, c_in // groups, *kernel)) * int(rng.choice([1, 4]))
+    weight = rng.integers(-most, most + 1, (c_out, c_in // groups, *kernel))
+    weight = (weight if rng.random() < 0.6 else 2 * weight + 1) * int(rng.choice([1, 4, 16]))
     zero, padding = int(rng.integers(256)), tuple(int(v) for v in rng.integers(0, 4, 4))
     sizes = [max(n, d * (k - 1) + 1) for n, k, d in zip(size, kernel, dilation, strict=True)]
     x = rng.choice([0, 255, zero, int(rng.integers(256))], (c_in, *sizes))

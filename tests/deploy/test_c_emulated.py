@@ -40,6 +40,12 @@ static __attribute__((unused)) __m512i _mm512_srav_epi32(__m512i x, __m512i by) 
     memcpy(&x, a, sizeof x); return x;
 }
 typedef unsigned short __mmask16;
+static __attribute__((unused)) __m512i _mm512_mask_shuffle_epi32(__m512i to, __mmask16 mask, __m512i x, int order) {
+    int a[16], b[16];
+    memcpy(a, &x, sizeof a); memcpy(b, &to, sizeof b);
+    for (int i = 0; i < 16; i++) if (mask >> i & 1) b[i] = a[i / 4 * 4 + (order >> i % 4 * 2 & 3)];
+    memcpy(&to, b, sizeof to); return to;
+}
 typedef unsigned long long __mmask64;
 static __attribute__((unused)) __m512i _mm512_maskz_loadu_epi32(__mmask16 mask, const void *from) {
     int a[16]; __m512i x;

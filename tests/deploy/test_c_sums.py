@@ -101,22 +101,41 @@ def test_16_bit_weights_up_to_the_bound_and_beyond_it(channels):
         assert differing(x, weight.astype(np.int16), 0, (1, 0, 1, 2)) == 0
 
 
-def test_weights_are_stored_by_the_bits_of_their_steps():
-    x, bias = np.zeros((4, 5, 5), np.int64), np.zeros(2, np.int32)
-    rng = np.random.default_rng(3)
-    for step, most, stored in (
-        (128, 255, (16, 7)),
-        (128, 100, (8, 7)),
-        (1024, 30, (16, 7)),
-        (64, 7, (4, 6)),
-        (1, 300, (16, 0)),
-    ):
-        weight = rng.integers(-most, most + 1, (2, 4, 3, 3))
-        weight[0, 0, 0] = 1, most, -most
-        model, _ = convolution(x, (step * weight).astype(np.int16), 9, (1, 1, 1, 1), bias)
-        assert weight_storage(model.ops[1]) == stored
-        pixels = rng.integers(0, 256, (4, 9, 6))
-        assert differing(pixels, (step * weight).astype(np.int16), 9, (1, 1, 1, 1)) == 0
+@pytest.mark.parametrize("channels", [4, 6, 36])
+@pytest.mark.parametrize(
+    ("step", "most", "stored"),
+    [(128, 255, (16, 7)), (128, 100, (8, 7)), (1024, 30, (16, 7)), (64, 7, (4, 6)), (16, 7, (4, 4)), (1, 300, (16, 0))],
+)
+def test_weights_are_stored_by_the_bits_of_their_steps(step, most, stored, channels):
+    rng = np.random.default_rng(most)
+    weight = rng.integers(-most, most + 1, (20, channels, 3, 3))
+    weight[0, 0, 0] = 1, most, -most
+    assert stored_as((step * weight).astype(np.int16)) == stored
+    for stride in (1, 2):
+        pixels = rng.integers(0, 256, (channels, 15, 14))
+        assert differing(pixels, (step * weight).astype(np.int16), 9, (1, 1, 1, 1), stride=stride) == 0
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("step", "most", "channels", "stored"),
+    [(1, 15, 4, (5, 0)), (8, 15, 36, (5, 3)), (1, 255, 16, (9, 0)), (128, 255, 32, (9, 7)), (1, 257, 16, (16, 0)),
+     (1, 15, 6, (8, 0)), (128, 255, 6, (16, 7))],
+)  # fmt: skip
+def test_odd_weights_are_stored_by_their_halves(step, most, channels, stored, size):
+    """DoReFa's grid has no zero: 2 q + 1; those of runs that zeros would fill up stay as they are."""
+    rng = np.random.default_rng(most)
+    weight = 2 * rng.integers(-(most // 2) - 1, most // 2 + 1, (20, channels, size, size)) + 1
+    weight[0, 0], weight[1, 0] = most, -most
+    assert stored_as((step * weight).astype(np.int16)) == stored
+    for stride, x in ((1, rng.integers(0, 256, (channels, 15, 14))), (2, np.full((channels, 6, 7), 255))):
+        assert differing(x, (step * weight).astype(np.int16), 9, (1, 1, 1, 1), stride=stride) == 0
+
+
+def stored_as(weight: np.ndarray) -> tuple[int, int]:
+    """``weight_storage`` of a convolution by ``weight``."""
+    x = np.zeros((weight.shape[1], 5, 5), np.int64)
+    return weight_storage(convolution(x, weight, 9, (1, 1, 1, 1), np.zeros(len(weight), np.int32))[0].ops[1])
 
 
 @pytest.mark.parametrize("spread", [0, 3, 40, 120, 255])

@@ -164,11 +164,18 @@ def _is_depthwise(op: r.Layer) -> bool:
 
 
 def weight_storage(op: r.Layer) -> tuple[int, int]:
-    """Return (bits of a stored weight: 4, 8 or 16; s): the stored integers times 2^s are ``op.weight``."""
-    shift = min(op.weight_step.bit_length() - 1, MAX_SHIFT)
-    low, high = int(op.weight.min()) >> shift, int(op.weight.max()) >> shift
-    bits = next(bits for bits in (4, 8, 16) if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1))
-    return bits, shift
+    """Return (bits, s): ``op.weight`` is 2^s times integers of 4, 8 or 16 bits.
+
+    With 5 and 9 bits it is 2^s (2 q + 1) of integers q of 4 and 8 bits: the grid of DoReFa, which has no zero. Such
+    weights have no zeros to fill runs up with, so the runs of ``packed_weight`` must be multiples of 4.
+    """
+    low, high, step = int(op.weight.min()), int(op.weight.max()), min(op.weight_step.bit_length() - 1, MAX_SHIFT)
+    has_odd = not _is_depthwise(op) and _run_length(op) % 4 == 0 and bool((op.weight >> step & 1).all())
+    for bits, s in ((4, min(step, 4)), (4, step), (5, step), (8, 0), (8, step), (9, step)):
+        odd, half = bits % 2, 2 ** (bits - bits % 2 - 1)
+        if has_odd >= odd and -half <= low >> s + odd and high >> s + odd < half:
+            return bits, s
+    return 16, 0 if _is_depthwise(op) else step
 
 
 def packed_weight(op: r.Layer) -> np.ndarray:
@@ -180,14 +187,21 @@ def packed_weight(op: r.Layer) -> np.ndarray:
     all blocks of one kernel place together. Nibbles hold w + 8, the first half of 64 (depthwise: 16) the low ones.
     """
     (bits, shift), depthwise = weight_storage(op), _is_depthwise(op)
-    packed = _ordered(op, op.weight >> shift)
-    if bits == 4:
+    packed = _ordered(op, op.weight >> shift + bits % 2)
+    if bits < 8:
         halves = (packed.reshape(-1, 2, BLOCK // 2 * (1 if depthwise else 4)) + 8).astype(np.uint8)
         return (halves[:, 0] | halves[:, 1] << 4).ravel()
-    packed = packed.astype(np.int8 if bits == 8 else np.int16)
+    packed = packed.astype(np.int8 if bits < 16 else np.int16)
     if bits == 16 and not depthwise:
         return np.ascontiguousarray(packed.reshape(-1, BLOCK, 2, 2).transpose(0, 3, 1, 2)).ravel()
     return packed
+
+
+def _run_length(op: r.Layer) -> int:
+    """Return how many inputs of a window of a dense layer lie side by side."""
+    if isinstance(op, r.Linear) or op.groups > 1 or op.dilation[1] > 1:
+        return op.weight.shape[1]
+    return op.weight.shape[1] * op.weight.shape[3]
 
 
 def _ordered(op: r.Layer, w: np.ndarray) -> np.ndarray:
@@ -196,9 +210,8 @@ def _ordered(op: r.Layer, w: np.ndarray) -> np.ndarray:
     c_out, _, k_h, k_w = w.shape
     if _is_depthwise(op):
         return _filled(w.reshape(c_out, k_h * k_w).T, 1, BLOCK).ravel()
-    groups, columns = (op.groups, op.dilation[1]) if isinstance(op, r.Conv) else (1, 1)
-    joined = groups == 1 and columns == 1
-    runs = w.transpose(0, 2, 3, 1).reshape(c_out, k_h if joined else k_h * k_w, -1)
+    groups = op.groups if isinstance(op, r.Conv) else 1
+    runs = w.transpose(0, 2, 3, 1).reshape(c_out, -1, _run_length(op))
     runs = _filled(runs, 2, 4).reshape(groups, c_out // groups, runs.shape[1], -1, 4)
     runs = _filled(runs, 1, BLOCK)
     blocks = runs.reshape(groups, -1, BLOCK, *runs.shape[2:])

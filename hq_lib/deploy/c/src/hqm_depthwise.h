@@ -19,14 +19,16 @@ typedef struct {
     fixed_lanes fixed[4];
     byte_rule rule;
     uint32_t first, n, groups; /* channels; joined rows */
+    uint32_t shift;            /* of sums: 0 where weights have it already, as those of 4 bits that it leaves bytes */
 } depthwise_chunk;
 
-ISA INLINE vi joined_weights(const layer *l, uint32_t group, uint32_t j, uint32_t channel, const uint32_t rows) {
+ISA INLINE vi joined_weights(const layer *l, uint32_t group, uint32_t j, uint32_t channel, uint32_t shift,
+                             const uint32_t rows) {
     const uint32_t width = 32 / rows;
     vi all = zero_i();
     for (uint32_t i = 0; i < rows && group * rows + i < l->v->kernel[0]; i++) {
         const uint32_t t = (group * rows + i) * l->v->kernel[1] + j;
-        const vi w = signed_weights(l->w + t * l->p.w_step * l->bits / 8, channel, (int)l->bits);
+        const vi w = shifted(signed_weights(l->w + t * l->p.w_step * l->bits / 8, channel, (int)l->bits), shift);
         all = or_i(all, shifted(and_i(w, set_i((int32_t)(UINT32_MAX >> (32 - width)))), i * width));
     }
     return all;
@@ -37,10 +39,11 @@ ISA INLINE void chunk_of(const layer *l, uint32_t first, depthwise_chunk *k, con
     float m[WIDE] = {0};
     k->first = first, k->n = at_most(WIDE, l->per_group - first);
     k->groups = (l->v->kernel[0] + rows - 1) / rows;
+    k->shift = l->bits == 4 && l->p.shift <= 4 ? 0 : l->p.shift;
     for (uint32_t j = 0; j < l->v->kernel[1]; j++)
         for (uint32_t g = 0; g < k->groups; g++)
             for (uint32_t q = 0; q < 4 && q * LANES < k->n; q++)
-                k->w[j * k->groups + g][q] = joined_weights(l, g, j, first + q * LANES, rows);
+                k->w[j * k->groups + g][q] = joined_weights(l, g, j, first + q * LANES, l->p.shift - k->shift, rows);
     memcpy(starts, l->start + first, k->n * sizeof *starts);
     if (l->has_bytes) memcpy(m, l->r.multiplier + first, k->n * sizeof *m);
     for (uint32_t o = 0; o < k->n && l->has_bytes && l->r.is_fixed; o += BLOCK)
@@ -99,14 +102,14 @@ ISA INLINE void some_places(const layer *l, const depthwise_chunk *k, const vi *
         for (int q = 0; q < nv; q++) near[j][q] = shifted(k->w[j][q], 8 * late);
     for (uint32_t c = 0; c < n; c++, x += l->v->stride[1] * each) {
         vi sum[4];
-        for (int q = 0; q < nv; q++) sum[q] = l->p.shift ? zero_i() : k->start[q];
+        for (int q = 0; q < nv; q++) sum[q] = k->shift ? zero_i() : k->start[q];
         for (uint32_t j = 0; j < kw; j++)
             for (uint32_t g = 0; g < groups; g++)
                 for (int q = 0; q < nv; q++) {
                     const vi w = kw * groups == 3 ? near[j * groups + g][q] : k->w[j * groups + g][q];
                     sum[q] = multiply_joined(sum[q], x[j * apart + g * (uint32_t)nv + (uint32_t)q], w, rows);
                 }
-        for (int q = 0; q < nv && l->p.shift; q++) sum[q] = add_i(k->start[q], shifted(sum[q], l->p.shift));
+        for (int q = 0; q < nv && k->shift; q++) sum[q] = add_i(k->start[q], shifted(sum[q], k->shift));
         if (l->has_bytes) {
             const vi all[4] = {sum[0], sum[1 % nv], sum[2 % nv], sum[3 % nv]};
             put_some(l->y->data + (place + c) * c_out + k->first, bytes_of(all, f, &rule), k->n);

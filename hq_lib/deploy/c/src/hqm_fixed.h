@@ -1,34 +1,34 @@
 /* The "fixed" requantizer in vectors of LANES channels. The file that includes this says what hqm_x86.h wants, and
  *
  *     mul_even(a, b) add_64(a, b)   products of the even int32 in 64 bits; sums of 64 bits
- *     high_half(v)                  the odd int32 of v in the places of the even ones, 0 in theirs
- *     even_odd(a, b)                even int32 of a, odd ones of b
+ *     high_half(v)                  the odd int32 of v in the places of the even ones
+ *     high_halves(a, b)             even int32: the high halves of a's 64 bits, odd ones: of b's
  *     shifted_down(v, n)            each int32 of v down by that of n
  *     min_i max_i                   of int32
  */
 
-/* What LANES channels need: sums of the even and of the odd ones in 64 bits, of which the high halves are shifted once
- * more. A sum that needs a smaller shift than 32 is of small integers, moved up before (`up`). */
+/* What LANES channels need: sums of the even and of the odd ones in 64 bits, of which the high halves, the bit that decides
+ * on rounding among them, are shifted once more. A sum that needs a smaller shift than 33 is of small integers, moved up
+ * before (`up`). */
 typedef struct {
-    int32_t multiplier[2][LANES], multiplier_2[2][LANES], shift[LANES]; /* [1]: the odd channels' in the low halves */
-    int64_t half[2][LANES / 2];
-    int32_t up;
+    int32_t multiplier[2][LANES], multiplier_2[2][LANES]; /* [1]: the odd channels' in the low halves */
+    int32_t half[LANES], shift[LANES], up;
 } fixed_lanes;
 
 /* The least shift that fixed_of serves: an Add's integers have 17 bits, an accumulator all of 32. */
-static inline uint32_t least_shift(const rescale *r, int is_sum) { return r->is_shared && is_sum ? 18 : 32; }
+static inline uint32_t least_shift(const rescale *r, int is_sum) { return r->is_shared && is_sum ? 19 : 33; }
 
 static inline void fixed_lanes_of(fixed_lanes f[PARTS], const rescale *r, uint32_t first, uint32_t n, int is_sum) {
     for (uint32_t o = 0; o < BLOCK; o++) {
         const uint32_t c = r->is_shared ? 0 : first + at_most(o, n - 1), j = o % LANES;
         fixed_lanes *to = f + o / LANES;
-        to->up = r->shift[c] < 32 ? 32 - r->shift[c] : 0;
+        to->up = r->shift[c] < 33 ? 33 - r->shift[c] : 0;
         for (uint32_t odd = 0; odd <= j % 2; odd++) {
             to->multiplier[odd][j - odd] = r->fixed[c];
             to->multiplier_2[odd][j - odd] = is_sum ? r->fixed_2[c] : 0;
         }
-        to->shift[j] = r->shift[c] < 32 ? 0 : r->shift[c] - 32;
-        to->half[j % 2][j / 2] = (int64_t)1 << (r->shift[c] - 1 + to->up);
+        to->shift[j] = r->shift[c] + to->up - 32;
+        to->half[j] = 1 << (to->shift[j] - 1);
     }
 }
 
@@ -37,10 +37,10 @@ ISA INLINE vi fixed_of(const fixed_lanes *f, vi acc, vi other, const int is_sum)
     vi sum[2];
     if (is_sum) acc = shifted(acc, f->up), other = shifted(other, f->up);
     for (int odd = 0; odd < 2; odd++) {
-        sum[odd] = add_64(mul_even(odd ? high_half(acc) : acc, at(f->multiplier[odd])), at(f->half[odd]));
+        sum[odd] = mul_even(odd ? high_half(acc) : acc, at(f->multiplier[odd]));
         if (is_sum) sum[odd] = add_64(sum[odd], mul_even(odd ? high_half(other) : other, at(f->multiplier_2[odd])));
     }
-    return shifted_down(even_odd(high_half(sum[0]), sum[1]), at(f->shift));
+    return shifted_down(add_i(high_halves(sum[0], sum[1]), at(f->half)), at(f->shift));
 }
 
 /* size: bytes of one element of the residual, 0 without one; whole: 0..255 are all integers that there are */

@@ -28,7 +28,7 @@ enum tensor_word {
     T_WORDS = 20
 };
 enum op_word {
-    O_KIND, O_N_INPUTS, O_INPUTS, O_WEIGHT = 4, O_WEIGHT_BITS, O_DEPTHWISE, O_BIAS, O_MULTIPLIER, O_MULTIPLIER_FIXED,
+    O_KIND, O_N_INPUTS, O_INPUTS, O_WEIGHT = 4, O_WEIGHT_BITS /* 5, 9: 2 q + 1 of 4, 8 */, O_DEPTHWISE, O_BIAS, O_MULTIPLIER, O_MULTIPLIER_FIXED,
     O_SHIFT, O_MULTIPLIER_2, O_FIXED_2, O_C_OUT, O_C_GROUP, O_GROUPS, O_KERNEL, O_STRIDE = 18, O_PADDING = 20,
     O_DILATION = 24, O_WEIGHT_SHIFT = 26, O_PADDED /* where the padded input lies in the arena */, O_START = 8,
     O_STEP = 16, O_AXES = 16, O_BEFORE = 16, O_TABLE = 16, O_OFFSET = 16, O_WORDS = 32
@@ -91,7 +91,8 @@ typedef struct {
     product_kernel *kernel;
     rescale r;
     uint32_t groups, per_group, c_group, depthwise, bits;
-    int has_bytes; /* outputs are uint8, from int32 vectors by multipliers below 1 or shifts of 32 bits and more */
+    uint32_t odd;  /* 1: weights are 2 q + 1 of the q of `bits` that are stored; p.shift doubles them already */
+    int has_bytes; /* outputs are uint8, from int32 vectors by multipliers below 1 or shifts of 33 bits and more */
     product p;     /* without its places */
 } layer;
 void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32_t first, uint32_t n, size_t place);

@@ -55,16 +55,16 @@ ISA INLINE void multiply(__m256i sum[2], __m256i x, __m256i w[2][2], const int b
         for (int h = 0; h < 2; h++) sum[h] = add_i(sum[h], _mm256_madd_epi16(xs[e], w[e][h]));
 }
 
-ISA INLINE __m256i packed(const __m256i v[4], __m256i zero) {
-    const __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), zero);
-    const __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero);
+ISA INLINE __m256i packed(const __m256i v[4], __m256i zero, int has_zero) {
+    __m256i a = _mm256_packs_epi32(v[0], v[1]), b = _mm256_packs_epi32(v[2], v[3]);
+    if (has_zero) a = _mm256_adds_epi16(a, zero), b = _mm256_adds_epi16(b, zero);
     return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 ISA INLINE int below_one(__m256 m) { return _mm256_movemask_ps(_mm256_cmp_ps(m, set_f(1.0f), _CMP_NLT_UQ)) == 0; }
 #define mul_even(a, b) _mm256_mul_epi32(a, b)
 #define add_64(a, b) _mm256_add_epi64(a, b)
 #define high_half(v) _mm256_srli_epi64(v, 32)
-#define even_odd(a, b) _mm256_blend_epi32(a, b, 0xaa)
+#define high_halves(a, b) _mm256_blend_epi32(_mm256_srli_epi64(a, 32), b, 0xaa)
 #define shifted_down(v, n) _mm256_srav_epi32(v, n)
 #define min_i(a, b) _mm256_min_epi32(a, b)
 #define max_i(a, b) _mm256_max_epi32(a, b)

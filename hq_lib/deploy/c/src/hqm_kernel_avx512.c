@@ -58,7 +58,7 @@ ISA INLINE void multiply(__m512i sum[1], __m512i x, __m512i w[2][1], const int b
 #define mul_even(a, b) _mm512_mul_epi32(a, b)
 #define add_64(a, b) _mm512_add_epi64(a, b)
 #define high_half(v) _mm512_srli_epi64(v, 32)
-#define even_odd(a, b) _mm512_mask_blend_epi32(0xaaaa, a, b)
+#define high_halves(a, b) _mm512_mask_shuffle_epi32(b, 0x5555, a, 0xf5)
 #define shifted_down(v, n) _mm512_srav_epi32(v, n)
 #define min_i(a, b) _mm512_min_epi32(a, b)
 #define max_i(a, b) _mm512_max_epi32(a, b)
@@ -69,9 +69,9 @@ ISA INLINE void multiply(__m512i sum[1], __m512i x, __m512i w[2][1], const int b
 ISA INLINE __m512i transposed(__m512i v) {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
 }
-ISA INLINE __m512i packed(const __m512i v[4], __m512i zero) {
-    const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zero);
-    const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), zero);
+ISA INLINE __m512i packed(const __m512i v[4], __m512i zero, int has_zero) {
+    __m512i a = _mm512_packs_epi32(v[0], v[1]), b = _mm512_packs_epi32(v[2], v[3]);
+    if (has_zero) a = _mm512_adds_epi16(a, zero), b = _mm512_adds_epi16(b, zero);
     return transposed(_mm512_packus_epi16(a, b));
 }
 ISA INLINE int below_one(__m512 m) { return _mm512_cmp_ps_mask(m, set_f(1.0f), _CMP_NLT_UQ) == 0; }

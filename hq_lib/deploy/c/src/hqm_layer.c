@@ -106,7 +106,7 @@ static product product_of(const window *v, const uint32_t *op, const tensor *x) 
     p.n_rows = v->kernel[0], p.n_columns = joined ? 1 : v->kernel[1];
     p.n4 = (op[O_C_GROUP] * (joined ? v->kernel[1] : 1) + 3) / 4;
     p.w_step = ((size_t)op[O_C_OUT] + BLOCK - 1) / BLOCK * BLOCK;
-    p.shift = op[O_WEIGHT_SHIFT];
+    p.shift = op[O_WEIGHT_SHIFT] + op[O_WEIGHT_BITS] % 2;
     p.n_safe = x->qmax ? (uint32_t)(INT16_MAX / 16 / at_most((uint32_t)x->qmax, 255)) : INT16_MAX;
     return p;
 }
@@ -142,10 +142,25 @@ void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32
             memcpy(l->y->data + ((place + k) * c_out + first) * 4, acc[k], n * sizeof **acc);
 }
 
+/* What weights of 2 q + 1 have beyond 2 q: the sums of the places' inputs. */
+static void input_sums(const layer *l, const product *p, int32_t sum[TILE]) {
+    for (uint32_t place = 0; place < p->n_places; place++) {
+        uint32_t all = 0;
+        for (uint32_t i = 0; i < p->n_rows; i++)
+            for (uint32_t j = 0; j < p->n_columns; j++) {
+                const size_t from = p->at[place] + i * p->row_step + j * p->column_step;
+                const uint8_t *bytes = (const uint8_t *)p->x + from;
+                const uint16_t *words = (const uint16_t *)p->x + from;
+                for (uint32_t k = 0; k < 4 * p->n4; k++) all += l->x->size == 1 ? bytes[k] : words[k];
+            }
+        sum[place] = (int32_t)(all << (p->shift - 1));
+    }
+}
+
 /* Every output channel of the places from `place` on that p names, for the kernel rows from `row` on. */
 static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
     if (hqm_kernels()->whole_tile && hqm_kernels()->whole_tile(l, p, place, row)) return;
-    int32_t acc[TILE][BLOCK];
+    int32_t acc[TILE][BLOCK], sum[TILE];
     const size_t run = (l->depthwise ? p.w_step : (size_t)p.n4 * 4 * BLOCK) * p.n_columns * l->bits / 8;
     const size_t block = l->depthwise ? BLOCK * l->bits / 8 : run * l->v->kernel[0];
     const uint8_t *w = l->w + row * run;
@@ -154,7 +169,10 @@ static void run_tile(const layer *l, product p, size_t place, uint32_t row) {
             const uint32_t first = g * l->per_group + b, channel = l->depthwise ? b : g * l->c_group;
             p.x = l->data + (row * p.row_step + channel) * l->x->size;
             p.w = w, p.start = l->start + first, p.n_out = at_most(BLOCK, l->per_group - b);
+            if (l->odd && !b) input_sums(l, &p, sum);
             l->kernel(&p, acc);
+            for (uint32_t k = 0; l->odd && k < p.n_places; k++)
+                for (uint32_t o = 0; o < p.n_out; o++) acc[k][o] = (int32_t)((uint32_t)acc[k][o] + (uint32_t)sum[k]);
             put_places(l, acc, p.n_places, first, p.n_out, place);
         }
 }
@@ -196,10 +214,11 @@ static int goes_in_tiles(const layer *l) {
     return v->channels % 4 == 0 && v->channels <= WIDEST && v->out_height > 2 && v->out_width > 2;
 }
 
-/* Whether sums become bytes in vectors that saturate: no product by a multiplier below 1 is too large for int32. */
+/* Whether sums become bytes in vectors that saturate: no product by a multiplier below 1 is too large for int32, and
+ * hqm_fixed.h rounds by a bit of the high half. */
 static int has_bytes(const layer *l) {
     const uint32_t n = l->groups * l->per_group, one = 0x3f800000; /* 1.0f: floats >= 0 are ordered as their bits are */
-    uint32_t largest = 0, least = 32;
+    uint32_t largest = 0, least = 33;
     if (!l->r.multiplier || l->residual || l->y->size > 1) return 0;
     for (uint32_t o = 0; o < n && !l->r.is_fixed; o++) {
         uint32_t bits;
@@ -207,7 +226,7 @@ static int has_bytes(const layer *l) {
         largest = largest > bits ? largest : bits;
     }
     for (uint32_t o = 0; o < n && l->r.is_fixed; o++) least = at_most(least, l->r.shift[o]);
-    return largest < one && least >= 32;
+    return largest < one && least >= 33;
 }
 
 void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *residual, const tensor *y,
@@ -222,7 +241,8 @@ void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const te
     l.data = (q[0] | q[1] | q[2] | q[3]) && !by_rows ? pad_input(&v, x, (uint8_t *)arena + op[O_PADDED]) : x->data;
     if (residual) l.r.residual_dtype = residual->dtype, l.r.residual_zero = residual->zero;
     flatten(&v);
-    l.w = m->bytes + op[O_WEIGHT], l.start = ints_at(m, op[O_BIAS]), l.bits = op[O_WEIGHT_BITS];
+    l.w = m->bytes + op[O_WEIGHT], l.start = ints_at(m, op[O_BIAS]);
+    l.odd = op[O_WEIGHT_BITS] % 2, l.bits = op[O_WEIGHT_BITS] - l.odd;
     l.c_group = op[O_C_GROUP];
     l.groups = l.depthwise ? 1 : op[O_GROUPS], l.per_group = op[O_C_OUT] / l.groups;
     l.kernel = kernel_of(l.depthwise, x->size, l.bits);

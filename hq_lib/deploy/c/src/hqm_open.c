@@ -108,13 +108,15 @@ static int layer_is_sound(const hqm_model *m, const uint32_t *op, const tensor *
     uint64_t c_out = op[O_C_OUT], per_group = op[O_C_GROUP], groups = op[O_GROUPS];
     if (c_out != (is_conv ? y->shape[0] : y->shape[y->rank - 1]) || !groups || !per_group || c_out % groups) return 0;
     if (times(per_group, groups) != v.channels || op[O_WEIGHT_SHIFT] > 7) return 0;
-    if (op[O_WEIGHT_BITS] != 4 && op[O_WEIGHT_BITS] != 8 && op[O_WEIGHT_BITS] != 16) return 0;
+    const uint32_t odd = op[O_WEIGHT_BITS] % 2, bits = op[O_WEIGHT_BITS] - odd;
+    if ((bits != 4 && bits != 8 && bits != 16) || (odd && (bits == 16 || op[O_DEPTHWISE]))) return 0;
     uint64_t runs = (uint64_t)v.kernel[0] * v.kernel[1], blocks, size;
     if (op[O_DEPTHWISE] > 1 || (op[O_DEPTHWISE] && (per_group != 1 || c_out != groups))) return 0;
     blocks = op[O_DEPTHWISE] ? (c_out + BLOCK - 1) / BLOCK : times(groups, (c_out / groups + BLOCK - 1) / BLOCK);
     if (!op[O_DEPTHWISE] && v.dilation[1] == 1 && groups == 1) runs = v.kernel[0], per_group = times(per_group, v.kernel[1]);
     size = op[O_DEPTHWISE] ? 1 : times((per_group + 3) / 4, 4);
-    if (!holds(m, op[O_WEIGHT], times(times(blocks, BLOCK), times(runs, size)) / 2, op[O_WEIGHT_BITS] / 4)) return 0;
+    if (odd && per_group % 4) return 0;
+    if (!holds(m, op[O_WEIGHT], times(times(blocks, BLOCK), times(runs, size)) / 2, bits / 4)) return 0;
     if (!holds(m, op[O_BIAS], c_out, 4)) return 0;
     uint64_t rows = (uint64_t)v.height + v.padding[0] + v.padding[2], columns = (uint64_t)v.width + v.padding[1] + v.padding[3];
     int padded = v.padding[0] | v.padding[1] | v.padding[2] | v.padding[3] ? 1 : 0;

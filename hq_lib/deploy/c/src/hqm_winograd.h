@@ -4,9 +4,9 @@
  *     4 Y = A^T [sum over channels (2G g (2G)^T) . (B^T d B)] A,      16 products where windows take 36
  *
  * |B^T d B| <= 4 * 255 and |2G g (2G)^T| <= 9 max|w| fit into 16 bits. Sums may wrap around 2^32 on the way, for
- * |4 Y| <= 36 * 255 * channels * max|w| < 2^31 does not, and so the division by 4 is exact. Every int8 keeps to that
- * (channels <= WIDEST); 16-bit weights that do not go through windows. Filters are transformed anew for each group of
- * tiles: a tenth of what that saves, and no memory.
+ * |4 Y| <= 36 * 255 * channels * max|w| < 2^31 does not, and so the division by 4 is exact. Every int8 q and every
+ * 2 q + 1 keeps to that (channels <= WIDEST); 16-bit weights that do not go through windows. Filters are transformed
+ * anew for each group of tiles: a tenth of what that saves, and no memory.
  *
  * The file that includes this says what hqm_x86.h wants.
  */
@@ -70,8 +70,9 @@ ISA static void transform_inputs(const uint8_t *x, const tile *tiles, uint32_t n
 ISA INLINE __m256i weight_pairs(const uint8_t *w, const int odd, const int h, const int bits) {
     const __m256i both = at(w + 32 * h + (bits == 16 ? 64 * odd : 0)), sign = _mm256_set1_epi16(128);
     if (bits == 16) return both;
-    if (odd) return _mm256_srai_epi16(both, 8);
-    return _mm256_sub_epi16(_mm256_xor_si256(_mm256_and_si256(both, _mm256_set1_epi16(255)), sign), sign);
+    const __m256i low = _mm256_sub_epi16(_mm256_xor_si256(_mm256_and_si256(both, _mm256_set1_epi16(255)), sign), sign);
+    const __m256i q = odd ? _mm256_srai_epi16(both, 8) : low;
+    return bits == 9 ? _mm256_add_epi16(_mm256_add_epi16(q, q), _mm256_set1_epi16(1)) : q;
 }
 
 /* u: [16][n / 4][even, odd][BLOCK][2] of n input channels, and a GAP. Returns 0 where a weight is beyond +-most. */
@@ -79,7 +80,7 @@ ISA INLINE int transform_filters(const uint8_t *w, size_t row, size_t column, ui
                                  const int bits) {
     const __m256i limit = _mm256_set1_epi16((int16_t)most);
     __m256i beyond = _mm256_setzero_si256();
-    for (size_t k = 0; k < n / 4; k++, w += 8 * bits)
+    for (size_t k = 0; k < n / 4; k++, w += bits == 16 ? 128 : 64)
         for (int part = 0; part < 4; part++, u += BLOCK) {
             __m256i g[4][3], all[4];
             for (size_t j = 0; j < 3; j++) {
@@ -143,7 +144,7 @@ ISA INLINE int tiles_of(const product *p, const int16_t *v, size_t width, uint32
     int16_t u[16 * U_STEP];
     int32_t sums[TILES][16][BLOCK], start[BLOCK];
     const uint32_t channels = (uint32_t)p->column_step, limit = (uint32_t)(INT32_MAX / 36 / 255) / channels;
-    const size_t quadruple = 8 * (size_t)bits; /* bytes of 64 weights */
+    const size_t quadruple = bits == 16 ? 128 : 64; /* bytes of 64 weights */
     for (uint32_t c = 0, some; c < channels; c += some) {
         const uint8_t *w = (const uint8_t *)p->w + c / 4 * quadruple;
         some = at_most(CHUNK, channels - c);
@@ -156,11 +157,14 @@ ISA INLINE int tiles_of(const product *p, const int16_t *v, size_t width, uint32
     }
     starts(p, start);
     for (uint32_t t = 0; t < n; t++)
-        transform_outputs(sums[t], start, p->shift, (int32_t (*)[2 * TILES][BLOCK])(void *)acc[0][2 * t]);
+        transform_outputs(sums[t], start, p->shift - (bits == 9), (int32_t (*)[2 * TILES][BLOCK])(void *)acc[0][2 * t]);
     return 1;
 }
 ISA static int tiles_of_8(const product *p, const int16_t *v, size_t width, uint32_t n, int32_t acc[2][2 * TILES][BLOCK]) {
     return tiles_of(p, v, width, n, acc, 8);
+}
+ISA static int tiles_of_9(const product *p, const int16_t *v, size_t width, uint32_t n, int32_t acc[2][2 * TILES][BLOCK]) {
+    return tiles_of(p, v, width, n, acc, 9);
 }
 ISA static int tiles_of_16(const product *p, const int16_t *v, size_t width, uint32_t n, int32_t acc[2][2 * TILES][BLOCK]) {
     return tiles_of(p, v, width, n, acc, 16);
@@ -209,7 +213,7 @@ static void run_tiles(const void *context, uint32_t part, uint32_t n_parts) {
         p.x = l->data, p.w = l->w, p.column_step = channels;
         for (uint32_t b = 0; b < l->per_group; b += BLOCK) {
             p.start = l->start + b, p.n_out = at_most(BLOCK, l->per_group - b);
-            const int is_done = (l->bits == 8 ? tiles_of_8 : tiles_of_16)(&p, inputs, width, n_whole, acc);
+            const int is_done = (l->odd ? tiles_of_9 : l->bits == 8 ? tiles_of_8 : tiles_of_16)(&p, inputs, width, n_whole, acc);
             put_tiles(l, p, first, n, n_columns, b, acc, is_done);
             p.w = (const uint8_t *)p.w + (size_t)p.n4 * 3 * 8 * l->bits;
         }

@@ -6,7 +6,7 @@
  *     unpacked(from, bits, w)      w[2][BLOCK / LANES]: the 64 weights of four inputs, as multiply wants them
  *     multiply(sum, x, w, bits)    adds their products with four inputs, which are in every int32 of x
  *     mul_f to_f to_i load_f       as in hqm_vector.h
- *     packed(v, zero)              4 * LANES int32 with zero added, as bytes in their order; saturates at 0 and 255
+ *     packed(v, zero, has_zero)    4 * LANES int32, with zero added, as bytes in their order; saturates at 0 and 255
  *     set_b(x) set_w(x)            x in every byte, in every 16 bits
  *     within(b, low, high)         bytes within [low, high]
  *     below_one(m)                 whether every float32 is
@@ -18,6 +18,7 @@ enum { PARTS = BLOCK / LANES, WIDE = 4 * LANES /* bytes of a vector */ };
  * of a byte and then at its own. */
 typedef struct {
     vi zero, low, high;
+    int has_zero, is_narrow; /* whether it changes anything to add zero; to clamp bytes */
 } byte_rule;
 
 /* What LANES channels are multiplied by: m, or (not NULL) what "fixed" needs. */
@@ -27,7 +28,8 @@ typedef struct {
 } factor;
 
 ISA INLINE byte_rule byte_rule_of(const rescale *r) {
-    byte_rule b = {set_w(r->zero), set_b(r->zero + r->low), set_b(r->zero + r->high)};
+    const int32_t low = r->zero + r->low, high = r->zero + r->high;
+    byte_rule b = {set_w(r->zero), set_b(low), set_b(high), r->zero != 0, low > 0 || high < 255};
     return b;
 }
 
@@ -37,7 +39,8 @@ ISA INLINE vi bytes_of(const vi sum[4], const factor f[4], const byte_rule *b) {
         for (int k = 0; k < 4; k++) q[k] = fixed_of(f[k].fixed, sum[k], sum[k], 0);
     else
         for (int k = 0; k < 4; k++) q[k] = to_i(mul_f(to_f(sum[k]), f[k].m));
-    return within(packed(q, b->zero), b->low, b->high);
+    const vi bytes = packed(q, b->zero, b->has_zero);
+    return b->is_narrow ? within(bytes, b->low, b->high) : bytes;
 }
 
 /* rescale_u8 of whole blocks without a residual, several places at once. */
