@@ -7,28 +7,32 @@
  *     min_i max_i                   of int32
  */
 
-/* What LANES channels need: sums of the even and of the odd ones in 64 bits, of which the high halves, the bit that decides
- * on rounding among them, are shifted once more. A sum that needs a smaller shift than 33 is of small integers, moved up
- * before (`up`). */
+/* What LANES channels need: sums of the even and of the odd ones in 64 bits, of which the high halves are shifted once
+ * more. What rounds is added to the high halves, or with shifts of 32 (`is_low`) to all 64 bits. A sum that needs a
+ * smaller shift is of small integers, moved up before (`up`). */
 typedef struct {
     int32_t multiplier[2][LANES], multiplier_2[2][LANES]; /* [1]: the odd channels' in the low halves */
-    int32_t half[LANES], shift[LANES], up;
+    int64_t low[2][LANES / 2];
+    int32_t half[LANES], shift[LANES], up, is_low;
 } fixed_lanes;
 
 /* The least shift that fixed_of serves: an Add's integers have 17 bits, an accumulator all of 32. */
-static inline uint32_t least_shift(const rescale *r, int is_sum) { return r->is_shared && is_sum ? 19 : 33; }
+static inline uint32_t least_shift(const rescale *r, int is_sum) { return r->is_shared && is_sum ? 18 : 32; }
 
 static inline void fixed_lanes_of(fixed_lanes f[PARTS], const rescale *r, uint32_t first, uint32_t n, int is_sum) {
     for (uint32_t o = 0; o < BLOCK; o++) {
         const uint32_t c = r->is_shared ? 0 : first + at_most(o, n - 1), j = o % LANES;
         fixed_lanes *to = f + o / LANES;
-        to->up = r->shift[c] < 33 ? 33 - r->shift[c] : 0;
+        if (!j) to->is_low = 0;
+        to->up = r->shift[c] < 32 ? 32 - r->shift[c] : 0;
         for (uint32_t odd = 0; odd <= j % 2; odd++) {
             to->multiplier[odd][j - odd] = r->fixed[c];
             to->multiplier_2[odd][j - odd] = is_sum ? r->fixed_2[c] : 0;
         }
         to->shift[j] = r->shift[c] + to->up - 32;
-        to->half[j] = 1 << (to->shift[j] - 1);
+        to->half[j] = to->shift[j] ? 1 << (to->shift[j] - 1) : 0;
+        to->low[j % 2][j / 2] = to->shift[j] ? 0 : (int64_t)1 << 31;
+        to->is_low |= !to->shift[j];
     }
 }
 
@@ -39,6 +43,7 @@ ISA INLINE vi fixed_of(const fixed_lanes *f, vi acc, vi other, const int is_sum)
     for (int odd = 0; odd < 2; odd++) {
         sum[odd] = mul_even(odd ? high_half(acc) : acc, at(f->multiplier[odd]));
         if (is_sum) sum[odd] = add_64(sum[odd], mul_even(odd ? high_half(other) : other, at(f->multiplier_2[odd])));
+        if (f->is_low) sum[odd] = add_64(sum[odd], at(f->low[odd]));
     }
     return shifted_down(add_i(high_halves(sum[0], sum[1]), at(f->half)), at(f->shift));
 }

@@ -92,7 +92,7 @@ typedef struct {
     rescale r;
     uint32_t groups, per_group, c_group, depthwise, bits;
     uint32_t odd;  /* 1: weights are 2 q + 1 of the q of `bits` that are stored; p.shift doubles them already */
-    int has_bytes; /* outputs are uint8, from int32 vectors by multipliers below 1 or shifts of 33 bits and more */
+    int has_bytes; /* outputs are uint8, from int32 vectors by multipliers below 1 or shifts of 32 bits and more */
     product p;     /* without its places */
 } layer;
 void put_places(const layer *l, int32_t (*acc)[BLOCK], uint32_t n_places, uint32_t first, uint32_t n, size_t place);

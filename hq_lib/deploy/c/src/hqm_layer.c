@@ -214,11 +214,10 @@ static int goes_in_tiles(const layer *l) {
     return v->channels % 4 == 0 && v->channels <= WIDEST && v->out_height > 2 && v->out_width > 2;
 }
 
-/* Whether sums become bytes in vectors that saturate: no product by a multiplier below 1 is too large for int32, and
- * hqm_fixed.h rounds by a bit of the high half. */
+/* Whether sums become bytes in vectors that saturate: no product by a multiplier below 1 is too large for int32. */
 static int has_bytes(const layer *l) {
     const uint32_t n = l->groups * l->per_group, one = 0x3f800000; /* 1.0f: floats >= 0 are ordered as their bits are */
-    uint32_t largest = 0, least = 33;
+    uint32_t largest = 0, least = 32;
     if (!l->r.multiplier || l->residual || l->y->size > 1) return 0;
     for (uint32_t o = 0; o < n && !l->r.is_fixed; o++) {
         uint32_t bits;
@@ -226,7 +225,7 @@ static int has_bytes(const layer *l) {
         largest = largest > bits ? largest : bits;
     }
     for (uint32_t o = 0; o < n && l->r.is_fixed; o++) least = at_most(least, l->r.shift[o]);
-    return largest < one && least >= 33;
+    return largest < one && least >= 32;
 }
 
 void run_layer(const hqm_model *m, const uint32_t *op, const tensor *x, const tensor *residual, const tensor *y,
