@@ -28,11 +28,12 @@ ISA INLINE __m512i some_i(const void *from, uint32_t n) {
 #endif
 #define UP_TO_8(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 
-/* Outputs of the places from `from` to `to`, n of them (4 or 8) at a time; y: of the first, `channels` of a block. */
+/* Outputs of the places from `from` to `to`, n of them (4 or 8) at a time; y: of the first, `channels` of a block;
+ * is_run: windows of one run alone, as those of 1x1. */
 ISA INLINE void by_places(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start, factor f, uint8_t *y,
-                          uint32_t channels, const weight_rule *of, const int n, const int bits) {
+                          uint32_t channels, const weight_rule *of, const int n, const int bits, const int is_run) {
     const size_t c_out = (size_t)l->groups * l->per_group, row_step = p->row_step, column_step = p->column_step;
-    const uint32_t n_rows = p->n_rows, n_columns = p->n_columns;
+    const uint32_t n_rows = is_run ? 1 : p->n_rows, n_columns = is_run ? 1 : p->n_columns;
     const int step = bits == 4 ? 32 : 64;
     const size_t run = 4 * (size_t)p->n4;
     const factor all_f[4] = {f, f, f, f};
@@ -110,10 +111,10 @@ typedef void some_places_kernel(const layer *l, const product *p, uint32_t from,
 typedef void few_places_kernel(const layer *l, const product *p, uint32_t place, const size_t apart[4],
                                const __m512i start[4], const factor f[4], uint8_t *y, uint32_t channels,
                                const weight_rule *of);
-#define PLACES(N, BITS)                                                                                                \
-    ALONE void places_##N##_##BITS(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start,        \
+#define PLACES(NAME, N, BITS, IS_RUN)                                                                                  \
+    ALONE void NAME(const layer *l, const product *p, uint32_t from, uint32_t to, __m512i start,        \
                                    factor f, uint8_t *y, uint32_t channels, const weight_rule *of) {                   \
-        by_places(l, p, from, to, start, f, y, channels, of, N, BITS);                                                 \
+        by_places(l, p, from, to, start, f, y, channels, of, N, BITS, IS_RUN);                                         \
     }
 #define FEW(N, BITS)                                                                                                   \
     ALONE void few_##N##_##BITS(const layer *l, const product *p, uint32_t place, const size_t apart[4],               \
@@ -121,12 +122,13 @@ typedef void few_places_kernel(const layer *l, const product *p, uint32_t place,
                                 const weight_rule *of) {                                                               \
         by_blocks(l, p, place, apart, start, f, y, channels, of, N, BITS);                                             \
     }
-PLACES(8, 4)
-PLACES(8, 8)
-PLACES(8, 9)
-PLACES(4, 4)
-PLACES(4, 8)
-PLACES(4, 9)
+PLACES(places_8_4, 8, 4, 0)
+PLACES(places_8_8, 8, 8, 0)
+PLACES(places_8_9, 8, 9, 0)
+PLACES(places_4_4, 4, 4, 0)
+PLACES(places_4_8, 4, 8, 0)
+PLACES(places_4_9, 4, 9, 0)
+PLACES(places_of_a_run, 8, 8, 1)
 FEW(2, 4)
 FEW(2, 8)
 FEW(2, 9)
@@ -144,6 +146,7 @@ enum { ROOM_8 = 320 /* quadruples of a block's weights */, ENOUGH = 32 /* places
 ISA static void group_at_once(const layer *l, product p, uint32_t first, size_t place, size_t block,
                               const weight_rule *of) {
     const uint32_t kind = l->bits == 4 ? 0 : 1 + l->odd;
+    some_places_kernel *const bytes_by_eight = p.n_rows * p.n_columns == 1 ? places_of_a_run : places_8_8;
     const uint32_t eight = p.n_places / 8 * 8, whole = p.n_places / 4 * 4;
     const size_t c_out = (size_t)l->groups * l->per_group;
     const size_t n_quads = (size_t)p.n_rows * p.n_columns * p.n4;
@@ -171,7 +174,8 @@ ISA static void group_at_once(const layer *l, product p, uint32_t first, size_t 
             p.w = weights + (b / BLOCK + k) * block;
             for (size_t i = 0; i < n_quads && unpacks; i++) bytes[i] = weights_at((const uint8_t *)p.w + 2 * BLOCK * i, of, 4);
             if (unpacks) p.w = bytes;
-            eights[unpacks ? 1 : kind](l, &p, 0, eight, start[k], f[k], to, channels, of);
+            some_places_kernel *const by_eight = unpacks || kind == 1 ? bytes_by_eight : eights[kind];
+            by_eight(l, &p, 0, eight, start[k], f[k], to, channels, of);
             fours[unpacks ? 1 : kind](l, &p, eight, whole, start[k], f[k], to + eight * c_out, channels, of);
         }
         p.w = weights + b / BLOCK * block;
