@@ -54,6 +54,11 @@ class Bench:
         """Images per forward pass of post-training studies: few enough for a core's cache."""
         return 25 if self.dataset == "imagenet" else 64
 
+    def run_folder(self, root: Path, name: str) -> Path:
+        """Where a training is kept that starts from this network; none resumes what began from another file."""
+        digits = self.record.get("sha256", "")[:8]
+        return root / (name if digits in ("", *FIRST) else f"{name}_{digits}")
+
     def calibration(self, n: int, seed: int) -> Tensor:
         """``n`` training images (all where there are fewer), balanced over classes, normalised: (n, C, H, W)."""
         few = self.train.balanced(min(n, len(self.train)), seed)

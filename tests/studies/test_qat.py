@@ -1,6 +1,7 @@
 """Quantization-aware training: recipes, runs that resume, distillation, checkpoints, what the notebook shows."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from hq_lib.graph import act_quantizers
 from hq_lib.quantizers import act_quantizer
+from hq_lib.studies.bench import Bench, open_bench
 from hq_lib.studies.qat import study as qat
 from hq_lib.studies.qat import tables as qat_tables
 from hq_lib.studies.qat.figures import fig_pact_alpha
@@ -95,6 +97,28 @@ def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, monkeypa
     drawn = sorted(line.get_ydata().tolist() for line in panel.lines)
     assert drawn == sorted(own.sort_values("epoch")["alpha"].tolist() for _, own in clips.groupby("layer"))
     assert qat_tables.best(rows)["method"].tolist() == ["pact"]
+
+
+def test_a_run_from_another_checkpoint_does_not_go_on_from_the_first_ones_state(out_dir, cifar10_train, monkeypatch):
+    folders = []
+
+    def fit(net, train, val, config, folder, **_):
+        folders.append(folder)
+        raise RuntimeError("as far as it matters here")
+
+    monkeypatch.setattr(qat, "fit", fit)
+    for digits in ("8f3b316e", "0123abcd"):
+        monkeypatch.setattr(
+            qat, "open_bench", lambda *args, _digits=digits, **named: _with_record(open_bench(*args, **named), _digits)
+        )
+        with pytest.raises(RuntimeError, match="as far as"):
+            qat.STUDY.run("smoke", methods=["pact"], bits=[[4, 4]], n_test=20, n_val=20)
+    assert [folder.name for folder in folders] == ["resnet20_pact_w4a4_s0", "resnet20_pact_w4a4_s0_0123abcd"]
+
+
+def _with_record(bench: Bench | None, digits: str) -> Bench:
+    assert bench is not None
+    return replace(bench, record={**bench.record, "sha256": f"{digits}ffff"})
 
 
 def test_a_network_without_float_weights_is_skipped(out_dir, capsys):

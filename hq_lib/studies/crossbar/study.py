@@ -102,8 +102,8 @@ def open_integers(run: Run[Plan], net: Net, seed: int = 0) -> Integers | None:
         config = replace(FINE_TUNE, epochs=plan.epochs, weight_noise=net.noise_pct / 100, seed=seed, **through)
         few = bench.train.drawn(plan.n_train or len(bench.train), seed)
         float_net = copy.deepcopy(bench.net)
-        folder = run.folder / f"{_training(net)}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
-        fit(float_net, few, None, config, folder)
+        name = f"{_training(net)}_e{plan.epochs}_n{plan.n_train or 'all'}_s{seed}"
+        fit(float_net, few, None, config, bench.run_folder(run.folder, name))
         made = after_training(float_net, bench.calibration(plan.n_ptq, 0), bits=net.bits, per_layer=net.per_layer)
         model, moments = lower(made), norm_moments(float_net)
     logits = run_integers(model, normalize(bench.test.images, bench.test.spec))

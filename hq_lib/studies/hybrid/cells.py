@@ -90,7 +90,8 @@ def train(cell: Cell, stage: Bench, folder: Path, *, n_calib: int, n_train: int)
     x, few = stage.calibration(n_calib, cell.seed), stage.train.drawn(n_train, cell.seed)
     print(f"training {cell.training}: {len(few)} images of {stage.dataset}", flush=True)
     qnet = cell.shared.quantized(stage, x)
-    fit_early(qnet, x, few, stage.val, replace(CONFIG, seed=cell.seed, flip=few.spec.flip), folder / cell.training)
+    config, kept = replace(CONFIG, seed=cell.seed, flip=few.spec.flip), stage.run_folder(folder, cell.training)
+    fit_early(qnet, x, few, stage.val, config, kept)
     return qnet
 
 

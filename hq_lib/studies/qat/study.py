@@ -175,7 +175,8 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
 
     before = evaluate(qnet, bench.val)
     teacher = bench.net if recipe.config.distill else None
-    done = fit(qnet, train, bench.val, recipe.config, run.folder / point.name, teacher=teacher, before_epoch=keep_clips)
+    folder = bench.run_folder(run.folder, point.name)
+    done = fit(qnet, train, bench.val, recipe.config, folder, teacher=teacher, before_epoch=keep_clips)
     keep_clips(qnet, recipe.config.epochs)
     score = evaluate(qnet, bench.test)
     common["seconds"] = round(done.seconds, 1)
