@@ -199,7 +199,7 @@ def packed_weight(op: r.Layer) -> np.ndarray:
 
 def _run_length(op: r.Layer) -> int:
     """Return how many inputs of a window of a dense layer lie side by side."""
-    if isinstance(op, r.Linear) or op.groups > 1 or op.dilation[1] > 1:
+    if not isinstance(op, r.Conv) or op.groups > 1 or op.dilation[1] > 1:
         return op.weight.shape[1]
     return op.weight.shape[1] * op.weight.shape[3]
 
