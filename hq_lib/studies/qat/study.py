@@ -157,6 +157,8 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
         yield from float_training.measure_shipped(run, bench, point)
         return
     recipe = settings(run.plan, point, bench.net)
+    float_acc = bench.record.get("acc_pct", {}).get("test", "unknown")
+    print(f"{point.name}: from the float network {bench.record['sha256'][:8]} (test {float_acc} %)", flush=True)
     train = bench.train.drawn(recipe.n_train or len(bench.train), SPLIT_SEED)
     qnet = quantized(bench.net, recipe, train, seed=point["seed"]).to(run.device)
     common: Row = {
