@@ -26,13 +26,19 @@ ONE, WHOLE = np.asarray(1.0, np.float32), (32, -(2**31), 2**31 - 1)
 
 
 def convolution(
-    x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray, stride: int = 1
+    x: np.ndarray,
+    weight: np.ndarray,
+    zero: int,
+    padding: tuple[int, ...],
+    bias: np.ndarray,
+    stride: int = 1,
+    a_bits: int = 8,
 ):
     """A record of one convolution of the integers ``x`` (C, H, W) that returns its sums, and its image."""
     shape, ones = sums(x, weight, zero, padding, bias, stride).shape, np.ones(len(weight), np.float32)
     specs = [
         r.TensorSpec("image", x.shape, "float32", 32, 0, 0, ONE, 0),
-        r.TensorSpec("q", x.shape, "uint8", 8, 0, 255, ONE, zero),
+        r.TensorSpec("q", x.shape, "uint8", a_bits, 0, 2**a_bits - 1, ONE, zero),
         r.TensorSpec("y", shape, "int32", *WHOLE, ONE, 0),
     ]
     conv = r.Conv("conv", ("q",), "y", weight, ones, bias, ones, 8, None, None, (stride, stride), padding, (1, 1), 1)
@@ -52,11 +58,18 @@ def sums(
 
 
 def differing(
-    x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], *, stride: int = 1, n_threads: int = 1
+    x: np.ndarray,
+    weight: np.ndarray,
+    zero: int,
+    padding: tuple[int, ...],
+    *,
+    stride: int = 1,
+    a_bits: int = 8,
+    n_threads: int = 1,
 ) -> int:
     """Sums of the C runtime, and of NumPy's executor, that are not int64's."""
     bias = np.arange(len(weight)).astype(np.int32) - 7
-    model, image = convolution(x, weight, zero, padding, bias, stride)
+    model, image = convolution(x, weight, zero, padding, bias, stride, a_bits)
     want = sums(x, weight, zero, padding, bias, stride).astype(np.float32)
     found = (Runtime(model, n_threads=n_threads).run(image)[0], run(model, image)[0])
     return sum(int((one != want).sum()) for one in found)
@@ -77,6 +90,22 @@ def test_awkward_sizes_channels_and_paddings(zero):
         x = rng.choice([0, 255, int(rng.integers(256))], (c_in, *(int(v) for v in rng.integers(5, 24, 2))))
         weight = integers(rng, 127, (c_out, c_in, 3, 3)).astype(np.int8)
         assert differing(x, weight, zero, padding) == 0
+
+
+@pytest.mark.parametrize("channels", [32, 36, 64, 68, 200, 512])
+@pytest.mark.parametrize("step", [1, 16])
+def test_four_bits_in_tiles_of_bytes(channels, step):
+    """With VNNI 4-bit inputs and weights go in tiles of bytes: random ones, and those at all ends."""
+    rng = np.random.default_rng(channels)
+    checks = np.indices((3, 3)).sum(0) % 2 * 15 - 8  # -8 and 7 by turns: the largest products
+    for k, zero in enumerate((0, 7, 15)):
+        c_out, padding = int(rng.integers(1, 40)), tuple(int(v) for v in rng.integers(0, 3, 4))
+        weight = rng.integers(-8, 8, (c_out, channels, 3, 3))
+        weight[0], weight[-1] = (-8, 7, checks)[k], (checks, -8, 7)[k]
+        x = rng.integers(0, 16, (channels, *(int(v) for v in rng.integers(8, 15, 2))))
+        x[:, :4, :4] = 15
+        x[:, 4:, 4:] *= rng.choice([0, 1])
+        assert differing(x, (step * weight).astype(np.int8), zero, padding, a_bits=4, n_threads=1 + k % 2) == 0
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -116,7 +116,8 @@ typedef struct {
                              uint8_t *out);
     part_work *depthwise_rows; /* a depthwise layer of uint8, read without padding, of windows that `joins` takes */
     int (*joins)(const window *v);
-    part_work *tiles; /* a layer of uint8, 8 or 16 bits, ungrouped 3x3 windows of stride 1, in tiles of 2x2 outputs */
+    part_work *tiles; /* a layer of uint8, ungrouped 3x3 windows of stride 1, in tiles of 2x2 outputs */
+    int (*serves_tiles)(const layer *l);
     /* every output of the places from `place` on that p names, for the kernel rows from `row` on; or 0, nothing done */
     int (*whole_tile)(const layer *l, product p, size_t place, uint32_t row);
 } kernels;

@@ -103,7 +103,12 @@ ISA INLINE void put_some(uint8_t *to, __m256i v, uint32_t n) {
     else put(all, v), memcpy(to, all, n);
 }
 #include "hqm_depthwise.h"
+#define transformed int16_t
+#define add_t(a, b) _mm256_add_epi16(a, b)
+#define sub_t(a, b) _mm256_sub_epi16(a, b)
+enum { TOGETHER = 4 };
 #include "hqm_winograd.h"
+#include "hqm_winograd_16.h"
 
 /* Sums of pairs in 32 bits, added to those in acc unless they are the first. */
 ISA INLINE __m256i widened(__m256i sum, const int32_t *acc, int is_first) {
@@ -166,6 +171,6 @@ ISA static void dense_4(const product *p, int32_t acc[TILE][BLOCK]) {
 const kernels hqm_avx2 = {
     .name = "avx2", .dense = {dense_4, dense_8, dense_16}, .rescale_u8 = together_u8, .fixed_u8 = fixed_u8,
     .add_u8 = avx2_add_u8, .fixed_add_u8 = fixed_add_u8, .depthwise_rows = run_depthwise, .joins = joins,
-    .tiles = run_tiles, .whole_tile = run_bounded};
+    .tiles = run_tiles, .serves_tiles = serves_tiles, .whole_tile = run_bounded};
 
 #endif

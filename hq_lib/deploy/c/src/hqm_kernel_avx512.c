@@ -106,10 +106,16 @@ ISA INLINE void put_some(uint8_t *to, __m512i v, uint32_t n) {
 }
 #include "hqm_depthwise.h"
 #include "hqm_registers.h"
+#define transformed uint8_t
+#define add_t(a, b) _mm512_add_epi8(a, b)
+#define sub_t(a, b) _mm512_sub_epi8(a, b)
+enum { TOGETHER = 8 };
+#include "hqm_winograd.h"
+#include "hqm_winograd_8.h"
 
 const kernels hqm_avx512vnni = {
     .name = "avx512vnni", .dense = {dense_4, dense_8, dense_16}, .rescale_u8 = together_u8, .fixed_u8 = fixed_u8,
     .add_u8 = avx512_add_u8, .fixed_add_u8 = fixed_add_u8, .depthwise_rows = run_depthwise, .joins = joins,
-    .whole_tile = run_at_once};
+    .tiles = run_tiles, .serves_tiles = serves_tiles, .whole_tile = run_at_once};
 
 #endif

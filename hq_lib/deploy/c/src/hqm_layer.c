@@ -209,9 +209,10 @@ static void run_places(const void *context, uint32_t part, uint32_t n_parts) {
 static int goes_in_tiles(const layer *l) {
     const window *v = l->v;
     static const uint32_t ones[2] = {1, 1}, threes[2] = {3, 3};
-    if (!hqm_kernels()->tiles || l->x->size > 1 || l->bits == 4 || l->depthwise || l->groups > 1) return 0;
+    if (!hqm_kernels()->tiles || l->x->size > 1 || l->depthwise || l->groups > 1) return 0;
     if (memcmp(v->kernel, threes, 8) || memcmp(v->stride, ones, 8) || memcmp(v->dilation, ones, 8)) return 0;
-    return v->channels % 4 == 0 && v->channels <= WIDEST && v->out_height > 2 && v->out_width > 2;
+    return v->channels % 4 == 0 && v->channels <= WIDEST && v->out_height > 2 && v->out_width > 2 &&
+           hqm_kernels()->serves_tiles(l);
 }
 
 /* Whether sums become bytes in vectors that saturate: no product by a multiplier below 1 is too large for int32. */
