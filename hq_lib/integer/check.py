@@ -223,6 +223,10 @@ def _check_pool(op: r.MaxPool | r.AvgPool, x: r.TensorSpec, out: r.TensorSpec) -
     _check_window(op)
     if isinstance(op, r.AvgPool):
         prove_accumulator(op, x)
+        n = math.prod(op.kernel)
+        ends = n * min(x.qmin, x.zero_point), n * max(x.qmax, x.zero_point)
+        holds = op.requant is not None or (out.qmin <= ends[0] and ends[1] <= out.qmax)
+        _need(holds, f"{op.name!r}: its sums go from {ends[0]} to {ends[1]}, {out.name!r} holds {out.qmin}..{out.qmax}")
         return
     _check_kept(op, x, out)
     reach = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]

@@ -66,12 +66,13 @@ def differing(
     stride: int = 1,
     a_bits: int = 8,
     n_threads: int = 1,
+    kernel: str = "auto",
 ) -> int:
     """Sums of the C runtime, and of NumPy's executor, that are not int64's."""
     bias = np.arange(len(weight)).astype(np.int32) - 7
     model, image = convolution(x, weight, zero, padding, bias, stride, a_bits)
     want = sums(x, weight, zero, padding, bias, stride).astype(np.float32)
-    found = (Runtime(model, n_threads=n_threads).run(image)[0], run(model, image)[0])
+    found = (Runtime(model, n_threads=n_threads, kernel=kernel).run(image)[0], run(model, image)[0])
     return sum(int((one != want).sum()) for one in found)
 
 
@@ -106,6 +107,31 @@ def test_four_bits_in_tiles_of_bytes(channels, step):
         x[:, :4, :4] = 15
         x[:, 4:, 4:] *= rng.choice([0, 1])
         assert differing(x, (step * weight).astype(np.int8), zero, padding, a_bits=4, n_threads=1 + k % 2) == 0
+
+
+@pytest.mark.parametrize("kernel", ["avx2", "avx512vnni"])
+@pytest.mark.parametrize("channels", [148, 176, 192, 212, 260, 320, 352, 384, 448])
+def test_tiles_of_any_width_stay_in_their_memory(channels, kernel):
+    """As many tiles as fit are no multiple of those that are multiplied together."""
+    rng = np.random.default_rng(channels)
+    x, weight = rng.integers(0, 16, (channels, 13, 14)), rng.integers(-8, 8, (3, channels, 3, 3))
+    try:
+        assert differing(x, (16 * weight).astype(np.int8), 3, (1, 1, 1, 1), a_bits=4, kernel=kernel) == 0
+        weight = rng.integers(-128, 128, (3, channels, 3, 3)).astype(np.int8)
+        assert differing(rng.integers(0, 256, x.shape), weight, 3, (1, 1, 1, 1), n_threads=2, kernel=kernel) == 0
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("zero", [15, 16, 18, 200, 255])
+def test_padding_may_hold_more_than_the_input_does(zero):
+    rng = np.random.default_rng(zero)
+    x, weight = rng.integers(0, 16, (32, 8, 8)), rng.integers(-8, 8, (20, 32, 3, 3))
+    for kernel in ("auto", "avx2", "scalar"):
+        try:
+            assert differing(x, (16 * weight).astype(np.int8), zero, (1, 1, 1, 1), a_bits=4, kernel=kernel) == 0
+        except ValueError as error:
+            pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("sign", [1, -1])

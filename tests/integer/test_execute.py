@@ -11,6 +11,7 @@ from integer_nets import NETS, POLICIES, images, quantized
 from hq_lib.integer import ImageError, lower, run
 from hq_lib.integer import record as r
 from hq_lib.integer.arithmetic import RecordError, requants
+from hq_lib.integer.check import check
 from hq_lib.integer.execute import quantize, requantize
 
 ALL = [(net, policy) for net in NETS for policy in POLICIES]
@@ -123,3 +124,14 @@ def test_a_caller_s_products_replace_the_layer_s_own(qnets):
 
     assert np.array_equal(run(model, x, products=engine), run(model, x))
     assert seen == [op.name for op in model.layers()]
+
+
+def test_a_pool_without_requantization_whose_tensor_is_too_narrow_is_refused():
+    one = np.asarray(1.0, np.float32)
+    x = r.TensorSpec("image", (1, 4, 4), "float32", 32, 0, 0, one, 0)
+    q, y = (r.TensorSpec(n, s, "uint8", 4, 0, 15, one, 0) for n, s in (("q", (1, 4, 4)), ("y", (1, 2, 2))))
+    pool = r.AvgPool("pool", ("q",), "y", (2, 2), (2, 2), (0, 0, 0, 0), None)
+    ops = (r.Quantize("in", ("image",), "q"), pool)
+    model = r.IntegerModel("float32", {t.name: t for t in (x, q, y)}, ops, "image", "y")
+    with pytest.raises(RecordError, match=r"'pool'.*0 to 60.*'y' holds 0\.\.15"):
+        check(model)

@@ -146,6 +146,8 @@ static inline float float_of(uint32_t word) {
     return value;
 }
 static inline uint32_t at_most(uint32_t a, uint32_t b) { return a < b ? a : b; }
+/* What a layer may read of x: its integers, and the zero point that padding holds, which may lie beyond them. */
+static inline uint32_t largest_input(const tensor *x) { return (uint32_t)(x->qmax > x->zero ? x->qmax : x->zero); }
 /* floor(x / 2^s), without relying on what >> does to negative numbers */
 static inline int64_t shift_right(int64_t x, uint32_t s) { return x >= 0 ? x >> s : ~(~x >> s); }
 /* x within [low, high]; NaN gives low */

@@ -107,7 +107,7 @@ static product product_of(const window *v, const uint32_t *op, const tensor *x) 
     p.n4 = (op[O_C_GROUP] * (joined ? v->kernel[1] : 1) + 3) / 4;
     p.w_step = ((size_t)op[O_C_OUT] + BLOCK - 1) / BLOCK * BLOCK;
     p.shift = op[O_WEIGHT_SHIFT] + op[O_WEIGHT_BITS] % 2;
-    p.n_safe = x->qmax ? (uint32_t)(INT16_MAX / 16 / at_most((uint32_t)x->qmax, 255)) : INT16_MAX;
+    p.n_safe = largest_input(x) ? INT16_MAX / 16 / at_most(largest_input(x), 255) : INT16_MAX;
     return p;
 }
 
@@ -149,9 +149,8 @@ static void input_sums(const layer *l, const product *p, int32_t sum[TILE]) {
         for (uint32_t i = 0; i < p->n_rows; i++)
             for (uint32_t j = 0; j < p->n_columns; j++) {
                 const size_t from = p->at[place] + i * p->row_step + j * p->column_step;
-                const uint8_t *bytes = (const uint8_t *)p->x + from;
-                const uint16_t *words = (const uint16_t *)p->x + from;
-                for (uint32_t k = 0; k < 4 * p->n4; k++) all += l->x->size == 1 ? bytes[k] : words[k];
+                for (size_t k = from; k < from + 4 * p->n4; k++)
+                    all += l->x->size == 1 ? ((const uint8_t *)p->x)[k] : ((const uint16_t *)p->x)[k];
             }
         sum[place] = (int32_t)(all << (p->shift - 1));
     }

@@ -97,7 +97,7 @@ static void run_tiles(const void *context, uint32_t part, uint32_t n_parts) {
     const uint32_t last_column = v->width + v->padding[1] + v->padding[3] - 1;
     const uint64_t n_tiles = (uint64_t)n_rows * n_columns;
     const uint32_t from = (uint32_t)(n_tiles * part / n_parts), to = (uint32_t)(n_tiles * (part + 1) / n_parts);
-    const uint32_t width = (channels + IN_VECTOR - 1) / IN_VECTOR * IN_VECTOR, most = at_most(TILES, ROOM / 16 / width);
+    const uint32_t width = (channels + IN_VECTOR - 1) / IN_VECTOR * IN_VECTOR, most = at_most(TILES, ROOM / 16 / width / TOGETHER * TOGETHER);
     transformed inputs[ROOM + 16 * GAP];
     int32_t acc[2][2 * TILES][BLOCK];
     for (uint32_t first = from, n; first < to; first += n) {

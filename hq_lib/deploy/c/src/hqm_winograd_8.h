@@ -90,5 +90,5 @@ ISA static int tiles_of(const layer *l, const product *p, const uint8_t *v, size
 static int serves_tiles(const layer *l) {
     const window *v = l->v;
     const uint32_t n_tiles = (v->out_height + 1) / 2 * ((v->out_width + 1) / 2);
-    return l->bits == 4 && !l->odd && l->x->qmax <= 15 && v->channels >= 32 && n_tiles >= 16;
+    return l->bits == 4 && !l->odd && largest_input(l->x) <= 15 && v->channels >= 32 && n_tiles >= 16;
 }
