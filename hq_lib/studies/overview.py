@@ -14,6 +14,7 @@ import pandas as pd
 
 from hq_lib.results import atomic, labels, paths, published, store, tables
 from hq_lib.studies.integer_export.executors import version
+from hq_lib.studies.study import profile_rows
 
 PROTOCOL = ["epochs", "iterations", "n_test"]
 _GROUP_SOURCE = "louvinci/PACT-Quantization (later README)"
@@ -48,8 +49,8 @@ class Number:
         where = {"model": "resnet20", "metric": self.metric, **self.where}
         if self.file == "published":
             return published.lookup(**where)
-        found = tables.with_switches(store.read(self.file, profile=profile), *where)
-        for name, value in {**where, "profile": profile}.items():
+        found = tables.with_switches(profile_rows(self.file, profile), *where)
+        for name, value in where.items():
             found = found.loc[found[name].isna() if value is None else found[name] == value]
         if len(found):
             longest = found[PROTOCOL].apply(tuple, axis=1)

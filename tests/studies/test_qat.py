@@ -41,10 +41,11 @@ def test_the_groups_plan_has_both_forms_of_mpact_its_own_weights_and_six_bits():
 
 def test_a_shipped_checkpoint_agrees_with_its_integers_once_biases_are_those_of_accumulators(out_dir, cifar10_train):
     rows = qat.INTEGERS.run("smoke")
-    values = {json.loads(s).get("executor"): v for s, v in zip(rows["switches"], rows["value"], strict=True)}
-    assert values["fake_quant, integer biases"] == pytest.approx(values["integers"], abs=1.0)  # one image of 100
-    assert values[None] >= 99.0  # same class
-    assert list(qat_tables.integers_table(rows)["bits"]) == ["W2A2"]
+    for _, own in rows.groupby("w_bits"):
+        values = {json.loads(s).get("executor"): v for s, v in zip(own["switches"], own["value"], strict=True)}
+        assert values["fake_quant, integer biases"] == pytest.approx(values["integers"], abs=2.0)  # one image of 50
+        assert values[None] >= 98.0  # same class
+    assert list(qat_tables.integers_table(rows)["bits"]) == ["W2A2", "W4A4"]
     assert not qat.INTEGERS.todo("smoke")
 
 
