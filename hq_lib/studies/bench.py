@@ -20,6 +20,9 @@ from hq_lib.training import evaluate
 FIRST = frozenset({"8f3b316e", "8244b673", "4d496ff8", "8cbdbed1", "69574edb"})
 """Float checkpoints (first digits of their SHA-256) whose rows were written before rows named the network."""
 
+PUBLIC, SHIPPED = "public", "shipped"
+"""What rows of post-training methods call their float network: the public ResNet-20, or a committed one"""
+
 N_IMAGENET = 16_384
 """Largest number of an image folder's training images kept in memory."""
 
@@ -217,13 +220,14 @@ def open_imagenet(
 def newest(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each network the rows that stand on its committed checkpoint, where there are any; else the older ones.
 
-    Rows of a quantized network's file stand on that file alone.
+    Rows of a quantized network's file stand on that file alone, those of a public network on its weights.
     """
     settings = [json.loads(text) for text in rows["switches"]]
-    nets = pd.Series([s.get("net", "") for s in settings], index=rows.index, dtype="str")
-    files = pd.Series(["file" in s for s in settings], index=rows.index, dtype="bool")
+    digits = [s.get("checkpoint", "") if s.get("net") == SHIPPED else s.get("net", "") for s in settings]
+    nets = pd.Series(digits, index=rows.index, dtype="str")
+    files = pd.Series(["file" in s or s.get("net") == PUBLIC for s in settings], index=rows.index, dtype="bool")
     keep = pd.Series(True, index=rows.index)
-    for model in rows.loc[nets != "", "model"].unique():
+    for model in rows.loc[(nets != "") & ~files, "model"].unique():
         current = (rows["model"] == model) & (nets == net_switch(model).get("net", ""))
         if current.any():
             keep &= (rows["model"] != model) | current | files

@@ -13,7 +13,7 @@ from hq_lib import data
 from hq_lib.graph import weight_layers
 from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, aciq
 from hq_lib.results import store
-from hq_lib.studies.bench import Bench
+from hq_lib.studies.bench import Bench, newest
 from hq_lib.studies.ptq import recipes, study, tables
 from hq_lib.studies.ptq.figures import fig_aciq_mse, fig_clip, fig_error_accumulation
 from hq_lib.studies.ptq.recipes import CHOSEN, RECIPES
@@ -257,3 +257,14 @@ def test_figures_draw_what_they_are_given():
     assert [text.get_text() for text in ax.get_xticklabels()] == ["b0", "b1", "b2"]
     with pytest.raises(ValueError, match="no rows to draw"):
         fig_error_accumulation(errors.iloc[:0])
+
+
+def test_rows_of_another_float_network_wait_until_it_is_the_committed_one(monkeypatch):
+    settings = [
+        {"net": "shipped"}, {"net": "shipped", "checkpoint": "0123abcd"}, {"net": "public"}, {"net": "0123abcd"}, {},
+        {"network": "own", "file": "99"},
+    ]  # fmt: skip
+    made = pd.DataFrame({"model": "resnet20", "switches": [json.dumps(s) for s in settings], "value": range(6)})
+    for digits, kept in (("4d496ff8", [0, 2, 4, 5]), ("0123abcd", [1, 2, 3, 5])):
+        monkeypatch.setattr(f"{newest.__module__}.record_of", lambda _, digits=digits: {"sha256": digits + "ff"})
+        assert newest(made)["value"].tolist() == kept

@@ -20,14 +20,13 @@ from torch import Tensor, fx
 from hq_lib import data, models, ptq
 from hq_lib.graph import quantize
 from hq_lib.results import paths
-from hq_lib.studies.bench import Bench, net_switch, open_bench, public_weights
+from hq_lib.studies.bench import PUBLIC, SHIPPED, Bench, net_switch, open_bench, public_weights
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import CHOSEN, LEARNED, NEAREST, RECIPES, Recipe
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 from hq_lib.training import evaluate
 
 ERRORS = "ptq_errors"
-PUBLIC, SHIPPED = "public", "shipped"
 NETS = {PUBLIC: "resnet20", SHIPPED: "resnet20", **{name: name for name in models.imagenet_names()}}
 """The public ResNet-20 (option A, 91.73 %), the shipped one, and the ImageNet networks by name -> network."""
 PUBLIC_FILE = "resnet20_akamaster_9173.th"
@@ -234,7 +233,9 @@ ACIQ_PLANS = {"smoke": AciqPlan((2, 4), 32), "quick": AciqPlan((2, 3, 4, 8)), "f
 def aciq_points(plan: AciqPlan) -> list[Point]:
     """All tensors at each width; the rows of the activations stand for all."""
     images = {"n_calib": plan.n_calib, "seed": SEED}
-    key = {"model": "resnet20", "method": "aciq", **images, "metric": recipes.MSE[0], "w_bits": 32}
+    later = {f"switches.{name}": value for name, value in _checkpoint().items()}
+    known = {"metric": recipes.MSE[0], "w_bits": 32, **later}
+    key = {"model": "resnet20", "method": "aciq", **images, **known}
     return [Point(f"aciq_{bits}bit", {**key, "a_bits": bits}, after=FIRST) for bits in plan.bits]
 
 
@@ -245,7 +246,7 @@ def measure_aciq(run: Run[AciqPlan], bench: Bench, point: Point) -> Iterator[Fou
     for kind, name, values in recipes.tensors(bench.net, x):
         found = recipes.aciq_errors(values, bits=bits, relu=kind == "activation")
         width = {"a_bits": bits} if kind == "activation" else {"w_bits": bits, "a_bits": 32}
-        switches = {"net": SHIPPED, "tensor": kind, "layer": name, "prior": found.pop("prior")}
+        switches = {"net": SHIPPED, **_checkpoint(), "tensor": kind, "layer": name, "prior": found.pop("prior")}
         yield from metric_rows(found, **width, dataset=bench.dataset, switches=switches)
 
 

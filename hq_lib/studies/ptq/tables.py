@@ -7,8 +7,9 @@ import pandas as pd
 
 from hq_lib.quantizers import aciq
 from hq_lib.results import labels, published, tables
+from hq_lib.studies.bench import PUBLIC, SHIPPED
 from hq_lib.studies.ptq.recipes import MSE, RECIPES
-from hq_lib.studies.ptq.study import PLANS, PUBLIC, SHIPPED
+from hq_lib.studies.ptq.study import PLANS
 
 BITS = PLANS["full"].bits
 
