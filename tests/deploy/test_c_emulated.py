@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from integer_nets import NETS, all_pairs, images, quantized, random_layer
+from single_layers import convolution, drawn
 
 from hq_lib.deploy.c import program, to_bytes
 from hq_lib.deploy.c.runtime import RUNTIME, SOURCES, TOOL, CompilerError
 from hq_lib.integer import lower, run
-from hq_lib.integer.record import IntegerModel
+from hq_lib.integer.record import REQUANTIZERS, IntegerModel
 
 MISSING = """
 #include <string.h>
@@ -142,6 +143,25 @@ def test_layers_of_awkward_sizes(requantizer, residual, w_dtype, machine, tmp_pa
             seed, conv=seed != 1, x_dtype="uint8", w_dtype=w_dtype, residual=residual, requantizer=requantizer
         )
         assert n_wrong(machine[0], tmp_path, imodel, x, machine[1]) == 0, seed
+
+
+@pytest.mark.parametrize("requantizer", REQUANTIZERS)
+@pytest.mark.parametrize("odd", [True, False])
+def test_bytes_out_of_registers(odd, requantizer, machine, tmp_path):
+    """Dense and depthwise layers of every storage of weights; those of 2 q + 1 want runs of a multiple of 4."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        groups, c_out, kernel = (1, 40, (1, 1)) if seed % 2 else (20, 20, (3, 3))
+        imodel, x, _ = drawn(rng, groups, 20, c_out, kernel, (1, 1), (1, 1), (4, 5), odd=odd, requantizer=requantizer)
+        assert n_wrong(machine[0], tmp_path, imodel, x, machine[1]) == 0, seed
+
+
+@pytest.mark.parametrize("channels", [32, 68, 192])
+def test_four_bits_in_tiles(channels, machine, tmp_path):
+    rng = np.random.default_rng(channels)
+    x, weight = rng.integers(0, 16, (channels, 9, 10)), 16 * rng.integers(-8, 8, (20, channels, 3, 3))
+    imodel, image = convolution(x, weight.astype(np.int8), 7, (1, 1, 1, 1), np.zeros(20, np.int32), a_bits=4)
+    assert n_wrong(machine[0], tmp_path, imodel, image, machine[1]) == 0
 
 
 @pytest.mark.parametrize("add", [True, False])

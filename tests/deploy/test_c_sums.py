@@ -10,51 +10,17 @@ import subprocess
 import numpy as np
 import pytest
 from integer_nets import fuzzer
+from single_layers import convolution, sums
 
 from hq_lib.deploy.c import Runtime, compiler, to_bytes
 from hq_lib.deploy.c.container import weight_storage
 from hq_lib.deploy.c.runtime import CompilerError
-from hq_lib.integer import record as r
 from hq_lib.integer import run
 
 try:
     compiler()
 except CompilerError as error:
     pytest.skip(str(error), allow_module_level=True)
-
-ONE, WHOLE = np.asarray(1.0, np.float32), (32, -(2**31), 2**31 - 1)
-
-
-def convolution(
-    x: np.ndarray,
-    weight: np.ndarray,
-    zero: int,
-    padding: tuple[int, ...],
-    bias: np.ndarray,
-    stride: int = 1,
-    a_bits: int = 8,
-):
-    """A record of one convolution of the integers ``x`` (C, H, W) that returns its sums, and its image."""
-    shape, ones = sums(x, weight, zero, padding, bias, stride).shape, np.ones(len(weight), np.float32)
-    specs = [
-        r.TensorSpec("image", x.shape, "float32", 32, 0, 0, ONE, 0),
-        r.TensorSpec("q", x.shape, "uint8", a_bits, 0, 2**a_bits - 1, ONE, zero),
-        r.TensorSpec("y", shape, "int32", *WHOLE, ONE, 0),
-    ]
-    conv = r.Conv("conv", ("q",), "y", weight, ones, bias, ones, 8, None, None, (stride, stride), padding, (1, 1), 1)
-    ops = (r.Quantize("quantize", ("image",), "q"), conv)
-    model = r.IntegerModel("float32", {spec.name: spec for spec in specs}, ops, "image", "y")
-    return model, (x - zero).astype(np.float32)[None]
-
-
-def sums(
-    x: np.ndarray, weight: np.ndarray, zero: int, padding: tuple[int, ...], bias: np.ndarray, stride: int = 1
-) -> np.ndarray:
-    """What ``convolution`` returns, in int64; the logits hold it as float32."""
-    top, left, bottom, right = padding
-    centred = np.pad(x.astype(np.int64) - zero, ((0, 0), (top, bottom), (left, right)))
-    windows = np.lib.stride_tricks.sliding_window_view(centred, weight.shape[2:], (1, 2))[:, ::stride, ::stride]
-    return np.einsum("chwij,ocij->ohw", windows, weight.astype(np.int64)) + bias[:, None, None]
 
 
 def differing(
@@ -71,7 +37,8 @@ def differing(
     """Sums of the C runtime, and of NumPy's executor, that are not int64's."""
     bias = np.arange(len(weight)).astype(np.int32) - 7
     model, image = convolution(x, weight, zero, padding, bias, stride, a_bits)
-    want = sums(x, weight, zero, padding, bias, stride).astype(np.float32)
+    found_sums = sums(x, weight, zero, (stride, stride), padding, (1, 1), 1)
+    want = (found_sums + bias[:, None, None]).astype(np.float32)
     found = (Runtime(model, n_threads=n_threads, kernel=kernel).run(image)[0], run(model, image)[0])
     return sum(int((one != want).sum()) for one in found)
 

@@ -37,13 +37,15 @@ ISA INLINE __m128i at_128(const void *from) { return _mm_loadu_si128((const __m1
 
 enum { MANY = 8, SOME = 4 };
 
+/* 64 nibbles as bytes, in the weights' order */
+ISA INLINE __m512i nibbles(const uint8_t *from) {
+    const __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)from);
+    const __m512i apart = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+    return _mm512_and_si512(apart, _mm512_set1_epi8(15));
+}
+
 ISA INLINE void unpacked(const uint8_t *from, const int bits, __m512i w[2][1]) {
-    if (bits == 4) {
-        const __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)from), mask = _mm256_set1_epi8(15);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-        w[0][0] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(both, mask)), high, 1);
-        w[0][0] = _mm512_sub_epi8(w[0][0], _mm512_set1_epi8(8));
-    } else w[0][0] = at(from);
+    w[0][0] = bits == 4 ? _mm512_sub_epi8(nibbles(from), _mm512_set1_epi8(8)) : at(from);
     w[1][0] = bits == 16 ? at(from + 64) : w[0][0];
 }
 

@@ -1,7 +1,7 @@
 /* Tiles whose bytes come out of the registers that hold their sums, for processors with VNNI: no residual, weights
  * of 4, 8 or (bits = 9) 2 q + 1 of 8 bits. Eight or four places go by a block of channels; the one, two or three that
  * are left by four blocks, so that there are enough sums side by side. The file that includes this says what hqm_x86.h
- * wants.
+ * wants, and nibbles(from): 64 of them as bytes, in the weights' order.
  */
 /* What a tile's sums need beside inputs and weights. */
 typedef struct {
@@ -11,10 +11,7 @@ typedef struct {
 
 /* The 64 weights of four inputs as bytes. */
 ISA INLINE __m512i weights_at(const uint8_t *from, const weight_rule *rule, const int bits) {
-    if (bits > 4) return at(from);
-    const __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)from);
-    const __m512i apart = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
-    return _mm512_shuffle_epi8(rule->byte_of, _mm512_and_si512(apart, _mm512_set1_epi8(15)));
+    return bits > 4 ? at(from) : _mm512_shuffle_epi8(rule->byte_of, nibbles(from));
 }
 /* n values from `from` on, 0 behind them */
 ISA INLINE __m512i some_i(const void *from, uint32_t n) {
