@@ -24,16 +24,17 @@ def sums(x: np.ndarray, weight: np.ndarray, zero: int, stride, padding, dilation
 
 
 def drawn(rng: np.random.Generator, groups: int, c_in: int, c_out: int, kernel, stride, dilation, size, *,
-          largest: float = 0.9, odd: bool = False, requantizer: r.Requantizer = "float32"):  # fmt: skip
+          largest: float = 0.9, most: int = 0, odd: bool = False, requantizer: r.Requantizer = "float32"):  # fmt: skip
     """A record of one random convolution with uint8 outputs of a random range, its image, and what it should give.
 
     Weights fit 4, 8 or 16 bits, sometimes in steps of 4 or 16.
 
     Args:
         largest: the greatest multiplier.
-        odd: all weights are odd multiples of their step.
+        most: the largest weight before steps; 0: one that fits 4, 8 or 16 bits.
+        odd: all weights w become 2 w + 1.
     """
-    most = int(rng.choice([7, 127, 300]))
+    most = most or int(rng.choice([7, 127, 300]))
     weight = rng.integers(-most, most + 1, (c_out, c_in // groups, *kernel))
     weight = (2 * weight + 1 if odd else weight) * int(rng.choice([1, 4, 16]))
     zero, padding = int(rng.integers(256)), tuple(int(v) for v in rng.integers(0, 4, 4))

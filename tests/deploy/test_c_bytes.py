@@ -14,6 +14,7 @@ from integer_nets import fuzzer
 from single_layers import drawn
 
 from hq_lib.deploy.c import Runtime, compiler, to_bytes
+from hq_lib.deploy.c.container import weight_storage
 from hq_lib.deploy.c.runtime import KERNELS, CompilerError
 from hq_lib.integer import record as r
 from hq_lib.integer import run
@@ -78,6 +79,19 @@ def test_dense_tiles_of_any_number_of_places_and_blocks(seed, groups, requantize
         c_in, c_out = groups * int(rng.integers(1, 40)), groups * int(rng.choice([1, 7, 8, 16, 20, 63, 64, 65, 130]))
         model, image, want = drawn(rng, groups, c_in, c_out, kernel, stride, (1, 1), size,
                                    odd=rng.random() < 0.4, requantizer=requantizer)  # fmt: skip
+        check(model, image, want if requantizer == "float32" else None)
+
+
+@pytest.mark.parametrize("requantizer", r.REQUANTIZERS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("most", "bits"), [(7, 5), (127, 9)])
+def test_weights_without_a_zero_leave_as_bytes(most, bits, groups, requantizer):
+    rng = np.random.default_rng(most)
+    for size in ((1, 1), (1, 2), (1, 3), (2, 2), (3, 3), (4, 4), (5, 27)):
+        c_in, c_out = groups * int(rng.choice([4, 16, 20, 64])), groups * int(rng.choice([7, 16, 65, 130]))
+        model, image, want = drawn(rng, groups, c_in, c_out, two(rng, 1, 3), two(rng, 1, 2), (1, 1), size,
+                                   most=most, odd=True, requantizer=requantizer)  # fmt: skip
+        assert weight_storage(model.ops[1])[0] == bits
         check(model, image, want if requantizer == "float32" else None)
 
 
