@@ -76,8 +76,9 @@ class DoReFaWeight(DoReFaHardwareWeight):
 class DoReFaAct(FixedClip):
     """DoReFa activations: a_hat = quantize_k(clip(x, 0, 1)), gradient 1 inside the clip, 0 outside (section 2.4).
 
-    ``clip`` is 1 in the paper; another value scales there and back. Signed: [-clip, clip] with 2^(k-1) - 1 levels on
-    each side, for tensors without a ReLU; 1 bit {-clip, clip}.
+    ``clip`` is 1 in the paper, for nets trained with it from the start; another value scales there and back. A float
+    net with ReLUs wants "least_error": most of its activations lie above 1, where no gradient passes.
+    Signed: [-clip, clip] with 2^(k-1) - 1 levels on each side, for tensors without a ReLU; 1 bit {-clip, clip}.
     """
 
     method = "dorefa"

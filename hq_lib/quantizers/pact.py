@@ -1,6 +1,6 @@
 """Activations that are clipped: PACT (Choi et al. 2018, arXiv:1805.06085), seed 001's modified PACT, fixed clips."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from hq_lib.quantizers.affine import MIN_SCALE, integer_range
 from hq_lib.quantizers.base import Quantizer, Tag, positive
 from hq_lib.quantizers.ranges import least_error_clip
 from hq_lib.quantizers.straight_through import Slope
+
+LEAST_ERROR = "least_error"
+"""A clip that is fitted to the first batch, at the smallest squared error."""
 
 
 class ClipQuantizer(Quantizer):
@@ -38,27 +41,37 @@ class ClipQuantizer(Quantizer):
 
 
 class FixedClip(ClipQuantizer):
-    """A clip that is set, not learned. Gradient: dx = 1 for low <= x < high, 0 outside. Ready without data."""
+    """A clip that is set, not learned. Gradient: dx = 1 for low <= x < high, 0 outside."""
 
     published: ClassVar[float]
     """The clip where none is given."""
     value: Tensor
 
-    def __init__(self, bits: int, *, signed: bool, axis: int | None = None, clip: float | None = None) -> None:
-        """``clip``: real units, > 0; raises ValueError otherwise."""
+    def __init__(
+        self, bits: int, *, signed: bool, axis: int | None = None, clip: float | Literal["least_error"] | None = None
+    ) -> None:
+        """``clip``: real units, > 0, ready without data; or "least_error", fitted to the first batch and kept.
+
+        Raises ValueError for any other.
+        """
         super().__init__(bits, signed=signed, axis=axis)
-        clip = self.published if clip is None else clip
-        if not 0.0 < clip < float("inf"):
-            raise ValueError(f"{self.method}: clip is {clip}; give a finite size > 0 in activation units")
+        self.fits = clip == LEAST_ERROR
+        clip = self.published if clip is None else 1.0 if clip == LEAST_ERROR else clip
+        if isinstance(clip, str) or not 0.0 < clip < float("inf"):
+            raise ValueError(
+                f"{self.method}: clip is {clip!r}; give a finite size > 0 in activation units, or {LEAST_ERROR!r}"
+            )
         self.register_buffer("value", torch.tensor(float(clip)))
-        self.mark_fitted()
+        if not self.fits:
+            self.mark_fitted()
 
     def clip(self) -> Tensor:
         """Return the fixed clip: (), real units."""
         return self.value
 
     def _fit(self, x: Tensor) -> None:
-        """Data do not move a fixed clip."""
+        if self.fits:
+            self.value.copy_(least_error_clip(x, self._grid()))
 
 
 class PACT(ClipQuantizer):

@@ -16,7 +16,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from hq_lib.graph.tracing import device_of
 from hq_lib.quantizers import Quantizer
@@ -37,6 +38,7 @@ WORTH_COMPILING = 2_000
 GAIN = 1.03
 """How much faster a compiled step must be: below, what was measured may be chance."""
 ROUNDS = 3
+_CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -51,8 +53,8 @@ def settled(
 ) -> TrainConfig:
     """``config`` with a concrete choice in place of every "auto".
 
-    precision: by a rule. bfloat16 where the processor multiplies matrices in it (AMX, or a GPU that has it), else
-               float32: emulated bfloat16 is slower, ten times on a processor without AVX-512.
+    precision: by a rule. bfloat16 where the processor multiplies in it (AVX-512 BF16 or AMX, or a GPU that has it),
+               else float32: emulated bfloat16 is slower, ten times on a processor without AVX-512.
     compile:   by measurement, a few steps of a copy of ``net`` either way; never in short runs.
 
     Args:
@@ -65,9 +67,11 @@ def settled(
     """
     chosen = {key: stored[key] for key in ("precision", "compile") if getattr(config, key) == AUTO and key in stored}
     config = replace(config, **chosen)
+    native = multiplies_bfloat16(device_of(net))
     if config.precision == AUTO:
-        precision = "bfloat16" if multiplies_bfloat16(device_of(net)) else "float32"
-        config = replace(config, precision=precision)
+        config = replace(config, precision="bfloat16" if native else "float32")
+    elif config.precision == "bfloat16" and not native:
+        say("this processor emulates bfloat16, many times slower than it trains in float32")
     if config.compile == AUTO:
         wins = n_steps >= WORTH_COMPILING and compiling_wins(net, *batch(), precision=config.precision, say=say)
         config = replace(config, compile=wins)
@@ -75,11 +79,11 @@ def settled(
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units for products of bfloat16 matrices."""
+    """Whether the device has instructions for products in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     processor = Path("/proc/cpuinfo")
-    return processor.exists() and "amx_bf16" in processor.read_text(encoding="utf-8")
+    return processor.exists() and "avx512_bf16" in processor.read_text(encoding="utf-8")
 
 
 def compiling_wins(net: nn.Module, x: Tensor, y: Tensor, *, precision: str, say: Callable[[str], None]) -> bool:
@@ -119,9 +123,27 @@ def _clock(device: torch.device) -> float:
     return time.process_time()
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """The context that a step's forward pass and loss run in."""
-    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
+    if precision == "float32":
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), nullcontext() if device.type != "cpu" else _StridedInFloat32():
+        yield
+
+
+class _StridedInFloat32(TorchFunctionMode):
+    """Depthwise convolutions with a stride in float32, as their gradient in bfloat16 takes up to 27 times as long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d:
+            _, _, _, stride, _, _, groups = [*args, *(kwargs.get(key, 1) for key in _CONV2D[len(args) :])]
+            if groups != 1 and stride not in (1, (1, 1)):
+                with torch.autocast("cpu", enabled=False):
+                    return func(*(a.float() if isinstance(a, Tensor) else a for a in args), **kwargs).bfloat16()
+        return func(*args, **kwargs)
 
 
 def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -97,10 +97,12 @@ def find(model: str) -> Recipe:
 
 
 LEAST_ERROR = {"method": "lsq", "init": "least_error"}
+FITTED_CLIP = {"method": "dorefa", "clip": "least_error"}
 METHODS: dict[str, tuple[Any, Any]] = {
     "ste": ("minmax", "minmax"),
-    "dorefa": ("dorefa", "dorefa"),
-    "dorefa_hw": ("dorefa_hw", "dorefa_hw"),
+    "dorefa": ("dorefa", FITTED_CLIP),
+    "dorefa_paper": ("dorefa", "dorefa"),
+    "dorefa_hw": ("dorefa_hw", FITTED_CLIP),
     "pact": ("dorefa", "pact"),
     "mpact": ("dorefa_hw", "mpact"),
     "mpact_fixed": ("dorefa_hw", {"method": "mpact", "clip": FixedMPACT.published}),
@@ -112,8 +114,9 @@ METHODS: dict[str, tuple[Any, Any]] = {
 """Name in rows -> (weight quantizer, activation quantizer): a method's name, or a mapping with its options.
 
 PACT takes DoReFa's weights, as its paper does. "mpact" learns its clips, "mpact_fixed" keeps seed 001's of MobileNetV2.
-"lsq" starts its steps at the least squared error; "lsq_paper" at the published 2 E|x| / sqrt(qmax), which clips a
-rectified activation hard at 2 bits.
+"dorefa" and "dorefa_hw" fit each activation's clip to the first batch and keep it; "dorefa_paper" clips at 1, from
+where a float net with ReLUs hardly learns. "lsq" starts its steps at the least squared error; "lsq_paper" at the
+published 2 E|x| / sqrt(qmax), which clips a rectified activation hard at 2 bits.
 """
 
 FINE_TUNE = TrainConfig(epochs=20, lr=0.02, weight_decay=1e-4, precision="auto", compile="auto")

@@ -140,8 +140,26 @@ def test_dorefa_activation_row_and_gradient():
     torch.testing.assert_close(quantizer(x), torch.tensor([0, 0, 1 / 3, 2 / 3, 1]))
     assert grads(quantizer, x).tolist() == [0, 1, 1, 1, 0]
     assert DoReFaAct(1, signed=True)(torch.tensor([-0.2, 3.0])).tolist() == [-1.0, 1.0]
-    with pytest.raises(ValueError, match="clip"):
-        DoReFaAct(2, signed=False, clip=0.0)
+    for clip in (0.0, float("nan"), "largest"):
+        with pytest.raises(ValueError, match="clip"):
+            DoReFaAct(2, signed=False, clip=clip)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(1, True), (1, False), (2, False), (4, True), (8, False)])
+def test_a_fitted_clip_is_that_of_the_first_batch_and_stays(bits, signed):
+    x = 3.0 * torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    x = x if signed else x.relu()
+    quantizer = DoReFaAct(bits, signed=signed, clip="least_error")
+    error = ((quantizer(x) - x) ** 2).mean()
+    for factor in (0.9, 1.1):
+        other = DoReFaAct(bits, signed=signed, clip=factor * quantizer.clip().item())
+        assert ((other(x) - x) ** 2).mean() > error
+    clip = quantizer.clip().clone()
+    quantizer(10 * x)
+    assert quantizer.clip() == clip > 1
+    again = DoReFaAct(bits, signed=signed, clip="least_error")
+    again.load_state_dict(quantizer.state_dict())
+    assert torch.equal(again.eval()(x), quantizer(x))
 
 
 # --- PACT and mPACT --------------------------------------------------------------------------------------------------

@@ -318,10 +318,29 @@ def test_a_resumed_run_keeps_the_choice_it_began_with(splits, tmp_path, monkeypa
     config = dataclasses.replace(AUTO, epochs=2)
     for bfloat16 in (True, False):  # the second call is the run on another machine
         monkeypatch.setattr(machine, "multiplies_bfloat16", lambda device, has=bfloat16: has)
-        done = fit(small_net(), *splits, config, tmp_path, say=None)
+        said = []
+        done = fit(small_net(), *splits, config, tmp_path, say=said.append)
+        assert any("emulates bfloat16" in line for line in said) is not bfloat16
         assert (done.config.precision, done.config.compile) == ("bfloat16", False)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["precision"] == "bfloat16"
     assert fit(small_net(), *splits, config, say=None).config.precision == "float32"
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_strided_depthwise_layers_alone_keep_float32_in_bfloat16(compile_it):
+    torch.manual_seed(0)
+    strided, plain = nn.Conv2d(4, 4, 3, stride=2, groups=4), nn.Conv2d(4, 4, 3, groups=4)
+    x = torch.randn(2, 4, 9, 9)
+    with machine.autocast(x.device, "bfloat16"):
+        got = (machine.compiled(strided) if compile_it else strided)(x), plain(x)
+    assert [y.dtype for y in got] == [torch.bfloat16] * 2
+    assert torch.equal(got[0], strided(x).bfloat16())
+    got[0].sum().backward()
+    weight = strided.weight.grad.clone()
+    strided.zero_grad()
+    strided(x).sum().backward()
+    torch.testing.assert_close(weight, strided.weight.grad, rtol=1e-6, atol=1e-6)  # bfloat16's would differ by 1e-3
+    assert not torch.equal(got[1], plain(x).bfloat16())
 
 
 def test_compiled_and_plain_differ_by_rounding_alone(splits):
