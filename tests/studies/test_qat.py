@@ -10,6 +10,7 @@ import torch
 from hq_lib.graph import act_quantizers
 from hq_lib.quantizers import act_quantizer
 from hq_lib.studies.bench import Bench, open_bench
+from hq_lib.studies.float_training import study as float_training
 from hq_lib.studies.qat import study as qat
 from hq_lib.studies.qat import tables as qat_tables
 from hq_lib.studies.qat.figures import fig_pact_alpha
@@ -115,6 +116,15 @@ def test_a_run_from_another_checkpoint_does_not_go_on_from_the_first_ones_state(
         with pytest.raises(RuntimeError, match="as far as"):
             qat.STUDY.run("smoke", methods=["pact"], bits=[[4, 4]], n_test=20, n_val=20)
     assert [folder.name for folder in folders] == ["resnet20_pact_w4a4_s0", "resnet20_pact_w4a4_s0_0123abcd"]
+
+
+def test_a_finished_training_that_is_run_again_leaves_the_file_that_rows_name(out_dir, tmp_path):
+    plan = float_training.STUDY.plan("smoke")
+    run, point = Run("float_training", "smoke", plan), float_training.points(plan)[0]
+    tmp_path.joinpath("run").mkdir()
+    for commit in (b"first", b"second"):
+        float_training.keep(run, point, tmp_path / "run", lambda path, content=commit: path.write_bytes(content))
+        assert float_training.checkpoint(run, point).read_bytes() == b"first"
 
 
 def _with_record(bench: Bench | None, digits: str) -> Bench:

@@ -5,7 +5,7 @@ record in ``data/checkpoints``, where the other studies find it; ``hq study floa
 Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.csv``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from hq_lib import data, models
 from hq_lib.data import ImageSet
-from hq_lib.results import paths, provenance
+from hq_lib.results import atomic, paths, provenance
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 from hq_lib.training import FitResult, evaluate, fit, recipe
@@ -98,7 +98,8 @@ def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], 
     sizes = {"n_classes": train.spec.n_classes, "in_channels": train.spec.in_shape[0]}
     net = models.build(built["model"], **sizes, **found.options).to(run.device)
     print(f"{point.name}: {config.epochs} epochs on {len(train)} images of {train.spec.name}", flush=True)
-    done = fit(net, train, val, config, run.folder / point.name)
+    folder = run.folder / point.name
+    done = fit(net, train, val, config, folder)
     score = evaluate(net, test)
     common: Row = {
         "dataset": train.spec.name, "n_train": len(train), "seconds": round(done.seconds, 1),
@@ -108,7 +109,8 @@ def measure(run: Run[Plan], images: tuple[ImageSet, ImageSet | None, ImageSet], 
     if run.profile == "full":
         told = {split: acc_pct for split, (acc_pct, _) in accuracies.items()}
         record = {**built, **sizes, "dataset": train.spec.name, "trained_on": point.bench[2]}
-        _keep(net, checkpoint(run, point), {**record, **run_record(run, point, common, done, told)})
+        record |= run_record(run, point, common, done, told)
+        keep(run, point, folder, lambda path: _write(net, path, record))
     yield from ((HISTORY, row) for row in history_rows(common, done, HISTORY))
     yield from split_rows(common, accuracies)
 
@@ -134,6 +136,16 @@ def checkpoint(run: Run[Any], point: Point) -> Path:
     return paths.out_dir(run.profile) / "data" / "checkpoints" / f"{point.name}.safetensors"
 
 
+def keep(run: Run[Any], point: Point, folder: Path, write: Callable[[Path], Any]) -> None:
+    """Puts the network of a finished training where the other studies look for it, as its folder first wrote it.
+
+    Written anew from a later commit, the same weights would be another file, and every row that names it would wait.
+    """
+    if not (kept := folder / "network.safetensors").exists():
+        write(kept)
+    atomic.write_bytes(checkpoint(run, point), kept.read_bytes())
+
+
 def run_record(run: Run[Any], point: Point, common: Row, done: FitResult, acc_pct: dict[str, float]) -> Row:
     """What a checkpoint says of its training, beside the network."""
     return {
@@ -143,7 +155,7 @@ def run_record(run: Run[Any], point: Point, common: Row, done: FitResult, acc_pc
     }  # fmt: skip
 
 
-def _keep(net: nn.Module, path: Path, record: Row) -> None:
+def _write(net: nn.Module, path: Path, record: Row) -> None:
     """Writes the trained network and its run record.
 
     A network beyond ``MAX_BYTES`` in float32 is stored in float16, and the record's accuracies are those of the weights

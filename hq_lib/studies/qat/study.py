@@ -188,7 +188,8 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
         built = {k: bench.record[k] for k in ("model", "options", "n_classes", "in_channels", "dataset")}
         start = {"method": point["method"], "images": bench.test.spec, "start": bench.record["sha256"]}
         told = float_training.run_record(run, point, common, done, {"test": score.acc_pct, "val": done.val_acc_pct})
-        graph.save(qnet, float_training.checkpoint(run, point), form="trainable", record={**built, **start, **told})
+        record = {**built, **start, **told}
+        float_training.keep(run, point, folder, lambda path: graph.save(qnet, path, form="trainable", record=record))
     yield from ((HISTORY, row) for row in float_training.history_rows(common, done, HISTORY) if row["metric"] != "lr")
     scores = {"start": (before.acc_pct, len(bench.val)), "val": (done.val_acc_pct, len(bench.val))}
     yield from float_training.split_rows(common, {**scores, "test": (score.acc_pct, score.n)})
