@@ -83,7 +83,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     processor = Path("/proc/cpuinfo")
-    return processor.exists() and "avx512_bf16" in processor.read_text(encoding="utf-8")
+    return device.type == "cpu" and processor.exists() and "avx512_bf16" in processor.read_text(encoding="utf-8")
 
 
 def compiling_wins(net: nn.Module, x: Tensor, y: Tensor, *, precision: str, say: Callable[[str], None]) -> bool:
