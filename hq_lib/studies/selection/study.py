@@ -218,7 +218,10 @@ def calibration_set(run: Run[Plan], pool: Pool, point: Point) -> ImageSet:
     chosen = pool.choose(choice, n)
     if choice == "random_repeated":
         return pool.images.subset(chosen)
-    file = run.folder / "manifests" / f"{pool.bench.dataset}_{choice}_n{n}_of{pool.n_pool}_s{pool.draw}.json"
+    file = (
+        pool.bench.run_folder(run.folder, "manifests")
+        / f"{pool.bench.dataset}_{choice}_n{n}_of{pool.n_pool}_s{pool.draw}.json"
+    )
     if not file.exists():
         selection.write(pool.manifest(choice, chosen), file)
     return selection.take(selection.read(file), pool.bench.train)
@@ -234,7 +237,8 @@ def logit_loss(pool: Pool, qnet: nn.Module, images: ImageSet) -> float:
 def _scores(pool: Pool, point: Point) -> Iterator[Found]:
     """The mean score of a set's images in every metric, for ``SETS``."""
     plain = {"experiment": SETS, "dataset": pool.bench.dataset, "method": FLOAT, "w_bits": 32, "a_bits": 32}
-    plain |= {"placement": "-", "iterations": 0, "switches": {name: point[name] for name in ("choice", "n_pool")}}
+    stated = {name: value for name, value in point.key["switches"].items() if name in ("net", "choice", "n_pool")}
+    plain |= {"placement": "-", "iterations": 0, "switches": stated}
     chosen = pool.choose(point["choice"], point["n_calib"])
     for metric in (*selection.METRICS, *NETWORK_METRICS):
         unit = "nat" if metric == "entropy" else "1"
