@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from hq_lib.quantizers.affine import MIN_SCALE, integer_range, levels_from_range, mean_abs
 from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
-from hq_lib.quantizers.ranges import IDLE_CLIP, best_shrink, three_sigma, widest_range
+from hq_lib.quantizers.ranges import IDLE_CLIP, LEAST_ERROR, best_shrink, three_sigma, widest_range
 from hq_lib.quantizers.straight_through import Slope
 from hq_lib.results.hints import check_known
 
-INITS = ("paper", "least_error")
+INITS = ("paper", LEAST_ERROR)
 """Where a step starts; see ``LSQ``."""
 
 
@@ -61,7 +61,7 @@ class LSQ(Quantizer):
         idle = 2.0 * MIN_SCALE if self.binary and self.role == "weight" else IDLE_CLIP
         size = torch.where(size > 0, size, torch.full_like(size, idle))
         start = size * (1.0 if self.binary else 2.0 / math.sqrt(self.qmax))
-        if self.init == "least_error" and not self.binary:
+        if self.init == LEAST_ERROR and not self.binary:
             low, high = widest_range(x, signed=self.signed, axis=self.axis)
             widest = torch.maximum(high / self.qmax, low / min(self.qmin, -1)).clamp(min=MIN_SCALE)
             zero = widest.new_tensor(float(-self.qmin))

@@ -7,11 +7,8 @@ from torch import Tensor, nn
 
 from hq_lib.quantizers.affine import MIN_SCALE, integer_range
 from hq_lib.quantizers.base import Quantizer, Tag, positive
-from hq_lib.quantizers.ranges import least_error_clip
+from hq_lib.quantizers.ranges import LEAST_ERROR, least_error_clip
 from hq_lib.quantizers.straight_through import Slope
-
-LEAST_ERROR = "least_error"
-"""A clip that is fitted to the first batch, at the smallest squared error."""
 
 
 class ClipQuantizer(Quantizer):

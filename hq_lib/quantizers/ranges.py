@@ -181,6 +181,10 @@ def best_shrink(
     return best * low, best * high
 
 
+LEAST_ERROR = "least_error"
+"""What a quantizer's option says for a first grid of the least squared error on the data that it meets first."""
+
+
 def least_error_clip(x: Tensor, grid: Grid) -> Tensor:
     """Return the clip (), real units, > 0, at which ``x`` on a zero-centred grid has the least squared error.
 

@@ -38,7 +38,6 @@ WORTH_COMPILING = 2_000
 GAIN = 1.03
 """How much faster a compiled step must be: below, what was measured may be chance."""
 ROUNDS = 3
-_CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -137,13 +136,18 @@ class _StridedInFloat32(TorchFunctionMode):
     """Depthwise convolutions with a stride in float32, as their gradient in bfloat16 takes up to 27 times as long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d:
-            _, _, _, stride, _, _, groups = [*args, *(kwargs.get(key, 1) for key in _CONV2D[len(args) :])]
-            if groups != 1 and stride not in (1, (1, 1)):
-                with torch.autocast("cpu", enabled=False):
-                    return func(*(a.float() if isinstance(a, Tensor) else a for a in args), **kwargs).bfloat16()
-        return func(*args, **kwargs)
+        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
+
+
+def _conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    if groups == 1 or stride in (1, (1, 1)):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    bias = None if bias is None else bias.float()
+    with torch.autocast("cpu", enabled=False):
+        return torch.conv2d(input.float(), weight.float(), bias, stride, padding, dilation, groups).bfloat16()
 
 
 def compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -20,6 +20,7 @@ from hq_lib.graph import BitPolicy
 from hq_lib.quantizers import act_quantizer
 from hq_lib.quantizers.base import Quantizer
 from hq_lib.quantizers.pact import FixedMPACT
+from hq_lib.quantizers.ranges import LEAST_ERROR
 from hq_lib.results.hints import check_known
 from hq_lib.results.paths import check_profile
 from hq_lib.training.config import TrainConfig
@@ -96,8 +97,8 @@ def find(model: str) -> Recipe:
     return RECIPES[model]
 
 
-LEAST_ERROR = {"method": "lsq", "init": "least_error"}
-FITTED_CLIP = {"method": "dorefa", "clip": "least_error"}
+FITTED_STEP = {"method": "lsq", "init": LEAST_ERROR}
+FITTED_CLIP = {"method": "dorefa", "clip": LEAST_ERROR}
 METHODS: dict[str, tuple[Any, Any]] = {
     "ste": ("minmax", "minmax"),
     "dorefa": ("dorefa", FITTED_CLIP),
@@ -106,7 +107,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "pact": ("dorefa", "pact"),
     "mpact": ("dorefa_hw", "mpact"),
     "mpact_fixed": ("dorefa_hw", {"method": "mpact", "clip": FixedMPACT.published}),
-    "lsq": (LEAST_ERROR, LEAST_ERROR),
+    "lsq": (FITTED_STEP, FITTED_STEP),
     "lsq_paper": ("lsq", "lsq"),
     "lsq_plus": ("lsq_plus", "lsq_plus"),
     "dsq": ("dsq", "dsq"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hq_lib.graph import act_quantizers
+from hq_lib.models.checkpoints import read_checkpoint, write_checkpoint
 from hq_lib.quantizers import act_quantizer
 from hq_lib.studies.bench import Bench, open_bench
 from hq_lib.studies.float_training import study as float_training
@@ -121,10 +122,18 @@ def test_a_run_from_another_checkpoint_does_not_go_on_from_the_first_ones_state(
 def test_a_finished_training_that_is_run_again_leaves_the_file_that_rows_name(out_dir, tmp_path):
     plan = float_training.STUDY.plan("smoke")
     run, point = Run("float_training", "smoke", plan), float_training.points(plan)[0]
-    tmp_path.joinpath("run").mkdir()
-    for commit in (b"first", b"second"):
-        float_training.keep(run, point, tmp_path / "run", lambda path, content=commit: path.write_bytes(content))
-        assert float_training.checkpoint(run, point).read_bytes() == b"first"
+
+    def digits(weight, commit):
+        record = {"git_sha": commit}
+        state = {"w": torch.tensor([weight])}
+        float_training.keep(run, point, tmp_path, lambda path: write_checkpoint(path, state, record))
+        found, told = read_checkpoint(float_training.checkpoint(run, point))
+        assert found["w"].item() == weight, "the network that was trained, whatever the folder holds"
+        return told["sha256"]
+
+    first = digits(1.0, "first")
+    assert digits(1.0, "second") == first
+    assert digits(2.0, "third") != first  # trained anew in a folder that still holds the other
 
 
 def _with_record(bench: Bench | None, digits: str) -> Bench:

@@ -137,13 +137,18 @@ def checkpoint(run: Run[Any], point: Point) -> Path:
 
 
 def keep(run: Run[Any], point: Point, folder: Path, write: Callable[[Path], Any]) -> None:
-    """Puts the network of a finished training where the other studies look for it, as its folder first wrote it.
+    """Writes the network of a finished training where the other studies look for it; the same weights as one file.
 
-    Written anew from a later commit, the same weights would be another file, and every row that names it would wait.
+    From a later commit they would be another file, and every row that names the first would wait: the run's folder
+    keeps what it wrote, which goes out again as long as its weights are these.
     """
-    if not (kept := folder / "network.safetensors").exists():
-        write(kept)
-    atomic.write_bytes(checkpoint(run, point), kept.read_bytes())
+    path, kept = checkpoint(run, point), folder / "network.safetensors"
+    write(path)
+    states = [models.read_checkpoint(file)[0] if file.exists() else {} for file in (path, kept)]
+    if states[0].keys() == states[1].keys() and all(torch.equal(states[1][key], t) for key, t in states[0].items()):
+        atomic.write_bytes(path, kept.read_bytes())
+    else:
+        atomic.write_bytes(kept, path.read_bytes())
 
 
 def run_record(run: Run[Any], point: Point, common: Row, done: FitResult, acc_pct: dict[str, float]) -> Row:

@@ -218,10 +218,8 @@ def calibration_set(run: Run[Plan], pool: Pool, point: Point) -> ImageSet:
     chosen = pool.choose(choice, n)
     if choice == "random_repeated":
         return pool.images.subset(chosen)
-    file = (
-        pool.bench.run_folder(run.folder, "manifests")
-        / f"{pool.bench.dataset}_{choice}_n{n}_of{pool.n_pool}_s{pool.draw}.json"
-    )
+    folder = pool.bench.run_folder(run.folder, "manifests")
+    file = folder / f"{pool.bench.dataset}_{choice}_n{n}_of{pool.n_pool}_s{pool.draw}.json"
     if not file.exists():
         selection.write(pool.manifest(choice, chosen), file)
     return selection.take(selection.read(file), pool.bench.train)
