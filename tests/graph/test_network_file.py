@@ -26,6 +26,7 @@ from hq_lib.ptq.bits import GridBank
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Quantizer
 from hq_lib.results import paths
 from hq_lib.results.bits import pack, unpack
+from hq_lib.training import recipes
 
 METHODS = ("minmax", "dorefa", "dorefa_hw", "pact", "mpact", "lsq", "lsq_plus", "dsq")
 
@@ -75,6 +76,11 @@ FEW = [(0, 1), (None, 3), (0, 16)]  # signs, codes that fill no byte, two bytes 
 def test_every_method_comes_back_to_the_last_bit(tmp_path, method, axis, bits):
     weight = {"method": method, "bits": bits, "axis": axis}
     both_forms(fitted(BitPolicy(weight, f"{method}:{bits}", bn="fold" if bits % 2 else "keep")), tmp_path)
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_every_training_recipe_comes_back_with_its_options(tmp_path, method):
+    both_forms(fitted(recipes.qat_recipe(method, 3, 3, "full").policy), tmp_path)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
