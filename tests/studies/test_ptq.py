@@ -13,7 +13,7 @@ from hq_lib import data
 from hq_lib.graph import weight_layers
 from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, aciq
 from hq_lib.results import store
-from hq_lib.studies.bench import Bench, newest
+from hq_lib.studies.bench import Bench, net_switch, newest
 from hq_lib.studies.ptq import recipes, study, tables
 from hq_lib.studies.ptq.figures import fig_aciq_mse, fig_clip, fig_error_accumulation
 from hq_lib.studies.ptq.recipes import CHOSEN, RECIPES
@@ -127,6 +127,8 @@ def test_committed_rows_are_not_measured_again(name, monkeypatch):
     one = getattr(study, name)
     have = one.rows("full").query("model == 'resnet20' and metric == 'acc_pct'")
     planned = have.loc[~have["switches"].str.contains("qdrop_(?:official|undropped|2000)")]  # run once, by hand
+    on = planned["switches"].map(json.loads).map(lambda s: s["net"] == study.PUBLIC or s.get("checkpoint"))
+    planned = planned.loc[on.isin([True, net_switch("resnet20").get("net")])]  # none of a network not committed yet
     done = len(one.points(one.plan("full"))) - len(one.todo("full"))
     assert done == (len(planned) if name != "ACIQ" else 4)
 
