@@ -13,7 +13,6 @@ from hq_lib.deploy.edge_cloud import HEADER_BYTES, fit_wire, integer_edge
 from hq_lib.integer.execute import output_integers, real_values
 from hq_lib.studies.bench import network_file, shipped
 from hq_lib.studies.edge_cloud import study, tables
-from hq_lib.studies.edge_cloud.bench import workbench
 from hq_lib.studies.edge_cloud.figures import fig_edge_cloud, fig_wire
 from hq_lib.studies.study import StudyError
 
@@ -30,7 +29,7 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HQ_OUT", str(tmp_path_factory.mktemp("out")))
         study.STUDY.run("smoke", **CHOSEN)
-        yield workbench("resnet20", study.STUDY.plan("smoke", **CHOSEN))
+        yield study.workbench("resnet20", study.STUDY.plan("smoke", **CHOSEN))
 
 
 @pytest.fixture
@@ -106,11 +105,11 @@ def test_a_network_trained_at_two_bits_sends_two_bits_without_loss(bench):
     if network_file(name) is None:
         pytest.skip(f"no {name} is shipped")
     plan = replace(PLAN, n_calib=32, n_test=16, n_crossbar=16, n_columns=8)
-    trained = workbench(name, plan)
+    trained = study.workbench(name, plan)
     assert trained.net is trained.qnet
     assert trained.about == {"model": "resnet20", "method": "dsq", "w_bits": 2, "a_bits": 2, "placement": "academic"}
     what = study.point(name, "integer", "layer2.2", grid="tensor", wire_bits=2)
-    logits, sizes = study.answered(study.open_cut(study.Run("edge_cloud", "smoke", plan), what.bench), what)
+    logits, sizes = study.answered(trained, trained.test, study.exact_products, what)
     with torch.no_grad():
         answers = trained.net(normalize(trained.test.images, trained.test.spec).contiguous()).argmax(1)
     assert torch.equal(logits.argmax(1), answers)

@@ -7,27 +7,34 @@ are only judged.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
+from hq_lib.crossbar import Adc, Circuit, EngineNetwork, SimEngine, device
 from hq_lib.data import ImageSet, normalize
 from hq_lib.deploy import edge_cloud as ec
-from hq_lib.integer import IntegerModel
+from hq_lib.graph import layer_macs
+from hq_lib.integer import IntegerModel, TensorSpec, lower
+from hq_lib.integer import run as run_integers
+from hq_lib.integer.arithmetic import products as exact_products
 from hq_lib.integer.execute import Products, output_integers, real_values
-from hq_lib.integer.execute import run as run_integers
-from hq_lib.studies.bench import known_networks, net_switch
-from hq_lib.studies.edge_cloud import bench as benches
-from hq_lib.studies.edge_cloud.bench import EDGES, EXACT, NONE, Plan, Workbench, workbench
+from hq_lib.studies.bench import after_training, known_networks, net_switch, open_bench, quantized_as
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 
 IMAGE, ALL = "image", "all"
 """Names of the two ends: nothing, or everything, runs on the edge."""
+NONE, EXACT = "none", "integer"
+EDGE_BITS = 8
+"""Of weights and activations of the edge half of a float network."""
+CIRCUITS = {"crossbar": Circuit(device("rram"), adc=Adc(8)), "crossbar_1day": Circuit(device("rram_1day"), adc=Adc(8))}
+"""Edge -> what it multiplies on: RRAM (Wan et al. 2022) 1 s and 1 day after programming, 128 rows, 8-bit converters."""
+EDGES = (EXACT, *CIRCUITS)
 WIRE_BITS = (1, 2, 4, 8)
 TENSOR_BITS = (1, 2)
 """Bits at which one scale for the whole tensor is compared with one per channel."""
@@ -38,6 +45,30 @@ STAGE_ENDS = ("conv1", "layer1.2", "layer2.2", "layer3.2")
 CHUNK = 250
 NAMED = ("edge", "cut", "network", "file", "net", "grid", "wire_bits", "jpeg_quality")
 """Switches that name a measurement; a crossbar's settings stand beside them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of the study a profile runs."""
+
+    n_calib: int
+    """Training images that grids and wires are fitted to."""
+    n_test: int | None
+    """Test images of the exact edge; None = all."""
+    n_crossbar: int
+    """Test images of each crossbar draw, balanced over classes, among the former."""
+    n_columns: int
+    """Training images that converter ranges and column corrections are fitted to."""
+    n_draws: int
+    """Programmings of each crossbar."""
+    cuts: tuple[str, ...]
+    """Cuts, of those that ``find_cuts`` names; () = all of each network, for those without a residual stage too."""
+    networks: tuple[str, ...] = ("resnet20",)
+    """Shipped float networks by name, whose edge half is W8A8; or network files, by path or stem."""
+    edges: tuple[str, ...] = EDGES
+    """Of ``EDGES``."""
+
+
 PLANS = {
     "smoke": Plan(16, 20, 10, 4, 1, ("conv1", "layer3.2")),
     "quick": Plan(64, 200, 100, 16, 1, STAGE_ENDS),
@@ -69,7 +100,7 @@ def points(plan: Plan) -> list[Point]:
 def point(network: str, edge: str, cut: str, draw: int = -1, **wire: Any) -> Point:
     """What is sent of a network from one edge; a cut without wire is the share of the edge.
 
-    A unit is all wires of one edge, a bench one of its cuts.
+    A unit is all wires of one edge.
 
     Args:
         network: see ``Plan``.
@@ -87,98 +118,135 @@ def point(network: str, edge: str, cut: str, draw: int = -1, **wire: Any) -> Poi
     words = f"{wire.get('wire_bits', 0)} bits {wire.get('grid', '')}"
     words = f"quality {wire['jpeg_quality']}" if "jpeg_quality" in wire else words
     after = (f"{network}_float_s0", network)
-    return Point(f"{unit} {cut} {words}", key, known, (network, edge, draw, cut), unit, after)
+    return Point(f"{unit} {cut} {words}", key, known, network, unit, after)
 
 
 @dataclass(frozen=True, eq=False)
-class CutBench:
-    """A network with its edge, and one of its cuts."""
+class Workbench:
+    """The network in both forms, its cuts, and the images."""
 
-    work: Workbench
-    """Network and images."""
-    images: ImageSet
-    """Judged images: fewer for a crossbar."""
-    products: Products
-    """What multiplies on the edge."""
-    cut: ec.Cut | None
-    """Where it ends; None: the image is sent, or nothing is."""
+    net: nn.Module
+    """What runs in the cloud: the float network as shipped, or the quantized one of a file."""
+    qnet: fx.GraphModule
+    """What runs on the edge: W8A8 after training, grids of least squared error; or the network of the file."""
+    record: IntegerModel
+    """The same in integers."""
+    cuts: list[ec.Cut]
+    """The image first."""
+    train: ImageSet
+    """Training images that everything is fitted to."""
+    test: ImageSet
+    """Images that the exact edge is judged on."""
+    few: ImageSet
+    """Those of them that crossbars are judged on."""
+    about: Row
+    """model, method, bits and placement of the edge half, for rows."""
 
-    def batches(self) -> Iterator[Tensor]:
-        """The judged images, normalised, some at a time."""
-        return (normalize(some, self.images.spec) for some in self.images.images.split(CHUNK))
+    def cut(self, name: str) -> ec.Cut:
+        """The cut called ``name``; ``StudyError`` where the network has none."""
+        cuts = {cut.name: cut for cut in self.cuts[1:]}
+        check_choice(self.about["model"], "cut", [name], cuts)
+        return cuts[name]
 
-    @cached_property
-    def part(self) -> IntegerModel:
-        """The edge half."""
-        assert self.cut is not None
-        return ec.integer_edge(self.work.qnet, self.work.record, self.cut)
-
-    @cached_property
-    def sent(self) -> np.ndarray:
-        """The integers of all judged images at the cut, (N, *shape)."""
-        return np.concatenate([output_integers(self.part, x, products=self.products) for x in self.batches()])
+    def share(self, cut: ec.Cut) -> dict[str, float]:
+        """What of the network runs before ``cut``: ``edge_mac_pct`` and ``edge_weight_KiB`` at the weights' bits."""
+        macs, weights = layer_macs(self.qnet), {op.name: op for op in self.record.layers()}
+        mine = sum(macs[name] for name in cut.layers)
+        n_bits = sum(weights[name].weight.size * weights[name].weight_bits for name in cut.layers)
+        return {"edge_mac_pct": 100 * mine / sum(macs.values()), "edge_weight_KiB": n_bits / 8192}
 
 
-def open_cut(run: Run[Plan], needed: Any) -> CutBench | None:
-    """The network, its edge and the cut; a crossbar is programmed and corrected once for all its cuts."""
-    network, edge, draw, name = needed
-    work = workbench(network, run.plan)
-    if work is None:
+@cache
+def workbench(network: str, plan: Plan) -> Workbench | None:
+    """The network with the plan's images; None, after a line that says why, where they cannot be had.
+
+    A float network is quantized to W8A8 after training. Without its data set the images are the embedded digits:
+    everything runs, but accuracies mean nothing, and the rows name the data set.
+    """
+    found = open_bench(network, n_val=1, n_test=plan.n_test)
+    if found is None:
         return None
-    cut = None if name in (IMAGE, ALL) else work.cut(name)
-    products = benches.products_of(work, edge, draw, run.plan.n_columns)
-    return CutBench(work, work.test if draw < 0 else work.few, products, cut)
+    net, train, test = found.net, found.train.balanced(plan.n_calib, 0), found.test
+    x = normalize(train.images, train.spec)
+    if "policy" in found.record:
+        qnet, about = net, quantized_as(found.record)
+    else:
+        qnet = after_training(net, x, bits=EDGE_BITS)
+        bits = {"w_bits": EDGE_BITS, "a_bits": EDGE_BITS, "placement": "deploy"}
+        about = {"model": found.model, "method": "mse", **bits}
+    assert isinstance(qnet, fx.GraphModule)
+    few, record = test.balanced(min(plan.n_crossbar, len(test)), 0), lower(qnet, images=test.spec)
+    return Workbench(net, qnet, record, ec.find_cuts(net, x[:1]), train, test, few, about)
 
 
-def measure(run: Run[Plan], bench: CutBench, point: Point) -> Iterator[Found]:
+@cache
+def products_of(bench: Workbench, edge: str, draw: int, n_columns: int) -> Products:
+    """What multiplies on an edge: exact integers, or the crossbar in that programming, corrected column by column on
+    ``n_columns`` training images. It is programmed and corrected once for all its cuts."""
+    if edge not in CIRCUITS:
+        return exact_products
+    network = EngineNetwork(bench.record, SimEngine(replace(CIRCUITS[edge], seed=draw)))
+    chosen = bench.train.balanced(min(n_columns, len(bench.train)), draw)
+    network.calibrate(normalize(chosen.images, chosen.spec))
+    return network.products
+
+
+def measure(run: Run[Plan], bench: Workbench, point: Point) -> Iterator[Found]:
     """Accuracy and mean bytes of one wire; of the exact edge also its accuracy on the images of the crossbars."""
-    work, test = bench.work, bench.work.test
-    about = {"dataset": test.spec.name, "n_test": len(bench.images), "n_calib": len(work.train), **work.about}
-    about["switches"] = {**point.what, **benches.settings_of(point["edge"], run.plan.n_columns)}
-    if point["edge"] == NONE and work.net is not work.qnet:
-        about |= {"method": "float", "w_bits": 32, "a_bits": 32, "placement": "-"}
-    if point["edge"] == NONE:
+    edge, n_columns, test = point["edge"], run.plan.n_columns, bench.test
+    images = bench.few if edge in CIRCUITS else test
+    about = {"dataset": test.spec.name, "n_test": len(images), "n_calib": len(bench.train), **bench.about}
+    about["switches"] = {**point.what}
+    if edge in CIRCUITS:
+        described = SimEngine(CIRCUITS[edge]).describe().items()
+        about["switches"] |= {"correction": "column, closed loop", "n_columns": n_columns}
+        about["switches"] |= {k: v for k, v in described if v is not None and k not in ("seed", "t_s")}
+    if edge == NONE:
         about["n_calib"] = 0
+        if bench.net is not bench.qnet:
+            about |= {"method": "float", "w_bits": 32, "a_bits": 32, "placement": "-"}
     if point["metric"] == "edge_mac_pct":
-        assert bench.cut is not None
-        yield from metric_rows(work.share(bench.cut), **{**about, "n_test": 0, "n_calib": 0})
+        yield from metric_rows(bench.share(bench.cut(point["cut"])), **{**about, "n_test": 0, "n_calib": 0})
         return
-    answers, sizes = answered(bench, point)
-    right = (answers.argmax(1) == bench.images.labels).double()
+    answers, sizes = answered(bench, images, products_of(bench, edge, point["seed"], n_columns), point)
+    right = (answers.argmax(1) == images.labels).double()
     yield {**about, "value": 100 * right.mean().item()}
-    few = torch.isin(test.indices, work.few.indices)
+    few = torch.isin(test.indices, bench.few.indices)
     if len(right) == len(few) and not few.all():
         yield {**about, "value": 100 * right[few].mean().item(), "n_test": int(few.sum())}
     yield from metric_rows({f"{coding}_KiB": float(np.mean(each)) / 1024 for coding, each in sizes.items()}, **about)
 
 
 @torch.no_grad()
-def answered(bench: CutBench, point: Point) -> tuple[Tensor, dict[str, list[int]]]:
+def answered(
+    bench: Workbench, images: ImageSet, products: Products, point: Point
+) -> tuple[Tensor, dict[str, list[int]]]:
     """Logits of the judged images, and the bytes of each packet by coding.
 
     Every packet is made in both codings; the cloud reads the deflated ones.
     """
-    work, images, cut = bench.work, bench.images, bench.cut
-    if point["cut"] == ALL:
-        logits = np.concatenate([run_integers(work.record, x, products=bench.products) for x in bench.batches()])
-        return torch.from_numpy(logits), {}
     if quality := point["jpeg_quality"]:
         streams = ec.to_jpeg(images.images, quality=quality)
         seen = ec.from_jpeg(streams, images.images, quality=quality)
-        answers = torch.cat([work.net(normalize(some, images.spec)) for some in seen.split(CHUNK)])
+        answers = torch.cat([bench.net(normalize(some, images.spec)) for some in seen.split(CHUNK)])
         return answers, {"jpeg": [len(stream) for stream in streams]}
-    if cut is None:
-        wire, cloud = ec.pixel_wire(images.spec, bits=point["wire_bits"]), work.net
-        codes = (wire.encode(x.numpy()) for x in bench.batches())
+    x = normalize(images.images, images.spec)
+    if point["cut"] == ALL:
+        return torch.from_numpy(run_integers(bench.record, x, products=products)), {}
+    if point["cut"] == IMAGE:
+        wire, cloud, values = ec.pixel_wire(images.spec, bits=point["wire_bits"]), bench.net, x.numpy()
+        encode = wire.encode
     else:
-        wire = fitted_wire(work, cut, bits=point["wire_bits"], per_channel=point["grid"] == "channel")
-        cloud, spec, sent = ec.split_at(work.net, cut)[1], bench.part.tensors[bench.part.output], bench.sent
-        codes = (wire.encode_integers(sent[i : i + CHUNK], spec) for i in range(0, len(sent), CHUNK))
+        cut = bench.cut(point["cut"])
+        wire = fitted_wire(bench, cut, bits=point["wire_bits"], per_channel=point["grid"] == "channel")
+        cloud, (spec, values) = ec.split_at(bench.net, cut)[1], sent(bench, images, products, cut)
+        encode = partial(wire.encode_integers, spec=spec)
     sizes: dict[str, list[int]] = {"packed": [], "deflate": []}
     logits = []
-    for some in codes:
-        packets = ec.pack(wire, some, coding="deflate")
-        sizes["packed"] += map(len, ec.pack(wire, some))
+    for i in range(0, len(values), CHUNK):
+        codes = encode(values[i : i + CHUNK])
+        packets = ec.pack(wire, codes, coding="deflate")
+        sizes["packed"] += map(len, ec.pack(wire, codes))
         sizes["deflate"] += map(len, packets)
         logits.append(cloud(torch.from_numpy(wire.decode(ec.unpack(wire, packets)))))
     return torch.cat(logits), sizes
@@ -187,15 +255,18 @@ def answered(bench: CutBench, point: Point) -> tuple[Tensor, dict[str, list[int]
 @cache
 def fitted_wire(bench: Workbench, cut: ec.Cut, *, bits: int, per_channel: bool) -> ec.Wire:
     """The wire of a cut, fitted to what the exact edge sends of the training images, whatever edge is used later."""
-    return ec.fit_wire(torch.from_numpy(_sent_in_training(bench, cut)), cut.name, bits=bits, per_channel=per_channel)
+    values = torch.from_numpy(real_values(*sent(bench, bench.train, exact_products, cut)))
+    return ec.fit_wire(values, cut.name, bits=bits, per_channel=per_channel)
 
 
-@lru_cache(maxsize=1)
-def _sent_in_training(bench: Workbench, cut: ec.Cut) -> np.ndarray:
-    part = ec.integer_edge(bench.qnet, bench.record, cut)
-    x_int = output_integers(part, normalize(bench.train.images, bench.train.spec))
-    return real_values(part.tensors[part.output], x_int)
+@lru_cache(maxsize=2)  # the training images and the judged ones, for all wires of a cut
+def sent(bench: Workbench, images: ImageSet, products: Products, cut: ec.Cut) -> tuple[TensorSpec, np.ndarray]:
+    """What an edge sends of some images: the grid at the cut, and the integers on it, (N, *shape)."""
+    half = ec.integer_edge(bench.qnet, bench.record, cut)
+    return half.tensors[half.output], output_integers(half, normalize(images.images, images.spec), products=products)
 
 
-STUDY = Study("edge_cloud", PLANS, points=points, open_bench=open_cut, measure=measure)
+STUDY = Study(
+    "edge_cloud", PLANS, points=points, open_bench=lambda run, name: workbench(name, run.plan), measure=measure
+)
 STUDIES = (STUDY,)

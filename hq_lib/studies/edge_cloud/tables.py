@@ -6,8 +6,7 @@ from typing import Any
 import pandas as pd
 
 from hq_lib.results import labels, tables
-from hq_lib.studies.edge_cloud.bench import EDGES, EXACT, NONE
-from hq_lib.studies.edge_cloud.study import ALL, IMAGE
+from hq_lib.studies.edge_cloud.study import ALL, EDGES, EXACT, IMAGE, NONE
 
 EDGE_TITLES = {
     "integer": "edge: W8A8, digital",
