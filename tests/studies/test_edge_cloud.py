@@ -151,10 +151,10 @@ def test_tables_and_figure_come_from_the_rows(rows):
     drawn = tables.lines(frame)
     assert set(drawn["line"]) == {CUT, "pixels", "JPEG"}
     assert not drawn.isna().to_numpy().any()
-    whole, titles = tables.whole_on_edge(frame), {"integer": "a", "crossbar": "b"}
-    figure = fig_edge_cloud(drawn, whole, edges=titles, named=tables.CUT_WORDS)
-    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["a", "b"]
+    whole = tables.whole_on_edge(frame)
+    figure = fig_edge_cloud(drawn, whole)
+    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["edge: W8A8, digital", "edge: crossbar, 1 s"]
     with pytest.raises(ValueError, match="needs the columns"):
-        fig_edge_cloud(drawn.drop(columns="KiB"), whole, edges=titles, named=tables.CUT_WORDS)
+        fig_edge_cloud(drawn.drop(columns="KiB"), whole)
     two = fig_wire(np.eye(4), np.zeros((4, 4)), title="1 bit")
     assert np.array_equal(two.axes[0].images[0].get_array(), np.eye(4))

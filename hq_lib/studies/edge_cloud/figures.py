@@ -11,6 +11,19 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from hq_lib.results.figures import Look, band, looks, need, new_figure, styled
 
+EDGES = {
+    "integer": "edge: W8A8, digital",
+    "crossbar": "edge: crossbar, 1 s",
+    "crossbar_1day": "edge: crossbar, 1 day",
+}
+"""Edge -> title of its column."""
+CUTS = {
+    "conv1": "cut after the stem", "layer1.2": "cut after stage 1", "layer2.2": "cut after stage 2",
+    "layer3.2": "cut after stage 3",
+}  # fmt: skip
+"""ResNet-20's cuts with a colour, from the input on -> words for them."""
+RAW_KiB = 3.0
+"""A CIFAR-10 image as it is: 32 x 32 x 3 bytes."""
 CODINGS = {"packed": "packed bits", "deflate": "compressed"}
 TICKS_KiB = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
 SPAN_PCT, HEADROOM_PCT = 34.0, 2.5
@@ -36,17 +49,10 @@ def fig_wire(sent: np.ndarray, received: np.ndarray, *, title: str) -> Figure:
 
 
 @styled("edge", "line", "coding", "KiB", "acc_pct", "step")
-def fig_edge_cloud(
-    points: pd.DataFrame,
-    references: pd.DataFrame,
-    *,
-    edges: Mapping[str, str],
-    named: Mapping[str, str],
-    raw_KiB: float = 3.0,
-) -> Figure:
+def fig_edge_cloud(points: pd.DataFrame, references: pd.DataFrame) -> Figure:
     """Accuracy against KiB per image: a column of axes for each edge, packed packets above, compressed ones below.
 
-    A line is a cut, its points the bits on the wire; the cuts in ``named`` have colours, all others are thin and grey.
+    A line is a cut, its points the bits on the wire; those of ``CUTS`` have colours, all others are thin and grey.
     Where there are several draws a point is their mean and its bar their standard deviation. The two ways of sending
     the image itself are drawn in all columns: they do not depend on the edge.
 
@@ -54,47 +60,45 @@ def fig_edge_cloud(
         points:     one row per edge ("" for pictures), line (name of a cut, "pixels" or "JPEG"), coding and draw:
                     ``edge``, ``line``, ``coding`` ("packed" or "deflate"), ``KiB`` (mean of a packet, 1024 bytes),
                     ``acc_pct``, ``step`` (bits or quality: what tells the points of a line apart).
-        references: one row per edge and draw: ``edge``, ``acc_pct`` of the whole network on that edge.
-        edges:      key -> title of the column, in order.
-        named:      cut -> words for it, from the input on.
-        raw_KiB:    an image as it is; CIFAR-10's has 32 x 32 x 3 bytes.
+        references: one row per edge (of ``EDGES``, those that are drawn) and draw: ``edge``, ``acc_pct`` of the whole
+                    network on that edge.
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
     need(references, ("edge", "acc_pct"), "fig_edge_cloud")
+    whole = {str(edge): float(np.mean(rows["acc_pct"])) for edge, rows in references.groupby("edge")}
+    edges = [edge for edge in EDGES if edge in whole]
     width = 1.4 + 2.1 * len(edges)
     figure, axes = new_figure(2, len(edges), width=width, height=4.8, sharex=True, sharey=True)
-    styles = looks(["float", *named])
-    whole = {str(edge): float(np.mean(rows["acc_pct"])) for edge, rows in references.groupby("edge")}
-    for column, (edge, title) in enumerate(edges.items()):
-        for ax, (coding, words) in zip(axes[:, column], CODINGS.items(), strict=True):
-            mine = points.loc[points["edge"].isin([edge, ""]) & (points["coding"] == coding)]
-            _draw_lines(ax, mine, styles, named)
-            _draw_references(ax, whole[edge], raw_KiB)
-            if column == 0:
-                ax.set_ylabel(f"{words}\naccuracy, %")
-        axes[0, column].set_title(title)
-        axes[1, column].set_xlabel("KiB per image")
+    styles = looks(["float", *CUTS])
+    for column, edge in zip(axes.T, edges, strict=True):
+        for ax, coding in zip(column, CODINGS, strict=True):
+            _draw_lines(ax, points.loc[points["edge"].isin([edge, ""]) & (points["coding"] == coding)], styles)
+            _draw_references(ax, whole[edge])
+        column[0].set_title(EDGES[edge])
+        column[1].set_xlabel("KiB per image")
+    for ax, words in zip(axes[:, 0], CODINGS.values(), strict=True):
+        ax.set_ylabel(f"{words}\naccuracy, %")
     top = points["acc_pct"].to_numpy(dtype=float).max() + HEADROOM_PCT
     axes[0, 0].set_ylim(top - SPAN_PCT, top)
-    _label(figure, named, whole[next(iter(edges))], raw_KiB)
+    _label(figure, whole[edges[0]])
     return figure
 
 
-def _draw_lines(ax: Axes, points: pd.DataFrame, styles: Mapping[str, Look], named: Mapping[str, str]) -> None:
-    for line in dict.fromkeys([*(n for n in points["line"] if n not in named), *named]):
+def _draw_lines(ax: Axes, points: pd.DataFrame, styles: Mapping[str, Look]) -> None:
+    for line in dict.fromkeys([*(n for n in points["line"] if n not in CUTS), *CUTS]):
         rows = points.loc[points["line"] == line]
         if rows.empty:
             continue
-        label = named.get(line, PICTURES.get(line, "_other"))
+        label = CUTS.get(line, PICTURES.get(line, "_other"))
         at = rows.groupby("step", sort=True)["KiB"].mean()
         height = band(rows, x="step", y="acc_pct")
-        ax.errorbar(at, height["mean"], yerr=height["sd"], label=label, **_look(line, styles, named))
+        ax.errorbar(at, height["mean"], yerr=height["sd"], label=label, **_look(line, styles))
 
 
-def _look(line: str, styles: Mapping[str, Look], named: Mapping[str, str]) -> dict[str, Any]:
-    if line in named:
+def _look(line: str, styles: Mapping[str, Look]) -> dict[str, Any]:
+    if line in CUTS:
         style = styles[line]
         return {"color": style.color, "marker": style.marker, "markersize": 4, "linestyle": "-", "zorder": 3}
     if line in PICTURES:
@@ -103,9 +107,9 @@ def _look(line: str, styles: Mapping[str, Look], named: Mapping[str, str]) -> di
     return {"color": "0.72", "marker": "", "linestyle": "-", "linewidth": 0.8, "elinewidth": 0.5, "zorder": 1}
 
 
-def _draw_references(ax: Axes, whole_pct: float, raw_KiB: float) -> None:
+def _draw_references(ax: Axes, whole_pct: float) -> None:
     ax.axhline(whole_pct, color="0.35", linewidth=0.9, zorder=0)
-    ax.axvline(raw_KiB, color="0.35", linewidth=0.9, zorder=0)
+    ax.axvline(RAW_KiB, color="0.35", linewidth=0.9, zorder=0)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(TICKS_KiB))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -114,14 +118,14 @@ def _draw_references(ax: Axes, whole_pct: float, raw_KiB: float) -> None:
     ax.tick_params(axis="x", labelrotation=45)
 
 
-def _label(figure: Figure, named: Mapping[str, str], whole_pct: float, raw_KiB: float) -> None:
+def _label(figure: Figure, whole_pct: float) -> None:
     """One legend below, and words at the reference lines of the first axes."""
     first, found = figure.axes[0], {}
     for ax in figure.axes:
         found |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    words = [w for w in [*named.values(), *PICTURES.values()] if w in found]
+    words = [w for w in [*CUTS.values(), *PICTURES.values()] if w in found]
     figure.legend([found[w] for w in words], words, loc="outside lower center", ncols=3)
-    first.annotate("raw image", (raw_KiB, 0.02), xycoords=("data", "axes fraction"), xytext=(2, 0), rotation=90,
+    first.annotate("raw image", (RAW_KiB, 0.02), xycoords=("data", "axes fraction"), xytext=(2, 0), rotation=90,
                    textcoords="offset points", size=7, color="0.35")  # fmt: skip
     first.annotate("all on the edge", (0.16, whole_pct), xytext=(0, 2), textcoords="offset points", size=7,
                    color="0.35")  # fmt: skip

@@ -6,24 +6,12 @@ from typing import Any
 import pandas as pd
 
 from hq_lib.results import labels, tables
-from hq_lib.studies.edge_cloud.study import ALL, EDGES, EXACT, IMAGE, NONE
+from hq_lib.studies.edge_cloud.figures import EDGES, RAW_KiB
+from hq_lib.studies.edge_cloud.study import ALL, CIRCUITS, EXACT, IMAGE, NONE
 
-EDGE_TITLES = {
-    "integer": "edge: W8A8, digital",
-    "crossbar": "edge: crossbar, 1 s",
-    "crossbar_1day": "edge: crossbar, 1 day",
-}
-"""Edge -> title of its column."""
-CUT_WORDS = {
-    "conv1": "cut after the stem", "layer1.2": "cut after stage 1", "layer2.2": "cut after stage 2",
-    "layer3.2": "cut after stage 3",
-}  # fmt: skip
-"""ResNet-20's cuts with a colour -> words for them."""
 SWITCHES = ("edge", "cut", "grid", "wire_bits", "jpeg_quality")
 NEAR = ["acc_pct", "packed_KiB", "deflate_KiB", "edge_mac_pct"]
 """What is told of wires that are near the image."""
-RAW_KiB = 3.0
-"""A CIFAR-10 image as it is: 32 x 32 x 3 bytes."""
 TOLERANCE_PP = 1.0
 """Points below the whole network that ``near`` allows."""
 
@@ -80,11 +68,6 @@ def whole_on_edge(frame: pd.DataFrame) -> pd.DataFrame:
     return largest(frame).loc[lambda f: f["cut"] == ALL, ["edge", "seed", "n_test", "acc_pct"]]
 
 
-def titles(frame: pd.DataFrame) -> dict[str, str]:
-    """The edges that have lines -> title, in order."""
-    return {edge: title for edge, title in EDGE_TITLES.items() if edge in set(frame["edge"])}
-
-
 def table(frame: pd.DataFrame) -> pd.DataFrame:
     """tab_edge_cloud: per cut and bits on the wire the share of the edge, KiB a packet, and the accuracy by edge.
 
@@ -98,8 +81,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     if 0 < n_same < n_all:
         columns[f"digital, {n_same:,} images"] = (EXACT, n_same)
     if n_same:
-        mine = {edge: EDGE_TITLES[edge].removeprefix("edge: ") for edge in EDGES if edge != EXACT}
-        columns |= {f"{words}, {n_same:,} images": (edge, n_same) for edge, words in mine.items()}
+        columns |= {f"{EDGES[edge].removeprefix('edge: ')}, {n_same:,} images": (edge, n_same) for edge in CIRCUITS}
     found = []
     key: Any
     for key, at in frame.groupby(["edge_mac_pct", "cut", "wire_bits"]):
