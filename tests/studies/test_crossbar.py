@@ -244,7 +244,7 @@ def test_a_frozen_network_file_goes_onto_arrays_as_the_trainable_one(tmp_path, c
     )
     np.testing.assert_array_equal(first, second)
     place = places(study.STUDY.plan("smoke", studies=["trained"], networks=[str(frozen)]))[0]
-    named = study._network(place.net)
+    named = study._named(place.net, place.circuit)
     assert (named["method"], named["w_bits"], named["switches"]["network"]) == ("dsq", 2, "frozen")
 
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from hq_lib import graph
-from hq_lib.crossbar import Circuit, EngineNetwork, IdealEngine, SimEngine, count, residuals
+from hq_lib.crossbar import Circuit, EngineNetwork, SimEngine, count, residuals
 from hq_lib.crossbar.calibration import Moments, Reference, compensate, norm_moments, reestimate_norms, references
 from hq_lib.crossbar.operands import exact_mvm
+from hq_lib.crossbar.profiles import IDEAL
 from hq_lib.crossbar.simulator import ADC_PJ
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer import IntegerModel, lower
@@ -198,19 +199,12 @@ def points(plan: Plan) -> list[Point]:
 def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
     """A study's draw is a unit, but each training has its own; a training's cost is on its first point."""
     n_calib = {"none": 0, "bn": plan.n_norm}.get(correction, plan.n_calib)
-    named, net, noise, per = (
-        _network(place.net),
-        place.net,
-        place.net.noise_pct,
-        getattr(place.circuit.device.read, "per", ""),
-    )
-    switches = {**named["switches"], "study": place.study, "effect": place.effect, "x": place.x,
-                "correction": correction, "t_s": place.t_s, **circuit_settings(place.circuit)}  # fmt: skip
+    net, noise, per = place.net, place.net.noise_pct, getattr(place.circuit.device.read, "per", "")
+    where = {"study": place.study, "effect": place.effect, "x": place.x, "correction": correction, "t_s": place.t_s}
     trained = {} if noise is None else {"epochs": plan.epochs, "n_train": plan.n_train or 0}
     key = {
-        **named, "metric": "acc_pct", "seed": draw if place.drawn else -1,
-        "n_calib": max(n_calib, plan.n_calib if _fitted(place) else 0), "n_test": plan.n_test,
-        "switches": switches, **trained,
+        **_named(net, place.circuit, **where), "metric": "acc_pct", "seed": draw if place.drawn else -1,
+        "n_calib": max(n_calib, plan.n_calib if _fitted(place) else 0), "n_test": plan.n_test, **trained,
     }  # fmt: skip
     name = f"{place.study}: {place.effect}, {place.x:g}, {correction}, draw {draw}, "
     name += (net.file or f"{net.bits} bits") + (f", read noise by {per}" if per else "")
@@ -236,12 +230,15 @@ def circuit_settings(circuit: Circuit) -> Row:
     return {k: v for k, v in (other | named).items() if k not in hidden and (k, v) != ("device.read.per", "product")}
 
 
-def _network(net: Net) -> Row:
+def _named(net: Net, circuit: Circuit, /, **switches: Any) -> Row:
+    """The columns that name a network, and ``switches`` with what of it and of its circuit stands there."""
     if net.file:
-        switches = {"network": Path(net.file).stem, "file": file_digest(net.file)}
-        return {**quantized_as(record_of(net.file)), "switches": switches}
-    bits = {"w_bits": net.bits, "a_bits": net.bits}
-    return {"model": MODEL, "method": "mse", **bits, "placement": "deploy", "switches": net_switch(MODEL)}
+        columns = quantized_as(record_of(net.file))
+        known = {"network": Path(net.file).stem, "file": file_digest(net.file)}
+    else:
+        columns = {"model": MODEL, "method": "mse", "w_bits": net.bits, "a_bits": net.bits, "placement": "deploy"}
+        known = net_switch(MODEL)
+    return {**columns, "switches": {**known, **switches, **circuit_settings(circuit)}}
 
 
 def _fitted(place: Place) -> bool:
@@ -258,13 +255,11 @@ def product_points(plan: Plan) -> list[Point]:
     """
     found = []
     for (panel, place), draw in product(panels(plan).items(), range(plan.n_draws)):
-        named = _network(place.net)
         for kind in place.corrections:
-            switches = {**named["switches"], "panel": panel, "t_s": place.t_s, "layer": LAYER, "correction": kind,
-                        **circuit_settings(place.circuit)}  # fmt: skip
+            where = {"panel": panel, "t_s": place.t_s, "layer": LAYER, "correction": kind}
             key = {
-                "experiment": PAIRS, **named, "metric": "relative_error", "n_calib": plan.n_calib, "seed": draw,
-                "n_test": N_HELD_OUT, "switches": switches,
+                "experiment": PAIRS, **_named(place.net, place.circuit, **where), "metric": "relative_error",
+                "n_calib": plan.n_calib, "seed": draw, "n_test": N_HELD_OUT,
             }  # fmt: skip
             name, unit = f"{panel}, {kind}, draw {draw}", f"crossbar_layers_s{draw}"
             found.append(Point(name, key, (kind, draw), bench=(place, draw), unit=unit, after=FIRST))
@@ -306,19 +301,12 @@ def measure_products(run: Run[Plan], bench: Programmed, point: Point) -> Iterato
 
 
 def cost_points(plan: Plan) -> list[Point]:
-    """The counts of the whole network on each circuit; its exact engine will do, as counts need no cells."""
-    found, named = [], _network(Net())
+    """The counts of the whole network on each circuit; perfect cells will do for all, as counts are the mapping's."""
+    found, perfect = [], Place(COST, "", 0, Circuit(IDEAL), ())
     for circuit, of in CIRCUITS.items():
-        switches = {**named["switches"], "circuit": circuit, **circuit_settings(of)}
-        key = {"experiment": PAIRS, **named, "metric": "n_cells", "switches": switches}
-        found.append(Point(circuit, key, of, unit="crossbar_cost", after=FIRST))
+        key = {"experiment": PAIRS, **_named(perfect.net, of, circuit=circuit), "metric": "n_cells"}
+        found.append(Point(circuit, key, of, bench=(perfect, 0), unit="crossbar_cost", after=FIRST))
     return found
-
-
-def open_counted(run: Run[Plan], _needed: Any) -> Programmed | None:
-    """The integer network, exact."""
-    integers = open_integers(run, Net())
-    return integers and Programmed(integers, EngineNetwork(integers.model, IdealEngine()), None)
 
 
 def measure_cost(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
@@ -343,5 +331,5 @@ def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, float]:
 
 STUDY = Study("crossbar", PLANS, points=points, open_bench=open_arrays, measure=measure)
 PRODUCTS = Study(LAYERS, PLANS, points=product_points, open_bench=open_arrays, measure=measure_products)
-COSTS = Study(COST, PLANS, points=cost_points, open_bench=open_counted, measure=measure_cost)
+COSTS = Study(COST, PLANS, points=cost_points, open_bench=open_arrays, measure=measure_cost)
 STUDIES = (STUDY, PRODUCTS, COSTS)
