@@ -106,12 +106,7 @@ def fig_crossbar_accuracy(points: pd.DataFrame, *, exact_pct: float) -> Figure:
         ax.set(title=f"programming error, {effect}", xlabel=f"standard deviation, % {unit}")
     _converter_lines(axes[1, 0], points.loc[points["study"] == "adc"])
     _stuck_lines(axes[1, 1], points.loc[points["study"] == "stuck"])
-    for ax in axes.flat:
-        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
-        ax.set_ylim(0, 100)
-        label_ends(ax)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("test accuracy, %")
+    _finish(axes, exact_pct)
     return figure
 
 
@@ -142,18 +137,16 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
                 )
                 ax.errorbar(table.index, table["mean"], table["sd"], color=look(kind).color, marker=mark, markersize=9,
                             linestyle="", label="_other")  # fmt: skip
-        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
-        for kind, value in no_error.items():
-            ax.axhline(value, color=look(kind).color, linewidth=0.8, linestyle=":", zorder=0)
         ax.set_xscale("log")
         times = points["x"].to_numpy(dtype=float)
         used = {s: text for s, text in TICKS_S.items() if any(np.isclose(times, s, rtol=0.02))}
         ax.set_xticks(list(used), list(used.values()))
         ax.minorticks_off()
         told = "; ".join(f"{MARKS[mark]}: {effect}" for effect, mark in others.items())
-        ax.set(ylim=(0, 100), title=f"PCM, {RULES[rule]}", xlabel=f"time since programming ({told})")
-        label_ends(ax)
-    axes[0, 0].set_ylabel("test accuracy, %")
+        ax.set(title=f"PCM, {RULES[rule]}", xlabel=f"time since programming ({told})")
+    _finish(axes, exact_pct)
+    for ax, (kind, value) in product(axes[0], no_error.items()):
+        ax.axhline(value, color=look(kind).color, linewidth=0.8, linestyle=":", zorder=0)
     return figure
 
 
@@ -177,13 +170,10 @@ def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
         part = points.loc[(points["reading"] == reading) & (points["correction"] == kind)]
         names = {effect: effect for effect in styles}
         band_lines(ax, part, x="x", y="acc_pct", by="effect", names=names, looks=styles)
-        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
-        ax.set(title=f"{reading}, correction: {CORRECTIONS[kind]}", ylim=(0, 100))
-        label_ends(ax)
+        ax.set_title(f"{reading}, correction: {CORRECTIONS[kind]}")
     for ax in axes[-1]:
         ax.set_xlabel("programming error, % of the window")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("test accuracy, %")
+    _finish(axes, exact_pct)
     return figure
 
 
@@ -198,6 +188,16 @@ def fig_products(ideal: Tensor, measured: Tensor, *, title: str) -> Figure:
     ax.set(title=f"{title}: relative error {error:.3f}", xlabel="ideal, steps", ylabel="measured, steps")
     ax.locator_params(nbins=5)
     return figure
+
+
+def _finish(axes: np.ndarray, exact_pct: float) -> None:
+    """Dashes at the exact integers' accuracy in all axes, of percent from 0 to 100, and labels at the ends of lines."""
+    for ax in axes.flat:
+        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        ax.set_ylim(0, 100)
+        label_ends(ax)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("test accuracy, %")
 
 
 def _converter_lines(ax: Axes, part: pd.DataFrame) -> None:

@@ -82,11 +82,9 @@ def scatter_pairs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def layer_errors(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``crossbar_layers`` for fig_mvm_calibration, layers in the order of the network."""
+    """Rows of ``crossbar_layers`` for fig_mvm_calibration, layers by name: ResNet-20's order."""
     rows = unpacked(rows, "panel", "correction", "layer").query("metric == 'relative_error'")
-    names = sorted(set(rows["layer"]), key=lambda name: (name == "linear", name != "conv1", name))
-    rows = rows.assign(relative_error=rows["value"], at=rows["layer"].map(names.index))
-    return rows.sort_values(["at", "seed"], kind="stable")
+    return rows.assign(relative_error=rows["value"]).sort_values(["layer", "seed"], kind="stable")
 
 
 def products_table(rows: pd.DataFrame) -> pd.DataFrame:
