@@ -11,12 +11,12 @@ from hq_lib.studies.bn_fold.study import BN
 NO_NORM = "no batch norm"
 UNTRAINED = "untrained"
 """In place of what a network with random statistics does not have: predictions worth counting."""
-ERRORS = {"rel_error_float64": "relative error, float64", "rel_error_float32": "relative error, float32"}
-DECIMALS = {
-    "acc_pct": ("accuracy, %", 2), "folded_acc_pct": ("folded, %", 2), "n_flips": ("changed", 0),
-    "integers_acc_pct": ("integers, folded, %", 2), "integers_kept_acc_pct": ("integers, norms kept, %", 2),
+METRICS = {
+    "rel_error_float64": ("relative error, float64", ".1e"), "rel_error_float32": ("relative error, float32", ".1e"),
+    "acc_pct": ("accuracy, %", ".2f"), "folded_acc_pct": ("folded, %", ".2f"), "n_flips": ("changed", ".0f"),
+    "integers_acc_pct": ("integers, folded, %", ".2f"), "integers_kept_acc_pct": ("integers, norms kept, %", ".2f"),
 }  # fmt: skip
-"""Metric of a trained network -> title and digits in print."""
+"""Metric -> title and format in print; all but the relative errors are of trained networks alone."""
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
@@ -29,15 +29,13 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
 def fold_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_bn_fold, from ``shown``: relative errors in both number formats, and what predictions did."""
     index = ["model", "dataset", "n_test", "statistics"]
-    wide = tables.wide(rows, *index).reindex(columns=[*index, *ERRORS, *DECIMALS])
+    wide = tables.wide(rows, *index).reindex(columns=[*index, *METRICS])
     out = pd.DataFrame({"model": [labels.printed("model", m) for m in wide["model"]]})
     out["statistics"] = [_source(*pair) for pair in zip(wide["model"], wide["statistics"], strict=True)]
     out["images"] = wide["dataset"].replace("-", "noise")
-    for metric, title in ERRORS.items():
-        out[title] = [f"{value:.1e}" for value in wide[metric]]
     absent = [UNTRAINED if source == "random" else tables.NOT_RUN for source in wide["statistics"]]
-    for metric, (title, digits) in DECIMALS.items():
-        out[title] = [a if pd.isna(v) else f"{v:.{digits}f}" for v, a in zip(wide[metric], absent, strict=True)]
+    for metric, (title, form) in METRICS.items():
+        out[title] = [a if pd.isna(v) else f"{v:{form}}" for v, a in zip(wide[metric], absent, strict=True)]
     out["test images"] = [f"{n:,}" if n else a for n, a in zip(wide["n_test"], absent, strict=True)]
     return out
 
@@ -51,7 +49,7 @@ def _source(model: str, statistics: str) -> str:
 
 def worst(rows: pd.DataFrame) -> pd.DataFrame:
     """By number format the largest relative error, the network that has it, and among how many."""
-    found = rows.loc[rows["metric"].isin(list(ERRORS))]
+    found = rows.loc[rows["metric"].str.startswith("rel_error")]
     top = found.loc[found.groupby("metric")["value"].idxmax()]
     return pd.DataFrame({
         "metric": top["metric"], "largest": top["value"], "of": top["model"], "networks": found["model"].nunique()

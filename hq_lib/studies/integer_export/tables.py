@@ -15,11 +15,11 @@ from hq_lib.results import labels, tables
 from hq_lib.studies.integer_export.executors import EXECUTORS, version
 from hq_lib.studies.integer_export.study import AS_TRAINED, MOBILE, MODELS, Plan
 
-METRICS = {"acc_pct": ".2f", "agreement": ".0f", "file_KiB": ",.0f", "cpu_ms": ".3g", "peak_MiB": ".2f"}
-TITLES = {
-    "acc_pct": "accuracy, %", "agreement": "against NumPy", "file_KiB": "file, KiB", "cpu_ms": "CPU ms an image",
-    "peak_MiB": "peak memory, MiB",
+METRICS = {
+    "acc_pct": ("accuracy, %", ".2f"), "agreement": ("against NumPy", ".0f"), "file_KiB": ("file, KiB", ",.0f"),
+    "cpu_ms": ("CPU ms an image", ".3g"), "peak_MiB": ("peak memory, MiB", ".2f"),
 }  # fmt: skip
+"""Metric of the support matrix -> title and format in print."""
 CLAIM = (
     "Every network in every executor: one integer record, equal logits. Two numbers in a cell are the requantizers "
     "float32 / fixed; time is CPU time, summed over threads; memory is what opening the file and running one image "
@@ -76,12 +76,12 @@ def _lines(mine: pd.DataFrame, network: str, bits: str) -> Iterator[dict[str, An
     values = at.set_index(["method", "metric", "requantizer"])["value"].to_dict()
     reasons = at.loc[at["reason"] != ""].set_index("method")["reason"].to_dict()
     for executor in EXECUTORS[:1] if bits == "float" else EXECUTORS[1 + (network in MOBILE) :]:
-        line = {title: _cell(values, executor, metric, n_test) for metric, title in TITLES.items()}
+        line = {title: _cell(values, executor, metric, n_test) for metric, (title, _) in METRICS.items()}
         is_measured = (executor, "cpu_ms", "float32") in values
         if executor in reasons and not is_measured:
             line = dict.fromkeys(line, reasons[executor])
         elif network in MOBILE and is_measured:
-            line[TITLES["acc_pct"]] = "untrained"
+            line[METRICS["acc_pct"][0]] = "untrained"
         yield {
             "network": labels.printed("model", network), "bits": bits, "executor": labels.printed("method", executor),
             "images": f"{n_test:,}" if n_test else tables.NOT_RUN, **line,
@@ -98,7 +98,7 @@ def _cell(values: Mapping[Key, float], executor: str, metric: str, n_test: int) 
     both = [values.get((executor, counted, form)) for form in REQUANTIZERS]
     if both[0] is None:
         return tables.NOT_RUN
-    shown = " / ".join(f"{value:{METRICS[metric]}}" for value in both if value is not None)
+    shown = " / ".join(f"{value:{METRICS[metric][1]}}" for value in both if value is not None)
     return f"{shown} of {10 * n_test:,} logits differ" if metric == "agreement" else shown
 
 
