@@ -12,9 +12,8 @@ from pathlib import Path
 
 from hq_lib.crossbar import Adc, Circuit, ConstantRead, Device, Drive, Faults, FlickerRead, Mapping, Wires
 from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S, device, proportional, state_independent
-from hq_lib.results import paths
 from hq_lib.results.hints import nearest
-from hq_lib.studies.bench import record_of
+from hq_lib.studies.bench import known_networks, network_file, record_of
 from hq_lib.studies.study import StudyError, check_choice
 
 HOUR_S, DAY_S, YEAR_S = 3600.0, 86_400.0, 3.156e7
@@ -160,10 +159,10 @@ def places(plan: Plan) -> list[Place]:
 
 def network_path(name: str) -> Path:
     """The quantized network's file that ``name`` means, a path or the stem of a shipped one; else ``StudyError``."""
-    path = Path(name) if name.endswith(".safetensors") else paths.checkpoints_dir() / f"{name}.safetensors"
-    if not path.is_file():
-        known = [found.stem for found in sorted(paths.checkpoints_dir().glob("*.safetensors"))]
-        raise StudyError(f"no network file {path}: give a path, or the name of a shipped one{nearest(name, known)}")
+    path = network_file(name)
+    if path is None:
+        hint = nearest(name, known_networks())
+        raise StudyError(f"no network file {name!r}: give a path, or the name of a shipped one{hint}")
     if "policy" not in record_of(name):
         raise StudyError(f"{path} holds a float network: give a quantized one (hq quantize writes it)")
     return path

@@ -29,9 +29,9 @@ from hq_lib.crossbar.simulator import ADC_PJ
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer import IntegerModel, lower
 from hq_lib.integer import run as run_integers
-from hq_lib.studies.bench import after_training, net_switch, open_bench, quantized_as, record_of
+from hq_lib.studies.bench import after_training, net_switch, network_file, open_bench, quantized_as, record_of
 from hq_lib.studies.crossbar.points import CIRCUITS, PLANS, SERIAL, Net, Place, Plan, network_path, panels, places
-from hq_lib.studies.study import Found, Point, Row, Run, Study, StudyError, metric_rows
+from hq_lib.studies.study import Found, Point, Row, Run, Study, metric_rows
 from hq_lib.training import TrainConfig, fit
 from hq_lib.training.evaluation import evaluation_of
 
@@ -126,10 +126,8 @@ def _training(net: Net) -> str:
 
 def file_digest(name: str) -> str:
     """First digits of the SHA-256 of a network file, "" where it is absent."""
-    try:
-        return hashlib.sha256(network_path(name).read_bytes()).hexdigest()[:8]
-    except StudyError:
-        return ""
+    path = network_file(name)
+    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 # -- accuracies --------------------------------------------------------------------------------------------------------
