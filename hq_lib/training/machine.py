@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from hq_lib.graph.tracing import device_of
 from hq_lib.quantizers import Quantizer
 from hq_lib.quantizers.straight_through import AS_EAGER
+from hq_lib.results import provenance
 from hq_lib.training.config import AUTO, TrainConfig
 
 WORTH_COMPILING = 2_000
@@ -81,8 +81,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for products in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    processor = Path("/proc/cpuinfo")
-    return device.type == "cpu" and processor.exists() and "avx512_bf16" in processor.read_text(encoding="utf-8")
+    return device.type == "cpu" and "avx512_bf16" in provenance.cpu_flags()
 
 
 def compiling_wins(net: nn.Module, x: Tensor, y: Tensor, *, precision: str, say: Callable[[str], None]) -> bool:
