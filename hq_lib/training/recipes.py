@@ -39,10 +39,6 @@ class Recipe:
     split: str = "train"
     """What ``full`` trains on: "train", or "trainval", all images, as the published runs do. Nothing is then left to
     validate on, and the last epoch is kept."""
-    quick_epochs: int = 2
-    """Epochs in the quick profile."""
-    quick_images: int = 5_000
-    """Training images in the quick profile (class-balanced)."""
     network: str | None = None
     """Name of the network, as ``models.build`` takes it; None = the recipe's own."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +68,10 @@ repository (seed 001) leaves its schedules open.
 """
 
 
+SHORT = {"quick": (2, 5_000), "smoke": (1, 256)}
+"""Profile -> (epochs, class-balanced training images) of float training."""
+
+
 def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig, int | None]:
     """(data set, configuration, number of training images or None for all) of a network in a profile.
 
@@ -87,7 +87,7 @@ def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig
     if profile == "full":
         epochs = chosen.config.epochs if seed == 0 else chosen.later_epochs or chosen.config.epochs
         return chosen.dataset, replace(chosen.config, seed=seed, epochs=epochs), None
-    epochs, n = (chosen.quick_epochs, chosen.quick_images) if profile == "quick" else (1, 256)
+    epochs, n = SHORT[profile]
     return chosen.dataset, replace(chosen.config, seed=seed, epochs=epochs, warmup_epochs=0), n
 
 
@@ -140,7 +140,7 @@ every method has the same epochs from the same float net, so that a table compar
 """
 
 CUT = {"quick": (1, 1_280), "smoke": (1, 128)}
-"""Profile -> (epochs, class-balanced training images)."""
+"""The same of fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,11 @@ def find_lists(model: str, name: str) -> Lists:
     return BIT_LISTS[model][name]
 
 
-def widths(model: str, lists: Sequence[str], bits: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
-    """(configuration, fewest bits) of each of ``lists`` that ``model`` has; ("", pair) for ``bits`` without lists.
+def widths(model: str, lists: Sequence[str]) -> list[tuple[str, tuple[int, int]]]:
+    """(configuration, fewest bits) of each of ``lists`` that ``model`` has.
 
     ``ValueError`` for a configuration that no network has, or a network that has none.
     """
-    if not lists:
-        return [("", pair) for pair in bits]
     somewhere = {name for known in BIT_LISTS.values() for name in known}
     asked = [name for name in lists if name not in somewhere or name in BIT_LISTS.get(model, lists)]
     return [(name, least_bits(find_lists(model, name))) for name in asked]
@@ -248,4 +246,4 @@ def list_recipe(net: nn.Module, lists: Lists, method: str, profile: str, *, seed
     recipe = qat_recipe(method, *least_bits(lists), profile, seed=seed)
     weight, act = METHODS[method]
     policy = BitPolicy.from_lists(net, *lists, weight=weight, act=act, placement="academic")
-    return QatRecipe(policy, recipe.config, recipe.n_train)
+    return replace(recipe, policy=policy)
