@@ -22,25 +22,18 @@ _RECORD = "hq_record"
 """Key of the file's metadata: 64 hexadecimal digits of SHA-256, then the record as JSON."""
 
 
-def save_checkpoint(
-    path: str | os.PathLike, net: nn.Module, record: Mapping[str, Any], *, dtype: torch.dtype | None = None
-) -> None:
+def save_checkpoint(path: str | os.PathLike, net: nn.Module, record: Mapping[str, Any]) -> None:
     """Writes the float network's state and its run record to ``path``.
 
     Args:
         path:   ends in ``.safetensors``.
-        net:    any network of ``models.build``.
+        net:    any network of ``models.build``; of ``rounded_to``, in half the bytes. Loading gives float32 again.
         record: how the weights came about; needs ``REQUIRED`` so that the network can be built again.
-        dtype:  what real numbers are stored in; None = as they are. Loading gives float32 again, so ``net`` should be
-                ``rounded_to(net, dtype)`` already: what was evaluated is then what is stored.
     """
     missing = [key for key in REQUIRED if key not in record]
     if missing:
         raise CheckpointError(f"the record of {Path(path).name} lacks {', '.join(missing)}")
-    state = net.state_dict()
-    if dtype is not None:
-        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    write_checkpoint(path, state, {key: value for key, value in record.items() if key != "sha256"})
+    write_checkpoint(path, net.state_dict(), {key: value for key, value in record.items() if key != "sha256"})
 
 
 def write_checkpoint(path: str | os.PathLike, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -70,16 +63,14 @@ def _digest(text: str, state: Mapping[str, Tensor]) -> str:
 
 
 def rounded_to(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of ``net`` whose real numbers, running statistics included, ``dtype`` holds exactly (round to nearest).
+    """A copy of ``net`` in ``dtype``, running statistics included (to nearest); its ``float()`` is what will be loaded.
 
     Raises ``CheckpointError`` naming a tensor that would overflow.
     """
-    rounded = copy.deepcopy(net)
+    rounded = copy.deepcopy(net).to(dtype)
     for key, value in rounded.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(value.to(dtype))
-            if not value.isfinite().all():
-                raise CheckpointError(f"{key} has values beyond {dtype}: store it as float32")
+        if not value.isfinite().all():
+            raise CheckpointError(f"{key} has values beyond {dtype}: store it as float32")
     return rounded
 
 

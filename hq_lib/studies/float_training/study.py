@@ -5,6 +5,7 @@ record in ``data/checkpoints``, where the other studies find it; ``hq study floa
 Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.csv``.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,12 +167,12 @@ def _write(net: nn.Module, path: Path, record: Row) -> None:
     A network beyond ``MAX_BYTES`` in float32 is stored in float16, and the record's accuracies are those of the weights
     as stored.
     """
-    dtype = torch.float16 if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES else None
-    if dtype is not None:
-        net, before = models.rounded_to(net, dtype), record["acc_pct"]
-        stored = {split: evaluate(net, data.load(record["dataset"], split)).acc_pct for split in before}
+    if sum(4 * value.numel() for value in net.state_dict().values()) > MAX_BYTES:
+        net, before = models.rounded_to(net, torch.float16), record["acc_pct"]
+        kept = copy.deepcopy(net).float()
+        stored = {split: evaluate(kept, data.load(record["dataset"], split)).acc_pct for split in before}
         record |= {"acc_pct": stored, "stored_as": "float16", "acc_pct_before_rounding": before}
-    models.save_checkpoint(path, net, record, dtype=dtype)
+    models.save_checkpoint(path, net, record)
 
 
 STUDY = Study("float_training", PLANS, points=points, open_bench=open_images, measure=measure, gpu=True)
