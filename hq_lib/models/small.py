@@ -35,11 +35,8 @@ def repeated(
     return [block(c_out if i else c_in, c_out, stride=1 if i else stride, **options) for i in range(n)]
 
 
-PADDING = {28: 2, 32: 0}  # of LeNet's first convolution, by image size: both leave 28 x 28 after it
-
-
 class LeNet(nn.Module):
-    """LeNet as in seed 002, 61,706 parameters (1 channel, 10 classes); (B, C, in_size, in_size) -> (B, n_classes).
+    """LeNet as in seed 002, 61,706 parameters (1 channel, 10 classes); (B, C, 28, 28) -> (B, n_classes).
 
         conv 5x5 1->6 pad 2, pool 2 · conv 5x5 6->16, pool 2 · conv 5x5 16->120 · fc 84 · fc 10
 
@@ -50,15 +47,12 @@ class LeNet(nn.Module):
     Args:
         n_classes:   width of the last linear layer.
         in_channels: channels of the image.
-        in_size:     pixels: 28 (MNIST, padded by 2) or 32 (no padding); anything else raises ``ValueError``.
         relu1:       clip(x, 0, 1) instead of ReLU: the seed trains with it for its fixed activation scale 1/255.
     """
 
-    def __init__(self, *, n_classes: int = 10, in_channels: int = 1, in_size: int = 28, relu1: bool = False) -> None:
+    def __init__(self, *, n_classes: int = 10, in_channels: int = 1, relu1: bool = False) -> None:
         super().__init__()
-        if in_size not in PADDING:
-            raise ValueError(f"LeNet in_size {in_size!r}: choose one of {tuple(PADDING)} (pixels)")
-        self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=PADDING[in_size])
+        self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=2)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.conv3 = nn.Conv2d(16, 120, 5)
         self.fc1 = nn.Linear(120, 84)
@@ -68,7 +62,7 @@ class LeNet(nn.Module):
         initialize_he_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, in_size, in_size) -> (B, n_classes)."""
+        """(B, C, 28, 28) -> (B, n_classes)."""
         x = self.pool(self.act(self.conv1(x)))  # (B, 6, 14, 14)
         x = self.pool(self.act(self.conv2(x)))  # (B, 16, 5, 5)
         x = self.act(self.conv3(x))  # (B, 120, 1, 1)

@@ -113,8 +113,7 @@ def build(name: str, *, n_classes: int | None = None, in_channels: int | None = 
         name:        one of ``names()``, or of torchvision's classifiers.
         n_classes:   width of the last layer; default 10, or 1000 for ImageNet networks.
         in_channels: channels of the image; default 3, for LeNet 1. Not for ImageNet networks.
-        options:     the network's own: ``option`` (ResNets), ``width`` and ``hidden`` (VGGs), ``relu1`` and ``in_size``
-                     (LeNet).
+        options:     the network's own: ``option`` (ResNets), ``width`` and ``hidden`` (VGGs), ``relu1`` (LeNet).
 
     Raises:
         ValueError: an unknown name or option; names the nearest valid one, or lists the options. A size below 1.
