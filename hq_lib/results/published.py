@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from hq_lib.results import paths
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check
 from hq_lib.results.rows import UNITS
 
 COLUMNS = (
@@ -83,17 +83,9 @@ def lookup(**wanted: Any) -> pd.DataFrame:
     """
     table = load()
     for column, value in wanted.items():
-        _check_word(column, column, COLUMNS)
+        check("published numbers", "column", [column], COLUMNS, error=PublishedError)
         values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         if column not in NUMBERS:
-            for word in values:
-                _check_word(column, word, _load(FILE)[column].unique().tolist())
+            check("published numbers", column, values, _load(FILE)[column].unique(), error=PublishedError)
         table = table.loc[table[column].isin(values)]
     return table.reset_index(drop=True)
-
-
-def _check_word(column: str, word: Any, known: Sequence[str]) -> None:
-    if word not in known:
-        what = "column" if column == word else column
-        hint = nearest(word, known) or f"; there are {', '.join(sorted(known)[:40])}"
-        raise PublishedError(f"nothing published has the {what} {word!r}{hint}")
