@@ -448,7 +448,7 @@ def test_every_shipped_configuration_is_one(path):
         return
     else:
         policy = run.qat(net).policy
-    if run.model in models.imagenet_names():
+    if run.model in models.IMAGENET:
         return
     spec = data.SPECS["mnist" if run.model == "lenet" else "cifar10"]
     graph.quantize(net.eval(), policy, torch.randn(1, *spec.in_shape))

@@ -6,4 +6,4 @@
 
 from hq_lib.data.batches import augment, batches, normalize
 from hq_lib.data.fetch import DataUnavailableError
-from hq_lib.data.sets import SPECS, DataSpec, ImageSet, load, load_or_embedded, names
+from hq_lib.data.sets import SPECS, DataSpec, ImageSet, load, load_or_embedded

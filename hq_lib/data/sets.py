@@ -152,18 +152,13 @@ SPECS = {
 }  # fmt: skip
 
 
-def names() -> tuple[str, ...]:
-    """The data sets that ``load`` knows."""
-    return tuple(SPECS)
-
-
 def load(
     name: str, split: str, *, root: Path | str | None = None, n: int | None = None, spec: DataSpec | None = None
 ) -> ImageSet:
     """The images of one split.
 
     Args:
-        name:  one of ``names()``.
+        name:  one of ``SPECS``.
         split: "train" (without the validation images), "val", "trainval" or "test".
         root:  for "imagenet": the folder of class folders (see ``hq_lib.data.folder``); else unused. Its pictures are
                read when they are asked for, never all at once.

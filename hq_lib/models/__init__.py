@@ -12,15 +12,15 @@ from hq_lib.models.checkpoints import (
     save_checkpoint,
     write_checkpoint,
 )
+from hq_lib.models.mobile import TAKEN
 from hq_lib.models.public import IMAGENET_MEAN_STD, CheckpointError, fetched, load_public, resnet20_akamaster
 from hq_lib.models.zoo import (
+    IMAGENET,
     build,
     builder,
     count_macs,
     count_madds_thop,
     count_parameters,
-    imagenet_names,
     names,
     published,
-    taken,
 )

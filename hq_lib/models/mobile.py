@@ -96,7 +96,7 @@ TAKEN: dict[str, dict[str, object]] = {
     f"efficientnet_lite{lite}": {"mean": MEAN, "std": STD, "in_shape": (3, px, px), "short_side": px + BORDER}
     for lite, (_, _, px, _) in FORMS.items()
 }
-"""What the weights were trained with: fields of ``DataSpec``."""
+"""What a network that is built with its weights takes: fields of ``DataSpec``."""
 PACKAGE_KEYS = {r"(^|\.)_": r"\1"}
 
 

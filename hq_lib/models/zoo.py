@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hq_lib.models.mobile import FORMS, TAKEN, MobileNetV2, efficientnet_lite
+from hq_lib.models.mobile import FORMS, MobileNetV2, efficientnet_lite
 from hq_lib.models.public import CheckpointError
 from hq_lib.models.small import DEPTHS, VGG, VGG11, VGG_SMALL, LeNet, ResNet, ToyNet
 from hq_lib.results.hints import nearest
@@ -50,17 +50,13 @@ IMAGENET: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_torchvision, name) for name in THEIRS},
     **{f"efficientnet_lite{i}": partial(efficientnet_lite, i) for i in FORMS},
 }
-"""Name -> builder of the networks that tables name; options are those of the builder, ``num_classes`` among them."""
+"""Name -> builder of the ImageNet networks that tables name; options are those of the builder, ``num_classes`` among
+them; EfficientNet-Lite needs the extra ``imagenet``."""
 
 
 def names() -> tuple[str, ...]:
     """Networks that tables name, the small ones first; ``build`` knows torchvision's others too."""
     return (*SMALL, *IMAGENET)
-
-
-def imagenet_names() -> tuple[str, ...]:
-    """The ImageNet networks among ``names()``; EfficientNet-Lite needs the extra ``imagenet``."""
-    return tuple(IMAGENET)
 
 
 def torchvision_names() -> list[str]:
@@ -78,11 +74,6 @@ def builder(name: str) -> Callable[..., nn.Module]:
         return partial(_torchvision, name)
     near = nearest(name, [*names(), *torchvision_names()])
     raise ValueError(f"unknown network {name!r}: choose one of {', '.join(names())}, or of torchvision's{near}")
-
-
-def taken(name: str) -> Mapping[str, object] | None:
-    """What a network that is built with its weights takes, fields of ``DataSpec``; None for all others."""
-    return TAKEN.get(name)
 
 
 def published(name: str, which: str = "DEFAULT") -> tuple[Mapping[str, Tensor], dict[str, Any]]:

@@ -106,7 +106,7 @@ def open_bench(
     nothing, and rows name the data set. An ImageNet network without a file is ``open_imagenet``'s, with ``root``.
     """
     path = network_file(name)
-    if path is None and name in models.imagenet_names():
+    if path is None and name in models.IMAGENET:
         return open_imagenet(name, root=root, n_val=n_val or 0, n_test=n_test, device=device)
     if path is None:
         print(f"{name}: no float checkpoint in {paths.checkpoints_dir()}, not run (notebook 01 in profile full ships)")
@@ -180,7 +180,7 @@ def open_imagenet(
     """An ImageNet network with its images; None, after a line that says why, where they cannot be had.
 
     Args:
-        name:   one of ``models.imagenet_names()``. EfficientNet-Lites' weights are packages, and say what images they
+        name:   one of ``models.IMAGENET``. EfficientNet-Lites' weights are packages, and say what images they
                 take; of any other network ``public_weights("<name>.pth")``, a state dict as torchvision publishes it.
         root:   image folder, ``train/`` and ``val/`` or class folders alone; "" = the sample in ``../shared/data``.
         n_val:  validation images, cut evenly from the training images (at most ``N_IMAGENET``, kept in memory).
@@ -188,7 +188,7 @@ def open_imagenet(
         device: "cpu" or "cuda".
     """
     images = Path(root).expanduser() if root else (paths.shared_data() or paths.ROOT / "absent") / "imagenet_sample"
-    taken = models.taken(name)
+    taken = models.TAKEN.get(name)
     weights = public_weights(f"{name}.pth") if taken is None else None
     if not images.is_dir():
         print(f"{name}: no image folder {images.name} (give root, a folder of class folders), not run")

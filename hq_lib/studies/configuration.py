@@ -60,7 +60,7 @@ class Configuration:
     """file of float weights: .safetensors of ``hq train``, or a state dict (.pt, .pth, .th), or its URL with
     ``#sha256=...`` behind it; ``torchvision``, or ``torchvision:IMAGENET1K_V1``; "" = the shipped ones"""
     data: str = ""
-    """data set, as in ``data.names``; "" = what the network was trained on"""
+    """data set, as in ``data.SPECS``; "" = what the network was trained on"""
     root: str = ""
     """folder of pictures (``train/`` or ``sel/`` and ``val/``, or class folders alone), with ``data: imagenet``"""
     mean: list = field(default_factory=list)
@@ -171,7 +171,7 @@ class Configuration:
 
         Raises ``ValueError`` for a network of ours that no weights are known of.
         """
-        taken, file = (None, None) if self.net else (models.taken(self.model), shipped(self.model))
+        taken, file = (None, None) if self.net else (models.TAKEN.get(self.model), shipped(self.model))
         theirs, _, which = self.weights.partition(":")
         if self.weights and theirs != TORCHVISION:
             file = models.fetched(self.weights) if "://" in self.weights else Path(self.weights)
@@ -215,7 +215,7 @@ class Configuration:
         """The first ``n`` (0: all) images of a split, as the network of the record takes them."""
         name = self._dataset(record)
         if not name:
-            raise ValueError(f"data: the network's file does not say; choose one of {', '.join(data.names())}")
+            raise ValueError(f"data: the network's file does not say; choose one of {', '.join(data.SPECS)}")
         own = {key: value for key, value in record.items() if value}
         spec = self.normalization({"dataset": name, **own})
         if name == PICTURES:
@@ -259,7 +259,7 @@ class Configuration:
     def selected(self) -> selection.Manifest:
         """``n_calib`` training images by ``strategy`` and ``metric``, as a manifest."""
         dataset = FLOAT_RECIPES[self.model].dataset if self.model in FLOAT_RECIPES and not self.net else ""
-        taken = None if self.net else models.taken(self.model)
+        taken = None if self.net else models.TAKEN.get(self.model)
         images = self.images("train", {"dataset": dataset, "images": taken}, self.n_train)
         scores = selection.score(images.images, self.metric) if self.metric else None
         options: Any = {"strategy": self.strategy, "seed": self.seed}

@@ -18,7 +18,7 @@ from hq_lib.graph.folding import FoldError, fold_bn, folded_weight_bias, per_cha
 
 M = TypeVar("M", bound=nn.Module)
 BN = nn.modules.batchnorm._BatchNorm
-SMALL = [name for name in models.names() if name not in models.imagenet_names()]
+SMALL = [name for name in models.names() if name not in models.IMAGENET]
 
 
 def randomized(net: M, dtype: torch.dtype = torch.float64) -> M:
@@ -378,7 +378,7 @@ def test_fold_scales_the_ranges_by_its_multiplier() -> None:
 
 
 def _example(name: str, dtype: torch.dtype) -> Tensor:
-    size = 64 if name in models.imagenet_names() else 28 if name == "lenet" else 32
+    size = 64 if name in models.IMAGENET else 28 if name == "lenet" else 32
     return image(2, 1 if name == "lenet" else 3, size, size, dtype=dtype)
 
 
@@ -401,7 +401,7 @@ def test_every_small_network_folds_exactly(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", models.imagenet_names())
+@pytest.mark.parametrize("name", models.IMAGENET)
 def test_every_imagenet_network_folds_exactly(name: str) -> None:
     torch.manual_seed(0)
     try:

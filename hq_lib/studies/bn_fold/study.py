@@ -57,7 +57,7 @@ def points(plan: Plan) -> list[Point]:
     found = []
     for model in plan.models:
         trained = shipped(model) is not None
-        how = net_switch(model) if trained else {"input_px": 64 if model in models.imagenet_names() else 32}
+        how = net_switch(model) if trained else {"input_px": 64 if model in models.IMAGENET else 32}
         switches = {"statistics": "trained" if trained else "random", **how}
         key = {"model": model, "method": "float", "metric": "rel_error_float64", "switches": switches}
         after = (f"{model}_float_s0",) if trained else ()

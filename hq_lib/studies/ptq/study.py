@@ -27,7 +27,7 @@ from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, me
 from hq_lib.training import evaluate
 
 ERRORS = "ptq_errors"
-NETS = {PUBLIC: "resnet20", SHIPPED: "resnet20", **{name: name for name in models.imagenet_names()}}
+NETS = {PUBLIC: "resnet20", SHIPPED: "resnet20", **{name: name for name in models.IMAGENET}}
 """The public ResNet-20 (option A, 91.73 %), the shipped one, and the ImageNet networks by name -> network."""
 PUBLIC_FILE = "resnet20_akamaster_9173.th"
 FLOAT = "float"

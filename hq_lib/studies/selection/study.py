@@ -103,7 +103,7 @@ IMAGENET_PLANS = {
 def points(plan: Plan) -> list[Point]:
     """Every point once, those of one pool adjoining, by draw, so that a cut run is whole; unknown names are refused."""
     check_choice("selection", "way of choosing", plan.choices, CHOICES)
-    check_choice("selection", "network", plan.nets, (SHIPPED, *models.imagenet_names()))
+    check_choice("selection", "network", plan.nets, (SHIPPED, *models.IMAGENET))
     found = []
     for net in plan.nets:
         images = {"images": plan.root.rstrip("/").rsplit("/", 1)[-1]} if plan.root else {}
