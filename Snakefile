@@ -140,7 +140,7 @@ for place, unit in enumerate(UNITS):
         threads: 1
         priority: len(UNITS) - place
         resources:
-            mem_mb=unit["mem_mb"],
+            mem_mb=4000,
             runtime=int(60 + 4 * unit["minutes"]),
             **({"gpu": 1} if unit["gpu"] and DEVICE == "cuda" else {}),
         message: f"measuring {unit['study']}: {unit['unit']}, about {unit['minutes'] / 60:.1f} h of one thread"

@@ -121,8 +121,6 @@ class Study(Generic[Plan, Bench]):
     """The bench; None, after a line that says why, where this machine cannot have it: its points are n/r."""
     measure: Callable[[Run[Plan], Bench, Point], Iterator[Found]]
     """Metric, value (and whatever else differs from the key) of each row of a point."""
-    mem_mb: int = 4000
-    """Memory that a unit of profile full is given by a batch engine, MB."""
     gpu: bool = False
     """Whether it computes on the device it is given; another one stays on the CPU, and its rows say so."""
 
@@ -189,12 +187,12 @@ class Study(Generic[Plan, Bench]):
         return self._todo(Run(self.name, profile, plan), self.points(plan))
 
     def units(self, profile: str, **changes: Any) -> list[Row]:
-        """The units with something to measure, as plain data: study, unit, n_points, minutes, after, mem_mb, gpu."""
+        """The units with something to measure, as plain data: study, unit, n_points, minutes, after, gpu."""
         todo = self.todo(profile, **changes)
         found = []
         for unit in dict.fromkeys(point.unit for point in todo):
             own = [point for point in todo if point.unit == unit]
-            told = {"study": self.name, "unit": unit, "n_points": len(own), "mem_mb": self.mem_mb, "gpu": self.gpu}
+            told = {"study": self.name, "unit": unit, "n_points": len(own), "gpu": self.gpu}
             after = sorted({earlier for point in own for earlier in point.after})
             found.append({**told, "minutes": round(sum(point.minutes for point in own), 1), "after": after})
         return found
