@@ -173,9 +173,6 @@ def study(
     if name == "list":
         typer.echo("\n".join(known))
         return
-    if name == "all" and gather:
-        typer.echo(f"{sum(one.gather(profile) for one in known.values())} rows brought in")
-        return
     if name not in known:
         raise typer.BadParameter(f"no study {name!r}: choose one of {', '.join(known)}{nearest(name, known)}")
     paths.check_profile(profile)
