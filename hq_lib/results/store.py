@@ -125,18 +125,12 @@ def _load(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     if not text.endswith("\n"):
         raise _damaged(path, n_lines, "the file ends in the middle of this line")
     reader = csv.reader(text.split("\n")[:-1], strict=True)
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     try:
         if tuple(next(reader)) != schema.COLUMNS:
             raise RowError(f"the header is not {','.join(schema.COLUMNS)}")
-        for cells in reader:
-            row = schema.from_cells(cells)
-            if schema.key(row) in found:
-                raise RowError("it repeats the key of an earlier line")
-            found[schema.key(row)] = row
-    except (RowError, ValueError, csv.Error) as error:
+        return _by_key(map(schema.from_cells, reader))
+    except (ValueError, csv.Error) as error:
         raise _damaged(path, reader.line_num, str(error)) from None
-    return found
 
 
 def _damaged(path: Path, line: int, reason: str) -> ResultsError:

@@ -207,7 +207,7 @@ def test_a_name_that_is_no_name_is_refused(name):
         (lambda b: b[:-7], 3, "ends in the middle"),
         (lambda b: b"", 1, "ends in the middle"),
         (lambda b: b.replace(b"experiment,", b"study,", 1), 1, "header"),
-        (lambda b: b + b.splitlines(keepends=True)[1], 4, "repeats the key"),
+        (lambda b: b + b.splitlines(keepends=True)[1], 4, "two rows share the key"),
         (lambda b: b + b"<<<<<<< HEAD\n", 4, "1 cells instead of 22"),
         (lambda b: b.replace(b",91.25,", b",ninety,", 1), 2, "value is 'ninety'"),
         (lambda b: b.replace(b",91.25,", b",nan,", 1), 2, "finite"),
