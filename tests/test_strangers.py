@@ -114,7 +114,7 @@ def campaign(path, content, read, n, seed, found):
     resource.setrlimit(resource.RLIMIT_AS, (used + 1024 * MIB, used + 1024 * MIB))
     sys.setrecursionlimit(1000)
     inside = tuple(
-        str(p) for p in (path.parent, ROOT, paths.data_dir(), sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys")
+        str(p) for p in (path.parent, ROOT, paths.cache_dir(), sys.prefix, sys.base_prefix, "/proc", "/dev", "/sys")
     )
     draw, refused = random.Random(seed), 0
     for i in range(n):

@@ -22,14 +22,9 @@ def check_profile(profile: str) -> str:
     return profile
 
 
-def data_dir() -> Path:
-    """The folder of downloaded and shipped data: ``$HQ_DATA``, else ``data/`` of the repository."""
-    return Path(os.environ.get("HQ_DATA") or ROOT / "data")
-
-
 def cache_dir() -> Path:
-    """Where verified copies of the public data sets live (git ignores it)."""
-    return data_dir() / "cache"
+    """Where verified copies of the public data sets live (git ignores it): in ``$HQ_DATA``, else ``data/``."""
+    return Path(os.environ.get("HQ_DATA") or ROOT / "data") / "cache"
 
 
 def checkpoints_dir() -> Path:
