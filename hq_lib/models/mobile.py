@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +98,6 @@ TAKEN: dict[str, dict[str, object]] = {
     for lite, (_, _, px, _) in FORMS.items()
 }
 """What a network that is built with its weights takes: fields of ``DataSpec``."""
-PACKAGE_KEYS = {r"(^|\.)_": r"\1"}
 
 
 def same_padding(kernel: int, stride: int, px: int) -> nn.Module:
@@ -186,7 +186,7 @@ def efficientnet_lite(lite: int = 0, *, pretrained: bool = True, num_classes: in
         raise ValueError(
             f"efficientnet_lite{lite}: the weights have 1000 classes; num_classes={num_classes} needs pretrained=False"
         )
-    return load_public(weights_path(lite), net, key_map=PACKAGE_KEYS)
+    return load_public(weights_path(lite), net, renamed=lambda key: re.sub(r"(^|\.)_", r"\1", key))
 
 
 def weights_path(lite: int = 0) -> Path:

@@ -1,4 +1,4 @@
-"""Weights that others published, by key mapping.
+"""Weights that others published.
 
 Nothing is ever unpickled from a stranger: ``.th``/``.pt`` files are read with ``weights_only=True``, which refuses
 anything but tensors and plain containers.
@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hq_lib.data import sources
 from hq_lib.models.small import ResNet
 from hq_lib.results import paths
 
-STRIP_WRAPPERS = {r"^((module|_orig_mod)\.)+": ""}  # the prefixes that DataParallel and torch.compile leave
+WRAPPERS = r"^((module|_orig_mod)\.)+"  # the prefixes that DataParallel and torch.compile leave
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -35,7 +35,7 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> N
     """
     own = net.state_dict()
     if not state.keys() & own.keys():  # a network may have a module of that name
-        state = {_renamed(key, STRIP_WRAPPERS): value for key, value in state.items()}
+        state = {re.sub(WRAPPERS, "", key): value for key, value in state.items()}
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}  # not in older files
     try:
         net.load_state_dict({**counters, **state})
@@ -44,13 +44,13 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], *, source: str) -> N
         raise CheckpointError(f"{source} is not a checkpoint of this {type(net).__name__}; {listed:.2000}") from error
 
 
-def load_public(path: str | os.PathLike, net: nn.Module, *, key_map: Mapping[str, str] = STRIP_WRAPPERS) -> nn.Module:
+def load_public(path: str | os.PathLike, net: nn.Module, *, renamed: Callable[[str], str] = str) -> nn.Module:
     """``net`` with the weights of a public ``.th`` or ``.pt`` file.
 
     Args:
         path:    holds a state dict, alone or under the key ``state_dict``.
         net:     the network that the file belongs to; changed in place.
-        key_map: regular expression -> replacement, applied to every key in this order.
+        renamed: from a key of the file to the network's; prefixes of wrappers go anyway.
 
     Raises:
         CheckpointError: unreadable, wants to run code, or a checkpoint of another network (keys listed).
@@ -67,7 +67,7 @@ def load_public(path: str | os.PathLike, net: nn.Module, *, key_map: Mapping[str
         )
         raise CheckpointError(f"{path} holds no state dict of names and tensors, at the top or under 'state_dict', but "
                               f"{held}: save the one entry that is one to a file of its own")  # fmt: skip
-    load_state(net, {_renamed(key, key_map): value for key, value in state.items()}, source=Path(path).name)
+    load_state(net, {renamed(key): value for key, value in state.items()}, source=Path(path).name)
     return net
 
 
@@ -98,12 +98,6 @@ def fetched(url: str) -> Path:
     folder = paths.cache_dir() / "weights"
     folder.mkdir(parents=True, exist_ok=True)
     return sources.download(address, f"sha256:{digest}", folder)
-
-
-def _renamed(key: str, key_map: Mapping[str, str]) -> str:
-    for pattern, replacement in key_map.items():
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def resnet20_akamaster(path: str | os.PathLike) -> nn.Module:

@@ -135,7 +135,7 @@ def test_public_keys_are_mapped(tmp_path):
     theirs, ours = models.build("lenet"), models.build("lenet")
     state = {f"module.{key.replace('fc', 'dense')}": value for key, value in theirs.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "x.th")
-    models.load_public(tmp_path / "x.th", ours, key_map={r"^module\.": "", "dense": "fc"})
+    models.load_public(tmp_path / "x.th", ours, renamed=lambda key: key.replace("dense", "fc"))
     assert torch.equal(ours.fc2.weight, theirs.fc2.weight)
     with pytest.raises(CheckpointError, match=r"Missing .*fc1.*Unexpected .*dense1"):
         models.load_public(tmp_path / "x.th", ours)
