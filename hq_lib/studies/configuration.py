@@ -262,12 +262,11 @@ class Configuration:
         taken = None if self.net else models.TAKEN.get(self.model)
         images = self.images("train", {"dataset": dataset, "images": taken}, self.n_train)
         scores = selection.score(images.images, self.metric) if self.metric else None
-        options: Any = {"strategy": self.strategy, "seed": self.seed}
+        how: Any = {"strategy": self.strategy, "seed": self.seed}
         balanced = self.n_calib >= images.spec.n_classes and int(images.labels.min()) != folder.UNLABELLED
-        every: Any = {"labels": images.labels if balanced else None, "n_images": len(images)}
-        chosen = selection.select(scores, self.n_calib, **every, **options)
-        how: Any = {"metric": self.metric, "balanced": balanced, **options}
-        return selection.from_images(images, chosen, **how)
+        labels = images.labels if balanced else None
+        chosen = selection.select(scores, self.n_calib, labels=labels, n_images=len(images), **how)
+        return selection.from_images(images, chosen, metric=self.metric, balanced=balanced, **how)
 
     # -- what is done --------------------------------------------------------------------------------------------------
 
