@@ -39,13 +39,12 @@ def render(profile: str) -> Path:
     if not executed:
         raise FileNotFoundError(f"no executed notebooks in {build / 'notebooks'}: run `make paper PROFILE={profile}`")
     folder = build / "share"
-    names = [notebook.stem for notebook in executed]
-    books = [nbformat.read(notebook, as_version=4) for notebook in executed]
-    for place, (name, book) in enumerate(zip(names, books, strict=True)):
-        before, after = names[place - 1] if place else "", names[place + 1] if name != names[-1] else ""
+    books = {notebook.stem: nbformat.read(notebook, as_version=4) for notebook in executed}
+    names = ["", *books, ""]
+    for before, (name, book), after in zip(names, books.items(), names[2:], strict=False):
         links = [("← " + before[:2], before), ("index", "index"), (after[:2] + " →", after)]
         atomic.write_text(folder / f"{name}.html", _page(book, links))
-    atomic.write_text(folder / "index.html", _page(_index(profile, names, books), []))
+    atomic.write_text(folder / "index.html", _page(_index(profile, books), []))
     return folder
 
 
@@ -102,14 +101,14 @@ def _mathml(formula: str, display: str) -> str:
     return found
 
 
-def _index(profile: str, names: list[str], books: list[nbformat.NotebookNode]) -> nbformat.NotebookNode:
+def _index(profile: str, books: dict[str, nbformat.NotebookNode]) -> nbformat.NotebookNode:
     """The first page as a notebook without code: the main table, four figures, one sentence a notebook."""
     figures = paths.figures_dir(profile)
     table = figures / f"{MAIN_TABLE}.md"
     texts = [
         f"# Quantization workbook\n\nExecuted notebooks, profile **{profile}**; every page is self-contained.",
         table.read_text(encoding="utf-8") if table.exists() else f"{MAIN_TABLE}: n/r in profile {profile}",
-        "## The notebooks\n\n" + "\n".join(f"- {_sentence(n, b)}" for n, b in zip(names, books, strict=True)),
+        "## The notebooks\n\n" + "\n".join(f"- {_sentence(n, b)}" for n, b in books.items()),
         "## Four figures",
         *(_figure(figures, name) for name in FRONT_FIGURES),
     ]
