@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from hq_lib.graph import BitPolicy
-from hq_lib.quantizers import act_quantizer
+from hq_lib.graph.spec import Spec, make_quantizer, parse_spec
 from hq_lib.quantizers.base import Quantizer
 from hq_lib.quantizers.pact import FixedMPACT
 from hq_lib.quantizers.ranges import LEAST_ERROR
@@ -166,9 +166,9 @@ def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int
     """
     check_profile(profile)
     check_known(method, METHODS, "QAT method")
-    weight, act = METHODS[method]
-    specs = {"weight": _with_bits(weight, w_bits), "act": _with_bits(act, a_bits)}
-    policy = BitPolicy(**specs, first_last_bits=8, input_bits=8, placement="academic", bn="keep")
+    weight = parse_spec(METHODS[method][0], "policy.weight", base=Spec(bits=w_bits))
+    act = parse_spec(METHODS[method][1], "policy.act", base=Spec(bits=a_bits))
+    policy = BitPolicy(weight, act, first_last_bits=8, input_bits=8, placement="academic", bn="keep")
     lowest = min(w_bits, a_bits)
     if max(w_bits, a_bits) == 32:
         lowest = max(lowest, 2)  # one bit of one of them alone is about as hard as two of both
@@ -179,15 +179,9 @@ def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int
     return QatRecipe(policy, replace(config, epochs=epochs, warmup_epochs=0.0, seed=seed), n_train)
 
 
-def _with_bits(like: Any, bits: int) -> Any:
-    return {**like, "bits": bits} if isinstance(like, dict) else f"{like}:{bits}"
-
-
 def act_of(method: str, bits: int, *, signed: bool) -> Quantizer | None:
     """The activation quantizer that ``method`` (a key of ``METHODS``) stands for; None for 32 bits."""
-    like = METHODS[method][1]
-    spec = dict(like) if isinstance(like, dict) else {"method": like}
-    return act_quantizer(spec.pop("method"), bits, signed=signed, **spec)
+    return make_quantizer(parse_spec(METHODS[method][1], method, base=Spec(bits=bits)), "act", method, signed=signed)
 
 
 Lists = tuple[tuple[int, ...], tuple[int, ...]]
