@@ -175,10 +175,11 @@ def load(
     check_known(name, SPECS, "data set")
     spec = SPECS[name]
     part = "test" if split == "test" else "train"
-    images, labels = _raw(name, part)
-    whole = ImageSet(images, labels, spec, split, torch.arange(len(labels)))
+    arrays = sources.embedded_digits() if name == "digits" else fetch.obtain(sources.DATA_SETS[name])
+    pixels, labels = (torch.from_numpy(arrays[f"{part}_{kind}"]) for kind in ("images", "labels"))
+    whole = ImageSet(pixels.permute(0, 3, 1, 2), labels.long(), spec, split)  # files hold (N, H, W, C)
     if split in ("train", "val") and spec.n_val:
-        held_out = balanced_positions(labels, spec.n_val, spec.n_classes, SPLIT_SEED)
+        held_out = balanced_positions(whole.labels, spec.n_val, spec.n_classes, SPLIT_SEED)
         keep = torch.ones(len(labels), dtype=torch.bool)
         keep[held_out] = False
         whole = whole.subset(held_out if split == "val" else keep.nonzero().flatten())
@@ -197,16 +198,6 @@ def load_or_embedded(name: str, split: str, *, n: int | None = None) -> ImageSet
         print(f"{error}\n-> going on with the embedded data set 'digits'", flush=True)
     embedded = load("digits", split)
     return embedded if n is None or n >= len(embedded) else embedded.balanced(n, SPLIT_SEED)
-
-
-def _raw(name: str, part: str) -> tuple[Tensor, Tensor]:
-    if name == "digits":
-        images, labels = sources.embedded_digits(part)
-    else:
-        arrays = fetch.obtain(sources.DATA_SETS[name])
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-    pixels = torch.from_numpy(images)  # (N, H, W, C) as the raw files hold them
-    return pixels.permute(0, 3, 1, 2), torch.from_numpy(labels).long()
 
 
 def _load_folder(spec: DataSpec, split: str, root: Path | str | None, n: int | None) -> ImageSet:

@@ -140,15 +140,16 @@ def fashion_debian(scratch: Path) -> Arrays:
     return _idx_arrays({key: folder / f"{name}-ubyte.gz" for key, (name, *_) in IDX_FILES.items()})
 
 
-def embedded_digits(part: str) -> tuple[np.ndarray, np.ndarray]:
+def embedded_digits() -> Arrays:
     """scikit-learn's 1,797 scanned digits, 8x8 grey levels 0..16 scaled to (N, 32, 32, 3) bytes; no network needed."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     large = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
-    own = (np.arange(len(large)) % 5 == 4) == (part == "test")
-    return large[own], digits.target[own].astype(np.uint8)
+    both, tested = {"images": large, "labels": digits.target.astype(np.uint8)}, np.arange(len(large)) % 5 == 4
+    parts = {"train": ~tested, "test": tested}
+    return {f"{part}_{kind}": array[own] for part, own in parts.items() for kind, array in both.items()}
 
 
 DATA_SETS = {
