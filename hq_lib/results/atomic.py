@@ -29,7 +29,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file
     finally:
         fresh.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    if os.name == "posix":  # Windows cannot open a folder; its rename is durable enough
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -54,13 +59,3 @@ def _sweep_dead(path: Path) -> None:
             stale.unlink(missing_ok=True)
         except PermissionError:
             continue  # another user's, alive
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # Windows cannot open a folder; its rename is durable enough
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
