@@ -23,26 +23,21 @@ def of_notebook(notebook: Path | str) -> list[str]:
 def of_sources(*sources: str) -> list[str]:
     """The same for pieces of Python source."""
     found: set[Path] = set()
-    pending = [file for source in sources for file in _imported(source)]
+    pending = list(sources)
     while pending:
-        file = pending.pop()
-        if file not in found:
-            found.add(file)
-            pending += _imported_by(file)
+        new = _imported(pending.pop()) - found
+        found |= new
+        pending += [file.read_text(encoding="utf-8") for file in new]
     return sorted(file.relative_to(ROOT).as_posix() for file in found)
 
 
 @cache
-def _imported_by(file: Path) -> list[Path]:
-    return _imported(file.read_text(encoding="utf-8"))
-
-
-def _imported(source: str) -> list[Path]:
+def _imported(source: str) -> frozenset[Path]:
     """The hq_lib files that a source imports, ``__init__`` files and what it asks of a face (``hq.fit``) included."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
-        return []
+        return frozenset()
     names: list[str] = []
     faces = {a.asname for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name == PACKAGE}
     for node in ast.walk(tree):
@@ -52,7 +47,7 @@ def _imported(source: str) -> list[Path]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [file for name in names if name.split(".")[0] == PACKAGE for file in _files(name)]
+    return frozenset(file for name in names if name.split(".")[0] == PACKAGE for file in _files(name))
 
 
 def _files(name: str) -> list[Path]:
