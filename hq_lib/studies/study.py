@@ -277,17 +277,15 @@ def _alone(part: Path, *, wait: bool = True) -> Iterator[bool]:
     part.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(part.with_name(f".{part.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         if not wait:
             yield False
             return
         print(f"{part.name}: another process measures it, waiting for it to end", flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield True
-    finally:
-        lock.release()
 
 
 def _cell(row: Mapping[Any, Any], column: str) -> Any:
