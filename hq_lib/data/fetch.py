@@ -124,16 +124,14 @@ def _check_sums(sums: Mapping[str, str], wanted: Mapping[str, str | None]) -> No
 
 
 def _store(folder: Path, arrays: Arrays, sums: Mapping[str, str]) -> None:
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+        fresh = Path(place) / folder.name
+        fresh.mkdir()
         for key, array in arrays.items():
             np.save(fresh / f"{key}.npy", np.ascontiguousarray(array))
         (fresh / SUMS).write_text(json.dumps(sums, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
 
 
 def _read_cache(folder: Path, data_set: DataSet) -> tuple[Arrays | None, str]:
