@@ -5,8 +5,6 @@ Two rows with one key are the same measurement: the later replaces the earlier. 
 apply is written as ``-``, 0 or 32 bits, and what was not run is no row at all (tables print it as ``n/r``).
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -205,17 +203,10 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows as CSV text: sorted by key, floats in their shortest exact form, the same rows always the same bytes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([_cell_text(c, row[c]) for c in COLUMNS] for row in sorted(rows, key=key))
-    return text.getvalue()
-
-
-def _cell_text(column: str, value: Any) -> str:
-    if column in BITS and float(value).is_integer():
-        return str(int(value))
-    return repr(float(value)) if TYPES[column] is float else str(value)
+    table = frame(rows)
+    whole = {c: [int(bits) if bits.is_integer() else bits for bits in table[c]] for c in BITS}
+    table = table.assign(**{c: pd.Series(bits, dtype="object") for c, bits in whole.items()})
+    return table.to_csv(index=False, lineterminator="\n")
 
 
 def from_cells(cells: list[str]) -> dict[str, Any]:
