@@ -79,14 +79,9 @@ class Correction:
         made = cls(gain, offset, torch.ones_like(gain), kind, len(wanted), _rmse(y, z))
         return replace(made, rmse_after=_rmse(made.apply(y), z))
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing would change."""
-        return self.kind == "identity" and bool((self.drift == 1).all())
-
     def apply(self, raw: Tensor) -> Tensor:
         """Corrected readings, shape and dtype of ``raw`` (..., N); ``raw`` itself for the identity."""
-        if self.is_identity:
+        if self.kind == "identity" and bool((self.drift == 1).all()):
             return raw
         return torch.addcmul(self.offset.to(raw.dtype), raw, (self.gain * self.drift).to(raw.dtype))
 
@@ -120,7 +115,7 @@ class Engine(ABC):
         if handle.name in self._handles:
             raise CrossbarError(f"layer {handle.name!r} is already loaded; give every layer of an engine its own name")
         self._program(handle)
-        self._handles[handle.name] = handle
+        self._handles[handle.name], self._corrections[handle.name] = handle, Correction.identity(handle.w_int.shape[1])
         return handle
 
     def mvm(self, handle: Handle, x: Answers | Operand) -> Answers:
@@ -160,8 +155,7 @@ class Engine(ABC):
 
     def finish(self, handle: Handle, raw: Tensor, out: Tensor) -> Tensor:
         """``out``, float64 (rows, N), filled with ``raw``, corrected and rounded to whole numbers."""
-        correction = self._corrections.get(handle.name)
-        if not rounded(raw if correction is None else correction.apply(raw), out):
+        if not rounded(self._corrections[handle.name].apply(raw), out):
             raise CrossbarError(f"{handle.name}: the engine returned NaN or infinity")
         return out
 
@@ -187,16 +181,13 @@ class Engine(ABC):
 
     def correction(self, handle: Handle) -> Correction:
         """The correction in force for ``handle``; the identity unless calibrated."""
-        found = self._corrections.get(handle.name)
-        return Correction.identity(handle.w_int.shape[1]) if found is None else found
+        return self._corrections[handle.name]
 
-    def set_correction(self, handle: Handle, correction: Correction | None) -> None:
-        """Nothing; puts ``correction`` in force for ``handle`` (None: the identity)."""
-        self._corrections.pop(handle.name, None)
-        if correction is not None:
-            if correction.gain.numel() != handle.w_int.shape[1]:
-                raise CrossbarError(f"{handle.name}: a correction of {correction.gain.numel()} columns does not fit")
-            self._corrections[handle.name] = correction
+    def set_correction(self, handle: Handle, correction: Correction) -> None:
+        """Nothing; puts ``correction`` in force for ``handle``."""
+        if correction.gain.numel() != handle.w_int.shape[1]:
+            raise CrossbarError(f"{handle.name}: a correction of {correction.gain.numel()} columns does not fit")
+        self._corrections[handle.name] = correction
 
     @property
     def time_s(self) -> float:

@@ -156,7 +156,7 @@ class EngineNetwork:
     def reset(self) -> None:
         """Nothing; all corrections are the identity again (converter ranges stay)."""
         for engine, group in self.groups():
-            engine.set_correction(group, None)
+            engine.set_correction(group, Correction.identity(group.w_int.shape[1]))
 
     # -- products ------------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def test_it_undoes_any_gain_and_shift_of_columns():
     net, plain, x = made(IdealEngine())
     _, tilted, _ = made(Tilted())
     for network in (plain, tilted):
-        network.layers["conv3"].engine.set_correction(network.layers["conv3"].groups[0], None)
+        network.reset()
     norms = norm_moments(net)
     first = reestimate_norms(plain, x, norms)["stem"]
     second = reestimate_norms(tilted, x, norms)["stem"]

@@ -14,6 +14,7 @@ from hq_lib.crossbar import (
     Circuit,
     ConstantRead,
     Convolution,
+    Correction,
     Device,
     EngineNetwork,
     FakeDriver,
@@ -59,7 +60,7 @@ def test_replay_gives_the_same_answers_noise_and_calibration_included(recorded):
         engine.calibrate(handle, X)
         np.testing.assert_array_equal(engine.mvm(handle, X[5:]), answers[2])
         engine.trace.rewind()
-        engine.set_correction(handle, None)
+        engine.set_correction(handle, Correction.identity(3))
     assert engine.describe()["recorded.device.name"] == "n"
 
 
