@@ -24,7 +24,6 @@ from hq_lib.crossbar.engine import Correction, Engine
 from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.operands import Handle, exact_mvm
 from hq_lib.crossbar.recording import simulated
-from hq_lib.crossbar.simulator import SimEngine
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer.arithmetic import products as exact_products
 from hq_lib.integer.check import need_model
@@ -82,24 +81,11 @@ class EngineNetwork:
 
         Errors: no layer is on such cells.
         """
-        found = self._simulators()
-        for engine in [engine for engine in found if engine.circuit.device.ages] or found[:1]:
-            engine.set_time(t_s)
-
-    def set_temperature(self, celsius: float) -> None:
-        """Nothing; all simulated cells are read at ``celsius`` from now on.
-
-        Errors: no layer is on such cells, a device without a temperature coefficient.
-        """
-        for engine in self._simulators():
-            engine.set_temperature(celsius)
-
-    def _simulators(self) -> list[SimEngine]:
-        """The simulators in use, behind recorders too, each once; none is an error."""
         found = [inner for inner in map(simulated, self.engines) if inner is not None]
         if not found:
-            raise CrossbarError("no layer is on simulated cells: there is no time or temperature to set")
-        return found
+            raise CrossbarError("no layer is on simulated cells: there is no time to set")
+        for engine in [engine for engine in found if engine.circuit.device.ages] or found[:1]:
+            engine.set_time(t_s)
 
     # -- calibration ---------------------------------------------------------------------------------------------------
 
