@@ -20,8 +20,21 @@ SLICED = Mapping(cell_bits=2, subtract="digital", scale="none", tile_rows=16, ti
 QUICK = Patience(3, 0.0)
 
 
+class Flaky(FakeDriver):
+    """A bench whose reads may also lose their connection ("drop"), or answer "nan" or another "shape"."""
+
+    def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
+        happens = self.failures[0] if self.failures else "ok"
+        counts = super().read(tile, codes)
+        if happens == "drop":
+            raise ConnectionError("the fake bench was told to drop the connection")
+        if happens == "nan":
+            counts[0, 0] = np.nan
+        return counts[:, :-1] if happens == "shape" else counts
+
+
 def fake(failures=(), **change) -> FakeDriver:
-    return FakeDriver(Limits(**(LIMITS | change)), failures=failures)
+    return Flaky(Limits(**(LIMITS | change)), failures=failures)
 
 
 def engine_on(driver, **more) -> HardwareEngine:

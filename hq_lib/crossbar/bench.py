@@ -46,7 +46,7 @@ class FakeDriver:
         limits: its size.
         gain, offset: of every column, dimensionless and counts.
         noise: standard deviation of every count, counts.
-        failures: what happens to the next reads, one word each: "ok", "timeout", "drop", "nan" or "shape".
+        failures: what happens to the next reads, one word each: "ok" or "timeout".
         stuck: {tile: uint8 (rows, columns) of the codes of `Faults`}; what these cells are written with is lost.
         seed: of the noise.
     """
@@ -78,21 +78,15 @@ class FakeDriver:
 
     def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
         self.n_reads += 1
-        happens = self.failures.pop(0) if self.failures else "ok"
-        if happens == "timeout":
+        if self.failures and self.failures.pop(0) == "timeout":
             raise TimeoutError("the fake bench was told to time out")
-        if happens == "drop":
-            raise ConnectionError("the fake bench was told to drop the connection")
         self._limits.refuse(tile, codes, "codes")
         if tile not in self._levels:
             raise CrossbarError(f"tile {tile} was never written")
         exact = codes.astype(np.int64) @ self._levels[tile][: codes.shape[1]]
         counts = self._limits.counts_per_unit * self.gain * exact + self.offset
         counts = np.rint(counts + self.noise * self._random.standard_normal(counts.shape))
-        counts = counts.clip(-self._limits.count_max, self._limits.count_max)
-        if happens == "nan":
-            counts[0, 0] = np.nan
-        return counts[:, :-1] if happens == "shape" else counts
+        return counts.clip(-self._limits.count_max, self._limits.count_max)
 
     def environment(self) -> dict[str, float]:
         return {"time_s": float(self.n_reads), "temperature_C": 25.0}

@@ -149,33 +149,29 @@ def reestimate_norms(network: EngineNetwork, images: Numbers, moments: Mapping[s
     layers = [name for name in moments if name in network.layers]
     if not layers:
         raise CrossbarError(f"no layer on an engine has a batch norm: {list(network.layers)} against {list(moments)}")
-    made: dict[str, Correction] = {}
 
     def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
         if op.name in layers:
-            made.update(_fit_layer(network, op, x, moments[op.name]))
+            _fit_layer(network, op, x, moments[op.name])
         return network.products(op, x, spec)
 
     run(network.model, as_tensor(images), batch_size=len(images), products=fit)
-    return made
+    return {g.name: network.layers[name].engine.correction(g) for name in layers for g in network.layers[name].groups}
 
 
-def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -> dict[str, Correction]:
-    """{matrix: correction} of one layer, in force; a channel without any variance keeps its gain.
+def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -> None:
+    """Nothing; puts the corrections of one layer in force; a channel without any variance keeps its gain.
 
     The moments wanted are those of an engine's own answers, in its accumulator steps: answers are sum w q, without the
     bias and before the zero point's share is taken off.
     """
-    layer, made = network.layers[op.name], {}
+    layer = network.layers[op.name]
     step = torch.from_numpy(op.acc_scale.astype(np.float64)) * op.weight_step
     bias = torch.from_numpy(op.bias.astype(np.float64)) / op.weight_step
     mean, std = aim.mean / step - bias + layer.x_zero_point * layer.weight_sum, aim.std / step
     raws, moments = layer.measure(network.integers(op, x)), (m.chunk(len(layer.groups)) for m in (mean, std))
-    parts = zip(layer.groups, raws, *moments, strict=True)
-    for group, raw, wanted, spread in parts:
+    for group, raw, wanted, spread in zip(layer.groups, raws, *moments, strict=True):
         now = raw.std(0, correction=0)
         gain = torch.where(now > 0, spread / now.clamp_min(1e-30), 1.0)
         fitted = Correction(gain, wanted - gain * raw.mean(0), torch.ones_like(gain), "norms", len(raw))
         layer.engine.set_correction(group, fitted)
-        made[group.name] = fitted
-    return made

@@ -218,9 +218,8 @@ class RecordEngine(Engine):
 
 def simulated(engine: Engine) -> SimEngine | None:
     """The simulator that answers for ``engine``, itself or behind a recorder."""
-    while isinstance(engine, RecordEngine):
-        engine = engine.inner
-    return engine if isinstance(engine, SimEngine) else None
+    inner = engine.inner if isinstance(engine, RecordEngine) else engine
+    return inner if isinstance(inner, SimEngine) else None
 
 
 class ReplayEngine(Engine):
