@@ -37,8 +37,8 @@ from hq_lib.crossbar import (
     RecordEngine,
     TcpDriver,
     Trace,
+    device,
     fit_report,
-    measured_device,
 )
 from hq_lib.data import fetch, sources
 from hq_lib.data import folder as pictures
@@ -384,7 +384,7 @@ def readers(folder):
         "picture.jpg": (jpeg.getvalue(), read_picture),
         "run.yaml": (yaml, configuration.read),
         "rows.csv": (b"".join(rows), store.read_file),
-        "device.csv": ((ROOT / "data/devices/example.csv").read_bytes(), measured_device),
+        "device.csv": ((ROOT / "data/devices/example.csv").read_bytes(), device),
         **more_readers(folder, record),
         **readers_of_runs(folder),
     }  # fmt: skip

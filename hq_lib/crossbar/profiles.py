@@ -88,15 +88,6 @@ class MeasuredRead(ReadNoise):
         return torch.from_numpy(np.interp(g_uS.numpy(), now, noise)).to(g_uS.dtype)
 
 
-def measured_device(path: str | Path) -> Device:
-    """The device of a CSV table (see the module), its window from the lowest to the highest target.
-
-    Errors, each naming the file: a column that is missing or unknown, an entry that is no number or below 0, a target
-    that some time lacks, means that do not ascend with the target.
-    """
-    return _device(_read(path, NEEDED), path)
-
-
 def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tuple[Device, pd.DataFrame]:
     """(device, report): a device from a CSV of single cells, judged on cells that it has not seen.
 
@@ -223,10 +214,14 @@ DEVICES = {"ideal": IDEAL, "pcm": PCM_JOSHI, "pcm_drift": PCM_NANDAKUMAR} | _FIT
 
 
 def device(name: str | Path) -> Device:
-    """The published device called ``name``, or that of a path that ends in .csv, `measured_device` or of single cells
-    (`fit_report`); an unknown name is refused with the nearest ones."""
+    """The published device called ``name``, or that of a path that ends in .csv: of single cells (`fit_report`), or a
+    table's (see the module), its window from the lowest to the highest target.
+
+    Errors: an unknown name, with the nearest ones; each naming the file: a column that is missing or unknown, an entry
+    that is no number or below 0, a target that some time lacks, means that do not ascend with the target.
+    """
     if Path(name).suffix == ".csv":
-        return fit_report(name)[0] if holds_cells(name) else measured_device(name)
+        return fit_report(name)[0] if holds_cells(name) else _device(_read(name, NEEDED), name)
     check_known(name, DEVICES, "device", error=CrossbarError)
     return DEVICES[str(name)]
 

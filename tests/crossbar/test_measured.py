@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hq_lib.crossbar import Circuit, CrossbarError, SimEngine, device, fit_report, measured_device
+from hq_lib.crossbar import Circuit, CrossbarError, SimEngine, device, fit_report
 from hq_lib.results import paths
 
 TABLE = """# chip 7, 25 C
@@ -23,7 +23,7 @@ G = torch.tensor([0.0, 5.0, 10.0, 15.0, 20.0], dtype=torch.float64)
 @pytest.fixture
 def own(tmp_path):
     (tmp_path / "own.csv").write_text(TABLE)
-    return measured_device(tmp_path / "own.csv")
+    return device(tmp_path / "own.csv")
 
 
 def test_a_table_is_linear_in_target_and_in_the_logarithm_of_time(own):
@@ -70,7 +70,7 @@ def test_cells_follow_their_table(own):
 def test_bad_tables_name_the_file_and_the_place(tmp_path, text, message):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(CrossbarError, match=message) as error:
-        measured_device(tmp_path / "bad.csv")
+        device(tmp_path / "bad.csv")
     assert "bad.csv" in str(error.value)
 
 
