@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 
 from hq_lib.graph import op_name
 from hq_lib.graph.modes import module_path
@@ -261,22 +261,11 @@ def computed(node: fx.Node, gm: fx.GraphModule, source: fx.Node, real: np.ndarra
     Raises:
         LowerError: it is not a number at one of them; with the layer's name.
     """
-    device = device_of(gm)
-    x = torch.from_numpy(real.astype(np.float32)).to(device)
-
-    def given(n: fx.Node) -> Any:
-        if n is source:
-            return x
-        return _parameter(n, gm).reshape(()) if n.op == "get_attr" else known_sizes(n)
-
-    args, kwargs = map_arg((node.args, node.kwargs), given)
+    one = fx.Interpreter(gm)
+    one.env = {n: _parameter(n, gm).reshape(()) if n.op == "get_attr" else known_sizes(n) for n in node.all_input_nodes}
+    one.env[source] = torch.from_numpy(real.astype(np.float32)).to(device_of(gm))
     with torch.no_grad():
-        if node.op == "call_module":
-            y = gm.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            y = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            y = node.target(*args, **kwargs)  # type: ignore[operator]
+        y = one.run_node(node)
     values = y.cpu().numpy().astype(np.float32)
     if np.isnan(values).any():
         at = float(real[int(np.isnan(values).argmax())])
