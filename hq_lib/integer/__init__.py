@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hq_lib.integer.arithmetic import RecordError
 from hq_lib.integer.check import check
-from hq_lib.integer.execute import ImageError, output_integers, pixel_table, quantize, quantize_pixels, run
+from hq_lib.integer.execute import ImageError, output_integers, pixel_table, quantize, run
 from hq_lib.integer.record import IntegerModel, TensorSpec
 from hq_lib.integer.storage import from_bytes, load, save, to_bytes
 

@@ -19,7 +19,7 @@ from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import ImageError, lower, run
 from hq_lib.integer import record as r
 from hq_lib.integer.arithmetic import requants
-from hq_lib.integer.execute import quantize_pixels, real_values
+from hq_lib.integer.execute import normalized
 from hq_lib.results import paths
 
 try:
@@ -174,7 +174,7 @@ def test_images_and_pixels_of_awkward_sizes(flags, dtype, shape):
         x[1] = rng.choice(np.asarray([np.inf, -np.inf, 1e30, -1e30, -0.0, 1e-40], np.float32), n)
         assert n_wrong(model, x.reshape(2, *shape)) == 0
         pixels = rng.integers(0, 256, (2, *shape), dtype=np.uint8)
-        assert np.array_equal(Runtime(model).run(pixels), real_values(q, quantize_pixels(model, pixels)))
+        assert np.array_equal(Runtime(model).run(pixels), run(model, normalized(model, pixels)))
         for place in {0, 126, 127, 128, n - 2, n - 1} & set(range(n)):
             bad = x[:1].copy()
             bad[0, place] = np.nan

@@ -10,7 +10,7 @@ from torch import nn
 from hq_lib import data
 from hq_lib.graph import BitPolicy, calibrate, quantize, set_quantization
 from hq_lib.graph.spec import of_kind
-from hq_lib.integer import LowerError, RecordError, agreement, lower, pixel_table, quantize_pixels, run
+from hq_lib.integer import LowerError, RecordError, agreement, lower, pixel_table, run
 from hq_lib.integer import record as r
 from hq_lib.integer.arithmetic import accumulator_bound
 
@@ -194,9 +194,12 @@ def test_raw_pixels_by_table_equal_normalised_images(digits):
     calibrate(qnet, x)
     model = lower(qnet, images=digits.spec)
     from hq_lib.integer import quantize as to_integers
+    from hq_lib.integer.execute import normalized
 
-    assert pixel_table(model).shape == (3, 256)
-    assert np.array_equal(quantize_pixels(model, digits.images[:64].numpy()), to_integers(model, x))
+    table, pixels, wanted = pixel_table(model), digits.images[:64].numpy(), to_integers(model, x)
+    assert table.shape == (3, 256)
+    assert all(np.array_equal(table[c][pixels[:, c]], wanted[:, c]) for c in range(3))
+    assert np.array_equal(normalized(model, pixels), x.numpy())
     found = agreement(qnet, model, digits.subset(list(range(64))))
     assert abs(found.fake_quant_acc_pct - found.integer_acc_pct) <= 100 / 64
     with pytest.raises(RecordError, match="images=spec"):

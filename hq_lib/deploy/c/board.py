@@ -16,7 +16,7 @@ import numpy as np
 
 from hq_lib.deploy.c.container import ExportError, to_bytes
 from hq_lib.deploy.c.runtime import FLAGS, RUNTIME, SOURCES
-from hq_lib.integer.execute import ImageError, quantize_pixels, run
+from hq_lib.integer.execute import ImageError, normalized, run
 from hq_lib.integer.record import IntegerModel
 from hq_lib.results.atomic import write_bytes, write_text
 
@@ -73,10 +73,7 @@ def _logits(model: IntegerModel, image: np.ndarray) -> np.ndarray:
     shape = model.tensors[model.input].shape
     if image.dtype not in (np.uint8, np.float32) or image.shape != shape:
         raise ImageError(f"the model takes one image {shape}, uint8 or float32, not {image.dtype} {image.shape}")
-    if image.dtype == np.float32:
-        return run(model, image[None])
-    integers = quantize_pixels(model, image[None])
-    return run(model, np.zeros((1, *shape), np.float32), watch=lambda op, _: integers if op is model.ops[0] else None)
+    return run(model, (image if image.dtype == np.float32 else normalized(model, image))[None])
 
 
 def _array(kind: str, name: str, values: list[str]) -> str:
