@@ -96,22 +96,10 @@ def integer_edge(qnet: fx.GraphModule, record: IntegerModel, cut: Cut) -> Intege
         QuantizeError: no layer lies before the cut, or the tensor there has no quantizer, so that it is no integers.
     """
     outputs = {block.name: block.output for block in blocks(qnet)}
-    tensor = tensor_names(qnet).get(outputs.get(cut.name, ""))
+    tensor = tensor_names(qnet).get(outputs.get(cut.name, ""), "")
     if tensor not in record.tensors:
         known = ", ".join(name for name, node in outputs.items() if tensor_names(qnet).get(node) in record.tensors)
         raise QuantizeError(f"after {cut.name!r} there is no tensor of integers in this record; there is after {known}")
-    return head(record, tensor)
-
-
-def head(record: IntegerModel, tensor: str) -> IntegerModel:
-    """The part of ``record`` that computes ``tensor``, as a checked record of its own.
-
-    Raises:
-        QuantizeError: ``tensor`` is none that an operation writes.
-    """
-    writer = {op.output: op for op in record.ops}
-    if tensor not in writer:
-        raise QuantizeError(f"no operation of the record writes {tensor!r}")
     needed = {tensor}
     for op in reversed(record.ops):
         needed |= set(op.inputs) if op.output in needed else set()
