@@ -231,7 +231,7 @@ class _Walk:
         value = self.values[source]
         if name in moves.RESHAPES and isinstance(value, Pending) and isinstance(value.term, Product):
             acc = terms.logits(self.writer, value, f"{node.name}.map")  # nothing quantizes a 1x1 map of logits
-            return moves.reshape(self.writer, node, acc)
+            return moves.reshape(self.writer, self.gm, node, acc)
         x = self.known(source, node)
         return moves.move(self.writer, self.gm, node, x)
 

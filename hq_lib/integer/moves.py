@@ -37,14 +37,12 @@ def move(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> Mo
         LowerError: names an operation, or arguments of one, without an integer form.
     """
     name = op_name(node, gm)
-    if name in RESHAPES:
-        return reshape(writer, node, x)
     if name not in _MOVES:
         raise LowerError(f"{node.name!r}: {name} has no integer form")
     return _MOVES[name](writer, gm, node, x)
 
 
-def reshape(writer: Writer, node: fx.Node, x: TensorSpec) -> TensorSpec:
+def reshape(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
     """Return ``x`` under the shape that ``node`` had; the same tensor if it has that shape already."""
     shape = nodes.shape_of(node)
     if math.prod(shape) != math.prod(x.shape):
@@ -187,6 +185,7 @@ _MOVES: dict[str, Callable[[Writer, fx.GraphModule, fx.Node, TensorSpec], Moved]
     **dict.fromkeys(("pad", "zeropad2d"), _pad),
     **dict.fromkeys(("interpolate", "upsample", "upsamplingnearest2d"), _resize),
     **dict.fromkeys(("channelshuffle", "pixelshuffle", "pixelunshuffle"), _shuffle),
+    **dict.fromkeys(RESHAPES, reshape),
     "getitem": _index,
 }
 
