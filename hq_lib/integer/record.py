@@ -120,8 +120,13 @@ class Layer(Op):
     @property
     def weight_step(self) -> int:
         """The largest power of two that divides every weight: ``weight // weight_step`` fits the trained bits."""
-        common = int(np.bitwise_or.reduce(self.weight, axis=None))
-        return common & -common if common else 1
+        return power_of_two(self.weight)
+
+
+def power_of_two(integers: np.ndarray) -> int:
+    """Return the largest power of two that divides all of them; 1 where all are 0."""
+    common = int(np.bitwise_or.reduce(integers, axis=None))
+    return common & -common if common else 1
 
 
 @dataclass(frozen=True, eq=False)

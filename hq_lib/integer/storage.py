@@ -75,8 +75,7 @@ def narrowest(array: np.ndarray) -> tuple[int, int, bool]:
 
     Two's complement where any is negative; ``step`` is the largest common power of two (weights of few bits fill int8).
     """
-    common = int(np.bitwise_or.reduce(array.astype(np.int64), axis=None))
-    step = common & -common if common else 1
+    step = record.power_of_two(array)
     low, high = int(array.min()) // step, int(array.max()) // step
     if low < 0:
         return step, max(high.bit_length(), (~low).bit_length()) + 1, True
