@@ -15,7 +15,7 @@ from random_nets import Net, images, policy
 
 from hq_lib import integer
 from hq_lib.crossbar import EngineNetwork, IdealEngine
-from hq_lib.deploy import onnx
+from hq_lib.deploy import export, onnx
 from hq_lib.deploy.c import Runtime, compiler
 from hq_lib.deploy.c.runtime import CompilerError
 from hq_lib.graph import BitPolicy, calibrate, load, quantize, save
@@ -73,7 +73,7 @@ def stages(seed, folder):
         return "lower"
     for model in models:
         logits = integer.run(model, x)
-        integer.save(model, folder / "net.npz")
+        export(model, folder / "net.npz", "npz")
         assert np.array_equal(integer.run(integer.load(folder / "net.npz"), x), logits), "npz"
         assert np.array_equal(Runtime(model).run(x), logits), "C"
         assert np.array_equal(EngineNetwork(model, IdealEngine()).run(x), logits), "ideal crossbar"

@@ -354,7 +354,7 @@ def readers(folder):
     checkpoint = folder / "small.safetensors"
     models.save_checkpoint(checkpoint, models.build("vgg_small", width=0.01, in_channels=1), small)
     record = integer.lower(qnet)
-    integer.save(record, folder / "net.npz")
+    deploy.export(record, folder / "net.npz", "npz")
     engine = RecordEngine(IdealEngine(), folder / "parts")
     weights = np.arange(12).reshape(4, 3)
     engine.mvm(engine.load(weights, 0.5, "a"), np.arange(8).reshape(2, 4))

@@ -2,7 +2,7 @@
 
     imodel = lower(qnet)                        # IntegerModel: operations and integers; every accumulator proved
     logits = run(imodel, images)                # NumPy, the reference
-    save(imodel, "net.npz"); load("net.npz")    # read with NumPy alone
+    load("net.npz")                             # as ``deploy.export`` writes it; read with NumPy alone
     agreement(qnet, imodel, images)             # per tensor: how many integers differ from the fake-quantized net's
     round_biases(qnet)                          # lets the fake-quantized net add the integer net's biases
 
@@ -16,7 +16,7 @@ from hq_lib.integer.arithmetic import RecordError
 from hq_lib.integer.check import check
 from hq_lib.integer.execute import ImageError, output_integers, pixel_table, quantize, run
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.integer.storage import from_bytes, load, save, to_bytes
+from hq_lib.integer.storage import load, to_bytes
 
 if TYPE_CHECKING:
     from hq_lib.integer.comparison import Agreement, agreement, round_biases

@@ -1,4 +1,4 @@
-"""``save`` and ``load``: a record as one ``.npz`` of plain arrays with its JSON manifest inside; NumPy alone reads it.
+"""``to_bytes`` and ``load``: a record as one ``.npz`` of plain arrays with its JSON manifest inside, for NumPy alone.
 
 The file is a zip: ``manifest.json`` (schema, tensors, operations, and each array's dtype, shape and SHA-256) and one
 ``<key>.npy`` per array. A weight whose integers, divided by their largest common power of two
@@ -15,7 +15,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import IO, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from hq_lib.integer import record
 from hq_lib.integer.arithmetic import RecordError
 from hq_lib.integer.check import MAX_ELEMENTS, check
 from hq_lib.integer.record import IntegerModel, TensorSpec
-from hq_lib.results.atomic import write_bytes
 from hq_lib.results.bits import pack, unpack
 
 MANIFEST = "manifest.json"
@@ -38,21 +37,8 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def save(model: IntegerModel, path: Path | str) -> Path:
-    """Write ``model`` to ``path`` (named ``*.npz``), whole or not at all, and return the path.
-
-    Raises:
-        RecordError: the record is inconsistent (see ``check``), or the name does not end in .npz.
-    """
-    path = Path(path)
-    if path.suffix != ".npz":
-        raise RecordError(f"{path}: an integer model is saved as .npz")
-    write_bytes(path, to_bytes(model))
-    return path
-
-
 def to_bytes(model: IntegerModel) -> bytes:
-    """Return the content of the file that ``save`` writes."""
+    """Return ``model`` as the content of a ``.npz`` file. Raises RecordError: it is inconsistent (see ``check``)."""
     plain, arrays = to_plain(model)
     entries: dict[str, Any] = {"format": FORMAT, "schema": record.SCHEMA, **plain}
     entries["arrays"], stored = {}, {}
@@ -109,23 +95,15 @@ def from_plain(entries: dict[str, Any], arrays: dict[str, np.ndarray]) -> Intege
     return check(IntegerModel(tensors=tensors, ops=ops, meta=entries["meta"], **texts))  # type: ignore[arg-type]
 
 
-def load(path: Path | str) -> IntegerModel:
-    """Return the record in the file ``path``, checked.
+def load(file: Path | str | IO[bytes]) -> IntegerModel:
+    """Return the record in ``file`` (by path, or opened), checked.
 
     Raises:
         RecordError: no such file, not such a file, truncated, altered, another schema, or an inconsistent record.
     """
+    name = file if isinstance(file, Path | str) else "integer model"
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
-    return from_bytes(content, name=str(path))
-
-
-def from_bytes(content: bytes, *, name: str = "integer model") -> IntegerModel:
-    """Return the record in ``content``, checked; ``name`` is what errors call it. Raises RecordError, see ``load``."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with zipfile.ZipFile(file) as archive:
             return _decode(archive)
     except RecordError as error:
         raise RecordError(f"{name}: {error}") from error

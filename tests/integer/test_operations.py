@@ -1,6 +1,7 @@
 """Every operation that mobile networks are made of: fake-quantized, NumPy, oracle, C, ONNX and ideal crossbar agree."""
 
 import copy
+import io
 from dataclasses import replace
 
 import integer_oracle as oracle
@@ -19,7 +20,7 @@ from hq_lib.deploy.c import Runtime, compiler, to_bytes
 from hq_lib.deploy.c.runtime import CompilerError
 from hq_lib.graph import BitPolicy, calibrate, find_sites, quantize
 from hq_lib.graph.tracing import trace
-from hq_lib.integer import LowerError, RecordError, agreement, check, from_bytes, lower, run
+from hq_lib.integer import LowerError, RecordError, agreement, check, load, lower, run
 from hq_lib.integer import record as r
 from hq_lib.integer import to_bytes as integer_bytes
 from hq_lib.integer.execute import real_values
@@ -220,7 +221,7 @@ def test_weights_whose_number_is_odd_come_back_from_every_file(bits, tmp_path):
     assert [op.weight.size % 2 for op in model.layers()] == [1, 1, 1]
     everywhere_alike(model, x)
     hexes = fpga.read_images(fpga.write_images(model, tmp_path, word_bits=36).parent)
-    for again in (from_bytes(integer_bytes(model)), hexes):
+    for again in (load(io.BytesIO(integer_bytes(model))), hexes):
         assert all(np.array_equal(a.weight, b.weight) for a, b in zip(again.layers(), model.layers(), strict=True))
 
 

@@ -200,7 +200,7 @@ def test_cpu_time_is_per_image_and_a_first_batch_goes_untimed():
 
 def test_peak_memory_of_a_fresh_process(tmp_path):
     imodel, x = integer.lower(small_net("residual", "w8a8")), noise(1).numpy()
-    peak = executors.peak_MiB("numpy", integer.save(imodel, tmp_path / "net.npz"), x)
+    peak = executors.peak_MiB("numpy", hq_lib.deploy.export(imodel, tmp_path / "net.npz", "npz"), x)
     if peak is None:
         pytest.skip("this system does not tell peak memory")
     assert 0 < peak < 100
