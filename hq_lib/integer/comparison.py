@@ -139,7 +139,7 @@ def round_biases(qnet: fx.GraphModule, *, images: DataSpec | None = None) -> dic
     steps = {op.name: op.acc_scale.astype(np.float64) for op in lower(qnet, images=images).layers()}
     changes: dict[str, float] = {}
     for name, bias in _biases(qnet).items():
-        if bias.holder is not None:
+        if bias.holder is not None and name in steps:  # a layer whose result nothing uses is in no record
             rounded = np.rint(bias.value / steps[name]) * steps[name] - bias.rest
             values = torch.from_numpy(rounded).to(bias.holder)
             changes[name] = float((values - bias.holder).abs().max())

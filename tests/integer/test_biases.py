@@ -69,6 +69,24 @@ def test_a_subtracted_layer_keeps_the_sign_of_its_bias() -> None:
     assert (qnet.get_submodule("b").bias - before).abs().max() <= 0.5001 * max(steps.values())
 
 
+def test_a_layer_whose_result_nothing_uses_is_left_as_it_is() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """fc(mean(x)), beside a layer that runs for nothing."""
+            self.idle(x)
+            return self.fc(x.mean((2, 3)))
+
+    qnet = quantize(Idle().eval(), replace(FOUR, bn="keep"), images(1))
+    ptq.fit_acts(qnet, images(8), "minmax")
+    before = qnet.get_submodule("idle").bias.detach().clone()
+    assert set(round_biases(qnet)) == {"fc"}
+    assert torch.equal(qnet.get_submodule("idle").bias, before)
+
+
 def test_a_layer_that_runs_twice_is_named() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
