@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.cluster.hierarchy import DisjointSet
 from torch import fx, nn
 
 from hq_lib.graph.layers import QUANTIZER_SUFFIX, kinds, nonnegative
@@ -201,20 +202,15 @@ def layer_types(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
 
 def _groups(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
     """Return for each quantized tensor the first of those that share one grid with it: joined, or clipped from it."""
-    leader = {tail: tail for tail in tails}
-
-    def find(node: fx.Node) -> fx.Node:
-        while leader[node] is not node:
-            node = leader[node]
-        return node
-
+    order = list(tails)
+    shared = DisjointSet(order)
     for node, kind in kind_of.items():
-        if kind == "concat" or (kind == "clip" and node in leader):
-            sharing = _grid_sources(node, leader, kind_of) | ({node} if kind == "clip" else set())
-            members = sorted({find(tail) for tail in sharing}, key=list(leader).index)
-            for member in members:
-                leader[member] = members[0]
-    return {tail: find(tail) for tail in leader}
+        if kind == "concat" or (kind == "clip" and node in order):
+            sharing = [*_grid_sources(node, order, kind_of), *([node] if kind == "clip" else [])]
+            for tail in sharing[1:]:
+                shared.merge(sharing[0], tail)
+    first: dict[fx.Node, fx.Node] = {}
+    return {tail: first.setdefault(shared[tail], tail) for tail in order}
 
 
 def _grid_sources(node: fx.Node, sites: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> set[fx.Node]:
