@@ -22,4 +22,4 @@ from hq_lib.graph.placement import Site, find_sites
 from hq_lib.graph.policy import BitPolicy, HybridRule
 from hq_lib.graph.rewrite import QuantizedNet, quantize
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
-from hq_lib.graph.state import act_quantizers, calibrate, layer_macs, report, set_quantization, weight_layers
+from hq_lib.graph.state import act_quantizers, calibrate, layer_macs, set_quantization, weight_layers

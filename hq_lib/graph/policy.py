@@ -170,8 +170,8 @@ class BitPolicy:
 
     def report(self, qnet: fx.GraphModule) -> "DataFrame":
         """Return one row per weight and activation of ``qnet``; see ``hq_lib.graph.state``."""
-        if self != qnet.meta.get("policy", self):
-            raise PolicyError("report: this network was made by another policy; use qnet.policy.report(qnet)")
+        if self != qnet.meta.get("policy"):
+            raise PolicyError("report: this network was made by another policy, or by none: qnet.policy.report(qnet)")
         return report(qnet)
 
     def to_dict(self) -> dict[str, Any]:

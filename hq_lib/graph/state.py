@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from hq_lib.data import ImageSet, normalize
 from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantizedWeight, kinds
-from hq_lib.graph.spec import PolicyError, QuantizeError, Spec, of_kind
+from hq_lib.graph.spec import QuantizeError, Spec, of_kind
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.quantizers import Quantizer
 
@@ -186,7 +186,7 @@ COLUMNS = (
 
 
 def report(qnet: fx.GraphModule) -> pd.DataFrame:
-    """Return one row per layer weight and per activation of ``qnet``, float ones included.
+    """Return one row per layer weight and per activation of ``qnet``, float ones included; see ``BitPolicy.report``.
 
     So are weights that no quantized layer holds, since a function or a module kept as one call multiplies with them:
     "float" rows without ``macs``, counted in the average.
@@ -197,14 +197,8 @@ def report(qnet: fx.GraphModule) -> pd.DataFrame:
     float); ``n_elements`` of the activation for one image; ``size_KiB`` of the weight at its bits. In ``attrs``:
     ``avg_w_bits`` (weighted by parameters), ``avg_a_bits`` (by elements), ``n_macs`` of the layers known, ``hidden``
     (names of the weights that no quantized layer holds), ``policy`` (one line).
-
-    Raises:
-        PolicyError: ``qnet`` is not from ``quantize``.
     """
-    meta = qnet.meta
-    if "sites" not in meta:
-        raise PolicyError("report: the network has no policy; pass what quantize(net, policy, example) returned")
-    macs, hidden = layer_macs(qnet), hidden_weights(qnet)
+    meta, macs, hidden = qnet.meta, layer_macs(qnet), hidden_weights(qnet)
     rows = []
     for name, spec in of_kind(meta["specs"], "weight").items():
         layer: Any = qnet.get_submodule(name)

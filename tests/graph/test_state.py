@@ -15,7 +15,6 @@ from hq_lib.graph import (
     act_quantizers,
     calibrate,
     quantize,
-    report,
     set_quantization,
     state,
     weight_layers,
@@ -183,19 +182,19 @@ def test_the_report_counts_what_can_be_counted_by_hand():
 
 def test_the_report_shows_scales_once_they_exist(net):
     qnet = quantize(net, BitPolicy("minmax:4", "minmax:8", overrides={"stem": {"weight": 32}}), images())
-    before = report(qnet).set_index(["layer", "tensor"])
+    before = qnet.policy.report(qnet).set_index(["layer", "tensor"])
     assert before.loc[("blocks.0.expand", "weight"), "n_scales"] == 16
     assert before.loc[("stem", "weight"), "method"] == "float"
     assert math.isnan(before.loc[("stem", "weight"), "scale"])
     assert math.isnan(before.loc[("stem", "activation"), "scale"])
     calibrate(qnet, images())
-    after = report(qnet).set_index(["layer", "tensor"])
+    after = qnet.policy.report(qnet).set_index(["layer", "tensor"])
     assert after.loc[("stem", "activation"), "scale"] == qnet.relu_act_quantizer.grid().scale.item()
 
 
 def test_macs_and_parameters_of_resnet20_are_the_published_ones():
     qnet = quantize(models.build("resnet20"), BitPolicy(), torch.zeros(1, 3, 32, 32))
-    table = report(qnet)
+    table = qnet.policy.report(qnet)
     assert table.attrs["n_macs"] == 40_813_184
     assert len(table[table.tensor == "weight"]) == 22
 
@@ -203,5 +202,5 @@ def test_macs_and_parameters_of_resnet20_are_the_published_ones():
 def test_reports_want_a_quantized_net_and_its_own_policy(net):
     with pytest.raises(PolicyError, match="another policy"):
         BitPolicy().report(quantize(net, POLICY, images()))
-    with pytest.raises(PolicyError, match="no policy"):
-        report(torch.fx.symbolic_trace(net))
+    with pytest.raises(PolicyError, match="or by none"):
+        POLICY.report(torch.fx.symbolic_trace(net))
