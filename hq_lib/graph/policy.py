@@ -2,11 +2,13 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pandas import DataFrame
 from torch import fx, nn
 
 from hq_lib.graph.blocks import list_bits
+from hq_lib.graph.placement import Site
 from hq_lib.graph.spec import (
     FLOAT_BITS,
     HYBRID,
@@ -17,17 +19,9 @@ from hq_lib.graph.spec import (
     make_quantizer,
     parse_spec,
     statements,
-    unknown_key,
 )
 from hq_lib.graph.state import report
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from hq_lib.graph.placement import Site
-
-PLACEMENTS = ("deploy", "academic")
-BN_MODES = ("keep", "fold")
+from hq_lib.results.hints import check, check_known
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,8 @@ class BitPolicy:
     """how the method "hybrid" becomes one by its bits; set by ``BitPolicy.hybrid``"""
 
     def __post_init__(self) -> None:
-        for key, choices in (("placement", PLACEMENTS), ("bn", BN_MODES)):
-            unknown_key(getattr(self, key), choices, f"policy.{key}", what="choice")
+        check_known(self.placement, ("deploy", "academic"), "policy.placement", error=PolicyError)
+        check_known(self.bn, ("keep", "fold"), "policy.bn", error=PolicyError)
         for kind in ("weight", "act"):
             spec = parse_spec(getattr(self, kind), f"policy.{kind}")
             object.__setattr__(self, kind, spec)
@@ -121,7 +115,7 @@ class BitPolicy:
         make_quantizer(spec, kind, key)
         return spec
 
-    def resolve(self, layers: Mapping[str, Collection[str]], sites: "Iterable[Site]") -> dict[str, Spec]:
+    def resolve(self, layers: Mapping[str, Collection[str]], sites: Iterable[Site]) -> dict[str, Spec]:
         """Return the Spec of each tensor: "weight <layer>", then "act <activation>".
 
         Args:
@@ -168,7 +162,7 @@ class BitPolicy:
             shown.append(f"hybrid {'/'.join(rule.qat)} below {rule.boundary} bits, {'/'.join(rule.ptq)} from there")
         return " · ".join([*shown, f"{len(self.overrides)} overrides"] if self.overrides else shown)
 
-    def report(self, qnet: fx.GraphModule) -> "DataFrame":
+    def report(self, qnet: fx.GraphModule) -> DataFrame:
         """Return one row per weight and activation of ``qnet``; see ``hq_lib.graph.state``."""
         if self != qnet.meta.get("policy"):
             raise PolicyError("report: this network was made by another policy, or by none: qnet.policy.report(qnet)")
@@ -181,12 +175,10 @@ class BitPolicy:
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "BitPolicy":
         """Return the policy that ``entries`` describe; an unknown key is an error that offers the nearest known one."""
-        for name in entries:
-            unknown_key(name, [f.name for f in fields(cls)], "policy")
+        check("policy", "key", entries, [f.name for f in fields(cls)], error=PolicyError)
         entries = dict(entries)
         if isinstance(rule := entries.get("hybrid_rule"), Mapping):
-            for name in rule:
-                unknown_key(name, [f.name for f in fields(HybridRule)], "policy.hybrid_rule")
+            check("policy.hybrid_rule", "key", rule, [f.name for f in fields(HybridRule)], error=PolicyError)
             entries["hybrid_rule"] = HybridRule(**rule)
         return cls(**entries)
 

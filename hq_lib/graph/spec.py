@@ -16,7 +16,7 @@ from typing import Any
 from hq_lib import quantizers
 from hq_lib.quantizers import FLOAT_BITS
 from hq_lib.quantizers.affine import MAX_BITS, is_width
-from hq_lib.results.hints import nearest_few
+from hq_lib.results.hints import check_known, nearest_few
 
 HYBRID = "hybrid"
 METHODS = {*quantizers.METHODS, HYBRID}
@@ -25,7 +25,7 @@ LAYER_TYPES = ("first", "last", "depthwise", "linear")
 
 
 class PolicyError(ValueError):
-    """A bit policy that cannot be carried out; the message begins with the key at fault."""
+    """A bit policy that cannot be carried out; the message names the key at fault."""
 
 
 class QuantizeError(ValueError):
@@ -127,13 +127,6 @@ def of_kind(specs: Mapping[str, Spec], kind: str) -> dict[str, Spec]:
     return {tensor.split(" ", 1)[1]: spec for tensor, spec in specs.items() if tensor.startswith(f"{kind} ")}
 
 
-def unknown_key(name: str, known: Iterable[str], key: str, *, what: str = "key") -> None:
-    """Raise ``PolicyError`` that begins with ``key`` and offers the nearest of ``known``, unless ``name`` is one."""
-    known = list(known)
-    if name not in known:
-        raise PolicyError(f"{key}: there is no {what} {name!r}; nearest: {nearest_few(name, known)}")
-
-
 def statements(overrides: Any) -> Iterator[tuple[str, str, str, Any]]:
     """Yield (pattern, "weight", "act" or "both", key for errors, spec): ``{"fc": 8}`` says 8 bits of both.
 
@@ -146,7 +139,7 @@ def statements(overrides: Any) -> Iterator[tuple[str, str, str, Any]]:
         key = f"policy.overrides[{pattern!r}]"
         whole = not isinstance(entry, Mapping) or "bits" in entry or "method" in entry
         for said, like in {"both": entry}.items() if whole else entry.items():
-            unknown_key(said, (*KINDS, "both"), key)
+            check_known(said, (*KINDS, "both"), f"key of {key}", error=PolicyError)
             key_of_one = key if said == "both" else f"{key}.{said}"
             parse_spec(like, key_of_one, base=Spec())
             yield str(pattern), said, key_of_one, like

@@ -105,11 +105,11 @@ def test_unknown_methods_and_options_name_the_key_and_the_nearest():
 
 
 def test_unknown_keys_name_the_nearest():
-    with pytest.raises(PolicyError, match=r"no key 'wieght'; nearest: 'weight'"):
+    with pytest.raises(PolicyError, match=r"key of policy 'wieght'.*did you mean 'weight'"):
         BitPolicy.from_dict({"wieght": "lsq:4"})
-    with pytest.raises(PolicyError, match=r"overrides\['fc'\]: there is no key 'weights'; nearest: 'weight'"):
+    with pytest.raises(PolicyError, match=r"overrides\['fc'\] 'weights'.*did you mean 'weight'"):
         BitPolicy(overrides={"fc": {"weights": 4}})
-    with pytest.raises(PolicyError, match=r"policy\.placement: .*'deployed'; nearest: 'deploy'"):
+    with pytest.raises(PolicyError, match=r"policy\.placement 'deployed': choose one of deploy, academic"):
         BitPolicy(placement="deployed")
     with pytest.raises(PolicyError, match=r"policy\.bn"):
         BitPolicy(bn="folded")
