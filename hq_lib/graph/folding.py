@@ -241,19 +241,17 @@ def folded_weight_bias(layer: Any, bn: Any, *, kind: Kind) -> tuple[Tensor, Tens
 def per_channel_ranges(net: nn.Module) -> pd.DataFrame:
     """Return the weight range of every output channel of every convolution and linear layer, by layer name.
 
-    Columns: layer, kind, channel (from 0), w_min, w_max, max_abs = max |w|. Folding changes no name, so the tables of a
-    network before and after it can be joined.
+    Columns: layer, channel (from 0), max_abs = max |w|. Folding changes no name, so the tables of a network before and
+    after it can be joined.
     """
     rows = []
     for name, layer in net.named_modules():
         if isinstance(layer, Layer):
-            kind = "linear" if isinstance(layer, nn.Linear) else f"conv{'_transpose' * layer.transposed}"
             weight = layer.weight.detach()
             if isinstance(layer, _ConvTransposeNd):  # (groups, C_in / groups, C_out / groups, *k) by output channel
                 weight = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-            low, high = (v.tolist() for v in torch.aminmax(weight.flatten(1), dim=1))
-            rows += [(name, kind, c, a, b, max(-a, b)) for c, (a, b) in enumerate(zip(low, high, strict=True))]
-    return pd.DataFrame(rows, columns=["layer", "kind", "channel", "w_min", "w_max", "max_abs"])
+            rows += [(name, c, top) for c, top in enumerate(weight.flatten(1).abs().amax(1).tolist())]
+    return pd.DataFrame(rows, columns=["layer", "channel", "max_abs"])
 
 
 def _fold_all(gm: fx.GraphModule) -> tuple[list[Fold], dict[str, str]]:
