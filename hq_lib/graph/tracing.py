@@ -107,10 +107,8 @@ def propagate(gm: fx.GraphModule, example: Example) -> Any:
         return NodeWatcher(gm, _write_shape).run(*as_inputs(example, gm))
 
 
-def device_of(net: nn.Module | Callable[..., Tensor]) -> torch.device:
+def device_of(net: nn.Module) -> torch.device:
     """Where the network's parameters (else its buffers) live; the CPU where it has none."""
-    if not isinstance(net, nn.Module):
-        return torch.device("cpu")
     tensors = itertools.chain(net.parameters(), net.buffers())
     return next((t.device for t in tensors), torch.device("cpu"))
 
