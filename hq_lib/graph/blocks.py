@@ -64,7 +64,14 @@ def blocks(net: nn.Module) -> list[Block]:
     owner_of = _owners(gm)
     joined = _join(_regions(kind_of), kind_of, owner_of)
     inputs = [image[0], *(region[-1] for region in joined[:-1])]
-    return [_block(region, before, kind_of, owner_of) for region, before in zip(joined, inputs, strict=True)]
+    found = []
+    for region, before in zip(joined, inputs, strict=True):
+        layers = [node for node in region if kind_of[node] == "layer"]
+        names = tuple(str(node.target) for node in layers)
+        name = next((owner for node in layers if (owner := owner_of[node])), names[0])
+        residual = any(kind_of[node] in ("add", "mul", "concat") for node in region)
+        found.append(Block(name, before.name, region[-1].name, tuple(node.name for node in region), names, residual))
+    return found
 
 
 def extract_block(gm: fx.GraphModule, block: Block) -> fx.GraphModule:
@@ -131,19 +138,6 @@ def _join(regions: list[list[fx.Node]], kind_of: dict[fx.Node, str], owner_of: O
             ahead += region
     joined[-1] += ahead
     return joined
-
-
-def _block(region: list[fx.Node], before: fx.Node, kind_of: dict[fx.Node, str], owner_of: Owners) -> Block:
-    layers = [node for node in region if kind_of[node] == "layer"]
-    names = tuple(str(node.target) for node in layers)
-    return Block(
-        name=next((owner for node in layers if (owner := owner_of[node])), names[0]),
-        input=before.name,
-        output=region[-1].name,
-        nodes=tuple(node.name for node in region),
-        layers=names,
-        residual=any(kind_of[node] in ("add", "mul", "concat") for node in region),
-    )
 
 
 def _owners(gm: fx.GraphModule) -> Owners:
