@@ -81,8 +81,9 @@ class QuantizedNet(fx.GraphModule):
         """Load the ``state_dict()`` of a network made alike: same policy, same steps of PTQ.
 
         Raises:
-            PolicyError: the state was saved under other bits, holds quantizers of another kind, or has other keys, as
-                         another ``bn`` mode or ``ptq`` makes them; names the first tensors that differ.
+            PolicyError: the state was saved under other bits, or has other keys, as another ``bn`` mode or ``ptq``
+                         makes them; names the first tensors that differ.
+            ValueError:  it holds a quantizer of another kind, which is named.
         """
         if (record := state_dict.get("_extra_state")) is not None:
             self.set_extra_state(record)  # only compares the bits: they say more than the keys below
@@ -93,10 +94,7 @@ class QuantizedNet(fx.GraphModule):
                 f"replaced: {min(apart)!r} and {len(apart) - 1} more keys are in one of the two only; load it into a "
                 f"network made alike, or save the network itself by graph.save"
             )
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except ValueError as error:
-            raise error if isinstance(error, PolicyError) else PolicyError(str(error)) from error
+        return super().load_state_dict(state_dict, strict, assign)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the graph as it is: fx would trace its code anew, and lose names and shapes."""
