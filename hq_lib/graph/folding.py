@@ -196,8 +196,18 @@ def fold_bn(
     original.delete_all_unused_submodules()
     original.recompile()
     folded = trace(original)  # shares all layers; those that change are replaced by copies
-    folds, same_value = _fold_all(folded)
-    kept = [fold for fold in folds if fold.reason]
+    order = [*(_name(n) for n in find_norms(folded)), *find_opaque_norms(folded)]
+    folds = {bn: Fold(bn, "", "", "it is inside a leaf module, one opaque call") for bn in order}
+    same_value: dict[str, str] = {}  # layer changed -> the node of the original that has the value which it now has
+    progress = True
+    while progress:  # a fold can make the next one possible: BN, BN, conv
+        progress = False
+        for norm in find_norms(folded):
+            fold = folds[_name(norm)] = _fold_one(folded, norm, same_value)
+            progress |= not fold.reason
+    folded.graph.lint()
+    folded.recompile()
+    kept = [fold for fold in folds.values() if fold.reason]
     if kept and on_refusal == "raise":
         lines = "\n".join(f"  - {fold.bn!r}: {fold.reason}" for fold in kept)
         raise FoldError(
@@ -206,7 +216,7 @@ def fold_bn(
         )
     if example is not None:
         compare(original, folded, example, same_value)
-    folded.meta["folds"] = tuple(folds)
+    folded.meta["folds"] = tuple(folds.values())
     return folded
 
 
@@ -252,26 +262,6 @@ def per_channel_ranges(net: nn.Module) -> pd.DataFrame:
                 weight = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
             rows += [(name, c, top) for c, top in enumerate(weight.flatten(1).abs().amax(1).tolist())]
     return pd.DataFrame(rows, columns=["layer", "channel", "max_abs"])
-
-
-def _fold_all(gm: fx.GraphModule) -> tuple[list[Fold], dict[str, str]]:
-    """Fold every batch norm of ``gm`` that can be, in place.
-
-    Returns the account of each, in order of execution, and for each layer changed (by name) the node of the original
-    graph that has the value which the layer now has.
-    """
-    order = [*(_name(n) for n in find_norms(gm)), *find_opaque_norms(gm)]
-    folds = {bn: Fold(bn, "", "", "it is inside a leaf module, one opaque call") for bn in order}
-    same_value: dict[str, str] = {}
-    progress = True
-    while progress:  # a fold can make the next one possible: BN, BN, conv
-        progress = False
-        for norm in find_norms(gm):
-            fold = folds[_name(norm)] = _fold_one(gm, norm, same_value)
-            progress |= not fold.reason
-    gm.graph.lint()
-    gm.recompile()
-    return [folds[bn] for bn in order], same_value
 
 
 def _fold_one(gm: fx.GraphModule, norm: fx.Node, same_value: dict[str, str]) -> Fold:
