@@ -213,17 +213,6 @@ def positive(value: Tensor, *, floor: float) -> Tensor:
     return value.abs().clamp(min=floor)
 
 
-class _GradientFactor(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """Return ``value`` unchanged to the last bit; its gradient is multiplied by ``factor``."""
-    return _GradientFactor.apply(value, factor)
+    """Return finite ``value`` unchanged to the last bit; its gradient is multiplied by ``factor``."""
+    return value.detach() + factor * (value - value.detach())
