@@ -30,7 +30,7 @@ from hq_lib.integer.comparison import agreement
 from hq_lib.integer.storage import to_bytes
 from hq_lib.ptq import selection
 from hq_lib.ptq.bits import GridBank
-from hq_lib.quantizers import METHODS, act_quantizer, fusion_status, weight_quantizer
+from hq_lib.quantizers import METHODS, act_quantizer, straight_through, weight_quantizer
 from hq_lib.results import paths, provenance
 from hq_lib.studies import configuration, every, steps
 from hq_lib.studies.ptq.recipes import RECIPES, fit_recipe
@@ -136,9 +136,9 @@ def test_integers_are_the_cpus_and_forward_is_on_their_grid(method, role):
     there = quantizer.to(DEVICE)
     for _ in range(2):  # the second call may be fused
         y, found = there(ties.to(DEVICE)), there.to_int(ties.to(DEVICE))
-        assert torch.equal(found.cpu(), want), fusion_status()
+        assert torch.equal(found.cpu(), want), straight_through._state
         grid = there.grid()
-        assert torch.equal(y, grid.scale * (found - grid.zero_point)), fusion_status()
+        assert torch.equal(y, grid.scale * (found - grid.zero_point)), straight_through._state
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from papermill.parameterize import parameterize_notebook
 from traitlets.config import Config
 
 from hq_lib import models
-from hq_lib.quantizers import enable_fusion_
+from hq_lib.quantizers import straight_through
 from hq_lib.results import dependencies, notebook, paths, tables
 from hq_lib.results.share import RUNS_A_STUDY
 from hq_lib.studies import every
@@ -155,7 +155,7 @@ LOADED_BEFORE_THE_FORK = every()
 def run_cells(sources, folder, said):
     """In a forked process, which has the imports of this one: the cells one after another, to the first error."""
     os.chdir(folder)
-    enable_fusion_(False)
+    straight_through._state["on"] = False
     with said.open("w") as out, redirect_stdout(out), redirect_stderr(out), warnings.catch_warnings():
         warnings.simplefilter("error")
         shell = InteractiveShell.instance(config=Config({"HistoryManager": {"hist_file": ":memory:"}}))

@@ -17,7 +17,7 @@ from hq_lib.quantizers.fixed import AdaRound, FixedGrid, FrozenWeight
 from hq_lib.quantizers.lsq import LSQ, LSQPlusAct, LSQPlusWeight
 from hq_lib.quantizers.minmax import AciqAct, AciqWeight, MinMaxAct, MinMaxWeight
 from hq_lib.quantizers.pact import MPACT, PACT, FixedMPACT
-from hq_lib.quantizers.straight_through import Slope, enable_fusion_, fusion_status, staircase
+from hq_lib.quantizers.straight_through import Slope, staircase
 from hq_lib.results.hints import check_known, nearest
 
 FLOAT_BITS = 32

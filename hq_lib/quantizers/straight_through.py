@@ -28,18 +28,7 @@ AS_EAGER: dict[str, Any] = {"eager_numerics.division_rounding": True}
 """Options of the compiler: on a GPU its division is else approximate, and values half-way between two steps part."""
 
 _state: dict[str, Any] = {"on": os.environ.get("HQ_FUSE", "1") != "0", "failure": None, "said": False}
-
-
-def enable_fusion_(on: bool = True) -> None:
-    """Switch fused kernels on or off for this process (environment variable HQ_FUSE=0 starts with them off)."""
-    _state.update(on=on, failure=None, said=False)
-
-
-def fusion_status() -> str:
-    """Return "on", "off", or "unavailable: <why>" after a compilation failed and the plain kernels took over."""
-    if _state["failure"] is not None:
-        return f"unavailable: {_state['failure']}"
-    return "on" if _state["on"] else "off"
+"""Whether kernels are fused (environment variable HQ_FUSE=0: not), why none can be, whether lack of memory was said."""
 
 
 class Fused:

@@ -7,10 +7,9 @@ from hq_lib.quantizers import (
     Grid,
     Slope,
     dequantize,
-    enable_fusion_,
-    fusion_status,
     quantize_to_int,
     staircase,
+    straight_through,
 )
 from hq_lib.quantizers.affine import (
     MIN_SCALE,
@@ -224,28 +223,19 @@ def test_flat_and_unflat_are_inverse(memory_format):
     assert torch.equal(unflat(flat(other, x), x), other)
 
 
-def test_fusion_can_be_switched_off():
-    before = fusion_status()
-    enable_fusion_(False)
-    assert fusion_status() == "off"
-    enable_fusion_(before == "on")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("slope", list(Slope))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_fused_kernels_equal_the_plain_ones(slope, memory_format):
+def test_fused_kernels_equal_the_plain_ones(slope, memory_format, monkeypatch):
     x = randn(8, 32, 32, 32).contiguous(memory_format=memory_format)
     upstream = randn(8, 32, 32, 32, seed=1)
     results = []
-    before = fusion_status()
     for on in (True, False):
-        enable_fusion_(on)
+        monkeypatch.setattr(straight_through, "_state", {"on": on, "failure": None, "said": False})
         tensors = [t.clone().requires_grad_() for t in (x, torch.tensor(0.13), torch.tensor(2.0))]
         y = staircase(*tensors, ENDS, slope=slope)
         y.backward(upstream)
         results.append((y.detach(), *(t.grad for t in tensors)))
-    enable_fusion_(before == "on")
     fused, plain = results
     assert torch.equal(fused[0], plain[0])
     assert torch.equal(fused[1], plain[1])
@@ -257,18 +247,17 @@ def test_fused_kernels_equal_the_plain_ones(slope, memory_format):
 
 
 def test_a_failing_compiler_falls_back_silently(monkeypatch):
-    from hq_lib.quantizers.straight_through import Fused
-
     def broken(*_args, **_kwargs):
         raise RuntimeError("no C++ compiler here")
 
+    state = {"on": True, "failure": None, "said": False}
+    monkeypatch.setattr(straight_through, "_state", state)
     monkeypatch.setattr(torch, "compile", broken)
-    double = Fused(times, n_elementwise=1, apart=False)
+    double = straight_through.Fused(times, n_elementwise=1, apart=False)
     large = torch.ones(2**17)
     assert torch.equal(double(large, torch.tensor(2.0)), 2.0 * large)
-    assert fusion_status() == "unavailable: RuntimeError: no C++ compiler here"
+    assert state["failure"] == "RuntimeError: no C++ compiler here"
     assert torch.equal(double(large, torch.tensor(3.0)), 3.0 * large)
-    enable_fusion_(True)
 
 
 def times(x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
