@@ -74,18 +74,21 @@ def integer_range(bits: int, *, signed: bool, narrow: bool = False) -> tuple[int
 
 
 def affine_from_range(
-    low: Tensor, high: Tensor, *, qmin: int, qmax: int, power_of_two: bool = False
+    low: Tensor, high: Tensor, *, n_steps: int, half_steps: bool = False, power_of_two: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(scale, zero_point)`` of the grid that covers ``[low, high]`` and holds real 0 exactly.
+    """Return ``(scale, zero)`` of the levels s * (k - zero), k = 0 ... n_steps, that cover ``[low, high]`` and hold 0.
 
-        s = (max(high, 0) - min(low, 0)) / (qmax - qmin),   z = clip(qmin - round(min(low, 0) / s), qmin, qmax)
+        s = (max(high, 0) - min(low, 0)) / n_steps,   zero = clip(-round(min(low, 0) / s), 0, n_steps)
 
     (ALGORITHMS: asymmetric row; Jacob et al. 2018, eq. 1.) ``low``, ``high``: real units, any equal shape; results
     have that shape. The range is widened to hold 0, and s >= MIN_SCALE; with ``power_of_two`` s is the next one up.
+    ``half_steps`` rounds zero to multiples of 1/2, so that real 0 may lie half-way between two levels. The range moves
+    by at most half a step (a quarter with ``half_steps``).
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = usable((high - low) / (qmax - qmin), power_of_two=power_of_two)
-    return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+    scale = usable((high - low) / n_steps, power_of_two=power_of_two)
+    per_step = 2.0 if half_steps else 1.0
+    return scale, (0.0 - torch.round(low / scale * per_step) / per_step).clamp(0, n_steps)
 
 
 def usable(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
@@ -98,20 +101,6 @@ def next_power_of_two(scale: Tensor) -> Tensor:
     """Return the least power of two that is no smaller than ``scale`` (> 0), exactly: a shift in place of a product."""
     mantissa, exponent = torch.frexp(scale)  # mantissa in [1/2, 1)
     return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-
-
-def levels_from_range(low: Tensor, high: Tensor, *, n_steps: int, half_steps: bool = False) -> tuple[Tensor, Tensor]:
-    """Return ``(delta, zero)``: step in real units and position of real 0 in steps, for levels delta * (k - zero).
-
-        delta = (high - low) / n_steps,   zero = clip(round(-low / delta), 0, n_steps),   k = 0 ... n_steps
-
-    ``low`` <= 0 <= ``high``, real units, equal shapes. ``half_steps`` rounds zero to multiples of 1/2, so that real 0
-    may lie half-way between two levels. The range moves by at most half a step (a quarter with ``half_steps``).
-    """
-    delta = ((high - low) / n_steps).clamp(min=MIN_SCALE)
-    per_step = 2.0 if half_steps else 1.0
-    zero = torch.round(-low / delta * per_step) / per_step
-    return delta, zero.clamp(min=0.0, max=float(n_steps))
 
 
 def channel_dims(x: Tensor, axis: int | None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.affine import MIN_SCALE, levels_from_range, max_abs
+from hq_lib.quantizers.affine import MIN_SCALE, affine_from_range, max_abs
 from hq_lib.quantizers.base import Quantizer, Role, Tag, scale_gradient
 from hq_lib.quantizers.ranges import best_shrink, widest_range
 from hq_lib.quantizers.straight_through import Fused, forward_kernel, sum_to
@@ -138,7 +138,7 @@ class DSQ(Quantizer):
         return -_reflected(-self.low), _reflected(self.high)
 
     def _levels(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return levels_from_range(low, high, n_steps=self.n_steps, half_steps=self.half_steps)
+        return affine_from_range(low, high, n_steps=self.n_steps, half_steps=self.half_steps)
 
     def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         delta, zero = self._levels(*self.bounds())

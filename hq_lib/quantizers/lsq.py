@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.affine import MIN_SCALE, integer_range, levels_from_range, mean_abs
+from hq_lib.quantizers.affine import MIN_SCALE, affine_from_range, integer_range, mean_abs
 from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
 from hq_lib.quantizers.ranges import IDLE_CLIP, LEAST_ERROR, best_shrink, three_sigma, widest_range
 from hq_lib.quantizers.straight_through import Slope
@@ -136,7 +136,7 @@ class LSQPlusAct(LSQ):
             low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
         delta, zero = self._levels(*best_shrink(x, low, high, self._levels, n_steps=self.n_steps))
         self.step_size.copy_(delta / self.step)
-        self.beta.copy_(-delta * zero)
+        self.beta.copy_(0.0 - delta * zero)
 
     def _levels(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return levels_from_range(low, high, n_steps=self.n_steps, half_steps=self.binary)
+        return affine_from_range(low, high, n_steps=self.n_steps, half_steps=self.binary)

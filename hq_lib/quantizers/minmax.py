@@ -100,7 +100,7 @@ class MinMaxWeight(FollowingQuantizer):
         else:
             low, high = self._range(w)
             if not self.signed:
-                return affine_from_range(low, high, qmin=self.qmin, qmax=self.qmax, power_of_two=self.power_of_two)
+                return affine_from_range(low, high, n_steps=self.qmax, power_of_two=self.power_of_two)
             scale = torch.maximum(-low, high) / self.qmax
         return usable(scale, power_of_two=self.power_of_two), w.new_zeros(())
 
@@ -143,7 +143,7 @@ class MinMaxAct(Quantizer):
         if self.binary:
             scale = usable(self.high, power_of_two=self.power_of_two)
             return scale, torch.zeros_like(scale)
-        return affine_from_range(self.low, self.high, qmin=0, qmax=self.qmax, power_of_two=self.power_of_two)
+        return affine_from_range(self.low, self.high, n_steps=self.qmax, power_of_two=self.power_of_two)
 
     def _quantize(self, x: Tensor) -> Tensor:
         if self.training and self.observing:

@@ -130,7 +130,7 @@ def grid_from_range(value_range: Range, *, bits: int, scheme: Scheme = "affine")
     qmin, qmax = grid_ends(bits, scheme)
     low, high = value_range
     if scheme == "affine":
-        return Grid(*affine_from_range(low, high, qmin=qmin, qmax=qmax), qmin, qmax)
+        return Grid(*affine_from_range(low, high, n_steps=qmax), qmin, qmax)
     scale = (torch.maximum(-low, high) / ((qmax - qmin) / 2)).clamp(min=MIN_SCALE)
     return Grid(scale, torch.zeros_like(scale), qmin, qmax)
 

@@ -16,7 +16,6 @@ from hq_lib.quantizers.affine import (
     affine_from_range,
     check_finite,
     integer_range,
-    levels_from_range,
     max_abs,
     mean_abs,
     min_max,
@@ -118,25 +117,25 @@ def test_integer_range(bits, signed, narrow, want):
 
 
 def test_ranges_hold_zero_exactly():
-    scale, zero = affine_from_range(torch.tensor([-1.0, 0.5, -3.0]), torch.tensor([2.0, 3.0, -1.0]), qmin=0, qmax=15)
+    scale, zero = affine_from_range(torch.tensor([-1.0, 0.5, -3.0]), torch.tensor([2.0, 3.0, -1.0]), n_steps=15)
     torch.testing.assert_close(scale, torch.tensor([0.2, 0.2, 0.2]))
     assert zero.tolist() == [5.0, 0.0, 15.0]
 
 
 def test_all_zero_and_constant_tensors():
     zero = torch.zeros(4)
-    scale, z = affine_from_range(*min_max(zero), qmin=0, qmax=255)
+    scale, z = affine_from_range(*min_max(zero), n_steps=255)
     assert scale.item() == pytest.approx(MIN_SCALE)
     assert torch.equal(fake_quantize(zero, scale, z, qmin=0, qmax=255), zero)
     for constant in (torch.full((4,), 2.5), torch.full((4,), -2.5)):
-        scale, z = affine_from_range(*min_max(constant), qmin=0, qmax=255)
+        scale, z = affine_from_range(*min_max(constant), n_steps=255)
         torch.testing.assert_close(fake_quantize(constant, scale, z, qmin=0, qmax=255), constant)
 
 
 def test_half_step_levels():
-    delta, zero = levels_from_range(torch.tensor(-1.5), torch.tensor(1.5), n_steps=3, half_steps=True)
+    delta, zero = affine_from_range(torch.tensor(-1.5), torch.tensor(1.5), n_steps=3, half_steps=True)
     assert (delta.item(), zero.item()) == (1.0, 1.5)
-    delta, zero = levels_from_range(torch.tensor(-1.4), torch.tensor(1.6), n_steps=3)
+    delta, zero = affine_from_range(torch.tensor(-1.4), torch.tensor(1.6), n_steps=3)
     assert (delta.item(), zero.item()) == (1.0, 1.0)
 
 
