@@ -20,7 +20,6 @@ from hq_lib.quantizers.affine import (
     check_bits,
     check_finite,
     max_abs,
-    min_max,
     snap_to_levels,
 )
 from hq_lib.results.hints import check_known
@@ -140,8 +139,7 @@ def widest_range(x: Tensor, *, signed: bool, axis: int | None = None) -> Range:
 
     All-zero data (or an all-zero channel) give the range of IDLE_CLIP: (0, 1), or (-1, 1) if ``signed``.
     """
-    low, high = min_max(x if signed else x.clamp(min=0.0), axis=axis)
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    low, high = minmax_range(x if signed else x.clamp(min=0.0), axis=axis)
     idle = (low == high).to(low.dtype) * IDLE_CLIP
     return Range(low - idle * float(signed), high + idle)
 
