@@ -10,7 +10,6 @@ from hq_lib.ptq.selection.scores import (
     paired_difference,
     reconstruction_error,
     score,
-    spearman,
 )
 from hq_lib.ptq.selection.sets import (
     Manifest,

@@ -90,7 +90,7 @@ def comparison(found: pd.DataFrame) -> pd.DataFrame:
     own = found.groupby("choice")
     lines = pd.DataFrame({name: own[name].mean() for name in ("acc_pct", "loss_own", "loss_common")})
     lines = lines.assign(n=own.size(), sd=own["acc_pct"].std(ddof=1))
-    gains = pd.DataFrame([paired(found, c) for c in lines.index], lines.index, ["mean", "low", "high", "p_value"])
+    gains = pd.DataFrame([paired(found, c) for c in lines.index], lines.index, ["mean", "low", "high"])
     lines = lines.join(gains).reindex([choice for choice in CHOICES if choice in own.groups])
     return lines.rename_axis("choice").sort_values("acc_pct", ascending=False, kind="stable").reset_index()
 
@@ -152,7 +152,7 @@ def selectors(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rho(found: pd.DataFrame, loss: str) -> float:
-    return float(selection.spearman(pd.DataFrame(found, columns=[loss, "acc_pct"]), "acc_pct")["rho"].iloc[0])
+    return float(pd.DataFrame(found, columns=[loss, "acc_pct"]).corr("spearman", min_periods=3).iloc[0, 1])  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- scores
@@ -173,8 +173,8 @@ def rho_table(found: pd.DataFrame) -> pd.DataFrame:
         ("loss,\nits own images", found, "loss_own"), ("loss,\ncommon images", found, "loss_common"),
         ("accuracy,\nall sets", found, "acc_pct"), ("accuracy,\nrandom sets", random, "acc_pct"),
     ):  # fmt: skip
-        rho = selection.spearman(pd.DataFrame(group, columns=[*METRIC_LABELS, target]), target)
-        columns[title] = rho.set_index("metric")["rho"].reindex(list(METRIC_LABELS))
+        every = pd.DataFrame(group, columns=[*METRIC_LABELS, target])
+        columns[title] = every.corr("spearman", min_periods=3)[target].drop(target)
     return pd.DataFrame(columns).rename(index=METRIC_LABELS)
 
 
