@@ -16,7 +16,6 @@ caller to measure. What an assignment costs is storage of the weights, or bit op
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -44,10 +43,8 @@ def uniform_policy(bits: int, *, overrides: Mapping[str, object] | None = None) 
 
 
 def tensors_of(qnet: QuantizedNet) -> list[str]:
-    """Names of all tensors with a quantizer: weights in execution order, then activations."""
-    weights = [f"weight {name}" for name, layer in weight_layers(qnet).items() if layer.weight_quantizer is not None]
-    sites = [site for site in qnet.meta["sites"] if hasattr(qnet, site.quantizer)]
-    return weights + [f"act {site.name}" for site in sites]
+    """Names of all tensors that its policy quantizes: weights in execution order, then activations."""
+    return [tensor for tensor, spec in qnet.meta["specs"].items() if not spec.is_float]
 
 
 class GridBank:
@@ -68,27 +65,14 @@ class GridBank:
         """
         self.bits = tuple(sorted(set(bits)))
         with eval_mode(net):
-            fitted = {b: quantize(net, uniform_policy(b), images[:1]) for b in self.bits}
-            for qnet in fitted.values():
+            self._nets = {b: quantize(net, uniform_policy(b), images[:1]) for b in (*self.bits, FLOAT_BITS)}
+            for qnet in (self._nets[b] for b in self.bits):
                 ptq.fit_weights(qnet)
                 ptq.fit_acts(qnet, images)  # to the float net's activations, so before its biases change
                 ptq.correct_means(qnet, images)
             self.net: QuantizedNet = quantize(net, uniform_policy(self.bits[-1]), images[:1])
-        self._biases = {name: layer.bias for name, layer in weight_layers(self.net).items()}
-        self._targets = {site.name: site.quantizer for site in self.net.meta["sites"]}
-        self._modules: dict[str, dict[int, tuple[Any, nn.Parameter | None]]] = {}
-        for b, qnet in fitted.items():
-            layers = weight_layers(qnet)
-            for tensor in tensors_of(qnet):
-                kind, name = tensor.split(" ", 1)
-                layer = layers.get(name) if kind == "weight" else None
-                own = layer.weight_quantizer if layer else qnet.get_submodule(self._targets[name])
-                self._modules.setdefault(tensor, {})[b] = own, layer.bias if layer else None
-
-    @property
-    def tensors(self) -> list[str]:
+        self.tensors = tensors_of(self.net)
         """Names of all tensors that can have bits, weights first, each kind in execution order."""
-        return list(self._modules)
 
     def assign(self, bits: Mapping[str, int]) -> QuantizedNet:
         """The net with these bits; tensors that are not named, or named with 32, are float. The next call changes it.
@@ -97,19 +81,20 @@ class GridBank:
             ValueError: an unknown tensor (with the nearest name), or bits that were not fitted.
         """
         for tensor, b in bits.items():
-            if tensor not in self._modules:
-                raise ValueError(f"no tensor {tensor!r}{nearest(tensor, self._modules)}")
+            if tensor not in self.tensors:
+                raise ValueError(f"no tensor {tensor!r}{nearest(tensor, self.tensors)}")
             if b not in (*self.bits, FLOAT_BITS):
                 have = f"{self.bits} and {FLOAT_BITS} (float)"
                 raise ValueError(f"{tensor}: {b!r} bits were not fitted; there are {have}")
-        for tensor, fitted in self._modules.items():
+        places = {site.name: site.quantizer for site in self.net.meta["sites"]}
+        for tensor in self.tensors:
             kind, name = tensor.split(" ", 1)
-            module, bias = fitted.get(bits.get(tensor, FLOAT_BITS), (None, None))
+            fitted = self._nets[bits.get(tensor, FLOAT_BITS)]
             if kind == "act":
-                setattr(self.net, self._targets[name], module or nn.Identity())
+                setattr(self.net, places[name], getattr(fitted, places[name], None) or nn.Identity())
             else:
-                layer = weight_layers(self.net)[name]
-                layer.weight_quantizer, layer.bias = module, bias if module is not None else self._biases[name]
+                layer, like = (weight_layers(qnet)[name] for qnet in (self.net, fitted))
+                layer.weight_quantizer, layer.bias = like.weight_quantizer, like.bias
         meta = self.net.meta  # reports and files go by it
         meta["specs"] = {t: replace(spec, bits=bits.get(t, FLOAT_BITS)) for t, spec in meta["specs"].items()}
         meta["policy"] = self.policy(bits)
@@ -118,7 +103,7 @@ class GridBank:
     def policy(self, bits: Mapping[str, int]) -> BitPolicy:
         """The policy that gives the same bits; tensors that are not named are float in it."""
         overrides: dict[str, dict[str, int]] = {}
-        for tensor in self._modules:
+        for tensor in self.tensors:
             kind, name = tensor.split(" ", 1)
             overrides.setdefault(name, {})[kind] = bits.get(tensor, FLOAT_BITS)
         return uniform_policy(self.bits[-1], overrides=overrides)

@@ -1,4 +1,4 @@
-"""Scores of calibration images, of their pixels and of what a network computes, and by how much one choice beats another.
+"""Scores of calibration images, of their pixels and of what a network computes, and what one choice has over another.
 
 CaPTQ asserts that smooth calibration images help and defines no measure; the six readings of "smooth pixel
 distribution" here are candidates, one score per image, low = smooth unless stated. They are computed on exactly the
