@@ -15,7 +15,7 @@ BRECQ's weights of the loss, and how the error grows block by block; ``progress`
 
 from hq_lib.ptq.allocation import correct_moments, fit_allocated
 from hq_lib.ptq.config import ReconstructionConfig, adaround, brecq, qdrop
-from hq_lib.ptq.equalization import correct_means, equalize, mean_shifts, reestimate_norms
+from hq_lib.ptq.equalization import correct_means, equalize, reestimate_norms
 from hq_lib.ptq.progress import ReconstructionError, UnitReport
 from hq_lib.ptq.ranges import find_grid, fit_acts, fit_weights
 from hq_lib.ptq.reconstruction import reconstruct

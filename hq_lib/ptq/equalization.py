@@ -91,44 +91,37 @@ def _even_out(first: nn.Module, second: nn.Module) -> float:
 
 
 @torch.no_grad()
-def mean_shifts(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> dict[str, Tensor]:
-    """By how much rounding the weights shifts the mean of each output channel: (C_out,), real units, by layer.
+def correct_means(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> None:
+    """Take out of each layer's bias by how much rounding its weights shifts the mean of each output channel, in place.
 
         shift_c = E[(w_hat * x)_c] - E[(w * x)_c]        mean over images and positions, x the layer's input
 
     (Nagel et al. 2019, arXiv:1906.04721, section 4.2, measured instead of derived.) ``x`` is what the layer sees while
     the quantizers chosen by ``only`` (default: all, activations too) are off, so that no layer's shift depends on
-    another's bits.
+    another's bits. A layer without bias gets one. The integers and scales stay as they are, so it survives
+    ``integer.lower``.
 
     Args:
-        qnet:   from ``graph.quantize``, weight grids fitted; left as it was.
+        qnet:   from ``graph.quantize``, weight grids fitted.
         images: (N, C, H, W), normalised; one batch.
-        only:   which quantizers (given the module).
+        only:   which quantizers (given the module); the others' layers keep their bias.
     """
-    found: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
 
     def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, QuantizedWeight)
         with set_quantization(layer, weights=True, acts=None):
             shift = layer.forward(inputs[0]) - output
         channels = shift.dim() - 1 if isinstance(layer, nn.Linear) else 1
-        found[name] = shift.mean([d for d in range(shift.dim()) if d != channels])
+        shifts[name] = shift.mean([d for d in range(shift.dim()) if d != channels])
 
     chosen = {n: m for n, m in weight_layers(qnet).items() if (q := m.weight_quantizer) and (only is None or only(q))}
     with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet), ExitStack() as hooks:
         for name, layer in chosen.items():
             hooks.enter_context(layer.register_forward_hook(partial(measure, name)))
         qnet(images.to(device_of(qnet)))
-    return found
-
-
-def correct_means(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = None) -> None:
-    """Take each layer's ``mean_shifts`` out of its bias, in place; a layer without bias gets one.
-
-    The integers and scales stay as they are, so it survives ``integer.lower``. Arguments as in ``mean_shifts``.
-    """
-    for name, shift in mean_shifts(qnet, images, only=only).items():
-        layer = weight_layers(qnet)[name]
+    for name, shift in shifts.items():
+        layer = chosen[name]
         layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias.detach() - shift)
 
 
