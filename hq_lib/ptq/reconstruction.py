@@ -225,11 +225,9 @@ def train_unit(
         cache:     its inputs and target; ``rounders``: its ``rounders_of``; ``name``: for error messages.
         generator: of batches and dropping.
     """
-    acts = act_quantizers(cache.body).values()
+    acts = act_quantizers(cache.body).values() if config.learn_steps else ()
     steps = [p for q in acts for name, p in q.named_parameters() if p.requires_grad and name != "beta"]
     learned = {"logits": ([q.v for q in rounders], config.rounding_lr), "steps": (steps, config.step_lr)}
-    if not config.learn_steps:
-        del learned["steps"]
     groups = [{"name": key, "params": params, "lr": lr} for key, (params, lr) in learned.items() if params]
     if not groups:
         return 0
