@@ -137,24 +137,17 @@ def fit_acts(
             )
 
     def fit(quantizer: torch.nn.Module, x: Tensor) -> None:
-        assert isinstance(quantizer, Quantizer)
+        assert isinstance(quantizer, LSQ | MinMaxAct)
         signed = bool(quantizer.signed)
         scheme: Scheme = "symmetric" if signed and type(quantizer) is LSQ else "affine"
-        axis = quantizer.axis
-        set_grid(quantizer, find_grid(x, bits=quantizer.bits, axis=axis, method=method, scheme=scheme, signed=signed))
+        found = find_grid(x, bits=quantizer.bits, axis=quantizer.axis, method=method, scheme=scheme, signed=signed)
+        scale, zero_point = found.scale.float(), found.zero_point.float()
+        quantizer.mark_fitted()
+        if isinstance(quantizer, MinMaxAct):
+            quantizer.low, quantizer.high = -scale * zero_point, scale * (found.qmax - zero_point)
+            return
+        quantizer.step_size.data = scale
+        if isinstance(quantizer, LSQPlusAct):
+            quantizer.beta.data = -scale * zero_point
 
     calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, fit=fit)
-
-
-@torch.no_grad()
-def set_grid(quantizer: Quantizer, found: Grid) -> None:
-    """Put an activation quantizer (lsq, lsq_plus, minmax) on the grid ``found``, () or broadcastable to its tensor."""
-    scale, zero_point = found.scale.float(), found.zero_point.float()
-    quantizer.mark_fitted()
-    if isinstance(quantizer, MinMaxAct):
-        quantizer.low, quantizer.high = -scale * zero_point, scale * (found.qmax - zero_point)
-        return
-    assert isinstance(quantizer, LSQ)
-    quantizer.step_size.data = scale
-    if isinstance(quantizer, LSQPlusAct):
-        quantizer.beta.data = -scale * zero_point
