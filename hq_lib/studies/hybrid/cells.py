@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hq_lib import ptq
 from hq_lib.data import ImageSet
-from hq_lib.graph import BitPolicy, QuantizedNet, act_quantizers, calibrate, quantize, set_quantization, weight_layers
+from hq_lib.graph import BitPolicy, QuantizedNet, calibrate, quantize, set_quantization
 from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import FLOAT_BITS, Quantizer
 from hq_lib.studies.bench import Bench
@@ -150,5 +150,4 @@ def take_over(qnet: QuantizedNet, trained: QuantizedNet) -> None:
 
 
 def _quantizers(qnet: QuantizedNet) -> dict[str, nn.Module]:
-    found = {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in weight_layers(qnet).items()}
-    return {name: q for name, q in {**found, **act_quantizers(qnet)}.items() if isinstance(q, Quantizer)}
+    return {name: module for name, module in qnet.named_modules() if isinstance(module, Quantizer)}
