@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from hq_lib.results.figures import Look, band, band_line, heat_map, label_ends, look, need, new_figure, styled
+from hq_lib.results.figures import band, band_line, heat_map, label_ends, look, need, new_figure, styled
 
 SEARCHES = {
     "optimal": "integer program", "uniform": "same bits", "ends_8": "same bits, first and last 8",
@@ -45,7 +45,10 @@ def fig_hybrid_bits(cells: pd.DataFrame, *, boundary: int) -> Figure:
         table.index, table.columns = ([f"{b:g}" for b in names] for names in (table.index, table.columns))
         heat_map(ax, table, unit=unit)
         ax.set(title=title, xlabel="activation bits", ylabel="weight bits")
-        _draw_boundary(ax, table, boundary)
+        # a step around the cells whose bits all reach the boundary; they stand at the top left
+        down, right = (sum(int(name) >= boundary for name in names) - 0.5 for names in (table.index, table.columns))
+        ax.plot([-0.5, right, right], [down, down, -0.5], color="white", linewidth=2.5, solid_joinstyle="miter")
+        ax.plot([-0.5, right, right], [down, down, -0.5], color="black", linewidth=0.8, linestyle="--")
     return figure
 
 
@@ -64,13 +67,6 @@ def fig_assignment(bits: Mapping[str, int]) -> Figure:
     ax.set(ylabel="bits", ylim=(0, 8.4))
     ax.grid(False, axis="x")
     return figure
-
-
-def _draw_boundary(ax: Axes, table: pd.DataFrame, boundary: int) -> None:
-    """A step around the cells whose bits all reach ``boundary``; they stand at the top left."""
-    down, right = (sum(int(name) >= boundary for name in names) - 0.5 for names in (table.index, table.columns))
-    ax.plot([-0.5, right, right], [down, down, -0.5], color="white", linewidth=2.5, solid_joinstyle="miter")
-    ax.plot([-0.5, right, right], [down, down, -0.5], color="black", linewidth=0.8, linestyle="--")
 
 
 @styled("kind", "name", "bits", "kl")
@@ -144,22 +140,18 @@ def _accuracy(ax: Axes, mine: pd.DataFrame, float_acc_pct: float | None) -> None
             ax.plot(inside["cost"], inside["acc_pct"], **{**vars(style), "linestyle": ""}, label=label)
         elif len(nets):
             band_line(ax, nets, x="cost", y="acc_pct", as_=search, label=label)
-        _stand_on_foot(ax, nets.loc[nets["acc_pct"] < foot], foot, style)
+        below = band(nets.loc[nets["acc_pct"] < foot], x="cost", y="acc_pct")["mean"]
+        # those below stand on its foot, each cost once, hollow, with the mean accuracy of its nets
+        for cost, value in zip(below.index, below, strict=True):
+            ax.plot(cost, foot, linestyle="", marker=style.marker, color="white", markeredgecolor=style.color,
+                    clip_on=False, zorder=5)  # fmt: skip
+            ax.annotate(f"{value:.0f}", (cost, foot), xytext=(0, 5), textcoords="offset points", size=6, ha="center",
+                        color=style.color)  # fmt: skip
     if float_acc_pct:
         ax.axhline(float_acc_pct, color="black", linestyle="--", linewidth=0.8)
         ax.annotate("float", (1, float_acc_pct), xycoords=("axes fraction", "data"), xytext=(-2, 2), size=7,
                     textcoords="offset points", ha="right")  # fmt: skip
     ax.set_ylim(foot - 0.02 * WINDOW_PP, top + 0.06 * WINDOW_PP)
-
-
-def _stand_on_foot(ax: Axes, nets: pd.DataFrame, foot: float, style: Look) -> None:
-    """Each cost once, hollow, with the mean accuracy of its nets."""
-    table = band(nets, x="cost", y="acc_pct")
-    for cost, value in zip(table.index.to_numpy(dtype=float), table["mean"].to_numpy(dtype=float), strict=True):
-        ax.plot([cost], [foot], linestyle="", marker=style.marker, color="white", markeredgecolor=style.color,
-                clip_on=False, zorder=5)  # fmt: skip
-        ax.annotate(f"{value:.0f}", (cost, foot), xytext=(0, 5), textcoords="offset points", size=6, ha="center",
-                    color=style.color)  # fmt: skip
 
 
 def _additivity(ax: Axes, mine: pd.DataFrame) -> None:

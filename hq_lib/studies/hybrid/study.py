@@ -286,13 +286,12 @@ def measure_search(run: Run[Plan], lab: Laboratory, point: Point) -> Iterator[Fo
 
 def _losses(run: Run[Plan]) -> dict[str, dict[int, float]]:
     """What the searches work on: KL, nat, by tensor in the network's order, and bits."""
-    known = sensitivities(profile_rows(SENSITIVITY, run.profile))
-    missing = [t for t in tensors() if len(known.loc[known["tensor"] == t]) < len(run.plan.bits)]
+    found = losses(sensitivities(profile_rows(SENSITIVITY, run.profile)))
+    missing = [t for t in tensors() if len(found.get(t, ())) < len(run.plan.bits)]
     if missing:
         raise StudyError(
             f"{len(missing)} tensors have no sensitivities: hq study {SENSITIVITY} --profile {run.profile}"
         )
-    found = losses(known)
     return {tensor: found[tensor] for tensor in tensors()}
 
 
