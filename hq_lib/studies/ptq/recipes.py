@@ -82,8 +82,6 @@ RECIPES = {
     "qdrop_2000": Recipe("qdrop", "2,000 iterations, rate 1e-2", passes=ptq.qdrop,
                          settings={**OFFICIAL, "rounding_lr": 1e-2, "iterations": 2000}),
 }  # fmt: skip
-NEAREST = tuple(name for name, recipe in RECIPES.items() if recipe.passes is None)
-LEARNED = ("adaround", "brecq", "brecq_fisher", "qdrop")
 
 
 def policy(w_bits: int, a_bits: int) -> BitPolicy:

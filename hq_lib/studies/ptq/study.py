@@ -22,7 +22,7 @@ from hq_lib.graph import quantize
 from hq_lib.results import paths
 from hq_lib.studies.bench import PUBLIC, SHIPPED, Bench, net_switch, open_bench, public_weights
 from hq_lib.studies.ptq import recipes
-from hq_lib.studies.ptq.recipes import CHOSEN, LEARNED, NEAREST, RECIPES, Recipe
+from hq_lib.studies.ptq.recipes import CHOSEN, RECIPES
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 from hq_lib.training import evaluate
 
@@ -64,7 +64,8 @@ class Plan:
 
 
 SMOKE = ("minmax", "mse", "aciq_allocated", "brecq_fisher", "qdrop")
-EVERY = (*NEAREST, *LEARNED)
+EVERY = tuple(name for name in RECIPES if not name.startswith("qdrop_"))
+"""All but QDrop's variants, which are asked for by name."""
 PLANS = {
     "smoke": Plan((SHIPPED,), SMOKE, ((4, 4),), (SEED,), 2, 32, 32, n_test=50),
     "quick": Plan((SHIPPED,), EVERY, ((4, 4), (2, 2)), (SEED,), 20, 128, 50, n_test=500),
@@ -128,7 +129,8 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
         return
     bits, iterations, seed = (point["w_bits"], point["a_bits"]), point["iterations"], point["seed"]
     x = recipes.calibration(bench.train, point["n_calib"], seed)
-    folder = _folder(run, point) if iterations else None
+    identity = json.dumps({"experiment": run.study, **point.key}, sort_keys=True).encode()
+    folder = run.folder / f"{point.name}_{hashlib.sha256(identity).hexdigest()[:10]}" if iterations else None
     started = time.process_time()
     qnet = quantize(bench.net, recipes.policy(*bits), x[:1])
     reports = recipes.fit_recipe(qnet, x, RECIPES[point["recipe"]], iterations=iterations, seed=seed, folder=folder)
@@ -138,11 +140,6 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
         yield from _errors(point.key, qnet, bench, x, run.plan.n_errors)
     values = {"loss": score.loss, **spent, "acc_pct": score.acc_pct}  # unknown is what an earlier process has spent
     yield from metric_rows(values, dataset=bench.dataset, n_test=score.n)
-
-
-def _folder(run: Run[Plan], point: Point) -> Path:
-    text = json.dumps({"experiment": run.study, **point.key}, sort_keys=True)
-    return run.folder / f"{point.name}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> Iterator[Found]:
@@ -201,9 +198,9 @@ def schedule_points(plan: SchedulePlan) -> list[Point]:
 def measure_schedule(run: Run[SchedulePlan], bench: Bench, point: Point) -> Iterator[Found]:
     """Accuracy on validation images, which were held out of the network's training; test images play no part."""
     plan = run.plan
-    recipe = Recipe("qdrop", "schedule", passes=ptq.qdrop, settings=recipes.rated(point.what, plan.iterations))
     x = recipes.calibration(bench.train, plan.n_calib, SEED)
-    qnet = recipes.quantized(bench.net, x, recipe, (2, 2), iterations=plan.iterations, seed=SEED)
+    how = {"iterations": plan.iterations, "seed": SEED, **recipes.rated(point.what, plan.iterations)}
+    qnet = recipes.quantized(bench.net, x, RECIPES["qdrop"], (2, 2), **how)
     score = evaluate(qnet, bench.val.drawn(plan.n_val or len(bench.val), 0))
     yield {"dataset": bench.dataset, "value": score.acc_pct, "n_test": score.n}
 
@@ -232,10 +229,10 @@ ACIQ_PLANS = {"smoke": AciqPlan((2, 4), 32), "quick": AciqPlan((2, 3, 4, 8)), "f
 
 def aciq_points(plan: AciqPlan) -> list[Point]:
     """All tensors at each width; the rows of the activations stand for all."""
-    images = {"n_calib": plan.n_calib, "seed": SEED}
-    later = {f"switches.{name}": value for name, value in _checkpoint().items()}
-    known = {"metric": recipes.MSE[0], "w_bits": 32, **later}
-    key = {"model": "resnet20", "method": "aciq", **images, **known}
+    key = {
+        "model": "resnet20", "method": "aciq", "n_calib": plan.n_calib, "seed": SEED, "metric": recipes.MSE[0],
+        "w_bits": 32, **{f"switches.{name}": value for name, value in _checkpoint().items()},
+    }  # fmt: skip
     return [Point(f"aciq_{bits}bit", {**key, "a_bits": bits}, after=FIRST) for bits in plan.bits]
 
 

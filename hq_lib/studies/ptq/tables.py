@@ -13,8 +13,11 @@ from hq_lib.studies.ptq.study import PLANS
 
 BITS = PLANS["full"].bits
 
-PLACES = ("public ResNet-20", "shipped ResNet-20", "ResNet-20 on digits")
-"""groups of columns of tab_ptq, before those of the ImageNet networks"""
+PLACES = {
+    (PUBLIC, "cifar10"): "public ResNet-20", (SHIPPED, "cifar10"): "shipped ResNet-20",
+    (SHIPPED, "digits"): "ResNet-20 on digits",
+}  # fmt: skip
+"""net and data set -> group of columns of tab_ptq, before those of the ImageNet networks"""
 PAPERS = "resnet18"
 """the network whose published ImageNet numbers are always shown; those of others where they are measured"""
 OFFICIAL_LINES = {
@@ -35,12 +38,13 @@ PAPER_LINES = {
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with ``net`` (the name in print), ``recipe`` (and a block's place) as columns.
+    """The rows with ``net`` (the name in print), ``recipe``, its ``line`` (and a block's place) as columns.
 
     Of an ImageNet network measured on a folder of one's own, the rows on the sample are left out.
     """
     found = tables.with_switches(rows, "net", "recipe", "block", "position", "images")
     found["net"] = [column_of(*each) for each in zip(found["net"], found["dataset"], found["model"], strict=True)]
+    found["line"] = [RECIPES[name].line if name in RECIPES else "-" for name in found["recipe"]]
     elsewhere = set(found.loc[found["images"].notna(), "net"])
     return found.loc[found["images"].notna() | ~found["net"].isin(list(elsewhere))]
 
@@ -49,7 +53,7 @@ def column_of(net: str, dataset: str, model: str) -> str:
     """The name in print of a net on a data set."""
     if dataset == "imagenet":
         return f"ImageNet {labels.printed('model', model)}".replace(" (ImageNet)", "")
-    return PLACES[{(PUBLIC, "cifar10"): 0, (SHIPPED, "cifar10"): 1, (SHIPPED, "digits"): 2}[net, dataset]]
+    return PLACES[net, dataset]
 
 
 def constants_table() -> pd.DataFrame:
@@ -75,13 +79,12 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     ours = named(rows)
     theirs = known(set(rows.loc[rows["dataset"] == "imagenet", "model"]))
-    ours = ours.assign(line=[RECIPES[key].line if key in RECIPES else "-" for key in ours["recipe"]])
-    lines = ["-", *(recipe.line for recipe in RECIPES.values())]
-    others = dict.fromkeys(net for net in (*ours["net"], *theirs["net"]) if net not in PLACES)
+    nets = dict.fromkeys([*ours["net"], *theirs["net"]])
+    others = [net for net in nets if net not in PLACES.values()]
     order = {
         "bits": ["float", *(labels.bits_label(w, a) for w, a in BITS)],
-        "line": list(dict.fromkeys(lines)),
-        "net": [*(column for column in PLACES if column in {*ours["net"], *theirs["net"]}), *others],
+        "line": ["-", *dict.fromkeys(recipe.line for recipe in RECIPES.values())],
+        "net": [*(net for net in PLACES.values() if net in nets), *others],
     }
     out = tables.build(ours, theirs, index=["bits", "method", "line"], columns=["net"], order=order)
     empty = {tables.NOT_RUN, tables.NOT_PUBLISHED}
@@ -99,8 +102,8 @@ def known(models: Collection[str] = ()) -> pd.DataFrame:
     paper = every.loc[(every["table"] == "imagenet_ptq") & every["model"].isin([PAPERS, *models])]
     paper = paper.loc[paper["method"].isin(list(PAPER_LINES)) & ~paper["variant"].str.contains("rerun")]
     return pd.concat([
-        code.assign(line=code["variant"].map(OFFICIAL_LINES), net=PLACES[0]),
-        base.assign(line="-", net=PLACES[0]),
+        code.assign(line=code["variant"].map(OFFICIAL_LINES), net=PLACES[PUBLIC, "cifar10"]),
+        base.assign(line="-", net=PLACES[PUBLIC, "cifar10"]),
         paper.assign(
             line=paper["method"].map(PAPER_LINES), net=[column_of("", "imagenet", model) for model in paper["model"]]
         ),
@@ -123,8 +126,7 @@ def protocol(rows: pd.DataFrame) -> dict[str, str]:
 def best(rows: pd.DataFrame) -> pd.DataFrame:
     """By network and bits the recipes, best first: mean, sd and number of seeds, and what the official code reached."""
     found = named(rows.loc[rows["metric"] == "acc_pct"])
-    found = tables.with_bits(tables.cells(found, by=["net", "recipe", "w_bits", "a_bits"]))
-    found["line"] = [RECIPES[name].line if name in RECIPES else "-" for name in found["recipe"]]
+    found = tables.with_bits(tables.cells(found, by=["net", "recipe", "line", "w_bits", "a_bits"]))
     where = ["net", "bits", "line"]
     theirs = tables.with_bits(known().query("metric == 'acc_pct'"))
     theirs = theirs.pivot_table(index=where, values="value", aggfunc="max").reset_index()
@@ -138,7 +140,7 @@ def best(rows: pd.DataFrame) -> pd.DataFrame:
 def first_net(rows: pd.DataFrame) -> str:
     """The network that figures show: the public one where it was measured, else the next; "" where none was."""
     measured = dict.fromkeys(named(rows)["net"])
-    return next((column for column in (*PLACES, *measured) if column in measured), "")
+    return next((column for column in (*PLACES.values(), *measured) if column in measured), "")
 
 
 def errors(rows: pd.DataFrame, *, net: str, recipes: Sequence[str]) -> pd.DataFrame:
@@ -149,13 +151,11 @@ def errors(rows: pd.DataFrame, *, net: str, recipes: Sequence[str]) -> pd.DataFr
 
 def at_the_logits(found: pd.DataFrame) -> pd.DataFrame:
     """By bits and recipe of ``errors``: mean error behind the first block and behind the last, and seeds of each."""
-    ends = tables.with_bits(found.assign(position=found["position"].astype(float)))
-    last = ends["position"].max()
-    ends = ends.loc[ends["position"].isin([ends["position"].min(), last])]
-    ends = ends.assign(place=ends["position"].eq(last).map({False: "first block", True: "logits"}))
-    wide = ends.pivot_table(index=["bits", "recipe"], columns="place", values="value", sort=False)
-    wide = wide.reindex(columns=["first block", "logits"])
-    return wide.assign(seeds=ends.groupby(["bits", "recipe"])["seed"].nunique()).rename_axis(columns=None)
+    lines = tables.with_bits(found.assign(position=found["position"].astype(float)))
+    wide = lines.pivot_table(index=["bits", "recipe"], columns="position", values="value", sort=False)
+    ends = {"first block": lines["position"].min(), "logits": lines["position"].max()}
+    wide = wide.reindex(columns=list(ends.values())).set_axis(list(ends), axis=1)
+    return wide.assign(seeds=lines.groupby(["bits", "recipe"])["seed"].nunique())
 
 
 def error_claim(found: pd.DataFrame, net: str) -> dict[str, str]:
