@@ -164,8 +164,8 @@ def fig_smoothness(sets: pd.DataFrame, rho: pd.DataFrame, *, n_test: str) -> Fig
     for target, words in targets.items():
         ax = axes[target]
         _by_choice(ax, sets, target)
-        ranks = pd.DataFrame(sets, columns=["set_tv", target]).rank()
-        value = ranks.corr(min_periods=3).to_numpy()[0, 1]  # Spearman's; NaN where one is constant
+        # Spearman's; NaN where one is constant
+        value = pd.DataFrame(sets, columns=["set_tv", target]).corr("spearman", min_periods=3).to_numpy()[0, 1]
         ax.set_title(f"{words}\nρ = {value:.2f}" if np.isfinite(value) else words, size=8)
         ax.set_xlabel("mean total variation")
     axes["loss_own"].set_ylabel("squared error of the logits")
@@ -208,7 +208,12 @@ def fig_n_calib(curve: pd.DataFrame, *, float_pct: float | None = None, near_pp:
     ax.axhspan(best - near_pp, best, color="0.88", linewidth=0, zorder=0)
     band_line(ax, plain, x="n_calib", y="acc_pct", as_="random", label=WAYS["without"])
     for way, name, shift in (("images", "without", 1.06), ("batches", "batches", 1.12)):
-        _bars(ax, curve.loc[curve["way"] == way], styles[name].color, styles[name].marker, shift, WAYS[way])
+        rows, style = curve.loc[curve["way"] == way], styles[name]
+        if len(rows):  # ± sd bars, moved a little to the right of their n so that they stay visible
+            table = band(rows, x="n_calib", y="acc_pct")
+            at, drawn = table.index.to_numpy(dtype=float) * shift, {"color": style.color, "marker": style.marker}
+            ax.errorbar(at, table["mean"], table["sd"], **drawn, linestyle="", capsize=2, linewidth=1)
+            ax.plot(at, table["mean"], **drawn, linestyle="", label=WAYS[way])
     counts = sorted(set(plain["n_calib"]))
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(counts))
@@ -219,13 +224,3 @@ def fig_n_calib(curve: pd.DataFrame, *, float_pct: float | None = None, near_pp:
         ax.set_title(f"float {float_pct:.2f} %; grey: within {near_pp:g} points of the largest n")
     ax.legend(loc="lower right")
     return figure
-
-
-def _bars(ax: Axes, rows: pd.DataFrame, color: str, marker: str, shift: float, label: str) -> None:
-    """Means with ± sd bars, moved a little to the right of their n so that they stay visible."""
-    if rows.empty:
-        return
-    table = band(rows, x="n_calib", y="acc_pct")
-    at = np.asarray(table.index, dtype=float) * shift
-    ax.errorbar(at, table["mean"], table["sd"], color=color, linestyle="", marker=marker, capsize=2, linewidth=1)
-    ax.plot(at, table["mean"], color=color, linestyle="", marker=marker, label=label)

@@ -9,7 +9,7 @@ import pandas as pd
 from hq_lib.ptq import selection
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.selection.sets import CHOICES, SMOOTH
-from hq_lib.studies.selection.study import FLOAT, LOWEST, SHIPPED, Bits, Plan
+from hq_lib.studies.selection.study import FLOAT, LOWEST, PAIR, SHIPPED, Bits, Plan
 
 NETWORKS = ("resnet18", "resnet50", "resnet101", "mobilenetv2_imagenet", "regnetx_600m", "mnasnet2_0")
 """the paper's columns"""
@@ -36,10 +36,8 @@ METRIC_LABELS = {
 def sets(rows: pd.DataFrame) -> pd.DataFrame:
     """One line a calibration set: its columns, its switches, and ``acc_pct loss_own loss_common n_test git_sha``."""
     rows = rows.loc[rows["method"] != FLOAT]
-    if rows.empty:
-        return pd.DataFrame(columns=[*KEYS, "choice", "n_pool", *UNTOUCHED, *TARGETS, "n_test", "git_sha"])
     judged = rows.loc[rows["metric"] == "acc_pct", [*KEYS, "n_test", "git_sha"]]
-    wide = tables.wide(rows, *KEYS).merge(judged, on=KEYS)
+    wide = tables.wide(rows, *KEYS).reindex(columns=[*KEYS, *TARGETS]).merge(judged, on=KEYS)
     return tables.with_switches(wide, "choice", "n_pool", *UNTOUCHED).fillna(UNTOUCHED)
 
 
@@ -194,7 +192,7 @@ def pairs(found: pd.DataFrame, bits: Bits) -> pd.DataFrame:
     a caption needs of ours: seed, dataset, n_test, git_sha."""
     columns = ["model", "method", "selected", "source", "value", "seed", "dataset", "n_test", "git_sha"]
     width = where(found, w_bits=bits[0], a_bits=bits[1])
-    ours = width.loc[width["choice"].isin(["random", SMOOTH]) & width["method"].isin(METHODS)]
+    ours = width.loc[width["choice"].isin(PAIR) & width["method"].isin(METHODS)]
     ours = ours.assign(selected=ours["choice"] == SMOOTH, source="ours", value=ours["acc_pct"])
     names = [*METHODS, *(f"captq_{method}" for method in METHODS)]
     theirs = published.lookup(table="imagenet_ptq", method=names, variant="-", source=SOURCES, model=NETWORKS)
