@@ -40,10 +40,9 @@ def map_gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 def map_note(rows: pd.DataFrame) -> str:
     """The settings behind the map, for its caption."""
-    trained = max(int(n) for n in rows["n_train"])
-    told = ["academic placement, image in float", "first and last layer 8 bits"]
-    told += [f"{rows['n_calib'].max()} calibration images"]
-    return ", ".join([*told, *([f"{QAT.upper()} trained for one epoch on {trained:,} images"] if trained else [])])
+    trained, n_calib = max(rows["n_train"]), max(rows["n_calib"])
+    told = f"academic placement, image in float, first and last layer 8 bits, {n_calib} calibration images"
+    return told + (f", {QAT.upper()} trained for one epoch on {trained:,} images" if trained else "")
 
 
 def search_note(rows: pd.DataFrame) -> str:

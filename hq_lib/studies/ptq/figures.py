@@ -1,6 +1,7 @@
 """Figures of notebook 04, post-training quantization."""
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,16 +91,15 @@ def fig_error_accumulation(errors: pd.DataFrame) -> Figure:
         errors: columns ``w_bits``, ``a_bits``, ``method`` (key of ``labels.METHOD_LABELS``), ``position`` (0 ...),
             ``block`` (name), ``value`` (relative squared error, pure number, > 0).
     """
-    widths = sorted({(w, a) for w, a in zip(errors["w_bits"], errors["a_bits"], strict=True)}, reverse=True)
+    panels: Any = list(errors.groupby(["w_bits", "a_bits"], sort=True))[::-1]
     names = errors.drop_duplicates("position").sort_values("position")["block"].tolist()
-    figure, axes = new_figure(1, len(widths), width=0.6 + 4.1 * len(widths), height=4.2, sharey=False)
-    for ax, (w_bits, a_bits) in zip(axes[0], widths, strict=True):
-        panel = errors.loc[(errors["w_bits"] == w_bits) & (errors["a_bits"] == a_bits)]
+    figure, axes = new_figure(1, len(panels), width=0.6 + 4.1 * len(panels), height=4.2, sharey=False)
+    for ax, (bits, panel) in zip(axes[0], panels, strict=True):
         methods = {method: labels.printed("method", method) for method in panel["method"]}
         band_lines(ax, panel, x="position", y="value", by="method", names=methods)
         ax.set_yscale("log")
         ax.set_xticks(range(len(names)), names, rotation=90)
-        ax.set(title=labels.bits_label(w_bits, a_bits), xlim=(-0.3, len(names) + 1.8))
+        ax.set(title=labels.bits_label(*bits), xlim=(-0.3, len(names) + 1.8))
         ax.grid(False, axis="x")
         label_ends(ax)
     axes[0, 0].set_ylabel("squared error behind the block / mean square")

@@ -11,8 +11,8 @@ from hq_lib.studies.bench import PUBLIC, SHIPPED
 from hq_lib.studies.ptq.recipes import MSE, RECIPES
 from hq_lib.studies.ptq.study import PLANS
 
-BITS = PLANS["full"].bits
-
+WIDTHS = ["float", *(labels.bits_label(w_bits, a_bits) for w_bits, a_bits in PLANS["full"].bits)]
+"""groups of lines of tab_ptq"""
 PLACES = {
     (PUBLIC, "cifar10"): "public ResNet-20", (SHIPPED, "cifar10"): "shipped ResNet-20",
     (SHIPPED, "digits"): "ResNet-20 on digits",
@@ -82,7 +82,7 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     nets = dict.fromkeys([*ours["net"], *theirs["net"]])
     others = [net for net in nets if net not in PLACES.values()]
     order = {
-        "bits": ["float", *(labels.bits_label(w, a) for w, a in BITS)],
+        "bits": WIDTHS,
         "line": ["-", *dict.fromkeys(recipe.line for recipe in RECIPES.values())],
         "net": [*(net for net in PLACES.values() if net in nets), *others],
     }
@@ -94,9 +94,8 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def known(models: Collection[str] = ()) -> pd.DataFrame:
     """The published numbers of tab_ptq, with ``line`` and ``net``; of ImageNet those of ``PAPERS`` and ``models``."""
-    every = published.load()
-    widths = {(float(w), float(a)) for w, a in (*BITS, (32, 32))}
-    every = every.loc[[pair in widths for pair in zip(every["w_bits"], every["a_bits"], strict=True)]]
+    every = tables.with_bits(published.load())
+    every = every.loc[every["bits"].isin(WIDTHS)]
     code = every.loc[(every["table"] == "official_ptq") & every["variant"].isin(list(OFFICIAL_LINES))]
     base = every.loc[(every["table"] == "official_inference") & (every["method"] == "float")]
     paper = every.loc[(every["table"] == "imagenet_ptq") & every["model"].isin([PAPERS, *models])]
@@ -128,8 +127,7 @@ def best(rows: pd.DataFrame) -> pd.DataFrame:
     found = named(rows.loc[rows["metric"] == "acc_pct"])
     found = tables.with_bits(tables.cells(found, by=["net", "recipe", "line", "w_bits", "a_bits"]))
     where = ["net", "bits", "line"]
-    theirs = tables.with_bits(known().query("metric == 'acc_pct'"))
-    theirs = theirs.pivot_table(index=where, values="value", aggfunc="max").reset_index()
+    theirs = known().query("metric == 'acc_pct'").pivot_table(index=where, values="value", aggfunc="max").reset_index()
     found = found.merge(theirs, on=where, how="left").sort_values(
         ["net", "bits", "mean"], ascending=[True, False, False]
     )

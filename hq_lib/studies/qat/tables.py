@@ -49,10 +49,9 @@ def scores(rows: pd.DataFrame, *, split: str | None = None, lists: bool = False)
     Distilled runs are left out. ``lists``: the rows of seed 001's configurations, named in column ``configuration``, in
     place of all others.
     """
-    known = tables.with_switches(rows, "split", "lists", "distill")
+    known = tables.with_switches(rows, "split", "lists", "distill").rename(columns={"lists": "configuration"})
     judged = known["split"].isna() if split is None else known["split"] == split
-    kept = known.loc[judged & known["distill"].isna() & (known["lists"].notna() == lists)]
-    kept = kept.assign(configuration=kept["lists"])
+    kept = known.loc[judged & known["distill"].isna() & (known["configuration"].notna() == lists)]
     return tables.longest(kept, "model", "method", "w_bits", "a_bits", "configuration")
 
 

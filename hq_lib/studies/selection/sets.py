@@ -184,11 +184,11 @@ def first_block_error(bench: Bench, x: Tensor) -> Tensor:
     upto = found[: next(i for i, block in enumerate(found) if block.residual) + 1]
     nodes, layers = (tuple(name for b in upto for name in getattr(b, key)) for key in ("nodes", "layers"))
     whole = Block("head", upto[0].input, upto[-1].output, nodes, layers, True)
-    own = set(cut(qnet, whole).modules())
+    head = cut(qnet, whole)
+    own = set(head.modules())
     ptq.fit_weights(qnet, "mse", only=own.__contains__)
     with set_quantization(qnet, weights=False, acts=False, only=lambda quantizer: quantizer not in own):
         ptq.fit_acts(qnet, x[: recipes.RANGE_IMAGES], "mse", only=own.__contains__)
-    head = cut(qnet, whole)
 
     def exact(part: Tensor) -> Tensor:
         with as_float(head):
