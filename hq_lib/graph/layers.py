@@ -106,7 +106,8 @@ class QuantConvTranspose2d(QuantizedWeight, nn.ConvTranspose2d):
 
 
 QUANTIZER_SUFFIX = "_act_quantizer"
-LAYERS = {"conv2d", "linear", "convtranspose2d"}
+LAYERS = {"conv2d": QuantConv2d, "linear": QuantLinear, "convtranspose2d": QuantConvTranspose2d}
+"""Operation -> the quantized form of its layer."""
 _UNSUPPORTED = {"conv1d", "conv3d", "convtranspose1d", "convtranspose3d", "lstm", "gru", "rnn", "bilinear"}
 _NAMES = {
     "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm"},

@@ -12,16 +12,7 @@ from torch.fx.node import map_aggregate
 
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.folding import OnRefusal, fold_bn
-from hq_lib.graph.layers import (
-    QUANTIZER_SUFFIX,
-    QuantConv2d,
-    QuantConvTranspose2d,
-    QuantizedWeight,
-    QuantLinear,
-    kinds,
-    make_plain_,
-    op_name,
-)
+from hq_lib.graph.layers import LAYERS, QUANTIZER_SUFFIX, QuantizedWeight, kinds, make_plain_, op_name
 from hq_lib.graph.modes import eval_mode, module_path
 from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
@@ -30,12 +21,6 @@ from hq_lib.graph.state import hidden_weights
 from hq_lib.graph.tracing import Example, LeafModules, copy_modes_, device_of, propagate, unwrap
 from hq_lib.quantizers import Quantizer
 from hq_lib.quantizers.base import as_bytes
-
-_FORMS: dict[str, type[QuantizedWeight]] = {
-    "conv2d": QuantConv2d,
-    "linear": QuantLinear,
-    "convtranspose2d": QuantConvTranspose2d,
-}
 
 
 class QuantizedNet(fx.GraphModule):
@@ -220,7 +205,7 @@ def unfitted(
     for node, kind in kinds(gm).items():
         name = str(node.target)
         if kind == "layer" and not isinstance(layer := gm.get_submodule(name), QuantizedWeight):
-            gm.set_submodule(name, _FORMS[op_name(node, gm)].from_float(layer, quantizers.get(name)))
+            gm.set_submodule(name, LAYERS[op_name(node, gm)].from_float(layer, quantizers.get(name)))
     _insert_act_quantizers(gm, sites, quantizers)
     return _with_graph(gm, gm.graph, f"Quantized{type(net).__name__}", gm.meta)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hq_lib.graph import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from hq_lib.graph.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from hq_lib.quantizers import weight_quantizer
 
 
