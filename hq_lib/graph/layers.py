@@ -108,6 +108,11 @@ class QuantConvTranspose2d(QuantizedWeight, nn.ConvTranspose2d):
 QUANTIZER_SUFFIX = "_act_quantizer"
 LAYERS = {"conv2d": QuantConv2d, "linear": QuantLinear, "convtranspose2d": QuantConvTranspose2d}
 """Operation -> the quantized form of its layer."""
+SAME = {
+    "identity", "clone", "detach", "contiguous", "dropout", "dropout1d", "dropout2d", "featuredropout",
+    "dropout3d", "featurealphadropout", "stochasticdepth", "droppath", "alphadropout",
+}  # fmt: skip
+"""Operations that give their input back in eval mode."""
 _UNSUPPORTED = {"conv1d", "conv3d", "convtranspose1d", "convtranspose3d", "lstm", "gru", "rnn", "bilinear"}
 _NAMES = {
     "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm"},
@@ -122,12 +127,11 @@ _NAMES = {
     "concat": {"cat", "concat", "concatenate"},
     "avgpool": {"avgpool1d", "avgpool2d", "adaptiveavgpool1d", "adaptiveavgpool2d", "mean"},
     "pass": {
-        *("maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax", "identity", "clone", "detach"),
-        *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "contiguous", "squeeze"),
+        *SAME,
+        *("maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax"),
+        *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze"),
         *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
-        *("dropout", "dropout1d", "dropout2d", "featuredropout", "stochasticdepth", "droppath"),
-        *("alphadropout", "featurealphadropout", "dropout3d", "pad", "zeropad2d"),
-        *("channelshuffle", "pixelshuffle", "pixelunshuffle", "upsamplingnearest2d"),
+        *("pad", "zeropad2d", "channelshuffle", "pixelshuffle", "pixelunshuffle", "upsamplingnearest2d"),
     },
     "shape": {"size", "dim", "numel", "ndimension"},
 }

@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from hq_lib.data import DataSpec, ImageSet, normalize
 from hq_lib.graph import kinds, op_name
+from hq_lib.graph.layers import SAME
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.integer.execute import run
-from hq_lib.integer.lowering import SAME, lower, tensor_names
+from hq_lib.integer.lowering import lower, tensor_names
 from hq_lib.integer.nodes import LowerError
 from hq_lib.integer.products import norm_gain
 from hq_lib.integer.record import IntegerModel, Op

@@ -16,7 +16,7 @@ from torch import fx
 
 from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
-from hq_lib.graph.layers import is_difference
+from hq_lib.graph.layers import SAME, is_difference
 from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.integer import moves, nodes, terms
 from hq_lib.integer import record as r
@@ -30,10 +30,6 @@ from hq_lib.integer.terms import Average, Function, Pending, Plain, Sum
 from hq_lib.results import provenance
 
 Value = TensorSpec | Pending | tuple[TensorSpec, ...] | None
-SAME = {
-    "identity", "clone", "detach", "contiguous", "dropout", "dropout1d", "dropout2d", "featuredropout",
-    "dropout3d", "featurealphadropout", "stochasticdepth", "droppath", "alphadropout",
-}  # fmt: skip
 
 
 def lower(

@@ -20,8 +20,8 @@ from hq_lib.deploy.fpga.formats import GAIN, bias_integers
 from hq_lib.deploy.fpga.fpgai import MAX_SHIFT, FpgaiError, FpgaiLayer, Stage, need, record_of
 from hq_lib.graph import op_name
 from hq_lib.graph.folding import fold_bn
+from hq_lib.graph.layers import SAME
 from hq_lib.graph.tracing import NodeWatcher
-from hq_lib.integer.lowering import SAME
 
 MIN_IMAGES = 32
 """Fewest images from which the range behind a ReLU is taken."""
