@@ -182,7 +182,7 @@ def test_the_reference_spends_its_further_seeds_where_an_interval_is_asked():
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.45])
 def test_dsq_curve_has_the_published_slopes(alpha):
-    curve = qat_tables.dsq_curves(alphas=[alpha], bits=2, n=4001)
+    curve = qat_tables.dsq_curves(alphas=[alpha], n=4001)
     inside = curve.loc[curve["x"].abs() < 0.999]
     peak = {0.05: 1.928, 0.2: 1.373}.get(alpha)  # c / (2 tanh(c / 2)) at a threshold
     if peak:

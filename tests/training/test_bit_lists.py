@@ -39,7 +39,6 @@ def test_the_first_and_the_last_entries_are_the_seeds():
 
 def test_only_the_configurations_that_a_network_has_are_run():
     assert widths("resnet20", ("cfg-1", "cfg-3")) == [("cfg-1", (8, 8))]
-    assert widths("resnet20", ()) == []
     with pytest.raises(ValueError, match=r"configuration of toynet 'cfg1'.*did you mean 'cfg-1'"):
         widths("toynet", ("cfg1",))
     with pytest.raises(ValueError, match="network with bit lists 'vgg11'"):

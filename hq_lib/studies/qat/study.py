@@ -111,7 +111,7 @@ def points(plan: Plan) -> list[Point]:
     """Every network's float line, then seed by seed and width by width every method; ``ValueError`` for an unknown."""
     found = []
     for model in plan.models:
-        wanted = [("", pair) for pair in plan.bits] + widths(model, plan.lists)
+        wanted = [*(("", pair) for pair in plan.bits), *widths(model, plan.lists)]
         trained = [
             (method, int(w_bits), int(a_bits), seed, lists)
             for seed in plan.seeds

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from hq_lib import models
-from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, quantize
+from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, act_quantizers, quantize
 from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.qat.study import EXECUTORS, FLOAT, GROUP, PLANS
@@ -14,30 +14,25 @@ from hq_lib.studies.qat.untrained import IN_FLOAT
 from hq_lib.training.recipes import BIT_LISTS
 
 GROUP_TABLE = "seed001"
-IN_SHAPE = (3, 32, 32)
 TABLE_BITS = {"resnet20": ("W8A8", "W4A4", "W3A3", "W2A2", "W1A32", "W1A1"), "toynet": ("W8A8", "W6A6")}
 """Bit widths that a table lists even where nothing was run; other published ones are left out."""
 LIST_METHODS = ("minmax", "dorefa_hw", "pact", "mpact", "mpact_fixed")
 """Ranges alone, without training, and the seed's methods, for each of its configurations."""
 
 
-def dsq_curves(
-    *, bits: int = 2, low: float = -1.0, high: float = 1.0, alphas: Sequence[float] = (0.05, 0.2, 0.45), n: int = 601
-) -> pd.DataFrame:
-    """DSQ on n points a little beyond [low, high]: columns x, dsq_alpha, soft, hard and slope (d soft / d x).
+def dsq_curves(*, alphas: Sequence[float] = (0.05, 0.2, 0.45), n: int = 601) -> pd.DataFrame:
+    """DSQ of 2 bits in [-1, 1] on n points a little beyond: columns x, dsq_alpha, soft, hard, slope (d soft / d x).
 
     The slope is autograd's derivative of the soft staircase, not the library's closed form, so that the figure is an
     independent picture of it.
     """
     frames = []
-    bounds = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
-    margin = 0.1 * (high - low)
     for alpha in alphas:
-        x = torch.linspace(low - margin, high + margin, n, dtype=torch.float64, requires_grad=True)
-        dsq_alpha = torch.tensor(alpha, dtype=torch.float64)
-        soft = dsq_soft(x, *bounds, dsq_alpha, bits=bits)
+        x = torch.linspace(-1.2, 1.2, n, dtype=torch.float64, requires_grad=True)
+        grid = torch.tensor([-1.0, 1.0, alpha], dtype=torch.float64)  # low, high, dsq_alpha
+        soft = dsq_soft(x, *grid, bits=2)
         (slope,) = torch.autograd.grad(soft.sum(), x)
-        hard = dsq_quantize(x.detach(), *bounds, dsq_alpha, bits=bits)
+        hard = dsq_quantize(x.detach(), *grid, bits=2)
         columns = {"x": x.detach(), "soft": soft.detach(), "hard": hard, "slope": slope}
         frames.append(pd.DataFrame({key: value.numpy() for key, value in columns.items()}).assign(dsq_alpha=alpha))
     return pd.concat(frames, ignore_index=True)
@@ -86,11 +81,9 @@ def with_float(rows: pd.DataFrame, floats: pd.DataFrame) -> pd.DataFrame:
 
 def sizes() -> pd.DataFrame:
     """Parameters of the group's networks, and MAdds by the counting that gives its numbers (``count_madds_thop``)."""
-    nets = {model: models.build(model) for model in GROUP}
-    counted = {
-        model: (models.count_parameters(net), models.count_madds_thop(net, IN_SHAPE)) for model, net in nets.items()
-    }
-    return pd.DataFrame.from_dict(counted, orient="index", columns=["parameters", "MAdds"])
+    nets = [models.build(model) for model in GROUP]
+    counted = [(models.count_parameters(net), models.count_madds_thop(net, (3, 32, 32))) for net in nets]
+    return pd.DataFrame(counted, GROUP, ["parameters", "MAdds"])
 
 
 def lists_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
@@ -114,24 +107,23 @@ def _table(rows: pd.DataFrame, model: str, theirs: pd.DataFrame) -> pd.DataFrame
 
 def integers_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_qat_integers: each trained network as it was trained, with its accumulators' biases, and in integers, %."""
-    if rows.empty:
-        return pd.DataFrame()
     shown = tables.with_bits(tables.with_switches(rows, "executor")).fillna({"executor": "same class"})
-    index = ["model", "bits", "method", "seed"]
-    wide = shown.pivot_table(index=index, columns="executor", values="value", sort=False)[[*EXECUTORS, "same class"]]
-    labelled = wide.map("{:.2f}".format).reset_index().rename_axis(columns=None)
     for column in ("model", "method"):
-        labelled[column] = [labels.printed(column, name) for name in labelled[column]]
-    return labelled
+        shown[column] = [labels.printed(column, name) for name in shown[column]]
+    return _pivoted(shown, ["model", "bits", "method", "seed"], "executor", [*EXECUTORS, "same class"])
 
 
 def branches_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_branches: accuracy of ``qat_untrained``'s ResNet-20 in percent, by bits and by what is left in float."""
-    if rows.empty:
-        return pd.DataFrame()
     shown = tables.with_bits(tables.with_switches(rows, "in_float")).dropna(subset="in_float")
-    wide = shown.pivot_table(index="bits", columns="in_float", values="value", sort=False)[[*IN_FLOAT]]
-    return wide.map("{:.2f}".format).add_prefix("in float: ").reset_index().rename_axis(columns=None)
+    shown["in_float"] = "in float: " + shown["in_float"]
+    return _pivoted(shown, ["bits"], "in_float", [f"in float: {what}" for what in IN_FLOAT])
+
+
+def _pivoted(shown: pd.DataFrame, index: list[str], columns: str, order: list[str]) -> pd.DataFrame:
+    """Values as text, a line for each cell of ``index``, a column for each of ``order``."""
+    wide = shown.pivot_table(index=index, columns=columns, values="value", sort=False).reindex(columns=order)
+    return wide.map("{:.2f}".format).reset_index().rename_axis(columns=None)
 
 
 def lengths(rows: pd.DataFrame) -> str:
@@ -148,19 +140,13 @@ def clip_curves(rows: pd.DataFrame) -> pd.DataFrame:
     rows = tables.with_switches(rows, "epoch", "layer", "lists", "distill").assign(alpha=rows["value"])
     plain = rows["lists"].isna() & rows["distill"].isna()
     rows = rows.loc[plain & (rows["method"] == "pact") & (rows["model"] == "resnet20")]
-    order = {name: i for i, name in enumerate(_execution_order())}
-    rows = tables.longest(rows, "w_bits", "a_bits").assign(
-        place=lambda f: [order.get(n, len(order)) for n in f["layer"]]
-    )
-    rows = rows.sort_values(["w_bits", "epoch", "place"])
-    return pd.DataFrame(rows, columns=["w_bits", "a_bits", "epoch", "layer", "alpha", "seed", "git_sha"])
-
-
-def _execution_order() -> list[str]:
     policy = BitPolicy("pact:4", "pact:4", placement="academic")
     qnet = quantize(models.build("resnet20"), policy, torch.zeros(1, 3, 32, 32))
-    called = [str(node.target) for node in qnet.graph.nodes if node.op == "call_module"]
-    return [name.removesuffix(QUANTIZER_SUFFIX) for name in called if name.endswith(QUANTIZER_SUFFIX)]
+    order = {name.removesuffix(QUANTIZER_SUFFIX): i for i, name in enumerate(act_quantizers(qnet))}
+    rows = tables.longest(rows, "w_bits", "a_bits")
+    rows = rows.assign(place=[order.get(n, len(order)) for n in rows["layer"]])
+    rows = rows.sort_values(["w_bits", "epoch", "place"])
+    return pd.DataFrame(rows, columns=["w_bits", "a_bits", "epoch", "layer", "alpha", "seed", "git_sha"])
 
 
 def best(rows: pd.DataFrame, *, model: str = "resnet20") -> pd.DataFrame:
