@@ -39,8 +39,8 @@ def keep_mask(like: Tensor, keep_probability: float, generator: torch.Generator)
     n = like.numel()
     draws = torch.empty(-(-n // _LANES), dtype=torch.int64, device=like.device)
     draws.random_(-(2**63), None, generator=generator)  # type: ignore[call-overload]
-    lanes = draws.view(torch.int16)[:n].view(like.shape)
-    return lanes < round(keep_probability * 2**16) - 2**15 if keep_probability < 1 else torch.ones_like(lanes).bool()
+    lanes, kept = draws.view(torch.int16)[:n].view(like.shape), round(keep_probability * 2**16)
+    return lanes < kept - 2**15 if kept < 2**16 else torch.ones_like(lanes).bool()  # int16 ends below 2^15
 
 
 def drop(x_hat: Tensor, x: Tensor, keep_probability: float, generator: torch.Generator) -> Tensor:

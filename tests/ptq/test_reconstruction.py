@@ -57,6 +57,7 @@ def test_masks_keep_the_asked_share_in_every_lane():
         assert mask.mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / like.numel()) ** 0.5)
         assert (mask.mean(0) - p).abs().max() < 5 * (p * (1 - p) / 4096) ** 0.5
     assert keep_mask(torch.empty(7), 0.5, generator()).shape == (7,)
+    assert keep_mask(like, 0.9999999, generator()).all(), "nearest to 1 of the 2^16 probabilities"
 
 
 def test_dropping_is_all_quantized_at_1_and_all_float_at_0():
