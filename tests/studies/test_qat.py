@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -224,3 +225,11 @@ def test_the_group_s_tables_have_the_measured_float_network_and_integer_runs_apa
     table = qat_tables.group_table(rows, "toynet").query("bits == 'W8A8'").set_index("method")["published"]
     assert table["mPACT"] == "91.42 / 91.41"
     assert table["mPACT, in integers"] == "91.37 / 91.05 / 71.97 / 68.93"
+
+
+def test_a_branch_that_was_not_run_is_n_r_and_no_number():
+    row = {"experiment": "qat_untrained", "model": "resnet20", "method": "minmax", "w_bits": 8, "a_bits": 8,
+           "metric": "acc_pct", "value": 91.2, "unit": "%", "switches": {"in_float": "neither"}}  # fmt: skip
+    table = qat_tables.branches_table(pd.DataFrame([{**row, "switches": json.dumps(row["switches"])}]))
+    assert table["in float: neither"].tolist() == ["91.20"]
+    assert table["in float: both"].tolist() == ["n/r"]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from hq_lib.results.figures.methods import Look, look
@@ -56,8 +57,7 @@ def label_ends(ax: Axes, *, gap_points: float = 10.0) -> None:
     """
     lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
     ends = [(float(line.get_xdata()[-1]), float(line.get_ydata()[-1])) for line in lines]  # type: ignore[index]
-    # of the axes, in points
-    height = ax.get_position().height * ax.get_figure(root=True).get_figheight() * 72  # type: ignore[union-attr]
+    height = ax.get_position().height * _figure(ax).get_figheight() * 72  # of the axes, points
     places = [height * ax.transAxes.inverted().transform(ax.transData.transform(end))[1] for end in ends]
     for line, end, place, free in zip(lines, ends, places, spread(places, gap_points), strict=True):
         ax.annotate(str(line.get_label()), end, xytext=(5, free - place), textcoords="offset points", va="center",
@@ -106,4 +106,11 @@ def heat_map(ax: Axes, table: pd.DataFrame, *, unit: str, decimals: int = 1) -> 
     ax.set_xticks(range(table.shape[1]), [str(c) for c in table.columns])
     ax.set_yticks(range(table.shape[0]), [str(c) for c in table.index])
     ax.grid(False)
-    ax.get_figure(root=True).colorbar(image, ax=ax, label=unit)  # type: ignore[union-attr]
+    _figure(ax).colorbar(image, ax=ax, label=unit)
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ValueError("these axes belong to no figure: make them with plotting.new_figure")
+    return figure

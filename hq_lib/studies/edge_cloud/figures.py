@@ -11,13 +11,13 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from hq_lib.results.figures import Look, band, looks, need, new_figure, styled
 
-EDGES = {
+EDGE_TITLES = {
     "integer": "edge: W8A8, digital",
     "crossbar": "edge: crossbar, 1 s",
     "crossbar_1day": "edge: crossbar, 1 day",
 }
 """Edge -> title of its column."""
-CUTS = {
+CUT_WORDS = {
     "conv1": "cut after the stem", "layer1.2": "cut after stage 1", "layer2.2": "cut after stage 2",
     "layer3.2": "cut after stage 3",
 }  # fmt: skip
@@ -52,7 +52,7 @@ def fig_wire(sent: np.ndarray, received: np.ndarray, *, title: str) -> Figure:
 def fig_edge_cloud(points: pd.DataFrame, references: pd.DataFrame) -> Figure:
     """Accuracy against KiB per image: a column of axes for each edge, packed packets above, compressed ones below.
 
-    A line is a cut, its points the bits on the wire; those of ``CUTS`` have colours, all others are thin and grey.
+    A line is a cut, its points the bits on the wire; those of ``CUT_WORDS`` have colours, all others are thin and grey.
     Where there are several draws a point is their mean and its bar their standard deviation. The two ways of sending
     the image itself are drawn in all columns: they do not depend on the edge.
 
@@ -60,23 +60,23 @@ def fig_edge_cloud(points: pd.DataFrame, references: pd.DataFrame) -> Figure:
         points:     one row per edge ("" for pictures), line (name of a cut, "pixels" or "JPEG"), coding and draw:
                     ``edge``, ``line``, ``coding`` ("packed" or "deflate"), ``KiB`` (mean of a packet, 1024 bytes),
                     ``acc_pct``, ``step`` (bits or quality: what tells the points of a line apart).
-        references: one row per edge (of ``EDGES``, those that are drawn) and draw: ``edge``, ``acc_pct`` of the whole
-                    network on that edge.
+        references: one row per edge (of ``EDGE_TITLES``, those that are drawn) and draw: ``edge``, ``acc_pct`` of the
+                    whole network on that edge.
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
     need(references, ("edge", "acc_pct"), "fig_edge_cloud")
     whole = {str(edge): float(np.mean(rows["acc_pct"])) for edge, rows in references.groupby("edge")}
-    edges = [edge for edge in EDGES if edge in whole]
+    edges = [edge for edge in EDGE_TITLES if edge in whole]
     width = 1.4 + 2.1 * len(edges)
     figure, axes = new_figure(2, len(edges), width=width, height=4.8, sharex=True, sharey=True)
-    styles = looks(["float", *CUTS])
+    styles = looks(["float", *CUT_WORDS])
     for column, edge in zip(axes.T, edges, strict=True):
         for ax, coding in zip(column, CODINGS, strict=True):
             _draw_lines(ax, points.loc[points["edge"].isin([edge, ""]) & (points["coding"] == coding)], styles)
             _draw_references(ax, whole[edge])
-        column[0].set_title(EDGES[edge])
+        column[0].set_title(EDGE_TITLES[edge])
         column[1].set_xlabel("KiB per image")
     for ax, words in zip(axes[:, 0], CODINGS.values(), strict=True):
         ax.set_ylabel(f"{words}\naccuracy, %")
@@ -87,18 +87,18 @@ def fig_edge_cloud(points: pd.DataFrame, references: pd.DataFrame) -> Figure:
 
 
 def _draw_lines(ax: Axes, points: pd.DataFrame, styles: Mapping[str, Look]) -> None:
-    for line in dict.fromkeys([*(n for n in points["line"] if n not in CUTS), *CUTS]):
+    for line in dict.fromkeys([*(n for n in points["line"] if n not in CUT_WORDS), *CUT_WORDS]):
         rows = points.loc[points["line"] == line]
         if rows.empty:
             continue
-        label = CUTS.get(line, PICTURES.get(line, "_other"))
+        label = CUT_WORDS.get(line, PICTURES.get(line, "_other"))
         at = rows.groupby("step", sort=True)["KiB"].mean()
         height = band(rows, x="step", y="acc_pct")
         ax.errorbar(at, height["mean"], yerr=height["sd"], label=label, **_look(line, styles))
 
 
 def _look(line: str, styles: Mapping[str, Look]) -> dict[str, Any]:
-    if line in CUTS:
+    if line in CUT_WORDS:
         style = styles[line]
         return {"color": style.color, "marker": style.marker, "markersize": 4, "linestyle": "-", "zorder": 3}
     if line in PICTURES:
@@ -123,7 +123,7 @@ def _label(figure: Figure, whole_pct: float) -> None:
     first, found = figure.axes[0], {}
     for ax in figure.axes:
         found |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    words = [w for w in [*CUTS.values(), *PICTURES.values()] if w in found]
+    words = [w for w in [*CUT_WORDS.values(), *PICTURES.values()] if w in found]
     figure.legend([found[w] for w in words], words, loc="outside lower center", ncols=3)
     first.annotate("raw image", (RAW_KiB, 0.02), xycoords=("data", "axes fraction"), xytext=(2, 0), rotation=90,
                    textcoords="offset points", size=7, color="0.35")  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from hq_lib.results import labels, tables
-from hq_lib.studies.edge_cloud.figures import EDGES, RAW_KiB
+from hq_lib.studies.edge_cloud.figures import EDGE_TITLES, RAW_KiB
 from hq_lib.studies.edge_cloud.study import ALL, CIRCUITS, EXACT, IMAGE, NONE
 
 SWITCHES = ("edge", "cut", "grid", "wire_bits", "jpeg_quality")
@@ -81,7 +81,9 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     if 0 < n_same < n_all:
         columns[f"digital, {n_same:,} images"] = (EXACT, n_same)
     if n_same:
-        columns |= {f"{EDGES[edge].removeprefix('edge: ')}, {n_same:,} images": (edge, n_same) for edge in CIRCUITS}
+        columns |= {
+            f"{EDGE_TITLES[edge].removeprefix('edge: ')}, {n_same:,} images": (edge, n_same) for edge in CIRCUITS
+        }
     found = []
     key: Any
     for key, at in frame.groupby(["edge_mac_pct", "cut", "wire_bits"]):

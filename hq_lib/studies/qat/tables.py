@@ -121,9 +121,9 @@ def branches_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pivoted(shown: pd.DataFrame, index: list[str], columns: str, order: list[str]) -> pd.DataFrame:
-    """Values as text, a line for each cell of ``index``, a column for each of ``order``."""
+    """Values as text, a line for each cell of ``index``, a column for each of ``order``; n/r where there is no row."""
     wide = shown.pivot_table(index=index, columns=columns, values="value", sort=False).reindex(columns=order)
-    return wide.map("{:.2f}".format).reset_index().rename_axis(columns=None)
+    return wide.map("{:.2f}".format).where(wide.notna(), tables.NOT_RUN).reset_index().rename_axis(columns=None)
 
 
 def lengths(rows: pd.DataFrame) -> str:
