@@ -24,7 +24,7 @@ RULES = ("readout", "product")
 """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
 SHIPPED = (
     "resnet20_pact_w8a8_s0", "resnet20_pact_w4a4_s0", "resnet20_dsq_w4a4_s0", "resnet20_pact_w2a2_s0",
-    "resnet20_dsq_w2a2_s0", "resnet20_lsq_w2a2_s0",
+    "resnet20_dsq_w2a2_s0", "resnet20_lsq_w2a2_s0", "resnet20_lsq_w4a4_s0",
 )  # fmt: skip
 """Trained networks in ``data/checkpoints``."""
 
