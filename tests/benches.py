@@ -1,5 +1,7 @@
 """A small bench in memory and an engine on it, for the tests of drivers."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from hq_lib.crossbar import Drive, FakeDriver, HardwareEngine, Limits, Mapping, Patience
@@ -23,8 +25,12 @@ QUICK = Patience(3, 0.0)
 class Flaky(FakeDriver):
     """A bench whose reads may also lose their connection ("drop"), or answer "nan" or another "shape"."""
 
+    def __init__(self, limits: Limits, failures: Iterable[str]) -> None:
+        self.failures = list(failures)
+        super().__init__(limits, timeouts=[failure == "timeout" for failure in self.failures])
+
     def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
-        happens = self.failures[0] if self.failures else "ok"
+        happens = self.failures.pop(0) if self.failures else "ok"
         counts = super().read(tile, codes)
         if happens == "drop":
             raise ConnectionError("the fake bench was told to drop the connection")
@@ -34,7 +40,7 @@ class Flaky(FakeDriver):
 
 
 def fake(failures=(), **change) -> FakeDriver:
-    return Flaky(Limits(**(LIMITS | change)), failures=failures)
+    return Flaky(Limits(**(LIMITS | change)), failures)
 
 
 def engine_on(driver, **more) -> HardwareEngine:

@@ -46,7 +46,7 @@ class FakeDriver:
         limits: its size.
         gain, offset: of every column, dimensionless and counts.
         noise: standard deviation of every count, counts.
-        failures: what happens to the next reads, one word each: "ok" or "timeout".
+        timeouts: whether the next reads time out, one truth each; those behind them do not.
         stuck: {tile: uint8 (rows, columns) of the codes of `Faults`}; what these cells are written with is lost.
         seed: of the noise.
     """
@@ -58,12 +58,12 @@ class FakeDriver:
         gain: float = 1.0,
         offset: float = 0.0,
         noise: float = 0.0,
-        failures: Iterable[str] = (),
+        timeouts: Iterable[bool] = (),
         stuck: dict[int, np.ndarray] | None = None,
         seed: int = 0,
     ) -> None:
         self._limits, self.gain, self.offset, self.noise = limits, gain, offset, noise
-        self.failures, self.n_reads, self.stuck = list(failures), 0, stuck or {}
+        self.timeouts, self.n_reads, self.stuck = list(timeouts), 0, stuck or {}
         self._levels: dict[int, np.ndarray] = {}
         self._random = np.random.default_rng(seed)
 
@@ -78,7 +78,7 @@ class FakeDriver:
 
     def read(self, tile: int, codes: np.ndarray) -> np.ndarray:
         self.n_reads += 1
-        if self.failures and self.failures.pop(0) == "timeout":
+        if self.timeouts and self.timeouts.pop(0):
             raise TimeoutError("the fake bench was told to time out")
         self._limits.refuse(tile, codes, "codes")
         if tile not in self._levels:

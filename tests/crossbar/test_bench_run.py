@@ -43,11 +43,11 @@ def test_a_rehearsal_is_calibrated_and_replays_to_the_same_logits(small, tmp_pat
 
 def test_a_bench_that_fails_is_resumed_by_the_same_plan(small, tmp_path, monkeypatch):
     whole = run(plan(tmp_path / "whole"), small)
-    broken = ["ok"] * 3 + ["timeout"] * 99
+    broken = [False] * 3 + [True] * 99
 
     class Failing(FakeDriver):
         def __init__(self, *given, **more):
-            super().__init__(*given, **more, failures=list(broken))
+            super().__init__(*given, **more, timeouts=list(broken))
 
     monkeypatch.setattr(bench, "FakeDriver", Failing)
     with pytest.raises(BenchError, match="failed 3 times"):

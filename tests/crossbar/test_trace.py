@@ -130,7 +130,7 @@ def test_missing_files_and_unknown_formats(tmp_path):
         load_parts(tmp_path)
 
 
-def bench(failures=()):
+def bench():
     limits = Limits(
         n_tiles=4,
         rows=16,
@@ -141,14 +141,14 @@ def bench(failures=()):
         rows_per_read=4,
         counts_per_unit=1.0,
     )
-    driver = FakeDriver(limits, failures=failures, noise=50.0)
+    driver = FakeDriver(limits, noise=50.0)
     return HardwareEngine(driver, patience=Patience(2, 0.0)), driver
 
 
 def test_a_bench_that_fails_in_mid_run_loses_nothing_and_the_run_resumes(tmp_path):
     engine, driver = bench()
     engine.drive = engine.drive.__class__("analog")
-    driver.failures = ["ok"] * 9 + ["timeout"] * 100  # 4 reads per 4 rows: two chunks are safe, the third fails
+    driver.timeouts = [False] * 9 + [True] * 100  # 4 reads per 4 rows: two chunks are safe, the third fails
     recorder = RecordEngine(engine, tmp_path)
     handle = recorder.load(W, 1.0, "a")
     with pytest.raises(BenchError, match="failed 2 times"):
