@@ -218,17 +218,21 @@ def open_imagenet(
 
 
 def newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each network the rows that stand on its committed checkpoint, where there are any; else the older ones.
+    """Of each network, a float one by name or a file by its stem, the rows that stand on what is committed now.
 
-    Rows of a quantized network's file stand on that file alone, those of a public network on its weights.
+    Where it has none yet, all. Rows of a public network stand on its weights, whatever is committed.
     """
-    settings = [json.loads(text) for text in rows["switches"]]
-    digits = [s.get("checkpoint", "") if s.get("net") == SHIPPED else s.get("net", "") for s in settings]
-    nets = pd.Series(digits, index=rows.index, dtype="str")
-    files = pd.Series(["file" in s or s.get("net") == PUBLIC for s in settings], index=rows.index, dtype="bool")
+    names, digits = [], []
+    for text, model in zip(rows["switches"], rows["model"], strict=True):
+        settings = json.loads(text)
+        net = settings.get("net", "")
+        names.append("" if net == PUBLIC else settings.get("network", model))
+        digits.append(settings.get("file", settings.get("checkpoint", "") if net == SHIPPED else net))
+    named, standing = (pd.Series(each, index=rows.index, dtype="str") for each in (names, digits))
     keep = pd.Series(True, index=rows.index)
-    for model in rows.loc[(nets != "") & ~files, "model"].unique():
-        current = (rows["model"] == model) & (nets == net_switch(model).get("net", ""))
+    for name in set(names) - {""}:
+        now, mine = net_switch(name), named == name
+        current = mine & (standing == now.get("file", now.get("net", "")))
         if current.any():
-            keep &= (rows["model"] != model) | current | files
+            keep &= ~mine | current
     return rows.loc[keep]

@@ -261,12 +261,13 @@ def test_figures_draw_what_they_are_given():
         fig_error_accumulation(errors.iloc[:0])
 
 
-def test_rows_of_another_float_network_wait_until_it_is_the_committed_one(monkeypatch):
+def test_rows_of_another_network_wait_until_it_is_the_committed_one(monkeypatch):
+    """Of a float network as of a quantized one's file: two trainings of one name are never in one cell."""
     settings = [
         {"net": "shipped"}, {"net": "shipped", "checkpoint": "0123abcd"}, {"net": "public"}, {"net": "0123abcd"}, {},
-        {"network": "own", "file": "99"},
+        {"network": "own", "file": "99"}, {"network": "own", "file": "0123abcd"},
     ]  # fmt: skip
-    made = pd.DataFrame({"model": "resnet20", "switches": [json.dumps(s) for s in settings], "value": range(6)})
-    for digits, kept in (("4d496ff8", [0, 2, 4, 5]), ("0123abcd", [1, 2, 3, 5])):
+    made = pd.DataFrame({"model": "resnet20", "switches": [json.dumps(s) for s in settings], "value": range(7)})
+    for digits, kept in (("4d496ff8", [0, 2, 4, 5, 6]), ("0123abcd", [1, 2, 3, 6])):
         monkeypatch.setattr(f"{newest.__module__}.record_of", lambda _, digits=digits: {"sha256": digits + "ff"})
         assert newest(made)["value"].tolist() == kept

@@ -7,7 +7,6 @@ Calibration images are training images; nothing is chosen on test.
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from hq_lib.crossbar.simulator import ADC_PJ
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer import IntegerModel, lower
 from hq_lib.integer import run as run_integers
-from hq_lib.studies.bench import after_training, net_switch, network_file, open_bench, quantized_as, record_of
+from hq_lib.studies.bench import after_training, net_switch, open_bench, quantized_as, record_of
 from hq_lib.studies.crossbar.points import CIRCUITS, PLANS, SERIAL, Net, Place, Plan, network_path, panels, places
 from hq_lib.studies.study import Found, Point, Row, Run, Study, metric_rows
 from hq_lib.training import TrainConfig, fit
@@ -122,12 +121,6 @@ def shipped_integers(bits: int, per_layer: bool, n_ptq: int) -> IntegerModel:
 def _training(net: Net) -> str:
     """What tells a noise-aware training from others of its plan and seed, for folders and units."""
     return f"noise{net.noise_pct:g}" + (f"_{net.train_bits}bits" if net.train_bits else "")
-
-
-def file_digest(name: str) -> str:
-    """First digits of the SHA-256 of a network file, "" where it is absent."""
-    path = network_file(name)
-    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 # -- accuracies --------------------------------------------------------------------------------------------------------
@@ -232,11 +225,9 @@ def _named(net: Net, circuit: Circuit, /, **switches: Any) -> Row:
     """The columns that name a network, and ``switches`` with what of it and of its circuit stands there."""
     if net.file:
         columns = quantized_as(record_of(net.file))
-        known = {"network": Path(net.file).stem, "file": file_digest(net.file)}
     else:
         columns = {"model": MODEL, "method": "mse", "w_bits": net.bits, "a_bits": net.bits, "placement": "deploy"}
-        known = net_switch(MODEL)
-    return {**columns, "switches": {**known, **switches, **circuit_settings(circuit)}}
+    return {**columns, "switches": {**net_switch(net.file or MODEL), **switches, **circuit_settings(circuit)}}
 
 
 def _fitted(place: Place) -> bool:

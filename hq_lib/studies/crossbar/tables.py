@@ -10,7 +10,7 @@ from hq_lib.crossbar import Device
 from hq_lib.results import tables
 from hq_lib.studies.crossbar.figures import RULES
 from hq_lib.studies.crossbar.points import CIRCUITS, DAY_S, ONE_SCALE, PLANS, RRAM_DAY, RRAM_SECOND, error_budget
-from hq_lib.studies.crossbar.study import LAYER, file_digest
+from hq_lib.studies.crossbar.study import LAYER
 
 EXACT = "no error: the exact integers"
 RECOVERED = {
@@ -32,7 +32,7 @@ def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 def accuracies(rows: pd.DataFrame, *studies: str, bits: int | None = 8) -> pd.DataFrame:
     """Accuracy rows of some studies with columns study, effect, x, correction, network, rule and acc_pct (percent)."""
-    found = unpacked(rows, "study", "effect", "x", "correction", "network", "file")
+    found = unpacked(rows, "study", "effect", "x", "correction")
     found = found.loc[(found["metric"] == "acc_pct") & found["study"].isin(studies)]
     found = found.loc[(found["w_bits"] == bits) | (bits is None)]
     return found.assign(acc_pct=found["value"]).reset_index(drop=True)
@@ -139,7 +139,7 @@ def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_trained_arrays: accuracy of trained networks, exact and on RRAM after a second and a day, by correction."""
-    found = _newest_files(accuracies(rows, "trained", bits=None))
+    found = accuracies(rows, "trained", bits=None)
     if found.empty:
         return pd.DataFrame()
     names: Any = {"no error": "exact", RRAM_SECOND: "RRAM 1 s", RRAM_DAY: "RRAM 1 day"}
@@ -151,8 +151,8 @@ def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def slices_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_slices: bits of a cell, cells and conversions of one image read bit by bit, accuracy on RRAM after 1 s."""
-    found = unpacked(rows, "study", "x", "correction", "network", "file").query("study == 'slices'")
-    found = tables.with_bits(_newest_files(found))
+    found = unpacked(rows, "study", "x", "correction").query("study == 'slices'")
+    found = tables.with_bits(found)
     if found.empty:
         return pd.DataFrame()
     index = ["method", "bits", "x"]
@@ -189,13 +189,3 @@ def _counted(wide: pd.DataFrame, titles: dict[str, str]) -> dict[str, list[str]]
     pairs = zip(wide["energy_low_uJ"], wide["energy_high_uJ"], strict=True)
     counts = {title: [f"{value:,.0f}" for value in wide[name]] for name, title in titles.items()}
     return {**counts, "estimate, uJ per image": [f"{low:.1f} to {high:.1f}" for low, high in pairs]}
-
-
-def _newest_files(found: pd.DataFrame) -> pd.DataFrame:
-    """Of each trained network the rows of the file that is there now, where it was measured; else all."""
-    for network in found["network"].dropna().unique():
-        mine = found["network"] == network
-        now = found["file"] == file_digest(network)
-        if (mine & now).any():
-            found = found.loc[~mine | now]
-    return found

@@ -231,8 +231,9 @@ def integers_points(plan: IntegersPlan) -> list[Point]:
         record = record_of(stem)
         if plan.methods and record["method"] not in plan.methods:
             continue
-        named = {"epochs": record["config"]["epochs"], "switches.checkpoint": record["sha256"][:8]}
-        key = {**quantized_as(record), "metric": "acc_pct", "seed": record["seed"], **named}
+        named = {f"switches.{name}": value for name, value in net_switch(stem).items()}
+        trained = {"seed": record["seed"], "epochs": record["config"]["epochs"]}
+        key = {**quantized_as(record), "metric": "acc_pct", **trained, **named}
         found.append(Point(f"integers_{stem}", key, stem, after=(stem,), minutes=10.0))
     return found
 
@@ -247,10 +248,10 @@ def measure_integers(run: Run[IntegersPlan], test: ImageSet, point: Point) -> It
     integer.round_biases(qnet, images=test.spec)
     found = integer.agreement(qnet, integer.lower(qnet, images=test.spec), test, batch_size=250)
     common = {"dataset": test.spec.name, "n_train": record_of(point.what)["n_train"], "n_test": len(test)}
-    checkpoint = {"checkpoint": point["checkpoint"]}
+    named = net_switch(point.what)
     for executor, value in zip(EXECUTORS, (trained, found.fake_quant_acc_pct, found.integer_acc_pct), strict=True):
-        yield {**common, "value": value, "switches": {**checkpoint, "executor": executor}}
-    yield {**common, "metric": "same_top1_pct", "value": found.same_top1_pct, "switches": checkpoint}
+        yield {**common, "value": value, "switches": {**named, "executor": executor}}
+    yield {**common, "metric": "same_top1_pct", "value": found.same_top1_pct, "switches": named}
 
 
 INTEGERS = Study(
