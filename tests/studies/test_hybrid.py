@@ -9,7 +9,7 @@ import torch
 
 from hq_lib import models
 from hq_lib.graph import act_quantizers, set_quantization, weight_layers
-from hq_lib.results import figures
+from hq_lib.results import figures, store
 from hq_lib.studies.bench import Bench
 from hq_lib.studies.hybrid import cells as hybrid_cells
 from hq_lib.studies.hybrid import study, tables
@@ -180,8 +180,14 @@ def test_searches_keep_their_budgets_and_name_every_tensor():
     assert study.averages(dict.fromkeys(names, 3)) == pytest.approx({"w_bits": 3.0, "a_bits": 3.0})
 
 
-def test_a_search_without_sensitivities_says_what_to_run(out_dir):
+@pytest.mark.parametrize("others", [False, True])
+def test_a_search_without_sensitivities_of_its_network_says_what_to_run(others, out_dir):
+    """Those of an earlier float network are none: they would search for the bits of a network that is not there."""
     run = Run("bit_allocation", "smoke", study.PLANS["smoke"])
+    for point in study.sensitivity_points(run.plan) if others else []:
+        row = {**point.key, "dataset": "cifar10", "metric": "kl", "value": 1.0}
+        row["switches"] = {**row["switches"], "net": "0123abcd"}
+        store.append(study.SENSITIVITY, [row], profile="smoke")
     with pytest.raises(StudyError, match="hq study layer_sensitivity --profile smoke"):
         next(study.measure_search(run, None, study.search_points(run.plan)[-1]))
 
