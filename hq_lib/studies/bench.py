@@ -217,22 +217,27 @@ def open_imagenet(
     return Bench(net.eval().to(device), {"model": name, "dataset": "imagenet"}, train, val, test)
 
 
-def newest(rows: pd.DataFrame) -> pd.DataFrame:
+def newest(rows: pd.DataFrame, what: str) -> pd.DataFrame:
     """Of each network, a float one by name or a file by its stem, the rows that stand on what is committed now.
 
-    Where it has none yet, all. Rows of a public network stand on its weights, whatever is committed.
+    Where it has none yet, all, and a line says so: ``what`` names the rows. Those of a public network stand on its
+    weights, whatever is committed, those of a training in float on nothing.
     """
     names, digits = [], []
-    for text, model in zip(rows["switches"], rows["model"], strict=True):
+    trains = (rows["method"] == "float") & (rows["epochs"] > 0)
+    for text, model, is_training in zip(rows["switches"], rows["model"], trains, strict=True):
         settings = json.loads(text)
         net = settings.get("net", "")
-        names.append("" if net == PUBLIC else settings.get("network", model))
+        stands_on_none = net == PUBLIC or (is_training and "checkpoint" not in settings)
+        names.append("" if stands_on_none else settings.get("network", model))
         digits.append(settings.get("file", settings.get("checkpoint", "") if net == SHIPPED else net))
     named, standing = (pd.Series(each, index=rows.index, dtype="str") for each in (names, digits))
     keep = pd.Series(True, index=rows.index)
-    for name in set(names) - {""}:
+    for name in sorted({*names} - {""}):
         now, mine = net_switch(name), named == name
         current = mine & (standing == now.get("file", now.get("net", "")))
         if current.any():
             keep &= ~mine | current
+        else:
+            print(f"{what}: no rows of {name} as it is committed, those of an earlier {name} are shown")
     return rows.loc[keep]

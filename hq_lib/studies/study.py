@@ -264,7 +264,7 @@ def profile_rows(name: str, profile: str) -> pd.DataFrame:
     parts = sorted(paths.runs_dir(profile).glob(f"*/parts/*/{name}.csv"))
     found = pd.concat([store.read(name, profile=profile), *(store.read_file(part) for part in parts)])
     found = found.drop_duplicates(list(rows.KEY), keep="last")
-    return newest(found.loc[found["profile"] == profile]).reset_index(drop=True)
+    return newest(found.loc[found["profile"] == profile], name).reset_index(drop=True)
 
 
 @contextmanager

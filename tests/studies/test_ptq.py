@@ -261,13 +261,17 @@ def test_figures_draw_what_they_are_given():
         fig_error_accumulation(errors.iloc[:0])
 
 
-def test_rows_of_another_network_wait_until_it_is_the_committed_one(monkeypatch):
+def test_rows_of_another_network_wait_until_it_is_the_committed_one(monkeypatch, capsys):
     """Of a float network as of a quantized one's file: two trainings of one name are never in one cell."""
     settings = [
         {"net": "shipped"}, {"net": "shipped", "checkpoint": "0123abcd"}, {"net": "public"}, {"net": "0123abcd"}, {},
         {"network": "own", "file": "99"}, {"network": "own", "file": "0123abcd"},
+        {"checkpoint": "net"}, {"checkpoint": "net", "net": "0123abcd"}, {},
     ]  # fmt: skip
-    made = pd.DataFrame({"model": "resnet20", "switches": [json.dumps(s) for s in settings], "value": range(7)})
-    for digits, kept in (("4d496ff8", [0, 2, 4, 5, 6]), ("0123abcd", [1, 2, 3, 6])):
+    made = pd.DataFrame({"value": range(10), "switches": [json.dumps(s) for s in settings]})
+    made = made.assign(model="resnet20", method=["mse"] * 7 + ["float"] * 3, epochs=[0] * 7 + [80] * 3)
+    for digits, kept, told in (("4d496ff8", [0, 2, 4, 5, 6, 7, 9], "of own"), ("0123abcd", [1, 2, 3, 6, 8, 9], "")):
         monkeypatch.setattr(f"{newest.__module__}.record_of", lambda _, digits=digits: {"sha256": digits + "ff"})
-        assert newest(made)["value"].tolist() == kept
+        assert newest(made, "them")["value"].tolist() == kept
+        said = capsys.readouterr().out
+        assert (told in said) if told else not said
