@@ -110,7 +110,12 @@ def integers_table(rows: pd.DataFrame) -> pd.DataFrame:
     shown = tables.with_bits(tables.with_switches(rows, "executor")).fillna({"executor": "same class"})
     for column in ("model", "method"):
         shown[column] = [labels.printed(column, name) for name in shown[column]]
-    return _pivoted(shown, ["model", "bits", "method", "seed"], "executor", [*EXECUTORS, "same class"])
+    return _pivoted(
+        shown.sort_values(["w_bits", "method"]),
+        ["model", "bits", "method", "seed"],
+        "executor",
+        [*EXECUTORS, "same class"],
+    )
 
 
 def branches_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -127,9 +132,11 @@ def _pivoted(shown: pd.DataFrame, index: list[str], columns: str, order: list[st
 
 
 def lengths(rows: pd.DataFrame) -> str:
-    """The epochs of fine-tuning behind ``scores``, for a caption."""
-    epochs = "/".join(str(n) for n in sorted(set(rows.loc[rows["method"] != FLOAT, "epochs"])))
-    return f"{epochs or 'no'} epochs of fine-tuning"
+    """The epochs of fine-tuning behind ``scores`` and their numbers' formats, for a caption."""
+    trained = rows.loc[rows["method"] != FLOAT]
+    epochs = "/".join(map(str, sorted(set(trained["epochs"])))) or "no"
+    formats = sorted(set(trained["device"].str.extract("(float32|bfloat16)")[0].dropna()))
+    return f"{epochs} epochs of fine-tuning" + f" in {' or '.join(formats)}" * bool(formats)
 
 
 def clip_curves(rows: pd.DataFrame) -> pd.DataFrame:
