@@ -25,7 +25,7 @@ def test_numbers_are_those_of_the_rows(name):
 
 
 def test_a_number_that_drifts_is_seen():
-    drifted = README.replace("91.32", "91.33")
+    drifted = README.replace("92.23", "92.24")
     assert drifted != README
     assert overview.written(drifted) == README
 
