@@ -258,6 +258,19 @@ def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(pla
     assert {str(spec) for spec in of_kind(qnet.meta["specs"], "weight").values()} == {"dsq:2", "minmax:6"}
 
 
+@pytest.mark.parametrize("method", ["hybrid", "lsq"])
+def test_a_network_whose_norms_are_folded_beforehand_is_trained_at_a_lower_rate_unless_one_is_given(method):
+    """At the rate of a network with norms ResNet-20 ends at chance."""
+    net = models.build("resnet20")
+    kept, folded, own = (
+        configuration.read(changes={"model": "resnet20", "method": method, "bits": [2, 4], **changes})
+        .qat(net)
+        .config.lr
+        for changes in ({}, {"policy": {"bn": "fold"}}, {"policy": {"bn": "fold"}, "protocol": {"lr": 0.5}})
+    )
+    assert (kept, folded, own) == (0.04, pytest.approx(0.001), 0.5)
+
+
 def test_reconstruction_takes_its_protocol_and_a_manifest(place):
     chosen = hq(
         "select", "--data", "digits", "--n", "20", "--strategy", "lowest", "--metric", "tv", "--output", "m.json"

@@ -27,7 +27,7 @@ from hq_lib.results.hints import check, check_known
 from hq_lib.studies.bench import shipped
 from hq_lib.studies.ptq.recipes import RECIPES, Recipe
 from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
-from hq_lib.training.recipes import METHODS, Lists, find_lists, list_recipe
+from hq_lib.training.recipes import FOLDED, METHODS, Lists, find_lists, list_recipe
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 FLOAT, HYBRID = "float", "hybrid"
@@ -301,7 +301,8 @@ class Configuration:
             check(who, "method", [self.method], [FLOAT, HYBRID, *METHODS])
             made = qat_recipe(self.method, w_bits, a_bits, self.profile, seed=self.seed)
         policy = BitPolicy.from_dict({**made.policy.to_dict(), **self.policy})
-        return QatRecipe(policy, self._with_protocol(made.config), self.n_train or made.n_train)
+        config = dataclasses.replace(made.config, lr=made.config.lr * (FOLDED if policy.bn == "fold" else 1))
+        return QatRecipe(policy, self._with_protocol(config), self.n_train or made.n_train)
 
     def _lists(self) -> Lists:
         if isinstance(self.lists, str):

@@ -133,6 +133,7 @@ class _Run:
         self.forward = self._fast(machine.parallel(self.net))
         self.taught = None if self.teacher is None else self._fast(self.teacher.eval())
         self.history: list[dict[str, float]] = []
+        self.guessing = math.inf  # the loss of equal probabilities, once logits are seen
 
     def _fast(self, net: nn.Module) -> Callable[[Tensor], Tensor]:
         return machine.compiled(net) if self.config.compile else net
@@ -169,7 +170,7 @@ class _Run:
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
         mean = machine.synchronised(self.net, total.item() / self.steps)
         if not math.isfinite(mean):
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = self.config.lr
             raise FloatingPointError(f"loss is {mean} in epoch {epoch + 1} at learning rate {lr:.3g}: lower config.lr")
         return mean
 
@@ -192,6 +193,7 @@ class _Run:
 
     def _loss(self, logits: Tensor, labels: Tensor, x: Tensor) -> Tensor:
         """(1 - share) CE(logits, labels) + share KL(teacher || student)."""
+        self.guessing = math.log(logits.shape[1])
         entropy = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         if self.taught is None:
             return entropy
@@ -213,6 +215,8 @@ class _Run:
             state = {"history": self.history, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
             run_state.save(self.run_dir, state)
         self.say(f"epoch {epoch + 1}/{self.config.epochs}: loss {train_loss:.4f}, {validation}{row['seconds']:.0f} s")
+        if epoch and train_loss > 0.999 * self.guessing:
+            self.say(f"this is the loss of guessing ({self.guessing:.3f}): nothing is learned, lower config.lr")
 
     def _identity(self) -> dict[str, object]:
         """What tells one run from another, of the data as far as it is known."""

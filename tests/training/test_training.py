@@ -186,9 +186,19 @@ def test_what_before_epoch_freezes_stays_frozen_for_the_epoch(splits):
     assert torch.equal(means[2], net[1].running_mean)
 
 
-def test_divergence_names_epoch_and_rate(splits):
-    with pytest.raises(FloatingPointError, match=r"epoch 1 at learning rate .*lower config\.lr"):
+def test_divergence_names_epoch_and_the_rate_to_lower(splits):
+    with pytest.raises(FloatingPointError, match=r"epoch 1 at learning rate 1e\+20: lower config\.lr"):
         fit(small_net(), *splits, dataclasses.replace(CONFIG, lr=1e20), say=None)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_training_that_learns_nothing_says_so_from_its_second_epoch_on(splits, dead):
+    net, said = small_net(), []
+    if dead:
+        net.register_forward_hook(lambda *given: 0 * given[-1])  # equal logits, whatever the image
+    fit(net, *splits, dataclasses.replace(CONFIG, lr=0.05), say=said.append)
+    told = [i for i, line in enumerate(said) if "loss of guessing (2.303): nothing is learned" in line]
+    assert [said[i - 1].split(":")[0] for i in told] == (["epoch 2/3", "epoch 3/3"] if dead else [])
 
 
 def test_the_schedule_against_its_closed_form():
