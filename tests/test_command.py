@@ -271,6 +271,13 @@ def test_a_network_whose_norms_are_folded_beforehand_is_trained_at_a_lower_rate_
     assert (kept, folded, own) == (0.04, pytest.approx(0.001), 0.5)
 
 
+def test_validation_images_that_the_float_network_has_seen_are_said_to_flatter(capsys):
+    run = configuration.read(changes={"model": "lenet", "n_val": 10})
+    for seen in ("train", "trainval"):
+        assert len(run.validation({"dataset": "digits", "trained_on": seen})) == 10
+        assert ("flatter" in capsys.readouterr().out) == (seen == "trainval")
+
+
 def test_reconstruction_takes_its_protocol_and_a_manifest(place):
     chosen = hq(
         "select", "--data", "digits", "--n", "20", "--strategy", "lowest", "--metric", "tv", "--output", "m.json"

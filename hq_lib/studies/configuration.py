@@ -225,7 +225,11 @@ class Configuration:
 
     def validation(self, record: Mapping[str, Any]) -> ImageSet | None:
         """``n_val`` (0: all) validation images; None for a folder of pictures, which holds none out of train."""
-        return None if self._dataset(record) == PICTURES else self.images("val", record, self.n_val)
+        if self._dataset(record) == PICTURES:
+            return None
+        if record.get("trained_on") == "trainval" and self._dataset(record) == record.get("dataset"):
+            print("the float network was trained on the validation images too: their accuracies flatter", flush=True)
+        return self.images("val", record, self.n_val)
 
     def _dataset(self, record: Mapping[str, Any]) -> str:
         return self.data or (PICTURES if self.root else record.get("dataset", ""))
