@@ -247,6 +247,9 @@ def test_training_through_quantizers_goes_on_from_float_and_its_file_tests_alike
     assert tested[1] == tested[2], "with the biases of accumulators the fake-quantized network simulates the integers"
     record = models.read_checkpoint(place / "qat.safetensors")[1]
     assert (record["method"], record["config"]["epochs"], record["form"]) == ("lsq_plus", 1, "trainable")
+    assert record["config"]["precision"] in ("float32", "bfloat16"), "what was run, not what was asked for"
+    assert record["start"] == models.read_checkpoint(place / "net.safetensors")[1]["sha256"]
+    assert str(place) not in str(record)
 
 
 def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(place):

@@ -341,11 +341,14 @@ class Configuration:
         return RECIPES[self.method], BitPolicy.from_dict({**policy.to_dict(), **self.policy})
 
     def record(self, source: Mapping[str, Any], images: ImageSet, **more: Any) -> dict[str, Any]:
-        """What a network file says of this run, besides what ``graph.save`` adds."""
+        """What a network file says of this run, besides what ``graph.save`` adds; ``start``: the digits of the file of
+        the network that it began with."""
         facts = {key: source[key] for key in BUILD if key in source and not self.net}
+        facts |= {"start": source["sha256"]} if "sha256" in source else {}
+        asked = {key: value for key, value in dataclasses.asdict(self).items() if key != "output"}
         return {
             **facts, "dataset": images.spec.name, "images": dataclasses.asdict(images.spec), "method": self.method,
-            "seed": self.seed, "configuration": dataclasses.asdict(self), **more,
+            "seed": self.seed, "configuration": asked, **more,
         }  # fmt: skip
 
 

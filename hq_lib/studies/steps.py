@@ -47,14 +47,14 @@ def _trained_float(run: Configuration) -> tuple[Path, float]:
     dataset, config, n = run.float_training()
     net = run.network()[0] if run.weights else run.built()
     train, val = run.images("train", {"dataset": dataset}, n or 0), run.validation({"dataset": dataset})
-    fit(net.to(run.device), train, val, config, _folder(run))
+    done = fit(net.to(run.device), train, val, config, _folder(run))
     machine.end_unless_first()
     test = run.images("test", {"dataset": dataset}, run.n_test)
     score = evaluate(net.eval(), test)
     sizes = {"n_classes": test.spec.n_classes, "in_channels": test.spec.in_shape[0]}
     options = {key: value for key, value in run.options.items() if key not in sizes}
     built = {"model": OWN, "options": run.options} if run.net else {"model": run.model, "options": options, **sizes}
-    facts = {"config": dataclasses.asdict(config), "n_train": len(train), "acc_pct": {"test": score.acc_pct}}
+    facts = {"config": dataclasses.asdict(done.config), "n_train": len(train), "acc_pct": {"test": score.acc_pct}}
     record = {**run.record({}, test, **facts), **built, **provenance.stamp(run.device)}
     models.write_checkpoint(run.target(), net.state_dict(), record)
     return run.target(), score.acc_pct
@@ -68,13 +68,13 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
         few = run.calibration(source)
         x = normalize(few.images, few.spec).to(run.device)
         qnet = graph.quantize(net.to(run.device), recipe.policy, x[:1], **run.tracing)
-        fit_early(qnet, x, train, val, recipe.config, _folder(run))
+        done = fit_early(qnet, x, train, val, recipe.config, _folder(run))
         fit_late(qnet, x, run.hybrid.get("ranges", "mse"))
     else:
         qnet = calibrated(net, recipe, train, seed=run.seed, **run.tracing).to(run.device)
-        fit(qnet, train, val, recipe.config, _folder(run))
+        done = fit(qnet, train, val, recipe.config, _folder(run))
     machine.end_unless_first()
-    more = {"config": dataclasses.asdict(recipe.config), "n_train": len(train)}
+    more = {"config": dataclasses.asdict(done.config if done else recipe.config), "n_train": len(train)}
     return _saved(run, qnet, source, form="trainable" if run.method != HYBRID else "frozen", **more)
 
 

@@ -18,7 +18,7 @@ from hq_lib.graph import BitPolicy, QuantizedNet, calibrate, quantize, set_quant
 from hq_lib.ptq.ranges import Method
 from hq_lib.quantizers import FLOAT_BITS, Quantizer
 from hq_lib.studies.bench import Bench
-from hq_lib.training import TrainConfig, fit
+from hq_lib.training import FitResult, TrainConfig, fit
 
 QAT, RANGES = "dsq", "mse"
 BOUNDARY = 4
@@ -107,14 +107,17 @@ def finished(cell: Cell, stage: Bench, n_calib: int, trained: QuantizedNet | Non
 
 def fit_early(
     qnet: QuantizedNet, x: Tensor, train: ImageSet, val: ImageSet | None, config: TrainConfig, folder: Path | None
-) -> None:
-    """Train what has fewer bits than the rule's boundary, in place, from grids fitted to ``x``; the rest is float."""
+) -> FitResult | None:
+    """Train what has fewer bits than the rule's boundary, in place, from grids fitted to ``x``; the rest is float.
+
+    None where nothing has fewer bits.
+    """
     late = is_late(qnet)
     if all(map(late, _quantizers(qnet).values())):
-        return
+        return None
     with set_quantization(qnet, weights=False, acts=False, only=late):
         calibrate(qnet, x, only=lambda quantizer: not late(quantizer))
-        fit(qnet, train, val, config, folder)
+        return fit(qnet, train, val, config, folder)
 
 
 def fit_late(qnet: QuantizedNet, x: Tensor, ranges: Method) -> None:
