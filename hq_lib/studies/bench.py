@@ -23,6 +23,12 @@ FIRST = frozenset({"8f3b316e", "8244b673", "4d496ff8", "8cbdbed1", "69574edb"})
 PUBLIC, SHIPPED = "public", "shipped"
 """What rows of post-training methods call their float network: the public ResNet-20, or a committed one"""
 
+TRAINED = (
+    "resnet20_pact_w8a8_s0", "resnet20_pact_w4a4_s0", "resnet20_lsq_w4a4_s0", "resnet20_dsq_w4a4_s0",
+    "resnet20_pact_w2a2_s0", "resnet20_lsq_w2a2_s0", "resnet20_dsq_w2a2_s0",
+)  # fmt: skip
+"""Quantized networks of notebook 03 (``data/checkpoints``) that are taken on as they were trained."""
+
 N_IMAGENET = 16_384
 """Largest number of an image folder's training images kept in memory."""
 
@@ -217,11 +223,11 @@ def open_imagenet(
     return Bench(net.eval().to(device), {"model": name, "dataset": "imagenet"}, train, val, test)
 
 
-def newest(rows: pd.DataFrame, what: str) -> pd.DataFrame:
+def newest(rows: pd.DataFrame, what: str, *, earlier: bool = True) -> pd.DataFrame:
     """Of each network, a float one by name or a file by its stem, the rows that stand on what is committed now.
 
-    Where it has none yet, all, and a line says so: ``what`` names the rows. Those of a public network stand on its
-    weights, whatever is committed, those of a training in float on nothing.
+    Where it has none yet, all, and a line says so: ``what`` names the rows; none, without ``earlier`` ones. Those of a
+    public network stand on its weights, whatever is committed, those of a training in float on nothing.
     """
     names, digits = [], []
     trains = (rows["method"] == "float") & (rows["epochs"] > 0)
@@ -236,7 +242,7 @@ def newest(rows: pd.DataFrame, what: str) -> pd.DataFrame:
     for name in sorted({*names} - {""}):
         now, mine = net_switch(name), named == name
         current = mine & (standing == now.get("file", now.get("net", "")))
-        if current.any():
+        if current.any() or not earlier:
             keep &= ~mine | current
         else:
             print(f"{what}: no rows of {name} as it is committed, those of an earlier {name} are shown")

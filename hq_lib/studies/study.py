@@ -256,15 +256,16 @@ class Study(Generic[Plan, Bench]):
         return run.append((name, {**columns, **row}) for name, row in ordered)
 
 
-def profile_rows(name: str, profile: str) -> pd.DataFrame:
+def profile_rows(name: str, profile: str, *, earlier: bool = True) -> pd.DataFrame:
     """The rows of one file that belong to this very profile, of each network those on its newest checkpoint.
 
-    What units have measured and nobody has gathered yet is among them: a unit may stand on another one's rows.
+    What units have measured and nobody has gathered yet is among them: a unit may stand on another one's rows. Such a
+    unit takes none of an ``earlier`` network, which tables show in place of missing ones.
     """
     parts = sorted(paths.runs_dir(profile).glob(f"*/parts/*/{name}.csv"))
     found = pd.concat([store.read(name, profile=profile), *(store.read_file(part) for part in parts)])
     found = found.drop_duplicates(list(rows.KEY), keep="last")
-    return newest(found.loc[found["profile"] == profile], name).reset_index(drop=True)
+    return newest(found.loc[found["profile"] == profile], name, earlier=earlier).reset_index(drop=True)
 
 
 @contextmanager

@@ -170,8 +170,8 @@ class _Run:
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
         mean = machine.synchronised(self.net, total.item() / self.steps)
         if not math.isfinite(mean):
-            lr = self.config.lr
-            raise FloatingPointError(f"loss is {mean} in epoch {epoch + 1} at learning rate {lr:.3g}: lower config.lr")
+            at = f"epoch {epoch + 1} at learning rate {self.config.lr:.3g}"
+            raise FloatingPointError(f"loss is {mean} in {at}: lower config.lr")
         return mean
 
     def _walk(self, epoch: int) -> Batches:

@@ -16,13 +16,13 @@ from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S
 from hq_lib.integer import lower
 from hq_lib.integer import run as run_integers
 from hq_lib.results import paths
+from hq_lib.studies.bench import TRAINED
 from hq_lib.studies.crossbar import figures, study, tables
 from hq_lib.studies.crossbar.points import (
     ALL_OF_IT,
     CORRECTIONS,
     ONE_SCALE,
     PLANS,
-    SHIPPED,
     STUDIES,
     by_rule,
     network_path,
@@ -216,7 +216,7 @@ def test_slices_and_noise_aware_rows_become_tables(small):
     ]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_shipped_trained_networks_on_perfect_cells_are_their_integers(name, cifar10_train):
     """W8A8, W4A4 and W2A2 from training: no converter, no error, so every logit is the integer network's."""
     model = lower(graph.load(network_path(name)))

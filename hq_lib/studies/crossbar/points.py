@@ -13,7 +13,7 @@ from pathlib import Path
 from hq_lib.crossbar import Adc, Circuit, ConstantRead, Device, Drive, Faults, FlickerRead, Mapping, Wires
 from hq_lib.crossbar.profiles import IDEAL, PCM_NANDAKUMAR, RRAM_WAN_1S, device, proportional, state_independent
 from hq_lib.results.hints import nearest
-from hq_lib.studies.bench import known_networks, network_file, record_of
+from hq_lib.studies.bench import TRAINED, known_networks, network_file, record_of
 from hq_lib.studies.study import StudyError, check_choice
 
 HOUR_S, DAY_S, YEAR_S = 3600.0, 86_400.0, 3.156e7
@@ -22,11 +22,6 @@ CORRECTIONS = ("none", "global", "column_open", "column", "bn")
 fitted at the time of reading."""
 RULES = ("readout", "product")
 """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
-SHIPPED = (
-    "resnet20_pact_w8a8_s0", "resnet20_pact_w4a4_s0", "resnet20_dsq_w4a4_s0", "resnet20_pact_w2a2_s0",
-    "resnet20_dsq_w2a2_s0", "resnet20_lsq_w2a2_s0", "resnet20_lsq_w4a4_s0",
-)  # fmt: skip
-"""Trained networks in ``data/checkpoints``."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +78,17 @@ class Plan:
 TIMES_S = (20.0, HOUR_S, DAY_S, YEAR_S, 10 * YEAR_S)
 PLANS = {
     "smoke": Plan(
-        10, 1, 4, 8, (2.0, 5.0), (10.0,), (6, 8), (64,), (1.0,), (20.0, DAY_S), False, 20, SHIPPED[3:4], (2,),
+        10, 1, 4, 8, (2.0, 5.0), (10.0,), (6, 8), (64,), (1.0,), (20.0, DAY_S), False, 20, TRAINED[4:5], (2,),
         (0.0, 5.0), (5.0,), 1, 64, converter_bits=(0, 6), n_ptq=20,
     ),
     "quick": Plan(
         150, 1, 16, 64, (2.0, 5.0, 10.0), (10.0, 30.0, 60.0), (4, 5, 6, 8), (64, 256), (0.1, 0.5, 2.0),
-        (20.0, HOUR_S, DAY_S, 10 * YEAR_S), False, 100, SHIPPED[1:5:3], (1, 2), (0.0, 5.0), (2.0, 5.0, 10.0), 1,
+        (20.0, HOUR_S, DAY_S, 10 * YEAR_S), False, 100, TRAINED[1::5], (1, 2), (0.0, 5.0), (2.0, 5.0, 10.0), 1,
         1_280, n_ptq=64,
     ),
     "full": Plan(
         1000, 3, 64, 256, (1.0, 2.0, 5.0, 10.0), (10.0, 20.0, 40.0, 60.0), (4, 5, 6, 8), (64, 128, 256),
-        (0.1, 0.5, 2.0, 5.0), TIMES_S, True, 100, SHIPPED, (1, 2, 4), (0.0, 2.0, 5.0), (2.0, 5.0, 10.0, 15.0), 1, None,
+        (0.1, 0.5, 2.0, 5.0), TIMES_S, True, 100, TRAINED, (1, 2, 4), (0.0, 2.0, 5.0), (2.0, 5.0, 10.0, 15.0), 1, None,
         converter_bits=(0, 6),
     ),
 }  # fmt: skip

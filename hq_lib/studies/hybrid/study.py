@@ -23,7 +23,6 @@ from hq_lib import models
 from hq_lib.graph import QuantizedNet, quantize
 from hq_lib.ptq import bits as bit_search
 from hq_lib.ptq.bits import Assignment, Cost, GridBank, tensors_of, uniform_policy
-from hq_lib.results.tables import with_switches
 from hq_lib.studies.bench import Bench, net_switch, open_bench
 from hq_lib.studies.hybrid.cells import CONFIG, FIRST_LAST_BITS, QAT, RANGES, cells, finished, train
 from hq_lib.studies.hybrid.tables import losses, sensitivities
@@ -287,9 +286,7 @@ def measure_search(run: Run[Plan], lab: Laboratory, point: Point) -> Iterator[Fo
 
 def _losses(run: Run[Plan]) -> dict[str, dict[int, float]]:
     """What the searches work on: KL, nat, by tensor in the network's order, and bits; of this very network."""
-    rows = with_switches(profile_rows(SENSITIVITY, run.profile), "net")
-    mine = rows["net"].fillna("") == net_switch(MODEL).get("net", "")
-    found = losses(sensitivities(rows.loc[mine]))
+    found = losses(sensitivities(profile_rows(SENSITIVITY, run.profile, earlier=False)))
     missing = [t for t in tensors() if len(found.get(t, ())) < len(run.plan.bits)]
     if missing:
         raise StudyError(

@@ -22,16 +22,20 @@ from hq_lib.graph import BitPolicy, quantize
 from hq_lib.integer.record import REQUANTIZERS
 from hq_lib.ptq.ranges import Method
 from hq_lib.results import provenance
-from hq_lib.studies.bench import Bench, known_networks, net_switch, network_file, open_bench, quantized_as, record_of
+from hq_lib.studies.bench import (
+    TRAINED,
+    Bench,
+    known_networks,
+    net_switch,
+    network_file,
+    open_bench,
+    quantized_as,
+    record_of,
+)
 from hq_lib.studies.integer_export import executors
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 
 MODELS = ("lenet", "vgg11", "resnet20", "toynet", "mobilenetv2_seed")
-TRAINED = (
-    "resnet20_pact_w8a8_s0", "resnet20_pact_w4a4_s0", "resnet20_lsq_w4a4_s0", "resnet20_dsq_w4a4_s0",
-    "resnet20_pact_w2a2_s0", "resnet20_lsq_w2a2_s0", "resnet20_dsq_w2a2_s0",
-)  # fmt: skip
-"""Quantized networks of notebook 03 (``data/checkpoints``), taken as they were trained."""
 MOBILE = (
     "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "squeezenet1_1",
     "shufflenet_v2_x1_0", "densenet121", "googlenet", "mnasnet1_0", "inception_v3",
