@@ -242,8 +242,10 @@ def test_folders_for_boards_and_fpgas(place):
 def test_training_through_quantizers_goes_on_from_float_and_its_file_tests_alike(place):
     write(place / "qat.yaml", {**RUN, "weights": "net.safetensors", "bits": [4, 4], "output": "qat.safetensors"})
     made = hq("train", "--config", "qat.yaml", "--method", "lsq_plus", "--set", "protocol.epochs=1")
-    tested = percents(hq("test", "qat.safetensors", "--net", "mynet:Net", "--n-test", "50", "--integer"))
+    said = hq("test", "qat.safetensors", "--net", "mynet:Net", "--n-test", "50", "--integer")
+    tested = percents(said)
     assert percents(made) == tested[:1]
+    assert "takes its image in float" not in said
     assert tested[1] == tested[2], "with the biases of accumulators the fake-quantized network simulates the integers"
     record = models.read_checkpoint(place / "qat.safetensors")[1]
     assert (record["method"], record["config"]["epochs"], record["form"]) == ("lsq_plus", 1, "trainable")
@@ -253,10 +255,12 @@ def test_training_through_quantizers_goes_on_from_float_and_its_file_tests_alike
 
 
 def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(place):
-    hybrid = {"ranges": "aciq", "bn": "fold", "overrides": {"3": {"weight": 6}}}
+    hybrid = {"ranges": "aciq", "bn": "fold", "placement": "academic", "overrides": {"3": {"weight": 6}}}
     write(place / "h.yaml", {**RUN, "weights": "net.safetensors", "bits": [2, 4], "hybrid": hybrid, "method": "hybrid"})
     made = hq("train", "--config", "h.yaml", "--output", "h.safetensors")
     assert percents(made) == percents(hq("test", "h.safetensors", "--net", "mynet:Net", "--n-test", "50"))
+    told = "takes its image in float, integers round it"
+    assert told in hq("test", "h.safetensors", "--net", "mynet:Net", "--n-test", "50", "--integer")
     qnet = graph.load(place / "h.safetensors", net=configuration.own("mynet:Net")())
     assert {str(spec) for spec in of_kind(qnet.meta["specs"], "weight").values()} == {"dsq:2", "minmax:6"}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from hq_lib import graph, models, ptq
 from hq_lib.crossbar import bench, profiles
@@ -18,6 +18,7 @@ from hq_lib.data import DataSpec, ImageSet, batches, normalize
 from hq_lib.deploy import ENDINGS, export, fpga
 from hq_lib.deploy.c.runtime import meta_of
 from hq_lib.deploy.fpga import exporter
+from hq_lib.graph import QUANTIZER_SUFFIX
 from hq_lib.graph.folding import fold_bn
 from hq_lib.graph.network_file import OWN
 from hq_lib.integer import IntegerModel, LowerError, RecordError, lower, round_biases
@@ -206,6 +207,10 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
 def _lowered(run: Configuration, file: Path, net: nn.Module, record: dict[str, Any], spec: DataSpec) -> IntegerModel:
     if "policy" not in record:
         raise ValueError(f"{file.name} holds a float network: quantize it first, hq quantize --set weights={file}")
+    assert isinstance(net, fx.GraphModule)
+    image = next(node for node in net.graph.nodes if node.op == "placeholder")
+    if not any(str(reader.target).endswith(QUANTIZER_SUFFIX) for reader in image.users):
+        print("this network takes its image in float, integers round it to 8 bits: the two may differ", flush=True)
     return lower(net, requantizer=run.requantizer, images=spec)  # type: ignore[arg-type]
 
 
