@@ -17,7 +17,7 @@ from hq_lib.studies.integer_export.executors import version
 from hq_lib.studies.study import profile_rows
 
 PROTOCOL = ["epochs", "iterations", "n_test"]
-_GROUP_SOURCE = "louvinci/PACT-Quantization (later README)"
+_GROUP_SOURCE = "louvinci/PACT-Quantization (README of 2022-04-19)"
 PEERS = {
     "onnxruntime": "ONNX Runtime, C's logits",
     "onnxruntime as it comes": "ONNX Runtime as it comes",

@@ -26,9 +26,8 @@ def _parameters(name: str) -> str:
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """The learning curves, from rows of ``float_history``: model, dataset, seed, epoch, train_loss, val_acc_pct, lr.
 
-    Of a network and seed trained more than once, the longest run.
+    Of a network and seed one run (``results.tables.longest``).
     """
-    rows = tables.longest(rows, "model", "dataset", "seed")
     return tables.wide(rows, "model", "dataset", "seed", "epoch")
 
 

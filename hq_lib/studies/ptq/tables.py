@@ -162,13 +162,15 @@ def error_claim(found: pd.DataFrame, net: str) -> dict[str, str]:
     logits = pd.DataFrame(ends["logits"].unstack("recipe"), columns=["mse", "qdrop"])
     left = logits.dropna().reset_index().to_dict("records")
     shown = ", ".join(f"{100 * line['qdrop'] / line['mse']:.0f} % at {line['bits']}" for line in left)
-    flat = ends.reset_index()
-    n = dict(zip(flat["recipe"], flat["seeds"], strict=True))
-    several = ", ".join(f"{labels.printed('method', RECIPES[name].method)} {k}" for name, k in n.items() if k > 1)
+    several = ", ".join(
+        f"{labels.printed('method', RECIPES[line['recipe']].method)} {line['seeds']} at {line['bits']}"
+        for line in ends.reset_index().to_dict("records")
+        if line["seeds"] > 1
+    )
     return {
-        "claim": f"Quantization error behind each block ({net}) grows from block to block; at the logits QDrop leaves "
-        f"this share of what the nearest rounding leaves: {shown or tables.NOT_RUN}",
-        "note": f"seeds of each method: {several}, others 1" if several else "one seed of each method",
+        "claim": f"Quantization error behind each block ({net}); at the logits QDrop leaves this share of what the "
+        f"nearest rounding leaves: {shown or tables.NOT_RUN}",
+        "note": f"seeds of each method: {several}; else 1" if several else "one seed of each method",
     }
 
 
