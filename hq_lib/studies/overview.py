@@ -125,7 +125,7 @@ LINES = (
            Number("published, the same first and last layer", "published", _PACT)),
     *_both("QDrop without training, public network", "04",
            Number("", "ptq_methods", {"recipe": "qdrop", "net": "public"}), _PUBLIC,
-           Number("official code, 500 iterations", "published", _QDROP)),
+           Number("official code, another schedule", "published", _QDROP)),
     Line("3 bits a weight, by sensitivity", "06", Number("", "bit_allocation", {"search": "optimal", **_SEARCHED}),
          (Number("3 bits everywhere", "bit_allocation", {"search": "uniform", **_SEARCHED}),)),
     Line("W8A8 in integers, in C", "07", _integers("", "c"),

@@ -75,10 +75,13 @@ RECIPES = {
     "brecq": Recipe("brecq", "by block, squared error", passes=ptq.brecq),
     "brecq_fisher": Recipe("brecq", "by block, Fisher-weighted", passes=ptq.brecq,
                            settings={"loss": "fisher_per_image"}),
+    "brecq_official": Recipe("brecq", "by block, squared error, official rate", passes=ptq.brecq, settings=OFFICIAL),
     "qdrop": Recipe("qdrop", "by block, dropping 0.5", passes=ptq.qdrop),
     "qdrop_official": Recipe("qdrop", "dropping 0.5, official rate", passes=ptq.qdrop, settings=OFFICIAL),
     "qdrop_undropped": Recipe("qdrop", "drop 1.0, official rate", passes=ptq.qdrop,
                               settings={**OFFICIAL, "keep_probability": 1.0}),
+    "qdrop_adapted": Recipe("qdrop", "dropping 0.5, rate 1e-2", passes=ptq.qdrop,
+                            settings={**OFFICIAL, "rounding_lr": 1e-2}),
     "qdrop_2000": Recipe("qdrop", "2,000 iterations, rate 1e-2", passes=ptq.qdrop,
                          settings={**OFFICIAL, "rounding_lr": 1e-2, "iterations": 2000}),
 }  # fmt: skip

@@ -23,13 +23,13 @@ PAPERS = "resnet18"
 OFFICIAL_LINES = {
     "min-max ranges": RECIPES["minmax"].line,
     "MSE ranges, no reconstruction": RECIPES["mse"].line,
-    "500 iterations a block, drop 0.5, rounding rate 1e-2": RECIPES["qdrop"].line,
+    "500 iterations a block, drop 0.5, rounding rate 1e-2": RECIPES["qdrop_adapted"].line,
     "500 iterations a block, drop 0.5": RECIPES["qdrop_official"].line,
-    "500 weight + 125 activation iterations a block": RECIPES["brecq"].line,
+    "500 weight + 125 activation iterations a block": RECIPES["brecq_official"].line,
     "500 iterations a block, drop 1.0": RECIPES["qdrop_undropped"].line,
     "2,000 iterations a block, drop 0.5, rounding rate 1e-2": RECIPES["qdrop_2000"].line,
 }
-"""variant of the official code in data/published.csv -> line of tab_ptq"""
+"""variant of the official code in data/published.csv -> line of tab_ptq, of the same schedule"""
 PAPER_LINES = {
     "float": "-", "minmax": RECIPES["minmax"].line, "aciq": RECIPES["aciq_allocated"].line,
     "adaround": RECIPES["adaround"].line, "brecq": RECIPES["brecq"].line, "qdrop": RECIPES["qdrop"].line,
