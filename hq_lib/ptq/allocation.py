@@ -159,7 +159,7 @@ def fit_allocated(qnet: fx.GraphModule) -> dict[str, Tensor]:
         (C,) int64 bits by layer, of the layers that were allocated.
 
     Raises:
-        QuantizeError: names the layer that has no grid per output channel.
+        QuantizeError: names the layer that has no grid per output channel, or one weight in each.
     """
     fit_weights(qnet, "minmax")
     found: dict[str, Tensor] = {}
@@ -170,6 +170,8 @@ def fit_allocated(qnet: fx.GraphModule) -> dict[str, Tensor]:
         if old.axis != 0:
             raise QuantizeError(f"layer {name!r}: bits are shared out among output channels; it has one grid for all")
         w = layer.weight.detach()
+        if w[0].numel() == 1:
+            raise QuantizeError(f"layer {name!r}: its channels have one weight each, whose spread tells no bits")
         bits = allocate_bits(rows(w, 0).std(1), old.bits)
         put(qnet, name, FixedGrid(channel_grid(w, bits), bits=old.bits, axis=0))
         found[name] = bits

@@ -102,6 +102,9 @@ def brecq(**changes: Any) -> tuple[ReconstructionConfig, ...]:
     Block by block, squared error as the official default or, with ``loss="fisher"``, the paper's weighting; the second
     pass has a quarter of the iterations, p = 2.4 (2 with Fisher) and a step rate of 4e-4. ``changes`` go to both
     passes, iterations in this ratio.
+
+    Departs from the official code, whose second pass takes the float network's inputs (ours the quantized prefix's) and
+    starts the steps on 64 images, layer after layer; ours start on the float network's activations.
     """
     base = replace(ReconstructionConfig(keep_probability=1.0), **changes)
     weights = replace(base, quantize_acts=False, learn_steps=False)

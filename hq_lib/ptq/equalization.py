@@ -105,11 +105,15 @@ def correct_means(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = N
         qnet:   from ``graph.quantize``, weight grids fitted.
         images: (N, C, H, W), normalised; one batch.
         only:   which quantizers (given the module); the others' layers keep their bias.
+
+    Raises ``QuantizeError`` naming a layer that runs twice.
     """
     shifts: dict[str, Tensor] = {}
 
     def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, QuantizedWeight)
+        if name in shifts:
+            raise QuantizeError(f"layer {name!r} runs twice: its two shifts share one bias")
         with set_quantization(layer, weights=True, acts=None):
             shift = layer.forward(inputs[0]) - output
         channels = shift.dim() - 1 if isinstance(layer, nn.Linear) else 1

@@ -140,6 +140,9 @@ def fit_acts(
         assert isinstance(quantizer, LSQ | MinMaxAct)
         signed = bool(quantizer.signed)
         scheme: Scheme = "symmetric" if signed and type(quantizer) is LSQ else "affine"
+        if not x.any():  # a step of 1e-8 would make all that comes later 0
+            quantizer.init_from(x)
+            return
         found = find_grid(x, bits=quantizer.bits, axis=quantizer.axis, method=method, scheme=scheme, signed=signed)
         scale, zero_point = found.scale.float(), found.zero_point.float()
         quantizer.mark_fitted()

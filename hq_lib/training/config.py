@@ -25,7 +25,7 @@ class TrainConfig(Settings):
     batch_size: Annotated[int, Bound(">= 1", whole=True)] = 128
     """Images per step."""
     weight_decay: float = 5e-4
-    """L2 factor on weights; biases, norms and learned clips have none."""
+    """L2 factor on weights; biases and norms have none, parameters of quantizers as their tags say."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0, epochs; then half a cosine to 0, which is why the last epoch's weights are kept."""
     label_smoothing: Annotated[float, Bound(">= 0 and < 1")] = 0.0

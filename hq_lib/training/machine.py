@@ -1,4 +1,5 @@
-"""How a run uses the machine: precision, compilation, freed memory, processes. Results change by rounding at most.
+"""How a run uses the machine: precision, compilation, freed memory, processes. Results change by rounding at most;
+of two bits that is much: of a network trained so one class in ten is another in bfloat16 than in float32, which judges.
 
 ``benchmarks/training.py`` prints every choice beside the others.
 

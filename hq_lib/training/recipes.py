@@ -164,7 +164,7 @@ def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int
     """The recipe of a method at given bits, the same for every network.
 
     First and last layer have 8 bits, the image has 8, sums are quantized once after the addition (placement
-    "academic"), batch norms are kept: the protocol of the papers that the tables compare with.
+    "academic": shortcuts read quantized tensors, as in QDrop's code and unlike LSQ's), batch norms are kept.
 
     Raises:
         ValueError: an unknown method or profile (the nearest name is given), or bits that the method cannot do.

@@ -6,7 +6,7 @@ from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
 from hq_lib import integer, ptq
-from hq_lib.graph import BitPolicy, QuantizeError, quantize, weight_layers
+from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, weight_layers
 from hq_lib.ptq import allocation
 from hq_lib.ptq.allocation import channel_grid
 from hq_lib.ptq.units import as_float
@@ -114,6 +114,35 @@ def test_what_cannot_be_corrected_is_named():
     whole = quantize(Net().eval(), BitPolicy({"method": "minmax", "bits": 4, "axis": None}, "float"), x[:1])
     with pytest.raises(QuantizeError, match="one grid for all"):
         ptq.fit_allocated(whole)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.gates = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1, groups=3)
+
+    def forward(self, x):
+        return self.gates(self.shared(self.shared(x).relu()))
+
+
+def test_what_would_be_done_wrong_without_a_word_is_named():
+    """A layer that runs twice has two shifts and one bias; one weight has no spread that bits could go by."""
+    qnet = quantize(Twice().eval(), BitPolicy("minmax:4", "lsq_plus:8", first_last_bits=None), images(4))
+    with pytest.raises(QuantizeError, match="'shared' runs twice"):
+        ptq.correct_means(qnet, images(4))
+    with pytest.raises(QuantizeError, match="'gates': its channels have one weight"):
+        ptq.fit_allocated(qnet)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "percentile", "aciq"])
+def test_a_tensor_that_is_all_0_in_calibration_keeps_a_step_that_holds_numbers(method):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    qnet = quantize(net.eval(), BitPolicy("minmax:8", "lsq_plus:8"), images(4))
+    with torch.no_grad():
+        qnet.get_submodule("0").bias.fill_(-1e6)
+    ptq.fit_acts(qnet, images(4), method)
+    steps = [float(q.step_size.detach()) for q in act_quantizers(qnet).values() if hasattr(q, "step_size")]
+    assert min(steps) > 1e-3, steps
 
 
 def test_block_errors_are_the_relative_squared_errors_and_0_without_quantization():

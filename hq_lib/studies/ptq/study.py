@@ -197,7 +197,10 @@ def schedule_points(plan: SchedulePlan) -> list[Point]:
 
 
 def measure_schedule(run: Run[SchedulePlan], bench: Bench, point: Point) -> Iterator[Found]:
-    """Accuracy on validation images, which were held out of the network's training; test images play no part."""
+    """Accuracy on validation images, none of which calibrates; today's float network was trained on them.
+
+    Test images play no part.
+    """
     plan = run.plan
     x = recipes.calibration(bench.train, plan.n_calib, SEED)
     how = {"iterations": plan.iterations, "seed": SEED, **recipes.rated(point.what, plan.iterations)}

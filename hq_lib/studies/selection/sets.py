@@ -67,7 +67,7 @@ class Pool:
     """The candidates of one draw, with scores and features computed when first asked for."""
 
     def __init__(self, bench: Bench, n_pool: int, draw: int, *, n_common: int = 0) -> None:
-        """Draw ``n_pool`` of the training images with seed ``draw``; ``n_common`` held-out images compare sets."""
+        """Draw ``n_pool`` of the training images with seed ``draw``; ``n_common`` validation images compare sets."""
         self.bench, self.n_pool, self.draw = bench, n_pool, draw
         self.common: ImageSet = bench.val.drawn(n_common or len(bench.val), 0)
         self.positions = selection.draw_pool(len(bench.train), n_pool, seed=draw)

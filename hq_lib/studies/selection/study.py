@@ -68,13 +68,13 @@ class Plan:
     n_draws_n: int = 0
     """Draws of that comparison."""
     budgets: tuple[int, ...] = ()
-    """Iterations compared on held-out images: how the study's own were fixed."""
+    """Iterations compared on validation images: how the study's own were fixed."""
     n_reseeds: int = 0
     """Other seeds of the reconstruction of one set: the luck that is not the draw's."""
     ranges: tuple[tuple[str, Bits, int], ...] = ()
     """(ranges, bits, draws): smoothest against random without reconstruction."""
     n_common: int = 0
-    """Held-out images on which the losses of all sets are compared."""
+    """Validation images, none of which calibrates, on which the losses of all sets are compared."""
     n_test: int | None = None
     """Test images; None = all."""
     root: str = ""

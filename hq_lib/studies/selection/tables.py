@@ -66,7 +66,7 @@ def float_pct(rows: pd.DataFrame) -> float | None:
 
 
 def budget(found: pd.DataFrame) -> pd.DataFrame:
-    """Held-out accuracy by iterations a block, 0 = rounded to nearest: iterations, acc_pct, loss_common, n_test."""
+    """Validation accuracy by iterations a block, 0 = rounded to nearest: iterations, acc_pct, loss_common, n_test."""
     columns = ["iterations", "acc_pct", "loss_common", "n_test"]
     return pd.DataFrame(where(found, split="common"), columns=columns).sort_values(by="iterations", ignore_index=True)
 
