@@ -13,11 +13,11 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from hq_lib import studies
 from hq_lib.results import paths
 from hq_lib.results.hints import nearest
+from hq_lib.results.settings import plain
 
 app = typer.Typer(  # with markup on, the [pact] of an example would be taken for a colour
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -54,7 +54,7 @@ def train(
     run, steps = _run(locals())
     file, acc_pct = steps.trained(run)
     following = f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}"
-    _wrote(file, acc_pct, following + _again(run, "net", "root"))
+    _wrote(file, run, acc_pct, following + _again(run, "net", "root"))
 
 
 @app.command()
@@ -73,7 +73,8 @@ def select(
     file = steps.selected(run)
     same = f" --config {shlex.quote(str(config))}" if config else ""
     network = "net" if run.net else "model"
-    _wrote(file, None, f"hq quantize{same} --set manifest={file}{_again(run, network, 'root')}")
+    weights = f" --set weights={shlex.quote(run.weights)}" if run.weights else ""
+    _wrote(file, run, None, f"hq quantize{same} --set manifest={file}{weights}{_again(run, network, 'root')}")
 
 
 @app.command()
@@ -88,7 +89,7 @@ def quantize(
     run, steps = _run(locals())
     file, acc_pct = steps.quantized(run)
     own = _again(run, "net", "root")
-    _wrote(file, acc_pct, f"hq test {file} --integer{own}; hq export {file} --to c{own}")
+    _wrote(file, run, acc_pct, f"hq test {file} --integer{own}; hq export {file} --to c{own}")
 
 
 @app.command("test")
@@ -126,7 +127,7 @@ def export(
     test = f"hq test {made}{_again(run, 'root')}"
     following = {"fpga": "its manifest.json says what each file is", "board": f"make -C {made} run"}
     following["c"] = f"{test}; --to board: sources that build as they are"
-    _wrote(made, None, following.get(to, test))
+    _wrote(made, run, None, following.get(to, test))
 
 
 @app.command()
@@ -150,7 +151,7 @@ def crossbar(
     for line in lines:
         typer.echo(line)
     following = f"replay --folder {made}" if any(made.glob("part_*")) else f"rehearsal --folder {made}_rehearsal"
-    _wrote(made, None, f"hq crossbar {file} --engine {following}{_again(run, 'net', 'root')}")
+    _wrote(made, run, None, f"hq crossbar {file} --engine {following}{_again(run, 'net', 'root')}")
 
 
 @app.command()
@@ -178,6 +179,8 @@ def study(
     paths.check_profile(profile)
     written = importlib.import_module("hq_lib.studies.configuration").mapping(config) if config else {}
     changes = {**written, **dict(_assignment(text) for text in set_ or [])}
+    if own := {"profile", "device", "unit"} & set(changes):
+        raise typer.BadParameter(f"{own.pop()} is no field of a plan: it has an option of its own, --help")
     if todo:
         for line in known[name].units(profile, **changes):
             typer.echo(json.dumps(line))
@@ -197,7 +200,7 @@ def _run(given: dict[str, Any]) -> tuple[Any, ModuleType]:
     changes = dict(_assignment(text) for text in given["set_"] or [])
     changes |= {key: value for key, value in given.items() if key in configuration.KEYS and value is not None}
     if given.get("bits") is not None:
-        changes["bits"] = [yaml.safe_load(bits) for bits in given["bits"].split("/")]
+        changes["bits"] = [plain(bits) for bits in given["bits"].split("/")]
     return configuration.read(given["config"], changes), importlib.import_module("hq_lib.studies.steps")
 
 
@@ -206,8 +209,9 @@ def _again(run: Any, *keys: str) -> str:
     return "".join(f" --{key} {shlex.quote(getattr(run, key))}" for key in keys if getattr(run, key))
 
 
-def _wrote(file: Path, acc_pct: float | None, following: str) -> None:
-    accuracy = "" if acc_pct is None else f", {acc_pct:.2f} % of the test images"
+def _wrote(file: Path, run: Any, acc_pct: float | None, following: str) -> None:
+    images = f"{run.n_test:,} test images" if run.n_test else "the test images"
+    accuracy = "" if acc_pct is None else f", {acc_pct:.2f} % of {images}"
     size = f", {file.stat().st_size / 1024:,.0f} KiB" if file.is_file() else ""
     typer.echo(f"wrote {file}{size}{accuracy}; next: {following}")
 
@@ -216,7 +220,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise typer.BadParameter(f"{text!r}: write key=value, the value as YAML")
-    return key, yaml.safe_load(value)
+    return key, plain(value)
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ NET = """
 from torch import nn
 
 class Net(nn.Sequential):
-    def __init__(self, width=6):
+    def __init__(self, width=6, classes=10):
         super().__init__(
             nn.Conv2d(3, width, 3, stride=4, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, 10),
+            nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, classes),
         )
 
 class Gate(nn.Module):
@@ -265,6 +265,126 @@ def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(pla
     assert {str(spec) for spec in of_kind(qnet.meta["specs"], "weight").values()} == {"dsq:2", "minmax:6"}
 
 
+def test_a_run_takes_nothing_over_from_another_of_the_same_file_name(place, monkeypatch):
+    """The second one began with other weights: its file would have held the first one's, and named its own."""
+    hq("train", "--config", "float.yaml", "--set", "seed=1", "--output", "other.safetensors")
+    (place / "elsewhere").mkdir()
+    words = ("train", "--config", "qat.yaml", "--method", "lsq", "--set", "protocol.epochs=1")
+    write(place / "qat.yaml", {**RUN, "bits": [4, 4]})
+    made = [
+        hq(*words, "--set", f"weights={start}.safetensors", "--output", f"{folder}same.safetensors")
+        for start, folder in (("net", ""), ("other", "elsewhere/"), ("other", "elsewhere/"))
+    ]
+    assert ["resumed" in text for text in made] == [False, False, True]
+    one, two = (models.read_checkpoint(place / f"{folder}same.safetensors") for folder in ("", "elsewhere/"))
+    assert one[1]["start"] != two[1]["start"]
+    assert not torch.equal(one[0]["0.weight"], two[0]["0.weight"])
+
+
+def test_training_a_float_network_on_keeps_how_it_sees_its_images(place):
+    """Mean and standard deviation of its file, not those of the data set, and the file says what it began with."""
+    seen = {"mean": [0.9] * 3, "std": [0.1] * 3}
+    hq("train", "--config", "float.yaml", *(f"--set={k}={v}" for k, v in seen.items()), "--output", "seen.safetensors")
+    words = ("--set", "weights=seen.safetensors", "--set", "protocol.lr=1e-7", "--set", "protocol.epochs=1")
+    made = hq("train", "--config", "float.yaml", *words, "--output", "on.safetensors")
+    first, on = (models.read_checkpoint(place / f"{name}.safetensors")[1] for name in ("seen", "on"))
+    assert on["images"]["mean"] == first["images"]["mean"] == seen["mean"]
+    assert on["start"] == first["sha256"]
+    assert float(percents(made)[0]) == pytest.approx(first["acc_pct"]["test"], abs=4.0), "at 1e-7 nothing moves far"
+
+
+def test_overrides_are_joined_with_the_lists_of_bits():
+    net, words = models.build("resnet20"), {"model": "resnet20", "method": "minmax", "lists": "cfg-2*"}
+    plain, joined = (
+        configuration.read(changes={**words, "policy": {"overrides": overrides}}).ptq(net)[1].overrides
+        for overrides in ({}, {"linear": {"weight": 4}})
+    )
+    assert len(plain) == 32
+    assert joined.keys() == plain.keys()
+    assert joined["linear"] == {**plain["linear"], "weight": 4}
+    assert {**joined, "linear": plain["linear"]} == dict(plain)
+
+
+def test_pictures_are_labelled_as_the_network_was_trained_whatever_classes_a_folder_has(place):
+    """Three classes in training, two of them in a folder of tests: positions among those two would be other classes."""
+    for i, name in enumerate(("bird", "cat", "dog")):
+        for root in ("three/train", "three/val", "two/val") if i else ("three/train", "three/val"):
+            (place / root / name).mkdir(parents=True)
+            for j in range(4):
+                pixels = np.full((32, 32, 3), 20 * j, dtype=np.uint8)
+                pixels[..., i] = 255
+                Image.fromarray(pixels).save(place / root / name / f"{j}.png")
+    epochs = ("--set", "protocol.epochs=12", "--set", "protocol.lr=0.05", "--set", "protocol.batch_size=4")
+    own = ("--net", "mynet:Net", "--set", "size=32")
+    hq("train", *own, "--root", "three", "--method", "float", "--data", "imagenet", "--set", "options.classes=3",
+       *epochs, "--output", "t.safetensors")  # fmt: skip
+    for root in ("three", "two"):
+        assert percents(hq("test", "t.safetensors", *own, "--root", root)) == ["100.00"], root
+    (place / "two" / "val" / "eel").mkdir()
+    refused = hq("test", "t.safetensors", *own, "--root", "two", code=1)
+    assert "'eel'" in refused
+    assert "bird, cat, dog" in refused
+
+
+def test_a_network_by_name_gets_the_classes_of_its_pictures(place):
+    for name in "ab":
+        (place / "few" / name).mkdir(parents=True)
+        for j in range(2):
+            Image.new("RGB", (32, 32), (100 * j, 0, 0)).save(place / "few" / name / f"{j}.png")
+    own = ("--root", "few", "--set", "size=32")
+    hq(
+        "train",
+        "--model",
+        "toynet",
+        "--method",
+        "float",
+        *own,
+        "--set",
+        "protocol.epochs=1",
+        "--output",
+        "f.safetensors",
+    )
+    assert models.load_checkpoint(place / "f.safetensors")[1]["n_classes"] == 2
+    assert percents(hq("test", "f.safetensors", "--root", "few"))
+
+
+def test_options_of_ones_own_network_and_sizes_of_ours_are_in_the_file(place):
+    hq("train", "--config", "float.yaml", "--set", "options.width=4", "--output", "narrow.safetensors")
+    hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--set", "weights=narrow.safetensors", "--output",
+       "nq.safetensors")  # fmt: skip
+    assert percents(hq("test", "nq.safetensors", "--net", "mynet:Net", "--n-test", "50"))
+    apart = ("quantize", "--config", "ptq.yaml", "--method", "minmax", "--set", "weights=narrow.safetensors")
+    assert "not a checkpoint of this Net" in hq(*apart, "--set", "options.width=5", code=1)
+    torch.save(models.build("lenet", n_classes=10).state_dict(), place / "l3.pth")
+    hq("quantize", "--model", "lenet", "--method", "minmax", "--set", "weights=l3.pth", "--set", "options.n_classes=10",
+       "--data", "fashion_mnist", "--set", "n_calib=20", "--n-test", "20", "--output", "l3.safetensors")  # fmt: skip
+    assert graph.load(place / "l3.safetensors").record["n_classes"] == 10
+
+
+def test_calibration_images_are_of_the_networks_own_data(place):
+    small = models.build("toynet")
+    record = {"model": "toynet", "options": {}, "dataset": "digits", "n_classes": 10, "in_channels": 3}
+    models.save_checkpoint(place / "digits.safetensors", small, record)
+    chosen = hq("select", "--set", "weights=digits.safetensors", "--n", "20", "--output", "own.json")
+    assert selection.read(place / "own.json").dataset == "digits"
+    assert "--set weights=digits.safetensors" in chosen
+    hq(*shlex.split(chosen.splitlines()[-1].split("next: hq ")[1]), "--method", "minmax", "--n-test", "20")
+    run = configuration.read(changes={"weights": "digits.safetensors", "manifest": "own.json"})
+    with pytest.raises(ValueError, match=r"of digits, the network of cifar10: .*hq select"):
+        run.calibration({**record, "dataset": "cifar10"})
+
+
+def test_another_seed_is_another_chip_and_a_layer_may_be_named_alone(place):
+    hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "q8.safetensors")
+    words = ("crossbar", "q8.safetensors", "--net", "mynet:Net", "--n-test", "20", "--set", "crossbar.layers=6")
+    errors = [
+        re.findall(r"off by ([\d.]+) %", hq(*words, "--set", f"seed={seed}", "--folder", f"chip{seed}"))
+        for seed in (0, 1)
+    ]
+    assert errors[0] != errors[1]
+    assert "give one of them" in hq(*words, "--set", "crossbar.n_test=5", code=1)
+
+
 @pytest.mark.parametrize("method", ["hybrid", "lsq"])
 def test_a_network_whose_norms_are_folded_beforehand_is_trained_at_a_lower_rate_unless_one_is_given(method):
     """At the rate of a network with norms ResNet-20 ends at chance."""
@@ -304,7 +424,8 @@ def test_a_reconstruction_that_was_stopped_goes_on_and_the_file_keeps_its_log(pl
     with monkeypatch.context() as stopped:
         stopped.setattr(steps, "evaluate", lambda *_: 1 / 0)
         assert "division" in hq(*words, "--output", "again.safetensors", code=1)
-    assert "another config" in hq(*words, "--output", "again.safetensors", "--set", "protocol.iterations=4", code=1)
+    other = hq(*words, "--output", "again.safetensors", "--set", "protocol.iterations=4")
+    assert "(resumed)" not in other, "another run is not taken over, and has a folder of its own"
     hq(*words, "--output", "again.safetensors")
     (whole, one), (again, other) = (
         models.read_checkpoint(place / f"{name}.safetensors") for name in ("whole", "again")
@@ -414,6 +535,19 @@ def test_a_float_chain_with_relu_becomes_seed_002s_files_in_ranges_of_its_images
         (("test", "absent.safetensors"), "absent.safetensors"),
         (("test", "net.pth"), ".safetensors"),
         (("select", "--data", "cifar"), "cifar10"),
+        (("select", "--data", "digits", "--metric", "tv"), "strategy random"),
+        (("select", "--data", "digits", "--strategy", "lowst"), "lowest"),
+        (("quantize", "--set", "requantizer=fix"), "fixed"),
+        (("quantize", "--set", "crossbar.engin=sim"), "engine"),
+        (("quantize", "--set", "hybrid.ranges=acicq"), "aciq"),
+        (("quantize", "--data", "digits", "--root", "pictures"), "root"),
+        (("quantize", "--set", "options.option=A"), "leave option out"),
+        (("quantize", "--output", "net.pth"), ".safetensors"),
+        (("quantize", "--set", "weights=w.safetensors", "--model", "lenet", "--output", "./w.safetensors"), "weights"),
+        (("train", "--method", "hybrid", "--set", "lists=cfg-1"), "leave lists out"),
+        (("train", "--method", "lsq", "--set", "corrections=[norms]"), "corrections"),
+        (("train", "--method", "lsq", "--set", "lists=cfg-1", "--set", "lists.layer_abit=[8]"), "lists is 'cfg-1'"),
+        (("train", "--method", "float", "--set", "weights=q.safetensors", "--model", "lenet"), "q.safetensors"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_mend(words, named, tmp_path, monkeypatch):
@@ -459,7 +593,7 @@ def test_each_network_of_seed_003_has_a_configuration_whose_bits_can_be_changed(
     for name, weight in {"resnet18": 0.01, "resnet50": 0.01, "resnet101": 0.01, "mobilenetv2_imagenet": 0.1,
                          "regnetx_600m": 0.01, "mnasnet2_0": 0.2}.items():  # fmt: skip
         run = configuration.read(paths.ROOT / "notebooks" / "configs" / f"seed003_{name}.yaml", {"bits": [2, 4]})
-        assert (run.model, run.name) == (name, f"{name}_qdrop_w2a4")
+        assert (run.model, run.name) == (name, f"{name}_qdrop_w2a4_s1005")
         assert ptq.ReconstructionConfig(**run.protocol).rounding_weight == weight
 
 
@@ -467,7 +601,7 @@ def test_each_network_of_seed_003_has_a_configuration_whose_bits_can_be_changed(
 def test_every_shipped_configuration_is_one(path):
     run = configuration.read(path)
     assert run.method in {*METHODS, *RECIPES, configuration.FLOAT, configuration.HYBRID}
-    net = run.built()
+    net = run.built()[0]
     if run.method in RECIPES:
         policy = run.ptq(net)[1]
     elif run.method == configuration.FLOAT:

@@ -118,6 +118,8 @@ class Plan(Settings):
     """Training images behind gains and offsets per column; 0 = no calibration."""
     device: str = "rram"
     """Kind of cell of ``sim``: a name, or a CSV file of measured ones (see ``crossbar.profiles``)."""
+    seed: int = 0
+    """Of the cells of ``sim``: another one is another chip."""
     record: bool = False
     """Whether multiplications of ``sim`` are kept too: 300 MiB an image of EfficientNet-Lite0."""
     host: str = "127.0.0.1"
@@ -194,7 +196,7 @@ def _engine(plan: Plan, stack: ExitStack) -> Engine:
             raise CrossbarError(f"{plan.folder} holds no recorded run: make one with another engine first")
         return ReplayEngine(trace)
     if plan.engine == "sim":
-        made = SimEngine(Circuit(device(plan.device)))
+        made = SimEngine(Circuit(device(plan.device), seed=plan.seed))
         if plan.record:
             return RecordEngine(made, plan.folder)
         if any(plan.folder.glob("part_*")):

@@ -19,6 +19,8 @@ from torch import Tensor
 
 EXTENSIONS = {".jpg", ".jpeg", ".png"}
 UNLABELLED = -1
+EIGHT_BITS = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "La", "RGBa")
+"""Modes of pictures; Pillow cuts those of 16 or 32 bits off at 255."""
 LONGEST = 100
 """Long side over short side of a picture, at most: the short one is enlarged, and a line would fill the memory."""
 _FOLDERS = {"train": ("train", "sel"), "trainval": ("train", "sel"), "test": ("val",)}
@@ -72,8 +74,13 @@ class Pictures:
         return torch.from_numpy(read_image(file, size=self.size, short_side=self.short_side)).permute(2, 0, 1)
 
 
-def list_folder(root: Path | str, split: str) -> tuple[list[Path], list[int], int]:
-    """(files, labels, n_classes) of a split; errors name the folder and what was expected in it."""
+def list_folder(
+    root: Path | str, split: str, known: tuple[str, ...] = ()
+) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """(files, labels, names of the classes) of a split; errors name the folder and what was expected in it.
+
+    ``known``: the classes that a network was trained on, in the order of its outputs; () = those of the folder.
+    """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"image folder {root} does not exist: give the folder that holds the class folders")
@@ -83,7 +90,11 @@ def list_folder(root: Path | str, split: str) -> tuple[list[Path], list[int], in
     base = next((root / name for name in _FOLDERS[split] if root / name in splits), root)
     if base not in splits:
         raise FileNotFoundError(f"{root} has no {' or '.join(_FOLDERS[split])}/ for split {split!r}")
-    classes = sorted({c.name for folder in splits for c in _visible(folder) if c.is_dir()})
+    found = {c.name for folder in splits for c in _visible(folder) if c.is_dir()}
+    classes = known or tuple(sorted(found))
+    if strange := sorted(found - {*classes}):
+        raise ValueError(f"{root} has a class {strange[0]!r}, the network was trained on {', '.join(classes[:8])} "
+                         f"({len(classes)} in all): take its folder out")  # fmt: skip
     labelled = [(f, i) for i, name in enumerate(classes) if (base / name).is_dir() for f in _images(base / name)]
     if not labelled and split != "test":
         labelled = [(f, UNLABELLED) for f in _images(base)]
@@ -91,7 +102,7 @@ def list_folder(root: Path | str, split: str) -> tuple[list[Path], list[int], in
         raise FileNotFoundError(f"{base} has no images in class folders (*.jpg, *.jpeg, *.png)")
     if base == root and split != "trainval":
         labelled = labelled[0::2] if split == "train" else labelled[1::2]
-    return [f for f, _ in labelled], [i for _, i in labelled], len(classes)
+    return [f for f, _ in labelled], [i for _, i in labelled], classes
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -108,6 +119,8 @@ def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
         with Image.open(path) as image:
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are a line, not a picture")
+            if image.mode not in EIGHT_BITS:
+                raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
             rgb = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error

@@ -44,6 +44,8 @@ class DataSpec:
     """What a caption must say of this data set."""
     short_side: int = 0
     """Pixels that the shorter side of a picture is resized to before the centre crop; 0 = 256/224 of the height."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes of a folder of pictures, in the order of their labels."""
 
     def __post_init__(self) -> None:
         sizes = (*_numbers(self.in_shape, 3), *_numbers((self.n_classes, self.short_side + 1), 2))
@@ -115,11 +117,13 @@ class ImageSet:
     def drawn(self, n: int, seed: int) -> "ImageSet":
         """A seeded subset of n images: all there are (n or fewer), else balanced where each class can have one.
 
-        Fewer images than classes, or pictures without a class, are drawn from all of them.
+        Fewer images than classes, classes with less than their share, or pictures without a class: drawn from all.
         """
         if n >= len(self):
             return self
-        if n >= self.spec.n_classes and int(self.labels.min()) != folder.UNLABELLED:
+        counts = torch.bincount(self.labels.clamp(min=0), minlength=self.spec.n_classes)
+        share = -(-n // self.spec.n_classes)
+        if n >= self.spec.n_classes and int(self.labels.min()) != folder.UNLABELLED and int(counts.min()) >= share:
             return self.balanced(n, seed)
         return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n])
 
@@ -170,6 +174,8 @@ def load(
         DataUnavailableError: no source could deliver it; lists what was tried.
     """
     check_known(split, SPLITS, "split")
+    if n is not None and n < 1:
+        raise ValueError(f"{n} images of {name} were asked for: 1 or more")
     if name == "imagenet":
         return _load_folder(spec or SPECS[name], split, root, n)
     check_known(name, SPECS, "data set")
@@ -203,10 +209,11 @@ def load_or_embedded(name: str, split: str, *, n: int | None = None) -> ImageSet
 def _load_folder(spec: DataSpec, split: str, root: Path | str | None, n: int | None) -> ImageSet:
     if root is None:
         raise ValueError("imagenet needs root=<folder of class folders> (hq: --root FOLDER): it is never downloaded")
-    files, labels, n_classes = folder.list_folder(root, split)
+    files, labels, classes = folder.list_folder(root, split, spec.classes)
     if n is not None and n > len(files):
         raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")
     size = spec.in_shape[1]
     images: Any = Pictures(Path(root), files, size=size, short_side=spec.short_side or round(size * 256 / 224))
-    whole = ImageSet(images, torch.tensor(labels), replace(spec, n_classes=n_classes or spec.n_classes), split)
+    named = replace(spec, n_classes=len(classes) or spec.n_classes, classes=classes)
+    whole = ImageSet(images, torch.tensor(labels), named, split)
     return whole if n is None else whole.subset(np.linspace(0, len(files) - 1, n).round().astype(int).tolist())

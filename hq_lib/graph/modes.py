@@ -130,7 +130,8 @@ def follow_modes(gm: fx.GraphModule, net: nn.Module, flags: Sequence[Flags], onl
         owner = (module_path(node) or [("", "")])[-1][0]
         training = net.get_submodule(owner).training
         module = FollowsMode(node.target, {place: value == training for place, value in in_training.items()})  # type: ignore[arg-type]
-        node.op, node.target = "call_module", f"{owner}.{node.name}".lstrip(".")
+        name = node.name + "_of_mode" * hasattr(net.get_submodule(owner), node.name)  # a module of theirs may be there
+        node.op, node.target = "call_module", f"{owner}.{name}".lstrip(".")
         gm.add_submodule(node.target, module.train(training))
     if only_here is not None:
         image = next(node for node in gm.graph.nodes if node.op == "placeholder")

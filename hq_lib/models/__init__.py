@@ -6,6 +6,7 @@
 
 from hq_lib.models.checkpoints import (
     build_recorded,
+    digest,
     load_checkpoint,
     read_checkpoint,
     rounded_to,

@@ -51,15 +51,17 @@ def write_checkpoint(path: str | os.PathLike, state: Mapping[str, Tensor], recor
         text = json.dumps(dict(record), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path.name}: its record has to be plain data that JSON holds: {error}") from error
-    atomic.write_bytes(path, safetensors.torch.save(plain, {_RECORD: _digest(text, plain) + text}))
+    atomic.write_bytes(path, safetensors.torch.save(plain, {_RECORD: digest(text, plain) + text}))
 
 
-def _digest(text: str, state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(text: str, state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a text and tensors with their names, 64 hexadecimal digits."""
+    sha = hashlib.sha256(text.encode())
     for key in sorted(state):
-        digest.update(f"{key} {state[key].dtype} {tuple(state[key].shape)}".encode())
-        digest.update(state[key].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        value = state[key].detach().cpu().contiguous()
+        sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def rounded_to(net: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -134,8 +136,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
     if found is None:
         raise CheckpointError(f"{path.name} holds tensors without a record of how to build their network: build the "
                               "net, then net.load_state_dict(safetensors.torch.load_file(path))")  # fmt: skip
-    digest, text = found[:64], found[64:]
-    if digest != _digest(text, state):
+    sha, text = found[:64], found[64:]
+    if sha != digest(text, state):
         raise CheckpointError(f"{path.name} is damaged: its content does not match its SHA-256; write it again")
     try:
         record = json.loads(text)
@@ -143,4 +145,4 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
         raise CheckpointError(f"the record of {path.name} is no JSON: {error}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"the record of {path.name} is no mapping but {type(record).__name__}")
-    return state, {"sha256": digest, **record}
+    return state, {"sha256": sha, **record}

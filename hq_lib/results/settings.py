@@ -8,16 +8,31 @@ class Drive(Settings):
 
 import math
 import operator
+import re
 from dataclasses import dataclass
 from functools import cache, partial
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from hq_lib.results.hints import check_known
 
 _SIGNS = {">=": operator.ge, ">": operator.gt, "<": operator.lt, "<=": operator.le}
 _hints = cache(partial(get_type_hints, include_extras=True))
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in YAML 1.2 and everywhere else."""
+
+
+_Plain.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+
+
+def plain(text: str) -> Any:
+    """The plain data that a YAML text stands for."""
+    return yaml.load(text, Loader=_Plain)
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,9 @@ class Bound:
         raise self.refusal(f"{what} = {value!r} must be a {kind} number {self.ends}{self.mend and '; ' + self.mend}")
 
 
+_NUMBERS = {int: Integral, float: Real}
+
+
 class Settings:
     """Base of frozen dataclasses whose annotations hold: bounds, choices (``Literal``), classes, and None if named."""
 
@@ -59,6 +77,8 @@ class Settings:
                 continue
             for bound in getattr(kinds[0], "__metadata__", ()):
                 bound.check(value, what)
+            if kinds[0] in (int, float) and (isinstance(value, bool) or not isinstance(value, _NUMBERS[kinds[0]])):
+                raise self.refusal(f"{what} = {value!r:.60} must be a {'whole ' * (kinds[0] is int)}number")
             if get_origin(kinds[0]) is Literal:
                 check_known(value, get_args(kinds[0]), what, error=self.refusal)
             elif isinstance(kinds[0], type) and kinds[0].__module__ != "builtins" and not isinstance(value, kinds[0]):

@@ -6,6 +6,7 @@ current folder.
 
 import dataclasses
 import importlib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,16 +15,21 @@ from typing import Any, get_args
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from hq_lib import data, graph, models
+from hq_lib.crossbar import bench
 from hq_lib.data import DataSpec, ImageSet, folder
 from hq_lib.graph import BitPolicy, PolicyError
 from hq_lib.graph.folding import OnRefusal
 from hq_lib.graph.network_file import OWN
+from hq_lib.integer.record import REQUANTIZERS
 from hq_lib.models.public import load_state
 from hq_lib.ptq import ReconstructionConfig, selection
+from hq_lib.ptq.ranges import Method
+from hq_lib.results import paths
 from hq_lib.results.hints import check, check_known
+from hq_lib.results.settings import plain
 from hq_lib.studies.bench import shipped
 from hq_lib.studies.ptq.recipes import RECIPES, Recipe
 from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
@@ -42,8 +48,11 @@ batch norms measured again behind (``ptq.reestimate_norms``; with ``policy.bn: k
 LIST_KEYS = ("layer_abit", "layer_wbit")
 INNER: dict[str, tuple[Any, ...]] = {"protocol": (ReconstructionConfig, TrainConfig), "policy": (BitPolicy,)}
 """Keys that are mappings -> what their own keys are fields of."""
-BUILD = ("model", "options", "n_classes", "in_channels")
-"""What a record says of how a network of ours is built."""
+SIZES = ("n_classes", "in_channels")
+BUILD = ("model", "options", *SIZES)
+"""What a record says of how a network is built."""
+AFTERWARDS = ("output", "device", "n_test", "requantizer", "crossbar")
+"""Keys that no weight depends on: a killed run goes on with others."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +140,21 @@ class Configuration:
         if not self.net:
             models.builder(self.model)
         check("corrections", "step", self.corrections, CORRECTIONS)
+        check_known(self.requantizer, REQUANTIZERS, "requantizer")
+        check_known(self.strategy, get_args(selection.Strategy), "strategy")
+        check("crossbar", "key", self.crossbar, [f.name for f in fields(bench.Plan)])
+        check_known(self.hybrid.get("ranges", "mse"), get_args(Method), "range method of hybrid")
+        if self.metric:
+            check_known(self.metric, selection.METRICS, "metric")
+        if self.root and self.data not in ("", PICTURES):
+            raise ValueError(f"root is {self.root!r} and data {self.data!r}: a folder of pictures is data {PICTURES!r}")
         if odd := [name for name in self.leaf_modules if not isinstance(name, str)]:
             raise ValueError(
                 f"leaf_modules has {odd[0]!r}: names are needed, in quotes where YAML reads a number: ['2.1']"
             )
         check_known(self.on_refusal, get_args(OnRefusal), "on_refusal")
+        if self.lists and self.method == HYBRID:
+            raise ValueError("lists: hybrid takes bits and overrides; leave lists out")
         if bool(self.mean) != bool(self.std):
             raise ValueError("mean and std go together: give both, or neither")
         if isinstance(self.lists, dict):
@@ -150,10 +169,11 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """Network, method and bits, e.g. ``resnet20_qdrop_w4a4``."""
+        """Network, method, bits and a seed other than 0, e.g. ``resnet20_qdrop_w4a4_s1``."""
         lists = self.lists if isinstance(self.lists, str) else "lists"
         width = lists.replace("*", "star") if self.lists else "w{}a{}".format(*self.bits)
-        return "_".join([self.net.rpartition(":")[2].lower() or self.model, self.method, width])
+        seed = [f"s{self.seed}"] if self.seed else []
+        return "_".join([self.net.rpartition(":")[2].lower() or self.model, self.method, width, *seed])
 
     def target(self, ending: str = ".safetensors") -> Path:
         """The file to write."""
@@ -161,40 +181,62 @@ class Configuration:
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
-    def built(self) -> nn.Module:
-        """The float network as its constructor leaves it, weights drawn from ``seed``."""
+    def network_file(self) -> Path:
+        """The network file to write; ``ValueError``, before anything is computed, for a name that cannot be one."""
+        target = self.target()
+        if target.suffix != ".safetensors":
+            raise ValueError(f"output is {target}: the name of a network file has to end in .safetensors")
+        if self.weights and target.resolve() == Path(self.weights).resolve():
+            raise ValueError(f"output and weights are both {target}: the float network would be lost; give another")
+        return target
+
+    def built(self, **defaults: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """(float network as its constructor leaves it, weights drawn from ``seed``; what its record says of that).
+
+        ``defaults``: options of a network of ours, n_classes and in_channels among them, where ``options`` say none.
+        """
         torch.manual_seed(self.seed)
-        return own(self.net)(**self.options) if self.net else models.build(self.model, **self.options)
+        if self.net:
+            return own(self.net)(**self.options), {"model": OWN, "options": self.options}
+        given = defaults | self.options
+        sizes = {key: given.pop(key) for key in SIZES if key in given}
+        return models.build(self.model, **sizes, **given), {"model": self.model, "options": given, **sizes}
 
     def network(self) -> tuple[nn.Module, dict[str, Any]]:
         """The float network with its weights, in eval mode, and its run record.
 
-        Raises ``ValueError`` for a network of ours that no weights are known of.
+        Raises ``ValueError`` for a network of ours that no weights are known of, and where ``weights`` are of another
+        network than ``model`` and ``options`` say, or of a quantized one.
         """
         taken, file = (None, None) if self.net else (models.TAKEN.get(self.model), shipped(self.model))
         theirs, _, which = self.weights.partition(":")
         if self.weights and theirs != TORCHVISION:
             file = models.fetched(self.weights) if "://" in self.weights else Path(self.weights)
-        if theirs == TORCHVISION:
-            net = self.built()
-            state, taken = models.published(self.model, which or "DEFAULT")
-            load_state(net, state, source=self.weights)
-        elif file is None:
-            if taken is None and not self.net:
-                raise ValueError(f"weights: none are shipped for {self.model!r}; train them (hq train --model "
-                                 f"{self.model} --method float), or name a file")  # fmt: skip
-            net = self.built()
-        elif file.suffix == ".safetensors":
+        if file is not None and file.suffix == ".safetensors":
             net, record = self.opened(file)
+            if "policy" in record:
+                raise ValueError(f"weights {file} are of a quantized network: a float one is needed here")
             if not self.net and record["model"] != self.model:
                 raise ValueError(
                     f"model is {self.model!r}, and weights {file} are of {record['model']!r}: leave model out"
                 )
+            held = {**(record.get("options") or {}), **{key: record[key] for key in SIZES if key in record}}
+            apart = [key for key, value in self.options.items() if held.get(key) != value]
+            if apart and (held or not self.net):
+                raise ValueError(
+                    f"options: the network of {file} was built with {held or 'none'}: leave {apart[0]} out"
+                )
             return net, record
-        else:
-            net = models.load_public(file, self.built())
-        record = {} if self.net else {"model": self.model, "options": self.options, "images": taken}
-        return net.eval(), record
+        net, record = self.built()
+        if theirs == TORCHVISION:
+            state, taken = models.published(self.model, which or "DEFAULT")
+            load_state(net, state, source=self.weights)
+        elif file is not None:
+            net = models.load_public(file, net)
+        elif taken is None and not self.net:
+            raise ValueError(f"weights: none are shipped for {self.model!r}; train them (hq train --model "
+                             f"{self.model} --method float), or name a file")  # fmt: skip
+        return net.eval(), {**record, **({} if self.net else {"images": taken})}
 
     def opened(self, file: Path) -> tuple[nn.Module, dict[str, Any]]:
         """(network in eval mode, record) of a float or quantized network file."""
@@ -241,7 +283,7 @@ class Configuration:
         told: Any = record.get("images") or {}
         if not isinstance(told, Mapping):
             raise ValueError(f"images: the network's file says {told!r:.60}, not mean, std and in_shape")
-        found = {key: told[key] for key in ("mean", "std", "in_shape", "short_side") if told.get(key)}
+        found = {key: told[key] for key in ("mean", "std", "in_shape", "short_side", "classes") if told.get(key)}
         found |= {key: value for key in ("mean", "std") if (value := getattr(self, key))}
         if self.size:
             found |= {"in_shape": (3, self.size, self.size), "short_side": 0}
@@ -256,15 +298,25 @@ class Configuration:
         if listed.files and not self.root:
             raise ValueError(f"root: {self.manifest} names files; give the folder that they lie in")
         name = PICTURES if listed.files else listed.dataset
+        if not self.data and name != record.get("dataset", name):
+            raise ValueError(
+                f"manifest {self.manifest} is of {name}, the network of {record['dataset']}: choose images of its own "
+                f"data (hq select --set weights=...), or say data={name}"
+            )
         spec = self.normalization({**record, "dataset": name} if listed.files else {"dataset": name, **record})
         images = data.load(name, listed.split, root=self.root or None, spec=spec)
         return selection.take(listed, images).normalized_by(spec.mean, spec.std)
 
     def selected(self) -> selection.Manifest:
         """``n_calib`` training images by ``strategy`` and ``metric``, as a manifest."""
-        dataset = FLOAT_RECIPES[self.model].dataset if self.model in FLOAT_RECIPES and not self.net else ""
-        taken = None if self.net else models.TAKEN.get(self.model)
-        images = self.images("train", {"dataset": dataset, "images": taken}, self.n_train)
+        if self.metric and self.strategy == "random":
+            raise ValueError(f"metric is {self.metric!r}, and strategy random: choose lowest, highest or trimmed")
+        if self.weights.endswith(".safetensors"):
+            record = models.read_checkpoint(self.weights)[1]
+        else:
+            dataset = FLOAT_RECIPES[self.model].dataset if self.model in FLOAT_RECIPES and not self.net else ""
+            record = {"dataset": dataset, "images": None if self.net else models.TAKEN.get(self.model)}
+        images = self.images("train", record, self.n_train)
         scores = selection.score(images.images, self.metric) if self.metric else None
         how: Any = {"strategy": self.strategy, "seed": self.seed}
         balanced = self.n_calib >= images.spec.n_classes and int(images.labels.min()) != folder.UNLABELLED
@@ -304,7 +356,7 @@ class Configuration:
             who = "hq train, unlike hq quantize," if self.method in RECIPES else "hq train"
             check(who, "method", [self.method], [FLOAT, HYBRID, *METHODS])
             made = qat_recipe(self.method, w_bits, a_bits, self.profile, seed=self.seed)
-        policy = BitPolicy.from_dict({**made.policy.to_dict(), **self.policy})
+        policy = self._with_policy(made.policy)
         config = dataclasses.replace(made.config, lr=made.config.lr * (FOLDED if policy.bn == "fold" else 1))
         return QatRecipe(policy, self._with_protocol(config), self.n_train or made.n_train)
 
@@ -338,18 +390,35 @@ class Configuration:
             policy = BitPolicy.from_lists(net, *self._lists(), weight="minmax", act="lsq_plus", bn="fold")
         else:
             policy = BitPolicy(f"minmax:{self.bits[0]}", f"lsq_plus:{self.bits[1]}", bn="fold")
-        return RECIPES[self.method], BitPolicy.from_dict({**policy.to_dict(), **self.policy})
+        return RECIPES[self.method], self._with_policy(policy)
+
+    def _with_policy(self, made: BitPolicy) -> BitPolicy:
+        """``made`` with the fields of ``policy`` in place of its own; overrides of both, those of ``policy`` first."""
+        asked = BitPolicy.from_dict({**made.to_dict(), **self.policy})
+        joined = {pattern: {**made.overrides.get(pattern, {}), **said} for pattern, said in asked.overrides.items()}
+        rest = {pattern: said for pattern, said in made.overrides.items() if pattern not in joined}
+        return dataclasses.replace(asked, overrides={**rest, **joined})
 
     def record(self, source: Mapping[str, Any], images: ImageSet, **more: Any) -> dict[str, Any]:
         """What a network file says of this run, besides what ``graph.save`` adds; ``start``: the digits of the file of
         the network that it began with."""
-        facts = {key: source[key] for key in BUILD if key in source and not self.net}
+        facts = {key: source[key] for key in BUILD if key in source}
+        facts |= {"model": OWN, "options": self.options or source.get("options") or {}} if self.net else {}
         facts |= {"start": source["sha256"]} if "sha256" in source else {}
         asked = {key: value for key, value in dataclasses.asdict(self).items() if key != "output"}
         return {
             **facts, "dataset": images.spec.name, "images": dataclasses.asdict(images.spec), "method": self.method,
             "seed": self.seed, "configuration": asked, **more,
         }  # fmt: skip
+
+    def folder(self, net: nn.Module, source: Mapping[str, Any], train: ImageSet) -> Path:
+        """Where the run is kept: none resumes what began elsewhere, from other weights or images, or otherwise."""
+        told = self.record(source, train)
+        told["configuration"] = {k: v for k, v in told["configuration"].items() if k not in AFTERWARDS}
+        text = json.dumps([str(Path.cwd()), told], sort_keys=True, default=str)
+        tensors = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
+        digits = models.digest(text, {**tensors, "labels": train.labels, "indices": train.indices})
+        return paths.runs_dir(self.profile) / "hq" / f"{self.target().stem}_{digits[:8]}"
 
 
 KEYS = tuple(each.name for each in fields(Configuration))
@@ -359,7 +428,7 @@ KEYS = tuple(each.name for each in fields(Configuration))
 def mapping(path: Path | str) -> dict[str, Any]:
     """The keys of a YAML file; ``ValueError`` names a file that is no YAML, or no mapping."""
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        entries = plain(Path(path).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that is none
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, Mapping):
@@ -377,7 +446,10 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
     entries = {} if path is None else mapping(path)
     for key, value in (changes or {}).items():
         outer, dot, inner = key.partition(".")
-        entries[outer] = {**(entries.get(outer) or {}), inner: value} if dot else value
+        held = entries.get(outer) or {}
+        if dot and not isinstance(held, Mapping):
+            raise ValueError(f"{outer} is {held!r}: no {inner} can be set in it; set all of {outer}")
+        entries[outer] = {**held, inner: value} if dot else value
     where = str(path or "the configuration")
     inner = {f.name: outer for outer, kinds in INNER.items() for kind in kinds for f in fields(kind)}
     if inside := [key for key in entries if key in inner and key not in KEYS]:

@@ -20,13 +20,12 @@ from hq_lib.deploy.c.runtime import meta_of
 from hq_lib.deploy.fpga import exporter
 from hq_lib.graph import QUANTIZER_SUFFIX
 from hq_lib.graph.folding import fold_bn
-from hq_lib.graph.network_file import OWN
 from hq_lib.integer import IntegerModel, LowerError, RecordError, lower, round_biases
 from hq_lib.integer import load as load_integers
 from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
-from hq_lib.results import paths, provenance
-from hq_lib.results.hints import check, check_known
+from hq_lib.results import provenance
+from hq_lib.results.hints import check_known
 from hq_lib.studies.configuration import EQUALIZE, FLOAT, HYBRID, NORMS, Configuration
 from hq_lib.studies.hybrid.cells import fit_early, fit_late
 from hq_lib.studies.integer_export.executors import BATCH
@@ -36,6 +35,7 @@ from hq_lib.studies.ptq.recipes import RANGE_IMAGES, fit_recipe
 from hq_lib.studies.qat.study import quantized as calibrated
 from hq_lib.training import evaluate, fit, machine
 from hq_lib.training.evaluation import evaluation_of
+from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 
 def trained(run: Configuration) -> tuple[Path, float]:
@@ -45,42 +45,44 @@ def trained(run: Configuration) -> tuple[Path, float]:
 
 
 def _trained_float(run: Configuration) -> tuple[Path, float]:
-    dataset, config, n = run.float_training()
-    net = run.network()[0] if run.weights else run.built()
-    train, val = run.images("train", {"dataset": dataset}, n or 0), run.validation({"dataset": dataset})
-    done = fit(net.to(run.device), train, val, config, _folder(run))
+    target, (dataset, config, n) = run.network_file(), run.float_training()
+    net, source = run.network() if run.weights else (None, {})
+    source = {**source, "dataset": dataset}
+    train, val = run.images("train", source, n or 0), run.validation(source)
+    if net is None:
+        options = FLOAT_RECIPES[run.model].options if run.model in FLOAT_RECIPES else {}
+        net, built = run.built(**options, n_classes=train.spec.n_classes, in_channels=train.spec.in_shape[0])
+        source |= built
+    done = fit(net.to(run.device), train, val, config, run.folder(net, source, train))
     machine.end_unless_first()
-    test = run.images("test", {"dataset": dataset}, run.n_test)
+    test = run.images("test", {**source, "images": dataclasses.asdict(train.spec)}, run.n_test)
     score = evaluate(net.eval(), test)
-    sizes = {"n_classes": test.spec.n_classes, "in_channels": test.spec.in_shape[0]}
-    options = {key: value for key, value in run.options.items() if key not in sizes}
-    built = {"model": OWN, "options": run.options} if run.net else {"model": run.model, "options": options, **sizes}
-    facts = {"config": dataclasses.asdict(done.config), "n_train": len(train), "acc_pct": {"test": score.acc_pct}}
-    record = {**run.record({}, test, **facts), **built, **provenance.stamp(run.device)}
-    models.write_checkpoint(run.target(), net.state_dict(), record)
-    return run.target(), score.acc_pct
+    facts = {"config": dataclasses.asdict(done.config), "n_train": len(train), "n_test": score.n}
+    record = run.record(source, test, acc_pct={"test": score.acc_pct}, **facts, **provenance.stamp(run.device))
+    models.write_checkpoint(target, net.state_dict(), record)
+    return target, score.acc_pct
 
 
 def _trained_quantized(run: Configuration) -> tuple[Path, float]:
+    run.network_file()
+    if unused := [key for key in ("corrections", *([] if run.method == HYBRID else ["manifest"])) if getattr(run, key)]:
+        raise ValueError(f"{unused[0]}: hq train takes none with method {run.method!r}; leave it out")
     net, source = run.network()
     recipe = run.qat(net)
     train, val = run.images("train", source, recipe.n_train or 0), run.validation(source)
+    folder = run.folder(net, source, train)
     if run.method == HYBRID:
         few = run.calibration(source)
         x = normalize(few.images, few.spec).to(run.device)
         qnet = graph.quantize(net.to(run.device), recipe.policy, x[:1], **run.tracing)
-        done = fit_early(qnet, x, train, val, recipe.config, _folder(run))
+        done = fit_early(qnet, x, train, val, recipe.config, folder)
         fit_late(qnet, x, run.hybrid.get("ranges", "mse"))
     else:
         qnet = calibrated(net, recipe, train, seed=run.seed, **run.tracing).to(run.device)
-        done = fit(qnet, train, val, recipe.config, _folder(run))
+        done = fit(qnet, train, val, recipe.config, folder)
     machine.end_unless_first()
     more = {"config": dataclasses.asdict(done.config if done else recipe.config), "n_train": len(train)}
     return _saved(run, qnet, source, form="trainable" if run.method != HYBRID else "frozen", **more)
-
-
-def _folder(run: Configuration) -> Path:
-    return paths.runs_dir(run.profile) / "hq" / run.target().stem
 
 
 def selected(run: Configuration) -> Path:
@@ -94,22 +96,23 @@ def quantized(run: Configuration) -> tuple[Path, float]:
 
     The file's record keeps a line of each unit that was reconstructed (``log``).
     """
+    run.network_file()
     net, source = run.network()
     recipe, policy = run.ptq(net)
     few = run.calibration(source)
+    folder = run.folder(net, source, few) / "reconstruction"
     x = normalize(few.images, few.spec).to(run.device)
     net = net.to(run.device)
     if EQUALIZE in run.corrections:
         net = ptq.equalize(fold_bn(net, x[:1], **run.tracing), x[:1])
     qnet = graph.quantize(net, policy, x[:1], **run.tracing)
-    folder = _folder(run) / "reconstruction"
     settings = {"seed": run.seed, "folder": folder, **run.protocol}
     log = [str(unit) for unit in fit_recipe(qnet, x, recipe, progress=partial(print, flush=True), **settings)]
     if NORMS in run.corrections:
         ptq.reestimate_norms(qnet, x.split(RANGE_IMAGES))
     manifest = {"manifest": run.manifest} if run.manifest else {}
     made = _saved(run, qnet, source, form="frozen", n_calib=len(few), log=log, **manifest)
-    shutil.rmtree(folder, ignore_errors=True)  # of finished units: what they learned is in the file
+    shutil.rmtree(folder.parent, ignore_errors=True)  # of finished units: what they learned is in the file
     return made
 
 
@@ -168,7 +171,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
         return fpga.write_images(fpga.record_of(made, spec.in_shape), target).parent
     if to in ("board", "fpga") and run.requantizer == "float32":
         print(f"{to}: multipliers are float32 numbers; for integers alone export with --set requantizer=fixed")
-    image = run.images("test", record, spec.n_classes).images[0].contiguous().numpy() if to == "board" else None
+    image = run.images("test", record, 1).images[0].contiguous().numpy() if to == "board" else None
     return export(_lowered(run, file, net, record, spec), target, to, image=image)
 
 
@@ -178,12 +181,14 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     A replay takes layers and numbers of images from the folder, unless they are given.
     """
     counted = {"n_test": run.n_test} if run.n_test else {}
-    given = {"engine": "sim", "folder": f"{file.stem}_crossbar", **counted, **run.crossbar, **given}
+    if counted and run.crossbar.get("n_test", run.n_test) != run.n_test:
+        raise ValueError(f"n_test is {run.n_test}, and {run.crossbar['n_test']} in crossbar: give one of them")
+    given = {"engine": "sim", "folder": f"{file.stem}_crossbar", "seed": run.seed, **counted, **run.crossbar, **given}
     past = Path(given["folder"]) / "summary.json"
     known = json.loads(past.read_text()) if given["engine"] == "replay" and past.is_file() else {"layers": ["*"]}
     entries: dict[str, Any] = {key: known[key] for key in ("layers", "n_test", "n_calib") if key in known} | given
-    check("crossbar", "key", entries, [f.name for f in dataclasses.fields(bench.Plan)])
-    plan = bench.Plan(**{**entries, "folder": Path(entries["folder"]), "layers": tuple(entries["layers"])})
+    layers = entries["layers"] if isinstance(entries["layers"], list | tuple) else [str(entries["layers"])]
+    plan = bench.Plan(**{**entries, "folder": Path(entries["folder"]), "layers": tuple(layers)})
     if file.suffix == ".npz":
         imodel = load_integers(file)
         record = _image_record(imodel.meta)

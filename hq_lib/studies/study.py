@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import NoneType
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 import filelock
 import pandas as pd
@@ -133,16 +134,21 @@ class Study(Generic[Plan, Bench]):
         """The profile's plan with some fields changed, lists as tuples; a change that is None leaves the profile's.
 
         Raises:
-            StudyError: no such field (the nearest is named), or one value where the plan has a list.
+            StudyError: no such field (the nearest is named), one value where the plan has a list, or another kind.
         """
         plan: Any = self.plans[paths.check_profile(profile)]
         changes = {name: value for name, value in changes.items() if value is not None}
+        hints_of = get_type_hints(type(plan))
         check_choice(self.name, "field", changes, [f.name for f in dataclasses.fields(plan)])
         for name, value in changes.items():
             if isinstance(getattr(plan, name), tuple) and not isinstance(value, list | tuple):
                 raise StudyError(
                     f"{name} is a list, not {value!r}: write [{value}] (papermill: -y '{name}: [{value}]')"
                 )
+            kinds = [kind for kind in get_args(hints_of[name]) or (hints_of[name],) if kind is not NoneType]
+            plain = all(kind in (int, float, str) for kind in kinds)
+            if plain and not isinstance(value, (*kinds, *([int] if float in kinds else []))):
+                raise StudyError(f"{name} of {self.name} is {value!r}: a {kinds[0].__name__} is needed")
         return dataclasses.replace(plan, **{name: _as_tuple(value) for name, value in changes.items()})
 
     def run(

@@ -1,6 +1,7 @@
 """Losses, and accuracy and loss of a network on a whole set, image by image (never the mean of batch means)."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,7 +43,14 @@ def evaluate(net: nn.Module, images: ImageSet | Batches, *, batch_size: int | No
     ``batch_size`` is for an ``ImageSet`` (None: 500, fewer of large images); batches come as they are. Raises
     ``ValueError`` for an empty set.
     """
-    return evaluation_of(*_outputs(net, images, batch_size))
+    logits, labels = _outputs(net, images, batch_size)
+    if isinstance(images, ImageSet) and logits.shape[1] > images.spec.n_classes:
+        warnings.warn(
+            f"{images.spec.name} has {images.spec.n_classes} classes, the network {logits.shape[1]} outputs: "
+            "the classes are taken for the first of them",
+            stacklevel=2,
+        )
+    return evaluation_of(logits, labels)
 
 
 def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int | None) -> tuple[Tensor, Tensor]:
@@ -54,12 +62,20 @@ def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int | None)
     else:
         walk = images
     with eval_mode(net), torch.inference_mode():
-        pairs = [(net(x.to(device)).float(), y) for x, y in walk]
+        pairs = [(logits_of(net(x.to(device))), y) for x, y in walk]
     if not pairs:
         named = f"{images.spec.name} {images.split} is empty" if isinstance(images, ImageSet) else "no batch came"
         raise ValueError(f"nothing to evaluate: {named}")
     logits, labels = zip(*pairs, strict=True)
     return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def logits_of(output: object) -> Tensor:
+    """What a network gave, in float32; ``ValueError`` for anything but one tensor (B, K)."""
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        what = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"the network gives {what}: one tensor of logits (images, classes) is needed")
+    return output.float()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -85,5 +101,7 @@ def distance(logits: Tensor, taught: Tensor) -> Tensor:
 
 def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:
     """Top-1 accuracy (percent) and mean cross entropy (nats) of ``logits`` (N, K) for ``labels`` (N,)."""
+    if logits.isnan().any():
+        raise ValueError(f"{int(logits.isnan().any(1).sum())} of {len(logits)} images give NaN: no accuracy is said")
     right = (logits.argmax(1) == labels).sum().item()
     return Evaluation(100.0 * right / len(labels), cross_entropy(logits.double(), labels).item(), len(labels))

@@ -19,7 +19,7 @@ from hq_lib.graph.modes import repeatable
 from hq_lib.graph.tracing import device_of
 from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
-from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate
+from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate, logits_of
 from hq_lib.training.weight_noise import weight_noise
 
 SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
@@ -185,7 +185,7 @@ class _Run:
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         with machine.autocast(self.device, self.config.precision):
-            loss = self._loss(self.forward(x).float(), y, x)
+            loss = self._loss(logits_of(self.forward(x)), y, x)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

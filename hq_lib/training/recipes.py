@@ -33,9 +33,9 @@ class Recipe:
     dataset: str
     """Name of the data set."""
     config: TrainConfig
-    """The ``full`` configuration of seed 0."""
+    """The ``full`` configuration."""
     later_epochs: int | None = None
-    """Epochs of the other seeds, which only say how far results spread; None = as seed 0."""
+    """Epochs of the study's other seeds, which only say how far results spread; None = as seed 0."""
     split: str = "train"
     """What ``full`` trains on: "train", or "trainval", all images, as the published runs do. Nothing is then left to
     validate on, and the last epoch is kept."""
@@ -85,8 +85,7 @@ def recipe(model: str, profile: str, *, seed: int = 0) -> tuple[str, TrainConfig
     check_profile(profile)
     chosen = find(model)
     if profile == "full":
-        epochs = chosen.config.epochs if seed == 0 else chosen.later_epochs or chosen.config.epochs
-        return chosen.dataset, replace(chosen.config, seed=seed, epochs=epochs), None
+        return chosen.dataset, replace(chosen.config, seed=seed), None
     epochs, n = SHORT[profile]
     return chosen.dataset, replace(chosen.config, seed=seed, epochs=epochs, warmup_epochs=0), n
 

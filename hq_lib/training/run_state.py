@@ -29,8 +29,12 @@ _GONE = {
 
 
 def settings(folder: Path | None) -> dict[str, Any]:
-    """What the run of this folder began with; {} where none did."""
-    return {**_DEFAULTS, **_mapping(folder, CONFIG)} if folder is not None and (folder / CONFIG).exists() else {}
+    """What the run of this folder began with; {} where none has finished an epoch."""
+    return {} if folder is None or not _has_run(folder) else {**_DEFAULTS, **_mapping(folder, CONFIG)}
+
+
+def _has_run(folder: Path) -> bool:
+    return (folder / CONFIG).exists() and (folder / STATE).exists()
 
 
 def _mapping(folder: Path, name: str) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
             later had its default then), or a state that cannot be read (damaged, or not written by this library).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).exists():
+    if _has_run(folder):
         old, new = _mapping(folder, CONFIG), json.loads(json.dumps(identity))
         old = {**_DEFAULTS, **{k: v for k, v in old.items() if k in new or k not in _GONE or _GONE[k] != v}}
         apart = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in old | new if old.get(k) != new.get(k)]

@@ -361,6 +361,8 @@ def test_a_draw_is_balanced_where_every_class_can_have_an_image():
     few = ours.subset([0, 3, 1]).drawn(2, 0)  # two images of three classes, one of which has none here
     assert len(set(few.indices.tolist())) == 2
     assert ours.drawn(2, 1).indices.tolist() == ours.drawn(2, 1).indices.tolist()
+    uneven = ours.subset([0, 3, 6, 9, 1, 2]).drawn(5, 0)  # a class has one image of the two that are its share
+    assert len(set(uneven.indices.tolist())) == 5
 
 
 def test_images_that_are_no_bytes_or_too_few_are_refused():
@@ -390,8 +392,8 @@ def picture_folder(root, *files):
 
 def test_hidden_folders_are_no_classes(tmp_path):
     root = picture_folder(tmp_path, "cat/1.png", "cat/.2.png", "dog/1.png", ".thumbnails/1.png")
-    files, labels, n_classes = folder.list_folder(str(root), "trainval")
-    assert ([f.parent.name for f in files], labels, n_classes) == (["cat", "dog"], [0, 1], 2)
+    files, labels, classes = folder.list_folder(str(root), "trainval")
+    assert ([f.parent.name for f in files], labels, classes) == (["cat", "dog"], [0, 1], ("cat", "dog"))
 
 
 def test_a_class_has_one_label_in_every_split(tmp_path):
@@ -401,7 +403,13 @@ def test_a_class_has_one_label_in_every_split(tmp_path):
         s: [(f.parent.name, i) for f, i in zip(files, labels, strict=True)] for s, (files, labels, _) in lists.items()
     }
     assert found == {"train": [("a", 0), ("b", 1)], "test": [("b", 1), ("c", 2)]}
-    assert {n_classes for *_, n_classes in lists.values()} == {3}
+    assert {classes for *_, classes in lists.values()} == {("a", "b", "c")}
+
+
+def test_a_picture_of_16_bits_is_refused_for_pillow_cuts_it_off_at_255(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png .* 8 bits a channel"):
+        folder.read_image(tmp_path / "deep.png", size=32, short_side=32)
 
 
 def test_a_picture_that_is_a_line_is_refused_before_it_fills_the_memory(tmp_path):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
+from typer.testing import CliRunner
 
 from hq_lib import studies
 from hq_lib.__main__ import app
@@ -117,6 +118,15 @@ def test_what_a_plan_does_not_have_is_named(toy):
         study.run("smoke", unit="b2_s7")
 
 
+def test_a_value_of_another_kind_and_options_of_the_command_are_named(out_dir):
+    with pytest.raises(StudyError, match="n_test of float_training is 'ten': a int"):
+        studies.every()["float_training"].plan("smoke", n_test="ten")
+    assert studies.every()["float_training"].plan("smoke", n_test=7).n_test == 7
+    done = CliRunner().invoke(app, ["study", "qat", "--set", "device=cuda"])
+    assert done.exit_code == 2
+    assert "--help" in done.output
+
+
 def test_full_rows_come_from_committed_code_or_say_so(toy, monkeypatch):
     study, _, measured, _ = toy
     monkeypatch.setattr(provenance, "git_sha", lambda: "0123456789ab-dirty")
@@ -152,8 +162,6 @@ def test_units_of_profile_full_wait_for_one_another_in_no_circle(out_dir):
 
 
 def test_the_command_lists_units_as_json_and_names_an_unknown_study(out_dir):
-    from typer.testing import CliRunner
-
     found = CliRunner().invoke(app, ["study", "qat", "--profile", "smoke", "--list"])
     assert [json.loads(line)["study"] for line in found.output.splitlines()] == ["qat"] * 3
     wrong = CliRunner().invoke(app, ["study", "qta"])

@@ -15,7 +15,8 @@ from torch import nn
 
 from hq_lib import data, models
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
-from hq_lib.training import TrainConfig, evaluate, fit, machine, predict, recipe
+from hq_lib.studies.float_training import study as float_training
+from hq_lib.training import TrainConfig, evaluate, fit, machine, predict, recipe, run_state
 from hq_lib.training.config import lr_factor, parameter_groups, sgd
 from hq_lib.training.evaluation import distance
 from hq_lib.training.recipes import RECIPES, find
@@ -265,8 +266,31 @@ def test_recipes_build_the_networks_that_they_are_for():
         assert models.build(found.network or name, **sizes, **found.options)
 
 
-def test_the_first_seed_is_the_long_run():
-    assert [recipe("resnet20", "full", seed=seed)[1].epochs for seed in (0, 1, 2)] == [200, 100, 100]
+def test_the_first_seed_of_the_study_is_the_long_run_and_a_recipe_is_one_for_all_seeds():
+    ours = [p.what.epochs for p in float_training.points(float_training.PLANS["full"]) if p["model"] == "resnet20"]
+    assert ours == [200, 100, 100]
+    assert [recipe("resnet20", "full", seed=seed)[1].epochs for seed in (0, 1, 2)] == [200] * 3
+
+
+def test_what_is_no_accuracy_is_not_told_as_one(digits):
+    dead = small_net()
+    with torch.no_grad():
+        next(dead.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate(dead, digits)
+    few = dataclasses.replace(digits, spec=dataclasses.replace(digits.spec, n_classes=3))
+    with pytest.warns(UserWarning, match="3 classes, the network 10 outputs"):
+        evaluate(small_net(), few)
+    with pytest.raises(ValueError, match="a tuple: one tensor of logits"):
+        evaluate(nn.LSTM(32, 10), [(torch.zeros(2, 3, 32), torch.zeros(2, dtype=torch.int64))])
+
+
+def test_a_folder_in_which_no_epoch_was_finished_is_free(splits, tmp_path):
+    train, val = splits
+    run_state.begin(tmp_path, {"epochs": 99})
+    fit(small_net(), train, val, CONFIG, tmp_path, say=None)
+    with pytest.raises(ValueError, match="another run"):
+        run_state.begin(tmp_path, {"epochs": 99})
 
 
 AUTO = dataclasses.replace(CONFIG, precision="auto", compile="auto")

@@ -7,7 +7,7 @@ Rows go to ``float_training.csv``, ``float_history.csv`` and ``float_reference.c
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def points(plan: Plan) -> list[Point]:
         if seed != plan.seeds[0] and model not in (plan.repeated or plan.models):
             continue
         dataset, config, n_train = recipe(model, plan.profile, seed=seed)
+        if plan.profile == "full" and seed:
+            config = replace(config, epochs=find(model).later_epochs or config.epochs)
         key = {"model": model, "method": "float", "seed": seed, "epochs": config.epochs, "metric": "acc_pct"}
         images = dataset, n_train, find(model).split if plan.profile == "full" else "train"
         minutes = MINUTES.get(model, 5.0) * config.epochs
