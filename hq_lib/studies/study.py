@@ -227,16 +227,30 @@ class Study(Generic[Plan, Bench]):
         have += [] if run.part is None else store.read_file(run.part / f"{self.name}.csv").to_dict("records")
 
         @cache
-        def known(columns: tuple[str, ...]) -> set[tuple[Any, ...]]:
-            return {tuple(_cell(row, column) for column in columns) for row in have}
+        def known(columns: tuple[str, ...]) -> dict[tuple[Any, ...], set[int]]:
+            found: dict[tuple[Any, ...], set[int]] = {}
+            for row in have:
+                found.setdefault(tuple(_cell(row, column) for column in columns), set()).add(row["n_test"])
+            return found
+
+        asked, others = getattr(run.plan, "n_test", None), set()
+        asked = None if asked == getattr(self.plans[run.profile], "n_test", None) else asked
 
         def is_new(point: Point) -> bool:
             key = {"experiment": self.name, **point.key, "profile": run.profile}
             rows.check_columns(c for c in key if not c.startswith(SWITCH))
             cells = (value if c.startswith(SWITCH) else rows.clean_cell(c, value) for c, value in key.items())
-            return tuple(cells) not in known(tuple(key))
+            images = known(tuple(key)).get(tuple(cells), set())
+            if images and asked not in {None, *images}:
+                others.update(images)
+            return not images
 
-        return [point for point in wanted if is_new(point)]
+        todo = [point for point in wanted if is_new(point)]
+        if others:
+            told = ", ".join(f"{n:,}" for n in sorted(others))
+            print(f"{self.name}: n_test={asked:,} is asked for; points with rows on {told} images are not measured "
+                  "again: delete those rows, or set HQ_OUT to another folder", flush=True)  # fmt: skip
+        return todo
 
     def _measure(self, run: Run[Plan], todo: Sequence[Point]) -> None:
         started = said = time.perf_counter()

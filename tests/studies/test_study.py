@@ -1,5 +1,6 @@
 """The mechanism of the studies: identity, resuming, benches, parts, refusals; on a study of a few numbers."""
 
+import dataclasses
 import graphlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,18 @@ def test_what_has_a_row_is_not_measured_again_and_another_plan_is_another_point(
     study.run("smoke", bits=[2], seeds=[0], n_test=9)
     assert measured[-1] == "b2_s0"
     assert len(study.rows("smoke")) == 5
+
+
+def test_rows_on_another_number_of_test_images_are_said_not_to_be_measured_again(toy, capsys):
+    one = lambda plan: [Point("p", {"model": "m", "method": "pact", "metric": "acc_pct"}, bench=2)]  # noqa: E731
+    measure = lambda run, bench, point: iter([{"dataset": "d", "value": 1.0, "n_test": run.plan.n_test}])  # noqa: E731
+    study = dataclasses.replace(toy[0], points=one, measure=measure)
+    assert len(study.run("smoke", n_test=3)) == 1
+    capsys.readouterr()
+    study.run("smoke", n_test=3)
+    assert "delete those rows" not in capsys.readouterr().out
+    assert len(study.run("smoke", n_test=5)) == 1
+    assert "n_test=5 is asked for; points with rows on 3 images" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_where_it_stopped(toy):
