@@ -83,6 +83,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     try:
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     except IndexError as error:
+        if int(labels.min()) < 0:
+            raise ValueError("images without a class only calibrate: put pictures into class folders") from error
         raise ValueError(
             f"label {int(labels.max())} of a network with {logits.shape[1]} outputs: build it with the n_classes "
             f"of the data (labels are 0 ... n_classes - 1)"

@@ -457,3 +457,6 @@ def test_nothing_to_train_on_and_labels_without_an_output_are_refused(digits):
     for run in (lambda: evaluate(narrow, some), lambda: fit(narrow, some, some, config)):
         with pytest.raises(ValueError, match=r"label \d of a network with 3 outputs.*n_classes"):
             run()
+    unlabelled = dataclasses.replace(some, labels=torch.full_like(some.labels, -1))
+    with pytest.raises(ValueError, match="put pictures into class folders"):
+        evaluate(models.build("resnet20"), unlabelled)
