@@ -114,7 +114,7 @@ class Configuration:
     profile: str = "full"
     """which cut of a training recipe: smoke, quick or full"""
     seed: int = 0
-    """of images, batches and dropping"""
+    """of images, batches, dropping, and the cells of a simulated crossbar"""
     device: str = ""
     """cpu or cuda, of several cuda:1; "" = cuda where there is one"""
     requantizer: str = "float32"
@@ -415,7 +415,8 @@ class Configuration:
         """Where the run is kept: none resumes what began elsewhere, from other weights or images, or otherwise."""
         told = self.record(source, train)
         told["configuration"] = {k: v for k, v in told["configuration"].items() if k not in AFTERWARDS}
-        text = json.dumps([str(Path.cwd()), told], sort_keys=True, default=str)
+        pictures = train.images.names if isinstance(train.images, folder.Pictures) else []
+        text = json.dumps([str(Path.cwd()), told, pictures], sort_keys=True)
         tensors = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
         digits = models.digest(text, {**tensors, "labels": train.labels, "indices": train.indices})
         return paths.runs_dir(self.profile) / "hq" / f"{self.target().stem}_{digits[:8]}"
