@@ -201,7 +201,8 @@ def load_or_embedded(name: str, split: str, *, n: int | None = None) -> ImageSet
     try:
         return load(name, split, n=n)
     except fetch.DataUnavailableError as error:
-        print(f"{error}\n-> going on with the embedded data set 'digits'", flush=True)
+        print(f"{error}\n-> going on with the embedded data set 'digits'; rows of it stand until they are deleted "
+              f"(dataset = digits in data/results), even when {name} can be had", flush=True)  # fmt: skip
     embedded = load("digits", split)
     return embedded if n is None or n >= len(embedded) else embedded.balanced(n, SPLIT_SEED)
 
