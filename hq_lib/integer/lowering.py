@@ -136,6 +136,11 @@ class _Walk:
     def norm(self, node: fx.Node) -> Value:
         module, value = self.gm.get_submodule(str(node.target)), self.values[node.all_input_nodes[0]]
         if isinstance(value, Pending) and not value.clipped and isinstance(value.term, Product):
+            if len(shape := nodes.shape_of(node)) == 2:
+                raise LowerError(
+                    f"batch norm {str(node.target)!r} reads {shape}, tokens by channels, and norms the tokens: to norm "
+                    f"channels, make {value.term.name!r} a 1x1 convolution and it an nn.BatchNorm2d"
+                )
             return Pending(with_norm(value.term, module))
         return Pending(norm_product(str(node.target), module, self.known(node.all_input_nodes[0], node)))
 

@@ -65,6 +65,22 @@ def test_a_norm_with_negative_gain_is_absorbed_by_the_weights_sign():
     assert agreement(qnet, model, images(8, 8), forced=True).tensors[1].largest <= 1
 
 
+@pytest.mark.parametrize("n_out", [9, 7])
+def test_a_norm_over_tokens_is_named(n_out):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 6, 3, stride=2), nn.Linear(6, n_out)
+            self.bn, self.fc = nn.BatchNorm1d(9), nn.Linear(9 * n_out, 2)
+
+        def forward(self, x):
+            y = self.linear(self.conv(x).flatten(2).transpose(1, 2))  # (B, 9 tokens, n_out channels)
+            return self.fc(F.relu(self.bn(y)).flatten(1))
+
+    with pytest.raises(LowerError, match=rf"'bn' reads \(9, {n_out}\).*norms the tokens.*'linear' a 1x1"):
+        small(Tokens(), BitPolicy())
+
+
 def test_ops_of_the_two_placements():
     deploy, academic = lower(quantized("residual", "w8a8")), lower(quantized("residual", "academic"))
     assert sum(isinstance(op, r.Add) for op in deploy.ops) == 2
