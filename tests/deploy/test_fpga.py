@@ -227,6 +227,20 @@ def test_the_exporter_reads_geometry_and_folds_batch_norm():
     assert steps.max() < 6
 
 
+@pytest.mark.parametrize("between", [(), (nn.Dropout2d(),), (nn.Identity(),), (nn.Dropout2d(), nn.Identity())])
+def test_the_range_of_a_relu_belongs_to_its_layer_whatever_stands_between(between):
+    torch.manual_seed(1)
+    rest = (nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 10))
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), *between, *rest).eval()
+    with torch.no_grad():
+        net[0].weight *= 6  # values behind the ReLU far above 1
+    pixels = torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8)
+    got = fpga.run(exporter.export(net, pixels / 255), pixels)
+    with torch.no_grad():
+        want = net(pixels / 255).argmax(1).numpy()
+    assert (got.argmax(1) == want).mean() > 0.95
+
+
 def test_biases_make_up_for_what_the_floors_take_away(monkeypatch):
     net, example = models.build("lenet", relu1=True), torch.rand(1, 1, 28, 28)
     nearest = exporter.export(net, example)
@@ -242,6 +256,7 @@ UNSUITABLE = {
     "is Tanh: FPGAI export knows": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(2 * 36, 2)),
     "FPGAI to 0..1": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Hardtanh(), nn.Flatten(), nn.Linear(2 * 36, 2)),
     "no groups": nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2), nn.Flatten(), nn.Linear(2 * 16, 2)),
+    "'2' is the second clip of '0'": nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Hardtanh(0, 1)),
     "do not overlap": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Hardtanh(0, 1), nn.AvgPool2d(2, 1)),
     "pool follows a ReLU1": nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2)),
     "cannot end": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Hardtanh(0, 1), nn.AvgPool2d(2)),

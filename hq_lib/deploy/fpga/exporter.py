@@ -60,12 +60,17 @@ def export(
 
 
 def _largest(gm: fx.GraphModule, example: Tensor) -> dict[str, float]:
-    """Return for each layer followed by a ReLU the largest value behind it."""
+    """Return for each layer of a plain chain that a ReLU follows the largest value behind it."""
     found: dict[str, float] = {}
+    layer = ""
 
     def see(node: fx.Node, value: Any) -> None:
-        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.ReLU):
-            found[str(node.all_input_nodes[0].target)] = float(value.max()) or 1.0
+        nonlocal layer
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layer = str(node.target)
+        elif isinstance(module, nn.ReLU):
+            found[layer] = float(value.max()) or 1.0
 
     with torch.no_grad():
         NodeWatcher(gm, see).run(example)
@@ -214,6 +219,7 @@ def _followed(stage: Stage, name: str, module: Any) -> Stage:
         if isinstance(module, nn.Hardtanh):
             ends = (module.min_val, module.max_val)
             need(ends == (0, 1), f"{name!r} clips to {ends[0]}..{ends[1]}; FPGAI to 0..1")
+        need(not stage.relu1, f"{name!r} is the second clip of {stage.name!r}: leave one, a ReLU or a ReLU1")
         need(stage.pool is None, f"{name!r}: a ReLU1 follows a convolution or linear layer")
         return replace(stage, relu1=True)
     sizes = {n for size in (module.kernel_size, module.stride) for n in (size if isinstance(size, tuple) else (size,))}
