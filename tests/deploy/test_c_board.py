@@ -150,6 +150,16 @@ def test_the_runtime_can_be_called_from_cplusplus(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("words", [("CFLAGS=-O3 -march=native",), ("CFLAGS=-O3 -march=native", "SANITIZE=1"), ()])
+def test_a_caller_s_flags_leave_those_of_the_arithmetic(words, tmp_path):
+    call = ["make", "-n", "-C", str(SOURCES), "CC=cc", f"BUILD={tmp_path}", *words]
+    told = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+    built = [line for line in told if line.startswith("cc")]
+    assert len(built) > len(RUNTIME)
+    for flag in ("-ffp-contract=off", "-std=c99", "-DHQM_THREADS", *(word.split("=", 1)[1] for word in words[:1])):
+        assert all(flag in line for line in built), flag
+
+
 def test_no_heap_no_files_and_what_cannot_be_exported(tmp_path):
     for word in ("malloc", "calloc", "fopen", "printf"):
         assert not any(word in (SOURCES / name).read_text() for name in RUNTIME)
