@@ -93,6 +93,14 @@ def prove_accumulator(op: Layer | AvgPool, x: TensorSpec) -> None:
         )
 
 
+def add_offset(requants: Sequence[Requant], a: TensorSpec, b: TensorSpec, out: TensorSpec) -> np.float32:
+    """Return f32(z_y - fma(m_a, z_a, f32(m_b z_b))): the ``offset`` of an ``Add`` of ``a`` and ``b``."""
+    m_a, m_b = (requant.multiplier[0] for requant in requants)
+    product_b = np.float32(m_b * np.float32(b.zero_point))
+    zeros = np.float32(np.float64(m_a) * a.zero_point + np.float64(product_b))
+    return np.float32(np.float32(out.zero_point) - zeros)
+
+
 def prove_add(op: Add, a: TensorSpec, b: TensorSpec) -> None:
     """Raise RecordError unless float64 holds every product and sum of ``op`` exactly, so that its fma has one rounding.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hq_lib.integer import record as r
-from hq_lib.integer.arithmetic import forms, requants
+from hq_lib.integer.arithmetic import add_offset, forms, requants
 from hq_lib.integer.emit import INT32, Writer
 from hq_lib.integer.nodes import LowerError, Pool
 from hq_lib.integer.products import Product, in_storage, unchanged
@@ -130,11 +130,7 @@ class Sum:
 
     def _add(self, writer: Writer, a: TensorSpec, b: TensorSpec, out: TensorSpec) -> TensorSpec:
         both = requants(*(forms((x.scale,), (out.scale,)) for x in (a, b)))
-        m_a, m_b = (requant.multiplier[0] for requant in both)
-        product_b = np.float32(m_b * np.float32(b.zero_point))
-        zeros = np.float32(np.float64(m_a) * a.zero_point + np.float64(product_b))
-        offset = np.float32(np.float32(out.zero_point) - zeros)
-        return writer.write(r.Add, self.name, [a, b], out, requants=both, offset=offset)
+        return writer.write(r.Add, self.name, [a, b], out, requants=both, offset=add_offset(both, a, b, out))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """ONNX: the checker's approval, real int8 initializers, and onnxruntime's logits equal to NumPy's bit for bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,7 +14,8 @@ from hq_lib import data, deploy, integer, models
 from hq_lib.deploy import c
 from hq_lib.deploy.onnx import ExportError, export, model, run, session, to_bytes
 from hq_lib.graph import BitPolicy, calibrate, quantize
-from hq_lib.integer import ImageError, agreement, lower
+from hq_lib.integer import ImageError, agreement, check, lower
+from hq_lib.integer import record as r
 from hq_lib.integer import run as run_numpy
 from hq_lib.results import paths
 
@@ -67,6 +70,29 @@ def test_eight_bit_layers_run_on_fused_integer_kernels(tmp_path):
     assert found.count("QLinearAdd") == 2
     assert found.count("QLinearGlobalAveragePool") == 1
     assert "Conv" not in found
+
+
+def halved(requant: r.Requant) -> r.Requant:
+    return replace(requant, multiplier=requant.multiplier / 2, shift=requant.shift + np.uint8(1))
+
+
+def edits(op: r.Op) -> list[dict]:
+    if isinstance(op, r.Add):
+        both = (halved(op.requants[0]), halved(op.requants[1]))
+        return [{"requants": both}, {"offset": op.offset + np.float32(9)}]
+    requant = getattr(op, "requant", None)
+    return [] if requant is None else [{"requant": halved(requant)}]
+
+
+@pytest.mark.parametrize("kind", [r.Conv, r.Linear, r.Add, r.AvgPool])
+def test_multipliers_that_the_scales_do_not_give_are_the_record_s(kind):
+    imodel, x = lower(quantized("joined" if kind is r.Linear else "residual", "w8a8")), images(30)
+    edited = [(op, edit) for op in imodel.ops if isinstance(op, kind) for edit in edits(op)]
+    assert edited
+    for op, edit in edited:
+        other = check(replace(imodel, ops=tuple(replace(o, **edit) if o is op else o for o in imodel.ops)))
+        assert np.array_equal(run(session(export(other)), x), run_numpy(other, x)), op.name
+        assert not np.array_equal(run_numpy(other, x), run_numpy(imodel, x))
 
 
 def test_weights_are_int8_initializers_equal_to_the_record_s():

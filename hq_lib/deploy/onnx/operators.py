@@ -16,6 +16,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from hq_lib.integer import record as r
+from hq_lib.integer.arithmetic import add_offset
 from hq_lib.integer.record import TensorSpec
 from hq_lib.integer.storage import narrowest
 from hq_lib.results.bits import pack
@@ -152,18 +153,22 @@ def _through_float(
 
 
 def _fuses(op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> bool:
-    """Return whether ``op`` has a fused 8-bit kernel."""
+    """Return whether ``op`` has a fused 8-bit kernel, whose multipliers, from the scales alone, are the record's."""
     if any(spec.dtype != "uint8" for spec in (*inputs, out)):
         return False
-    if isinstance(op, r.Layer):
-        plain = op.weight.dtype == np.int8 and op.requant is not None and op.residual is None
-        return plain and (isinstance(op, r.Conv) or len(out.shape) == 1)
-    if isinstance(op, r.AvgPool):
-        if op.requant is None or op.kernel != inputs[0].shape[1:] or any(op.padding):
+    scale = np.float32(out.scale)
+    match op:
+        case r.Add():
+            (a, b), (m, n) = inputs, op.requants
+            same = m.multiplier[0] == np.float32(a.scale) / scale and n.multiplier[0] == np.float32(b.scale) / scale
+            return bool(same and op.offset == add_offset(op.requants, a, b, out))
+        case r.Layer(requant=r.Requant(multiplier=m), residual=None):
+            plain = op.weight.dtype == np.int8 and (isinstance(op, r.Conv) or len(out.shape) == 1)
+            return plain and np.array_equal(m, op.acc_scale / scale)
+        case r.AvgPool(requant=r.Requant(multiplier=m)) if op.kernel == inputs[0].shape[1:] and not any(op.padding):
+            return bool(m[0] == np.float32(inputs[0].scale) / (np.float32(math.prod(op.kernel)) * scale))
+        case _:
             return False
-        mean = np.float32(inputs[0].scale) / (np.float32(math.prod(op.kernel)) * np.float32(out.scale))
-        return bool(op.requant.multiplier[0] == mean)  # it divides by as many as it sums
-    return isinstance(op, r.Add)
 
 
 def _write_fused(graph: Graph, op: r.Op, inputs: list[TensorSpec], out: TensorSpec) -> None:
