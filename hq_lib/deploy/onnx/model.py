@@ -33,6 +33,9 @@ def export(imodel: IntegerModel) -> onnx.ModelProto:
     Weights of up to 4 bits are stored in 4 (INT4, opset 21) and widened once, when the model is loaded. Every value has
     its type and shape in the file.
 
+    A session of one's own needs ``session.x64quantprecision`` = "1" on x86-64 without VNNI (``session`` sets it): else
+    onnxruntime saturates sums of two products at 16 bits, with weights of few bits too, since they fill int8.
+
     Args:
         imodel: a record with the "float32" requantizer, which is onnxruntime's own arithmetic.
 
