@@ -8,6 +8,7 @@
               the downsampling convolution) has no quantizer of its own; one sits after the add with its activation
               function (BRECQ, QDrop). Lowered as one fused conv-add with a single rounding.
 
+A batch norm behind a ReLU or clip is no part of the layer before it: that has a quantizer, and the norm one of its own.
 Max-pools, reshapes, ReLUs of quantized tensors and concatenations add no quantizer: the grid passes through. The
 tensors that a concatenation joins share one quantizer, and so do a quantized tensor and what is clipped from it (its
 ends must be levels). The network's output stays in float.
@@ -109,6 +110,7 @@ def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
         followers = _FOLLOWERS.get(kind, {"relu", "clip"})
         while len(chain[-1].users) == 1 and kind_of[user := next(iter(chain[-1].users))] in followers:
             chain.append(user)
+            followers = followers if kind_of[user] == "norm" else {"relu", "clip"}
         absorbed.update(chain)
         several = "shape" in next(iter(kind_of)).meta and "shape" not in chain[-1].meta  # tensors, each on its own grid
         if _readers(chain[-1], kind_of, _THROUGH) - {"output", "shape"} and not several:

@@ -134,6 +134,16 @@ def test_pre_activation_norms_get_a_quantizer_of_their_own():
     assert not found["bn"].signed
 
 
+@pytest.mark.parametrize("placement", ["deploy", "academic"])
+def test_a_norm_behind_a_relu_gets_a_quantizer_of_its_own(placement):
+    net = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU6(), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
+    )
+    assert {name: site.node for name, site in sites(net, placement).items()} == {
+        "input": "input_1", "0": "_2", "3": "_4",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("activation", "signed"),
     [

@@ -87,6 +87,10 @@ CASES = {
     "transposed and norm": Net(
         lambda s, a, b: s.parts[1](s.parts[0](a)), 3, [nn.ConvTranspose2d(4, 3, 2, 2), nn.BatchNorm2d(3)]
     ),
+    "norms behind a ReLU and a clip": Net(
+        lambda s, a, b: F.relu(s.parts[1](F.relu6(s.parts[0](F.relu(a))))),
+        parts=[nn.BatchNorm2d(4), nn.BatchNorm2d(4)],
+    ),
     "shuffles": Net(
         lambda s, a, b: F.pixel_unshuffle(s.parts[1](F.relu(s.parts[0](a))), 3), 9,
         [nn.ChannelShuffle(2), nn.PixelShuffle(2)],
@@ -116,6 +120,7 @@ def made(net: nn.Module, policy: BitPolicy, size: int = 12):
 SOME = (
     "SiLU", "gate", "product", "sub", "alpha -1", "x + x", "two readers of a clip", "padding left out", "uneven",
     "nearest, to a size", "bilinear", "transposed", "transposed and norm", "shuffles",
+    "norms behind a ReLU and a clip",
 )  # fmt: skip
 ALL = [(case, policy) for policy in POLICIES for case in (CASES if policy == "w8a8" else SOME)]
 
