@@ -4,9 +4,9 @@
               its ReLU or clip, after average pools: every tensor that feeds an add is on a grid. Any other activation
               function has a quantizer before it and one after it: on integers it is a table from grid to grid.
               ONNX and accelerators execute this form.
-    academic  as deploy, but an add is float: a layer whose output only feeds adds (the last convolution of a block,
-              the downsampling convolution) has no quantizer of its own; one sits after the add with its activation
-              function (BRECQ, QDrop). Lowered as one fused conv-add with a single rounding.
+    academic  as deploy, but an add is float: a layer whose output only feeds adds, and that as it is (the last
+              convolution of a block, the downsampling convolution), has no quantizer of its own; one sits after the add
+              with its activation function (BRECQ, QDrop). Lowered as one fused conv-add with a single rounding.
 
 A batch norm behind a ReLU or clip is no part of the layer before it: that has a quantizer, and the norm one of its own.
 Max-pools, reshapes, ReLUs of quantized tensors and concatenations add no quantizer: the grid passes through. The
@@ -22,7 +22,7 @@ from typing import Any
 from scipy.cluster.hierarchy import DisjointSet
 from torch import fx, nn
 
-from hq_lib.graph.layers import QUANTIZER_SUFFIX, kinds, nonnegative
+from hq_lib.graph.layers import QUANTIZER_SUFFIX, SAME, kinds, nonnegative, op_name
 from hq_lib.graph.modes import module_path
 from hq_lib.graph.spec import QuantizeError, Spec
 
@@ -69,7 +69,8 @@ def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:
     kind_of = kinds(gm)
     tails = _tails(kind_of)
     if placement == "academic":
-        only_added = [tail for tail in tails.values() if _readers(tail, kind_of, {"pass"}) - {"shape"} == {"add"}]
+        told = {n: "same" if kind == "pass" and op_name(n, gm) in SAME else kind for n, kind in kind_of.items()}
+        only_added = [tail for tail in tails.values() if _readers(tail, told, {"same"}) - {"shape"} == {"add"}]
         tails = {s: tail for s, tail in tails.items() if kind_of[s] != "layer" or tail not in only_added}
     names, signs = _names(tails, kind_of), nonnegative(gm, kind_of)
     roles = _roles(tails, kind_of, through_pools=placement == "academic")

@@ -114,12 +114,16 @@ class _Walk:
         if isinstance(term, Plain) and term.kind is r.Quantize and self.images is not None:
             self.values[node] = found = term.write(self.writer, pixel_grid(term.inputs[0].shape, self.images))
             return found
-        if self.kinds[node] == "quantizer":  # switched off
+        while self.kinds[node] == "quantizer" or op_name(node, self.gm) in SAME:  # one that is switched off
             node = node.all_input_nodes[0]
-        bits = "policy.input_bits (or lower it with images=spec)" if self.kinds[node] == "input" else "the policy"
+        site = next((site.name for site in self.gm.meta.get("sites", ()) if site.node == node.name), None)
+        bits = f"give it 16 bits or fewer in the policy (overrides={{{site!r}: {{'act': 8}}}})"
+        if self.kinds[node] == "input":
+            bits = "give it 16 bits or fewer in policy.input_bits (or lower it with images=spec)"
+        elif site is None:
+            bits = "no policy gives it one here; with placement='deploy' every tensor that feeds an addition has one"
         raise LowerError(
-            f"tensor {node.name!r} has no quantizer (or it is switched off), and {reader.name!r} reads it: "
-            f"give it 16 bits or fewer in {bits}"
+            f"tensor {node.name!r} has no quantizer (or it is switched off), and {reader.name!r} reads it: {bits}"
         )
 
     def image(self, node: fx.Node) -> Value:

@@ -88,6 +88,28 @@ def test_a_branch_that_also_feeds_a_layer_keeps_its_quantizer_in_academic_placem
     assert list(sites(Down(), "academic")) == ["input", "down", "add"]
 
 
+@pytest.mark.parametrize(
+    ("between", "kept"),
+    [
+        (lambda y: y, False),
+        (lambda y: F.dropout(y, 0.1, False).contiguous(), False),
+        (lambda y: F.max_pool2d(y, 3, 1, 1), True),
+        (lambda y: F.pad(y[:, :, 1:], (0, 0, 1, 0)), True),
+        (lambda y: F.interpolate(y, scale_factor=1), True),
+    ],
+)
+def test_academic_placement_keeps_the_quantizer_of_what_is_moved_before_it_is_added(between, kept):
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc((between(self.a(x)) + self.b(x)).amax((2, 3)))
+
+    assert list(sites(Moved(), "academic")) == ["input", *(["a"] if kept else []), "add"]
+
+
 class Joined(nn.Module):
     """A concatenation of a ReLU branch and a linear branch."""
 

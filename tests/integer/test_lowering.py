@@ -177,7 +177,7 @@ def test_an_accumulator_that_could_overflow_is_refused_with_layer_and_bound():
     [
         (BitPolicy(placement="academic"), "'x'.*no quantizer.*policy.input_bits"),
         (BitPolicy(overrides={"conv1": {"weight": "float"}}), "layer 'conv1'.*weight is in float"),
-        (BitPolicy(overrides={"conv1": {"act": "float"}}), "no quantizer.*conv2"),
+        (BitPolicy(overrides={"conv1": {"act": "float"}}), "no quantizer.*conv2.*overrides={'conv1': {'act': 8}}"),
         (BitPolicy(act="lsq:1", first_last_bits=8), "1-bit grid"),
     ],
 )
@@ -190,6 +190,13 @@ def test_a_quantizer_that_is_switched_off_is_named():
     qnet = quantized("residual", "w8a8")
     set_quantization(qnet, weights=True, acts=False)
     with pytest.raises(LowerError, match=r"'x'.*switched off"):
+        lower(qnet)
+
+
+def test_no_policy_is_asked_for_a_tensor_that_none_knows():
+    qnet = quantized("residual", BitPolicy(overrides={"conv1": {"act": "float"}}))
+    qnet.meta["sites"] = tuple(site for site in qnet.meta["sites"] if site.name != "conv1")
+    with pytest.raises(LowerError, match=r"no policy gives it one here.*placement='deploy'"):
         lower(qnet)
 
 

@@ -62,6 +62,11 @@ CASES = {
     "square": Net(lambda s, a, b: a * a),
     "spatial gate": Net(lambda s, a, b: a * torch.sigmoid(s.parts[0](b)), parts=[nn.Conv2d(4, 1, 1)]),
     "sub": Net(lambda s, a, b: F.relu(a - F.relu(b))),
+    "pooled, then added": Net(lambda s, a, b: F.relu(F.max_pool2d(a, 3, 1, 1) + b)),
+    "padded and cut, then added": Net(lambda s, a, b: F.relu(F.pad(a[:, :, ::2], (0, 0, 3, 3)) + b)),
+    "upsampled, then added": Net(
+        lambda s, a, b: F.interpolate(s.parts[0](b), scale_factor=2) + a, parts=[nn.Conv2d(4, 4, 2, 2)]
+    ),
     "sub of itself": Net(lambda s, a, b: a - F.max_pool2d(a, 3, 1, 1)),
     "alpha -1": Net(lambda s, a, b: torch.add(a, F.relu(b), alpha=-1)),
     "a tensor twice": Net(lambda s, a, b: torch.cat([a, b, a], 1), 12),
@@ -120,7 +125,7 @@ def made(net: nn.Module, policy: BitPolicy, size: int = 12):
 SOME = (
     "SiLU", "gate", "product", "sub", "alpha -1", "x + x", "two readers of a clip", "padding left out", "uneven",
     "nearest, to a size", "bilinear", "transposed", "transposed and norm", "shuffles",
-    "norms behind a ReLU and a clip",
+    "norms behind a ReLU and a clip", "pooled, then added", "padded and cut, then added", "upsampled, then added",
 )  # fmt: skip
 ALL = [(case, policy) for policy in POLICIES for case in (CASES if policy == "w8a8" else SOME)]
 
