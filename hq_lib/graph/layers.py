@@ -189,7 +189,7 @@ def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
     if name == "getitem" and inputs[0] == "other" and "shape" not in node.all_input_nodes[0].meta:
         return "other"  # one of several tensors that an operation has made
     kind = _KIND_OF.get(name, "other")
-    tensors = [arg for arg in node.args if isinstance(arg, fx.Node) and known[arg] not in ("shape", "param")]
+    tensors = [n for n in operands(node) if isinstance(n, fx.Node) and known[n] not in ("shape", "param")]
     if kind in ("add", "mul") and len(tensors) < 2:
         return "other"
     if name in ("interpolate", "upsample"):
@@ -227,6 +227,11 @@ def _option(node: fx.Node, gm: fx.GraphModule, name: str, position: int, default
     if node.op == "call_module":
         return getattr(gm.get_submodule(str(node.target)), name, default)
     return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+
+
+def operands(node: fx.Node) -> tuple[Any, ...]:
+    """Return what an addition or product joins, in its order, by place or by name (``torch.add(a, other=b)``)."""
+    return (*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs))[:2]
 
 
 def is_difference(node: fx.Node, gm: fx.GraphModule) -> bool:

@@ -69,7 +69,8 @@ def agreement(
                 integer network reads the graph's own integers, so each tensor shows the differences born in it.
 
     Raises:
-        ImageError: the images do not fit. ValueError: no tensor of ``imodel`` is a quantizer of ``qnet``.
+        ImageError: the images do not fit. ValueError: no tensor of ``imodel`` is a quantizer of ``qnet``, or
+                    one has another shape there.
     """
     x, labels = (images, None) if isinstance(images, Tensor) else (normalize(images.images, images.spec), images.labels)
     found: dict[str, TensorAgreement] = {}
@@ -82,6 +83,9 @@ def agreement(
         def compare(op: Op, got: np.ndarray, wanted: dict[str, np.ndarray] = wanted) -> np.ndarray | None:
             if op.output not in wanted:
                 return None
+            if got.shape != wanted[op.output].shape:
+                raise ValueError(f"tensor {op.output!r} is {got.shape[1:]} in the integer model and "
+                                 f"{wanted[op.output].shape[1:]} in this graph: lower this graph itself")  # fmt: skip
             steps = np.abs(got.astype(np.int32) - wanted[op.output])
             name, n, n_differ, largest = found.get(op.output, (op.output, 0, 0, 0))
             differ = int(np.count_nonzero(steps))

@@ -16,7 +16,7 @@ from torch import fx
 
 from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
-from hq_lib.graph.layers import SAME, is_difference
+from hq_lib.graph.layers import SAME, is_difference, operands
 from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.integer import moves, nodes, terms
 from hq_lib.integer import record as r
@@ -163,18 +163,18 @@ class _Walk:
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
         if alpha not in (1, -1):
             raise LowerError(f"{node.name!r}: an addition with alpha={alpha}; multiply outside of it, or use 1 or -1")
-        operands = []
-        for arg in node.args[:2]:
+        added = []
+        for arg in operands(node):
             assert isinstance(arg, fx.Node)  # ``kinds`` calls it an add because two tensors meet
             value = self.values[arg]
             is_layer = isinstance(value, Pending) and isinstance(value.term, Product)
-            operands.append(value if is_layer else self.known(arg, node))
+            added.append(value if is_layer else self.known(arg, node))
         if is_difference(node, self.gm):
-            operands[1] = terms.negated(self.writer, operands[1], node.name)
-        return Pending(Sum(node.name, (operands[0], operands[1])))
+            added[1] = terms.negated(self.writer, added[1], node.name)
+        return Pending(Sum(node.name, (added[0], added[1])))
 
     def mul(self, node: fx.Node) -> Value:
-        a, b = (self.known(arg, node) for arg in node.args[:2] if isinstance(arg, fx.Node))
+        a, b = (self.known(arg, node) for arg in operands(node) if isinstance(arg, fx.Node))
         shape = nodes.shape_of(node)
         a, b = (a, b) if a.shape == shape else (b, a)
         if a.shape != shape or len(b.shape) != len(shape):

@@ -42,6 +42,8 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "pixelunshuffle": ("downscale_factor",),
     "channelshuffle": ("groups",),
 }
+_ALSO = {"axis": "dim", "keepdims": "keepdim", "split_size": "split_size_or_sections"}
+"""PyTorch's other name of an option -> the name in ``_PARAMETERS``"""
 _DEFAULTS = {"dilation": 1, "padding": 0, "ceil_mode": False, "count_include_pad": True, "dim": None, "keepdim": False}
 
 
@@ -55,7 +57,8 @@ def arguments(node: fx.Node, gm: fx.GraphModule) -> dict[str, Any]:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         return _DEFAULTS | {key: getattr(module, key) for key in names if hasattr(module, key)}
-    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    named = {_ALSO.get(key, key): value for key, value in node.kwargs.items()}
+    given = dict(zip(names, node.args[1:], strict=False)) | named
     return _DEFAULTS | known_sizes(given)
 
 

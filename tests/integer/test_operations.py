@@ -101,6 +101,12 @@ CASES = {
         [nn.ChannelShuffle(2), nn.PixelShuffle(2)],
     ),
     "pieces joined as they come": Net(lambda s, a, b: torch.cat(torch.cat(a.chunk(2, 1)[::-1], 1).split([1, 3], 1), 1)),
+    "mean, by axis": Net(lambda s, a, b: torch.sigmoid(s.parts[0](b.mean(axis=(2, 3), keepdims=True))) * a,
+                         parts=[nn.Conv2d(4, 4, 1)]),
+    "largest, kept": Net(lambda s, a, b: torch.amax(F.relu(a), axis=(-2, -1), keepdims=True) * b),
+    "joined by axis": Net(lambda s, a, b: torch.cat(tensors=[a, F.relu(b)], axis=1), 8),
+    "split by name": Net(lambda s, a, b: torch.cat(a.split(split_size=2, dim=1)[::-1], dim=1)),
+    "added by name": Net(lambda s, a, b: torch.sub(torch.mul(a, other=b), other=F.relu(torch.add(other=b, input=a)))),
     "split": Net(lambda s, a, b: (lambda t: torch.cat([F.relu(t[1]), F.silu(t[0])], 1))(a.split([1, 3], 1))),
 }  # fmt: skip
 POLICIES = {
@@ -168,6 +174,14 @@ def test_all_executors_give_the_oracle_s_integers_and_the_graph_s_function(case,
             assert max(t.largest for t in found.tensors) <= 1
             if policy != "a12":
                 assert all(t.n_differ <= n_ties.get(t.name, 0.04 * t.n) for t in found.tensors), found
+
+
+def test_tensors_of_different_shapes_are_not_compared():
+    kept = made(Net(lambda s, a, b: a.mean((2, 3), keepdims=True)), BitPolicy())
+    squeezed = made(Net(lambda s, a, b: a.mean((2, 3)).unsqueeze(-1).unsqueeze(-1)), BitPolicy())
+    assert agreement(kept, lower(kept), images(5, 12)).same_top1_pct == 100
+    with pytest.raises(ValueError, match=r"'mean' is \(4, 1, 1\).*\(4,\)"):
+        agreement(squeezed, lower(kept), images(5, 12))
 
 
 def test_tensors_on_different_grids_are_joined_on_one_that_spans_them():
