@@ -23,7 +23,7 @@ from hq_lib.integer.execute import levels, to_grid
 from hq_lib.integer.nodes import LowerError
 from hq_lib.integer.products import Product, unchanged
 from hq_lib.integer.record import TensorSpec
-from hq_lib.integer.terms import pooled
+from hq_lib.integer.terms import pooled, with_zero
 
 RESHAPES = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten"}
 """Operations whose output shape says it all."""
@@ -188,11 +188,6 @@ _MOVES: dict[str, Callable[[Writer, fx.GraphModule, fx.Node, TensorSpec], Moved]
     **dict.fromkeys(RESHAPES, reshape),
     "getitem": _index,
 }
-
-
-def with_zero(x: TensorSpec) -> TensorSpec:
-    """Return ``x`` with a range that holds real 0."""
-    return replace(x, qmin=min(x.qmin, x.zero_point), qmax=max(x.qmax, x.zero_point))
 
 
 def spread(writer: Writer, name: str, x: TensorSpec, stride: tuple[int, int]) -> TensorSpec:

@@ -75,15 +75,19 @@ class Average:
 
     def write_exact(self, writer: Writer, name: str) -> TensorSpec:
         """Write a plain pool that no quantizer follows: the exact sums, on the scale s_x / n."""
-        x, fields = self.x, self.pool.fields
-        places = math.prod(fields["kernel"])
+        x, places = with_zero(self.x), math.prod(self.pool.fields["kernel"])
         top = places * x.qmax
         if top >= 2**16:
             raise LowerError(f"average pool {name!r} has no quantizer, and its exact sums exceed 16 bits: give it one")
         dtype, scale = ("uint8" if top < 256 else "uint16"), forms((x.scale,), (self.pool.n,))[0].reshape(())
-        low, bits = 0 if any(fields["padding"]) else places * x.qmin, max(1, top.bit_length())
-        out = TensorSpec(name, x.shape, dtype, bits, low, top, scale, places * x.zero_point)
+        bits, zero = max(1, top.bit_length()), places * x.zero_point
+        out = TensorSpec(name, x.shape, dtype, bits, places * x.qmin, top, scale, zero)
         return self.write(writer, out, exact=True)
+
+
+def with_zero(x: TensorSpec) -> TensorSpec:
+    """Return ``x`` with a range that holds real 0."""
+    return replace(x, qmin=min(x.qmin, x.zero_point), qmax=max(x.qmax, x.zero_point))
 
 
 def pooled(

@@ -176,6 +176,18 @@ def test_all_executors_give_the_oracle_s_integers_and_the_graph_s_function(case,
                 assert all(t.n_differ <= n_ties.get(t.name, 0.04 * t.n) for t in found.tensors), found
 
 
+@pytest.mark.parametrize("ends", [(-2.0, -0.2), (0.2, 2.0), (-0.3, 0.4)])
+@pytest.mark.parametrize("pool", [lambda y: y, lambda y: F.avg_pool2d(y, 3, 2, 1).amax((2, 3), keepdim=True)])
+def test_an_average_without_a_quantizer_takes_a_tensor_clipped_beside_0(ends, pool):
+    qnet, x = made(Net(lambda s, a, b: pool(a.clamp(*ends))), BitPolicy(pool_bits=32)), images(5, 12, seed=3)
+    for requantizer in r.REQUANTIZERS:
+        model = lower(qnet, requantizer=requantizer)
+        everywhere_alike(model, x)
+    with torch.no_grad():
+        want = qnet(x).numpy()
+    assert np.abs(run(model, x) - want).max() <= 1e-3 * np.abs(want).max()
+
+
 def test_tensors_of_different_shapes_are_not_compared():
     kept = made(Net(lambda s, a, b: a.mean((2, 3), keepdims=True)), BitPolicy())
     squeezed = made(Net(lambda s, a, b: a.mean((2, 3)).unsqueeze(-1).unsqueeze(-1)), BitPolicy())
