@@ -71,8 +71,11 @@ def real_values(spec: TensorSpec, x: np.ndarray) -> np.ndarray:
 
 
 def levels(spec: TensorSpec) -> np.ndarray:
-    """Return the real value of each integer 0 .. qmax of a tensor with one scale: float32 (qmax + 1,)."""
-    return real_values(spec, np.arange(spec.qmax + 1))
+    """Return the real value of each integer 0 .. qmax of a tensor with one scale: float32 (qmax + 1,).
+
+    Integers below qmin, which do not occur, have the value of qmin: a function need not exist beyond the range.
+    """
+    return real_values(spec, np.arange(spec.qmax + 1).clip(min=spec.qmin))
 
 
 def to_grid(x: np.ndarray, out: TensorSpec) -> np.ndarray:

@@ -101,6 +101,8 @@ CASES = {
         [nn.ChannelShuffle(2), nn.PixelShuffle(2)],
     ),
     "pieces joined as they come": Net(lambda s, a, b: torch.cat(torch.cat(a.chunk(2, 1)[::-1], 1).split([1, 3], 1), 1)),
+    "root of a clip with two readers": Net(lambda s, a, b: (lambda y: torch.sqrt(F.relu(y)) + y)(a)),
+    "logarithm of a clip with two readers": Net(lambda s, a, b: (lambda y: torch.log(y.clamp(min=0.1)) + y)(a)),
     "mean, by axis": Net(lambda s, a, b: torch.sigmoid(s.parts[0](b.mean(axis=(2, 3), keepdims=True))) * a,
                          parts=[nn.Conv2d(4, 4, 1)]),
     "largest, kept": Net(lambda s, a, b: torch.amax(F.relu(a), axis=(-2, -1), keepdims=True) * b),
