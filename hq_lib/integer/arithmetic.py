@@ -38,26 +38,30 @@ def forms(over: Sequence[Any], under: Sequence[Any]) -> tuple[np.ndarray, np.nda
     return found[0], found[1]
 
 
-def requants(*terms: tuple[np.ndarray, np.ndarray]) -> tuple[Requant, ...]:
+def requants(*terms: tuple[np.ndarray, np.ndarray], name: str = "") -> tuple[Requant, ...]:
     """Return the ``Requant`` of each term, one or two, of one sum; two share a shift per channel.
 
     Args:
         terms: of each the float32 form (n,), rounded as the executors' text says, and float64 (n,), the same ratio
                unrounded: what the fixed form approximates, relative error <= 2^-31 (2^-30 where two share a sum).
+        name:  of the operation, for the error.
 
     Raises:
-        RecordError: a multiplier that is negative, not finite, or >= 2^30 (2^29).
+        RecordError: names the operation, whose multiplier is negative, not finite, or >= 2^30 (2^29).
     """
     top, exact = 31 - len(terms), np.stack([exact for _, exact in terms])
     if not np.all(np.isfinite(exact)) or np.any(exact < 0):
-        raise RecordError(f"a multiplier is negative or not finite: {exact!r:.200}")
+        raise RecordError(f"{name!r}: a multiplier is negative or not finite: {exact!r:.200}")
     greatest = exact.max(0)
     _, exponent = np.frexp(greatest)  # greatest in [2^(exponent - 1), 2^exponent)
     shift = top + 1 - exponent.astype(np.int64)
     shift = np.where(np.rint(np.ldexp(greatest, np.minimum(shift, MAX_SHIFT))) >= 2.0 ** (top + 1), shift - 1, shift)
     shift = np.where(greatest == 0, 1, np.minimum(shift, MAX_SHIFT))
     if np.any(shift < 1):
-        raise RecordError(f"a multiplier of {greatest.max():.3g} is too large for {top + 1} bits and a right shift")
+        raise RecordError(
+            f"{name!r}: a multiplier of {greatest.max():.3g} is too large for {top + 1} bits and a right shift: "
+            "the grid of its output is far too fine for its sums; calibrate it on images that reach it"
+        )
     fixed = np.rint(np.ldexp(exact, shift)).astype(np.int32)
     return tuple(
         Requant(m.astype(np.float32), f, shift.astype(np.uint8)) for (m, _), f in zip(terms, fixed, strict=True)

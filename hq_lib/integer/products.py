@@ -53,7 +53,8 @@ class Product:
     def write(self, writer: Writer, out: TensorSpec) -> TensorSpec:
         """Write the layer on the grid of ``out``, whose range already holds its clips."""
         term = in_storage(self)
-        return term.write_layer(writer, out, requants(forms((term.x.scale, term.w_scale), (out.scale,)))[0])
+        (requant,) = requants(forms((term.x.scale, term.w_scale), (out.scale,)), name=self.name)
+        return term.write_layer(writer, out, requant)
 
     def write_accumulators(self, writer: Writer, name: str) -> TensorSpec:
         """Write its int32 accumulators (of a term that is ``in_storage``)."""

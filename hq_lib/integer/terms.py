@@ -44,7 +44,7 @@ class Plain:
         """Write it; a product with its rescaling."""
         fields = {}
         if self.kind is r.Mul:
-            fields["requant"] = requants(forms([x.scale for x in self.inputs], (out.scale,)))[0]
+            (fields["requant"],) = requants(forms([x.scale for x in self.inputs], (out.scale,)), name=self.name)
         return writer.write(self.kind, self.name or out.name, self.inputs, out, **fields)
 
 
@@ -62,7 +62,8 @@ class Average:
     def write(self, writer: Writer, out: TensorSpec, *, exact: bool = False) -> TensorSpec:
         """Write the pool, requantized or (``exact``) its sums as they are; unequal windows piece by piece, joined."""
         if self.pool.plain:
-            requant = None if exact else requants(forms((self.x.scale,), (self.pool.n, out.scale)))[0]
+            ratio = forms((self.x.scale,), (self.pool.n, out.scale))
+            requant = None if exact else requants(ratio, name=self.name)[0]
             return pooled(writer, self.pool, r.AvgPool, self.name, self.x, out, requant=requant)
         rows = []
         for i, row in enumerate(self.pool.rows):
@@ -129,11 +130,12 @@ class Sum:
             raise LowerError(f"{self.name!r} adds tensors without quantizers, of which none is a plain layer's output")
         rest, term = other if isinstance(other, TensorSpec) else accumulators(writer, other), in_storage(main.term)
         r_scale = np.broadcast_to(rest.scale, len(term.w))
-        requant, residual = requants(forms((term.x.scale, term.w_scale), (out.scale,)), forms((r_scale,), (out.scale,)))
+        ratios = (forms(scales, (out.scale,)) for scales in ((term.x.scale, term.w_scale), (r_scale,)))
+        requant, residual = requants(*ratios, name=self.name)
         return term.write_layer(writer, out, requant, rest, r.Residual(rest.name, residual))
 
     def _add(self, writer: Writer, a: TensorSpec, b: TensorSpec, out: TensorSpec) -> TensorSpec:
-        both = requants(*(forms((x.scale,), (out.scale,)) for x in (a, b)))
+        both = requants(*(forms((x.scale,), (out.scale,)) for x in (a, b)), name=self.name)
         return writer.write(r.Add, self.name, [a, b], out, requants=both, offset=add_offset(both, a, b, out))
 
 
@@ -190,7 +192,7 @@ def logits(writer: Writer, value: Pending, name: str) -> TensorSpec:
         return term.write_accumulators(writer, name)
     scale, exact = forms((term.x.scale, term.w_scale), ())
     out = TensorSpec(name, (), "int32", 32, *INT32, np.asarray(scale.max()), 0)
-    return term.write_layer(writer, out, requants((scale / scale.max(), exact / exact.max()))[0])
+    return term.write_layer(writer, out, requants((scale / scale.max(), exact / exact.max()), name=name)[0])
 
 
 def negated(writer: Writer, value: TensorSpec | Pending, name: str) -> TensorSpec | Pending:

@@ -172,6 +172,27 @@ def test_an_accumulator_that_could_overflow_is_refused_with_layer_and_bound():
         small(net, policy)
 
 
+@pytest.mark.parametrize("named", ["layer", "add"])
+def test_a_multiplier_that_no_shift_holds_is_refused_with_its_operation(named):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.fc = nn.Conv2d(3, 3, 1, bias=False), nn.Linear(3, 2)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return self.fc((y + x if named == "add" else F.relu(y)).amax((2, 3)))
+
+    net, x = Net().eval(), torch.zeros(4, 3, 4, 4)  # of an image of zeros every grid is that of [-1, 1]
+    with torch.no_grad():
+        net.layer.weight.fill_(1e14)
+    policy = BitPolicy(placement="academic" if named == "add" else "deploy", input_bits=8)
+    qnet = quantize(net, policy, x)
+    calibrate(qnet, x)
+    with pytest.raises(RecordError, match=rf"'{named}': a multiplier of .* is too large.*calibrate"):
+        lower(qnet)
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [

@@ -250,5 +250,5 @@ def _pool(writer: Writer, stage: Stage, x: TensorSpec) -> TensorSpec:
     half, scale = np.full(c, 1 / (2 * n)), np.full(c, 1 / (2 * n), np.float32)
     fields = {"weight": np.full((c, 1, *size), 2, np.int8), "bias": np.full(c, 1 - n, np.int32), "weight_bits": 8}
     fields |= {"weight_scale": scale, "acc_scale": np.float32(x.scale) * scale}
-    (requant,) = requants((half.astype(np.float32), half))
+    (requant,) = requants((half.astype(np.float32), half), name=name)
     return writer.write(r.Conv, name, [x], **fields, **moved, groups=c, requant=requant, residual=None)
