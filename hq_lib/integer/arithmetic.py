@@ -108,7 +108,8 @@ def add_offset(requants: Sequence[Requant], a: TensorSpec, b: TensorSpec, out: T
 def prove_add(op: Add, a: TensorSpec, b: TensorSpec) -> None:
     """Raise RecordError unless float64 holds every product and sum of ``op`` exactly, so that its fma has one rounding.
 
-    Bits needed: from the leading bit of the largest sum to the last bit of the finest term; 53 are there.
+    Bits needed: from the leading bit of the largest sum to the last bit of the finest term; 53 are there. The fixed
+    form needs no such proof: multipliers of two terms are at most 2^30, so that int64 holds their sum at any scales.
     """
     terms = [(spec.qmax, float(requant.multiplier[0])) for spec, requant in zip((a, b), op.requants, strict=True)]
     largest_sum = sum(q * m for q, m in terms) + abs(float(op.offset))

@@ -44,6 +44,8 @@ def check(model: r.IntegerModel) -> r.IntegerModel:
         _need(op.output in model.tensors, f"{op.name!r} writes {op.output!r}, which is not among the tensors")
         _need(op.output not in written, f"{op.name!r} writes {op.output!r} a second time")
         _check_op(op, [model.tensors[t] for t in op.inputs], model.tensors[op.output])
+        if isinstance(op, r.Add) and model.requantizer == "float32":
+            prove_add(op, *(model.tensors[t] for t in op.inputs))
         integer_logits = isinstance(op, r.Layer) and op.requant and model.tensors[op.output].dtype == "int32"
         _need(not integer_logits or model.requantizer == "fixed", f"{op.name!r}: requantized int32 is for 'fixed'")
         written.add(op.output)
@@ -162,8 +164,6 @@ def _check_op(op: r.Op, inputs: list[r.TensorSpec], out: r.TensorSpec) -> None:
                 _check_kept(op, x, out)
             _check_move(op, [x.shape for x in inputs], out)
     _check_requants(op)
-    if isinstance(op, r.Add):
-        prove_add(op, *inputs)
     shape = output_shape(op, [x.shape for x in inputs])
     if shape is None:
         shape = out.shape if math.prod(out.shape) == math.prod(inputs[0].shape) else inputs[0].shape

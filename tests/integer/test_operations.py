@@ -269,6 +269,18 @@ def test_a_product_that_could_leave_int32_is_refused():
         lower(made(Net(lambda s, a, b: F.relu(a) * F.relu(b)), policy))
 
 
+def test_scales_far_apart_are_no_matter_to_sums_in_int64():
+    net = Net(lambda s, a, b: 1e3 * a + s.parts[0](b), parts=[nn.Conv2d(4, 4, 1)])
+    qnet, x = made(net, BitPolicy()), images(5, 12, seed=3)
+    with torch.no_grad():
+        qnet.get_submodule("parts.0").weight.mul_(1e-6)
+        qnet.get_submodule("parts.0").bias.mul_(1e-6)
+    calibrate(qnet, images(24, 12))
+    with pytest.raises(RecordError, match=r"'add'.*too far apart"):
+        lower(qnet)
+    everywhere_alike(lower(qnet, requantizer="fixed"), x)
+
+
 @pytest.mark.parametrize("spoil", [
     lambda op: {"values": op.values[:-1]}, lambda op: {"values": np.append(op.values, op.values[:1])},
     lambda op: {"values": op.values.astype(np.uint16)}, lambda op: {"inputs": (*op.inputs, *op.inputs)},
