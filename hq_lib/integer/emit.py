@@ -23,14 +23,19 @@ class Writer:
     """by name"""
     ops: list[r.Op] = field(default_factory=list)
     """in execution order"""
+    reserved: set[str] = field(default_factory=set)
+    """names of tensors to come, which no other takes"""
     sums: dict[Any, TensorSpec] = field(default_factory=dict)
     """accumulators written already, by the ``Product`` that they are of"""
 
     def add(self, spec: TensorSpec) -> TensorSpec:
         """Register a tensor; returns it under a name not used before."""
-        spec = replace(spec, name=_unused(spec.name, self.tensors))
+        spec = replace(spec, name=self._free(spec.name))
         self.tensors[spec.name] = spec
         return spec
+
+    def _free(self, name: str) -> str:
+        return _unused(name, self.tensors.keys() | self.reserved)
 
     def write(
         self, kind: type[r.Op], name: str, inputs: list[TensorSpec], out: TensorSpec | None = None, **fields: Any
@@ -44,7 +49,7 @@ class Writer:
         """
         out = replace(inputs[0], name=name) if out is None else out
         name = _unused(name, {op.name for op in self.ops})
-        op = kind(name, tuple(spec.name for spec in inputs), _unused(out.name, self.tensors), **fields)
+        op = kind(name, tuple(spec.name for spec in inputs), self._free(out.name), **fields)
         shape = output_shape(op, [spec.shape for spec in inputs])
         self.ops.append(op)
         return self.add(out if shape is None else replace(out, shape=shape))

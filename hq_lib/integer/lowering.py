@@ -91,6 +91,10 @@ class _Walk:
 
     def run(self) -> tuple[str, str]:
         """Walk the graph; returns the names of the input and the output tensor."""
+        quantizers: Any = {
+            n.name: self.gm.get_submodule(str(n.target)) for n, kind in self.kinds.items() if kind == "quantizer"
+        }
+        self.writer.reserved |= {self.names[name] for name, quantizer in quantizers.items() if quantizer.enabled}
         output = ""
         for node, kind in self.kinds.items():
             if kind == "output":
@@ -157,7 +161,9 @@ class _Walk:
         qmin, qmax = clipped_range(x, low, high)
         if (qmin, qmax) == (x.qmin, x.qmax):
             return x
-        return self.writer.write(r.Clip, node.name, [x], replace(x, name=node.name, qmin=qmin, qmax=qmax))
+        name = self.names.get(f"{node.name}{QUANTIZER_SUFFIX}", node.name)  # its quantizer finds it on its grid
+        self.writer.reserved.discard(name)
+        return self.writer.write(r.Clip, node.name, [x], replace(x, name=name, qmin=qmin, qmax=qmax))
 
     def add(self, node: fx.Node) -> Value:
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
@@ -209,6 +215,7 @@ class _Walk:
         if not module.enabled:
             return value
         spec = on_grid(self.names[node.name], module, nodes.shape_of(node))
+        self.writer.reserved.discard(spec.name)
         if isinstance(value, Pending):
             qmin, qmax = clipped_range(spec, value.low, value.high)
             spec = replace(spec, qmin=qmin, qmax=qmax)

@@ -190,6 +190,25 @@ def test_an_average_without_a_quantizer_takes_a_tensor_clipped_beside_0(ends, po
     assert np.abs(run(model, x) - want).max() <= 1e-3 * np.abs(want).max()
 
 
+def test_a_layer_has_its_name_in_the_record_whatever_else_is_called_so():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.flatten, self.logits = nn.Conv2d(3, 2, 3, 2), nn.Linear(50, 6), nn.Linear(6, 6)
+            self.act, self.fc = nn.ReLU6(), nn.Linear(6, 5)
+
+        def forward(self, x):
+            y = self.logits(self.flatten(torch.flatten(F.relu(self.image(x)), 1)))
+            return self.fc(self.act(y) + y)
+
+    qnet, x = made(Named(), BitPolicy()), images(5, 12, seed=3)
+    model = lower(qnet)
+    everywhere_alike(model, x)
+    found = [t.name for t in agreement(qnet, model, x).tensors]
+    assert found == [site.name for site in qnet.meta["sites"]]
+    assert found == ["input", "image", "flatten", "logits", "act", "add"]
+
+
 def test_tensors_of_different_shapes_are_not_compared():
     kept = made(Net(lambda s, a, b: a.mean((2, 3), keepdims=True)), BitPolicy())
     squeezed = made(Net(lambda s, a, b: a.mean((2, 3)).unsqueeze(-1).unsqueeze(-1)), BitPolicy())
