@@ -111,7 +111,7 @@ def _channels(shape: tuple[int, ...]) -> int:
 
 
 def _check_array(value: Any, dtypes: str, shapes: list[tuple[int, ...]], what: str) -> None:
-    _need(isinstance(value, np.ndarray | np.generic), f"{what}: no array")
+    _need(isinstance(value, np.ndarray), f"{what}: no array but a {type(value).__name__}")
     _need(value.dtype.name in dtypes.split("|"), f"{what}: dtype {value.dtype}, not {dtypes}")
     _need(value.shape in shapes, f"{what}: shape {value.shape}, not {' or '.join(map(str, shapes))}")
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,6 +134,13 @@ def test_a_manifest_that_lies_is_refused(model, what):
     edit, message = EDITS[what]
     with pytest.raises(RecordError, match=message):
         load(io.BytesIO(edited(to_bytes(model), edit)))
+
+
+def test_a_scale_that_no_file_could_give_back_is_refused(model):
+    spec = next(spec for spec in model.tensors.values() if spec.dtype == "uint8")
+    tensors = model.tensors | {spec.name: replace(spec, scale=np.float32(spec.scale))}  # a number, no array
+    with pytest.raises(RecordError, match=f"tensor '{spec.name}', scale: no array but a float32"):
+        to_bytes(replace(model, tensors=tensors))
 
 
 def test_an_altered_weight_is_noticed(model):
