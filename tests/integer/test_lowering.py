@@ -35,6 +35,17 @@ def test_integers_are_at_most_one_step_from_the_fake_quantized_graph(net, policy
     assert found.same_top1_pct >= 95.0
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_behind_a_rounded_bias_outputs_of_16_bits_part_by_half_a_multiplier(bits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 2))
+    policy = BitPolicy(f"minmax:{bits}", "minmax:16", first_last_bits=None, input_bits=4)
+    qnet, model = small(net, policy)
+    found = {t.name: t.largest for t in agreement(qnet, model, images(16, 8), forced=True).tensors}
+    half = float(model.op("0").requant.multiplier.max()) / 2
+    assert 2 < found["0"] <= half + 1
+
+
 def TENSORS(qnet) -> set[str]:
     return {name for name, spec in of_kind(qnet.meta["specs"], "act").items() if not spec.is_float}
 
