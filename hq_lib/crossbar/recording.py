@@ -10,13 +10,14 @@ A trace is one sealed `.safetensors` file. Schema 2:
     calls/<i>/x         (B, K) integer inputs             calls/<i>/y          (B, N) float64, measured
     calls/<i>/y_ideal   (B, N) int64, exact products      (accumulator units; y after the inner engine's correction)
 
-Its record lists layers, calls (layer, seconds after programming), engine and units, and with it stands the SHA-256 of
-all: a changed number anywhere is refused. That guards against damage, not against a forger.
+Its record lists layers, calls (layer, seconds after programming, degrees Celsius), engine and units, and with it stands
+the SHA-256 of all: a changed number anywhere is refused. That guards against damage, not against a forger.
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,8 @@ class Call:
     """(B, N) int64, exact."""
     t_s: float
     """Seconds after programming."""
+    celsius: float = 25.0
+    """Temperature of simulated cells; a bench's is in its description."""
 
 
 @dataclass(eq=False)
@@ -115,7 +118,7 @@ class Trace:
                 {"name": h.name, "w_bits": h.w_bits, "x_bits": h.x_bits, "x_signed": h.x_signed, "weights": h.digest}
                 for h in self.layers.values()
             ],
-            "calls": [{"layer": call.layer, "t_s": call.t_s} for call in self.calls],
+            "calls": [{"layer": call.layer, "t_s": call.t_s, "celsius": call.celsius} for call in self.calls],
         }
         write_checkpoint(path, state, record)
 
@@ -134,7 +137,7 @@ class Trace:
             calls = []
             for i, call in enumerate(record["calls"]):
                 x, y, y_ideal = (state[f"calls/{i}/{part}"].numpy() for part in ("x", "y", "y_ideal"))
-                calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"]))
+                calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"], call.get("celsius", 25.0)))
             return cls(record["engine"], layers, calls)
         except CheckpointError as error:
             raise TraceError(str(error)) from None
@@ -148,7 +151,8 @@ class RecordEngine(Engine):
     Args:
         inner: does the work; its own corrections are part of what is recorded.
         folder: where the parts go. Parts already there are used first: that resumes an interrupted run. They must be
-            of an engine with this description, its time and its bench's conditions apart.
+            of an engine with this description, its time and its bench's conditions apart. What simulated cells gave
+            at another time or temperature is not used; a bench's cells age by themselves, so all that it gave is.
     """
 
     def __init__(self, inner: Engine, folder: str | Path) -> None:
@@ -160,6 +164,7 @@ class RecordEngine(Engine):
         other = difference(self._past.engine, self._description) if self._past.engine else ""
         if other:
             raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
+        self._past_at: dict[tuple[float, float], Trace] = {}
         self._waiting: list[Call] = []
 
     @property
@@ -167,6 +172,8 @@ class RecordEngine(Engine):
         return self.inner.time_s
 
     def describe(self) -> dict[str, Any]:
+        with suppress(Exception):  # a bench that has failed is described as it was
+            self._description = self.inner.describe()
         return dict(self._description)
 
     def flush(self) -> None:
@@ -177,7 +184,7 @@ class RecordEngine(Engine):
             with filelock.FileLock(self.folder / ".lock"):  # another process may record here
                 past = [int(part.stem.removeprefix("part_")) for part in self.folder.glob("part_*.safetensors")]
                 part = self.folder / f"part_{max(past, default=-1) + 1:06d}.safetensors"
-                Trace(self._description, layers, self._waiting).save(part)
+                Trace(self.describe(), layers, self._waiting).save(part)
             self._waiting = []
 
     def trace(self) -> Trace:
@@ -201,7 +208,10 @@ class RecordEngine(Engine):
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         rows = x.rows()
         y = torch.empty(len(rows), handle.w_int.shape[1], dtype=torch.float64)
-        missing = torch.tensor(list(self._past.take(handle.name, rows, y)), dtype=torch.int64)
+        arrays = simulated(self)
+        celsius = arrays.celsius if arrays else 25.0
+        past = self._past_of(arrays.time_s, celsius) if arrays else self._past
+        missing = torch.tensor(list(past.take(handle.name, rows, y)), dtype=torch.int64)
         for part in missing.split(max(1, self._rows_at_once(handle))):
             asked = rows[part]
             try:
@@ -210,10 +220,17 @@ class RecordEngine(Engine):
                 self.flush()
                 raise
             y[part], ideal = answered, exact_mvm(handle, asked).to(torch.int64)
-            self._waiting.append(Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s))
+            self._waiting.append(Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s, celsius))
             if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= FLUSH_BYTES:
                 self.flush()
         return y
+
+    def _past_of(self, t_s: float, celsius: float) -> Trace:
+        """What the folder held of this time and temperature at the start."""
+        if (t_s, celsius) not in self._past_at:
+            calls = [call for call in self._past.calls if (call.t_s, call.celsius) == (t_s, celsius)]
+            self._past_at[t_s, celsius] = Trace(self._past.engine, self._past.layers, calls)
+        return self._past_at[t_s, celsius]
 
 
 def simulated(engine: Engine) -> SimEngine | None:
@@ -268,7 +285,7 @@ def load_parts(folder: str | Path) -> Trace:
 def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """In words the first setting in which two engines' descriptions differ, or "" where they do not.
 
-    Time ("t_s"), temperature ("celsius") and the conditions of a bench ("env.*") may pass.
+    Time ("t_s"), temperature ("celsius"), which every call holds, and the conditions of a bench ("env.*") may pass.
 
     Args:
         stored: from JSON. ``present``: from ``describe()``.

@@ -43,6 +43,11 @@ class SimEngine(Engine):
     def time_s(self) -> float:
         return self._t_s
 
+    @property
+    def celsius(self) -> float:
+        """Temperature at which cells are read."""
+        return self._celsius
+
     def set_time(self, t_s: float) -> None:
         """Nothing; from now on cells are read as they are ``t_s`` seconds after programming (>= the device's t0).
 

@@ -1,6 +1,7 @@
 """Recording and replay: the same answers without the engine, damage refused, nothing lost when a bench fails."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -227,6 +228,28 @@ def test_a_recorded_simulation_is_calibrated_and_aged_as_a_bare_one(tmp_path):
     for (_, handle), (recorder, same) in zip(*(network.groups() for network in networks), strict=True):
         assert simulated(recorder) is inner
         np.testing.assert_array_equal(inner.layer(same).adc_step, bare.layer(handle).adc_step)
+
+
+@pytest.mark.parametrize("later", ["set_time", "set_temperature"])
+def test_what_cells_gave_at_another_time_or_temperature_is_not_what_they_give_now(tmp_path, later):
+    aging = Circuit(replace(device("pcm_drift"), read=None, temperature_per_K=0.002))
+    for moved in (False, True, True):
+        with RecordEngine(SimEngine(aging), tmp_path) as engine:
+            bare = SimEngine(aging)
+            if moved:
+                getattr(engine.inner, later)(80.0)
+                getattr(bare, later)(80.0)
+            y = engine.mvm(engine.load(W, 0.5, "a"), X)
+            np.testing.assert_array_equal(y, bare.mvm(bare.load(W, 0.5, "a"), X))
+    assert load_parts(tmp_path).n_rows == 2 * len(X)  # the third run finds what the second measured
+
+
+def test_a_part_says_the_conditions_under_which_it_was_measured(tmp_path):
+    engine = RecordEngine(SimEngine(Circuit(device("pcm_drift"))), tmp_path)
+    handle = engine.load(W, 0.5, "a")
+    engine.inner.set_time(100.0)
+    engine.mvm(handle, X)
+    assert engine.trace().engine["t_s"] == engine.describe()["t_s"] == 100.0
 
 
 def test_the_record_is_readable_by_others(recorded):
