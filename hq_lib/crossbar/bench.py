@@ -143,7 +143,7 @@ class Outcome:
     """float32 (n_test, n_classes)."""
     summary: dict[str, Any]
     """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows on record, layers, engine;
-    of a bench tiles_needed, n_tiles, n_writes and write_s (seconds)."""
+    of a bench tiles_needed, n_tiles, n_writes, n_saturated counts and write_s (seconds)."""
     layers: pd.DataFrame
     """One row per matrix: layer, kind, n_rows, rmse_before_lsb, rmse_after_lsb on the calibration rows."""
 

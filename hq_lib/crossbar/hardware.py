@@ -104,7 +104,7 @@ class HardwareEngine(Engine):
             )
         self._placed: dict[str, _Placed] = {}
         self._held: list[_Block | None] = [None] * self.limits.n_tiles
-        self._next = self._n_writes = 0
+        self._next = self._n_writes = self._n_saturated = 0
         self._write_s = 0.0
 
     @property
@@ -122,10 +122,11 @@ class HardwareEngine(Engine):
         )
 
     def programming(self) -> dict[str, float]:
-        """What loading has cost: tiles_needed by all layers, n_tiles of the bench, n_writes so far, write_s seconds."""
+        """What loading has cost: tiles_needed by all layers, n_tiles of the bench, n_writes so far, write_s seconds;
+        and n_saturated, the counts so far at the end of the bench's range, which may stand for larger ones."""
         needed = sum(len(placed.blocks) for placed in self._placed.values())
         counts = {"tiles_needed": needed, "n_tiles": self.limits.n_tiles, "n_writes": self._n_writes}
-        return {**counts, "write_s": self._write_s}
+        return {**counts, "n_saturated": self._n_saturated, "write_s": self._write_s}
 
     def fault_map(self, handle: Handle) -> np.ndarray:
         """uint8 (K, C, P): the cells under ``handle`` that stay low or high whatever is written, for `Faults`.
@@ -221,7 +222,7 @@ class HardwareEngine(Engine):
         self._n_writes, self._write_s = self._n_writes + 1, self._write_s + time.perf_counter() - started
 
     def _read(self, tile: int, codes: np.ndarray, width: int) -> np.ndarray:
-        """float64 (B, width) counts, checked; unusable answers are asked for again."""
+        """float64 (B, width) counts, checked; unusable answers are asked for again, saturated ones are counted."""
         self.limits.refuse(tile, codes, "codes")
 
         def once() -> np.ndarray:
@@ -238,7 +239,9 @@ class HardwareEngine(Engine):
                 raise _BadAnswer(f"tile {tile} answered a count beyond {self.limits.count_max}")
             return counts
 
-        return self.patience.insist(once, f"reading tile {tile}")
+        counts = self.patience.insist(once, f"reading tile {tile}")
+        self._n_saturated += int((np.abs(counts) >= self.limits.count_max).sum())
+        return counts
 
 
 class _BadAnswer(Exception):

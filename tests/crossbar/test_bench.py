@@ -111,6 +111,16 @@ def test_counts_beyond_the_declared_range_are_refused():
         engine.mvm(handle, X)
 
 
+def test_counts_at_the_end_of_the_range_are_counted():
+    """A clipping converter answers count_max itself; how often, the exact products say."""
+    limits = Limits(**(LIMITS | {"level_max": 255, "code_max": 255, "rows": 20, "count_max": 2 * 40_000}))
+    engine = HardwareEngine(FakeDriver(limits), drive=Drive(), patience=QUICK)
+    engine.mvm(engine.load(W, 1.0, "a"), X)
+    steps = 255 // np.abs(W).max(0)  # levels per weight step
+    parts = np.concatenate([X @ W.clip(0) * steps, X @ (-W).clip(0) * steps])
+    assert engine.programming()["n_saturated"] == (parts >= 40_000).sum() > 0
+
+
 @pytest.mark.parametrize(
     ("limits", "more", "message"),
     [
