@@ -6,8 +6,10 @@
 
 Layers are loaded, calibrated column by column on training images, and run on test images; all others are exact
 integers. Every multiplication of a bench is kept in the folder, a simulated one where it is asked for. A bench that
-fails ends the run with `BenchError` and loses nothing: the same plan again answers from the folder what was measured
-and asks the bench for the rest. ``replay`` does the whole run again without a bench, to the same logits.
+fails ends the run with `BenchError` and loses nothing: the same plan again answers from the folder what was measured,
+writes the cells again and asks the bench for the rest. Where writing is not exact, gains and offsets do not fit cells
+that were written again after they were fitted: ``written_again`` names these layers. ``replay`` does the whole run
+again without a bench, to the same logits.
 ``summary.json`` and ``layers.csv`` hold what came out.
 """
 
@@ -143,9 +145,11 @@ class Outcome:
     """float32 (n_test, n_classes)."""
     summary: dict[str, Any]
     """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows on record, layers, engine;
-    of a bench tiles_needed, n_tiles, n_writes, n_saturated counts and write_s (seconds)."""
+    of a bench tiles_needed, n_tiles, n_writes, n_saturated counts and write_s (seconds), and the layers written_again
+    within the run or since an earlier part of it."""
     layers: pd.DataFrame
-    """One row per matrix: layer, kind, n_rows, rmse_before_lsb, rmse_after_lsb on the calibration rows."""
+    """One row per matrix: layer, kind, n_rows, rmse_before_lsb, rmse_after_lsb on the calibration rows; of a bench
+    written_again."""
 
 
 def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Outcome:
@@ -168,7 +172,9 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
         error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
         trace = engine.trace() if isinstance(engine, RecordEngine) else getattr(engine, "trace", Trace())
         inner = getattr(engine, "inner", None)
-        written = inner.programming() if isinstance(inner, HardwareEngine) else {}
+        written: dict[str, Any] = {}
+        if isinstance(engine, RecordEngine) and isinstance(inner, HardwareEngine):
+            written = {**inner.programming(), "written_again": sorted(engine.resumed.union(inner.written_again()))}
         summary = {
             **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": trace.n_rows,
             **written, "layers": list(network.layers), "engine": engine.describe(),
@@ -176,7 +182,10 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
         fits = {group.name: engine.correction(group) for engine, group in network.groups()}
         lines = [(name, c.kind, c.n_rows, c.rmse_before, c.rmse_after) for name, c in fits.items()]
         columns = ["layer", "kind", "n_rows", "rmse_before_lsb", "rmse_after_lsb"]
-        outcome = Outcome(logits, summary, pd.DataFrame(lines, columns=columns))
+        layers = pd.DataFrame(lines, columns=columns)
+        if written:
+            layers["written_again"] = layers["layer"].isin(written["written_again"])
+        outcome = Outcome(logits, summary, layers)
     if plan.engine != "replay":
         atomic.write_text(plan.folder / "summary.json", json.dumps(outcome.summary, indent=1) + "\n")
         atomic.write_text(plan.folder / "layers.csv", outcome.layers.to_csv(index=False, lineterminator="\n"))

@@ -54,6 +54,7 @@ class _Block:
     columns: slice
     """Flattened."""
     levels: np.ndarray
+    n_writes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,8 @@ class _Placed:
 
 class HardwareEngine(Engine):
     """Multiplication on a bench. What does not fit on its tiles at once is written tile by tile, in order, when it is
-    read: `programming` says how often and how long.
+    read: `programming` says how often and how long. Where writing is not exact, cells that are `written_again` are not
+    those that a correction was fitted on.
 
     Args:
         driver: the bench.
@@ -128,6 +130,10 @@ class HardwareEngine(Engine):
         counts = {"tiles_needed": needed, "n_tiles": self.limits.n_tiles, "n_writes": self._n_writes}
         return {**counts, "n_saturated": self._n_saturated, "write_s": self._write_s}
 
+    def written_again(self) -> list[str]:
+        """Layers of which a tile was written more than once: for want of tiles, or for a fault map."""
+        return [name for name, placed in self._placed.items() if any(block.n_writes > 1 for block in placed.blocks)]
+
     def fault_map(self, handle: Handle) -> np.ndarray:
         """uint8 (K, C, P): the cells under ``handle`` that stay low or high whatever is written, for `Faults`.
 
@@ -150,7 +156,7 @@ class HardwareEngine(Engine):
                                       -(-shape[0] // self.limits.rows_per_read))  # fmt: skip
                 counts = np.concatenate([self._read(tile, part, shape[1]) for part in rows])
                 found[block.rows, block.columns][wrong(counts, half)] = code
-            self._write(tile, block.levels)
+            self._fill(tile, block)
         return found.reshape(placed.plan.levels.shape)
 
     def close(self) -> None:
@@ -193,9 +199,13 @@ class HardwareEngine(Engine):
             return self._held.index(block)
         tile, self._next = self._next, (self._next + 1) % self.limits.n_tiles
         self._held[tile] = None  # until it is written
-        self._write(tile, block.levels)
+        self._fill(tile, block)
         self._held[tile] = block
         return tile
+
+    def _fill(self, tile: int, block: _Block) -> None:
+        self._write(tile, block.levels)
+        block.n_writes += 1
 
     def _rows_at_once(self, handle: Handle) -> int:
         return self.limits.rows_per_read if self._fits() else super()._rows_at_once(handle)

@@ -164,6 +164,9 @@ class RecordEngine(Engine):
         other = difference(self._past.engine, self._description) if self._past.engine else ""
         if other:
             raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
+        self.resumed: set[str] = set()
+        """Layers of which some rows were on record and others were measured now: on a bench by cells that were written
+        in between."""
         self._past_at: dict[tuple[float, float], Trace] = {}
         self._waiting: list[Call] = []
 
@@ -212,6 +215,8 @@ class RecordEngine(Engine):
         celsius = arrays.celsius if arrays else 25.0
         past = self._past_of(arrays.time_s, celsius) if arrays else self._past
         missing = torch.tensor(list(past.take(handle.name, rows, y)), dtype=torch.int64)
+        if len(missing) and handle.name in self._past.layers:
+            self.resumed.add(handle.name)
         for part in missing.split(max(1, self._rows_at_once(handle))):
             asked = rows[part]
             try:

@@ -209,6 +209,9 @@ def test_layers_larger_than_the_bench_are_written_tile_by_tile_in_order():
     assert cost["write_s"] > 0
     with pytest.raises(CrossbarError, match="no tiles of its own"):
         engine.fault_map(first)
+    assert engine.written_again() == []
+    engine.mvm(first, X)
+    assert engine.written_again() == ["a"]
     roomy = engine_on(fake())
     roomy.mvm(roomy.load(W, 1.0, "a"), X)
     assert roomy.programming()["n_writes"] == roomy.programming()["tiles_needed"] == 6

@@ -1,5 +1,6 @@
 """The bench run: rehearsed, recorded, interrupted, resumed and replayed, with the same logits."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_a_rehearsal_is_calibrated_and_replays_to_the_same_logits(small, tmp_pat
 
 def test_a_bench_that_fails_is_resumed_by_the_same_plan(small, tmp_path, monkeypatch):
     whole = run(plan(tmp_path / "whole"), small)
-    broken = [False] * 3 + [True] * 99
+    broken = [False] * 2 + [True] * 99
 
     class Failing(FakeDriver):
         def __init__(self, *given, **more):
@@ -56,6 +57,15 @@ def test_a_bench_that_fails_is_resumed_by_the_same_plan(small, tmp_path, monkeyp
     broken.clear()
     resumed = run(plan(tmp_path / "cut"), small)
     assert resumed.summary["n_rows"] == whole.summary["n_rows"]
+    assert whole.summary["written_again"] == []
+    assert not whole.layers["written_again"].any()
+    assert resumed.summary["written_again"] == ["conv2"]  # of which the first reads were on record
+    assert resumed.layers.set_index("layer")["written_again"].to_dict() == {"conv2": True, "fc": False}
+
+
+def test_a_run_names_the_layers_that_share_tiles(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "REHEARSAL", dataclasses.replace(bench.REHEARSAL, n_tiles=1))
+    assert run(plan(tmp_path), small).summary["written_again"] == ["conv2", "fc"]
 
 
 def test_what_was_not_recorded_cannot_be_replayed(small, tmp_path):
