@@ -46,7 +46,7 @@ class Drive(Settings):
     mode: Literal["analog", "serial"] = "analog"
     """"analog": one step with a multi-bit level or pulse width. "serial": ``step_bits`` bits at a time, ADC each."""
     step_bits: checks.CellBits = 1
-    """Bits v per step of the serial mode, 1..8."""
+    """Bits v per step of the serial mode, 1..8; the analog mode drives all bits in one step and has no other than 1."""
     accumulate: bool = field(default=False, metadata=checks.OPTION)
     """Serial mode: add the steps' currents by their weights in analog and convert the sum once, not every step."""
     managed: bool = field(default=False, metadata=checks.OPTION)
@@ -58,6 +58,10 @@ class Drive(Settings):
         super().__post_init__()
         if (self.accumulate and self.mode == "analog") or (self.managed and self.mode == "serial"):
             raise CrossbarError("Drive.accumulate is for mode 'serial', Drive.managed for mode 'analog'")
+        if self.step_bits != 1 and self.mode == "analog":
+            raise CrossbarError(
+                f"Drive.step_bits = {self.step_bits}: mode 'analog' drives all bits at once; use 'serial'"
+            )
 
     @property
     def at_once(self) -> bool:

@@ -181,6 +181,8 @@ def test_drives_that_cannot_be_are_refused():
     for wrong in ({"accumulate": True}, {"mode": "serial", "managed": True}):
         with pytest.raises(CrossbarError, match=r"Drive\.accumulate"):
             Drive(**wrong)
+    with pytest.raises(CrossbarError, match=r"Drive\.step_bits = 2: mode 'analog' drives all bits at once"):
+        Drive("analog", step_bits=2)
     bent = replace(IDEAL, iv_cubic=0.2)
     with pytest.raises(CrossbarError, match="step_bits=1"):
         loaded(Circuit(bent, drive=Drive("serial", 2, accumulate=True), adc=Adc(8, "max")))
