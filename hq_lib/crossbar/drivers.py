@@ -24,7 +24,8 @@ import numpy as np
 
 from hq_lib.crossbar.checks import POSITIVE, Count, CrossbarError, Positive, Settings
 
-_MAX_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
+"""Of a message's head, and of its array."""
 _IDLE_S = 60.0
 _DTYPES = ("<i8", "<f8")
 
@@ -120,7 +121,9 @@ class TcpDriver:
 
     def environment(self) -> dict[str, float]:
         found = self._call("environment")[0].get("environment")
-        if not isinstance(found, dict) or not all(isinstance(value, int | float) for value in found.values()):
+        if not isinstance(found, dict) or not all(
+            isinstance(value, int | float) and math.isfinite(value) for value in found.values()
+        ):
             raise ConnectionError(f"the bench did not answer with its conditions but with {found!r:.80}")
         return {str(key): float(value) for key, value in found.items()}
 
@@ -219,7 +222,7 @@ def _send(link: socket.socket, head: dict[str, Any], array: np.ndarray | None, d
     if array is not None:
         array = np.ascontiguousarray(array, "<i8" if np.issubdtype(array.dtype, np.integer) else "<f8")
         head, body = head | {"dtype": array.dtype.str, "shape": array.shape}, array.tobytes()
-    text = json.dumps(head).encode()
+    text = json.dumps(head, default=np.generic.item).encode()
     _limit(link, deadline)
     link.sendall(struct.pack(">I", len(text)) + text + body)
 
@@ -243,8 +246,8 @@ def _receive(link: socket.socket, deadline: float) -> tuple[dict[str, Any], np.n
 
 def _bytes(link: socket.socket, n_bytes: int, deadline: float) -> bytes:
     """Exactly ``n_bytes`` before ``deadline``; longer messages than 64 MiB are refused."""
-    if n_bytes > _MAX_BYTES:
-        raise ValueError(f"a message of {n_bytes} bytes is longer than {_MAX_BYTES}")
+    if n_bytes > MAX_BYTES:
+        raise ValueError(f"a message of {n_bytes} bytes is longer than {MAX_BYTES}")
     data = bytearray()
     while len(data) < n_bytes:
         _limit(link, deadline)

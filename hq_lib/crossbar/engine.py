@@ -223,9 +223,14 @@ class Engine(ABC):
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         """(rows, N) raw answers to checked integer inputs."""
 
-    def _checked(self, handle: Handle, x: Numbers | Operand) -> Operand:
+    def _known(self, handle: Handle) -> Handle:
+        """``handle`` itself; an error if it is not of this engine."""
         if self._handles.get(handle.name) is not handle:
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._handles)}")
+        return handle
+
+    def _checked(self, handle: Handle, x: Numbers | Operand) -> Operand:
+        self._known(handle)
         what = f"inputs of {handle.name}"
         operand = x if isinstance(x, Operand) else Operand(as_tensor(x))
         values = as_integers(operand.values, what, 4 if operand.window else 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hq_lib.crossbar.checks import BenchError, Count, CrossbarError, NotNegative, Settings, flatten
 from hq_lib.crossbar.circuit import Drive
-from hq_lib.crossbar.drivers import Driver
+from hq_lib.crossbar.drivers import MAX_BYTES, Driver
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW, Mapping, Plan
 from hq_lib.crossbar.operands import Handle, Operand
@@ -99,6 +99,8 @@ class HardwareEngine(Engine):
             raise CrossbarError("a bench is read column by column: use Mapping(subtract='digital')")
         if self.drive.accumulate:
             raise CrossbarError("a bench converts every step of its inputs: use Drive('serial', accumulate=False)")
+        if self.drive.managed:
+            raise CrossbarError("inputs of a bench are driven as they are: use Drive(managed=False)")
         if self.mapping.tile_rows > self.limits.rows or self.mapping.tile_cols > self.limits.columns:
             raise CrossbarError(
                 f"a tile of {self.mapping.tile_rows} x {self.mapping.tile_cols} is larger than the bench's "
@@ -137,27 +139,41 @@ class HardwareEngine(Engine):
     def fault_map(self, handle: Handle) -> np.ndarray:
         """uint8 (K, C, P): the cells under ``handle`` that stay low or high whatever is written, for `Faults`.
 
-        Each tile is written with nothing and with full cells and read row by row; its levels are written again.
+        Each tile is written with nothing and with full cells and read row by row, less what it answers to no codes at
+        all; its levels are written again. Low and high meet half way of the tile's median cell, so that gain and offset
+        of the bench need not be trimmed.
 
-        Errors: a layer that shares tiles with others, since its weights have no cells of their own.
+        Errors: a layer that shares tiles with others, since its weights have no cells of their own; a tile of which
+        half of the cells do not move.
         """
-        placed = self._placed[handle.name]
+        placed = self._placed[self._known(handle).name]
         if not self._fits():
             raise CrossbarError(
                 f"{handle.name} has no tiles of its own: the layers loaded need more than the bench has"
             )
         found = np.zeros((placed.plan.levels.shape[0], placed.plan.levels[0].numel()), np.uint8)
-        half = self.limits.level_max * self.limits.code_max * self.limits.counts_per_unit / 2
         for block in placed.blocks:
-            tile, shape = self._tile(block), block.levels.shape
-            for level, code, wrong in ((0, STUCK_HIGH, np.greater), (self.limits.level_max, STUCK_LOW, np.less)):
-                self._write(tile, np.full(shape, level, np.int64))
-                rows = np.array_split(np.eye(shape[0], dtype=np.int64) * self.limits.code_max,
-                                      -(-shape[0] // self.limits.rows_per_read))  # fmt: skip
-                counts = np.concatenate([self._read(tile, part, shape[1]) for part in rows])
-                found[block.rows, block.columns][wrong(counts, half)] = code
+            tile = self._tile(block)
+            nothing, full = (self._cell_by_cell(tile, block.levels.shape, n) for n in (0, self.limits.level_max))
             self._fill(tile, block)
+            half = float(np.median(full - nothing)) / 2
+            if half < 0.05 * self.limits.level_max * self.limits.code_max * self.limits.counts_per_unit / 2:
+                raise CrossbarError(
+                    f"{handle.name}: half of the cells of tile {tile} do not move between nothing and full"
+                )
+            found[block.rows, block.columns][nothing > half] = STUCK_HIGH
+            found[block.rows, block.columns][full < half] = STUCK_LOW
         return found.reshape(placed.plan.levels.shape)
+
+    def _cell_by_cell(self, tile: int, shape: tuple[int, ...], level: int) -> np.ndarray:
+        """float64 ``shape``: counts of each cell of a tile at ``level``, driven alone, less those of no cell driven."""
+        self._write(tile, np.full(shape, level, np.int64))
+        codes, counts = np.eye(shape[0], dtype=np.int64) * self.limits.code_max, []
+        for rows in np.array_split(codes, -(-shape[0] // max(self._per_read - 1, 1))):
+            parts = np.array_split(np.concatenate([0 * codes[:1], rows]), 1 if self._per_read > 1 else 2)
+            read = np.concatenate([self._read(tile, part, shape[1]) for part in parts])
+            counts.append(read[1:] - read[0])
+        return np.concatenate(counts)
 
     def close(self) -> None:
         self.driver.close()
@@ -207,18 +223,23 @@ class HardwareEngine(Engine):
         self._write(tile, block.levels)
         block.n_writes += 1
 
+    @property
+    def _per_read(self) -> int:
+        """Input vectors per read: as many as the bench takes and a message to it holds."""
+        return max(1, min(self.limits.rows_per_read, MAX_BYTES // (8 * max(self.limits.rows, self.limits.columns))))
+
     def _rows_at_once(self, handle: Handle) -> int:
-        return self.limits.rows_per_read if self._fits() else super()._rows_at_once(handle)
+        return self._per_read if self._fits() else super()._rows_at_once(handle)
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
         """float64 (B, N): tile by tile, all rows of a tile before the next is written."""
         placed, rows = self._placed[handle.name], x.rows()
         plan, shape = placed.plan, placed.plan.levels.shape
-        parts = list(rows.split(self.limits.rows_per_read)) if len(rows) else []
+        parts = list(rows.split(self._per_read)) if len(rows) else []
         total = torch.zeros(len(rows), shape[1] * shape[2], dtype=torch.float64)
         for block in placed.blocks:
             tile, width = self._tile(block), block.levels.shape[1]
-            for part, out in zip(parts, total.split(self.limits.rows_per_read), strict=bool(parts)):
+            for part, out in zip(parts, total.split(self._per_read), strict=bool(parts)):
                 for step in self.drive.steps(handle.x_bits, handle.x_signed):
                     codes = step.digits(part).to(torch.int64).numpy()[:, block.rows]
                     out[:, block.columns] += step.factor * torch.from_numpy(self._read(tile, codes, width))

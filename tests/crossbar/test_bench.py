@@ -1,5 +1,7 @@
 """Benches: exact through an ideal bench, patient with a flaky one, and never sent what they cannot take."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from benches import LIMITS, QUICK, RNG, SLICED, W, X, engine_on, fake
@@ -21,6 +23,7 @@ from hq_lib.crossbar import (
     RecordEngine,
     SimEngine,
     TcpDriver,
+    bench,
 )
 from hq_lib.crossbar.profiles import IDEAL
 from hq_lib.crossbar.recording import load_parts
@@ -111,6 +114,25 @@ def test_counts_beyond_the_declared_range_are_refused():
         engine.mvm(handle, X)
 
 
+@pytest.mark.parametrize(("gain", "offset"), [(1.0, 330.0), (0.45, 0.0), (1.6, -400.0)])
+@pytest.mark.parametrize("rows_per_read", [1, 2, 7, 256])
+def test_gain_and_offset_of_a_bench_are_no_stuck_cells(gain, offset, rows_per_read):
+    limits, stuck = replace(bench.REHEARSAL, rows_per_read=rows_per_read), np.zeros((128, 128), np.uint8)
+    stuck[3, 2], stuck[5, 4] = 1, 2
+    driver = FakeDriver(limits, gain=gain, offset=offset, noise=5.0, stuck={0: stuck})
+    engine = HardwareEngine(driver, drive=Drive(), patience=QUICK)
+    handle = engine.load(W, 1.0, "a")
+    written = driver._levels[0]
+    np.testing.assert_array_equal(engine.fault_map(handle).reshape(20, -1), stuck[:20, :6])
+    np.testing.assert_array_equal(driver._levels[0], written)
+
+
+def test_a_tile_that_does_not_move_has_no_fault_map():
+    engine = HardwareEngine(FakeDriver(bench.REHEARSAL, gain=0.0, noise=5.0), drive=Drive(), patience=QUICK)
+    with pytest.raises(CrossbarError, match="a: half of the cells of tile 0 do not move"):
+        engine.fault_map(engine.load(W, 1.0, "a"))
+
+
 def test_counts_at_the_end_of_the_range_are_counted():
     """A clipping converter answers count_max itself; how often, the exact products say."""
     limits = Limits(**(LIMITS | {"level_max": 255, "code_max": 255, "rows": 20, "count_max": 2 * 40_000}))
@@ -128,6 +150,7 @@ def test_counts_at_the_end_of_the_range_are_counted():
         ({"columns": 4}, {}, "larger than the bench"),
         ({"code_max": 2}, {}, "inputs need codes up to 3, the bench takes 2"),
         ({}, {"mapping": Mapping(tile_rows=16, tile_cols=8)}, "subtract='digital'"),
+        ({}, {"drive": Drive(managed=True)}, "driven as they are"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_sent(limits, more, message):
@@ -233,6 +256,8 @@ def test_the_fault_map_of_a_bench_predicts_what_it_answers():
     tile = np.concatenate([stuck[0], stuck[1], stuck[2], stuck[3], stuck[4], stuck[5]])
     assert 0 < (found == 1).sum() < (tile == 1).sum() + 1
     assert 0 < (found == 2).sum() < (tile == 2).sum() + 1
+    with pytest.raises(CrossbarError, match="'a' was not loaded into this engine"):
+        engine_on(fake()).fault_map(handle)
     driver.noise = 0.0
     twin = SimEngine(Circuit(IDEAL, SLICED, faults=Faults(maps={"a": found})))
     np.testing.assert_array_equal(engine.mvm(handle, X), twin.mvm(twin.load(W, 1.0, "a"), X))

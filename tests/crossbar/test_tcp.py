@@ -4,12 +4,25 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from benches import LIMITS, W, X, engine_on, fake
 
-from hq_lib.crossbar import BenchError, BenchServer, FakeDriver, HardwareEngine, Limits, Patience, TcpDriver
+from hq_lib.crossbar import (
+    BenchError,
+    BenchServer,
+    Drive,
+    FakeDriver,
+    HardwareEngine,
+    Limits,
+    Patience,
+    TcpDriver,
+    bench,
+    drivers,
+    hardware,
+)
 
 
 def test_over_tcp_as_in_memory():
@@ -93,6 +106,48 @@ def test_nonsense_from_the_network_is_a_lost_connection(words):
         driver.limits()
     driver.close()
     server.close()
+
+
+def test_a_read_is_cut_to_what_a_message_holds(monkeypatch):
+    """64 MiB are 65,536 rows of 128 codes: here 4 KiB stand for them, 4 rows; a bench that takes more gets no more."""
+    sizes = []
+
+    class Counting(FakeDriver):
+        def read(self, tile, codes):
+            sizes.append(codes.nbytes)
+            return super().read(tile, codes)
+
+    for module in (drivers, hardware):
+        monkeypatch.setattr(module, "MAX_BYTES", 4096)
+    limits = replace(bench.REHEARSAL, rows_per_read=100_000, counts_per_unit=1.0)
+    with BenchServer(Counting(limits)) as server:
+        engine = engine_on(TcpDriver(*server.address), mapping=None, drive=Drive())
+        np.testing.assert_array_equal(engine.mvm(engine.load(W, 1.0, "a"), X), X @ W)
+        engine.close()
+    assert sizes == [8 * 20 * 4, 8 * 20 * 4, 8 * 20 * 2]
+
+
+def test_conditions_that_are_no_numbers_are_refused_where_they_are_asked_for():
+    class Timeless(FakeDriver):
+        def environment(self):
+            return {"time_s": float("nan")}
+
+    with BenchServer(Timeless(Limits(**LIMITS))) as server:
+        driver = TcpDriver(*server.address)
+        with pytest.raises(ConnectionError, match="nan"):
+            driver.environment()
+        driver.close()
+
+
+def test_limits_and_conditions_may_be_numbers_of_numpy():
+    class Measuring(FakeDriver):
+        def environment(self):
+            return {"time_s": np.float32(2.5), "n_reads": np.int64(3)}
+
+    with BenchServer(Measuring(Limits(**(LIMITS | {"rows": np.int64(16)})))) as server:
+        driver = TcpDriver(*server.address)
+        assert (driver.limits().rows, driver.environment()) == (16, {"time_s": 2.5, "n_reads": 3.0})
+        driver.close()
 
 
 def test_nobody_listens():
