@@ -21,9 +21,11 @@ from hq_lib.studies.crossbar import figures, study, tables
 from hq_lib.studies.crossbar.points import (
     ALL_OF_IT,
     CORRECTIONS,
+    DAY_S,
     ONE_SCALE,
     PLANS,
     STUDIES,
+    Place,
     by_rule,
     network_path,
     places,
@@ -129,6 +131,25 @@ def test_corrections_do_not_leak_into_each_other(small):
     alone = study.open_arrays(_run(plan), todo[1].bench)
     assert alone is not None
     assert list(study.measure(_run(plan), alone, todo[1])) == together[todo[1].what[1]]
+
+
+def test_fitted_ranges_are_those_of_the_time_of_reading_whatever_was_measured_before(small):
+    """Logits under each correction, alone on fresh arrays, after all others, and for "none" by hand."""
+    plan, place = PLANS["smoke"], Place("budget", "all of it", 0, ALL_OF_IT, ("none", "column", "bn"), DAY_S)
+    x = data.normalize(small.test.images, small.test.spec)
+
+    def logits(bench, kind):
+        study.correct(plan, bench, kind, 0, fitted=True)
+        return bench.network.run(x)
+
+    used = study.open_arrays(_run(plan), (place, 0))
+    for kind in ("column", "bn", "none"):
+        fresh = study.open_arrays(_run(plan), (place, 0))
+        np.testing.assert_array_equal(logits(used, kind), logits(fresh, kind))
+    aged = EngineNetwork(small.model, SimEngine(ALL_OF_IT))
+    aged.set_time(DAY_S)
+    aged.calibrate(small.calibration(plan.n_calib, 0), kind=None)
+    np.testing.assert_array_equal(logits(used, "none"), aged.run(x))
 
 
 def test_settings_name_the_device_and_what_differs():

@@ -146,7 +146,7 @@ def open_arrays(run: Run[Plan], needed: Any) -> Programmed | None:
 def measure(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
     """Accuracy, and relative distance of all logits to the exact integers', under one correction; costs of slices."""
     place, correction, seed = point.what
-    correct(run.plan, bench, correction, seed)
+    correct(run.plan, bench, correction, seed, fitted=_fitted(place))
     test = bench.integers.test
     logits = bench.network.run(normalize(test.images, test.spec))
     exact, acc_pct = bench.integers.logits, evaluation_of(torch.from_numpy(logits), test.labels).acc_pct
@@ -156,10 +156,16 @@ def measure(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
     yield from metric_rows({**found, "acc_pct": acc_pct}, dataset=test.spec.name)
 
 
-def correct(plan: Plan, bench: Programmed, kind: str, seed: int) -> None:
-    """Puts one correction in force, and takes out all others; read noise starts from its first draw."""
+def correct(plan: Plan, bench: Programmed, kind: str, seed: int, *, fitted: bool) -> None:
+    """Puts one correction in force, and takes out all others; read noise starts from its first draw.
+
+    Converter ranges that are ``fitted`` are fitted anew, uncorrected and at the time of reading, whatever was measured
+    before; fits per column find ranges of their own as they go.
+    """
     network = bench.network
     network.reset()
+    if fitted:
+        network.calibrate(bench.integers.calibration(plan.n_calib, seed), kind=None)
     for engine in network.engines:
         if isinstance(engine, SimEngine):
             engine.reset_noise()
