@@ -70,6 +70,8 @@ class Reference:
     """(m, K) integer inputs."""
     size: Tensor
     """float64 (N,), mean |reading| per column, accumulator units."""
+    t_s: float
+    """Time of the engine at which it was read, seconds."""
 
 
 def references(network: EngineNetwork, images: Numbers, *, n_rows: int = 256) -> dict[str, Reference]:
@@ -81,7 +83,7 @@ def references(network: EngineNetwork, images: Numbers, *, n_rows: int = 256) ->
     for (engine, group), probes in zip(network.groups(), rows, strict=True):
         if not bool((probes != 0).any()):
             raise CrossbarError(f"{group.name}: probe rows must exist and not all be zero")
-        found[group.name] = Reference(probes, engine.measure(group, probes).abs().mean(0))
+        found[group.name] = Reference(probes, engine.measure(group, probes).abs().mean(0), engine.time_s)
     return found
 
 
@@ -92,10 +94,18 @@ def compensate(
 
     Args:
         per: "column" (one factor per output) or "layer" (one for all). Dead columns keep the factor 1.
+
+    Errors: a fit in force that is newer than its reference: it has taken that drift out already.
     """
     check_known(per, ("column", "layer"), "per", error=CrossbarError)
     found = {}
     for engine, group in network.groups():
+        fit, then_s = engine.correction(group), references[group.name].t_s
+        if fit.kind != "identity" and fit.t_s > then_s:
+            raise CrossbarError(
+                f"{group.name}: fitted at {fit.t_s:g} s, its reference is of {then_s:g} s: drift would be corrected "
+                "twice; take references again after the fit, or network.reset() first"
+            )
         then, now = references[group.name].size, engine.measure(group, references[group.name].probes).abs().mean(0)
         ratio = then.sum() / now.sum().clamp_min(1e-30) if per == "layer" else then / now.clamp_min(1e-30)
         factor = torch.where((then > 0) & (now > 0), ratio.clamp(*_RANGE), 1.0)
@@ -173,5 +183,6 @@ def _fit_layer(network: EngineNetwork, op: Layer, x: np.ndarray, aim: Moments) -
     for group, raw, wanted, spread in zip(layer.groups, raws, *moments, strict=True):
         now = raw.std(0, correction=0)
         gain = torch.where(now > 0, spread / now.clamp_min(1e-30), 1.0)
-        fitted = Correction(gain, wanted - gain * raw.mean(0), torch.ones_like(gain), "norms", len(raw))
+        fitted = Correction(gain, wanted - gain * raw.mean(0), torch.ones_like(gain), "norms", len(raw),
+                            t_s=layer.engine.time_s)  # fmt: skip
         layer.engine.set_correction(group, fitted)

@@ -46,6 +46,8 @@ class Correction:
     """Root mean square error on the calibration rows without correction, accumulator units (LSB)."""
     rmse_after: float = float("nan")
     """The same with it."""
+    t_s: float = 0.0
+    """Time of the engine at which it was fitted, seconds."""
 
     @classmethod
     def identity(cls, n_outputs: int) -> "Correction":
@@ -176,7 +178,8 @@ class Engine(ABC):
             raise CrossbarError(f"{handle.name}: gain and offset need 3 calibration rows, not {len(x)}: more images")
         wanted = exact_mvm(handle, as_tensor(x)) if y_ideal is None else as_tensor(y_ideal)
         runs = torch.stack([self.measure(handle, x).to(torch.float64) for _ in range(max(repeats, 1))])
-        self._corrections[handle.name] = Correction.fit(runs, wanted.to(torch.float64), kind=kind)
+        found = Correction.fit(runs, wanted.to(torch.float64), kind=kind)
+        self._corrections[handle.name] = replace(found, t_s=self.time_s)
         return self._corrections[handle.name]
 
     def correction(self, handle: Handle) -> Correction:

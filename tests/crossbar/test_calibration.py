@@ -1,6 +1,7 @@
 """Calibration: known errors go to round-off, held-out errors fall, dead columns stay finite, faults are mended."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +162,27 @@ def test_probes_must_carry_signal():
     engine, handle = loaded(SimEngine())
     with pytest.raises(CrossbarError, match="probe rows"):
         references(as_network(engine, handle, np.zeros((5, 90), int)), X)
+
+
+def test_drift_is_not_corrected_twice():
+    """A fit has taken out the drift up to its time: compensation goes on from references of then, and from no older."""
+    engine, handle = loaded(SimEngine(Circuit(replace(PCM_NANDAKUMAR, read=None))))
+    network = as_network(engine, handle, FIT)
+    old = references(network, X)
+    engine.calibrate(handle, FIT)
+    engine.set_time(3600.0)
+    compensate(network, old)  # fitted at the time of the references
+    engine.set_time(86_400.0)
+    engine.calibrate(handle, FIT)
+    with pytest.raises(CrossbarError, match=r"a: fitted at 86400 s, its reference is of 20 s: .*references again"):
+        compensate(network, old)
+    fresh, fitted = references(network, X), rms(engine, handle)
+    compensate(network, fresh)
+    assert rms(engine, handle) == fitted
+    engine.set_time(1e7)
+    assert rms(engine, handle) > 2 * fitted
+    compensate(network, fresh)
+    assert rms(engine, handle) < 2 * fitted
 
 
 @pytest.mark.parametrize(
