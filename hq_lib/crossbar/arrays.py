@@ -140,10 +140,18 @@ class ArrayLayer:
             return None
         n_rows = min(self.circuit.mapping.tile_rows, len(self.handle.w_int))
         try:
-            step = adc.ruled_step(self.span * n_rows * self.circuit.drive.peak(*self.inputs), self.signed)
+            step = adc.ruled_step(self._largest() * n_rows * self.circuit.drive.peak(*self.inputs), self.signed)
         except CrossbarError as error:
             raise CrossbarError(f"{self.handle.name}: {error}") from None
         return step.expand(n_planes, -1)
+
+    def _largest(self) -> Tensor:
+        """float64 (N,), or (Q, N) against a reference column: the largest |level| that a cell can show a converter."""
+        n, levels = self.plan.n_outputs, self.plan.levels
+        if levels.shape[1] == n:
+            return self.span
+        middle, whole = levels[0, n][:, None], self.plan.span[n]
+        return torch.maximum(middle, whole - middle) * self.span / whole
 
     def _lossless(self) -> bool:
         """Whether converted reading provably equals the matmul: no converter, or whole codes that cannot saturate."""

@@ -84,6 +84,29 @@ def test_max_range_that_is_no_whole_number_of_units_errs_where_exact_does_not():
     assert 0.001 < np.sqrt((error**2).mean() / ((X @ W) ** 2).mean()) < 0.05
 
 
+@pytest.mark.parametrize("cell_bits", [None, 2])
+@pytest.mark.parametrize(("k", "value"), [(1, 127), (1, -127), (3, -128), (3, 127)])
+def test_a_reference_column_takes_its_current_off_the_range(cell_bits, k, value):
+    """|I| <= R max(middle, span - middle) x, for each slice."""
+    mapping, w = Mapping("offset", cell_bits=cell_bits, scale="none", tile_rows=k), np.full((k, 2), value)
+    x = np.array([[255] * k, [0] * k])
+    engine = SimEngine(Circuit(IDEAL, mapping, adc=Adc(16, "max"), path="converted"))
+    handle = engine.load(w, 1.0, "a")
+    layer = engine.layer(handle)
+    currents = np.einsum("bk,knq->qnb", x, layer.planes.numpy())
+    reachable = k * 255 * np.array([[128.0]] if cell_bits is None else [[3.0], [3.0], [3.0], [2.0]])
+    np.testing.assert_allclose(layer.adc_step.numpy() * (2**15 - 1), np.broadcast_to(reachable, layer.adc_step.shape))
+    assert (np.abs(currents).max(-1) <= reachable + 1e-6).all()
+    engine.mvm(handle, x)
+    assert layer.n_saturated == 0
+
+
+def test_an_exact_converter_is_not_refused_for_currents_that_cannot_be():
+    engine = SimEngine(Circuit(IDEAL, Mapping("offset"), adc=Adc(16, "exact")))
+    handle = engine.load(np.full((1, 1), 127), 1.0, "a")
+    assert engine.mvm(handle, np.array([[255]])).item() == 127 * 255
+
+
 @pytest.mark.parametrize("coverage", [0.9999, None])
 def test_calibrated_range_beats_the_full_range(coverage):
     full, fitted = engine_and_handle(Adc(8, "max")), engine_and_handle(Adc(8, "calibrated", coverage=coverage))
