@@ -193,6 +193,11 @@ class Engine(ABC):
         self._corrections[handle.name] = correction
 
     @property
+    def handles(self) -> list[str]:
+        """Names of the loaded matrices."""
+        return list(self._handles)
+
+    @property
     def time_s(self) -> float:
         """Seconds since programming at which the engine answers; 0 where time has no meaning."""
         return 0.0

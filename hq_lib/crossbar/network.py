@@ -45,7 +45,8 @@ class EngineNetwork:
             pattern that fits a layer decides; layers that none fits are multiplied exactly in NumPy. Weights are
             loaded (programmed) here, under the layers' names; engines stay the caller's to close.
 
-    Errors: a pattern that fits no layer (with the nearest names), a layer whose bits an engine refuses.
+    Errors: a pattern that fits no layer, a fault map of none that is loaded (with the nearest names), a layer whose
+    bits an engine refuses.
     """
 
     def __init__(self, model: IntegerModel, engines: Engine | Mapping[str, Engine]) -> None:
@@ -57,6 +58,10 @@ class EngineNetwork:
             for op in model.layers()
             if op.name in chosen
         }
+        for engine in self.engines:
+            arrays = simulated(engine)
+            for name in arrays.circuit.faults.maps if arrays else ():
+                check_known(name, engine.handles, "layer of a fault map", error=CrossbarError)
 
     @property
     def engines(self) -> list[Engine]:

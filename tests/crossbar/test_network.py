@@ -13,6 +13,7 @@ from hq_lib.crossbar import (
     CrossbarError,
     Engine,
     EngineNetwork,
+    Faults,
     IdealEngine,
     Mapping,
     RecordEngine,
@@ -203,6 +204,17 @@ def test_converter_ranges_are_fitted_before_anything_is_measured():
     found = network.calibrate(images(16), kind=None)
     assert {correction.kind for correction in found.values()} == {"identity"}
     assert distance(network, x) < 0.05
+
+
+def test_a_fault_map_of_no_layer_is_refused_with_the_nearest():
+    model = lower(quantized("residual", "w8a8"))
+    shape = EngineNetwork(model, SimEngine()).layers["conv1"].groups[0].w_int.shape
+    codes = np.full((*shape, 2), 2, np.uint8)
+    stuck = [SimEngine(Circuit(IDEAL, faults=Faults(maps={name: codes}))) for name in ("conv1", "con1")]
+    network = EngineNetwork(model, stuck[0])
+    assert not bool(stuck[0].layer(network.layers["conv1"].groups[0]).weight.any())
+    with pytest.raises(CrossbarError, match=r"layer of a fault map 'con1'.*did you mean 'conv1'"):
+        EngineNetwork(model, stuck[1])
 
 
 def test_drift_is_compensated():
