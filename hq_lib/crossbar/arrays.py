@@ -83,13 +83,13 @@ class ArrayLayer:
 
     def calibrate_adc(self, x: Tensor) -> None:
         """Nothing; fits the converters' range to the currents of ``x`` (m, K). One range for the layer; the ranges of
-        slices are powers of two of each other, so that shift-and-add stays whole."""
+        slices are powers of two of each other, so that shift-and-add stays whole; one without current has the least."""
         adc, planes = self.circuit.adc, self._currents(x)
         if adc is None:
             raise CrossbarError(f"{self.handle.name}: there is no converter to calibrate (adc=None)")
         fitted = torch.tensor([adc.fitted_step(plane, self.signed) for plane in planes], dtype=torch.float64)
-        base = fitted.min()
-        fitted = base * torch.exp2(torch.ceil(torch.log2(fitted / base) - 1e-9))
+        base = fitted[fitted > 0].min() if bool((fitted > 0).any()) else fitted.new_ones(())
+        fitted = base * torch.exp2(torch.ceil(torch.log2(fitted.clamp_min(base) / base) - 1e-9))
         self.adc_step, self._tiles = fitted[:, None] * self.span, []
 
     def _currents(self, x: Tensor) -> list[Tensor]:

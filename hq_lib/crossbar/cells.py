@@ -73,8 +73,9 @@ class Cells:
         pulses = stream(seed, name, "program")
         xi, n_pulses = _normals(circuit, target.shape, pulses), target.numel()
         near = verify.tolerance * device.window_uS if verify else 0.0
+        stuck, works = _stuck(circuit, codes, target), codes == OK
         for _ in range(verify.max_pulses - 1 if verify else 0):
-            off = (device.program(target, xi) - target).abs() > near
+            off = (torch.where(works, device.program(target, xi), stuck) - target).abs() > near
             if not bool(off.any()):
                 break
             xi, n_pulses = torch.where(off, _normals(circuit, target.shape, pulses), xi), n_pulses + int(off.sum())
@@ -94,7 +95,7 @@ class Cells:
         g = device.at(self.target_uS, self.xi, self.nu, t_s)
         if bool(works.all()):
             return g, self.g0_uS
-        stuck = torch.where(self.codes == STUCK_HIGH, device.g_max_uS, device.g_min_uS).to(g.dtype)
+        stuck = _stuck(self.circuit, self.codes, g)
         return torch.where(works, g, stuck), torch.where(works, self.g0_uS, stuck)
 
     def fractions(self, t_s: float, celsius: float = 25.0) -> tuple[Tensor, Tensor | None]:
@@ -126,6 +127,11 @@ class Cells:
         for tile in self.circuit.mapping.tiles(flat.shape):
             seen[tile] = torch.from_numpy(effective_conductance(flat[tile].numpy(), wires))
         return seen.view(g.shape)
+
+
+def _stuck(circuit: Circuit, codes: Tensor, like: Tensor) -> Tensor:
+    """What stuck cells hold, uS, in the dtype of ``like``; G_min where cells work."""
+    return torch.where(codes == STUCK_HIGH, circuit.device.g_max_uS, circuit.device.g_min_uS).to(like.dtype)
 
 
 def _normals(circuit: Circuit, shape: torch.Size, generator: Generator) -> Tensor:

@@ -108,7 +108,10 @@ class Drive(Settings):
 
 @dataclass(frozen=True)
 class Adc(Settings):
-    """One converter per read column. Leave it out (``adc=None``) for ideal, unlimited reading."""
+    """One converter per read column. Leave it out (``adc=None``) for ideal, unlimited reading.
+
+    Currents are those above G_min, with ``Mapping(subtract="digital")`` too: a converter that sees the current of G_min
+    as well, as one without a reference does, needs a larger range, most where the on/off ratio is small."""
 
     bits: checks.Bits = 8
     """Code width, 1..16 bits, sign included where currents have both signs (then 2..16)."""
@@ -125,7 +128,7 @@ class Adc(Settings):
     halvings: Annotated[int, checks.Bound(">= 0 and <= 16", whole=True)] = field(default=0, metadata=checks.OPTION)
     """Times that a row of inputs is read again at half the drive while any converter of an array saturates, 0..16, its
     codes doubled digitally: aihwkit's bound management. Read noise is that of the last reading; offsets count as the
-    column's own. With ``Drive("analog")`` only."""
+    column's own. Conversions are counted once a row, not once a reading. With ``Drive("analog")`` only."""
     inl_lsb: checks.NotNegative = 0.0
     """Peak integral nonlinearity, codes, >= 0: an S-shaped bend, zero at both ends and in the middle of the range."""
 
@@ -165,11 +168,12 @@ class Adc(Settings):
         return step
 
     def fitted_step(self, currents: Tensor, signed: bool) -> float:
-        """Current per code by the "calibrated" rule from sample ``currents`` of any shape, in their own unit."""
+        """Current per code by the "calibrated" rule from sample ``currents`` of any shape, in their own unit; 0 where
+        there are none."""
         sizes = currents.abs().flatten() if signed else currents.clamp_min(0).flatten()
         _, top = self.codes(signed)
         if sizes.numel() == 0 or not float(sizes.max()) > 0:
-            return 1.0
+            return 0.0
         if self.coverage is None:
             low, flat = self.codes(signed)[0], currents.flatten()
             steps = [float(flat.abs().max()) / top * 2.0 ** (-k / 8) for k in range(64)]
@@ -209,7 +213,8 @@ class Verify(Settings):
     tolerance: Annotated[float, checks.Bound("> 0 and < 1", mend="5 % of the window is 0.05")]
     """What is near enough, a fraction of the window G_max - G_min, in (0, 1)."""
     max_pulses: Annotated[int, checks.Bound(">= 1 and <= 10000", whole=True)] = 10
-    """Times that a cell is programmed at most, >= 1; the last state stays, wherever it is."""
+    """Times that a cell is programmed at most, >= 1; the last state stays, wherever it is. Stuck cells away from their
+    target take them all."""
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,21 @@ def test_calibrated_slices_keep_powers_of_two():
     torch.testing.assert_close(ratios, ratios.round(), rtol=0, atol=1e-9)
 
 
+def test_a_slice_without_current_does_not_coarsen_the_others():
+    """Weights of three bits declared as eight leave the upper slices idle: the lowest has the range it has alone."""
+    w = np.random.default_rng(1).integers(-3, 4, (64, 6))
+    w[0] = 3
+    steps = {}
+    for w_bits in (3, 8):
+        engine = SimEngine(Circuit(IDEAL, Mapping(cell_bits=2, scale="none"), adc=Adc(6)))
+        handle = engine.load(w, 1.0, "a", w_bits=w_bits)
+        steps[w_bits] = engine.calibrate_adc(handle, X[:, :64])
+    assert steps[8].shape[0] == 4
+    torch.testing.assert_close(steps[8], steps[3].expand(4, -1))
+    engine = SimEngine(Circuit(IDEAL, adc=Adc(6)))
+    assert bool((engine.calibrate_adc(engine.load(0 * w, 1.0, "a"), X[:, :64]) > 0).all())
+
+
 def test_saturation_is_counted():
     engine, handle = engine_and_handle(Adc(8, coverage=0.5))
     engine.calibrate_adc(handle, X)

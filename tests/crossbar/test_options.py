@@ -16,6 +16,7 @@ from hq_lib.crossbar import (
     CrossbarError,
     Device,
     Drive,
+    Faults,
     Mapping,
     SimEngine,
     Verify,
@@ -81,6 +82,17 @@ def test_write_verify_takes_the_pulses_and_leaves_the_spread_of_a_truncated_norm
     inside = stats.truncnorm(-tolerance / sigma, tolerance / sigma, scale=sigma)
     kept = error[error.abs() <= tolerance]
     assert float(kept.std()) == pytest.approx(inside.std(), rel=0.01)
+
+
+def test_stuck_cells_away_from_their_target_take_all_pulses():
+    """Exact cells take one pulse; a stuck one that is not near its target is tried until the last."""
+    faults, verify = Faults(0.1, 0.1), Verify(0.05, 10)
+    engine, handle = loaded(Circuit(IDEAL, faults=faults, verify=verify), RNG.integers(-127, 128, (60, 30)))
+    made = engine.layer(handle).cells
+    held = torch.where(made.codes == 2, 25.0, 0.0)
+    far = (made.codes > 0) & ((held - made.target_uS).abs() > 0.05 * 25.0)
+    assert made.n_pulses == made.codes.numel() + 9 * int(far.sum())
+    assert 0 < far.sum() < (made.codes > 0).sum()
 
 
 def test_write_verify_of_exact_cells_and_of_one_pulse_changes_nothing():
