@@ -37,7 +37,8 @@ class Mapping(Settings):
     cell_bits: CellBits | None = None
     """Bits c per cell, 1..8; weights are cut into slices. None: continuous cells, one slice, no level rounding."""
     subtract: Literal["analog", "digital"] = "analog"
-    """"analog": G- (or a reference column) is subtracted before the converter. "digital": after it."""
+    """"analog": G- (or a reference column) is subtracted before the converter. "digital": after it; what all cells
+    conduct at G_min is taken to be gone before it all the same, so that converters need no range for it."""
     tile_rows: Annotated[int, Bound(">= 1 and <= 4096", whole=True)] = 128
     """Rows R of one array, 1..4096 (64 to 512 in practice); longer columns are split and added digitally."""
     tile_cols: Annotated[int, Bound(">= 2", whole=True)] = 128

@@ -92,7 +92,9 @@ def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tu
     """(device, report): a device from a CSV of single cells, judged on cells that it has not seen.
 
     Args:
-        path: CSV with a line per cell and time: ``target_uS, g_uS [, time_s] [, read_sigma_uS]``.
+        path: CSV with a line per cell and time: ``target_uS, g_uS [, time_s] [, read_sigma_uS]``. Where there is read
+            noise, g_uS must be a mean of many reads: of single ones the spread between cells holds that noise already,
+            and it would enter twice.
         held_out: share of the cells of every target and time, in (0, 1), that only the report sees; drawn by ``seed``.
 
     Report, a row per target and time: n_fit and n_held_out cells; mean_uS and sigma_uS of the model, the same of the
