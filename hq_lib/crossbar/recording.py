@@ -164,6 +164,8 @@ class RecordEngine(Engine):
         other = difference(self._past.engine, self._description) if self._past.engine else ""
         if other:
             raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
+        if self._past.n_rows and (arrays := simulated(self)):
+            arrays.go_on(self._past.n_rows)
         self.resumed: set[str] = set()
         """Layers of which some rows were on record and others were measured now: on a bench by cells that were written
         in between."""

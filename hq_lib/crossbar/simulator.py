@@ -37,6 +37,7 @@ class SimEngine(Engine):
         self.circuit = circuit or Circuit()
         self._layers: dict[str, ArrayLayer] = {}
         self._streams: dict[tuple[object, ...], Normals] = {}
+        self._noise: tuple[int, ...] = ()
         self._t_s, self._celsius = self.circuit.device.t0_s, 25.0
 
     @property
@@ -77,8 +78,18 @@ class SimEngine(Engine):
         """Nothing; read noise starts again from its first draw."""
         self._streams.clear()
 
+    def go_on(self, n_rows: int) -> None:
+        """Nothing; read noise is that of an engine that goes on after ``n_rows`` rows on record: other draws than
+        theirs."""
+        self._streams.clear()
+        self._noise = (n_rows,)
+
     def layer(self, handle: Handle) -> ArrayLayer:
-        """The arrays behind ``handle``: cells and pulses, weights, path, converter steps, conversions, saturations."""
+        """The arrays behind ``handle``: cells and pulses, weights, path, converter steps, conversions, saturations.
+
+        Conversions are those that were simulated: none where converters provably lose nothing and one matmul does
+        (``path``). `count` has those of the circuit.
+        """
         if handle.name not in self._layers or self._layers[handle.name].handle is not handle:
             raise CrossbarError(f"layer {handle.name!r} was not loaded into this engine; loaded: {list(self._layers)}")
         return self._layers[handle.name]
@@ -94,7 +105,8 @@ class SimEngine(Engine):
         settings = flatten("", self.circuit)
         settings.pop("")
         warm = {} if self._celsius == 25.0 else {"celsius": self._celsius}
-        return {"engine": "sim", "t_s": self._t_s, **warm} | {k.removeprefix("."): v for k, v in settings.items()}
+        when = {"t_s": self._t_s} if self.circuit.device.ages else {}
+        return {"engine": "sim", **when, **warm} | {k.removeprefix("."): v for k, v in settings.items()}
 
     def effective_weight(self, handle: Handle) -> Tensor | None:
         layer = self.layer(handle)
@@ -132,7 +144,7 @@ class SimEngine(Engine):
 
     def _normals(self, *key: object) -> Normals:
         if key not in self._streams:
-            self._streams[key] = Normals(stream(self.circuit.seed, *key))
+            self._streams[key] = Normals(stream(self.circuit.seed, *key, *self._noise))
         return self._streams[key]
 
 
@@ -156,7 +168,10 @@ class Cost:
     def energy_pJ(
         self, *, adc_pJ: float = ADC_PJ[0], g_uS: float = 10.0, v_read: float = 0.2, t_ns: float = 10.0
     ) -> float:
-        """Estimate in pJ per input row: converters plus array (mean conductance uS, volts, nanoseconds)."""
+        """Estimate in pJ per input row: converters plus array (mean conductance uS, volts, nanoseconds).
+
+        Every conversion costs ``adc_pJ``, whatever ``Adc.bits`` is: the default is one of 8 bits (see `ADC_PJ`).
+        """
         return self.conversions_per_mvm * adc_pJ + self.cell_reads_per_mvm * g_uS * v_read**2 * t_ns * 1e-3
 
 

@@ -244,6 +244,15 @@ def test_what_cells_gave_at_another_time_or_temperature_is_not_what_they_give_no
     assert load_parts(tmp_path).n_rows == 2 * len(X)  # the third run finds what the second measured
 
 
+def test_rows_that_a_resumed_simulation_adds_have_noise_of_their_own(tmp_path):
+    other, noises = X ^ 1, []
+    for rows in (X, other):
+        with RecordEngine(SimEngine(NOISY), tmp_path) as engine:
+            handle = engine.load(W, 0.5, "a")
+            noises.append((engine.mvm(handle, rows) - rows @ W) / np.sqrt(np.square(rows).sum(1, keepdims=True)))
+    assert abs(np.corrcoef(*(noise.ravel() for noise in noises))[0, 1]) < 5 / np.sqrt(noises[0].size)
+
+
 def test_a_part_says_the_conditions_under_which_it_was_measured(tmp_path):
     engine = RecordEngine(SimEngine(Circuit(device("pcm_drift"))), tmp_path)
     handle = engine.load(W, 0.5, "a")
