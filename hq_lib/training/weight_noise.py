@@ -9,6 +9,9 @@ of the identity (straight through). The gradient is taken at the noisy point and
 
     fit(net, train, val, replace(config, weight_noise=0.03), run_dir)
 
+Departure from Joshi et al.: weights are not clipped (theirs are, to a few standard deviations), so one large weight
+sets the noise of its whole channel.
+
 ``fit`` seeds every epoch, so a run with noise resumes bit-identically too. Evaluation is always of the clean weights.
 A training loop of one's own goes into ``with weight_noise(net, 0.03):``.
 """
@@ -57,7 +60,8 @@ def weight_noise(net: nn.Module, sigma: float, *, drive_bits: int = 0, converter
     """``net`` itself, whose convolutions and linear layers have noisy weights while the block lasts and it trains.
 
     Args:
-        sigma: see ``WeightNoise``; 0.03 is 3 % of the conductance window when columns fill it.
+        sigma: see ``WeightNoise``: the error of a weight. Where columns fill the window, a pair of cells that each err
+            by s of it is a weight that errs by sqrt(2) s: 0.03 stands for cells that err by 2.1 % of the window.
         drive_bits, converter_bits: what inputs and outputs of these layers go through, 2..16, signs included; 0: ideal.
 
     Errors: no plain convolution or linear layer, or a weight that has a parametrization already.

@@ -43,6 +43,15 @@ def sample(dev: Device, g: float, n: int = 20_000) -> torch.Tensor:
     return dev.program(torch.full((n,), g, dtype=torch.float64), xi)
 
 
+def test_a_weight_on_a_pair_errs_by_the_root_of_two_of_its_cells():
+    """What noise in training has to be compared with: 3 % of the window a cell are 4.2 % of the largest weight."""
+    w = torch.randint(-127, 128, (2000, 10), generator=torch.Generator().manual_seed(0))
+    w[0] = 127
+    engine = SimEngine(Circuit(state_independent(0.03)))
+    errors = (engine.layer(engine.load(w, 1.0, "a")).weight.double() - w) / 127
+    assert float(errors.std()) == pytest.approx(0.03 * math.sqrt(2), rel=SIGMAS / math.sqrt(2 * w.numel()))
+
+
 @pytest.mark.parametrize(
     ("dev", "g", "sigma"),
     [

@@ -23,7 +23,9 @@ from hq_lib.results.figures import (
 )
 
 CORRECTIONS = {"none": "none", "global": "layer gain", "column": "column", "bn": "batch norm"}
-"""Correction → label at its line; "column" is gain and offset per column."""
+"""Correction → label at its line; "column" is gain and offset per column, "global" a gain per layer that is fitted."""
+DRIFTED = CORRECTIONS | {"global": "drift factor"}
+"""The same where cells drift: "global" is the ratio of a layer's first readings to its present ones."""
 RULES = {"readout": "read noise once a read-out", "product": "anew for every product"}
 """How long a draw of PCM's read noise lasts → in words."""
 MARKS = {"*": "stars", "P": "plus signs", "X": "crosses", "D": "diamonds"}
@@ -129,7 +131,7 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
     others = dict(zip(sorted(set(points["effect"]) - {"PCM"}, key=lambda e: (e != "RRAM", e)), MARKS, strict=False))
     for ax, rule in zip(axes[0], rules, strict=True):
         part = points.loc[(points["effect"] == "PCM") & (points["rule"] == rule)]
-        band_lines(ax, part, x="x", y="acc_pct", by="correction", names=CORRECTIONS)
+        band_lines(ax, part, x="x", y="acc_pct", by="correction", names=DRIFTED)
         for effect, mark in others.items():
             for kind in ("none", "column"):
                 table = band(
@@ -153,11 +155,11 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
 @styled("effect", "x", "correction", "reading", "seed", "acc_pct")
 def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
     """Accuracy against programming error by weight noise in training, without and with column calibration, a row of
-    panels for each way of reading.
+    panels for each way of reading. Noise is that of a weight; a weight on a pair errs by sqrt(2) times its cells.
 
     Args:
-        points: one row per measurement: ``effect`` (noise of training), ``x`` (programming error, percent of the
-            window), ``correction``, ``reading`` (converters, in words), ``seed``, ``acc_pct`` (percent).
+        points: one row per measurement: ``effect`` (noise of training), ``x`` (programming error of a cell, percent of
+            the window), ``correction``, ``reading`` (converters, in words), ``seed``, ``acc_pct`` (percent).
         exact_pct: accuracy of the exact integers of the network that training starts from, percent: the dashed line.
 
     Raises:
@@ -172,7 +174,7 @@ def fig_noise_aware(points: pd.DataFrame, *, exact_pct: float) -> Figure:
         band_lines(ax, part, x="x", y="acc_pct", by="effect", names=names, looks=styles)
         ax.set_title(f"{reading}, correction: {CORRECTIONS[kind]}")
     for ax in axes[-1]:
-        ax.set_xlabel("programming error, % of the window")
+        ax.set_xlabel("programming error of a cell, % (of a weight: x 1.4)")
     _finish(axes, exact_pct)
     return figure
 

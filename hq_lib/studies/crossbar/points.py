@@ -19,7 +19,9 @@ from hq_lib.studies.study import StudyError, check_choice
 HOUR_S, DAY_S, YEAR_S = 3600.0, 86_400.0, 3.156e7
 CORRECTIONS = ("none", "global", "column_open", "column", "bn")
 """Nothing, one gain per layer, gain and offset per column in an open and in a closed loop, batch-norm statistics; all
-fitted at the time of reading."""
+fitted at the time of reading. The gain per layer is a least-squares fit to exact products, in a closed loop; in `drift`
+on PCM it is the ratio of what was read just after programming to what is read now, without exact products; in the
+dot products of single layers it is fitted in an open loop."""
 RULES = ("readout", "product")
 """How long one draw of PCM's read noise lasts; "readout" is the source's rule (``FlickerRead.per``)."""
 
@@ -59,7 +61,8 @@ class Plan:
     noise_pct: tuple[float, ...]
     """Weight noise of training, percent of the channel's largest weight; 0 trains as long without any."""
     programming_pct: tuple[float, ...]
-    """Programming errors, percent of the window, that noise-aware networks are put on."""
+    """Programming errors of a cell, percent of the window, that noise-aware networks are put on; a weight, on a pair of
+    cells, errs by sqrt(2) times that."""
     epochs: int
     """Of noise-aware fine-tuning."""
     n_train: int | None
