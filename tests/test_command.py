@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import typer
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import hq_lib
 from hq_lib import data, graph, integer, models, ptq
 from hq_lib.__main__ import app, main
+from hq_lib.crossbar import bench
 from hq_lib.data import sources
 from hq_lib.deploy import ENDINGS, fpga
 from hq_lib.deploy.c import CompilerError, library
@@ -383,6 +385,18 @@ def test_another_seed_is_another_chip_and_a_layer_may_be_named_alone(place):
     ]
     assert errors[0] != errors[1]
     assert "give one of them" in hq(*words, "--set", "crossbar.n_test=5", code=1)
+
+
+def test_a_bench_that_clips_or_is_written_again_is_told_beside_the_accuracy(place, monkeypatch):
+    hq("quantize", "--config", "ptq.yaml", "--method", "minmax", "--output", "b8.safetensors")
+    found = {"acc_pct": 50.0, "exact_acc_pct": 60.0, "logit_error": 0.1, "tiles_needed": 2, "n_tiles": 1, "n_writes": 4,
+             "write_s": 0.1, "n_saturated": 1234, "written_again": ["6"]}  # fmt: skip
+    outcome = bench.Outcome(np.zeros((1, 10)), found, pd.DataFrame({"layer": ["6"]}))
+    monkeypatch.setattr(steps.bench, "run", lambda *_: outcome)
+    words = ("crossbar", "b8.safetensors", "--net", "mynet:Net", "--n-test", "20", "--engine", "rehearsal")
+    said = hq(*words, "--folder", "told")
+    assert "1,234 counts at the end of the bench's range" in said
+    assert re.search(r"written again after their gains and offsets were fitted.*: 6", said)
 
 
 @pytest.mark.parametrize("method", ["hybrid", "lsq"])

@@ -144,7 +144,7 @@ def record_of(path):
 def resealed(state, read):
     def reading(path):
         text = path.read_bytes().decode("utf-8", "replace")
-        digest = checkpoints._digest(text, state)
+        digest = checkpoints.digest(text, state)
         target = path.with_suffix(".safetensors")
         target.write_bytes(safetensors.torch.save(state, {checkpoints._RECORD: digest + text}))
         read(target)

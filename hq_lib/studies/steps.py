@@ -198,12 +198,16 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     test, train = run.images("test", record, plan.n_test), run.images("train", record, max(plan.n_calib, 1))
     outcome = bench.run(plan, imodel, test, train)
     found = outcome.summary
+    clipped = "{n_saturated:,} counts at the end of the bench's range: its converters clip, drive fewer rows or bits"
+    again = "written again after their gains and offsets were fitted, which fit where writing is exact alone: "
     written = "{tiles_needed} tiles on a bench of {n_tiles}: {n_writes} writes in {write_s:.1f} s"
     fitted = plan.engine == "sim" and profiles.holds_cells(plan.device)
     return plan.folder, [
         *([profiles.fit_report(plan.device)[1].round(3).to_string(index=False)] if fitted else []),
         outcome.layers.to_string(index=False),
         *([written.format(**found)] if "n_writes" in found else []),
+        *([clipped.format(**found)] if found.get("n_saturated") else []),
+        *([again + ", ".join(found["written_again"])] if found.get("written_again") else []),
         _line("integers, exact", found["exact_acc_pct"], test),
         f"{_line('on the arrays', found['acc_pct'], test)}; logits off by {100 * found['logit_error']:.2f} %",
     ]

@@ -110,9 +110,11 @@ def test_a_network_trained_at_two_bits_sends_two_bits_without_loss(bench):
     assert trained.about == {"model": "resnet20", "method": "dsq", "w_bits": 2, "a_bits": 2, "placement": "academic"}
     what = study.point(name, "integer", "layer2.2", grid="tensor", wire_bits=2)
     logits, sizes = study.answered(trained, trained.test, study.exact_products, what)
+    more = study.point(name, "integer", "layer2.2", grid="tensor", wire_bits=8)
+    torch.testing.assert_close(logits, study.answered(trained, trained.test, study.exact_products, more)[0])
     with torch.no_grad():
         answers = trained.net(normalize(trained.test.images, trained.test.spec).contiguous()).argmax(1)
-    assert torch.equal(logits.argmax(1), answers)
+    assert (logits.argmax(1) == answers).sum() >= 15, "the edge's biases are those of accumulators: an image may differ"
     assert sizes["packed"] == [32 * 16 * 16 * 2 // 8 + HEADER_BYTES] * 16
 
 
