@@ -322,6 +322,11 @@ def test_pictures_are_labelled_as_the_network_was_trained_whatever_classes_a_fol
        *epochs, "--output", "t.safetensors")  # fmt: skip
     for root in ("three", "two"):
         assert percents(hq("test", "t.safetensors", *own, "--root", root)) == ["100.00"], root
+    hq("quantize", *own, "--root", "three", "--method", "minmax", "--set", "weights=t.safetensors", "--output",
+       "t8.safetensors")  # fmt: skip
+    hq("export", "t8.safetensors", "--to", "npz", "--net", "mynet:Net")
+    for root in ("three", "two"):
+        assert percents(hq("test", "t8.npz", "--root", root)) == ["100.00"], "the integers keep the names too"
     (place / "two" / "val" / "eel").mkdir()
     refused = hq("test", "t.safetensors", *own, "--root", "two", code=1)
     assert "'eel'" in refused

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import CrossbarError, TraceError
+from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.operands import Handle, Operand, exact_mvm, make_handle
 from hq_lib.crossbar.simulator import SimEngine
@@ -177,7 +177,7 @@ class RecordEngine(Engine):
         return self.inner.time_s
 
     def describe(self) -> dict[str, Any]:
-        with suppress(Exception):  # a bench that has failed is described as it was
+        with suppress(BenchError):  # a bench that has failed is described as it was
             self._description = self.inner.describe()
         return dict(self._description)
 

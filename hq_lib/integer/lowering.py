@@ -63,6 +63,8 @@ def lower(
         meta["image"] = {"name": images.name, "mean": [*images.mean], "std": [*images.std]}
         if images.short_side or images.in_shape != SPECS.get(images.name, images).in_shape:
             meta["image"] |= {"in_shape": [*images.in_shape], "short_side": images.short_side}
+        if images.classes:
+            meta["image"]["classes"] = [*images.classes]
     return check(IntegerModel(requantizer, walk.writer.tensors, tuple(walk.writer.ops), image, output, meta))
 
 

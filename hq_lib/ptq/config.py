@@ -116,8 +116,7 @@ def qdrop(**changes: Any) -> tuple[ReconstructionConfig, ...]:
     """Return QDrop's one pass (arXiv:2203.05740): block by block, rounding and steps together, dropping 0.5.
 
     Departs from the official code (so does ``brecq``), which rounds before it clips: a value up to half a step beyond
-    the ends has the gradient of one inside there, and of one clipped here. At W2A2 that form ends at a unit's loss 0.8
-    +- 0.35 % lower (nine pairs). The classifier's unit begins before its average pool, where dropping works on each
-    position and not on each mean.
+    the ends has the gradient of one inside there, and of one clipped here; what that costs is not measured. The
+    classifier's unit begins before its average pool, where dropping works on each position and not on each mean.
     """
     return (ReconstructionConfig(**changes),)

@@ -34,7 +34,7 @@ from hq_lib.studies.integer_export.executors import opened as executor
 from hq_lib.studies.ptq.recipes import RANGE_IMAGES, fit_recipe
 from hq_lib.studies.qat.study import quantized as calibrated
 from hq_lib.training import evaluate, fit, machine
-from hq_lib.training.evaluation import evaluation_of
+from hq_lib.training.evaluation import evaluation_of, warn_of_fewer_classes
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 
@@ -197,6 +197,7 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
         imodel = _lowered(run, file, net, record, run.normalization(record))
     test, train = run.images("test", record, plan.n_test), run.images("train", record, max(plan.n_calib, 1))
     outcome = bench.run(plan, imodel, test, train)
+    warn_of_fewer_classes(test, outcome.logits.shape[1])
     found = outcome.summary
     clipped = "{n_saturated:,} counts at the end of the bench's range: its converters clip, drive fewer rows or bits"
     again = "written again after their gains and offsets were fitted, which fit where writing is exact alone: "
@@ -242,6 +243,7 @@ def _image_record(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _accuracy(logits: Callable[[np.ndarray], np.ndarray], test: ImageSet) -> float:
     found = [logits(x.contiguous().numpy()) for x, _ in batches(test, BATCH)]
+    warn_of_fewer_classes(test, found[0].shape[1])
     return evaluation_of(torch.from_numpy(np.concatenate(found)), test.labels).acc_pct
 
 

@@ -44,13 +44,19 @@ def evaluate(net: nn.Module, images: ImageSet | Batches, *, batch_size: int | No
     ``ValueError`` for an empty set.
     """
     logits, labels = _outputs(net, images, batch_size)
-    if isinstance(images, ImageSet) and logits.shape[1] > images.spec.n_classes:
-        warnings.warn(
-            f"{images.spec.name} has {images.spec.n_classes} classes, the network {logits.shape[1]} outputs: "
-            "the classes are taken for the first of them",
-            stacklevel=2,
-        )
+    if isinstance(images, ImageSet):
+        warn_of_fewer_classes(images, logits.shape[1])
     return evaluation_of(logits, labels)
+
+
+def warn_of_fewer_classes(images: ImageSet, n_outputs: int) -> None:
+    """Nothing, or a warning where the images have fewer classes than a network has outputs: which are theirs?"""
+    if n_outputs > images.spec.n_classes:
+        warnings.warn(
+            f"{images.spec.name} has {images.spec.n_classes} classes, the network {n_outputs} outputs: "
+            "the classes are taken for the first of them",
+            stacklevel=3,  # who judged
+        )
 
 
 def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int | None) -> tuple[Tensor, Tensor]:
