@@ -57,6 +57,7 @@ OUTPUTS = (
     Output("tab_aciq_constants", PTQ, "ACIQ's optimal clips, closed form against the published table"),
     Output("fig_aciq_mse", PTQ, "predicted against measured quantization error per layer"),
     Output("tab_ptq", PTQ, "post-training methods x bits"),
+    Output("tab_ptq_official", PTQ, "the public ResNet-20: ours beside the official code, schedule by schedule"),
     Output("fig_error_accumulation", PTQ, "error after each block"),
     Output("fig1_framework", SELECTION, "the selection framework"),
     Output("tab1_w2a2", SELECTION, "BRECQ and QDrop with and without selected images, W2A2"),

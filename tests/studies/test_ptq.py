@@ -143,21 +143,25 @@ def fake_rows(values):
     ]  # fmt: skip
 
 
-def test_the_table_sets_ours_beside_the_official_codes_number(out_dir):
+def test_ours_stand_beside_the_official_code_at_its_own_schedule_alone(out_dir):
     values = {("float", 32, 32, -1): 91.73, ("qdrop_adapted", 2, 2, 1): 81.0, ("minmax", 4, 4, 1): 79}
     values |= {("qdrop_adapted", 2, 2, 2): 82.0, ("qdrop", 2, 2, 1): 83.0}
-    store.append("ptq_methods", fake_rows(values), profile="full")
-    table = tables.methods_table(study.METHODS.rows("full"))
+    rows = fake_rows(values)
+    shipped = [{**row, "value": 10.0, "switches": {**row["switches"], "net": "shipped"}} for row in rows]
+    store.append("ptq_methods", [*rows, *shipped], profile="full")
+    mine, theirs = tables.by_table(study.METHODS.rows("full"))
+    table = tables.official_table(theirs).set_index(["bits", "how"])
+    line = table.loc[("W2A2", RECIPES["qdrop_adapted"].line)]
+    assert line[["ours", "official", "gap"]].tolist() == ["81.50 ± 0.71 (n=2)", "80.45", "+1.05"]
+    assert table.loc[("W4A4", "to nearest"), "gap"] == "+0.08"
+    assert ("W2A2", RECIPES["qdrop"].line) not in table.index, "the official code was never run with this schedule"
+    table = tables.methods_table(mine)
     assert not table.isna().any(axis=None)
-    cell = table.loc[(table["bits"] == "W2A2") & (table["how"] == RECIPES["qdrop_adapted"].line)].iloc[0]
-    assert cell["public ResNet-20"] == "81.50 ± 0.71 (n=2)"
-    assert cell["public ResNet-20 published"] == "80.45"
-    assert cell["public ResNet-20 gap"] == "+1.05"
-    other = table.loc[(table["bits"] == "W2A2") & (table["how"] == RECIPES["qdrop"].line)].iloc[0]
-    assert other["public ResNet-20 published"] == "–", "another schedule's number is not set beside it"
-    cell = other
+    line = table.loc[(table["bits"] == "W2A2") & (table["method"] == "QDrop")]
+    assert line["how"].tolist() == [RECIPES["qdrop"].line], "the other schedules have a table of their own"
+    assert line[["public ResNet-20", "shipped ResNet-20"]].squeeze().tolist() == ["83.00 (n=1)", "10.00 (n=1)"]
     assert [name for name in table if "ResNet-18" in name] == ["ImageNet ResNet-18 published"]  # none of ours
-    assert cell["ImageNet ResNet-18 published"].startswith("51.69")
+    assert line["ImageNet ResNet-18 published"].squeeze().startswith("51.69")
     assert table["bits"].iloc[0] == "float"
 
 
@@ -170,7 +174,7 @@ def test_an_imagenet_network_that_was_measured_has_columns_beside_its_published_
     better = [{**row, "value": 75.0, "switches": {**row["switches"], "images": "mine"}} for row in lite[1:]]
     store.append("ptq_methods", [*lite, *own, *better], profile="full")
     table = tables.methods_table(study.METHODS.rows("full")).set_index(["bits", "method"])
-    line = table.loc[("W4A4", "QDrop")].query("how == 'by block, dropping 0.5'").iloc[0]
+    line = table.loc[("W4A4", "QDrop")]
     assert line["ImageNet ResNet-50"] == "70.00 (n=1)"
     published = float(line["ImageNet ResNet-50 published"].split(" / ")[0])
     assert line["ImageNet ResNet-50 gap"] == f"{70 - published:+.2f}"
@@ -214,6 +218,7 @@ def test_nothing_run_is_nothing_claimed(out_dir):
     assert tables.schedules(study.SCHEDULE.rows("smoke")).empty
     assert tables.ratios(tables.aciq_table(study.ACIQ.rows("smoke"))).empty
     assert "n/r" in set(tables.methods_table(rows)["public ResNet-20"])
+    assert set(tables.official_table(rows)["ours"]) == {"n/r"}
     assert "no test images" in tables.protocol(rows)["n"]
 
 

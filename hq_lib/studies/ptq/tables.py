@@ -9,7 +9,7 @@ from hq_lib.quantizers import aciq
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.bench import PUBLIC, SHIPPED
 from hq_lib.studies.ptq.recipes import MSE, RECIPES
-from hq_lib.studies.ptq.study import PLANS
+from hq_lib.studies.ptq.study import LIKE_OFFICIAL, PLANS
 
 WIDTHS = ["float", *(labels.bits_label(w_bits, a_bits) for w_bits, a_bits in PLANS["full"].bits)]
 """groups of lines of tab_ptq"""
@@ -29,12 +29,14 @@ OFFICIAL_LINES = {
     "500 iterations a block, drop 1.0": RECIPES["qdrop_undropped"].line,
     "2,000 iterations a block, drop 0.5, rounding rate 1e-2": RECIPES["qdrop_2000"].line,
 }
-"""variant of the official code in data/published.csv -> line of tab_ptq, of the same schedule"""
+"""variant of the official code in data/published.csv -> line of tab_ptq_official, of the same schedule"""
 PAPER_LINES = {
     "float": "-", "minmax": RECIPES["minmax"].line, "aciq": RECIPES["aciq_allocated"].line,
     "adaround": RECIPES["adaround"].line, "brecq": RECIPES["brecq"].line, "qdrop": RECIPES["qdrop"].line,
 }  # fmt: skip
 """method -> line under which its published ImageNet numbers (20,000 iterations) stand"""
+ORDER = {"bits": WIDTHS, "line": ["-", *dict.fromkeys(recipe.line for recipe in RECIPES.values())]}
+"""of the lines of both tables"""
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
@@ -72,53 +74,69 @@ def constants_table() -> pd.DataFrame:
     })  # fmt: skip
 
 
+def by_table(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of ``ptq_methods`` for tab_ptq, and for tab_ptq_official: the public network's of the official schedules."""
+    known = named(rows)
+    like_official = known["recipe"].isin(LIKE_OFFICIAL)
+    on_public = known["net"] == PLACES[PUBLIC, "cifar10"]
+    compared = on_public & known["line"].isin(official()["line"])
+    return rows.loc[known.index[~like_official]], rows.loc[known.index[compared | (on_public & like_official)]]
+
+
 def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_ptq, from rows of ``ptq_methods``: a block of lines for each pair of widths, columns for each network.
 
     An ImageNet network that was not measured has the column of its published numbers alone.
     """
     ours = named(rows)
-    theirs = known(set(rows.loc[rows["dataset"] == "imagenet", "model"]))
-    nets = dict.fromkeys([*ours["net"], *theirs["net"]])
+    theirs = papers(set(rows.loc[rows["dataset"] == "imagenet", "model"]))
+    nets = dict.fromkeys([PLACES[PUBLIC, "cifar10"], *ours["net"], *theirs["net"]])
     others = [net for net in nets if net not in PLACES.values()]
-    order = {
-        "bits": WIDTHS,
-        "line": ["-", *dict.fromkeys(recipe.line for recipe in RECIPES.values())],
-        "net": [*(net for net in PLACES.values() if net in nets), *others],
-    }
+    order = {**ORDER, "net": [*(net for net in PLACES.values() if net in nets), *others]}
     out = tables.build(ours, theirs, index=["bits", "method", "line"], columns=["net"], order=order)
     empty = {tables.NOT_RUN, tables.NOT_PUBLISHED}
     idle = [c for c in out.columns if (c.endswith(" gap") or c in others) and set(out[c]) <= empty]
     return out.drop(columns=idle).rename(columns={"line": "how"})
 
 
-def known(models: Collection[str] = ()) -> pd.DataFrame:
-    """The published numbers of tab_ptq, with ``line`` and ``net``; of ImageNet those of ``PAPERS`` and ``models``."""
-    every = tables.with_bits(published.load())
-    every = every.loc[every["bits"].isin(WIDTHS)]
+def official_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """tab_ptq_official: the public network, ours beside the official code wherever both have one schedule."""
+    out = tables.build(named(rows), official(), index=["bits", "method", "line"], order=ORDER)
+    return out.rename(columns={"line": "how", "published": "official"})
+
+
+def official() -> pd.DataFrame:
+    """What the official code reached on the public network, with ``line`` and ``net``."""
+    every = _of_widths()
     code = every.loc[(every["table"] == "official_ptq") & every["variant"].isin(list(OFFICIAL_LINES))]
     base = every.loc[(every["table"] == "official_inference") & (every["method"] == "float")]
-    paper = every.loc[(every["table"] == "imagenet_ptq") & every["model"].isin([PAPERS, *models])]
-    paper = paper.loc[paper["method"].isin(list(PAPER_LINES)) & ~paper["variant"].str.contains("rerun")]
-    return pd.concat([
-        code.assign(line=code["variant"].map(OFFICIAL_LINES), net=PLACES[PUBLIC, "cifar10"]),
-        base.assign(line="-", net=PLACES[PUBLIC, "cifar10"]),
-        paper.assign(
-            line=paper["method"].map(PAPER_LINES), net=[column_of("", "imagenet", model) for model in paper["model"]]
-        ),
-    ])  # fmt: skip
+    found = pd.concat([code.assign(line=code["variant"].map(OFFICIAL_LINES)), base.assign(line="-")])
+    return found.assign(net=PLACES[PUBLIC, "cifar10"])
+
+
+def papers(models: Collection[str]) -> pd.DataFrame:
+    """The numbers of papers on ImageNet, with ``line`` and ``net``: of ``PAPERS`` and ``models``."""
+    paper = _of_widths().query("table == 'imagenet_ptq'")
+    paper = paper.loc[paper["model"].isin([PAPERS, *models]) & paper["method"].isin(list(PAPER_LINES))]
+    paper = paper.loc[~paper["variant"].str.contains("rerun")]
+    nets = [column_of("", "imagenet", model) for model in paper["model"]]
+    return paper.assign(line=paper["method"].map(PAPER_LINES), net=nets)
+
+
+def _of_widths() -> pd.DataFrame:
+    every = tables.with_bits(published.load())
+    return every.loc[every["bits"].isin(WIDTHS)]
 
 
 def protocol(rows: pd.DataFrame) -> dict[str, str]:
-    """``n`` and ``note`` of tab_ptq's caption: images, budget, and where its schedule was noticed first."""
+    """``n`` and ``note`` of tab_ptq's caption: images and budget."""
     rows = rows.loc[rows["method"] != "float"]
     counts = {c: "/".join(f"{n:,}" for n in sorted(set(rows[c]) - {0})) for c in ("n_test", "n_calib", "iterations")}
     n_test, n_calib, iterations = counts.values()
     budget = f"{iterations or 0} iterations a unit (BRECQ a quarter more for the steps)"
-    first = "the schedule was noticed on the public net's test images and chosen on the shipped net's validation images"
     return {
         "n": f"{n_test or 'no'} test images, the number of seeds in each cell",
-        "note": f"{n_calib or 'no'} calibration images, {budget}; {first}",
+        "note": f"{n_calib or 'no'} calibration images, {budget}",
     }
 
 
@@ -127,7 +145,7 @@ def best(rows: pd.DataFrame) -> pd.DataFrame:
     found = named(rows.loc[rows["metric"] == "acc_pct"])
     found = tables.with_bits(tables.cells(found, by=["net", "recipe", "line", "w_bits", "a_bits"]))
     where = ["net", "bits", "line"]
-    theirs = known().query("metric == 'acc_pct'").pivot_table(index=where, values="value", aggfunc="max").reset_index()
+    theirs = official().query("metric == 'acc_pct'").groupby(where, as_index=False)["value"].max()
     found = found.merge(theirs, on=where, how="left").sort_values(
         ["net", "bits", "mean"], ascending=[True, False, False]
     )
