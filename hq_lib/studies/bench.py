@@ -1,8 +1,9 @@
 """Networks by name or file, with their images: what nearly every study measures on."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -153,6 +154,21 @@ def net_switch(name: str) -> dict[str, str]:
     return {"network": Path(name).name.removesuffix(".safetensors"), **({"file": sha} if sha else {})}
 
 
+@cache
+def pictures_switch(root: str) -> dict[str, str]:
+    """The switches of a row that say what folder of pictures was given: its name, and digits of its files' names.
+
+    {} for none given; ``FileNotFoundError`` where there is no such folder.
+    """
+    if not root:
+        return {}
+    top = Path(root).expanduser()
+    names = {
+        path.relative_to(top).as_posix() for split in ("train", "test") for path in folder.list_folder(top, split)[0]
+    }
+    return {"images": top.resolve().name, "pictures": hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:8]}
+
+
 def quantized_as(record: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a row that a quantized network's run record tells: model, method, bits and placement."""
     policy = graph.BitPolicy.from_dict(record["policy"])
@@ -223,12 +239,14 @@ def open_imagenet(
     return Bench(net.eval().to(device), {"model": name, "dataset": "imagenet"}, train, val, test)
 
 
-def newest(rows: pd.DataFrame, what: str, *, earlier: bool = True) -> pd.DataFrame:
+def newest(rows: pd.DataFrame, what: str, *, earlier: bool = True, networks: Sequence[str] = ()) -> pd.DataFrame:
     """Of each network, a float one by name or a file by its stem, the rows that stand on what is committed now.
 
-    Where it has none yet, all, and a line says so: ``what`` names the rows; none, without ``earlier`` ones. Those of a
-    public network stand on its weights, whatever is committed, those of a training in float on nothing.
+    Where it has none yet, those of an earlier one, and a line says so: ``what`` names the rows; none, where there were
+    several earlier ones, or without ``earlier``. Those of a public network stand on its weights, whatever is committed,
+    those of a training in float on nothing. What is at a path in ``networks`` goes before what is committed.
     """
+    given = {Path(name).stem: name for name in networks if Path(name).is_file()}
     names, digits = [], []
     trains = (rows["method"] == "float") & (rows["epochs"] > 0)
     for text, model, is_training in zip(rows["switches"], rows["model"], trains, strict=True):
@@ -240,10 +258,13 @@ def newest(rows: pd.DataFrame, what: str, *, earlier: bool = True) -> pd.DataFra
     named, standing = (pd.Series(each, index=rows.index, dtype="str") for each in (names, digits))
     keep = pd.Series(True, index=rows.index)
     for name in sorted({*names} - {""}):
-        now, mine = net_switch(name), named == name
+        now, mine = net_switch(str(given.get(name, name))), named == name
         current = mine & (standing == now.get("file", now.get("net", "")))
         if current.any() or not earlier:
             keep &= ~mine | current
+        elif len({*standing[mine]}) > 1:
+            keep &= ~mine
+            print(f"{what}: rows of several networks called {name} are left out: give the path of one among networks")
         else:
             print(f"{what}: no rows of {name} as it is committed, those of an earlier {name} are shown")
     return rows.loc[keep]

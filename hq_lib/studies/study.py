@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from types import NoneType
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import filelock
 import pandas as pd
+import pydantic
 
 from hq_lib.results import hints, paths, provenance, rows, store
 from hq_lib.studies.bench import newest
 
 SAY_EVERY_S = 10.0
-SWITCH = "switches."
+SWITCH, CHANGED = "switches.", "changed"
 Plan = TypeVar("Plan")
 Bench = TypeVar("Bench")
 Row = dict[str, Any]
@@ -92,6 +92,8 @@ class Run(Generic[Plan]):
     """"cpu" or "cuda"."""
     part: Path | None = None
     """Folder that rows go to in place of the shared files; None = the shared files."""
+    changed: tuple[tuple[str, Any], ...] = ()
+    """Fields in ``Study.unkeyed`` that differ from the profile's: switch "changed" of every row, no part of a key."""
 
     @property
     def folder(self) -> Path:
@@ -102,6 +104,8 @@ class Run(Generic[Plan]):
         """Stores rows at once, each in the file of that name, provenance filled in; returns them."""
         files: dict[str, list[Row]] = {}
         for name, row in found:
+            if self.changed:
+                row = {**row, "switches": {**row.get("switches", {}), CHANGED: dict(self.changed)}}
             files.setdefault(name, []).append({**provenance.stamp(self.device), **row})
         for name, own in files.items():
             store.append(name, own, profile=self.profile, folder=self.part)
@@ -124,6 +128,9 @@ class Study(Generic[Plan, Bench]):
     """Metric, value (and whatever else differs from the key) of each row of a point."""
     gpu: bool = False
     """Whether it computes on the device it is given; another one stays on the CPU, and its rows say so."""
+    unkeyed: tuple[str, ...] = ("n_test",)
+    """Fields of the plan that change numbers and are in no key: a point is measured once, with what it was asked for
+    first, and asked for otherwise it is said to be of other settings."""
 
     @property
     def folder(self) -> str:
@@ -145,11 +152,22 @@ class Study(Generic[Plan, Bench]):
                 raise StudyError(
                     f"{name} is a list, not {value!r}: write [{value}] (papermill: -y '{name}: [{value}]')"
                 )
-            kinds = [kind for kind in get_args(hints_of[name]) or (hints_of[name],) if kind is not NoneType]
-            plain = all(kind in (int, float, str) for kind in kinds)
-            if plain and not isinstance(value, (*kinds, *([int] if float in kinds else []))):
-                raise StudyError(f"{name} of {self.name} is {value!r}: a {kinds[0].__name__} is needed")
-        return dataclasses.replace(plan, **{name: _as_tuple(value) for name, value in changes.items()})
+            changes[name] = self._typed(name, value, hints_of[name])
+        stems = [Path(name).stem for name in changes.get("networks", ())]
+        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+            raise StudyError(
+                f"networks of {self.name} has {twice[0]!r} twice, and rows know a file by its name: rename one"
+            )
+        return dataclasses.replace(plan, **changes)
+
+    def _typed(self, name: str, value: Any, hint: Any) -> Any:
+        """The value as the plan has it: lists as tuples, 2 as 2.0 where it has floats (they are one key)."""
+        try:
+            return pydantic.TypeAdapter(hint).validate_python(value)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"[{place}]" for place in first["loc"] if isinstance(place, int))
+            raise StudyError(f"{name}{where} of {self.name} is {first['input']!r}: {first['msg']}") from None
 
     def run(
         self, profile: str, *, device: str = "cpu", unit: str | None = None, allow_dirty: bool = False, **changes: Any
@@ -168,7 +186,7 @@ class Study(Generic[Plan, Bench]):
         """
         plan = self.plan(profile, **changes)
         part = None if unit is None else self._part(profile, unit)
-        run = Run(self.name, profile, plan, device if self.gpu else "cpu", part)
+        run = self._run(profile, plan, device if self.gpu else "cpu", part)
         every = self.points(plan)
         if unit is not None:
             check_choice(f"profile {profile} of {self.name}", "unit", [unit], dict.fromkeys(p.unit for p in every))
@@ -181,16 +199,21 @@ class Study(Generic[Plan, Bench]):
                     "come from code that nobody can find: commit, or say --allow-dirty"
                 )
             self._measure(run, todo)
-        return self.rows(profile)
+        return self.rows(profile, getattr(plan, "networks", ()))
 
-    def rows(self, profile: str) -> pd.DataFrame:
-        """The rows of this profile that are there."""
-        return profile_rows(self.name, profile)
+    def rows(self, profile: str, networks: Sequence[str] = ()) -> pd.DataFrame:
+        """The rows of this profile that are there, of each of ``networks`` that is a path those of the file there."""
+        return profile_rows(self.name, profile, networks=networks)
 
     def todo(self, profile: str, **changes: Any) -> list[Point]:
         """The points that have no row yet."""
         plan = self.plan(profile, **changes)
-        return self._todo(Run(self.name, profile, plan), self.points(plan))
+        return self._todo(self._run(profile, plan), self.points(plan))
+
+    def _run(self, profile: str, plan: Plan, device: str = "cpu", part: Path | None = None) -> Run[Plan]:
+        asked = {name: getattr(plan, name) for name in self.unkeyed if hasattr(plan, name)}
+        changed = (each for each in asked.items() if each[1] != getattr(self.plans[profile], each[0]))
+        return Run(self.name, profile, plan, device, part, tuple(changed))
 
     def units(self, profile: str, **changes: Any) -> list[Row]:
         """The units with something to measure, as plain data: study, unit, n_points, minutes, after, gpu."""
@@ -223,33 +246,28 @@ class Study(Generic[Plan, Bench]):
         return paths.runs_dir(profile) / self.name / "parts" / unit
 
     def _todo(self, run: Run[Plan], wanted: Sequence[Point]) -> list[Point]:
-        have = store.read(self.name, profile=run.profile).to_dict("records")
-        have += [] if run.part is None else store.read_file(run.part / f"{self.name}.csv").to_dict("records")
+        parts = sorted(self._part(run.profile, "").glob(f"*/{self.name}.csv"))
+        have = [store.read(self.name, profile=run.profile), *(store.read_file(part) for part in parts)]
+        lines = [_unmarked(row) for frame in have for row in frame.to_dict("records")]
+        asked, others = json.dumps(dict(run.changed), sort_keys=True), dict[str, int]()
 
         @cache
-        def known(columns: tuple[str, ...]) -> dict[tuple[Any, ...], set[int]]:
-            found: dict[tuple[Any, ...], set[int]] = {}
-            for row in have:
-                found.setdefault(tuple(_cell(row, column) for column in columns), set()).add(row["n_test"])
-            return found
-
-        asked, others = getattr(run.plan, "n_test", None), set()
-        asked = None if asked == getattr(self.plans[run.profile], "n_test", None) else asked
+        def known(columns: tuple[str, ...]) -> dict[tuple[Any, ...], str]:
+            return {tuple(_cell(row, column) for column in columns): changed for row, changed in lines}
 
         def is_new(point: Point) -> bool:
             key = {"experiment": self.name, **point.key, "profile": run.profile}
             rows.check_columns(c for c in key if not c.startswith(SWITCH))
             cells = (value if c.startswith(SWITCH) else rows.clean_cell(c, value) for c, value in key.items())
-            images = known(tuple(key)).get(tuple(cells), set())
-            if images and asked not in {None, *images}:
-                others.update(images)
-            return not images
+            changed = known(tuple(key)).get(tuple(cells))
+            if changed is not None and changed != asked:
+                others[changed] = others.get(changed, 0) + 1
+            return changed is None
 
         todo = [point for point in wanted if is_new(point)]
-        if others:
-            told = ", ".join(f"{n:,}" for n in sorted(others))
-            print(f"{self.name}: n_test={asked:,} is asked for; points with rows on {told} images are not measured "
-                  "again: delete those rows, or set HQ_OUT to another folder", flush=True)  # fmt: skip
+        for changed, n in others.items():
+            print(f"{self.name}: {n:,} points have rows of {_told(changed)}, not of {_told(asked)}, and are not "
+                  "measured again: delete those rows, or set HQ_OUT to another folder", flush=True)  # fmt: skip
         return todo
 
     def _measure(self, run: Run[Plan], todo: Sequence[Point]) -> None:
@@ -276,8 +294,10 @@ class Study(Generic[Plan, Bench]):
         return run.append((name, {**columns, **row}) for name, row in ordered)
 
 
-def profile_rows(name: str, profile: str, *, earlier: bool = True) -> pd.DataFrame:
+def profile_rows(name: str, profile: str, *, earlier: bool = True, networks: Sequence[str] = ()) -> pd.DataFrame:
     """The rows of one file that belong to this very profile, of each network those on its newest checkpoint.
+
+    That is the file committed under its name, or the one at its path in ``networks``.
 
     What units have measured and nobody has gathered yet is among them: a unit may stand on another one's rows. Such a
     unit takes none of an ``earlier`` network, which tables show in place of missing ones.
@@ -285,7 +305,8 @@ def profile_rows(name: str, profile: str, *, earlier: bool = True) -> pd.DataFra
     parts = sorted(paths.runs_dir(profile).glob(f"*/parts/*/{name}.csv"))
     found = pd.concat([store.read(name, profile=profile), *(store.read_file(part) for part in parts)])
     found = found.drop_duplicates(list(rows.KEY), keep="last")
-    return newest(found.loc[found["profile"] == profile], name, earlier=earlier).reset_index(drop=True)
+    mine = found.loc[found["profile"] == profile]
+    return newest(mine, name, earlier=earlier, networks=networks).reset_index(drop=True)
 
 
 @contextmanager
@@ -309,14 +330,21 @@ def _alone(part: Path, *, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
+def _unmarked(row: dict[Any, Any]) -> tuple[dict[Any, Any], str]:
+    """The row without the mark of ``Run.changed``, and the mark."""
+    switches = json.loads(row["switches"])
+    changed = json.dumps(switches.pop(CHANGED, {}), sort_keys=True)
+    return {**row, "switches": rows.clean_cell("switches", switches)} if changed != "{}" else row, changed
+
+
+def _told(changed: str) -> str:
+    return ", ".join(f"{name}={value}" for name, value in json.loads(changed).items()) or "the profile's own settings"
+
+
 def _cell(row: Mapping[Any, Any], column: str) -> Any:
     if column.startswith(SWITCH):
         return json.loads(row["switches"]).get(column.removeprefix(SWITCH))
     return row[column]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _shown(measured: Sequence[Row]) -> str:

@@ -129,6 +129,10 @@ def test_points_that_are_there_are_not_run_again(out_dir, only_toy, monkeypatch)
     pd.testing.assert_frame_equal(first, study.STUDY.run("smoke", bits=[(8, 8)], **only_toy))
     monkeypatch.setitem(executors.VERSIONS, "c", 9)  # faster kernels: these alone are measured again
     assert {p["method"] for p in study.STUDY.todo("smoke", bits=[(8, 8)], **only_toy)} == {"c"}
+    old = first.loc[first["method"] == "c"].assign(value=50.0)
+    old["switches"] = [json.dumps({k: v for k, v in json.loads(s).items() if k != "version"}) for s in old["switches"]]
+    seen = tables.current(pd.concat([first, old]))
+    assert 50.0 not in set(seen["value"]), "a row of today goes before one of before"
     left = tables.current(first)
     assert set(left.loc[left["method"] == "c", "metric"]) == {"acc_pct"}  # the integers are the same
     assert set(left.loc[left["method"] == "onnx", "metric"]) > {"acc_pct", "cpu_ms"}

@@ -13,7 +13,7 @@ from hq_lib import data
 from hq_lib.graph import weight_layers
 from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, aciq
 from hq_lib.results import store
-from hq_lib.studies.bench import Bench, net_switch, newest
+from hq_lib.studies.bench import Bench, net_switch, newest, pictures_switch
 from hq_lib.studies.ptq import recipes, study, tables
 from hq_lib.studies.ptq.figures import fig_aciq_mse, fig_clip, fig_error_accumulation
 from hq_lib.studies.ptq.recipes import CHOSEN, RECIPES
@@ -91,8 +91,8 @@ def test_a_network_that_is_absent_is_not_run_and_an_unknown_one_writes_nothing(a
     for wrong in ({"nets": ["resnet19"]}, {"recipes": ["qdrp"]}):
         with pytest.raises(StudyError, match=r"(network .*'resnet19'|recipe .*'qdrp').*choose one of"):
             study.METHODS.run("smoke", **wrong)
-    study.METHODS.run("smoke", nets=["resnet18"], root=str(out_dir))  # no such folder
-    assert "resnet18: no image folder" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="image folder .*nosuch does not exist"):
+        study.METHODS.run("smoke", nets=["resnet18"], root="nosuch")
     assert study.METHODS.rows("smoke").empty
 
 
@@ -272,6 +272,47 @@ def test_figures_draw_what_they_are_given():
         fig_error_accumulation(errors.iloc[:0])
 
 
+def test_rows_of_a_file_stand_on_what_is_at_its_path_now(monkeypatch, tmp_path, capsys):
+    made = pd.DataFrame({"switches": [json.dumps({"network": "own", "file": digits}) for digits in ("aa", "bb")]})
+    made = made.assign(model="resnet20", method="lsq", epochs=0, value=[1.0, 2.0])
+    file = tmp_path / "own.safetensors"
+    file.touch()
+    monkeypatch.setattr(f"{newest.__module__}.record_of", lambda name: {"sha256": "bb" if name == str(file) else "cc"})
+    assert newest(made, "them", networks=[str(file)])["value"].tolist() == [2.0]
+    assert newest(made, "them")["value"].tolist() == []
+    assert "several networks called own are left out" in capsys.readouterr().out
+    assert newest(made.iloc[:1], "them")["value"].tolist() == [1.0]
+
+
+def test_pictures_are_known_by_their_names_and_not_by_their_folders_alone(tmp_path):
+    for place, name in (("a", "one"), ("b", "one"), ("c", "two")):
+        for part in ("train", "val"):
+            (tmp_path / place / "photos" / part / "cat").mkdir(parents=True)
+            (tmp_path / place / "photos" / part / "cat" / f"{name}.png").touch()
+    a, b, c = (pictures_switch(str(tmp_path / place / "photos")) for place in "abc")
+    assert a == b
+    assert a["images"] == c["images"] == "photos"
+    assert a["pictures"] != c["pictures"]
+    assert pictures_switch("") == {}
+    with pytest.raises(FileNotFoundError, match="nosuch does not exist"):
+        study.METHODS.todo("smoke", nets=["efficientnet_lite0"], root=str(tmp_path / "nosuch"))
+
+
+def test_a_table_has_one_number_of_calibration_images_and_one_budget(out_dir):
+    rows = fake_rows({("qdrop", 2, 2, 1): 80.0, ("qdrop_2000", 2, 2, 1): 82.0, ("mse", 2, 2, 1): 15.0})
+    rows = [{**row, "iterations": {"qdrop_2000": 2000, "qdrop": 500}.get(row["switches"]["recipe"], 0)} for row in rows]
+    other = [{**rows[0], "n_calib": 16}, {**rows[0], "iterations": 2}, {**rows[2], "n_calib": 16}]
+    lite = [{**row, "model": "efficientnet_lite0", "switches": {**row["switches"], "net": "shipped"}} for row in other]
+    store.append("ptq_methods", [*rows, *other, *lite], profile="full")
+    every = study.METHODS.rows("full")
+    kept = tables.of_plan(every, study.METHODS.plan("full"))
+    assert len(every) == 9
+    assert sorted(kept.loc[kept["model"] == "resnet20", "value"]) == [15.0, 80.0, 82.0]
+    assert len(kept) == 6, "those of networks that the plan does not have stay as they are"
+    few = tables.of_plan(every, study.METHODS.plan("full", n_calib=16))
+    assert few.loc[few["model"] == "resnet20", "method"].tolist() == ["mse", "qdrop"]
+
+
 def test_rows_of_another_network_wait_until_it_is_the_committed_one(monkeypatch, capsys):
     """Of a float network as of a quantized one's file: two trainings of one name are never in one cell."""
     settings = [
@@ -281,7 +322,10 @@ def test_rows_of_another_network_wait_until_it_is_the_committed_one(monkeypatch,
     ]  # fmt: skip
     made = pd.DataFrame({"value": range(10), "switches": [json.dumps(s) for s in settings]})
     made = made.assign(model="resnet20", method=["mse"] * 7 + ["float"] * 3, epochs=[0] * 7 + [80] * 3)
-    for digits, kept, told in (("4d496ff8", [0, 2, 4, 5, 6, 7, 9], "of own"), ("0123abcd", [1, 2, 3, 6, 8, 9], "")):
+    for digits, kept, told in (
+        ("4d496ff8", [0, 2, 4, 7, 9], "several networks called own"),
+        ("0123abcd", [1, 2, 3, 6, 8, 9], ""),
+    ):
         monkeypatch.setattr(f"{newest.__module__}.record_of", lambda _, digits=digits: {"sha256": digits + "ff"})
         assert newest(made, "them")["value"].tolist() == kept
         said = capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 from hq_lib.graph import act_quantizers
 from hq_lib.models.checkpoints import read_checkpoint, write_checkpoint
 from hq_lib.quantizers import act_quantizer
+from hq_lib.results import store
 from hq_lib.studies.bench import Bench, open_bench
 from hq_lib.studies.float_training import study as float_training
 from hq_lib.studies.qat import study as qat
@@ -101,6 +102,20 @@ def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, monkeypa
     drawn = sorted(line.get_ydata().tolist() for line in panel.lines)
     assert drawn == sorted(own.sort_values("epoch")["alpha"].tolist() for _, own in clips.groupby("layer"))
     assert qat_tables.best(rows)["method"].tolist() == ["pact"]
+
+
+def test_another_rate_or_length_is_another_run_and_only_the_plans_own_is_shown(out_dir):
+    names = [qat.points(qat.STUDY.plan("quick", methods=["lsq"], bits=[[2, 2]], **changes))[1].name
+             for changes in ({}, {"lr": 0.5}, {"lr": 0.25}, {"epochs": 3})]  # fmt: skip
+    assert len({*names}) == 4
+    plan = qat.STUDY.plan("quick", methods=["lsq"], bits=[[2, 2]])
+    asked = qat.STUDY.plan("quick", methods=["lsq"], bits=[[2, 2]], lr=0.5)
+    points = [qat.points(each)[1] for each in (plan, asked)]
+    told = {"experiment": "qat", "dataset": "cifar10"}
+    rows = [{**point.key, **told, "value": 80.0 + i} for i, point in enumerate(points)]
+    store.append("qat", rows, profile="quick")
+    every = qat.STUDY.rows("quick")
+    assert [qat_tables.of_plan(every, each)["value"].tolist() for each in (plan, asked)] == [[80.0], [81.0]]
 
 
 def test_a_run_from_another_checkpoint_does_not_go_on_from_the_first_ones_state(out_dir, cifar10_train, monkeypatch):

@@ -221,8 +221,11 @@ def test_a_pool_beyond_the_images_at_hand_is_not_run_aloud(at_hand, out_dir, cap
 
 
 def test_absent_folders_and_weights_are_named_and_nothing_is_written(tmp_path, out_dir, capsys):
-    assert study.IMAGENET.run("smoke", nets=["resnet18"], root=str(tmp_path / "absent")).empty
-    assert "resnet18: no image folder absent" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="image folder .*absent does not exist"):
+        study.IMAGENET.run("smoke", nets=["resnet18"], root=str(tmp_path / "absent"))
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "one.png").touch()
     assert study.IMAGENET.run("smoke", nets=["resnet18"], root=str(tmp_path)).empty
     assert "no resnet18.pth" in capsys.readouterr().out
 

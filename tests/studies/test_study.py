@@ -78,16 +78,52 @@ def test_what_has_a_row_is_not_measured_again_and_another_plan_is_another_point(
     assert len(study.rows("smoke")) == 5
 
 
-def test_rows_on_another_number_of_test_images_are_said_not_to_be_measured_again(toy, capsys):
-    one = lambda plan: [Point("p", {"model": "m", "method": "pact", "metric": "acc_pct"}, bench=2)]  # noqa: E731
+def test_rows_of_other_settings_than_asked_for_are_said_not_to_be_measured_again(toy, capsys):
+    one = lambda plan: [Point("p", {"model": "m", "method": "pact", "metric": "acc_pct", "switches": {}}, bench=2)]  # noqa: E731
     measure = lambda run, bench, point: iter([{"dataset": "d", "value": 1.0, "n_test": run.plan.n_test}])  # noqa: E731
     study = dataclasses.replace(toy[0], points=one, measure=measure)
-    assert len(study.run("smoke", n_test=3)) == 1
-    capsys.readouterr()
-    study.run("smoke", n_test=3)
-    assert "delete those rows" not in capsys.readouterr().out
-    assert len(study.run("smoke", n_test=5)) == 1
-    assert "n_test=5 is asked for; points with rows on 3 images" in capsys.readouterr().out
+
+    def said(**changes):
+        capsys.readouterr()
+        assert len(study.run("smoke", **changes)) == 1
+        return capsys.readouterr().out
+
+    assert "n_test 3" not in said(n_test=3)
+    assert json.loads(study.rows("smoke")["switches"].item())["changed"] == {"n_test": 3}
+    assert "delete those rows" not in said(n_test=3)
+    assert "1 points have rows of n_test=3, not of n_test=5" in said(n_test=5)
+    assert "1 points have rows of n_test=3, not of the profile's own settings" in said()
+
+
+WITHOUT_EFFECT = {
+    "float_reference": {"n_val"}, "selection_imagenet": {"n_draws_n", "iterations"},
+    "layer_sensitivity": {"n_test", "n_draws"}, "integer_export": {"n_layers"}, "crossbar": {"n_pairs"},
+    "integer_layers": {"n_test", "n_untrained"}, "crossbar_layers": {"n_test", "n_norm", "n_train", "epochs"},
+    "crossbar_cost": {"n_ptq", "n_draws", "n_calib", "n_norm", "n_pairs", "n_train", "epochs"},
+}  # fmt: skip
+"""Numbers of a plan that are another study's of the same plan, or of points that the full plan does not have."""
+
+
+@pytest.mark.parametrize("name", studies.every())
+def test_a_number_of_a_plan_is_in_the_key_of_its_points_or_said_to_be_in_none(name):
+    study, silent = studies.every()[name], set()
+    plan = study.plans["full"]
+    keys = [point.key for point in study.points(plan)]
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        if value is None or type(value) in (int, float):
+            other = dataclasses.replace(plan, **{field.name: 7 if value is None else value + 1})
+            silent |= {field.name} if [point.key for point in study.points(other)] == keys else set()
+    assert silent - {*study.unkeyed} == WITHOUT_EFFECT.get(name, set())
+
+
+def test_whole_numbers_are_floats_where_the_plan_has_floats(out_dir):
+    plan = studies.every()["crossbar"].plan("full", stuck_pct=[2, 5])
+    assert [type(value) for value in plan.stuck_pct] == [float, float]
+    with pytest.raises(StudyError, match=r"bits\[0\] of qat is 4: .*tuple"):
+        studies.every()["qat"].plan("smoke", bits=[4, 4])
+    with pytest.raises(StudyError, match="networks of edge_cloud has 'my' twice"):
+        studies.every()["edge_cloud"].plan("smoke", networks=["a/my.safetensors", "b/my.safetensors"])
 
 
 def test_a_killed_run_goes_on_where_it_stopped(toy):
@@ -114,6 +150,7 @@ def test_units_write_parts_of_their_own_that_are_gathered_once(toy):
         study.run("smoke", unit=unit)
     study.run("smoke", unit="b2_s0")  # its part is there: nothing to do
     assert measured == ["b4_s1", "b2_s0"]
+    assert [u["unit"] for u in study.units("smoke")] == ["b2_s1", "b4_s0"], "a part that waits is measured, too"
     assert store.read("toy", profile="smoke").empty
     assert study.gather("smoke") == 4
     assert study.gather("smoke") == 0
@@ -132,7 +169,7 @@ def test_what_a_plan_does_not_have_is_named(toy):
 
 
 def test_a_value_of_another_kind_and_options_of_the_command_are_named(out_dir):
-    with pytest.raises(StudyError, match="n_test of float_training is 'ten': a int"):
+    with pytest.raises(StudyError, match=r"n_test of float_training is 'ten': .*integer"):
         studies.every()["float_training"].plan("smoke", n_test="ten")
     assert studies.every()["float_training"].plan("smoke", n_test=7).n_test == 7
     done = CliRunner().invoke(app, ["study", "qat", "--set", "device=cuda"])

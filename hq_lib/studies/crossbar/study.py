@@ -153,7 +153,7 @@ def measure(run: Run[Plan], bench: Programmed, point: Point) -> Iterator[Found]:
     found = {"logit_error": float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))}
     if place.study == "slices":
         found |= total_cost(bench.network, replace(SERIAL, mapping=place.circuit.mapping))
-    yield from metric_rows({**found, "acc_pct": acc_pct}, dataset=test.spec.name)
+    yield from metric_rows({**found, "acc_pct": acc_pct}, dataset=test.spec.name, n_test=len(test))
 
 
 def correct(plan: Plan, bench: Programmed, kind: str, seed: int, *, fitted: bool) -> None:
@@ -201,7 +201,7 @@ def _point(plan: Plan, place: Place, correction: str, draw: int) -> Point:
     trained = {} if noise is None else {"epochs": plan.epochs, "n_train": plan.n_train or 0}
     key = {
         **_named(net, place.circuit, **where), "metric": "acc_pct", "seed": draw if place.drawn else -1,
-        "n_calib": max(n_calib, plan.n_calib if _fitted(place) else 0), "n_test": plan.n_test, **trained,
+        "n_calib": max(n_calib, plan.n_calib if _fitted(place) else 0), **trained,
     }  # fmt: skip
     name = f"{place.study}: {place.effect}, {place.x:g}, {correction}, draw {draw}, "
     name += (net.file or f"{net.bits} bits") + (f", read noise by {per}" if per else "")
@@ -324,7 +324,9 @@ def total_cost(network: EngineNetwork, circuit: Circuit) -> dict[str, float]:
     }  # fmt: skip
 
 
-STUDY = Study("crossbar", PLANS, points=points, open_bench=open_arrays, measure=measure)
-PRODUCTS = Study(LAYERS, PLANS, points=product_points, open_bench=open_arrays, measure=measure_products)
+STUDY = Study("crossbar", PLANS, points=points, open_bench=open_arrays, measure=measure, unkeyed=("n_test", "n_ptq"))
+PRODUCTS = Study(
+    LAYERS, PLANS, points=product_points, open_bench=open_arrays, measure=measure_products, unkeyed=("n_pairs", "n_ptq")
+)
 COSTS = Study(COST, PLANS, points=cost_points, open_bench=open_arrays, measure=measure_cost)
 STUDIES = (STUDY, PRODUCTS, COSTS)

@@ -267,6 +267,11 @@ def sent(bench: Workbench, images: ImageSet, products: Products, cut: ec.Cut) ->
 
 
 STUDY = Study(
-    "edge_cloud", PLANS, points=points, open_bench=lambda run, name: workbench(name, run.plan), measure=measure
+    "edge_cloud",
+    PLANS,
+    points=points,
+    open_bench=lambda run, name: workbench(name, run.plan),
+    measure=measure,
+    unkeyed=("n_test", "n_crossbar", "n_calib", "n_columns"),
 )
 STUDIES = (STUDY,)

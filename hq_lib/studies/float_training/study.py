@@ -177,7 +177,15 @@ def _write(net: nn.Module, path: Path, record: Row) -> None:
     models.save_checkpoint(path, net, record)
 
 
-STUDY = Study("float_training", PLANS, points=points, open_bench=open_images, measure=measure, gpu=True)
+STUDY = Study(
+    "float_training",
+    PLANS,
+    points=points,
+    open_bench=open_images,
+    measure=measure,
+    gpu=True,
+    unkeyed=("n_test", "n_val"),
+)
 
 
 def shipped_points(plan: Plan) -> list[Point]:

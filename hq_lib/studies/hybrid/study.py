@@ -95,7 +95,10 @@ def measure_map(run: Run[MapPlan], bench: tuple[Bench, QuantizedNet | None], poi
     yield {"dataset": stage.dataset, "n_test": score.n, "metric": "acc_pct", "value": score.acc_pct}
 
 
-MAP = Study("hybrid_bits", MAP_PLANS, points=map_points, open_bench=open_map, measure=measure_map, gpu=True)
+MAP = Study(
+    "hybrid_bits", MAP_PLANS, points=map_points, open_bench=open_map, measure=measure_map, gpu=True,
+    unkeyed=("n_test", "n_val"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,9 @@ def measure_sensitivity(run: Run[Plan], lab: Laboratory, point: Point) -> Iterat
 
 
 SENSITIVITIES = Study(
-    SENSITIVITY, PLANS, points=sensitivity_points, open_bench=open_laboratory, measure=measure_sensitivity, gpu=True
-)
+    SENSITIVITY, PLANS, points=sensitivity_points, open_bench=open_laboratory, measure=measure_sensitivity, gpu=True,
+    unkeyed=("n_val",),
+)  # fmt: skip
 
 
 def searched(
@@ -310,5 +314,8 @@ def averages(bits: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-SEARCHES = Study(ALLOCATION, PLANS, points=search_points, open_bench=open_laboratory, measure=measure_search, gpu=True)
+SEARCHES = Study(
+    ALLOCATION, PLANS, points=search_points, open_bench=open_laboratory, measure=measure_search, gpu=True,
+    unkeyed=("n_test", "n_val", "bits"),
+)  # fmt: skip
 STUDIES = (MAP, SENSITIVITIES, SEARCHES)

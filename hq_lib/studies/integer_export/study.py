@@ -324,6 +324,10 @@ def measure_layers(run: Run[Plan], bench: IntegerBench, point: Point) -> Iterato
             yield from metric_rows(found, **{**bench.about, "n_test": len(images), "switches": where})
 
 
-STUDY = Study("integer_export", PLANS, points=points, open_bench=open_network, measure=measure)
-LAYERS = Study("integer_layers", PLANS, points=layer_points, open_bench=open_network, measure=measure_layers)
+STUDY = Study(
+    "integer_export", PLANS, points=points, open_bench=open_network, measure=measure, unkeyed=("n_test", "n_untrained")
+)
+LAYERS = Study(
+    "integer_layers", PLANS, points=layer_points, open_bench=open_network, measure=measure_layers, unkeyed=("n_layers",)
+)
 STUDIES = (STUDY, LAYERS)

@@ -44,7 +44,8 @@ def current(rows: pd.DataFrame) -> pd.DataFrame:
     found = found.fillna({"network": found["model"], "requantizer": "float32", "reason": "", "version": 0})
     today = [version(method, w_bits) or 0 for method, w_bits in zip(rows["method"], rows["w_bits"], strict=True)]
     kept = found.loc[(found["version"] == today) | (found["metric"] == "acc_pct")]
-    return kept.drop_duplicates(["network", "bits", "method", "metric", "requantizer"], keep="last")
+    newest_last = kept.sort_values("version", kind="stable")
+    return newest_last.drop_duplicates(["network", "bits", "method", "metric", "requantizer"], keep="last").sort_index()
 
 
 def support_matrix(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:

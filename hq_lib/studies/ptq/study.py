@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,7 +19,7 @@ from torch import Tensor, fx
 from hq_lib import data, models, ptq
 from hq_lib.graph import quantize
 from hq_lib.results import paths
-from hq_lib.studies.bench import PUBLIC, SHIPPED, Bench, net_switch, open_bench, public_weights
+from hq_lib.studies.bench import PUBLIC, SHIPPED, Bench, net_switch, open_bench, pictures_switch, public_weights
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import CHOSEN, RECIPES
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
@@ -84,8 +83,8 @@ def points(plan: Plan) -> list[Point]:
     for net in plan.nets:
         named = {"model": NETS[net], "metric": "acc_pct"}
         known: Row = {"net": PUBLIC if net == PUBLIC else SHIPPED, **(_checkpoint() if net == SHIPPED else {})}
-        if net not in (PUBLIC, SHIPPED) and plan.root:
-            known["images"] = Path(plan.root).name
+        if net not in (PUBLIC, SHIPPED):
+            known |= pictures_switch(plan.root)
         after = FIRST if net == SHIPPED else ()
         key = {**named, "method": FLOAT, "switches": {**known, "recipe": FLOAT}}
         found.append(Point(f"{net}_{FLOAT}", key, bench=net, after=after, minutes=0.5))
@@ -155,7 +154,9 @@ def _errors(key: Row, qnet: fx.GraphModule, bench: Bench, x: Tensor, n: int) -> 
                        "n_test": len(images), "switches": where}  # fmt: skip
 
 
-METHODS = Study("ptq_methods", PLANS, points=points, open_bench=open_net, measure=measure, gpu=True)
+METHODS = Study(
+    "ptq_methods", PLANS, points=points, open_bench=open_net, measure=measure, gpu=True, unkeyed=("n_test", "n_errors")
+)
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,13 @@ def _shipped(run: Run[Any], _needed: Any) -> Bench | None:
 
 
 SCHEDULE = Study(
-    "ptq_schedule", SCHEDULES, points=schedule_points, open_bench=_shipped, measure=measure_schedule, gpu=True
+    "ptq_schedule",
+    SCHEDULES,
+    points=schedule_points,
+    open_bench=_shipped,
+    measure=measure_schedule,
+    gpu=True,
+    unkeyed=("n_val",),
 )
 
 

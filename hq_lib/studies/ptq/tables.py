@@ -3,15 +3,16 @@
 import json
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import pandas as pd
 
 from hq_lib.quantizers import aciq
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.bench import PUBLIC, SHIPPED
 from hq_lib.studies.ptq.recipes import MSE, RECIPES
-from hq_lib.studies.ptq.study import LIKE_OFFICIAL, PLANS
+from hq_lib.studies.ptq.study import LIKE_OFFICIAL, NETS, PLANS, Plan
 
-WIDTHS = ["float", *(labels.bits_label(w_bits, a_bits) for w_bits, a_bits in PLANS["full"].bits)]
+WIDTHS = ["float", *(labels.bits_label(w_bits, a_bits) for w_bits, a_bits in PLANS["full"].bits), "W4A8"]
 """groups of lines of tab_ptq"""
 PLACES = {
     (PUBLIC, "cifar10"): "public ResNet-20", (SHIPPED, "cifar10"): "shipped ResNet-20",
@@ -31,7 +32,7 @@ OFFICIAL_LINES = {
 }
 """variant of the official code in data/published.csv -> line of tab_ptq_official, of the same schedule"""
 PAPER_LINES = {
-    "float": "-", "minmax": RECIPES["minmax"].line, "aciq": RECIPES["aciq_allocated"].line,
+    "float": "-", "minmax": RECIPES["minmax"].line, "mse": RECIPES["mse"].line, "aciq": RECIPES["aciq_allocated"].line,
     "adaround": RECIPES["adaround"].line, "brecq": RECIPES["brecq"].line, "qdrop": RECIPES["qdrop"].line,
 }  # fmt: skip
 """method -> line under which its published ImageNet numbers (20,000 iterations) stand"""
@@ -74,13 +75,27 @@ def constants_table() -> pd.DataFrame:
     })  # fmt: skip
 
 
+def of_plan(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """The rows without those of the plan's networks that have other calibration images or another budget than it."""
+    found = tables.with_switches(rows, "net", "recipe")
+    asked = [(NETS[net], PUBLIC if net == PUBLIC else SHIPPED) for net in plan.nets]
+    mine = [each in asked for each in zip(found["model"], found["net"], strict=True)]
+    steps = {
+        name: recipe.settings.get("iterations", plan.iterations) for name, recipe in RECIPES.items() if recipe.passes
+    }
+    fits = (found["n_calib"] == plan.n_calib) & (
+        found["iterations"] == [steps.get(name, 0) for name in found["recipe"]]
+    )
+    return rows.loc[~np.array(mine, dtype=bool) | fits | (found["method"] == "float")]
+
+
 def by_table(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of ``ptq_methods`` for tab_ptq, and for tab_ptq_official: the public network's of the official schedules."""
     known = named(rows)
-    like_official = known["recipe"].isin(LIKE_OFFICIAL)
-    on_public = known["net"] == PLACES[PUBLIC, "cifar10"]
-    compared = on_public & known["line"].isin(official()["line"])
-    return rows.loc[known.index[~like_official]], rows.loc[known.index[compared | (on_public & like_official)]]
+    theirs = {*official()["line"], *(RECIPES[name].line for name in LIKE_OFFICIAL)}
+    mine = known.loc[~known["recipe"].isin(LIKE_OFFICIAL)]
+    compared = known.loc[(known["net"] == PLACES[PUBLIC, "cifar10"]) & known["line"].isin(list(theirs))]
+    return rows.loc[mine.index], rows.loc[compared.index]
 
 
 def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -90,6 +105,11 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     """
     ours = named(rows)
     theirs = papers(set(rows.loc[rows["dataset"] == "imagenet", "model"]))
+    measured = {*zip(tables.with_bits(ours)["bits"], ours["line"], strict=True)}
+    planned = [
+        bits != "W4A8" or (bits, line) in measured for bits, line in zip(theirs["bits"], theirs["line"], strict=True)
+    ]
+    theirs = theirs.loc[planned]
     nets = dict.fromkeys([PLACES[PUBLIC, "cifar10"], *ours["net"], *theirs["net"]])
     others = [net for net in nets if net not in PLACES.values()]
     order = {**ORDER, "net": [*(net for net in PLACES.values() if net in nets), *others]}
@@ -145,7 +165,7 @@ def best(rows: pd.DataFrame) -> pd.DataFrame:
     found = named(rows.loc[rows["metric"] == "acc_pct"])
     found = tables.with_bits(tables.cells(found, by=["net", "recipe", "line", "w_bits", "a_bits"]))
     where = ["net", "bits", "line"]
-    theirs = official().query("metric == 'acc_pct'").groupby(where, as_index=False)["value"].max()
+    theirs = official().query("metric == 'acc_pct'").pivot_table("value", where, aggfunc="max").reset_index()
     found = found.merge(theirs, on=where, how="left").sort_values(
         ["net", "bits", "mean"], ascending=[True, False, False]
     )

@@ -144,7 +144,8 @@ def _point(plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: 
         "weight_decay": config.weight_decay, **{k: v for k, v in told.items() if v}, **net_switch(model),
     }  # fmt: skip
     key = {**of, "metric": "acc_pct", "epochs": config.epochs, "switches": switches}
-    tail = f"_kd{plan.distill:g}" if plan.distill else ""
+    changed = {"kd": plan.distill or None, "e": plan.epochs, "lr": plan.lr}
+    tail = "".join(f"_{sign}{value:g}" for sign, value in changed.items() if value is not None)
     tail += f"_{lists.replace('*', 'star')}" if lists else ""
     minutes = 1.5 * float_training.MINUTES.get(model, 5.0) * config.epochs
     name = f"{model}_{method}_w{w_bits}a{a_bits}_s{seed}{tail}"
@@ -209,7 +210,7 @@ def open_net(run: Run[Plan], name: str) -> Bench | None:
 
 
 STUDY, GROUP_STUDY = (
-    Study(name, plans, points=points, open_bench=open_net, measure=measure, gpu=True)
+    Study(name, plans, points=points, open_bench=open_net, measure=measure, gpu=True, unkeyed=("n_test", "n_val"))
     for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
 )
 

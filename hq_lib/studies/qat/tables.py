@@ -1,6 +1,7 @@
 """What notebook 03 shows of the QAT study: curves by hand, tables beside published numbers; rows in, frames out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -9,12 +10,12 @@ from hq_lib import models
 from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, act_quantizers, quantize
 from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.results import labels, published, tables
-from hq_lib.studies.qat.study import EXECUTORS, FLOAT, GROUP, PLANS
+from hq_lib.studies.qat.study import EXECUTORS, FLOAT, GROUP, PLANS, Plan, settings
 from hq_lib.studies.qat.untrained import IN_FLOAT
 from hq_lib.training.recipes import BIT_LISTS
 
 GROUP_TABLE = "seed001"
-TABLE_BITS = {"resnet20": ("W8A8", "W4A4", "W3A3", "W2A2", "W1A32", "W1A1"), "toynet": ("W8A8", "W6A6")}
+METHODS_BITS, GROUP_BITS = ("W8A8", "W4A4", "W3A3", "W2A2", "W1A32", "W1A1"), ("W8A8", "W6A6", "W4A4")
 """Bit widths that a table lists even where nothing was run; other published ones are left out."""
 LIST_METHODS = ("minmax", "dorefa_hw", "pact", "mpact", "mpact_fixed")
 """Ranges alone, without training, and the seed's methods, for each of its configurations."""
@@ -38,6 +39,20 @@ def dsq_curves(*, alphas: Sequence[float] = (0.05, 0.2, 0.45), n: int = 601) -> 
     return pd.concat(frames, ignore_index=True)
 
 
+def of_plan(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """The rows without those that were trained for other epochs, or at another rate, than the plan has for them."""
+    known = tables.with_switches(rows, "lr", "lists")
+
+    def is_planned(row: Any) -> bool:
+        if row["method"] == FLOAT or pd.notna(row["lists"]):
+            return True
+        widths = {"w_bits": int(row["w_bits"]), "a_bits": int(row["a_bits"])}
+        config = settings(plan, {**row, **widths, "lists": ""}).config
+        return (row["epochs"], row["lr"]) == (config.epochs, config.lr)
+
+    return rows.loc[[is_planned(row) for row in known.to_dict("records")]]
+
+
 def scores(rows: pd.DataFrame, *, split: str | None = None, lists: bool = False) -> pd.DataFrame:
     """Of each cell the longest runs of one split (None = test, "val", or "start": validation before training).
 
@@ -59,7 +74,7 @@ def calibrated_and_trained(rows: pd.DataFrame) -> pd.DataFrame:
 
 def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     """tab_resnet20_methods: bits x methods, ours beside the numbers published for ResNet-20 on CIFAR-10."""
-    return _table(rows, "resnet20", published.load().query("table == 'resnet20_cifar10'"))
+    return _table(rows, "resnet20", published.load().query("table == 'resnet20_cifar10'"), METHODS_BITS)
 
 
 def group_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
@@ -70,7 +85,8 @@ def group_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     """
     theirs = published.load().query("table == @GROUP_TABLE and model == @model")
     in_integers = theirs["variant"].str.startswith("integer")
-    return _table(rows, model, theirs.assign(method=theirs["method"].mask(in_integers, theirs["method"] + "_integer")))
+    theirs = theirs.assign(method=theirs["method"].mask(in_integers, theirs["method"] + "_integer"))
+    return _table(rows, model, theirs, GROUP_BITS)
 
 
 def with_float(rows: pd.DataFrame, floats: pd.DataFrame) -> pd.DataFrame:
@@ -95,12 +111,12 @@ def lists_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     return tables.build(ours.loc[ours["model"] == model], theirs, index=["configuration", "method"], order=order)
 
 
-def _table(rows: pd.DataFrame, model: str, theirs: pd.DataFrame) -> pd.DataFrame:
+def _table(rows: pd.DataFrame, model: str, theirs: pd.DataFrame, bits: Sequence[str]) -> pd.DataFrame:
     ours = scores(rows)
     ours = ours.loc[ours["model"] == model]
     theirs = tables.with_bits(theirs.loc[theirs["metric"] == "acc_pct"])
     known = [FLOAT, *PLANS["full"].methods, "dorefa_hw", "lsq_plus", "mpact_integer"]
-    listed = [FLOAT, *TABLE_BITS.get(model, ("W8A8", "W6A6", "W4A4")), *tables.with_bits(ours)["bits"]]
+    listed = [FLOAT, *bits, *tables.with_bits(ours)["bits"]]
     theirs = theirs.loc[theirs["method"].isin(known) & theirs["bits"].isin(listed)]
     return tables.build(ours, theirs, index=["bits", "method"], order={"bits": list(dict.fromkeys(listed))})
 

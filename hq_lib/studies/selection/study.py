@@ -17,7 +17,7 @@ from torch import nn
 from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.ptq import selection
-from hq_lib.studies.bench import net_switch, open_bench
+from hq_lib.studies.bench import net_switch, open_bench, pictures_switch
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.ptq.recipes import RECIPES
 from hq_lib.studies.selection.sets import CHOICES, NETWORK_METRICS, SMOOTH, Pool
@@ -106,8 +106,7 @@ def points(plan: Plan) -> list[Point]:
     check_choice("selection", "network", plan.nets, (SHIPPED, *models.IMAGENET))
     found = []
     for net in plan.nets:
-        images = {"images": plan.root.rstrip("/").rsplit("/", 1)[-1]} if plan.root else {}
-        known = net_switch(SHIPPED) if net == SHIPPED else images
+        known = net_switch(SHIPPED) if net == SHIPPED else pictures_switch(plan.root)
         key = {"model": net, "method": FLOAT, "metric": "acc_pct", "switches": known}
         whole = _point(f"{net}_{FLOAT}", key, {}, (net, plan.n_pool, 0), 0.2)
         sets = {each.name: each for each in _sets(plan, net, known)}
@@ -158,7 +157,7 @@ def _sets(plan: Plan, net: str, known: Row) -> Iterator[Point]:
 
     for iterations in plan.budgets:
         yield made("random", 0, iterations=iterations, method="qdrop" if iterations else "mse", split="common")
-    for draw in range(plan.n_random):
+    for draw in range(max(plan.n_draws, plan.n_random)):
         for choice in plan.choices if draw < plan.n_draws else ("random",):
             yield made(choice, draw)
     for draw, method, bits, choice in product(range(plan.n_draws_bits), METHODS, (LOWEST, *WIDTHS), PAIR):
@@ -245,7 +244,7 @@ def _scores(pool: Pool, point: Point) -> Iterator[Found]:
 
 
 STUDY, IMAGENET = (
-    Study(name, plans, points=points, open_bench=open_pool, measure=measure, gpu=True)
+    Study(name, plans, points=points, open_bench=open_pool, measure=measure, gpu=True, unkeyed=("n_test", "n_common"))
     for name, plans in (("selection_study", PLANS), ("selection_imagenet", IMAGENET_PLANS))
 )
 STUDIES = (STUDY, IMAGENET)
