@@ -20,6 +20,7 @@ import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from PIL import Image
 from traitlets.config import Config
 
 from hq_lib import models
@@ -174,6 +175,44 @@ def test_it_runs(path, smoke_out, tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 0, said.read_text()[-6000:]
+
+
+def run_until(name, mark, said, *more, **given):
+    """The exit code of a notebook's cells up to the one that says ``mark``, and then of ``more``."""
+    path = paths.ROOT / "notebooks" / f"{name}.ipynb"
+    made = parameterize_notebook(load_notebook_node(str(path)), {"profile": "smoke", **given})
+    sources = [c.source for c in made.cells if c.cell_type == "code"]
+    last = next(i for i, source in enumerate(sources) if mark in source)
+    process = get_context("fork").Process(target=run_cells, args=([*sources[: last + 1], *more], path.parent, said))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_folder_of_ones_own_is_asked_for_its_own_classes(tmp_path):
+    """The sample's question (animal or thing) is none of theirs, and ten pictures train where 32 fill a batch."""
+    for name, count in {"cat": 8, "dog": 4, "eel": 8}.items():
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 36), (20 * i, 40, 60)).save(tmp_path / "pets" / name / f"{i}.png")
+    said, short = tmp_path / "said", {"size": 32, "epochs": 1, "iterations": 1, "root": str(tmp_path / "pets")}
+    told = "print(train.spec.classes, torch.bincount(train.labels).tolist(), torch.bincount(test.labels).tolist())"
+    assert run_until("11_your_network", "round_biases", said, told, **short) == 0, said.read_text()[-6000:]
+    assert "('cat', 'dog', 'eel') [4, 2, 4] [4, 2, 4]" in said.read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.parametrize(
+    ("name", "mark", "given", "named"),
+    [
+        ("11_your_network", "SPECS", {"root": "petz"}, r"image folder \S*petz does not exist"),
+        ("09_edge_cloud", "workbench", {"networks": []}, r"networks is \[\]"),
+    ],
+)
+def test_what_a_notebook_cannot_run_with_is_named(name, mark, given, named, tmp_path):
+    assert run_until(name, mark, tmp_path / "said", **given) == 1
+    assert re.search(named, (tmp_path / "said").read_text())
 
 
 IN_A_KERNEL = "00_map"
