@@ -1,6 +1,7 @@
 """The command line on tiny networks and the embedded digits: each verb's file is what the next one takes."""
 
 import hashlib
+import importlib
 import re
 import shlex
 import subprocess
@@ -283,6 +284,26 @@ def test_a_run_takes_nothing_over_from_another_of_the_same_file_name(place, monk
     assert not torch.equal(one[0]["0.weight"], two[0]["0.weight"])
 
 
+def test_a_network_whose_forward_was_changed_is_trained_anew_and_another_file_name_is_none_of_its_concern(place):
+    """Same parameters, same configuration: the weights of the old forward would be written as the new one's."""
+    own = "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self):\n        super().__init__("
+    own += "nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10))\n"
+    words = ("train", "--config", "float.yaml", "--set", "net=forward:Net", "--set", "protocol.epochs=1")
+    resumed, other = [], "    def forward(self, x):\n        return super().forward(2 * x)"
+    for forward, output in (("", "a"), ("", "b"), (other, "b")):
+        (place / "forward.py").write_text(own + forward)
+        importlib.invalidate_caches()
+        sys.modules.pop("forward", None)
+        resumed.append("resumed" in hq(*words, "--output", f"{output}.safetensors"))
+    assert resumed == [False, True, False]
+
+
+def test_where_nothing_can_be_written_is_said_before_anything_is_computed(place):
+    for verb, config in (("train", "float.yaml"), ("quantize", "ptq.yaml")):
+        words = (verb, "--config", config, "--output", "mynet.py/deep/net.safetensors", "--set", "net=absent:Net")
+        assert re.search(r"nothing can be written to \S*mynet.py", hq(*words, code=1))
+
+
 def test_training_a_float_network_on_keeps_how_it_sees_its_images(place):
     """Mean and standard deviation of its file, not those of the data set, and the file says what it began with."""
     seen = {"mean": [0.9] * 3, "std": [0.1] * 3}
@@ -546,6 +567,7 @@ def test_a_float_chain_with_relu_becomes_seed_002s_files_in_ranges_of_its_images
         (("quantize", "--model", "resnet21"), "resnet20"),
         (("quantize", "--model", "resnet32"), "hq train"),
         (("quantize", "--model", "regnetx_600m", "--set", "weights=torchvision"), "torchvision has none"),
+        (("quantize", "--model", "resnet20", "--set", "weights=torchvision"), "torchvision has none"),
         (("quantize", "--model", "resnet18", "--set", "weights=torchvision:V9"), "IMAGENET1K_V1"),
         (("quantize", "--model", "resnet18", "--set", "weights=https://here/r.pth"), "#sha256="),
         (("quantize", "--net", "Net"), "module:Class"),

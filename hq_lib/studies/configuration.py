@@ -4,10 +4,12 @@ Its keys are the fields of ``Configuration``; the command line's verbs all read 
 current folder.
 """
 
+import copy
 import dataclasses
 import importlib
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -182,12 +184,17 @@ class Configuration:
     # -- the network ---------------------------------------------------------------------------------------------------
 
     def network_file(self) -> Path:
-        """The network file to write; ``ValueError``, before anything is computed, for a name that cannot be one."""
+        """The network file to write; ``ValueError``, before anything is computed, where none can be of that name."""
         target = self.target()
         if target.suffix != ".safetensors":
             raise ValueError(f"output is {target}: the name of a network file has to end in .safetensors")
         if self.weights and target.resolve() == Path(self.weights).resolve():
             raise ValueError(f"output and weights are both {target}: the float network would be lost; give another")
+        there = next(folder for folder in target.resolve().parents if folder.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise ValueError(f"output is {target}: nothing can be written to {there} ({error.strerror})") from error
         return target
 
     def built(self, **defaults: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -210,7 +217,9 @@ class Configuration:
         """
         taken, file = (None, None) if self.net else (models.TAKEN.get(self.model), shipped(self.model))
         theirs, _, which = self.weights.partition(":")
-        if self.weights and theirs != TORCHVISION:
+        if theirs == TORCHVISION:
+            file = None
+        elif self.weights:
             file = models.fetched(self.weights) if "://" in self.weights else Path(self.weights)
         if file is not None and file.suffix == ".safetensors":
             net, record = self.opened(file)
@@ -412,14 +421,21 @@ class Configuration:
         }  # fmt: skip
 
     def folder(self, net: nn.Module, source: Mapping[str, Any], train: ImageSet) -> Path:
-        """Where the run is kept: none resumes what began elsewhere, from other weights or images, or otherwise."""
+        """Where the run is kept: none resumes what began elsewhere, from other weights or images, or otherwise.
+
+        What ``net`` computes is told by two digits of its logits on noise, which another machine's are too.
+        """
         told = self.record(source, train)
         told["configuration"] = {k: v for k, v in told["configuration"].items() if k not in AFTERWARDS}
         pictures = train.images.names if isinstance(train.images, folder.Pictures) else []
-        text = json.dumps([str(Path.cwd()), told, pictures], sort_keys=True)
+        noise = torch.randn(2, *train.spec.in_shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            logits = copy.deepcopy(net).cpu().eval()(noise)
+        computed = [repr(net), *(f"{value:.2g}" for value in logits.flatten(1)[:, :10].flatten().tolist())]
+        text = json.dumps([str(Path.cwd()), told, pictures, computed], sort_keys=True)
         tensors = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
         digits = models.digest(text, {**tensors, "labels": train.labels, "indices": train.indices})
-        return paths.runs_dir(self.profile) / "hq" / f"{self.target().stem}_{digits[:8]}"
+        return paths.runs_dir(self.profile) / "hq" / f"{self.name}_{digits[:8]}"
 
 
 KEYS = tuple(each.name for each in fields(Configuration))
