@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hq_lib.quantizers.affine import Grid
 from hq_lib.quantizers.base import Quantizer, Role, Tag, as_bytes
+from hq_lib.quantizers.straight_through import flat, unflat
 
 ZETA, GAMMA = 1.1, -0.1  # AdaRound, section 3.2
 DECIDED = (0.01, 0.99)
@@ -60,7 +61,8 @@ class FrozenWeight(FixedGrid):
     def _quantize(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             raise RuntimeError(f"{self}: integers cannot be trained; load the trainable form, or call eval()")
-        return (self.scale * (self.x_int - self.zero_point)).to(x.dtype)
+        x_int = unflat(flat(self.x_int, self.x_int), self.x_int)  # one input channel has two orders: the staircase's
+        return (self.scale * (x_int - self.zero_point)).to(x.dtype)
 
     def _to_int(self, x: Tensor) -> Tensor:
         return self.x_int

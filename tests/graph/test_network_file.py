@@ -456,6 +456,17 @@ def test_a_network_in_channels_last_comes_back_in_channels_last(tmp_path):
     assert torch.equal(again(x), qnet.eval()(x))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trained_network_of_one_channel_is_frozen_as_it_computes(method, tmp_path):
+    """Such weights are in both orders of memory at once, and by the order a convolution takes one way to sum or two."""
+    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    qnet = quantize(models.build("lenet").eval(), BitPolicy(f"{method}:4", "lsq_plus:4"), x[:1])
+    calibrate(qnet, x)
+    qnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    again = graph.load(graph.save(qnet, tmp_path / "net.safetensors", record={"model": "lenet"}))
+    assert torch.equal(again(x), qnet.eval()(x))
+
+
 def test_four_bits_take_half_a_byte(tmp_path):
     qnet = quantize(models.build("resnet20").eval(), BitPolicy("minmax:4", "lsq:4"), images(1, 32))
     calibrate(qnet, images(2, 32))
