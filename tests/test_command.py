@@ -477,6 +477,16 @@ def test_a_reconstruction_that_was_stopped_goes_on_and_the_file_keeps_its_log(pl
     assert not list((place / "out").rglob("unit_*.safetensors"))
 
 
+def test_choosing_images_for_a_configuration_leaves_the_network_that_it_names(place):
+    """Its output is the network of a later step: the manifest lies beside it."""
+    write(place / "named.yaml", {**PTQ, "output": "named.safetensors"})
+    (place / "named.safetensors").write_bytes(b"hours of work")
+    assert "wrote named.json" in hq("select", "--config", "named.yaml", "--n", "20")
+    assert (place / "named.safetensors").read_bytes() == b"hours of work"
+    assert len(selection.read(place / "named.json")) == 20
+    assert "has to end in .json" in hq("select", "--config", "named.yaml", "--output", "named.txt", code=1)
+
+
 def test_pictures_in_a_folder_are_chosen_by_name_and_taken_by_hash(tmp_path):
     for i in range(8):
         file = tmp_path / "pictures" / f"class{i % 2}" / f"{i}.png"

@@ -185,11 +185,21 @@ class Configuration:
 
     def network_file(self) -> Path:
         """The network file to write; ``ValueError``, before anything is computed, where none can be of that name."""
-        target = self.target()
-        if target.suffix != ".safetensors":
-            raise ValueError(f"output is {target}: the name of a network file has to end in .safetensors")
+        target = self._writable("network file", self.target())
         if self.weights and target.resolve() == Path(self.weights).resolve():
             raise ValueError(f"output and weights are both {target}: the float network would be lost; give another")
+        return target
+
+    def manifest_file(self) -> Path:
+        """The manifest to write; beside the network file where a later step's ``output`` names that."""
+        target = self.target(".json")
+        target = target.with_suffix(".json") if target.suffix == ".safetensors" else target
+        return self._writable("manifest", target, ".json")
+
+    @staticmethod
+    def _writable(what: str, target: Path, ending: str = ".safetensors") -> Path:
+        if target.suffix != ending:
+            raise ValueError(f"output is {target}: the name of a {what} has to end in {ending}")
         there = next(folder for folder in target.resolve().parents if folder.exists())
         try:
             tempfile.TemporaryFile(dir=there).close()

@@ -87,8 +87,9 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
 
 def selected(run: Configuration) -> Path:
     """The manifest of the chosen calibration images."""
-    selection.write(run.selected(), run.target(".json"))
-    return run.target(".json")
+    target = run.manifest_file()
+    selection.write(run.selected(), target)
+    return target
 
 
 def quantized(run: Configuration) -> tuple[Path, float]:
