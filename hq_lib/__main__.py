@@ -16,7 +16,7 @@ import typer
 
 from hq_lib import studies
 from hq_lib.results import paths
-from hq_lib.results.hints import nearest
+from hq_lib.results.hints import check_known, nearest
 from hq_lib.results.settings import plain
 
 app = typer.Typer(  # with markup on, the [pact] of an example would be taken for a colour
@@ -53,7 +53,7 @@ def train(
     """
     run, steps = _run(locals())
     file, acc_pct = steps.trained(run)
-    following = f"hq test {file}" if run.method != "float" else f"hq quantize --set weights={file}"
+    following = f"hq test {_typed(file)}" if run.method != "float" else f"hq quantize --set {_typed(f'weights={file}')}"
     _wrote(file, run, acc_pct, following + _again(run, "net", "root"))
 
 
@@ -71,10 +71,11 @@ def select(
     """
     run, steps = _run(locals())
     file = steps.selected(run)
-    same = f" --config {shlex.quote(str(config))}" if config else ""
+    same = f" --config {_typed(config)}" if config else ""
     network = "net" if run.net else "model"
-    weights = f" --set weights={shlex.quote(run.weights)}" if run.weights else ""
-    _wrote(file, run, None, f"hq quantize{same} --set manifest={file}{weights}{_again(run, network, 'root')}")
+    weights = f" --set {_typed(f'weights={run.weights}')}" if run.weights else ""
+    manifest = _typed(f"manifest={file}")
+    _wrote(file, run, None, f"hq quantize{same} --set {manifest}{weights}{_again(run, network, 'root')}")
 
 
 @app.command()
@@ -89,7 +90,7 @@ def quantize(
     run, steps = _run(locals())
     file, acc_pct = steps.quantized(run)
     own = _again(run, "net", "root")
-    _wrote(file, run, acc_pct, f"hq test {file} --integer{own}; hq export {file} --to c{own}")
+    _wrote(file, run, acc_pct, f"hq test {_typed(file)} --integer{own}; hq export {_typed(file)} --to c{own}")
 
 
 @app.command("test")
@@ -102,11 +103,15 @@ def accuracy(
     Example: hq test net.safetensors --integer
     """
     run, steps = _run(locals())
+    kind = ""
     for line in steps.tested(run, file, integer=integer):
+        kind = line.partition(":")[0]
         typer.echo(line)
-    exported = file.suffix != ".safetensors"
-    arrays = f"hq crossbar {file}{_again(run, 'root')}" if file.suffix == ".npz" else "hq export --help"
-    following = arrays if exported else f"hq export {file} --to c{_again(run, 'net', 'root')}"
+    following = f"hq export {_typed(file)} --to c{_again(run, 'net', 'root')}"
+    if kind == "float":
+        following = f"hq quantize --set {_typed(f'weights={file}')}{_again(run, 'net', 'root')}"
+    elif file.suffix != ".safetensors":
+        following = f"hq crossbar {_typed(file)}{_again(run, 'root')}" if file.suffix == ".npz" else "hq export --help"
     typer.echo(f"nothing was written; next: {following}")
 
 
@@ -124,8 +129,8 @@ def export(
     """
     run, steps = _run(locals())
     made = steps.exported(run, file, to)
-    test = f"hq test {made}{_again(run, 'root')}"
-    following = {"fpga": "its manifest.json says what each file is", "board": f"make -C {made} run"}
+    test = f"hq test {_typed(made)}{_again(run, 'root')}"
+    following = {"fpga": "its manifest.json says what each file is", "board": f"make -C {_typed(made)} run"}
     following["c"] = f"{test}; --to board: sources that build as they are"
     _wrote(made, run, None, following.get(to, test))
 
@@ -133,7 +138,7 @@ def export(
 @app.command()
 def crossbar(
     file: File, config: Config = None, set_: Set = None, net: Net = None, data: Data = None, root: Root = None,
-    n_test: Tests = None,
+    n_test: Annotated[int | None, typer.Option(help="Test images; default 20, of a replay those recorded.")] = None,
     engine: Annotated[str | None, typer.Option(help="sim, rehearsal, tcp (a bench) or replay.")] = None,
     device: Annotated[str | None, typer.Option(help="Kind of cell of sim: rram, pcm_drift, ..., or a .csv.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers on the arrays, by name or pattern, with commas.")] = None,
@@ -145,13 +150,14 @@ def crossbar(
     Example: hq crossbar net.safetensors --device rram --layers '*' --n-test 100
     """
     given = {"engine": engine, "device": device, "folder": folder, "record": record}
-    given |= {"layers": layers.split(",") if layers else None}
+    given |= {"layers": None if layers is None else [name.strip() for name in layers.split(",")]}
     run, steps = _run({key: value for key, value in locals().items() if key not in given})
     made, lines = steps.on_crossbar(run, file, **{key: value for key, value in given.items() if value is not None})
     for line in lines:
         typer.echo(line)
-    following = f"replay --folder {made}" if any(made.glob("part_*")) else f"rehearsal --folder {made}_rehearsal"
-    _wrote(made, run, None, f"hq crossbar {file} --engine {following}{_again(run, 'net', 'root')}")
+    engine, folder = ("replay", made) if any(made.glob("part_*")) else ("rehearsal", Path(f"{made}_rehearsal"))
+    following = f"hq crossbar {_typed(file)} --engine {engine} --folder {_typed(folder)}"
+    _wrote(made, run, None, following + _again(run, "net", "root"))
 
 
 @app.command()
@@ -177,6 +183,12 @@ def study(
     if name not in known:
         raise typer.BadParameter(f"no study {name!r}: choose one of {', '.join(known)}{nearest(name, known)}")
     paths.check_profile(profile)
+    check_known(device.partition(":")[0], ("cpu", "cuda"), "device")
+    alone = [("--list", todo), ("--gather", gather), ("--unit", unit)]
+    if len(said := [option for option, value in alone if value]) > 1:
+        raise typer.BadParameter(f"{' and '.join(said)} do not go together: give one of them")
+    if gather and (config or set_):
+        raise typer.BadParameter("--gather brings in whatever was measured: leave --config and --set out")
     written = importlib.import_module("hq_lib.studies.configuration").mapping(config) if config else {}
     changes = {**written, **dict(_assignment(text) for text in set_ or [])}
     if own := {"profile", "device", "unit"} & set(changes):
@@ -206,7 +218,12 @@ def _run(given: dict[str, Any]) -> tuple[Any, ModuleType]:
 
 def _again(run: Any, *keys: str) -> str:
     """The options of a run that the next command needs as well."""
-    return "".join(f" --{key} {shlex.quote(getattr(run, key))}" for key in keys if getattr(run, key))
+    return "".join(f" --{key} {_typed(getattr(run, key))}" for key in keys if getattr(run, key))
+
+
+def _typed(word: object) -> str:
+    """A word of a command as a shell takes it."""
+    return shlex.quote(str(word))
 
 
 def _wrote(file: Path, run: Any, acc_pct: float | None, following: str) -> None:
