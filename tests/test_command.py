@@ -133,6 +133,17 @@ def test_the_commands_printed_as_next_go_through_ones_own_network_and_pictures(p
     assert verbs == ["quantize", "test", "export", "test"]
 
 
+def test_the_commands_printed_as_next_name_files_with_spaces_as_a_shell_takes_them(place):
+    hq("train", "--config", "float.yaml", "--set", "protocol.epochs=1", "--output", "my nets/float net.safetensors")
+    made = hq("test", "my nets/float net.safetensors", "--net", "mynet:Net", "--n-test", "20")
+    for verb in ("quantize", "test", "export", "test", "crossbar", "crossbar"):
+        _, *words = shlex.split(made.splitlines()[-1].split("next: ")[1].split(";")[0])
+        assert words[0] == verb
+        words += ["--output", "my nets/net 8.safetensors", "--method", "minmax"] if verb == "quantize" else []
+        words = [*words[:3], "npz", *words[4:]] if verb == "export" else words
+        made = hq(*words, *(() if verb == "export" else ("--set", "n_test=20", "--set", "n_calib=20")))
+
+
 def test_weights_say_whose_they_are(place):
     """A file of another network than the default's is that network, in name, record and the next line."""
     small = models.build("toynet")
@@ -255,6 +266,16 @@ def test_training_through_quantizers_goes_on_from_float_and_its_file_tests_alike
     assert record["config"]["precision"] in ("float32", "bfloat16"), "what was run, not what was asked for"
     assert record["start"] == models.read_checkpoint(place / "net.safetensors")[1]["sha256"]
     assert str(place) not in str(record)
+
+
+def test_the_float_network_that_training_starts_from_teaches_where_it_is_asked_to(place):
+    """Another share of the loss is another loss, and the file says which."""
+    words = ("train", "--config", "qat.yaml", "--method", "lsq", "--set", "protocol.epochs=1", "--set", "n_train=60")
+    write(place / "qat.yaml", {**RUN, "weights": "net.safetensors", "bits": [4, 4]})
+    made = [hq(*words, "--set", f"protocol.distill={share}", "--output", "kd.safetensors") for share in (0.0, 0.5, 1.0)]
+    assert models.read_checkpoint(place / "kd.safetensors")[1]["config"]["distill"] == 1.0
+    losses = [re.findall(r"loss (\S+),", text)[0] for text in made]
+    assert len({*losses}) == 3
 
 
 def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(place):
@@ -382,6 +403,9 @@ def test_options_of_ones_own_network_and_sizes_of_ours_are_in_the_file(place):
        "nq.safetensors")  # fmt: skip
     assert percents(hq("test", "nq.safetensors", "--net", "mynet:Net", "--n-test", "50"))
     apart = ("quantize", "--config", "ptq.yaml", "--method", "minmax", "--set", "weights=narrow.safetensors")
+    for verb in ("train", "quantize"):
+        misspelt = (verb, "--config", "float.yaml" if verb == "train" else "ptq.yaml", "--set", "options={widht: 6}")
+        assert re.search("options: mynet:Net cannot be built with .*widht", hq(*misspelt, code=1))
     assert "not a checkpoint of this Net" in hq(*apart, "--set", "options.width=5", code=1)
     torch.save(models.build("lenet", n_classes=10).state_dict(), place / "l3.pth")
     hq("quantize", "--model", "lenet", "--method", "minmax", "--set", "weights=l3.pth", "--set", "options.n_classes=10",
@@ -411,6 +435,9 @@ def test_another_seed_is_another_chip_and_a_layer_may_be_named_alone(place):
     ]
     assert errors[0] != errors[1]
     assert "give one of them" in hq(*words, "--set", "crossbar.n_test=5", code=1)
+    assert "layer or pattern ''" in hq(*words, "--layers", "", code=1), "an empty list is none, not all"
+    assert "default 20" in " ".join(hq("crossbar", "--help").split())
+    assert bench.Plan("sim", place).n_test == 20
 
 
 def test_a_bench_that_clips_or_is_written_again_is_told_beside_the_accuracy(place, monkeypatch):
@@ -597,6 +624,27 @@ def test_a_float_chain_with_relu_becomes_seed_002s_files_in_ranges_of_its_images
         (("quantize", "--set", "weights=w.safetensors", "--model", "lenet", "--output", "./w.safetensors"), "weights"),
         (("train", "--method", "hybrid", "--set", "lists=cfg-1"), "leave lists out"),
         (("train", "--method", "lsq", "--set", "corrections=[norms]"), "corrections"),
+        (("train", "--method", "hybrid", "--set", "hybrid={boundry: 4}"), "boundry"),
+        (("train", "--method", "hybrid", "--set", "hybrid={boundary: two}"), "boundary is 'two'"),
+        (("train", "--method", "hybrid", "--set", "protocol.distill=0.5"), "protocol.distill"),
+        (("train", "--method", "float", "--set", "protocol.distill=0.5"), "protocol.distill"),
+        (("train", "--method", "lsq", "--set", "protocol.pad=-3"), "pad"),
+        *[
+            (("train", "--method", "float", "--set", said), f"{re.split('[.=]', said)[0]}: hq train takes none")
+            for said in ("bits=[4,4]", "lists=cfg-1", "policy.bnn=3", "corrections=[norms]", "leaf_modules=[x]")
+        ],
+        *[
+            (("train", "--method", method, "--set", said), f"{re.split('[.=]', said)[0]}: hq train takes none")
+            for said in ("manifest=x.json", "hybrid.boundry=4", "strategy=lowest", "metric=tv")
+            for method in ("float", "lsq")
+        ],
+        (("quantize", "--set", "hybrid={boundary: 4}"), "hybrid: hq quantize takes none"),
+        (("quantize", "--set", "strategy=lowest"), "hq select"),
+        (("quantize", "--set", "metric=tv"), "hq select"),
+        (("quantize", "--net", "mynet:Net", "--model", "lenet"), "give one of them"),
+        (("crossbar", "x.npz", "--engine", "replay", "--device", "rram"), "cells of its own"),
+        (("crossbar", "x.npz", "--engine", "rehearsal", "--device", "rram"), "cells of its own"),
+        (("study", "bn_fold", "--profile", "smoke", "--device", "tpu"), "cuda"),
         (("train", "--method", "lsq", "--set", "lists=cfg-1", "--set", "lists.layer_abit=[8]"), "lists is 'cfg-1'"),
         (("train", "--method", "float", "--set", "weights=q.safetensors", "--model", "lenet"), "q.safetensors"),
     ],
@@ -618,6 +666,19 @@ def test_words_of_the_line_that_are_wrong_give_exit_code_2():
     hq("quantise", code=2)
     assert "key=value" in hq("quantize", "--set", "n_calib", code=2)
     hq("export", "net.safetensors", code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--list", "--unit", "nosuch"), "--list and --unit"),
+        (("--gather", "--list"), "--list and --gather"),
+        (("--gather", "--unit", "x"), "--gather and --unit"),
+        (("--gather", "--set", "modls=[lenet]"), "leave --config and --set out"),
+    ],
+)
+def test_options_of_a_study_that_would_have_no_effect_are_refused(words, named):
+    assert named in " ".join(hq("study", "bn_fold", "--profile", "smoke", *words, code=2).replace("│", " ").split())
 
 
 def test_a_study_takes_its_plan_from_a_file_and_what_is_set_goes_before(place):

@@ -106,7 +106,7 @@ class Configuration:
     n_val: int = 0
     """validation images; 0 = all"""
     n_test: int = 0
-    """test images; 0 = all"""
+    """test images; 0 = all, of ``hq crossbar`` 20"""
     metric: str = ""
     """``select``: score of an image, a key of ``selection.METRICS``"""
     strategy: str = "random"
@@ -181,6 +181,12 @@ class Configuration:
         """The file to write."""
         return Path(self.output or f"{self.name}{ending}")
 
+    def refuse(self, verb: str, *keys: str) -> None:
+        """``ValueError`` for the first of ``keys`` that says something: ``verb`` has no use for it with this method."""
+        silent = Configuration()
+        if said := [key for key in keys if getattr(self, key) != getattr(silent, key)]:
+            raise ValueError(f"{said[0]}: {verb} takes none with method {self.method!r}; leave it out")
+
     # -- the network ---------------------------------------------------------------------------------------------------
 
     def network_file(self) -> Path:
@@ -214,7 +220,7 @@ class Configuration:
         """
         torch.manual_seed(self.seed)
         if self.net:
-            return own(self.net)(**self.options), {"model": OWN, "options": self.options}
+            return self._own(self.options), {"model": OWN, "options": self.options}
         given = defaults | self.options
         sizes = {key: given.pop(key) for key in SIZES if key in given}
         return models.build(self.model, **sizes, **given), {"model": self.model, "options": given, **sizes}
@@ -260,7 +266,7 @@ class Configuration:
     def opened(self, file: Path) -> tuple[nn.Module, dict[str, Any]]:
         """(network in eval mode, record) of a float or quantized network file."""
         state, record = models.read_checkpoint(file)
-        made = own(self.net)(**(self.options or record.get("options") or {})) if self.net else None
+        made = self._own(self.options or record.get("options") or {}) if self.net else None
         if made is None and record.get("model", OWN) == OWN:
             raise ValueError(f"{file.name} holds a network of its maker's own: say which, --net module:Class")
         if "policy" in record:
@@ -269,6 +275,12 @@ class Configuration:
             return models.load_checkpoint(file)
         load_state(made, state, source=file.name)
         return made.eval(), record
+
+    def _own(self, options: Mapping[str, Any]) -> nn.Module:
+        try:
+            return own(self.net)(**options)
+        except TypeError as error:
+            raise ValueError(f"options: {self.net} cannot be built with {dict(options) or 'none'}: {error}") from error
 
     # -- the images ----------------------------------------------------------------------------------------------------
 
@@ -312,6 +324,8 @@ class Configuration:
     def calibration(self, record: Mapping[str, Any]) -> ImageSet:
         """The images of the manifest, each hash verified, or ``n_calib`` training images, balanced if that can be."""
         if not self.manifest:
+            if self.metric or self.strategy != "random":
+                raise ValueError("strategy and metric are of hq select: leave them out, or give the manifest it writes")
             return self.images("train", record, self.n_train).drawn(self.n_calib, self.seed)
         listed = selection.read(Path(self.manifest))
         if listed.files and not self.root:
@@ -388,6 +402,8 @@ class Configuration:
     def _hybrid_policy(self) -> BitPolicy:
         settings = {key: value for key, value in self.hybrid.items() if key != "ranges"}
         given = {"w_bits": self.bits[0], "a_bits": self.bits[1], "ptq": ("minmax", "lsq_plus"), **settings}
+        if type(bits := given.get("boundary", 4)) is not int:
+            raise PolicyError(f"hybrid: boundary is {bits!r:.80}: a whole number of bits is needed, as 4")
         try:
             return BitPolicy.hybrid(**given)
         except TypeError as error:
@@ -482,6 +498,8 @@ def read(path: Path | str | None = None, changes: Mapping[str, Any] | None = Non
     if inside := [key for key in entries if key in inner and key not in KEYS]:
         raise ValueError(f"{where} has no key {inside[0]!r}; did you mean '{inner[inside[0]]}.{inside[0]}'?")
     check(where, "key", entries, KEYS)
+    if entries.get("net") and entries.get("model"):
+        raise ValueError(f"model is {entries['model']!r}, and net {entries['net']!r} in its place: give one of them")
     return Configuration(**entries)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -37,6 +38,10 @@ from hq_lib.training import evaluate, fit, machine
 from hq_lib.training.evaluation import evaluation_of, warn_of_fewer_classes
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
+QUANTIZING = ("bits", "lists", "policy", "corrections", "leaf_modules", "on_refusal")
+CALIBRATING = ("hybrid", "manifest", "strategy", "metric")
+"""Keys of how a network is quantized, and of what is calibrated on which images."""
+
 
 def trained(run: Configuration) -> tuple[Path, float]:
     """(file, test accuracy in percent) after float training or quantization-aware training; resumes a killed run."""
@@ -45,6 +50,8 @@ def trained(run: Configuration) -> tuple[Path, float]:
 
 
 def _trained_float(run: Configuration) -> tuple[Path, float]:
+    run.refuse("hq train", *QUANTIZING, *CALIBRATING)
+    _no_teacher(run)
     target, (dataset, config, n) = run.network_file(), run.float_training()
     net, source = run.network() if run.weights else (None, {})
     source = {**source, "dataset": dataset}
@@ -65,13 +72,13 @@ def _trained_float(run: Configuration) -> tuple[Path, float]:
 
 def _trained_quantized(run: Configuration) -> tuple[Path, float]:
     run.network_file()
-    if unused := [key for key in ("corrections", *([] if run.method == HYBRID else ["manifest"])) if getattr(run, key)]:
-        raise ValueError(f"{unused[0]}: hq train takes none with method {run.method!r}; leave it out")
+    run.refuse("hq train", "corrections", *(() if run.method == HYBRID else CALIBRATING))
     net, source = run.network()
     recipe = run.qat(net)
     train, val = run.images("train", source, recipe.n_train or 0), run.validation(source)
     folder = run.folder(net, source, train)
     if run.method == HYBRID:
+        _no_teacher(run)
         few = run.calibration(source)
         x = normalize(few.images, few.spec).to(run.device)
         qnet = graph.quantize(net.to(run.device), recipe.policy, x[:1], **run.tracing)
@@ -79,10 +86,16 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
         fit_late(qnet, x, run.hybrid.get("ranges", "mse"))
     else:
         qnet = calibrated(net, recipe, train, seed=run.seed, **run.tracing).to(run.device)
-        done = fit(qnet, train, val, recipe.config, folder)
+        teacher = net.to(run.device) if recipe.config.distill else None
+        done = fit(qnet, train, val, recipe.config, folder, teacher=teacher)
     machine.end_unless_first()
     more = {"config": dataclasses.asdict(done.config if done else recipe.config), "n_train": len(train)}
     return _saved(run, qnet, source, form="trainable" if run.method != HYBRID else "frozen", **more)
+
+
+def _no_teacher(run: Configuration) -> None:
+    if run.protocol.get("distill"):
+        raise ValueError(f"protocol.distill: with method {run.method!r} no float network teaches; leave it out")
 
 
 def selected(run: Configuration) -> Path:
@@ -98,6 +111,7 @@ def quantized(run: Configuration) -> tuple[Path, float]:
     The file's record keeps a line of each unit that was reconstructed (``log``).
     """
     run.network_file()
+    run.refuse("hq quantize", "hybrid")
     net, source = run.network()
     recipe, policy = run.ptq(net)
     few = run.calibration(source)
@@ -184,7 +198,10 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     counted = {"n_test": run.n_test} if run.n_test else {}
     if counted and run.crossbar.get("n_test", run.n_test) != run.n_test:
         raise ValueError(f"n_test is {run.n_test}, and {run.crossbar['n_test']} in crossbar: give one of them")
+    device = given.get("device")
     given = {"engine": "sim", "folder": f"{file.stem}_crossbar", "seed": run.seed, **counted, **run.crossbar, **given}
+    if device and given["engine"] != "sim":
+        raise ValueError(f"device is {device!r}: engine {given['engine']!r} has cells of its own; leave device out")
     past = Path(given["folder"]) / "summary.json"
     known = json.loads(past.read_text()) if given["engine"] == "replay" and past.is_file() else {"layers": ["*"]}
     entries: dict[str, Any] = {key: known[key] for key in ("layers", "n_test", "n_calib") if key in known} | given
@@ -217,7 +234,8 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
 
 def _lowered(run: Configuration, file: Path, net: nn.Module, record: dict[str, Any], spec: DataSpec) -> IntegerModel:
     if "policy" not in record:
-        raise ValueError(f"{file.name} holds a float network: quantize it first, hq quantize --set weights={file}")
+        raise ValueError(f"{file.name} holds a float network: quantize it first, hq quantize --set "
+                         f"{shlex.quote(f'weights={file}')}")  # fmt: skip
     assert isinstance(net, fx.GraphModule)
     image = next(node for node in net.graph.nodes if node.op == "placeholder")
     if not any(str(reader.target).endswith(QUANTIZER_SUFFIX) for reader in image.users):

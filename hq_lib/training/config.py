@@ -32,7 +32,7 @@ class TrainConfig(Settings):
     """Share of the target given to all classes alike, in [0, 1)."""
     distill: Annotated[float, Bound(">= 0 and <= 1")] = 0.0
     """Share of the loss that is the distance to a teacher's logits, in [0, 1]; above 0, ``fit`` needs the teacher."""
-    pad: int = 4
+    pad: Annotated[int, Bound(">= 0", whole=True)] = 4
     """Zero pixels added on each side before the random crop; 0 = no crop."""
     flip: bool = True
     """Random left-right flip."""
