@@ -206,6 +206,8 @@ class Configuration:
     def _writable(what: str, target: Path, ending: str = ".safetensors") -> Path:
         if target.suffix != ending:
             raise ValueError(f"output is {target}: the name of a {what} has to end in {ending}")
+        if target.is_dir():
+            raise ValueError(f"output is {target}: a folder of that name is there")
         there = next(folder for folder in target.resolve().parents if folder.exists())
         try:
             tempfile.TemporaryFile(dir=there).close()

@@ -200,13 +200,13 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
         raise ValueError(f"n_test is {run.n_test}, and {run.crossbar['n_test']} in crossbar: give one of them")
     device = given.get("device")
     given = {"engine": "sim", "folder": f"{file.stem}_crossbar", "seed": run.seed, **counted, **run.crossbar, **given}
-    if device and given["engine"] != "sim":
-        raise ValueError(f"device is {device!r}: engine {given['engine']!r} has cells of its own; leave device out")
     past = Path(given["folder"]) / "summary.json"
     known = json.loads(past.read_text()) if given["engine"] == "replay" and past.is_file() else {"layers": ["*"]}
     entries: dict[str, Any] = {key: known[key] for key in ("layers", "n_test", "n_calib") if key in known} | given
     layers = entries["layers"] if isinstance(entries["layers"], list | tuple) else [str(entries["layers"])]
     plan = bench.Plan(**{**entries, "folder": Path(entries["folder"]), "layers": tuple(layers)})
+    if device and plan.engine != "sim":
+        raise ValueError(f"device is {device!r}: engine {plan.engine!r} has cells of its own; leave device out")
     if file.suffix == ".npz":
         imodel = load_integers(file)
         record = _image_record(imodel.meta)
