@@ -112,18 +112,33 @@ class ImageSet:
 
         Raises ``ValueError`` where a class has too few images: a short set is never returned silently.
         """
-        return self.subset(balanced_positions(self.labels, n, self.spec.n_classes, seed))
+        mixed = self.mixed(seed)
+        return mixed.subset(balanced_positions(mixed.labels, n, self.spec.n_classes, seed))
+
+    def mixed(self, seed: int) -> "ImageSet":
+        """The same images; in a seeded random order where they lie class by class (or have none), as in a folder.
+
+        The first images of a set then stand for all of it, as its ranges are taken of them.
+        """
+        if bool((self.labels.diff() < 0).any()):
+            return self
+        return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
+
+    def balances(self, n: int) -> bool:
+        """Whether n images can be as many of each class: no fewer than classes, and each class has its share."""
+        counts = torch.bincount(self.labels.clamp(min=0), minlength=self.spec.n_classes)
+        share = -(-n // self.spec.n_classes)
+        return share <= int(counts.min()) and n >= self.spec.n_classes and folder.UNLABELLED not in self.labels
 
     def drawn(self, n: int, seed: int) -> "ImageSet":
         """A seeded subset of n images: all there are (n or fewer), else balanced where each class can have one.
 
         Fewer images than classes, classes with less than their share, or pictures without a class: drawn from all.
+        Never class by class (``mixed``).
         """
         if n >= len(self):
-            return self
-        counts = torch.bincount(self.labels.clamp(min=0), minlength=self.spec.n_classes)
-        share = -(-n // self.spec.n_classes)
-        if n >= self.spec.n_classes and int(self.labels.min()) != folder.UNLABELLED and int(counts.min()) >= share:
+            return self.mixed(seed)
+        if self.balances(n):
             return self.balanced(n, seed)
         return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:n])
 

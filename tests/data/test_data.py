@@ -365,6 +365,18 @@ def test_a_draw_is_balanced_where_every_class_can_have_an_image():
     assert len(set(uneven.indices.tolist())) == 5
 
 
+def test_no_draw_comes_class_by_class_and_mixed_sets_keep_their_order():
+    mixed = own_images()
+    ours = mixed.subset([0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11])
+    for n in (12, 9):  # all, and balanced
+        first = ours.drawn(n, 0)
+        assert sorted(first.labels.tolist()) == sorted(list(range(3)) * (n // 3))
+        assert bool((first.labels.diff() < 0).any())
+        assert first.indices.tolist() == ours.drawn(n, 0).indices.tolist() != ours.drawn(n, 1).indices.tolist()
+        assert torch.equal(first.images, mixed.images[first.indices])
+        assert mixed.drawn(n, 0).indices.diff().min() > 0
+
+
 def test_images_that_are_no_bytes_or_too_few_are_refused():
     ours = own_images()
     with pytest.raises(ValueError, match=r"float32.*torch\.uint8"):

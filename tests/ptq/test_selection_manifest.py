@@ -78,6 +78,15 @@ def test_files_come_back_in_order(pictures, tmp_path):
     assert taken.labels.tolist() == [1, 0]
 
 
+def test_a_set_that_was_chosen_class_by_class_is_taken_mixed_by_its_seed(digits):
+    by_class = digits.labels[:200].argsort(stable=True)
+    made = selection.from_images(digits, by_class, seed=1)
+    taken = selection.take(made, digits)
+    assert sorted(taken.indices.tolist()) == sorted(made.indices)
+    assert len(taken.labels[:50].unique()) == 10
+    assert taken.indices.tolist() != selection.take(dataclasses.replace(made, seed=2), digits).indices.tolist()
+
+
 # ---------------------------------------------------------------- what does not match
 
 

@@ -228,7 +228,7 @@ def read(path: Path | str) -> Manifest:
 
 
 def take(manifest: Manifest, images: ImageSet) -> ImageSet:
-    """The manifest's images out of a set, in its order, every hash verified.
+    """The manifest's images out of a set, every hash verified; in its order, mixed by its seed if class by class.
 
     Raises:
         ManifestError: another data set or split, an image the set does not have, a link out of its folder, or one that
@@ -251,4 +251,4 @@ def take(manifest: Manifest, images: ImageSet) -> ImageSet:
     for name, found, want in zip(wanted, _hashes(chosen), manifest.hashes, strict=True):
         if found != want:
             raise ManifestError(f"image {name!r} differs from the one that was selected: its SHA-256 does not match")
-    return chosen
+    return chosen.mixed(manifest.seed)

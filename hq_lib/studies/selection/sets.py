@@ -71,7 +71,7 @@ class Pool:
         self.bench, self.n_pool, self.draw = bench, n_pool, draw
         self.common: ImageSet = bench.val.drawn(n_common or len(bench.val), 0)
         self.positions = selection.draw_pool(len(bench.train), n_pool, seed=draw)
-        self.images: ImageSet = bench.train.subset(self.positions)
+        self.images: ImageSet = bench.train.subset(self.positions).mixed(draw)
         self._scores: dict[str, Tensor] = {}
 
     @cached_property
