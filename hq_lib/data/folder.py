@@ -30,7 +30,8 @@ _FOLDERS = {"train": ("train", "sel"), "trainval": ("train", "sel"), "test": ("v
 class Pictures:
     """The images of files, as a uint8 tensor (N, 3, size, size) that is decoded anew wherever it is indexed.
 
-    ``pictures[i]``, ``pictures[positions]``, ``pictures[:, 0]`` are tensors, decoded in threads; ``subset`` is files.
+    ``pictures[i]``, ``pictures[positions]``, ``pictures[mask]``, ``pictures[:, 0]`` are tensors, decoded in threads;
+    ``subset`` is files.
     """
 
     dtype, ndim, device = torch.uint8, 4, torch.device("cpu")
@@ -61,17 +62,32 @@ class Pictures:
         return (self[start : start + n] for start in range(0, len(self), n))
 
     def __getitem__(self, at: Any) -> Tensor:
-        if isinstance(at, tuple):
-            some = self[at[0]]
-            return some[at[1:]] if isinstance(at[0], int) else some[:, *at[1:]]
-        if isinstance(at, int):
-            return self._read(self.files[at])
-        files = self.files[at] if isinstance(at, slice) else [self.files[i] for i in at]
+        first, *rest = at if isinstance(at, tuple) else (at,)
+        if first is Ellipsis:
+            return self[:][at]
+        chosen = torch.arange(len(self))[first] if isinstance(first, slice) else positions(first, len(self))
+        if chosen.ndim == 0:
+            return self._read(self.files[chosen])[*rest]
         with ThreadPoolExecutor() as pool:
-            return torch.stack([*pool.map(self._read, files)]) if files else torch.empty(self.shape, dtype=self.dtype)
+            read = [*pool.map(self._read, [self.files[i] for i in chosen])]
+        return (torch.stack(read) if read else torch.empty(0, *self.shape[1:], dtype=self.dtype))[:, *rest]
 
     def _read(self, file: Path) -> Tensor:
         return torch.from_numpy(read_image(file, size=self.size, short_side=self.short_side)).permute(2, 0, 1)
+
+
+def positions(chosen: Any, n: int) -> Tensor:
+    """(k,) or () int64: whole numbers as they are, a mask of ``n`` as where it is True; ``IndexError`` for the rest."""
+    try:
+        found = torch.as_tensor(chosen)
+    except (TypeError, ValueError, RuntimeError):
+        raise IndexError(f"images go by whole numbers, or a mask of {n}, not by {chosen!r:.60}") from None
+    if found.dtype == torch.bool and found.shape == (n,):
+        return found.nonzero().flatten()
+    if found.numel() and (found.dtype == torch.bool or found.is_floating_point() or found.ndim > 1):
+        kind = f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
+        raise IndexError(f"images go by whole numbers, or a mask of {n}, not by {kind}")
+    return found.long()
 
 
 def list_folder(

@@ -5,6 +5,7 @@ evaluations load ``test``.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,9 @@ class ImageSet:
         """The same images for a network that was trained with another mean and standard deviation (full scale = 1)."""
         return replace(self, spec=replace(self.spec, mean=mean, std=std))
 
-    def subset(self, chosen: Tensor | list[int]) -> "ImageSet":
-        """The images at these positions of this set, in that order; positions outside raise ``IndexError``."""
-        chosen = torch.as_tensor(chosen, dtype=torch.int64)
+    def subset(self, chosen: Tensor | Sequence[int]) -> "ImageSet":
+        """The images at these positions, in that order, or where a mask of N is True; ``IndexError`` for others."""
+        chosen = folder.positions(chosen, len(self)).flatten()
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"{self.spec.name} {self.split} has {len(self)} images; asked for {int(chosen.max())}")
         images = self.images.subset(chosen) if isinstance(self.images, Pictures) else self.images[chosen]

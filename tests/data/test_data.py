@@ -323,6 +323,35 @@ def test_pictures_are_read_when_they_are_asked_for_and_then_only_those(class_fol
     assert [len(part) for part in whole.images.split(3)] == [3, 3, 2]
 
 
+INDICES = (
+    3, -1, np.int64(3), torch.tensor(3), slice(1, 5), slice(5, 1), [6, 1], [], torch.tensor([6, 1]), np.array([6, 1]),
+    torch.arange(8) % 3 == 0, np.arange(8) % 3 == 0, [True] * 3 + [False] * 5, torch.zeros(8, dtype=torch.bool), ...,
+    (2, 0), (np.int64(2), 0), ([1, 6], 0), (slice(None), 0, 3), (..., 3), (torch.arange(8) > 5, slice(1, 3)),
+)  # fmt: skip
+ODD = (None, True, "cat", [0.9, 1.9], torch.zeros(7, dtype=torch.bool), [[0, 1]], object())
+
+
+@pytest.mark.parametrize("at", INDICES, ids=str)
+def test_pictures_are_indexed_as_the_tensor_they_stand_for(class_folders, at):
+    spec = replace(data.SPECS["imagenet"], in_shape=(3, 4, 4), short_side=4)
+    pictures = data.load("imagenet", "trainval", root=class_folders, spec=spec).images
+    assert torch.equal(pictures[at], pictures[:][at])
+
+
+@pytest.mark.parametrize("at", ODD, ids=str)
+def test_images_go_by_whole_numbers_or_a_mask_and_by_nothing_else(class_folders, at):
+    folder_of_8 = data.load("imagenet", "trainval", root=class_folders)
+    for index in (folder_of_8.images.__getitem__, folder_of_8.subset, own_images(8).subset):
+        with pytest.raises(IndexError, match="go by whole numbers, or a mask of 8"):
+            index(at)
+
+
+def test_a_mask_chooses_the_images_where_it_is_true():
+    ours = own_images()
+    assert ours.subset(ours.labels == 2).indices.tolist() == [2, 5, 8, 11]
+    assert ours.subset([True] * 2 + [False] * 10).indices.tolist() == [0, 1]
+
+
 def test_calibration_pictures_may_lie_in_sel_without_classes(class_folders, tmp_path):
     root = tmp_path / "root"
     for part in ("sel", "val"):
