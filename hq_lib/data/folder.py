@@ -3,8 +3,9 @@
     train/ val/     splits train and test; ``sel/`` (calibration images, as the group keeps them) stands in for train
     class folders   alone (a sample): even positions of the sorted list are "train", odd ones "test"
 
-Pictures that lie in ``train/`` or ``sel/`` without class folders have no class (label -1): they calibrate. Hidden
-entries (names that begin with a dot) are passed over.
+Pictures that lie in ``train/`` or ``sel/`` without class folders have no class (label -1): they calibrate. A class's
+pictures may lie in folders of its own, as torchvision's ``ImageFolder`` reads them. Hidden entries (names that begin
+with a dot) are passed over, and files with other endings than ``EXTENSIONS``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-EXTENSIONS = {".jpg", ".jpeg", ".png"}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Endings of pictures, those of ``ImageFolder``."""
 UNLABELLED = -1
 EIGHT_BITS = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "La", "RGBa")
 """Modes of pictures; Pillow cuts those of 16 or 32 bits off at 255."""
@@ -92,9 +94,10 @@ def positions(chosen: Any, n: int) -> Tensor:
 
 def list_folder(
     root: Path | str, split: str, known: tuple[str, ...] = ()
-) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """(files, labels, names of the classes) of a split; errors name the folder and what was expected in it.
+) -> tuple[list[Path], list[int], tuple[str, ...], list[Path]]:
+    """(files, labels, names of the classes, files passed over) of a split; errors name the folder and what it lacks.
 
+    Passed over is what lies in class folders and is no picture, and pictures beside them.
     ``known``: the classes that a network was trained on, in the order of its outputs; () = those of the folder.
     """
     root = Path(root)
@@ -106,27 +109,39 @@ def list_folder(
     base = next((root / name for name in _FOLDERS[split] if root / name in splits), root)
     if base not in splits:
         raise FileNotFoundError(f"{root} has no {' or '.join(_FOLDERS[split])}/ for split {split!r}")
-    found = {c.name for folder in splits for c in _visible(folder) if c.is_dir()}
-    classes = known or tuple(sorted(found))
-    if strange := sorted(found - {*classes}):
+    names = {c.name for folder in splits for c in _visible(folder) if c.is_dir()}
+    classes = known or tuple(sorted(names))
+    if strange := sorted(names - {*classes}):
         raise ValueError(f"{root} has a class {strange[0]!r}, the network was trained on {', '.join(classes[:8])} "
                          f"({len(classes)} in all): take its folder out")  # fmt: skip
-    labelled = [(f, i) for i, name in enumerate(classes) if (base / name).is_dir() for f in _images(base / name)]
-    if not labelled and split != "test":
-        labelled = [(f, UNLABELLED) for f in _images(base)]
+    found = [(f, i) for i, name in enumerate(classes) if (base / name).is_dir() for f in _files(base / name)]
+    loose = [(f, UNLABELLED) for f in _visible(base) if _is_picture(f)]
+    labelled, passed = [(f, i) for f, i in found if _is_picture(f)], [f for f, _ in found if not _is_picture(f)]
+    if labelled or split == "test":
+        passed += [f for f, _ in loose]
+    else:
+        labelled = loose
     if not labelled:
-        raise FileNotFoundError(f"{base} has no images in class folders (*.jpg, *.jpeg, *.png)")
+        raise FileNotFoundError(f"{base} has no images in class folders (*{', *'.join(EXTENSIONS)})")
     if base == root and split != "trainval":
         labelled = labelled[0::2] if split == "train" else labelled[1::2]
-    return [f for f, _ in labelled], [i for _, i in labelled], classes
+    return [f for f, _ in labelled], [i for _, i in labelled], classes, passed
 
 
 def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
-    return [file for file in _visible(folder) if file.suffix.lower() in EXTENSIONS]
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in EXTENSIONS
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder, then those of the folders in it; a link back to a folder around it is none."""
+    entries = _visible(folder)
+    inner = [entry for entry in entries if not _is_picture(entry) and entry.is_dir()]
+    inner = [entry for entry in inner if not folder.resolve().is_relative_to(entry.resolve())]
+    return [entry for entry in entries if entry not in inner] + [f for each in inner for f in _files(each)]
 
 
 def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:

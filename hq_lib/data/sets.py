@@ -223,10 +223,20 @@ def load_or_embedded(name: str, split: str, *, n: int | None = None) -> ImageSet
     return embedded if n is None or n >= len(embedded) else embedded.balanced(n, SPLIT_SEED)
 
 
+def _few(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+
+
 def _load_folder(spec: DataSpec, split: str, root: Path | str | None, n: int | None) -> ImageSet:
     if root is None:
         raise ValueError("imagenet needs root=<folder of class folders> (hq: --root FOLDER): it is never downloaded")
-    files, labels, classes = folder.list_folder(root, split, spec.classes)
+    files, labels, classes, passed = folder.list_folder(root, split, spec.classes)
+    held = {*labels}
+    absent = [name for i, name in enumerate(classes) if not held & {i, folder.UNLABELLED}]
+    said = [f"{len(passed):,} files are passed over ({_few([file.name for file in passed])})"] if passed else []
+    said += [f"{len(absent):,} of {len(classes):,} classes have no picture ({_few(absent)})"] if absent else []
+    if said:
+        print(f"{root}, split {split!r}: {'; '.join(said)}", flush=True)
     if n is not None and n > len(files):
         raise ValueError(f"{root} has {len(files)} images in split {split!r}; {n} were asked for")
     size = spec.in_shape[1]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from hq_lib import data
 from hq_lib.data import fetch, folder, sources
@@ -433,7 +434,7 @@ def picture_folder(root, *files):
 
 def test_hidden_folders_are_no_classes(tmp_path):
     root = picture_folder(tmp_path, "cat/1.png", "cat/.2.png", "dog/1.png", ".thumbnails/1.png")
-    files, labels, classes = folder.list_folder(str(root), "trainval")
+    files, labels, classes, _ = folder.list_folder(str(root), "trainval")
     assert ([f.parent.name for f in files], labels, classes) == (["cat", "dog"], [0, 1], ("cat", "dog"))
 
 
@@ -441,10 +442,33 @@ def test_a_class_has_one_label_in_every_split(tmp_path):
     root = picture_folder(tmp_path, "train/a/1.png", "train/b/1.png", "val/b/1.png", "val/c/1.png")
     lists = {split: folder.list_folder(root, split) for split in ("train", "test")}
     found = {
-        s: [(f.parent.name, i) for f, i in zip(files, labels, strict=True)] for s, (files, labels, _) in lists.items()
+        s: [(f.parent.name, i) for f, i in zip(files, labels, strict=True)] for s, (files, labels, *_) in lists.items()
     }
     assert found == {"train": [("a", 0), ("b", 1)], "test": [("b", 1), ("c", 2)]}
-    assert {classes for *_, classes in lists.values()} == {("a", "b", "c")}
+    assert {classes for _, _, classes, _ in lists.values()} == {("a", "b", "c")}
+
+
+def test_pictures_of_nested_folders_and_every_ending_are_those_of_image_folder(tmp_path, capsys):
+    names = ["b.png", "a.JPG", "z.webp", "more/1.bmp", "more/deep/0.tif", "another/9.pgm", "t.tiff", "p.ppm", "j.jpeg"]
+    root = picture_folder(tmp_path / "photos", *(f"cat/{name}" for name in names), "dog/1.png")
+    found = data.load("imagenet", "trainval", root=root)
+    ours = zip(map(str, found.images.files), found.labels.tolist(), strict=True)
+    assert {*ImageFolder(root).samples} == {*ours}
+    assert found.images.names[:6] == [f"cat/{n}" for n in ("a.JPG", "b.png", "j.jpeg", "p.ppm", "t.tiff", "z.webp")]
+    assert found.images[:].shape[0] == 10
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_passed_over_is_said(tmp_path, capsys):
+    root = picture_folder(tmp_path, *(f"train/cat/{i}.png" for i in range(3)), "train/loose.png", "val/dog/1.png")
+    (root / "train/cat/film.gif").write_bytes(b"")
+    (root / "train/dog").mkdir()
+    (root / "train/cat/around").symlink_to(root / "train")
+    assert len(data.load("imagenet", "train", root=root)) == 3
+    said = capsys.readouterr().out
+    assert "3 files are passed over ('around', 'film.gif', 'loose.png'); 1 of 2 classes have no picture ('dog')" in said
+    data.load("imagenet", "test", root=root)
+    assert "'test': 1 of 2 classes have no picture ('cat')" in capsys.readouterr().out
 
 
 def test_a_picture_of_16_bits_is_refused_for_pillow_cuts_it_off_at_255(tmp_path):
