@@ -8,6 +8,7 @@ pictures may lie in folders of its own, as torchvision's ``ImageFolder`` reads t
 with a dot) are passed over, and files with other endings than ``EXTENSIONS``.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -145,15 +146,18 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
-    """(size, size, 3) uint8: bilinear resize of the short side, then the centre crop; a bad file is named."""
+    """(size, size, 3) uint8: upright as its EXIF says, bilinear resize of the short side, then the centre crop.
+
+    A bad file is named.
+    """
     try:
         with Image.open(path) as image:
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are a line, not a picture")
             if image.mode not in EIGHT_BITS:
                 raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     factor = short_side / min(rgb.size)
     width, height = (max(short_side, round(v * factor)) for v in rgb.size)

@@ -471,6 +471,17 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     assert "'test': 1 of 2 classes have no picture ('cat')" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])  # quarter turns to the left
+def test_a_picture_is_read_upright(tmp_path, orientation, turn):
+    stored = np.zeros((64, 64, 3), np.uint8)
+    stored[:32, :32] = 255
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(stored).save(tmp_path / "photo.png", exif=exif)
+    read = folder.read_image(tmp_path / "photo.png", size=64, short_side=64)
+    assert np.array_equal(read, np.rot90(stored, turn))
+
+
 def test_a_picture_of_16_bits_is_refused_for_pillow_cuts_it_off_at_255(tmp_path):
     Image.fromarray(np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=r"deep\.png .* 8 bits a channel"):
