@@ -231,8 +231,8 @@ def take(manifest: Manifest, images: ImageSet) -> ImageSet:
     """The manifest's images out of a set, every hash verified; in its order, mixed by its seed if class by class.
 
     Raises:
-        ManifestError: another data set or split, an image the set does not have, a link out of its folder, or one that
-                       differs.
+        ManifestError: another data set or split, an image the set does not have (so no path leads out of a folder, but
+                       links that lie in it), or one that differs.
     """
     ((key, names),) = _named(images).items()
     wanted = getattr(manifest, key)
@@ -244,10 +244,6 @@ def take(manifest: Manifest, images: ImageSet) -> ImageSet:
         raise ManifestError(f"image {absent[0]!r} (and {len(absent) - 1} more) is not in {images.spec.name}/"
                             f"{images.split}: the calibration set would be short")  # fmt: skip
     chosen = images.subset([position[name] for name in wanted])
-    if isinstance(chosen.images, Pictures):
-        root = chosen.images.root.resolve()
-        if out := [file for file in chosen.images.files if not file.resolve().is_relative_to(root)]:
-            raise ManifestError(f"image {out[0].name!r} leads out of {root}: put the picture itself there")
     for name, found, want in zip(wanted, _hashes(chosen), manifest.hashes, strict=True):
         if found != want:
             raise ManifestError(f"image {name!r} differs from the one that was selected: its SHA-256 does not match")
