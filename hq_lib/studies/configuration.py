@@ -354,7 +354,9 @@ class Configuration:
         images = self.images("train", record, self.n_train)
         scores = selection.score(images.images, self.metric) if self.metric else None
         how: Any = {"strategy": self.strategy, "seed": self.seed}
-        balanced = self.n_calib >= images.spec.n_classes and int(images.labels.min()) != folder.UNLABELLED
+        balanced = images.balances(self.n_calib)
+        if not balanced and self.n_calib >= images.spec.n_classes:
+            print(f"not every class has {self.n_calib} / {images.spec.n_classes} images: chosen from all alike")
         labels = images.labels if balanced else None
         chosen = selection.select(scores, self.n_calib, labels=labels, n_images=len(images), **how)
         return selection.from_images(images, chosen, metric=self.metric, balanced=balanced, **how)
