@@ -112,7 +112,7 @@ class GridBank:
 Losses = Mapping[str, Mapping[int, float]]
 """Tensor -> bits -> loss when that tensor alone has these bits, >= 0."""
 OBJECTIVE_SCALE = 1e4
-"""The solver ignores differences below 1e-6; losses of high bits are that small."""
+"""The largest loss as the solver sees it, which ignores differences below 1e-6."""
 IMAGE_BITS = 8
 """Bits of an image that has no quantizer: its pixels are bytes."""
 
@@ -206,7 +206,8 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
     joint = [(w, b_w, a, b_a) for w, a in cost.per_bit_pair for b_w in losses[w] for b_a in losses[a]]
     price = [cost.per_bit.get(tensor, 0.0) * bits for tensor, bits in choices]
     price += [cost.per_bit_pair[w, a] * b_w * b_a for w, b_w, a, b_a in joint]
-    loss = [OBJECTIVE_SCALE * losses[tensor][bits] for tensor, bits in choices] + [0.0] * len(joint)
+    scale = OBJECTIVE_SCALE / (max(losses[tensor][bits] for tensor, bits in choices) or 1.0)
+    loss = [scale * losses[tensor][bits] for tensor, bits in choices] + [0.0] * len(joint)
     one_each = [[t == tensor for t, _ in choices] + [False] * len(joint) for tensor in losses]
     bounded = LinearConstraint(np.array([price]) / budget, -np.inf, 1.0)
     limits = [bounded, LinearConstraint(np.array(one_each, float), 1.0, 1.0)]

@@ -43,9 +43,10 @@ def brute_force(losses, cost, budget):
 
 
 @pytest.mark.parametrize("cost", [ALONE, PAIRS], ids=["size", "products"])
+@pytest.mark.parametrize("unit", [1.0, 1e-7], ids=["nat", "1e-7 nat"])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_integer_program_equals_brute_force(cost, seed):
-    losses = table(seed)
+def test_the_integer_program_equals_brute_force(cost, seed, unit):
+    losses = {tensor: {b: unit * loss for b, loss in row.items()} for tensor, row in table(seed).items()}
     low, high = (uniform(losses, cost, b).cost for b in (2, 8))
     for share in (0.0, 0.1, 0.35, 1.0):
         budget = low + share * (high - low)
