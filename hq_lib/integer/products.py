@@ -41,7 +41,7 @@ class Product:
     bias: np.ndarray
     """float64 (C_out,), real units"""
     w_bits: int
-    """of the trained grid"""
+    """of the trained grid, as a network file packs it"""
     geometry: dict[str, Any] | None
     """stride, padding, dilation and groups of a convolution; None: linear"""
 
@@ -102,7 +102,8 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
     scale = np.broadcast_to(scale.reshape(-1), len(w)).astype(np.float32)
     bias = layer.bias
     real_bias = np.zeros(len(w)) if bias is None else _numpy(bias, np.float64)
-    return Product(name, x, w, scale, real_bias, int(quantizer.bits), _geometry(name, layer))  # type: ignore[arg-type]
+    bits = ((grid.qmax - grid.qmin) // grid.step).bit_length()
+    return Product(name, x, w, scale, real_bias, bits, _geometry(name, layer))
 
 
 def turned(w: np.ndarray, groups: int) -> np.ndarray:

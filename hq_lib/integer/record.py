@@ -111,7 +111,8 @@ class Layer(Op):
     acc_scale: np.ndarray
     """float32 (C_out,): real units per accumulator step, f32(s_x weight_scale)"""
     weight_bits: int
-    """bits of the weight's trained grid, 1..16 (storage may be wider: DoReFa's zero-less grid has bits + 1)"""
+    """bits of the weight's trained grid, 1..16, of its widest channel where they differ (storage may be wider: DoReFa's
+    zero-less grid has bits + 1)"""
     requant: Requant | None
     """(C_out,), or None"""
     residual: Residual | None

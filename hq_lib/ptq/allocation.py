@@ -148,8 +148,8 @@ def fit_allocated(qnet: fx.GraphModule) -> dict[str, Tensor]:
 
     The policy's bits become the *average* over a layer's channels, met exactly where the limits of 0 and 8 bits allow;
     numbers made with it are not comparable to plain ones. ``bits`` of the quantizer stays the average, its grid reaches
-    as far as the widest channel. A channel of 0 bits is 0 (``correct_moments`` then makes it its mean). Weights of 8
-    bits and more get the plain min-max grid.
+    as far as the widest channel, at whose bits files hold all of them. A channel of 0 bits is 0 (``correct_moments``
+    then makes it its mean). Weights of 8 bits and more get the plain min-max grid.
 
     Args:
         qnet: from ``graph.quantize`` with one grid per output channel; changed in place. A channel's bits go by its

@@ -6,7 +6,8 @@ from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
 from hq_lib import integer, ptq
-from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, weight_layers
+from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, quantize, save, weight_layers
+from hq_lib.models import read_checkpoint
 from hq_lib.ptq import allocation
 from hq_lib.ptq.allocation import channel_grid
 from hq_lib.ptq.units import as_float
@@ -58,6 +59,17 @@ def test_wide_channels_get_more_bits_and_the_average_is_the_policys():
     for channel, bits in zip(layer.quantized_weight(), found["b"], strict=True):
         assert len(channel.unique()) <= 2 ** int(bits)
     assert weight_layers(qnet)["fc"].weight_quantizer.grid().qmax == 127
+
+
+def test_the_integers_count_the_bits_that_a_file_takes(tmp_path):
+    qnet, x = made(bits=3, placement="deploy")
+    ptq.fit_allocated(qnet)
+    ptq.fit_acts(qnet, x)
+    save(qnet, tmp_path / "net.safetensors", form="frozen", record={})
+    file, _ = read_checkpoint(tmp_path / "net.safetensors")
+    for op in integer.lower(qnet).layers():
+        packed = file[f"{op.name}.weight_quantizer.x_int"]
+        assert packed.numel() == -(-op.weight.size * op.weight_bits // 8)
 
 
 def test_allocation_beats_equal_bits_in_squared_error():
