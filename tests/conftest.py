@@ -12,9 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: digits go by the 
 import numpy as np
 import pretend
 import torch
+from PIL import Image
 
 from hq_lib import data
-from hq_lib.data import fetch, sources
+from hq_lib.data import fetch, folder, sources
 from hq_lib.results import paths
 
 if pretend.PRETENDED:
@@ -74,6 +75,18 @@ def mnist_10k() -> tuple[data.ImageSet, data.ImageSet]:
         pixels, labels = (torch.from_numpy(arrays[f"{part}_{kind}"]) for kind in ("images", "labels"))
         parts.append(data.ImageSet(pixels.permute(0, 3, 1, 2), labels.long(), spec, part))
     return parts[0], parts[1]
+
+
+@pytest.fixture
+def pictures_read(tmp_path, monkeypatch) -> tuple[data.ImageSet, list[int]]:
+    """Ten pictures of 12 x 12 of five classes in a folder, and how many were read at once, each time."""
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), np.uint8)):
+        (file := tmp_path / f"pictures/train/{i % 5}/{i}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    real, read = folder.Pictures.__getitem__, []
+    monkeypatch.setattr(folder.Pictures, "__getitem__", lambda own, at: read.append(len(got := real(own, at))) or got)
+    spec = data.DataSpec("imagenet", 5, (3, 12, 12), (0.5,) * 3, (0.3,) * 3, short_side=12)
+    return data.load("imagenet", "train", root=tmp_path / "pictures", spec=spec), read
 
 
 def _mnist_10k(scratch: Path) -> fetch.Arrays:

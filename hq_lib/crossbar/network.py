@@ -24,7 +24,7 @@ from hq_lib.crossbar.engine import Correction, Engine
 from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.operands import Handle, exact_mvm
 from hq_lib.crossbar.recording import simulated
-from hq_lib.data import ImageSet, normalize
+from hq_lib.data import ImageSet, batches
 from hq_lib.integer.arithmetic import products as exact_products
 from hq_lib.integer.check import need_model
 from hq_lib.integer.execute import run
@@ -78,8 +78,8 @@ class EngineNetwork:
 
     def evaluate(self, images: ImageSet, *, batch_size: int = 50) -> Evaluation:
         """Accuracy (percent) and mean cross entropy (nats) of the network on ``images``."""
-        logits = self.run(normalize(images.images, images.spec), batch_size=batch_size)
-        return evaluation_of(torch.from_numpy(logits), images.labels)
+        logits = [self.run(x, batch_size=batch_size) for x, _ in batches(images, batch_size)]
+        return evaluation_of(torch.from_numpy(np.concatenate(logits)), images.labels)
 
     def set_time(self, t_s: float) -> None:
         """Nothing; simulated cells that time changes are read ``t_s`` seconds after programming from now on.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from hq_lib.data import DataSpec, ImageSet, normalize
+from hq_lib.data import DataSpec, ImageSet, batches
 from hq_lib.graph import kinds, op_name
 from hq_lib.graph.layers import SAME
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
@@ -76,10 +76,11 @@ def agreement(
         ImageError: the images do not fit. ValueError: no tensor of ``imodel`` is a quantizer of ``qnet``, or
                     one has another shape there.
     """
-    x, labels = (images, None) if isinstance(images, Tensor) else (normalize(images.images, images.spec), images.labels)
+    labels = None if isinstance(images, Tensor) else images.labels
+    parts = images.split(batch_size) if isinstance(images, Tensor) else (x for x, _ in batches(images, batch_size))
     found: dict[str, TensorAgreement] = {}
     ours, theirs = [], []
-    for part in x.split(batch_size):
+    for part in parts:
         wanted, logits = _graph_integers(qnet, imodel, part)
         if not wanted:
             raise ValueError("no tensor of the integer model is a quantizer of this graph: lower this graph itself")

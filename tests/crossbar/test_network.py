@@ -28,6 +28,7 @@ from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.integer import lower, run
 from hq_lib.integer.arithmetic import products
 from hq_lib.integer.record import Conv, Layer, Requantizer
+from hq_lib.training.evaluation import evaluation_of
 
 NETWORKS = ("resnet20", "lenet", "vgg_small", "toynet", "mobilenetv2")
 POLICIES = {"w8a8": BitPolicy(bn="fold"), "w4a4": BitPolicy("minmax:4", "minmax:4", bn="fold")}
@@ -147,6 +148,16 @@ def test_evaluation_counts_right_answers(qnets):
     found = EngineNetwork(model, IdealEngine()).evaluate(some, batch_size=7)
     wanted = 100 * (run(model, normalize(pixels, some.spec)).argmax(1) == some.labels.numpy()).mean()
     assert (found.n, found.acc_pct) == (40, pytest.approx(wanted))
+
+
+def test_pictures_are_judged_batch_by_batch(pictures_read):
+    pictures, read = pictures_read
+    model, _ = small()
+    found, wanted = (EngineNetwork(model, SimEngine(Circuit(state_independent(0.1), seed=1))) for _ in range(2))
+    score = found.evaluate(pictures, batch_size=4)
+    assert read == [4, 4, 2]
+    logits = wanted.run(normalize(pictures.images, pictures.spec), batch_size=4)
+    assert score == evaluation_of(torch.from_numpy(logits), pictures.labels)
 
 
 @pytest.mark.parametrize("loop", ["open", "closed"])

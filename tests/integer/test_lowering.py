@@ -242,6 +242,15 @@ def test_unknown_requantizers_are_refused():
         lower(quantized("residual", "w8a8"), requantizer="float64")  # type: ignore[arg-type]
 
 
+def test_pictures_are_compared_batch_by_batch(pictures_read):
+    pictures, read = pictures_read
+    qnet, model = small(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 5)), BitPolicy(), 12)
+    found = agreement(qnet, model, pictures, batch_size=4)
+    assert read == [4, 4, 2]
+    assert found[:2] == agreement(qnet, model, data.normalize(pictures.images, pictures.spec), batch_size=4)[:2]
+    assert found.integer_acc_pct is not None
+
+
 def test_raw_pixels_by_table_equal_normalised_images(digits):
     net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10))
     x = data.normalize(digits.images[:64], digits.spec)

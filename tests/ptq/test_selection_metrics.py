@@ -74,10 +74,17 @@ def test_constant_images_are_smoothest_and_noise_is_roughest():
 def test_batches_and_pixel_types_do_not_matter(name, monkeypatch):
     images = noise(7)
     whole = selection.score(images, name)
-    monkeypatch.setattr(scores, "_CHUNK", 2)
+    monkeypatch.setattr(scores, "_PIXELS", 2 * images.shape[2] * images.shape[3])
     torch.testing.assert_close(selection.score(images, name), whole)
     torch.testing.assert_close(selection.score(images.float() / 255, name), whole)
     torch.testing.assert_close(selection.score(images.to(memory_format=torch.channels_last), name), whole)
+
+
+def test_large_pictures_are_scored_a_few_at_a_time(pictures_read, monkeypatch):
+    images, read = pictures_read
+    monkeypatch.setattr(scores, "_PIXELS", 4 * 12 * 12)
+    assert torch.equal(selection.score(images.images, "tv"), selection.score(images.images[:], "tv"))
+    assert read == [4, 4, 2, 10]
 
 
 @pytest.mark.parametrize(("images", "message"), [

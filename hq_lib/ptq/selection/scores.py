@@ -9,6 +9,7 @@ Features are of a network in evaluation mode, without gradients; no network is i
 return (N,) values for ``select``; functions named for a method (``herding``, ``k_center``) return the positions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.nn.functional import conv2d
 from hq_lib.results.hints import check_known
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-_CHUNK = 1024  # images held as float at once
+_PIXELS = 2**20  # a channel, held as float at once: 1,024 images of 32 x 32
 
 
 def unit_images(images: Tensor) -> Tensor:
@@ -124,7 +125,8 @@ def score(images: Tensor, metric: str) -> Tensor:
     check_known(metric, METRICS, "metric")
     if len(images) == 0:
         raise ValueError("no images to score")
-    return torch.cat([METRICS[metric](unit_images(chunk)) for chunk in images.split(_CHUNK)])
+    n_images = max(1, _PIXELS // max(1, math.prod(images.shape[2:])))
+    return torch.cat([METRICS[metric](unit_images(chunk)) for chunk in images.split(n_images)])
 
 
 def _checked(features: Tensor, n: int | None = None) -> Tensor:
