@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hq_lib.graph import QuantizedNet, QuantizedWeight, QuantizeError, kinds, op_name, weight_layers
 from hq_lib.graph.agreement import traced
 from hq_lib.graph.modes import eval_mode
-from hq_lib.graph.state import Choice, set_quantization
+from hq_lib.graph.state import Choice, passes, set_quantization
 from hq_lib.graph.tracing import Example, device_of
 
 _THROUGH = {"relu", "maxpool2d", "dropout", "dropout2d", "identity"}  # f(s x) = s f(x) for s > 0, channel by channel
@@ -109,21 +109,26 @@ def correct_means(qnet: QuantizedNet, images: Tensor, *, only: Choice | None = N
     Raises ``QuantizeError`` naming a layer that runs twice.
     """
     shifts: dict[str, Tensor] = {}
+    passed: set[str] = set()
 
     def measure(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, QuantizedWeight)
-        if name in shifts:
+        if name in passed:
             raise QuantizeError(f"layer {name!r} runs twice: its two shifts share one bias")
+        passed.add(name)
         with set_quantization(layer, weights=True, acts=None):
             shift = layer.forward(inputs[0]) - output
         channels = shift.dim() - 1 if isinstance(layer, nn.Linear) else 1
-        shifts[name] = shift.mean([d for d in range(shift.dim()) if d != channels])
+        mean = shift.mean([d for d in range(shift.dim()) if d != channels]) * (len(part) / len(images))
+        shifts[name] = shifts[name] + mean if name in shifts else mean
 
     chosen = {n: m for n, m in weight_layers(qnet).items() if (q := m.weight_quantizer) and (only is None or only(q))}
     with set_quantization(qnet, weights=False, acts=False, only=only), eval_mode(qnet), ExitStack() as hooks:
         for name, layer in chosen.items():
             hooks.enter_context(layer.register_forward_hook(partial(measure, name)))
-        qnet(images.to(device_of(qnet)))
+        for part in passes(images):
+            passed.clear()
+            qnet(part.to(device_of(qnet)))
     for name, shift in shifts.items():
         layer = chosen[name]
         layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias.detach() - shift)

@@ -35,14 +35,23 @@ def net() -> nn.Module:
 
 def test_calibration_is_the_same_in_one_batch_in_many_and_in_little_memory(net, monkeypatch):
     x, found = images(8), []
-    for batches, budget in ((x, 1024), (x.split(3), 1024), (iter(x.split(2)), 1024), (x, 0)):
+    ways = (x, 1024, 8), (x.split(3), 1024, 8), (iter(x.split(2)), 1024, 8), (x, 1024, 3), (x, 0, 8)
+    for batches, budget, together in ways:
         monkeypatch.setattr(state, "BUDGET_MIB", budget)
+        monkeypatch.setattr(state, "PASS_NUMBERS", together * x[0].numel())
         qnet = quantize(net, POLICY, x[:1])
         calibrate(qnet, batches)
         found.append(grids(qnet))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] == pytest.approx(found[2], rel=1e-5)
-    assert found[0] == found[3]
+    assert found[0] == pytest.approx(found[3], rel=1e-5)
+    assert found[0] == found[4]
+
+
+def test_images_pass_together_up_to_a_number_and_large_ones_by_32():
+    assert [len(part) for part in state.passes(torch.zeros(1024, 3, 32, 32))] == [1024]
+    assert [len(part) for part in state.passes(torch.empty(150, 3, 224, 224))] == [64, 64, 22]
+    assert [len(part) for part in state.passes(torch.empty(5, 3, 1500, 1500))] == [1] * 5
 
 
 def test_calibration_sees_float_activations_and_leaves_modes_switches_and_statistics(net):

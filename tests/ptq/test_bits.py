@@ -9,7 +9,7 @@ from graph_nets import Tiny, trained_like
 from torch import nn
 
 from hq_lib import models, ptq
-from hq_lib.graph import BitPolicy, QuantizeError, calibrate, quantize, set_quantization, weight_layers
+from hq_lib.graph import BitPolicy, QuantizeError, calibrate, quantize, set_quantization, state, weight_layers
 from hq_lib.graph.tracing import eval_mode
 from hq_lib.ptq.bits import (
     Cost,
@@ -167,8 +167,10 @@ def test_unknown_tensors_and_bits_are_named(bank):
         bank.assign({"act stem": 4})
 
 
-def test_corrected_means_equal_the_float_nets(images):
+@pytest.mark.parametrize("together", [3, 1000])
+def test_corrected_means_equal_the_float_nets(images, together, monkeypatch):
     """One layer alone: the mean of each output channel is exact after the correction, and was not before."""
+    monkeypatch.setattr(state, "PASS_NUMBERS", together * images[0].numel())
     net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
     policy = BitPolicy("minmax:2", "float", first_last_bits=None)
     qnet = quantize(net, policy, images[:1])
