@@ -2,7 +2,7 @@
 
 policy = BitPolicy(weight="lsq:4", act="lsq:4", first_last_bits=8)
 qnet = quantize(net, policy, images[:1])     # a torch.fx graph: QuantConv2d, QuantLinear, <node>_act_quantizer
-calibrate(qnet, images)                      # fit all grids; or train, which fits them on its first batch
+calibrate(qnet, images)                      # fit all grids; or train: the first batch fits those of one tensor
 policy.report(qnet)                          # layer, method, bits, scale, MACs, parameters, average bits
 save(qnet, "net.safetensors")                # and load: frozen integers, or trainable
 """

@@ -135,7 +135,8 @@ def quantize(
 
     Layers become ``QuantConv2d``, ``QuantLinear``, ... under their own names, each with a ``weight_quantizer`` (None =
     float) fitted to its weight. Activation quantizers are modules and nodes named ``<node>_act_quantizer``, not fitted
-    yet: ``calibrate`` does that, or the first training batch. With all bits 32 the result equals ``net`` bit for bit.
+    yet: ``calibrate`` does that, or the first training batch where no two tensors share a grid. With all bits 32 the
+    result equals ``net`` bit for bit.
 
     Args:
         net:     any traceable CNN, see ``hq_lib.graph.tracing.trace``.
@@ -232,7 +233,9 @@ def fresh_quantizers(gm: fx.GraphModule) -> dict[str, Quantizer]:
     for site in gm.meta["sites"]:
         key = f"policy, activation {site.name!r}"
         quantizer = make_quantizer(gm.meta["specs"][f"act {site.name}"], "act", key, signed=site.signed)
-        if quantizer is not None and site.quantizer not in found:  # those of a group share the first one's
+        if quantizer is not None and site.quantizer in found:  # those of a group share the first one's
+            found[site.quantizer].places += 1
+        elif quantizer is not None:
             quantizer.owner = site.name
             found[site.quantizer] = quantizer.to(device).train(gm.training)
     return found

@@ -45,11 +45,11 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 
 def put(net: nn.Module, name: str, quantizer: Quantizer) -> None:
-    """Make ``quantizer`` that of the layer, or activation module, ``name``, with switch, mode and owner of the old."""
+    """Make ``quantizer`` that of the layer, or activation module, ``name``; all but the grid is as in the old."""
     layer = weight_layers(net).get(name)
     holder, place = (net, name) if layer is None else (layer, "weight_quantizer")
     old = getattr(holder, place)
-    quantizer.enabled, quantizer.owner = old.enabled, old.owner
+    quantizer.enabled, quantizer.owner, quantizer.places = old.enabled, old.owner, old.places
     setattr(holder, place, quantizer.train(old.training))
 
 

@@ -32,7 +32,8 @@ class Quantizer(nn.Module):
     """Abstract: a differentiable map of real tensors onto a grid. Subclasses name the method.
 
     A weight quantizer fits itself on its first use. An activation quantizer fits itself on its first *training* batch
-    and raises RuntimeError when it is evaluated before that. NaN and Inf raise ValueError in every fit; later, forward
+    and raises RuntimeError when it is evaluated before that; so does one of several tensors, which would be fitted to
+    the first of them. NaN and Inf raise ValueError in every fit; later, forward
     propagates NaN and clips Inf (a grid that follows its tensor becomes NaN or Inf with it). The state dict remembers
     the fit and refuses another kind of quantizer, other bits or another sign.
     """
@@ -59,6 +60,8 @@ class Quantizer(nn.Module):
         """False makes forward the identity (for calibration); to_int and grid still answer."""
         self.owner = ""
         """The layer or activation it belongs to, for messages; ``graph.quantize`` sets it."""
+        self.places = 1
+        """Tensors that it quantizes in each pass, as those of a concatenation do; ``graph.quantize`` sets it."""
         self._ready = False
         self.register_buffer("initialised", torch.tensor(False))
         self.register_buffer("spec", as_bytes(f"{type(self).__name__} of {bits} bits, signed={signed}"))
@@ -199,6 +202,11 @@ def _first_fit(quantizer: Quantizer, x: Tensor) -> None:
         raise RuntimeError(
             f"{quantizer} was never fitted: call graph.calibrate(qnet, images), run one batch in training mode, or "
             f"call init_from(batch), before evaluating"
+        )
+    if quantizer.places > 1:
+        raise RuntimeError(
+            f"{quantizer} quantizes {quantizer.places} tensors on one grid, which the first of them would decide: call "
+            f"graph.calibrate(qnet, images) before training"
         )
     quantizer.init_from(x)
 

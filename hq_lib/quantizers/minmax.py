@@ -111,8 +111,9 @@ class MinMaxAct(Quantizer):
         low, high <- (1 - m) (low, high) + m (min x, max x)      in training, from the first batch's range on
 
     with m = ``MOMENTUM``. Unsigned: [0, high], z = 0. Signed: integers 0 ... 2^b - 1 with an integer zero point and 0
-    in the range; signed 1 bit is {-E|x|, +E|x|}. The batch is counted before it is quantized; eval mode, or
-    ``observing = False``, keeps the range. dx = 1 unless the rounded value was clipped.
+    in the range; signed 1 bit is {-E|x|, +E|x|}. The batch is counted before it is quantized; of several tensors on one
+    grid x is all of them, counted once the last is quantized. Eval mode, or ``observing = False``, keeps the range.
+    dx = 1 unless the rounded value was clipped.
     """
 
     method = "minmax"
@@ -126,6 +127,7 @@ class MinMaxAct(Quantizer):
         self.use_integers(*((-1, 1, 2) if self.binary else (0, 2**bits - 1, 1)))
         self.register_buffer("low", torch.tensor(0.0))
         self.register_buffer("high", torch.tensor(1.0))
+        self._seen: list[Tensor] = []  # of this pass, where there are several places
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.binary:
@@ -146,12 +148,22 @@ class MinMaxAct(Quantizer):
         return affine_from_range(self.low, self.high, n_steps=self.qmax, power_of_two=self.power_of_two)
 
     def _quantize(self, x: Tensor) -> Tensor:
-        if self.training and self.observing:
-            with torch.no_grad():
-                low, high = self._range(x.detach())
-                self.low.lerp_(low.to(self.low.dtype), MOMENTUM)
-                self.high.lerp_(high.to(self.high.dtype), MOMENTUM)
-        return super()._quantize(x)
+        observing = self.training and self.observing
+        if observing and self.places == 1:
+            self._count(x.detach())
+        x_hat = super()._quantize(x)
+        if observing and self.places > 1:
+            self._seen = [*self._seen, x.detach().flatten() if self.axis is None else x.detach()]
+            if len(self._seen) == self.places:
+                self._count(torch.cat(self._seen))
+                self._seen = []
+        return x_hat
+
+    @torch.no_grad()
+    def _count(self, x: Tensor) -> None:
+        low, high = self._range(x)
+        self.low.lerp_(low.to(self.low.dtype), MOMENTUM)
+        self.high.lerp_(high.to(self.high.dtype), MOMENTUM)
 
 
 class AciqWeight(MinMaxWeight):

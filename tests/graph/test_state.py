@@ -19,6 +19,7 @@ from hq_lib.graph import (
     state,
     weight_layers,
 )
+from hq_lib.quantizers import act_quantizer
 
 POLICY = BitPolicy("lsq:4", "lsq:4")
 
@@ -86,6 +87,48 @@ def test_a_shared_grid_is_fitted_to_all_its_tensors():
     both = torch.cat([a.flatten(), net.b(a).flatten(), torch.zeros(1)])
     want = (both.max() - both.min()) / 255
     assert qnet.relu_act_quantizer.grid().scale.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+class Joined(nn.Module):
+    """Two branches of very different size on one grid."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.b.weight.mul_(20)
+
+    def branches(self, x):
+        return torch.relu(self.a(x)), torch.relu(self.b(x))
+
+    def forward(self, x):
+        return self.fc(torch.cat(self.branches(x), 1).amax((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["minmax", "lsq", "pact"])
+def test_a_shared_grid_is_not_fitted_to_its_first_tensor_alone(method):
+    x = images(2)
+    qnet = quantize(Joined(), BitPolicy("minmax:8", f"{method}:8"), x).train()
+    with pytest.raises(RuntimeError, match=r"of 'a'\) quantizes 2 tensors on one grid.*graph\.calibrate"):
+        qnet(x)
+    calibrate(qnet, x)
+    qnet(x)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("minmax", 8), ("minmax", 1), ("aciq", 8)])
+def test_the_running_range_of_a_shared_grid_is_that_of_all_its_tensors(method, bits):
+    torch.manual_seed(0)
+    net, x, new = Joined(), images(4), 3 * images(4, seed=2)
+    qnet = quantize(net, BitPolicy("minmax:8", f"{method}:{bits}", input_bits=32), x)
+    calibrate(qnet, x, quantized_weights=False)
+    before = qnet.relu_act_quantizer.high.clone()
+    fresh = act_quantizer(method, bits, signed=False)
+    fresh.init_from(torch.cat([y.flatten() for y in net.branches(new)]))
+    with set_quantization(qnet, weights=False, acts=None):
+        for _ in range(2):
+            qnet.train()(new)
+    wanted = before + (1 - 0.9**2) * (fresh.high - before)
+    torch.testing.assert_close(qnet.relu_act_quantizer.high, wanted)
 
 
 def test_operations_in_place_do_not_reach_what_was_collected():
