@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -224,8 +225,9 @@ def fresh_quantizers(gm: fx.GraphModule) -> dict[str, Quantizer]:
     found: dict[str, Quantizer] = {}
     for name, spec in of_kind(gm.meta["specs"], "weight").items():
         layer: Any = gm.get_submodule(name)
-        axis: Any = {"axis": 1 if layer.groups == 1 else None} if isinstance(layer, nn.ConvTranspose2d) else {}
-        quantizer = make_quantizer(spec, "weight", f"policy, weight of {name!r}", **axis)
+        if isinstance(layer, nn.ConvTranspose2d) and spec.options.get("axis", 0) == 0:  # per output channel
+            spec = replace(spec, options={**spec.options, "axis": 1 if layer.groups == 1 else None})
+        quantizer = make_quantizer(spec, "weight", f"policy, weight of {name!r}")
         if quantizer is not None:
             quantizer.owner = name
             found[name] = quantizer.to(layer.weight.device).train(layer.training)

@@ -43,7 +43,8 @@ class Spec:
     """1..16, or 32 = the tensor stays in float and gets no quantizer"""
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    """keyword arguments of the quantizer, e.g. ``{"axis": None}`` for one scale per weight tensor"""
+    """keyword arguments of the quantizer, e.g. ``{"axis": None}`` for one scale per weight tensor; 0, the default, is
+    one per output channel, whatever the layer"""
 
     @property
     def is_float(self) -> bool:
@@ -99,9 +100,7 @@ def check_width(bits: Any, key: str) -> int:
     return bits
 
 
-def make_quantizer(
-    spec: Spec, kind: str, key: str, *, signed: bool = True, **defaults: Any
-) -> quantizers.Quantizer | None:
+def make_quantizer(spec: Spec, kind: str, key: str, *, signed: bool = True) -> quantizers.Quantizer | None:
     """Return a new quantizer for ``spec``, or None for a float tensor.
 
     Args:
@@ -109,7 +108,6 @@ def make_quantizer(
         kind:     "weight" or "act".
         key:      what the error names.
         signed:   whether the activation can be negative (weights always can).
-        defaults: options that the spec's own may override, e.g. ``axis``.
 
     Raises:
         PolicyError: the method is unknown, cannot do these bits, or does not take these options.
@@ -117,7 +115,7 @@ def make_quantizer(
     build = getattr(quantizers, f"{kind}_quantizer")
     sign = {"signed": signed} if kind == "act" else {}
     try:
-        return build(spec.method, spec.bits, **{**defaults, **sign, **spec.options})
+        return build(spec.method, spec.bits, **{**sign, **spec.options})
     except (ValueError, TypeError) as error:
         raise PolicyError(f"{key}: {error}") from error
 

@@ -45,7 +45,7 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 
 def put(net: nn.Module, name: str, quantizer: Quantizer) -> None:
-    """Make ``quantizer`` that of the layer, or activation module, ``name``; all but the grid is as in the old."""
+    """Make ``quantizer`` that of the layer, or activation module, ``name``; mode, switch, owner, places as before."""
     layer = weight_layers(net).get(name)
     holder, place = (net, name) if layer is None else (layer, "weight_quantizer")
     old = getattr(holder, place)

@@ -94,10 +94,10 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
     weight = layer.weight.detach()
     w_int, grid = quantizer.integers(weight)  # type: ignore[operator]
     w = _numpy(w_int, np.int64) - _numpy(grid.zero_point, np.int64)
+    scale, axis = _numpy(grid.scale, np.float32), 0
     if isinstance(layer, nn.ConvTranspose2d):
-        w = turned(w, layer.groups)
-    scale = _numpy(grid.scale, np.float32)
-    if scale.size > 1 and scale.size not in scale.shape[:2]:
+        w, axis = turned(w, layer.groups), 1
+    if scale.size > 1 and (scale.size != len(w) or scale.shape[axis] != len(w)):
         raise LowerError(f"layer {name!r}: weight scales of shape {scale.shape} are not one per output channel")
     scale = np.broadcast_to(scale.reshape(-1), len(w)).astype(np.float32)
     bias = layer.bias

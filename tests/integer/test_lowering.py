@@ -204,6 +204,30 @@ def test_a_multiplier_that_no_shift_holds_is_refused_with_its_operation(named):
         lower(qnet)
 
 
+def _uneven(layer: nn.Module, axis: int) -> nn.Module:
+    """An 8-to-8 layer between two others whose weights differ a hundredfold along ``axis``."""
+    shape = [-1 if d == axis else 1 for d in range(4)]
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-1, 1, 8).view(shape))  # type: ignore[operator]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+
+
+@pytest.mark.parametrize(("groups", "n_scales"), [(1, 8), (2, 1)])
+def test_axis_0_is_the_output_channel_of_transposed_convolutions_too(groups, n_scales):
+    net = _uneven(nn.ConvTranspose2d(8, 8, 2, 2, groups=groups), axis=0)
+    qnet, model = small(net, BitPolicy({"method": "minmax", "bits": 8, "axis": 0}, "minmax:8"))
+    assert qnet.get_submodule("2").weight_quantizer.grid().scale.numel() == n_scales
+    x = images(16, 8)
+    wanted, logits = qnet(x).detach(), torch.tensor(run(model, x))
+    assert float((logits - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_scales_of_input_channels_are_refused_by_layer():
+    policy = BitPolicy({"method": "minmax", "bits": 8}, overrides={"2": {"weight": {"axis": 1}}})
+    with pytest.raises(LowerError, match=r"layer '2': weight scales of shape \(1, 8, 1, 1\) are not one per output"):
+        small(_uneven(nn.Conv2d(8, 8, 3), axis=1), policy)
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
