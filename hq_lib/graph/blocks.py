@@ -54,13 +54,17 @@ def blocks(net: nn.Module) -> list[Block]:
             net, by name and layers, with the activation quantizers inside.
 
     Raises:
-        QuantizeError: a net with several inputs or without any layer.
+        QuantizeError: a net with several inputs or outputs, or without any layer.
     """
     gm = net if isinstance(net, fx.GraphModule) else trace(net)
     kind_of = kinds(gm)
     image = [node for node, kind in kind_of.items() if kind == "input"]
-    if len(image) != 1 or "layer" not in kind_of.values():
-        raise QuantizeError(f"blocks need one input tensor and at least one layer; this net has {len(image)} inputs")
+    n_outputs = len(next(reversed(kind_of)).all_input_nodes)
+    if len(image) != 1 or n_outputs != 1 or "layer" not in kind_of.values():
+        raise QuantizeError(
+            f"blocks need one input tensor, one output tensor and at least one layer; this net has {len(image)} inputs "
+            f"and {n_outputs} outputs"
+        )
     owner_of = _owners(gm)
     joined = _join(_regions(kind_of), kind_of, owner_of)
     inputs = [image[0], *(region[-1] for region in joined[:-1])]

@@ -94,7 +94,7 @@ def reconstruct(
         ReconstructionError: images of a wrong size, number or with NaN; an activation quantizer without a grid; a loss
                              that is not finite (names the unit); a folder of another run.
         QuantizeError:       a weight's grid that cannot be rounded up and down; a block that cannot be cut out; a float
-                             network.
+                             network, or one of several inputs or outputs.
     """
     refuse_float(qnet, "ptq.reconstruct")
     several = [passes] if isinstance(passes, ReconstructionConfig) else list(passes)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from graph_nets import Branches, Tiny, images, trained_like
 from torch import nn
 
-from hq_lib import models
+from hq_lib import models, ptq
 from hq_lib.graph import BitPolicy, QuantizeError, blocks, calibrate, extract_block, quantize
 from hq_lib.graph.tracing import trace
 
@@ -96,6 +96,22 @@ def test_a_block_of_another_graph_or_one_that_is_not_closed_is_refused():
         extract_block(gm, dataclasses.replace(block, input="fc"))
     with pytest.raises(QuantizeError, match="at least one layer"):
         blocks(nn.Sequential(nn.ReLU()))
+
+
+def test_a_net_of_two_outputs_is_not_reconstructed_for_the_last_of_them():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return {"a": self.a(x), "b": self.b(x)}
+
+    qnet = quantize(Two(), BitPolicy("minmax:4", "lsq_plus:4"), images())
+    calibrate(qnet, images())
+    with pytest.raises(QuantizeError, match=r"one output tensor.* and 2 outputs"):
+        ptq.reconstruct(qnet, images(), ptq.qdrop(iterations=1, n_images=4, batch_size=4))
 
 
 def test_a_shape_taken_before_the_cut_is_named():

@@ -47,7 +47,7 @@ def find_cuts(net: nn.Module, example: Tensor) -> list[Cut]:
         example: (B, C, H, W), one image is enough; gives the shapes.
 
     Raises:
-        QuantizeError: the net has several inputs or no layer.
+        QuantizeError: the net has several inputs or outputs, or no layer.
     """
     gm = trace(net)
     found, value, layers = blocks(gm), example, ()
