@@ -10,12 +10,12 @@
 
 A batch norm behind a ReLU or clip is no part of the layer before it: that has a quantizer, and the norm one of its own.
 Max-pools, reshapes, ReLUs of quantized tensors and concatenations add no quantizer: the grid passes through. The
-tensors that a concatenation joins share one quantizer, and so do a quantized tensor and what is clipped from it (its
-ends must be levels). The network's output stays in float.
+quantized tensors that a concatenation joins share one quantizer, and so do a quantized tensor and what is clipped from
+it (its ends must be levels). The network's output stays in float.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from hq_lib.graph.layers import QUANTIZER_SUFFIX, SAME, kinds, nonnegative, op_name
 from hq_lib.graph.modes import module_path
-from hq_lib.graph.spec import QuantizeError, Spec
+from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
 
 _SOURCES = {"input", "layer", "norm", "clip", "act", "add", "mul", "avgpool", "other"}
 _FOLLOWERS = {"input": set[str](), "layer": {"norm", "relu", "clip"}}
@@ -59,12 +59,13 @@ class Site:
         return f"{self.group}{QUANTIZER_SUFFIX}"
 
 
-def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:
+def find_sites(gm: fx.GraphModule, *, placement: str = "deploy", in_float: Collection[str] = ()) -> list[Site]:
     """Return the activations of the float graph ``gm`` that get a quantizer, in execution order.
 
     Args:
         gm:        a traced float network; shapes are filled in if ``tracing.propagate`` has run.
         placement: "deploy" or "academic", see the module docstring.
+        in_float:  names of those that a policy leaves in float, which share no grid.
     """
     kind_of = kinds(gm)
     tails = _tails(kind_of)
@@ -74,7 +75,7 @@ def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:
         tails = {s: tail for s, tail in tails.items() if kind_of[s] != "layer" or tail not in only_added}
     names, signs = _names(tails, kind_of), nonnegative(gm, kind_of)
     roles = _roles(tails, kind_of, through_pools=placement == "academic")
-    groups = _groups(tails.values(), kind_of)
+    groups = _groups(tails.values(), kind_of, {tail for source, tail in tails.items() if names[source] in in_float})
     signed = {tail: not signs[tail] for tail in tails.values()}
     shared = {groups[tail] for tail, is_signed in signed.items() if is_signed}
     return [
@@ -90,14 +91,27 @@ def find_sites(gm: fx.GraphModule, *, placement: str = "deploy") -> list[Site]:
     ]
 
 
-def share_bits(sites: Iterable[Site], specs: dict[str, Spec]) -> None:
-    """Give the tensors that share a grid one spec, in place: the one with the most bits among them."""
+def share_bits(sites: Iterable[Site], specs: dict[str, Spec], origins: Mapping[str, str]) -> None:
+    """Give the tensors that share a grid one spec, in place: the one with the most bits among them.
+
+    Args:
+        origins: tensor -> key of the override that speaks of it.
+
+    Raises:
+        PolicyError: names the override of one of them that would give way to another.
+    """
     by_group: dict[str, list[str]] = {}
     for site in sites:
         by_group.setdefault(site.group, []).append(f"act {site.name}")
     for tensors in by_group.values():
-        widest = max((specs[tensor] for tensor in tensors), key=lambda spec: spec.bits)
-        specs.update(dict.fromkeys(tensors, widest))
+        widest = max(tensors, key=lambda tensor: (specs[tensor].bits, tensor in origins))
+        if lost := [tensor for tensor in tensors if tensor in origins and specs[tensor] != specs[widest]]:
+            names = [tensor.removeprefix("act ") for tensor in (lost[0], widest)]
+            raise PolicyError(
+                f"{origins[lost[0]]}: {names[0]!r} would have {specs[lost[0]]}, and shares its grid (joined, or one "
+                f"clipped from the other) with {names[1]!r} of {specs[widest]}: give both the same, or one float"
+            )
+        specs.update(dict.fromkeys(tensors, specs[widest]))
 
 
 def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
@@ -203,15 +217,17 @@ def layer_types(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
     return types
 
 
-def _groups(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
+def _groups(
+    tails: Iterable[fx.Node], kind_of: dict[fx.Node, str], in_float: set[fx.Node]
+) -> dict[fx.Node, fx.Node]:
     """Return for each quantized tensor the first of those that share one grid with it: joined, or clipped from it."""
     order = list(tails)
     shared = DisjointSet(order)
     for node, kind in kind_of.items():
         if kind == "concat" or (kind == "clip" and node in order):
-            sharing = [*_grid_sources(node, order, kind_of), *([node] if kind == "clip" else [])]
-            for tail in sharing[1:]:
-                shared.merge(sharing[0], tail)
+            sharing = {*_grid_sources(node, order, kind_of), *([node] if kind == "clip" else [])} - in_float
+            for tail in sharing:
+                shared.merge(next(iter(sharing)), tail)
     first: dict[fx.Node, fx.Node] = {}
     return {tail: first.setdefault(shared[tail], tail) for tail in order}
 

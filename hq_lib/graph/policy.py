@@ -51,6 +51,7 @@ class BitPolicy:
     names one: ``overrides`` (a later pattern wins over an earlier) > the role (image, stem output, pool output, first
     or last layer) > ``weight`` / ``act``. Activations bear the name of the layer that makes them (with its batch norm
     and activation function), an addition that of its block: "layer1.0.conv1", "layer1.0.add"; the image is "input".
+    Quantized tensors that share a grid (see ``placement``) have the most bits among them, if no override says fewer.
     """
 
     weight: Any = "minmax:8"
@@ -115,8 +116,10 @@ class BitPolicy:
         make_quantizer(spec, kind, key)
         return spec
 
-    def resolve(self, layers: Mapping[str, Collection[str]], sites: Iterable[Site]) -> dict[str, Spec]:
-        """Return the Spec of each tensor: "weight <layer>", then "act <activation>".
+    def resolve(
+        self, layers: Mapping[str, Collection[str]], sites: Iterable[Site]
+    ) -> tuple[dict[str, Spec], dict[str, str]]:
+        """Return the Spec of each tensor, "weight <layer>", then "act <activation>", and the keys of its overrides.
 
         Args:
             layers: name -> types of each layer, from ``placement.layer_types``.
@@ -137,7 +140,7 @@ class BitPolicy:
         for tensor, spec in specs.items():
             kind, name = tensor.split(" ", 1)
             specs[tensor] = self._settled(spec, kind, f"{origins.get(tensor, f'policy.{kind}')} (tensor {name!r})")
-        return specs
+        return specs, origins
 
     def _by_role(self, role: str) -> Spec:
         if role == "image":

@@ -194,8 +194,10 @@ def unfitted(
         for module in gm.modules():
             make_plain_(module)
     sites = find_sites(gm, placement=policy.placement)
-    specs = policy.resolve(layer_types(gm), sites)
-    share_bits(sites, specs)
+    specs, origins = policy.resolve(layer_types(gm), sites)
+    in_float = [name for name, spec in of_kind(specs, "act").items() if spec.is_float]
+    sites = find_sites(gm, placement=policy.placement, in_float=in_float)
+    share_bits(sites, specs, origins)
     kept = [leaf for leaf in leaf_modules if isinstance(leaf, str)]
     classes = tuple(leaf for leaf in leaf_modules if not isinstance(leaf, str))
     kept += [name for name, module in net.named_modules() if isinstance(module, classes)]

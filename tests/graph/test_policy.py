@@ -1,10 +1,12 @@
 """BitPolicy: who decides a tensor's bits, what is refused in which words, YAML, seed 001's lists, seed 000's rule."""
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from hq_lib import models
-from hq_lib.graph import BitPolicy, PolicyError, Site, Spec
+from hq_lib.graph import BitPolicy, PolicyError, Site, Spec, quantize
 from hq_lib.graph.spec import of_kind
 
 LAYERS = {"stem": {"first"}, "layer1.0.conv1": set(), "layer1.0.conv2": set(), "fc": {"last", "linear"}}
@@ -16,7 +18,7 @@ def site(name: str, role: str = "") -> Site:
 
 def resolved(policy: BitPolicy, layers, sites) -> list[dict[str, Spec]]:
     """The specs of weights and of activations, by name."""
-    return [of_kind(policy.resolve(layers, sites), kind) for kind in ("weight", "act")]
+    return [of_kind(policy.resolve(layers, sites)[0], kind) for kind in ("weight", "act")]
 
 
 SITES = [
@@ -233,3 +235,41 @@ def test_lists_of_the_blocks_and_of_all_layers_go_together():
     weights, acts = bits_of("resnet20", [4] * 9, [8, *range(2, 11), 6])
     assert (weights["conv1"], weights["layer1.0.conv1"], weights["linear"]) == (8, 2, 6)
     assert (acts["input"], acts["conv1"], acts["layer3.2.add"]) == (32, 4, 32)
+
+
+class Joined(nn.Module):
+    """The image joined with a rectified convolution, and two convolutions joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 2, 1), nn.Conv2d(7, 2, 1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.cat([x, torch.relu(self.a(x))], 1)
+        return self.fc(torch.cat([self.b(x), self.c(x)], 1).amax((2, 3)))
+
+
+def joined(**settings) -> dict[str, tuple[int, bool, str]]:
+    policy = BitPolicy("minmax:8", "minmax:4", first_last_bits=None, **settings)
+    qnet = quantize(Joined(), policy, torch.ones(1, 3, 4, 4))
+    found = {site.name: site for site in qnet.meta["sites"]}
+    return {name: (qnet.meta["specs"][f"act {name}"].bits, s.signed, s.group) for name, s in found.items()}
+
+
+def test_a_tensor_joined_with_one_in_float_keeps_its_own_grid():
+    assert joined(placement="academic") == {
+        "input": (32, True, "x"), "a": (4, False, "relu"), "b": (4, True, "b"), "c": (4, True, "b"),
+    }  # fmt: skip
+    assert joined(overrides={"b": {"act": "float"}}) == {
+        "input": (8, True, "x"), "a": (8, True, "x"), "b": (32, True, "b"), "c": (4, True, "c"),
+    }  # fmt: skip
+
+
+def test_an_override_of_one_tensor_on_a_grid_lifts_the_others_and_never_gives_way():
+    assert joined(overrides={"c": {"act": 6}})["b"] == joined(overrides={"c": {"act": 6}})["c"] == (6, True, "b")
+    assert joined(overrides={"[bc]": {"act": 2}})["b"][0] == 2
+    with pytest.raises(PolicyError, match=r"^policy\.overrides\['c'\]\.act: 'c' would have minmax:2.*'b' of minmax:4"):
+        joined(overrides={"c": {"act": 2}})
+    with pytest.raises(PolicyError, match=r"\['b'\]\.act: 'b' would have minmax:2.*'c' of minmax:3"):
+        joined(overrides={"b": {"act": 2}, "c": {"act": 3}})

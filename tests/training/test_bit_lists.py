@@ -15,7 +15,7 @@ def bits_of(model: str, name: str) -> tuple[list[int], dict[str, int]]:
     net = models.build(model).eval()
     policy = list_recipe(net, find_lists(model, name), "mpact", "full").policy
     gm = trace(net)
-    specs = policy.resolve(layer_types(gm), find_sites(gm, placement="academic"))
+    specs, _ = policy.resolve(layer_types(gm), find_sites(gm, placement="academic"))
     weights, acts = (of_kind(specs, kind) for kind in ("weight", "act"))
     return [spec.bits for spec in weights.values()], {n: spec.bits for n, spec in acts.items()}
 
