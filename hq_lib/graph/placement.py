@@ -217,9 +217,7 @@ def layer_types(gm: fx.GraphModule) -> dict[str, frozenset[str]]:
     return types
 
 
-def _groups(
-    tails: Iterable[fx.Node], kind_of: dict[fx.Node, str], in_float: set[fx.Node]
-) -> dict[fx.Node, fx.Node]:
+def _groups(tails: Iterable[fx.Node], kind_of: dict[fx.Node, str], in_float: set[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Return for each quantized tensor the first of those that share one grid with it: joined, or clipped from it."""
     order = list(tails)
     shared = DisjointSet(order)

@@ -27,26 +27,45 @@ from hq_lib.graph.layers import layer_kind
 
 
 class WeightNoise(nn.Module):
-    """A parametrization that adds noise to a weight in training mode.
+    """A parametrization that adds noise to a weight in training mode, the same until ``renew``.
 
     Args:
-        sigma: standard deviation as a fraction of the largest |w| of the output channel, in [0, 1).
+        sigma:      standard deviation as a fraction of the largest |w| of the output channel, in [0, 1).
+        transposed: groups of a transposed convolution, whose output channels are on axis 1; 0 of other layers.
 
     Gradient: that of the identity; the noise's scale is a constant.
     """
 
-    def __init__(self, sigma: float) -> None:
+    def __init__(self, sigma: float, transposed: int = 0) -> None:
         super().__init__()
         if not 0 <= sigma < 1:
             raise ValueError(f"weight noise sigma must be in [0, 1), got {sigma}")
-        self.sigma = float(sigma)
+        self.sigma, self.transposed = float(sigma), transposed
+        self.noise: Tensor | None = None
+
+    def renew(self) -> None:
+        """Draw anew at the next use."""
+        self.noise = None
 
     def forward(self, w: Tensor) -> Tensor:
         """``w`` (N, ...) with noise in training mode, ``w`` itself in eval mode."""
         if not self.training or self.sigma == 0:
             return w
-        largest = w.detach().flatten(1).abs().amax(1).view(-1, *[1] * (w.ndim - 1))
-        return w + self.sigma * largest * torch.randn_like(w)
+        if self.noise is None:
+            self.noise = self.sigma * self._largest(w.detach().abs()) * torch.randn_like(w)
+        return w + self.noise
+
+    def _largest(self, size: Tensor) -> Tensor:
+        if not self.transposed:
+            return size.flatten(1).amax(1).view(-1, *[1] * (size.ndim - 1))
+        grouped = size.unflatten(0, (self.transposed, -1))
+        return grouped.amax((1, *range(3, grouped.ndim)), keepdim=True).expand_as(grouped).reshape_as(size)
+
+
+def _renew(net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    for module in net.modules():
+        if isinstance(module, WeightNoise):
+            module.renew()
 
 
 def _stepped(x: Tensor, bits: int) -> Tensor:
@@ -58,6 +77,8 @@ def _stepped(x: Tensor, bits: int) -> Tensor:
 @contextmanager
 def weight_noise(net: nn.Module, sigma: float, *, drive_bits: int = 0, converter_bits: int = 0) -> Iterator[nn.Module]:
     """``net`` itself, whose convolutions and linear layers have noisy weights while the block lasts and it trains.
+
+    Each call of ``net`` draws anew; a layer that it calls twice is one array, with one draw.
 
     Args:
         sigma: see ``WeightNoise``: the error of a weight. Where columns fill the window, a pair of cells that each err
@@ -79,7 +100,8 @@ def weight_noise(net: nn.Module, sigma: float, *, drive_bits: int = 0, converter
     if taken:
         raise ValueError(f"the weight of {taken[0]!r} is parametrized already; end that block first")
     for layer in layers.values():
-        parametrize.register_parametrization(layer, "weight", WeightNoise(sigma).train(layer.training))
+        noise = WeightNoise(sigma, getattr(layer, "transposed", False) and layer.groups)  # type: ignore[arg-type]
+        parametrize.register_parametrization(layer, "weight", noise.train(layer.training))
 
     def driven(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return _stepped(inputs[0], drive_bits) if layer.training else inputs[0]
@@ -87,7 +109,8 @@ def weight_noise(net: nn.Module, sigma: float, *, drive_bits: int = 0, converter
     def read(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         return _stepped(y, converter_bits) if layer.training else y
 
-    hooks = [layer.register_forward_pre_hook(driven) for layer in layers.values() if drive_bits]
+    hooks = [net.register_forward_pre_hook(_renew)]
+    hooks += [layer.register_forward_pre_hook(driven) for layer in layers.values() if drive_bits]
     hooks += [layer.register_forward_hook(read) for layer in layers.values() if converter_bits]
     try:
         yield net

@@ -35,6 +35,37 @@ def test_noise_has_its_size_per_channel_and_no_bias():
     assert torch.equal(WeightNoise(0.05).eval()(w), w)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_channels_of_a_transposed_convolution_are_its_outputs(groups):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 40, groups=groups)
+    n, sizes = 6 // groups, torch.logspace(0, 2, 6)
+    with torch.no_grad():
+        for out in range(6):
+            layer.weight.view(groups, 4 // groups, n, 40, 40)[out // n, :, out % n] = sizes[out]
+    clean = layer.weight.detach().clone()
+    with weight_noise(layer, 0.03):
+        errors = ((layer.weight - clean) / clean).detach().view(groups, 4 // groups, 6 // groups, -1)
+    for channel in errors.movedim(2, 1).reshape(6, -1):
+        assert abs(float(channel.var()) / 0.03**2 - 1) < 5 * (2 / channel.numel()) ** 0.5
+
+
+def test_a_layer_called_twice_in_a_pass_is_one_array():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x) - self.layer(x), self.layer(x)
+
+    model, x = Twice(), torch.randn(2, 3)
+    with weight_noise(model, 0.1):
+        (apart, first), (_, second) = model(x), model(x)
+    assert not apart.any()
+    assert not torch.equal(first, second)
+
+
 def test_clean_weights_stay_and_come_back():
     model = net()
     before = {key: value.clone() for key, value in model.state_dict().items()}
