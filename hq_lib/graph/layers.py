@@ -117,10 +117,11 @@ _UNSUPPORTED = {"conv1d", "conv3d", "convtranspose1d", "convtranspose3d", "lstm"
 _NAMES = {
     "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm"},
     "relu": {"relu"},
-    "clip": {"relu6", "hardtanh", "clamp", "clip", "clampmin", "clampmax", "threshold"},
+    "clip": {"relu6", "hardtanh", "clamp", "clip", "clampmin", "clampmax"},
     "act": {
         *("sigmoid", "hardsigmoid", "silu", "hardswish", "gelu", "elu", "selu", "celu", "leakyrelu", "prelu", "rrelu"),
         *("tanh", "mish", "softplus", "softmax", "logsoftmax", "softsign", "tanhshrink", "logsigmoid", "glu"),
+        "threshold",
     },
     "add": {"add", "iadd", "sub", "isub", "subtract"},
     "mul": {"mul", "imul"},
@@ -147,7 +148,10 @@ def _called(node: fx.Node, gm: fx.GraphModule) -> tuple[Any, nn.Module | None]:
 
 
 def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
-    """Return the operation of ``node`` in one spelling: lower case without underscores, e.g. "maxpool2d"."""
+    """Return the operation of ``node`` in one spelling: lower case without underscores, e.g. "maxpool2d".
+
+    To add the number 0 is an "identity".
+    """
     target, module = _called(node, gm)
     if module is not None:
         classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
@@ -155,7 +159,12 @@ def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
         name = type(module).__name__ if found is nn.Module else found.__name__
     else:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name.lower().replace("_", "")
+    name = name.lower().replace("_", "")
+    return "identity" if name in ("add", "iadd") and any(_is_zero(arg) for arg in operands(node)) else name
+
+
+def _is_zero(arg: Any) -> bool:
+    return isinstance(arg, int | float) and arg == 0  # Python's sum([a, b]) is 0 + a + b
 
 
 def kinds(gm: fx.GraphModule) -> dict[fx.Node, str]:
@@ -245,7 +254,7 @@ def lower_bound(node: fx.Node, gm: fx.GraphModule) -> float | None:
     if name == "relu6":
         return 0.0
     default = node.kwargs.get("min", -1.0 if name == "hardtanh" else None)
-    bound = _option(node, gm, "min_val", 99 if name in ("clampmax", "threshold") else 1, default)
+    bound = _option(node, gm, "min_val", 99 if name == "clampmax" else 1, default)
     return float(bound) if isinstance(bound, int | float) else None
 
 

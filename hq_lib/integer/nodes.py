@@ -205,8 +205,6 @@ def clip_bounds(node: fx.Node, gm: fx.GraphModule) -> tuple[float, float]:
         return 0.0, float("inf")
     if name == "relu6":
         return 0.0, 6.0
-    if name == "threshold":
-        raise LowerError(f"{node.name!r}: threshold has no integer form; use a ReLU or clamp")
     low, high = (options.get("min_val", -1.0), options.get("max_val", 1.0)) if name == "hardtanh" else (
         options.get("min"), options.get("max"))  # fmt: skip
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
