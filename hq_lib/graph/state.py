@@ -1,6 +1,7 @@
 """A quantized network as a whole: its layers and quantizers, fitting its grids, bypassing them, and its report."""
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import pandas as pd
@@ -207,15 +208,15 @@ COLUMNS = (
 def report(qnet: fx.GraphModule) -> pd.DataFrame:
     """Return one row per layer weight and per activation of ``qnet``, float ones included; see ``BitPolicy.report``.
 
-    So are weights that no quantized layer holds, since a function or a module kept as one call multiplies with them:
-    "float" rows without ``macs``, counted in the average.
+    So are weights that a function or a module kept as one call multiplies with (a layer's own once more): "float" rows
+    without ``macs``, counted in the average.
 
     Columns: ``layer``; ``tensor`` ("weight" or "activation"); ``method`` and ``bits`` ("float", 32 where none);
     ``signed``; ``scale`` (mean), ``scale_min``, ``scale_max`` in real units per step and ``n_scales`` (NaN and 0
     before calibration or in float); ``macs`` of the layer for one image; ``n_params`` (weight elements; biases stay in
     float); ``n_elements`` of the activation for one image; ``size_KiB`` of the weight at its bits. In ``attrs``:
     ``avg_w_bits`` (weighted by parameters), ``avg_a_bits`` (by elements), ``n_macs`` of the layers known, ``hidden``
-    (names of the weights that no quantized layer holds), ``policy`` (one line).
+    (names of those weights), ``policy`` (one line).
     """
     meta, macs, hidden = qnet.meta, layer_macs(qnet), hidden_weights(qnet)
     rows = []
@@ -242,10 +243,14 @@ def _average(bits: pd.Series, amounts: pd.Series) -> float:
     return float((bits * amounts).sum() / amounts.sum()) if amounts.sum() else float("nan")
 
 
-def hidden_weights(qnet: nn.Module) -> dict[str, torch.Tensor]:
-    """Return by name the matrices and kernels of ``qnet`` that are no quantized layer's, so that they stay in float."""
+def hidden_weights(qnet: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Return by name the matrices and kernels of ``qnet`` that are no quantized layer's, so that they stay in float.
+
+    Or that something reads beside their layer, in float.
+    """
     others = [m for m in qnet.modules() if isinstance(m, QuantizedWeight | Quantizer) or "Norm" in type(m).__name__]
-    known = {id(p) for module in others for p in module.parameters()}
+    read = {id(attrgetter(str(node.target))(qnet)) for node in qnet.graph.nodes if node.op == "get_attr"}
+    known = {id(p) for module in others for p in module.parameters()} - read
     return {
         name: p
         for name, p in qnet.named_parameters()

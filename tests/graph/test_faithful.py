@@ -186,6 +186,20 @@ class Attention(nn.Module):
         return self.l(self.m(y, y, y)[0])
 
 
+def test_a_layers_weight_that_a_function_reads_too_is_counted_and_said():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(3, 8), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.fc(x)) @ self.fc.weight)
+
+    with pytest.warns(UserWarning, match=r"1 weights \(24 numbers, first 'fc.weight'\) stay in float, read by matmul"):
+        qnet = quantize(Tied(), BitPolicy("minmax:2", "minmax:4"), torch.randn(2, 3))
+    assert qnet.policy.report(qnet).attrs["hidden"] == ["fc.weight"]
+
+
 def test_attention_is_refused_with_the_way_out_which_is_one():
     net = Attention().eval()
     with pytest.raises(QuantizeError, match=r"'m': multiheadattention.*leaf_modules=\('m',\)"):
