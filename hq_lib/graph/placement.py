@@ -11,7 +11,8 @@
 A batch norm behind a ReLU or clip is no part of the layer before it: that has a quantizer, and the norm one of its own.
 Max-pools, reshapes, ReLUs of quantized tensors and concatenations add no quantizer: the grid passes through. The
 quantized tensors that a concatenation joins share one quantizer, and so do a quantized tensor and what is clipped from
-it (its ends must be levels). The network's output stays in float.
+it (its ends must be levels). Masks and indices (booleans, integers) have none. The network's output stays in float,
+but where the network reads it too: then it is returned on its grid.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import fx, nn
 
@@ -128,7 +130,8 @@ def _tails(kind_of: dict[fx.Node, str]) -> dict[fx.Node, fx.Node]:
             followers = followers if kind_of[user] == "norm" else {"relu", "clip"}
         absorbed.update(chain)
         several = "shape" in next(iter(kind_of)).meta and "shape" not in chain[-1].meta  # tensors, each on its own grid
-        if _readers(chain[-1], kind_of, _THROUGH) - {"output", "shape"} and not several:
+        real = chain[-1].meta.get("dtype", torch.float32).is_floating_point  # masks and indices are none
+        if real and _readers(chain[-1], kind_of, _THROUGH) - {"output", "shape"} and not several:
             tails[node] = chain[-1]
     return tails
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_lib.graph import QuantizeError, Site, find_sites, kinds
+from hq_lib.graph import BitPolicy, QuantizeError, Site, calibrate, find_sites, kinds, quantize
 from hq_lib.graph.tracing import propagate, trace
 
 
@@ -188,6 +188,8 @@ def test_a_norm_behind_a_relu_gets_a_quantizer_of_its_own(placement):
         (lambda x: x.relu() * x.sigmoid(), False),
         (lambda x: x.relu() + x.sigmoid(), False),
         (lambda x: x.relu() - x.sigmoid(), True),
+        (lambda x: F.threshold(x.relu(), 0.3, -1.0), True),
+        (lambda x: sum([x.relu(), x.sigmoid()]), False),
     ],
 )
 def test_every_spelling_of_an_activation_gets_its_sign(activation, signed):
@@ -219,3 +221,58 @@ def test_functional_layers_and_unknown_layers_are_refused_with_the_way_out():
         kinds(trace(nn.Sequential(nn.Conv1d(1, 1, 1))))
     with pytest.raises(QuantizeError, match="nothing to quantize"):
         find_sites(trace(nn.Sequential(nn.ReLU())))
+
+
+def test_the_0_of_pythons_sum_is_no_addition():
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(sum([self.a(x), self.b(x)]).amax((2, 3)))
+
+    assert list(sites(Summed())) == ["input", "a", "b", "add"]
+    assert list(sites(Summed(), "academic")) == ["input", "add"]
+
+
+@pytest.mark.parametrize(
+    ("masked", "quantized"),
+    [
+        (lambda y: torch.where(y > 0, y, 0.1 * y), ["mul", "where"]),
+        (lambda y: y * (y > 0), ["mul"]),
+        (lambda y: y.masked_fill(y < 0, 0.0), ["masked_fill"]),
+        (lambda y: y * y.gather(1, y.argmax(1, keepdim=True)), ["gather", "mul"]),
+        (lambda y: y * F.one_hot(y.argmax(1), 4).permute(0, 3, 1, 2), ["mul"]),
+    ],
+)
+def test_masks_and_indices_have_no_quantizer(masked, quantized):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(masked(self.conv(x)).amax((2, 3)))
+
+    net, x = Net().eval(), torch.randn(2, 3, 5, 5)
+    qnet = quantize(net, BitPolicy("minmax:16", "minmax:16", first_last_bits=16, input_bits=16), x)
+    calibrate(qnet, x)
+    assert [site.name for site in qnet.meta["sites"]] == ["input", "conv", *quantized]
+    torch.testing.assert_close(qnet(x), net(x), atol=2e-3, rtol=0)
+
+
+def test_an_output_that_the_network_reads_too_is_returned_on_its_grid():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = torch.relu(self.conv(x))
+            return y, self.fc(y.amax((2, 3)))
+
+    x = torch.randn(2, 3, 5, 5)
+    qnet = quantize(Both().eval(), BitPolicy("minmax:8", "minmax:2", first_last_bits=2), x)
+    calibrate(qnet, x)
+    assert len(qnet(x)[0].unique()) == 4
