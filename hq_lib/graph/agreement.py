@@ -4,11 +4,13 @@ A graph with its network (``traced``), a changed graph with the one before (``co
 """
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hq_lib.graph.modes import changed_by, eval_mode, line_of
@@ -28,7 +30,8 @@ def traced(net: nn.Module, example: Example | None, *, leaf_modules: LeafModules
     """Return a copy of ``net`` as a graph that knows its shapes and computes what ``net`` does on ``example``.
 
     Args:
-        example: an input, or tuple of inputs; None: shapes stay unknown and nothing is compared.
+        example: an input, or tuple of inputs; None: shapes stay unknown and nothing is compared. Arguments of
+                 ``forward`` that it leaves at their defaults are fixed there.
         leaf_modules: see ``tracing.trace``, and its errors.
 
     Raises:
@@ -38,7 +41,7 @@ def traced(net: nn.Module, example: Example | None, *, leaf_modules: LeafModules
     """
     net = unwrap(net)
     _refuse_weight_hooks(net)
-    gm = trace(copy.deepcopy(net), leaf_modules=leaf_modules)
+    gm = trace(copy.deepcopy(net), leaf_modules=leaf_modules, concrete_args=_left_out(net, example))
     if example is not None:
         got = _seeded(propagate, gm, example)
         with eval_mode(net), torch.no_grad():
@@ -57,13 +60,22 @@ def traced(net: nn.Module, example: Example | None, *, leaf_modules: LeafModules
     return gm
 
 
+def _left_out(net: nn.Module, example: Example | None) -> dict[str, Any]:
+    """Return the arguments of ``forward`` behind those that ``example`` gives which have a default, with it."""
+    arguments = [*inspect.signature(net.forward).parameters.values()]
+    n_given = len(arguments) if example is None else len(example) if isinstance(example, tuple | list) else 1
+    return {arg.name: arg.default for arg in arguments[n_given:] if arg.default is not arg.empty}
+
+
 def _refuse_weight_hooks(net: nn.Module) -> None:
     for name, module in net.named_modules():
         for hook in module._forward_pre_hooks.values():
+            which = f"layer {name!r}: a hook of {type(hook).__module__} computes its weight in every call; take it off"
+            if isinstance(hook, BasePruningMethod):
+                raise QuantizeError(f"{which} first: torch.nn.utils.prune.remove(layer, {hook._tensor_name!r})")
             if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
                 raise QuantizeError(
-                    f"layer {name!r}: a hook of {type(hook).__module__} computes its weight in every call; take it off "
-                    f"first (remove_weight_norm, remove_spectral_norm), or use torch.nn.utils.parametrizations"
+                    f"{which} first (remove_weight_norm, remove_spectral_norm), or use torch.nn.utils.parametrizations"
                 )
 
 

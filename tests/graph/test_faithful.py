@@ -6,9 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from hq_lib import data, integer, ptq
-from hq_lib.graph import BitPolicy, QuantizeError, act_quantizers, calibrate, op_name, quantize, weight_layers
+from hq_lib.graph import (
+    BitPolicy,
+    QuantizeError,
+    act_quantizers,
+    calibrate,
+    load,
+    op_name,
+    quantize,
+    save,
+    weight_layers,
+)
 from hq_lib.graph.agreement import DisagreementError, traced
 from hq_lib.graph.folding import FoldError, fold_bn
 from hq_lib.graph.tracing import UntraceableError, trace
@@ -242,6 +253,37 @@ def test_weights_that_hooks_compute_are_refused_by_layer(norm):
     net.b = norm(net.b)
     with pytest.raises(QuantizeError, match=r"'b'.*remove_weight_norm.*parametrizations"):
         quantize(net.eval(), BitPolicy(), X)
+
+
+@pytest.mark.parametrize("bn", ["keep", "fold"])
+def test_pruned_layers_are_refused_by_name_until_the_pruning_is_final(bn):
+    net = Net(lambda n, x: n.h(n.b(F.relu(n.a(x)))))
+    prune.l1_unstructured(net.b, "weight", 0.5)
+    net.eval()(X)
+    with pytest.raises(QuantizeError, match=r"'b'.*torch\.nn\.utils\.prune\.remove\(layer, 'weight'\)"):
+        quantize(net, BitPolicy(bn=bn), X)
+    prune.remove(net.b, "weight")
+    assert float((eight(net).get_submodule("b").weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_arguments_left_at_their_defaults_are_no_inputs(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x, scale=0.5, mask=None, *, heads=True):
+            x = torch.relu(self.conv(x)) * scale
+            x = x if mask is None else x * mask
+            return self.fc(x.amax((2, 3))) if heads else x
+
+    net = Scaled().eval()
+    qnet = eight(net)
+    again = load(save(qnet, tmp_path / "scaled.safetensors"), net=Scaled())
+    assert torch.equal(again(X), qnet(X))
+    assert (qnet(X) - net(X)).abs().max() < 0.05
+    assert (torch.tensor(integer.run(integer.lower(again), X)) - again(X)).abs().max() < 0.01
+    assert len(ptq.reconstruct(qnet, X, ptq.qdrop(iterations=1, n_images=len(X), batch_size=len(X)))) == 2
 
 
 def test_a_layer_that_changes_how_its_weight_is_used_is_refused_by_name():
