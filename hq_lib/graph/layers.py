@@ -132,7 +132,17 @@ _NAMES = {
         *("maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax"),
         *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze"),
         *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
-        *("pad", "zeropad2d", "channelshuffle", "pixelshuffle", "pixelunshuffle", "upsamplingnearest2d"),
+        *(
+            "pad",
+            "zeropad2d",
+            "reflectionpad2d",
+            "replicationpad2d",
+            "circularpad2d",
+            "channelshuffle",
+            "pixelshuffle",
+            "pixelunshuffle",
+            "upsamplingnearest2d",
+        ),
     },
     "shape": {"size", "dim", "numel", "ndimension"},
 }

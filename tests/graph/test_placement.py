@@ -223,6 +223,12 @@ def test_functional_layers_and_unknown_layers_are_refused_with_the_way_out():
         find_sites(trace(nn.Sequential(nn.ReLU())))
 
 
+@pytest.mark.parametrize("padding", [nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.CircularPad2d(1)])
+def test_padding_by_what_is_there_adds_no_quantizer_as_a_module_either(padding):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), padding, nn.Conv2d(4, 2, 3))
+    assert list(sites(net)) == ["input", "0"]
+
+
 def test_the_0_of_pythons_sum_is_no_addition():
     class Summed(nn.Module):
         def __init__(self):
