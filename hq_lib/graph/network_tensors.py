@@ -12,6 +12,7 @@ from hq_lib.graph.layers import QuantizedWeight
 from hq_lib.graph.rewrite import QuantizedNet, fresh_quantizers
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.state import put, quantizers, weight_layers
+from hq_lib.graph.tracing import channels_last_
 from hq_lib.models import CheckpointError
 from hq_lib.quantizers import AdaRound, FixedGrid, FrozenWeight, Grid, Quantizer
 from hq_lib.results.bits import pack, unpack
@@ -176,7 +177,7 @@ def restore(qnet: QuantizedNet, tensors: Mapping[str, Tensor], record: Mapping[s
             layer = weight_layers(qnet)[name]
             layer.weight = nn.Parameter(layer.eval().quantized_weight(), requires_grad=False)
     if record["channels_last"]:
-        qnet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last_(qnet)
 
 
 def _state(qnet: QuantizedNet) -> dict[str, Tensor]:

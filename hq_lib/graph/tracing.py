@@ -113,6 +113,11 @@ def device_of(net: nn.Module) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
+def channels_last_(net: nn.Module) -> None:
+    """Lay the kernels of ``net``, and what else has four axes, out in channels-last order, in place."""
+    net._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
+
+
 def as_inputs(example: Example, net: nn.Module) -> tuple[Tensor, ...]:
     """Return ``example`` as the tuple of arguments of ``net.forward``, on the network's device."""
     inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)

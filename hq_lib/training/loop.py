@@ -8,6 +8,7 @@ ends with bit-identical weights.
 import math
 import time
 from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
-from hq_lib.graph.modes import repeatable
-from hq_lib.graph.tracing import device_of
+from hq_lib.graph.modes import eval_mode, repeatable
+from hq_lib.graph.tracing import channels_last_, device_of
 from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
 from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate, logits_of
@@ -30,7 +31,8 @@ class FitResult:
     """What a run did; the network itself is left holding the last epoch's weights."""
 
     history: list[dict[str, float]]
-    """One row an epoch: epoch, train_loss, lr, seconds, and with validation images val_acc_pct, val_loss."""
+    """One row an epoch: epoch, train_loss, lr (of the weights, last step), seconds, and with validation images
+    val_acc_pct, val_loss."""
     val_acc_pct: float
     """Validation accuracy after the last epoch, percent; NaN without validation images."""
     seconds: float
@@ -61,7 +63,7 @@ def fit(
         config:       see ``TrainConfig``.
         run_dir:      folder to save to and resume from; None keeps nothing.
         teacher:      float network whose logits the student is pulled to, with ``config.distill`` above 0; it runs in
-                      eval mode, in the run's precision and compiled where the student is.
+                      eval mode (its own is restored), in the run's precision and compiled where the student is.
         before_epoch: called as (net, epoch from 0) before each epoch, the net in train mode already; a module that it
                       puts in eval mode stays there for the epoch.
         say:          where progress goes: a line an epoch, and one every 30 s within long ones; None is silent.
@@ -77,7 +79,8 @@ def fit(
     noisy = weight_noise(net, config.weight_noise, drive_bits=config.drive_bits, converter_bits=config.converter_bits)
     if machine.rank():  # the first process alone writes and speaks
         run_dir = say = None
-    with run_state.owned(run_dir), noisy, repeatable():
+    taught = nullcontext() if teacher is None else eval_mode(teacher)
+    with run_state.owned(run_dir), noisy, taught, repeatable():
         return _Run(net, train, val, config, run_dir, teacher, before_epoch, say or (lambda _: None)).go()
 
 
@@ -118,7 +121,7 @@ class _Run:
                 "distillation needs both"
             )
         machine.keep_freed_memory_()
-        self.net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last_(self.net)
         self.device = device_of(self.net)
         self.train = _on(self.train, self.device)
         self.val = None if self.val is None else _on(self.val, self.device)
@@ -131,8 +134,9 @@ class _Run:
         self.config = machine.agreed(settled)
         self.optimizer = sgd(self.net, self.config)
         self.forward = self._fast(machine.parallel(self.net))
-        self.taught = None if self.teacher is None else self._fast(self.teacher.eval())
+        self.taught = None if self.teacher is None else self._fast(self.teacher)
         self.history: list[dict[str, float]] = []
+        self.lr = 0.0  # of the last step
         self.guessing = math.inf  # the loss of equal probabilities, once logits are seen
 
     def _fast(self, net: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -163,7 +167,8 @@ class _Run:
         """Mean training loss of one pass."""
         total, spoken = torch.zeros((), device=self.device), time.perf_counter()
         for i, (x, y) in enumerate(self._walk(epoch)):
-            set_lr(self.optimizer, self.config.lr * lr_factor(epoch * self.steps + i, self.steps, self.config))
+            self.lr = self.config.lr * lr_factor(epoch * self.steps + i, self.steps, self.config)
+            set_lr(self.optimizer, self.lr)
             total += self._step(x.to(self.device), y.to(self.device))
             if time.perf_counter() - spoken > SAY_EVERY_S:
                 spoken = time.perf_counter()
@@ -203,7 +208,7 @@ class _Run:
         return (1 - share) * entropy + share * distance(logits, taught)
 
     def _finish_epoch(self, epoch: int, train_loss: float, start: float) -> None:
-        row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": self.lr}
         validation = ""
         if self.val is not None:
             score = evaluate(self.net, self.val)
@@ -236,6 +241,8 @@ class _Run:
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.history = [dict(row) for row in state["history"]]
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (ValueError, RuntimeError) as error:
+            raise run_state.another(self.run_dir or Path(), error) from error
+        except (LookupError, TypeError, AttributeError) as error:
             raise run_state.unusable(self.run_dir or Path(), run_state.STATE, error) from error
         self.say(f"resumed after epoch {len(self.history)} of {self.config.epochs}")

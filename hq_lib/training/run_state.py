@@ -53,6 +53,11 @@ def unusable(folder: Path, name: str, why: object) -> ValueError:
     return ValueError(f"{folder / name} cannot be read ({why}): delete {folder} to start afresh")
 
 
+def another(folder: Path, apart: object) -> ValueError:
+    """The error of a folder whose run differs from the one asked for; ``apart`` says in what."""
+    return ValueError(f"{folder} holds another run ({apart}): choose another folder or delete it")
+
+
 @contextmanager
 def owned(folder: Path | None) -> Iterator[None]:
     """The folder is this process's while the block lasts; the lock goes with the process, however that ends.
@@ -85,7 +90,7 @@ def begin(folder: Path, identity: dict[str, object]) -> dict[str, Any] | None:
         old = {**_DEFAULTS, **{k: v for k, v in old.items() if k in new or k not in _GONE or _GONE[k] != v}}
         apart = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in old | new if old.get(k) != new.get(k)]
         if apart:
-            raise ValueError(f"{folder} holds another run ({'; '.join(apart)}): choose another folder or delete it")
+            raise another(folder, "; ".join(apart))
     else:
         atomic.write_text(folder / CONFIG, json.dumps(identity, indent=1))
     return _mapping(folder, STATE) if (folder / STATE).exists() else None

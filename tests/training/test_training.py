@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data, models
+from hq_lib.graph import BitPolicy, quantize
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.studies.float_training import study as float_training
 from hq_lib.training import TrainConfig, evaluate, fit, machine, predict, recipe, run_state
@@ -215,6 +216,31 @@ def test_no_weight_decay_on_norms_and_biases():
     decayed = [p.ndim for g in groups for p in g["params"] if g["weight_decay"] > 0]
     assert decayed == [4, 2]
     assert sum(len(g["params"]) for g in groups) == 6
+
+
+@pytest.mark.parametrize("act", ["pact:4", "lsq:4"])
+def test_the_history_has_the_schedules_rate_whatever_the_clips_have(splits, act):
+    qnet = quantize(small_net(), BitPolicy("dorefa:4", act), torch.zeros(1, 3, 32, 32))
+    few = splits[0].balanced(100, 0)
+    done = fit(qnet, few, None, dataclasses.replace(CONFIG, epochs=2), say=None)
+    assert [row["lr"] for row in done.history] == [CONFIG.lr * lr_factor(step, 2, done.config) for step in (1, 3)]
+
+
+def test_tensors_of_five_axes_train_too(splits):
+    net = small_net()
+    net.register_buffer("grid", torch.zeros(1, 1, 1, 1, 1))
+    fit(net, splits[0].balanced(100, 0), None, dataclasses.replace(CONFIG, epochs=1), say=None)
+    assert next(net.parameters()).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_folder_of_another_network_says_what_differs_and_stays(splits, tmp_path):
+    few, config = splits[0].balanced(100, 0), dataclasses.replace(CONFIG, epochs=1)
+    made = {
+        act: quantize(small_net(), BitPolicy("minmax:8", act), torch.zeros(1, 3, 32, 32)) for act in ("lsq:4", "lsq:3")
+    }
+    fit(made["lsq:4"], few, None, config, tmp_path, say=None)
+    with pytest.raises(ValueError, match=r"holds another run \(.*act 0: saved lsq:4, here lsq:3.*another folder"):
+        fit(made["lsq:3"], few, None, config, tmp_path, say=None)
 
 
 def test_groups_hold_every_learned_parameter_once():
@@ -430,9 +456,10 @@ def test_the_teachers_distance_is_kullback_and_leiblers():
 
 
 def test_one_step_beside_a_teacher(splits):
-    """Against (1 - share) CE + share KL written out; the teacher stays as it was."""
+    """Against (1 - share) CE + share KL written out; the teacher, in eval mode meanwhile, stays as it was."""
     config = TrainConfig(epochs=1, lr=0.1, batch_size=400, pad=0, flip=False, weight_decay=0.0, distill=0.3)
     net, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)) for _ in range(2))
+    teacher = teacher.append(nn.Dropout(0.5)).eval()
     by_hand, kept = copy.deepcopy(net), copy.deepcopy(teacher.state_dict())
     x = data.normalize(splits[0].images, splits[0].spec)
     log_p, target = by_hand(x).log_softmax(1), teacher(x).detach().softmax(1)
@@ -440,7 +467,7 @@ def test_one_step_beside_a_teacher(splits):
     (0.7 * F.nll_loss(log_p, splits[0].labels) + 0.3 * divergence).backward()
     fit(net, *splits, config, teacher=teacher.train(), say=None)
     torch.testing.assert_close(net[1].weight, by_hand[1].weight - 0.19 * by_hand[1].weight.grad, atol=1e-6, rtol=1e-5)
-    assert not teacher.training
+    assert teacher.training
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(kept[key], value) for key, value in teacher.state_dict().items())
     for wrong in ({"teacher": teacher}, {}):
