@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
+from hq_lib.graph.layers import layer_kind
 from hq_lib.quantizers.base import Tag, parameter_tags
 from hq_lib.results.settings import Bound, Settings
 
@@ -25,7 +26,7 @@ class TrainConfig(Settings):
     batch_size: Annotated[int, Bound(">= 1", whole=True)] = 128
     """Images per step."""
     weight_decay: float = 5e-4
-    """L2 factor on weights; biases and norms have none, parameters of quantizers as their tags say."""
+    """L2 factor on weights; biases, norms and vectors have none, parameters of quantizers as their tags say."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0, epochs; then half a cosine to 0, which is why the last epoch's weights are kept."""
     label_smoothing: Annotated[float, Bound(">= 0 and < 1")] = 0.0
@@ -68,17 +69,25 @@ def parameter_groups(net: nn.Module, config: TrainConfig) -> list[dict[str, obje
 
     Learned clips, steps and bounds carry a ``Tag`` (own learning-rate factor, decay or not); see ``hq_lib.quantizers``.
     """
-    tags = parameter_tags(net)
+    tags, normed = (
+        parameter_tags(net),
+        {id(p) for m in net.modules() if _is_norm(m) for p in m.parameters(recurse=False)},
+    )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            tag = tags.get(name) or Tag(lr_factor=1.0, decay=parameter.ndim > 1)
+            none = id(parameter) in normed or "bias" in name.rpartition(".")[2]
+            tag = tags.get(name) or Tag(lr_factor=1.0, decay=parameter.ndim > 1 and not none)
             decay = config.weight_decay if tag.decay else 0.0
             groups.setdefault((tag.lr_factor, decay), []).append(parameter)
     return [
         {"params": members, "lr_factor": factor, "weight_decay": decay}
         for (factor, decay), members in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not layer_kind(module)
 
 
 def sgd(net: nn.Module, config: TrainConfig) -> torch.optim.SGD:

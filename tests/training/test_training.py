@@ -218,6 +218,27 @@ def test_no_weight_decay_on_norms_and_biases():
     assert sum(len(g["params"]) for g in groups) == 6
 
 
+def test_norms_and_biases_of_any_shape_are_not_decayed():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm((4, 6, 6)), nn.Flatten(), nn.Bilinear(144, 144, 2))
+    net.position_bias = nn.Parameter(torch.zeros(2, 2))
+    names = {id(p): name for name, p in net.named_parameters()}
+    decayed = {names[id(p)] for g in parameter_groups(net, CONFIG) for p in g["params"] if g["weight_decay"] > 0}
+    assert decayed == {"0.weight", "3.weight"}
+
+
+@pytest.mark.parametrize("act", ["float", "pact:4", "lsq:4"])
+@pytest.mark.parametrize("name", ["resnet20", "toynet", "vgg11", "lenet", "mobilenetv2_seed"])
+def test_in_the_shipped_networks_all_matrices_and_kernels_are_decayed_and_clips(name, act):
+    net = models.build(name)
+    if act != "float":
+        c, size = (1, 28) if name == "lenet" else (3, 32)
+        net = quantize(net, BitPolicy(act.replace("pact", "dorefa"), act), torch.zeros(1, c, size, size))
+    tags = parameter_tags(net)
+    wanted = {name for name, p in net.named_parameters() if (tags[name].decay if name in tags else p.ndim > 1)}
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert {names[id(p)] for g in parameter_groups(net, CONFIG) for p in g["params"] if g["weight_decay"] > 0} == wanted
+
+
 @pytest.mark.parametrize("act", ["pact:4", "lsq:4"])
 def test_the_history_has_the_schedules_rate_whatever_the_clips_have(splits, act):
     qnet = quantize(small_net(), BitPolicy("dorefa:4", act), torch.zeros(1, 3, 32, 32))
