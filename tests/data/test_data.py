@@ -329,7 +329,7 @@ INDICES = (
     torch.arange(8) % 3 == 0, np.arange(8) % 3 == 0, [True] * 3 + [False] * 5, torch.zeros(8, dtype=torch.bool), ...,
     (2, 0), (np.int64(2), 0), ([1, 6], 0), (slice(None), 0, 3), (..., 3), (torch.arange(8) > 5, slice(1, 3)),
 )  # fmt: skip
-ODD = (None, True, "cat", [0.9, 1.9], torch.zeros(7, dtype=torch.bool), [[0, 1]], object())
+ODD = (None, True, "cat", [0.9, 1.9], torch.zeros(7, dtype=torch.bool), [[0, 1]], {"first": 0})
 
 
 @pytest.mark.parametrize("at", INDICES, ids=str)
