@@ -190,7 +190,7 @@ def test_an_epoch_waits_for_nothing_and_loses_what_the_cpu_loses(method):
     config, losses = dataclasses.replace(CONFIG, **change), []
     for where in ("cpu", DEVICE):
         net = quantized(method, where) if method in TRAINED else small().to(where)
-        teacher = small().to(where) if method == "distilled" else None
+        teacher = small().to(where).eval() if method == "distilled" else None
         run = _Run(net, train, val, config, None, teacher, None, lambda _: None)
         run.net.train()
         run._epoch(0)

@@ -91,7 +91,7 @@ def test_a_network_that_is_absent_is_not_run_and_an_unknown_one_writes_nothing(a
     for wrong in ({"nets": ["resnet19"]}, {"recipes": ["qdrp"]}):
         with pytest.raises(StudyError, match=r"(network .*'resnet19'|recipe .*'qdrp').*choose one of"):
             study.METHODS.run("smoke", **wrong)
-    with pytest.raises(FileNotFoundError, match="image folder .*nosuch does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"image folder .*nosuch does not exist"):
         study.METHODS.run("smoke", nets=["resnet18"], root="nosuch")
     assert study.METHODS.rows("smoke").empty
 

@@ -221,7 +221,7 @@ def test_a_pool_beyond_the_images_at_hand_is_not_run_aloud(at_hand, out_dir, cap
 
 
 def test_absent_folders_and_weights_are_named_and_nothing_is_written(tmp_path, out_dir, capsys):
-    with pytest.raises(FileNotFoundError, match="image folder .*absent does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"image folder .*absent does not exist"):
         study.IMAGENET.run("smoke", nets=["resnet18"], root=str(tmp_path / "absent"))
     for part in ("train", "val"):
         (tmp_path / part / "cat").mkdir(parents=True)
