@@ -16,12 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Endings of pictures, those of ``ImageFolder``."""
 UNLABELLED = -1
+TURN = Image.Transpose
+UPRIGHT = {
+    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
+    7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
+}  # fmt: skip
+"""EXIF's orientation of a stored picture -> what turns it upright."""
 EIGHT_BITS = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "La", "RGBa")
 """Modes of pictures; Pillow cuts those of 16 or 32 bits off at 255."""
 LONGEST = 100
@@ -145,6 +151,14 @@ def _files(folder: Path) -> list[Path]:
     return [entry for entry in entries if entry not in inner] + [f for each in inner for f in _files(each)]
 
 
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's tag; None where it has none, or no EXIF that can be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return None
+
+
 def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
     """(size, size, 3) uint8: upright as its EXIF says, bilinear resize of the short side, then the centre crop.
 
@@ -156,8 +170,9 @@ def read_image(path: Path, *, size: int, short_side: int) -> np.ndarray:
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are a line, not a picture")
             if image.mode not in EIGHT_BITS:
                 raise ValueError(f"its pixels are of mode {image.mode}: convert it to 8 bits a channel")
-            rgb = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
+            rgb, turn = image.convert("RGB"), UPRIGHT.get(_orientation(image))
+            rgb = rgb if turn is None else rgb.transpose(turn)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     factor = short_side / min(rgb.size)
     width, height = (max(short_side, round(v * factor)) for v in rgb.size)

@@ -170,7 +170,8 @@ def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
     else:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     name = name.lower().replace("_", "")
-    return "identity" if name in ("add", "iadd") and any(_is_zero(arg) for arg in operands(node)) else name
+    sums = name in ("add", "iadd") and node.kwargs.get("alpha", 1) == 1
+    return "identity" if sums and any(_is_zero(arg) for arg in operands(node)) else name
 
 
 def _is_zero(arg: Any) -> bool:

@@ -243,13 +243,18 @@ def _average(bits: pd.Series, amounts: pd.Series) -> float:
     return float((bits * amounts).sum() / amounts.sum()) if amounts.sum() else float("nan")
 
 
+ABOUT = (getattr, "size", "dim")
+"""What asks a tensor for its shape, type or device alone."""
+
+
 def hidden_weights(qnet: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Return by name the matrices and kernels of ``qnet`` that are no quantized layer's, so that they stay in float.
 
     Or that something reads beside their layer, in float.
     """
     others = [m for m in qnet.modules() if isinstance(m, QuantizedWeight | Quantizer) or "Norm" in type(m).__name__]
-    read = {id(attrgetter(str(node.target))(qnet)) for node in qnet.graph.nodes if node.op == "get_attr"}
+    taken = [n for n in qnet.graph.nodes if n.op == "get_attr" and not all(user.target in ABOUT for user in n.users)]
+    read = {id(attrgetter(str(node.target))(qnet)) for node in taken}
     known = {id(p) for module in others for p in module.parameters()} - read
     return {
         name: p

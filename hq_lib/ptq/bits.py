@@ -101,18 +101,24 @@ class GridBank:
         return self.net
 
     def policy(self, bits: Mapping[str, int]) -> BitPolicy:
-        """The policy that gives the same bits; tensors that are not named are float in it."""
+        """The policy that gives the same bits; tensors that are not named are float in it.
+
+        Tensors that share a grid (joined ones) have the most bits among those of them that are named.
+        """
         overrides: dict[str, dict[str, int]] = {}
+        groups = {f"act {site.name}": site.group for site in self.net.meta["sites"]}
         for tensor in self.tensors:
             kind, name = tensor.split(" ", 1)
-            overrides.setdefault(name, {})[kind] = bits.get(tensor, FLOAT_BITS)
+            joined = [other for other in bits if other == tensor or groups.get(other, "") == groups.get(tensor)]
+            given = max(bits[other] for other in joined) if tensor in bits else FLOAT_BITS
+            overrides.setdefault(name, {})[kind] = given
         return uniform_policy(self.bits[-1], overrides=overrides)
 
 
 Losses = Mapping[str, Mapping[int, float]]
 """Tensor -> bits -> loss when that tensor alone has these bits, >= 0."""
 OBJECTIVE_SCALE = 1e4
-"""The largest loss as the solver sees it, which ignores differences below 1e-6."""
+"""The least that the largest loss is to the solver, which ignores differences below 1e-6."""
 IMAGE_BITS = 8
 """Bits of an image that has no quantizer: its pixels are bytes."""
 
@@ -206,7 +212,8 @@ def optimal(losses: Losses, cost: Cost, budget: float) -> Assignment:
     joint = [(w, b_w, a, b_a) for w, a in cost.per_bit_pair for b_w in losses[w] for b_a in losses[a]]
     price = [cost.per_bit.get(tensor, 0.0) * bits for tensor, bits in choices]
     price += [cost.per_bit_pair[w, a] * b_w * b_a for w, b_w, a, b_a in joint]
-    scale = OBJECTIVE_SCALE / (max(losses[tensor][bits] for tensor, bits in choices) or 1.0)
+    largest = max(losses[tensor][bits] for tensor, bits in choices)
+    scale = OBJECTIVE_SCALE / min(largest or 1.0, 1.0)
     loss = [scale * losses[tensor][bits] for tensor, bits in choices] + [0.0] * len(joint)
     one_each = [[t == tensor for t, _ in choices] + [False] * len(joint) for tensor in losses]
     bounded = LinearConstraint(np.array([price]) / budget, -np.inf, 1.0)

@@ -159,6 +159,11 @@ class MinMaxAct(Quantizer):
                 self._seen = []
         return x_hat
 
+    def train(self, mode: bool = True) -> "MinMaxAct":
+        """Also forgets what a pass that broke off has left."""
+        self._seen = []
+        return super().train(mode)
+
     @torch.no_grad()
     def _count(self, x: Tensor) -> None:
         low, high = self._range(x)

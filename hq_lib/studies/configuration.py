@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -458,14 +459,22 @@ class Configuration:
         told = self.record(source, train)
         told["configuration"] = {k: v for k, v in told["configuration"].items() if k not in AFTERWARDS}
         pictures = train.images.names if isinstance(train.images, folder.Pictures) else []
-        noise = torch.randn(2, *train.spec.in_shape, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            logits = copy.deepcopy(net).cpu().eval()(noise)
-        computed = [repr(net), *(f"{value:.2g}" for value in logits.flatten(1)[:, :10].flatten().tolist())]
+        computed = [re.sub(" at 0x[0-9a-f]+", "", repr(net)), *_digits(net, train.spec.in_shape)]
         text = json.dumps([str(Path.cwd()), told, pictures, computed], sort_keys=True)
         tensors = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
         digits = models.digest(text, {**tensors, "labels": train.labels, "indices": train.indices})
         return paths.runs_dir(self.profile) / "hq" / f"{self.name}_{digits[:8]}"
+
+
+def _digits(net: nn.Module, in_shape: tuple[int, ...]) -> list[str]:
+    """Two digits of some logits on noise; none of a network that cannot take it, which is refused in words later."""
+    noise = torch.randn(2, *in_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(net).cpu().eval()(noise)
+    except Exception:  # a network of the user's own may raise anything
+        return []
+    return [f"{value:.2g}" for value in logits.flatten()[:20].tolist()] if isinstance(logits, Tensor) else []
 
 
 KEYS = tuple(each.name for each in fields(Configuration))

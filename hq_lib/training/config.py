@@ -1,6 +1,7 @@
 """What a training run is: a frozen record, its learning-rate schedule and its parameter groups."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -87,7 +88,7 @@ def parameter_groups(net: nn.Module, config: TrainConfig) -> list[dict[str, obje
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__ and not layer_kind(module)
+    return re.search(r"Norm(\dd)?$", type(module).__name__) is not None and not layer_kind(module)
 
 
 def sgd(net: nn.Module, config: TrainConfig) -> torch.optim.SGD:

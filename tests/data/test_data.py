@@ -2,6 +2,7 @@ import errno
 import gzip
 import hashlib
 import os
+import struct
 import time
 import tracemalloc
 from dataclasses import replace
@@ -398,6 +399,7 @@ def test_a_draw_is_balanced_where_every_class_can_have_an_image():
 def test_no_draw_comes_class_by_class_and_mixed_sets_keep_their_order():
     mixed = own_images()
     ours = mixed.subset([0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11])
+    assert bool((ours.subset(range(11, -1, -1)).drawn(12, 0).labels.diff() > 0).any()), "nor backwards"
     for n in (12, 9):  # all, and balanced
         first = ours.drawn(n, 0)
         assert sorted(first.labels.tolist()) == sorted(list(range(3)) * (n // 3))
@@ -480,6 +482,17 @@ def test_a_picture_is_read_upright(tmp_path, orientation, turn):
     Image.fromarray(stored).save(tmp_path / "photo.png", exif=exif)
     read = folder.read_image(tmp_path / "photo.png", size=64, short_side=64)
     assert np.array_equal(read, np.rot90(stored, turn))
+
+
+def test_a_broken_field_of_exif_does_not_stop_a_folder(tmp_path):
+    header = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2)
+    turned = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+    broken = struct.pack("<HHI4sI", 0x11A, 2, 2, b"a\0\0\0", 0)  # a resolution of letters
+    stored = np.zeros((64, 64, 3), np.uint8)
+    stored[:32, :32] = 255
+    Image.fromarray(stored).save(tmp_path / "photo.jpg", exif=header + turned + broken, quality=95)
+    read = folder.read_image(tmp_path / "photo.jpg", size=64, short_side=64)
+    assert np.abs(read.astype(int) - np.rot90(stored, 3)).mean() < 8
 
 
 def test_a_picture_of_16_bits_is_refused_for_pillow_cuts_it_off_at_255(tmp_path):

@@ -211,6 +211,20 @@ def test_a_layers_weight_that_a_function_reads_too_is_counted_and_said():
     assert qnet.policy.report(qnet).attrs["hidden"] == ["fc.weight"]
 
 
+def test_a_weight_that_is_asked_for_its_type_alone_is_not_read(recwarn):
+    class Asked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 8)
+
+        def forward(self, x):
+            return self.fc(x.to(self.fc.weight.dtype))
+
+    qnet = quantize(Asked(), BitPolicy("minmax:2", "minmax:4"), torch.randn(2, 3))
+    assert qnet.policy.report(qnet).attrs["hidden"] == []
+    assert not recwarn.list
+
+
 def test_attention_is_refused_with_the_way_out_which_is_one():
     net = Attention().eval()
     with pytest.raises(QuantizeError, match=r"'m': multiheadattention.*leaf_modules=\('m',\)"):

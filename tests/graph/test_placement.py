@@ -190,6 +190,7 @@ def test_a_norm_behind_a_relu_gets_a_quantizer_of_its_own(placement):
         (lambda x: x.relu() - x.sigmoid(), True),
         (lambda x: F.threshold(x.relu(), 0.3, -1.0), True),
         (lambda x: sum([x.relu(), x.sigmoid()]), False),
+        (lambda x: torch.add(0, x.relu(), alpha=-1), True),
     ],
 )
 def test_every_spelling_of_an_activation_gets_its_sign(activation, signed):

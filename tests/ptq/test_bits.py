@@ -43,7 +43,7 @@ def brute_force(losses, cost, budget):
 
 
 @pytest.mark.parametrize("cost", [ALONE, PAIRS], ids=["size", "products"])
-@pytest.mark.parametrize("unit", [1.0, 1e-7], ids=["nat", "1e-7 nat"])
+@pytest.mark.parametrize("unit", [1.0, 1e-7, 1e6], ids=["nat", "1e-7 nat", "1e6 nat"])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_integer_program_equals_brute_force(cost, seed, unit):
     losses = {tensor: {b: unit * loss for b, loss in row.items()} for tensor, row in table(seed).items()}
@@ -143,6 +143,21 @@ def test_the_bank_gives_what_quantizing_afresh_gives(bank, images):
         torch.testing.assert_close(qnet(images), fresh(images), rtol=1e-4, atol=1e-5)
     record = {key: spec for key, spec in fresh.bits_record().items() if spec != "float"}
     assert {key: int(spec.rsplit(":", 1)[1]) for key, spec in record.items()} == bits
+
+
+def test_joined_tensors_have_the_most_bits_that_one_of_them_was_given(images):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            a = torch.relu(self.a(x))
+            return self.c(torch.cat([a, torch.relu(self.b(a))], 1)).mean((2, 3))
+
+    policy = GridBank(Joined(), images, (3, 8)).policy({"act a": 8, "act b": 3, "weight c": 3})
+    assert policy.overrides["a"]["act"] == policy.overrides["b"]["act"] == 8
+    assert quantize(Joined(), policy, images[:1]).bits_record()["weight c"] == "minmax:3"
 
 
 def test_the_bank_without_bits_is_the_float_net(bank, images):

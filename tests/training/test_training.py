@@ -219,11 +219,15 @@ def test_no_weight_decay_on_norms_and_biases():
 
 
 def test_norms_and_biases_of_any_shape_are_not_decayed():
+    class NormedLinear(nn.Linear):
+        """No norm, whatever its name begins with."""
+
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm((4, 6, 6)), nn.Flatten(), nn.Bilinear(144, 144, 2))
+    net.classifier = NormedLinear(2, 2)
     net.position_bias = nn.Parameter(torch.zeros(2, 2))
     names = {id(p): name for name, p in net.named_parameters()}
     decayed = {names[id(p)] for g in parameter_groups(net, CONFIG) for p in g["params"] if g["weight_decay"] > 0}
-    assert decayed == {"0.weight", "3.weight"}
+    assert decayed == {"0.weight", "3.weight", "classifier.weight"}
 
 
 @pytest.mark.parametrize("act", ["float", "pact:4", "lsq:4"])

@@ -167,6 +167,8 @@ def clip_curves(rows: pd.DataFrame) -> pd.DataFrame:
     qnet = quantize(models.build("resnet20"), policy, torch.zeros(1, 3, 32, 32))
     order = {name.removesuffix(QUANTIZER_SUFFIX): i for i, name in enumerate(act_quantizers(qnet))}
     rows = tables.longest(rows, "w_bits", "a_bits")
+    reached = rows.groupby(["w_bits", "a_bits"])["epoch"].transform("max")
+    rows = rows.loc[reached == rows["epochs"]]  # a training that is not done yet waits
     rows = rows.assign(place=[order.get(n, len(order)) for n in rows["layer"]])
     rows = rows.sort_values(["w_bits", "epoch", "place"])
     return pd.DataFrame(rows, columns=["w_bits", "a_bits", "epoch", "layer", "alpha", "seed", "git_sha"])
