@@ -14,6 +14,7 @@ and the float form of a layer. The kind of a node says how the values of its out
     param     a constant of the network             other     anything else that makes a tensor
 """
 
+import re
 from typing import Any, Self
 
 from torch import Tensor, fx, nn
@@ -39,6 +40,11 @@ def layer_kind(module: nn.Module | None) -> str:
     if not isinstance(module, _ConvNd | nn.Linear) or not is_plain(module):
         return ""
     return "linear" if isinstance(module, nn.Linear) else f"conv{'_transpose' * module.transposed}"
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the name of its class ends as those of norms do: BatchNorm2d, LayerNorm, a user's RMSNorm."""
+    return re.search(r"Norm(\dd)?$", type(module).__name__) is not None and not layer_kind(module)
 
 
 def make_plain_(layer: nn.Module) -> None:
@@ -132,17 +138,8 @@ _NAMES = {
         *("maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax"),
         *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze"),
         *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
-        *(
-            "pad",
-            "zeropad2d",
-            "reflectionpad2d",
-            "replicationpad2d",
-            "circularpad2d",
-            "channelshuffle",
-            "pixelshuffle",
-            "pixelunshuffle",
-            "upsamplingnearest2d",
-        ),
+        *("pad", "zeropad2d", "reflectionpad2d", "replicationpad2d", "circularpad2d"),
+        *("channelshuffle", "pixelshuffle", "pixelunshuffle", "upsamplingnearest2d"),
     },
     "shape": {"size", "dim", "numel", "ndimension"},
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.data import ImageSet, normalize
-from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantizedWeight, kinds
+from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantizedWeight, is_norm, kinds
 from hq_lib.graph.spec import QuantizeError, Spec, of_kind
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.quantizers import Quantizer
@@ -252,7 +252,7 @@ def hidden_weights(qnet: fx.GraphModule) -> dict[str, torch.Tensor]:
 
     Or that something reads beside their layer, in float.
     """
-    others = [m for m in qnet.modules() if isinstance(m, QuantizedWeight | Quantizer) or "Norm" in type(m).__name__]
+    others = [m for m in qnet.modules() if isinstance(m, QuantizedWeight | Quantizer) or is_norm(m)]
     taken = [n for n in qnet.graph.nodes if n.op == "get_attr" and not all(user.target in ABOUT for user in n.users)]
     read = {id(attrgetter(str(node.target))(qnet)) for node in taken}
     known = {id(p) for module in others for p in module.parameters()} - read

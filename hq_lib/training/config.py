@@ -1,14 +1,13 @@
 """What a training run is: a frozen record, its learning-rate schedule and its parameter groups."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
-from hq_lib.graph.layers import layer_kind
+from hq_lib.graph.layers import is_norm
 from hq_lib.quantizers.base import Tag, parameter_tags
 from hq_lib.results.settings import Bound, Settings
 
@@ -70,10 +69,8 @@ def parameter_groups(net: nn.Module, config: TrainConfig) -> list[dict[str, obje
 
     Learned clips, steps and bounds carry a ``Tag`` (own learning-rate factor, decay or not); see ``hq_lib.quantizers``.
     """
-    tags, normed = (
-        parameter_tags(net),
-        {id(p) for m in net.modules() if _is_norm(m) for p in m.parameters(recurse=False)},
-    )
+    tags = parameter_tags(net)
+    normed = {id(p) for m in net.modules() if is_norm(m) for p in m.parameters(recurse=False)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -85,10 +82,6 @@ def parameter_groups(net: nn.Module, config: TrainConfig) -> list[dict[str, obje
         {"params": members, "lr_factor": factor, "weight_decay": decay}
         for (factor, decay), members in sorted(groups.items(), key=lambda item: item[0])
     ]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return re.search(r"Norm(\dd)?$", type(module).__name__) is not None and not layer_kind(module)
 
 
 def sgd(net: nn.Module, config: TrainConfig) -> torch.optim.SGD:

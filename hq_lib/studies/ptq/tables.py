@@ -12,8 +12,8 @@ from hq_lib.studies.bench import PUBLIC, SHIPPED
 from hq_lib.studies.ptq.recipes import MSE, RECIPES
 from hq_lib.studies.ptq.study import LIKE_OFFICIAL, NETS, PLANS, Plan
 
-WIDTHS = ["float", *(labels.bits_label(w_bits, a_bits) for w_bits, a_bits in PLANS["full"].bits), "W4A8"]
-"""groups of lines of tab_ptq"""
+WIDTHS = ["float", *(labels.bits_label(w_bits, a_bits) for w_bits, a_bits in PLANS["full"].bits)]
+"""groups of lines of tab_ptq; of other widths those that were measured"""
 PLACES = {
     (PUBLIC, "cifar10"): "public ResNet-20", (SHIPPED, "cifar10"): "shipped ResNet-20",
     (SHIPPED, "digits"): "ResNet-20 on digits",
@@ -106,10 +106,8 @@ def methods_table(rows: pd.DataFrame) -> pd.DataFrame:
     ours = named(rows)
     theirs = papers(set(rows.loc[rows["dataset"] == "imagenet", "model"]))
     measured = {*zip(tables.with_bits(ours)["bits"], ours["line"], strict=True)}
-    planned = [
-        bits != "W4A8" or (bits, line) in measured for bits, line in zip(theirs["bits"], theirs["line"], strict=True)
-    ]
-    theirs = theirs.loc[planned]
+    lines = zip(theirs["bits"], theirs["line"], strict=True)
+    theirs = theirs.loc[[bits in WIDTHS or (bits, line) in measured for bits, line in lines]]
     nets = dict.fromkeys([PLACES[PUBLIC, "cifar10"], *ours["net"], *theirs["net"]])
     others = [net for net in nets if net not in PLACES.values()]
     order = {**ORDER, "net": [*(net for net in PLACES.values() if net in nets), *others]}
@@ -127,7 +125,7 @@ def official_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def official() -> pd.DataFrame:
     """What the official code reached on the public network, with ``line`` and ``net``."""
-    every = _of_widths()
+    every = tables.with_bits(published.load())
     code = every.loc[(every["table"] == "official_ptq") & every["variant"].isin(list(OFFICIAL_LINES))]
     base = every.loc[(every["table"] == "official_inference") & (every["method"] == "float")]
     found = pd.concat([code.assign(line=code["variant"].map(OFFICIAL_LINES)), base.assign(line="-")])
@@ -136,16 +134,11 @@ def official() -> pd.DataFrame:
 
 def papers(models: Collection[str]) -> pd.DataFrame:
     """The numbers of papers on ImageNet, with ``line`` and ``net``: of ``PAPERS`` and ``models``."""
-    paper = _of_widths().query("table == 'imagenet_ptq'")
+    paper = tables.with_bits(published.load()).query("table == 'imagenet_ptq'")
     paper = paper.loc[paper["model"].isin([PAPERS, *models]) & paper["method"].isin(list(PAPER_LINES))]
     paper = paper.loc[~paper["variant"].str.contains("rerun")]
     nets = [column_of("", "imagenet", model) for model in paper["model"]]
     return paper.assign(line=paper["method"].map(PAPER_LINES), net=nets)
-
-
-def _of_widths() -> pd.DataFrame:
-    every = tables.with_bits(published.load())
-    return every.loc[every["bits"].isin(WIDTHS)]
 
 
 def protocol(rows: pd.DataFrame) -> dict[str, str]:
