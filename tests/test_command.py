@@ -27,7 +27,7 @@ from hq_lib.deploy.c import CompilerError, library
 from hq_lib.graph.spec import of_kind
 from hq_lib.ptq import selection
 from hq_lib.results import paths
-from hq_lib.studies import configuration, steps
+from hq_lib.studies import configuration, inputs, methods, steps
 from hq_lib.studies.ptq.recipes import RECIPES
 from hq_lib.training.recipes import METHODS
 
@@ -186,7 +186,7 @@ def test_corrections_beside_a_method(place):
     for name, words in chosen.items():
         printed = percents(hq(*made, *per_tensor, *words))
         assert percents(hq("test", "c.safetensors", "--net", "mynet:Net", "--n-test", "50")) == printed
-        qnet = graph.load(place / "c.safetensors", net=configuration.own("mynet:Net")())
+        qnet = graph.load(place / "c.safetensors", net=inputs.own("mynet:Net")())
         scale[name] = torch.cat([q.grid().scale.flatten() for q in graph.act_quantizers(qnet).values()])
         assert graph.weight_layers(qnet)["0"].weight_quantizer.grid().scale.numel() == 1
     assert not torch.equal(scale["equalize"], scale["none"])
@@ -216,7 +216,7 @@ def test_powers_of_two_and_types_of_layers_are_a_policy_of_the_command_line(plac
     words = ("quantize", "--config", "ptq.yaml", "--method", "minmax", "--bits", "4/8", "--output", "p.safetensors")
     hq(*words, "--set", "policy.weight={method: minmax, bits: 4, power_of_two: true}", "--set",
        "policy.overrides={linear: 6, first: {weight: 5}}")  # fmt: skip
-    qnet = graph.load(place / "p.safetensors", net=configuration.own("mynet:Net")())
+    qnet = graph.load(place / "p.safetensors", net=inputs.own("mynet:Net")())
     layers = graph.weight_layers(qnet)
     assert {name: layer.weight_quantizer.bits for name, layer in layers.items()} == {"0": 5, "3": 4, "6": 6}
     steps = torch.cat([torch.log2(layer.weight_quantizer.grid().scale).flatten() for layer in layers.values()])
@@ -285,7 +285,7 @@ def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(pla
     assert percents(made) == percents(hq("test", "h.safetensors", "--net", "mynet:Net", "--n-test", "50"))
     told = "takes its image in float, integers round it"
     assert told in hq("test", "h.safetensors", "--net", "mynet:Net", "--n-test", "50", "--integer")
-    qnet = graph.load(place / "h.safetensors", net=configuration.own("mynet:Net")())
+    qnet = graph.load(place / "h.safetensors", net=inputs.own("mynet:Net")())
     assert {str(spec) for spec in of_kind(qnet.meta["specs"], "weight").values()} == {"dsq:2", "minmax:6"}
 
 
@@ -340,7 +340,7 @@ def test_training_a_float_network_on_keeps_how_it_sees_its_images(place):
 def test_overrides_are_joined_with_the_lists_of_bits():
     net, words = models.build("resnet20"), {"model": "resnet20", "method": "minmax", "lists": "cfg-2*"}
     plain, joined = (
-        configuration.read(changes={**words, "policy": {"overrides": overrides}}).ptq(net)[1].overrides
+        methods.ptq(configuration.read(changes={**words, "policy": {"overrides": overrides}}), net)[1].overrides
         for overrides in ({}, {"linear": {"weight": 4}})
     )
     assert len(plain) == 32
@@ -423,7 +423,7 @@ def test_calibration_images_are_of_the_networks_own_data(place):
     hq(*shlex.split(chosen.splitlines()[-1].split("next: hq ")[1]), "--method", "minmax", "--n-test", "20")
     run = configuration.read(changes={"weights": "digits.safetensors", "manifest": "own.json"})
     with pytest.raises(ValueError, match=r"of digits, the network of cifar10: .*hq select"):
-        run.calibration({**record, "dataset": "cifar10"})
+        inputs.calibration(run, {**record, "dataset": "cifar10"})
 
 
 def test_another_seed_is_another_chip_and_a_layer_may_be_named_alone(place):
@@ -457,9 +457,9 @@ def test_a_network_whose_norms_are_folded_beforehand_is_trained_at_a_lower_rate_
     """At the rate of a network with norms ResNet-20 ends at chance."""
     net = models.build("resnet20")
     kept, folded, own = (
-        configuration.read(changes={"model": "resnet20", "method": method, "bits": [2, 4], **changes})
-        .qat(net)
-        .config.lr
+        methods.qat(
+            configuration.read(changes={"model": "resnet20", "method": method, "bits": [2, 4], **changes}), net
+        ).config.lr
         for changes in ({}, {"policy": {"bn": "fold"}}, {"policy": {"bn": "fold"}, "protocol": {"lr": 0.5}})
     )
     assert (kept, folded, own) == (0.04, pytest.approx(0.001), 0.5)
@@ -468,7 +468,7 @@ def test_a_network_whose_norms_are_folded_beforehand_is_trained_at_a_lower_rate_
 def test_validation_images_that_the_float_network_has_seen_are_said_to_flatter(capsys):
     run = configuration.read(changes={"model": "lenet", "n_val": 10})
     for seen in ("train", "trainval"):
-        assert len(run.validation({"dataset": "digits", "trained_on": seen})) == 10
+        assert len(inputs.validation(run, {"dataset": "digits", "trained_on": seen})) == 10
         assert ("flatter" in capsys.readouterr().out) == (seen == "trainval")
 
 
@@ -520,24 +520,24 @@ def test_pictures_in_a_folder_are_chosen_by_name_and_taken_by_hash(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((9, 9, 3), 30 * i, np.uint8)).save(file)
     run = configuration.read(changes={"root": str(tmp_path / "pictures"), "n_calib": 3, "model": "efficientnet_lite0"})
-    selection.write(run.selected(), tmp_path / "m.json")
+    selection.write(inputs.selected(run), tmp_path / "m.json")
     again = configuration.read(changes={"root": run.root, "manifest": str(tmp_path / "m.json"), "mean": [0.5, 0.4, 0.3],
                                         "std": [1.0, 1.0, 1.0]})  # fmt: skip
-    chosen = again.calibration({"images": {"mean": [0.0] * 3, "std": [1.0] * 3}})
+    chosen = inputs.calibration(again, {"images": {"mean": [0.0] * 3, "std": [1.0] * 3}})
     greys = [30 * int(Path(name).stem) for name in selection.read(tmp_path / "m.json").files]
     assert sorted(chosen.images[:, 0, 0, 0].tolist()) == sorted(greys)
     assert chosen.spec.mean == (0.5, 0.4, 0.3)
     first = selection.read(tmp_path / "m.json").files[0]
     Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(tmp_path / "pictures" / first)
     with pytest.raises(selection.ManifestError, match="differs"):
-        again.calibration({})
+        inputs.calibration(again, {})
 
 
 def test_classes_of_unequal_size_are_chosen_from_as_quantize_draws_of_them(tmp_path, capsys):
     for name in ("a/0.png", "b/1.png", "b/2.png", "b/3.png", "b/4.png"):
         (file := tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(file)
-    made = {n: configuration.read(changes={"root": str(tmp_path), "n_calib": n}).selected() for n in (2, 4)}
+    made = {n: inputs.selected(configuration.read(changes={"root": str(tmp_path), "n_calib": n})) for n in (2, 4)}
     assert (made[2].balanced, made[4].balanced, len(made[4])) == (True, False, 4)
     assert capsys.readouterr().out == "not every class has 4 / 2 images: chosen from all alike\n"
 
@@ -551,9 +551,9 @@ def test_weights_come_from_torchvision_or_a_url_with_its_hash(tmp_path, monkeypa
     entry = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
     monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **how: state if how["check_hash"] else None)
     run = configuration.read(changes={"model": "shufflenet_v2_x0_5", "weights": "torchvision", "root": "pictures"})
-    net, record = run.network()
+    net, record = inputs.network(run)
     assert torch.equal(net.fc.weight, state["fc.weight"])
-    spec = run.normalization(record)
+    spec = inputs.normalization(run, record)
     assert (spec.in_shape, spec.short_side, spec.mean) == ((3, 224, 224), 256, (0.485, 0.456, 0.406))
     file = tmp_path / "theirs.pth"
     torch.save(state, file)
@@ -561,7 +561,7 @@ def test_weights_come_from_torchvision_or_a_url_with_its_hash(tmp_path, monkeypa
     asked = []
     monkeypatch.setattr(sources, "download", lambda url, known, folder: asked.append((url, known)) or file)
     url = f"https://somewhere/x.pth#sha256={digest}"
-    net, _ = configuration.read(changes={"model": "shufflenet_v2_x0_5", "weights": url}).network()
+    net, _ = inputs.network(configuration.read(changes={"model": "shufflenet_v2_x0_5", "weights": url}))
     assert torch.equal(net.fc.weight, state["fc.weight"])
     assert asked == [("https://somewhere/x.pth", f"sha256:{digest}")]
 
@@ -586,7 +586,7 @@ def test_seed_002s_lenet_becomes_files_for_its_fpga(tmp_path, monkeypatch):
 def test_a_float_chain_with_relu_becomes_seed_002s_files_in_ranges_of_its_images(place):
     plain = ("--set", "mean=[0.0,0.0,0.0]", "--set", "std=[1.0,1.0,1.0]")  # as its hardware reads pixels
     hq("export", "net.safetensors", "--to", "fpga", "--net", "mynet:Net", *plain)
-    made, net = fpga.read_images(place / "net_fpga"), configuration.own("mynet:Net")()
+    made, net = fpga.read_images(place / "net_fpga"), inputs.own("mynet:Net")()
     net.load_state_dict(models.read_checkpoint(place / "net.safetensors")[0])
     x = data.load("digits", "test", n=200).images.float() / 255
     with torch.no_grad():
@@ -722,14 +722,14 @@ def test_each_network_of_seed_003_has_a_configuration_whose_bits_can_be_changed(
 def test_every_shipped_configuration_is_one(path):
     run = configuration.read(path)
     assert run.method in {*METHODS, *RECIPES, configuration.FLOAT, configuration.HYBRID}
-    net = run.built()[0]
+    net = inputs.built(run)[0]
     if run.method in RECIPES:
-        policy = run.ptq(net)[1]
+        policy = methods.ptq(run, net)[1]
     elif run.method == configuration.FLOAT:
-        run.float_training()
+        methods.float_training(run)
         return
     else:
-        policy = run.qat(net).policy
+        policy = methods.qat(run, net).policy
     if run.model in models.IMAGENET:
         return
     spec = data.SPECS["mnist" if run.model == "lenet" else "cifar10"]

@@ -53,7 +53,7 @@ from hq_lib.models import checkpoints
 from hq_lib.ptq import progress, selection
 from hq_lib.results import paths, published, store
 from hq_lib.results.paths import ROOT
-from hq_lib.studies import configuration, steps
+from hq_lib.studies import configuration, inputs, methods, steps
 from hq_lib.training import TrainConfig, run_state
 from hq_lib.training.recipes import METHODS
 
@@ -197,7 +197,7 @@ def sealed_packet(wire):
 
 def normalized(meta):
     """How images are read that a stranger's file speaks of."""
-    configuration.Configuration().normalization(steps._image_record(meta))
+    inputs.normalization(configuration.Configuration(), steps._image_record(meta))
 
 
 def read_meta(path):
@@ -249,10 +249,10 @@ def readers_of_runs(folder):
     def told(path):
         given = configuration.read(path)
         if given.method in METHODS:
-            given.qat(net), given.float_training()
+            methods.qat(given, net), methods.float_training(given)
         else:
-            given.ptq(net)
-        given.normalization({"dataset": "fashion_mnist"})
+            methods.ptq(given, net)
+        inputs.normalization(given, {"dataset": "fashion_mnist"})
 
     (folder / "images").mkdir()
     for i in range(3):

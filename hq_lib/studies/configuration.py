@@ -4,12 +4,6 @@ Its keys are the fields of ``Configuration``; the command line's verbs all read 
 current folder.
 """
 
-import copy
-import dataclasses
-import importlib
-import json
-import re
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,26 +12,18 @@ from typing import Any, get_args
 
 import torch
 import yaml
-from torch import Tensor, nn
 
-from hq_lib import data, graph, models
+from hq_lib import models
 from hq_lib.crossbar import bench
-from hq_lib.data import DataSpec, ImageSet, folder
-from hq_lib.graph import BitPolicy, PolicyError
+from hq_lib.graph import BitPolicy
 from hq_lib.graph.folding import OnRefusal
 from hq_lib.graph.network_file import OWN
 from hq_lib.integer.record import REQUANTIZERS
-from hq_lib.models.public import load_state
 from hq_lib.ptq import ReconstructionConfig, selection
 from hq_lib.ptq.ranges import Method
-from hq_lib.results import paths
 from hq_lib.results.hints import check, check_known
 from hq_lib.results.settings import plain
-from hq_lib.studies.bench import shipped
-from hq_lib.studies.ptq.recipes import RECIPES, Recipe
-from hq_lib.training import QatRecipe, TrainConfig, qat_recipe, recipe
-from hq_lib.training.recipes import FOLDED, METHODS, Lists, find_lists, list_recipe
-from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
+from hq_lib.training import TrainConfig
 
 FLOAT, HYBRID = "float", "hybrid"
 PICTURES = "imagenet"
@@ -52,10 +38,6 @@ LIST_KEYS = ("layer_abit", "layer_wbit")
 INNER: dict[str, tuple[Any, ...]] = {"protocol": (ReconstructionConfig, TrainConfig), "policy": (BitPolicy,)}
 """Keys that are mappings -> what their own keys are fields of."""
 SIZES = ("n_classes", "in_channels")
-BUILD = ("model", "options", *SIZES)
-"""What a record says of how a network is built."""
-AFTERWARDS = ("output", "device", "n_test", "requantizer", "crossbar")
-"""Keys that no weight depends on: a killed run goes on with others."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +160,11 @@ class Configuration:
         seed = [f"s{self.seed}"] if self.seed else []
         return "_".join([self.net.rpartition(":")[2].lower() or self.model, self.method, width, *seed])
 
+    @property
+    def tracing(self) -> dict[str, Any]:
+        """Arguments of ``graph.quantize`` beside network, policy and example."""
+        return {"leaf_modules": tuple(self.leaf_modules), "on_refusal": self.on_refusal}
+
     def target(self, ending: str = ".safetensors") -> Path:
         """The file to write."""
         return Path(self.output or f"{self.name}{ending}")
@@ -187,8 +174,6 @@ class Configuration:
         silent = Configuration()
         if said := [key for key in keys if getattr(self, key) != getattr(silent, key)]:
             raise ValueError(f"{said[0]}: {verb} takes none with method {self.method!r}; leave it out")
-
-    # -- the network ---------------------------------------------------------------------------------------------------
 
     def network_file(self) -> Path:
         """The network file to write; ``ValueError``, before anything is computed, where none can be of that name."""
@@ -215,266 +200,6 @@ class Configuration:
         except OSError as error:
             raise ValueError(f"output is {target}: nothing can be written to {there} ({error.strerror})") from error
         return target
-
-    def built(self, **defaults: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """(float network as its constructor leaves it, weights drawn from ``seed``; what its record says of that).
-
-        ``defaults``: options of a network of ours, n_classes and in_channels among them, where ``options`` say none.
-        """
-        torch.manual_seed(self.seed)
-        if self.net:
-            return self._own(self.options), {"model": OWN, "options": self.options}
-        given = defaults | self.options
-        sizes = {key: given.pop(key) for key in SIZES if key in given}
-        return models.build(self.model, **sizes, **given), {"model": self.model, "options": given, **sizes}
-
-    def network(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The float network with its weights, in eval mode, and its run record.
-
-        Raises ``ValueError`` for a network of ours that no weights are known of, and where ``weights`` are of another
-        network than ``model`` and ``options`` say, or of a quantized one.
-        """
-        taken, file = (None, None) if self.net else (models.TAKEN.get(self.model), shipped(self.model))
-        theirs, _, which = self.weights.partition(":")
-        if theirs == TORCHVISION:
-            file = None
-        elif self.weights:
-            file = models.fetched(self.weights) if "://" in self.weights else Path(self.weights)
-        if file is not None and file.suffix == ".safetensors":
-            net, record = self.opened(file)
-            if "policy" in record:
-                raise ValueError(f"weights {file} are of a quantized network: a float one is needed here")
-            if not self.net and record["model"] != self.model:
-                raise ValueError(
-                    f"model is {self.model!r}, and weights {file} are of {record['model']!r}: leave model out"
-                )
-            held = {**(record.get("options") or {}), **{key: record[key] for key in SIZES if key in record}}
-            apart = [key for key, value in self.options.items() if held.get(key) != value]
-            if apart and (held or not self.net):
-                raise ValueError(
-                    f"options: the network of {file} was built with {held or 'none'}: leave {apart[0]} out"
-                )
-            return net, record
-        net, record = self.built()
-        if theirs == TORCHVISION:
-            state, taken = models.published(self.model, which or "DEFAULT")
-            load_state(net, state, source=self.weights)
-        elif file is not None:
-            net = models.load_public(file, net)
-        elif taken is None and not self.net:
-            raise ValueError(f"weights: none are shipped for {self.model!r}; train them (hq train --model "
-                             f"{self.model} --method float), or name a file")  # fmt: skip
-        return net.eval(), {**record, **({} if self.net else {"images": taken})}
-
-    def opened(self, file: Path) -> tuple[nn.Module, dict[str, Any]]:
-        """(network in eval mode, record) of a float or quantized network file."""
-        state, record = models.read_checkpoint(file)
-        made = self._own(self.options or record.get("options") or {}) if self.net else None
-        if made is None and record.get("model", OWN) == OWN:
-            raise ValueError(f"{file.name} holds a network of its maker's own: say which, --net module:Class")
-        if "policy" in record:
-            return graph.load(file, net=made), record
-        if made is None:
-            return models.load_checkpoint(file)
-        load_state(made, state, source=file.name)
-        return made.eval(), record
-
-    def _own(self, options: Mapping[str, Any]) -> nn.Module:
-        try:
-            return own(self.net)(**options)
-        except TypeError as error:
-            raise ValueError(f"options: {self.net} cannot be built with {dict(options) or 'none'}: {error}") from error
-
-    # -- the images ----------------------------------------------------------------------------------------------------
-
-    def images(self, split: str, record: Mapping[str, Any], n: int = 0) -> ImageSet:
-        """The first ``n`` (0: all) images of a split, as the network of the record takes them."""
-        name = self._dataset(record)
-        if not name:
-            raise ValueError(f"data: the network's file does not say; choose one of {', '.join(data.SPECS)}")
-        own = {key: value for key, value in record.items() if value}
-        spec = self.normalization({"dataset": name, **own})
-        if name == PICTURES:
-            spec = dataclasses.replace(spec, name=name, n_val=0, note="")
-        found = data.load(name, split, root=self.root or None, n=n or None, spec=spec)
-        return found.normalized_by(spec.mean, spec.std)
-
-    def validation(self, record: Mapping[str, Any]) -> ImageSet | None:
-        """``n_val`` (0: all) validation images; None for a folder of pictures, which holds none out of train."""
-        if self._dataset(record) == PICTURES:
-            return None
-        if record.get("trained_on") == "trainval" and self._dataset(record) == record.get("dataset"):
-            print("the float network was trained on the validation images too: their accuracies flatter", flush=True)
-        return self.images("val", record, self.n_val)
-
-    def _dataset(self, record: Mapping[str, Any]) -> str:
-        return self.data or (PICTURES if self.root else record.get("dataset", ""))
-
-    def normalization(self, record: Mapping[str, Any]) -> DataSpec:
-        """The data set of a network's record, with size, mean and standard deviation that it was trained with."""
-        name = record.get("dataset") or self._dataset({})
-        check_known(name, data.SPECS, "data set")
-        told: Any = record.get("images") or {}
-        if not isinstance(told, Mapping):
-            raise ValueError(f"images: the network's file says {told!r:.60}, not mean, std and in_shape")
-        found = {key: told[key] for key in ("mean", "std", "in_shape", "short_side", "classes") if told.get(key)}
-        found |= {key: value for key in ("mean", "std") if (value := getattr(self, key))}
-        if self.size:
-            found |= {"in_shape": (3, self.size, self.size), "short_side": 0}
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-        return dataclasses.replace(data.SPECS[name], **plain)
-
-    def calibration(self, record: Mapping[str, Any]) -> ImageSet:
-        """The images of the manifest, each hash verified, or ``n_calib`` training images, balanced if that can be."""
-        if not self.manifest:
-            if self.metric or self.strategy != "random":
-                raise ValueError("strategy and metric are of hq select: leave them out, or give the manifest it writes")
-            return self.images("train", record, self.n_train).drawn(self.n_calib, self.seed)
-        listed = selection.read(Path(self.manifest))
-        if listed.files and not self.root:
-            raise ValueError(f"root: {self.manifest} names files; give the folder that they lie in")
-        name = PICTURES if listed.files else listed.dataset
-        if not self.data and name != record.get("dataset", name):
-            raise ValueError(
-                f"manifest {self.manifest} is of {name}, the network of {record['dataset']}: choose images of its own "
-                f"data (hq select --set weights=...), or say data={name}"
-            )
-        spec = self.normalization({**record, "dataset": name} if listed.files else {"dataset": name, **record})
-        images = data.load(name, listed.split, root=self.root or None, spec=spec)
-        return selection.take(listed, images).normalized_by(spec.mean, spec.std)
-
-    def selected(self) -> selection.Manifest:
-        """``n_calib`` training images by ``strategy`` and ``metric``, as a manifest."""
-        if self.metric and self.strategy == "random":
-            raise ValueError(f"metric is {self.metric!r}, and strategy random: choose lowest, highest or trimmed")
-        if self.weights.endswith(".safetensors"):
-            record = models.read_checkpoint(self.weights)[1]
-        else:
-            dataset = FLOAT_RECIPES[self.model].dataset if self.model in FLOAT_RECIPES and not self.net else ""
-            record = {"dataset": dataset, "images": None if self.net else models.TAKEN.get(self.model)}
-        images = self.images("train", record, self.n_train)
-        scores = selection.score(images.images, self.metric) if self.metric else None
-        how: Any = {"strategy": self.strategy, "seed": self.seed}
-        balanced = images.balances(self.n_calib)
-        if not balanced and self.n_calib >= images.spec.n_classes:
-            print(f"not every class has {self.n_calib} / {images.spec.n_classes} images: chosen from all alike")
-        labels = images.labels if balanced else None
-        chosen = selection.select(scores, self.n_calib, labels=labels, n_images=len(images), **how)
-        return selection.from_images(images, chosen, metric=self.metric, balanced=balanced, **how)
-
-    # -- what is done --------------------------------------------------------------------------------------------------
-
-    def float_training(self) -> tuple[str, TrainConfig, int | None]:
-        """(data set, configuration, training images or None for all) of float training."""
-        if not self.net and self.model in FLOAT_RECIPES:
-            name, config, n = recipe(self.model, self.profile, seed=self.seed)
-            name = self.data or name
-        elif {"epochs", "lr"} <= set(self.protocol) and self.data:
-            name, n = self.data, None
-            config = TrainConfig(epochs=1, lr=0.1, seed=self.seed)
-        else:
-            raise ValueError(
-                f"{self.net or self.model} has no training recipe: give data, protocol.epochs, protocol.lr"
-            )
-        return name, self._with_protocol(config), self.n_train or n
-
-    def _with_protocol(self, config: TrainConfig) -> TrainConfig:
-        check("protocol", "key", self.protocol, [f.name for f in fields(TrainConfig)])
-        return dataclasses.replace(config, **self.protocol)
-
-    def qat(self, net: nn.Module) -> QatRecipe:
-        """Policy and training of quantization-aware training from ``net``."""
-        w_bits, a_bits = self.bits
-        if self.method == HYBRID:
-            made = qat_recipe("dsq", min(w_bits, 8), min(a_bits, 8), self.profile, seed=self.seed)
-            made = dataclasses.replace(made, policy=self._hybrid_policy())
-        elif self.lists:
-            made = list_recipe(net, self._lists(), self.method, self.profile, seed=self.seed)
-        else:
-            who = "hq train, unlike hq quantize," if self.method in RECIPES else "hq train"
-            check(who, "method", [self.method], [FLOAT, HYBRID, *METHODS])
-            made = qat_recipe(self.method, w_bits, a_bits, self.profile, seed=self.seed)
-        policy = self._with_policy(made.policy)
-        config = dataclasses.replace(made.config, lr=made.config.lr * (FOLDED if policy.bn == "fold" else 1))
-        return QatRecipe(policy, self._with_protocol(config), self.n_train or made.n_train)
-
-    def _lists(self) -> Lists:
-        if isinstance(self.lists, str):
-            return find_lists(self.model, self.lists)
-        layer_abit, layer_wbit = (tuple(self.lists[key]) for key in LIST_KEYS)
-        return layer_abit, layer_wbit
-
-    def _hybrid_policy(self) -> BitPolicy:
-        settings = {key: value for key, value in self.hybrid.items() if key != "ranges"}
-        given = {"w_bits": self.bits[0], "a_bits": self.bits[1], "ptq": ("minmax", "lsq_plus"), **settings}
-        if type(bits := given.get("boundary", 4)) is not int:
-            raise PolicyError(f"hybrid: boundary is {bits!r:.80}: a whole number of bits is needed, as 4")
-        try:
-            return BitPolicy.hybrid(**given)
-        except TypeError as error:
-            raise PolicyError(f"hybrid: {error}") from error
-
-    @property
-    def tracing(self) -> dict[str, Any]:
-        """Arguments of ``graph.quantize`` beside network, policy and example."""
-        return {"leaf_modules": tuple(self.leaf_modules), "on_refusal": self.on_refusal}
-
-    def ptq(self, net: nn.Module) -> tuple[Recipe, BitPolicy]:
-        """Method and policy of post-training quantization of ``net``; its settings are ``protocol``."""
-        who = "hq quantize, unlike hq train," if self.method in (FLOAT, HYBRID, *METHODS) else "hq quantize"
-        check(who, "method", [self.method], RECIPES)
-        check("protocol", "key", self.protocol, [f.name for f in fields(ReconstructionConfig)])
-        if self.protocol and RECIPES[self.method].passes is None:
-            raise ValueError(f"protocol: method {self.method!r} reconstructs nothing; leave protocol out")
-        if self.lists:
-            policy = BitPolicy.from_lists(net, *self._lists(), weight="minmax", act="lsq_plus", bn="fold")
-        else:
-            policy = BitPolicy(f"minmax:{self.bits[0]}", f"lsq_plus:{self.bits[1]}", bn="fold")
-        return RECIPES[self.method], self._with_policy(policy)
-
-    def _with_policy(self, made: BitPolicy) -> BitPolicy:
-        """``made`` with the fields of ``policy`` in place of its own; overrides of both, those of ``policy`` first."""
-        asked = BitPolicy.from_dict({**made.to_dict(), **self.policy})
-        joined = {pattern: {**made.overrides.get(pattern, {}), **said} for pattern, said in asked.overrides.items()}
-        rest = {pattern: said for pattern, said in made.overrides.items() if pattern not in joined}
-        return dataclasses.replace(asked, overrides={**rest, **joined})
-
-    def record(self, source: Mapping[str, Any], images: ImageSet, **more: Any) -> dict[str, Any]:
-        """What a network file says of this run, besides what ``graph.save`` adds; ``start``: the digits of the file of
-        the network that it began with."""
-        facts = {key: source[key] for key in BUILD if key in source}
-        facts |= {"model": OWN, "options": self.options or source.get("options") or {}} if self.net else {}
-        facts |= {"start": source["sha256"]} if "sha256" in source else {}
-        asked = {key: value for key, value in dataclasses.asdict(self).items() if key != "output"}
-        return {
-            **facts, "dataset": images.spec.name, "images": dataclasses.asdict(images.spec), "method": self.method,
-            "seed": self.seed, "configuration": asked, **more,
-        }  # fmt: skip
-
-    def folder(self, net: nn.Module, source: Mapping[str, Any], train: ImageSet) -> Path:
-        """Where the run is kept: none resumes what began elsewhere, from other weights or images, or otherwise.
-
-        What ``net`` computes is told by two digits of its logits on noise, which another machine's are too.
-        """
-        told = self.record(source, train)
-        told["configuration"] = {k: v for k, v in told["configuration"].items() if k not in AFTERWARDS}
-        pictures = train.images.names if isinstance(train.images, folder.Pictures) else []
-        computed = [re.sub(" at 0x[0-9a-f]+", "", repr(net)), *_digits(net, train.spec.in_shape)]
-        text = json.dumps([str(Path.cwd()), told, pictures, computed], sort_keys=True)
-        tensors = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
-        digits = models.digest(text, {**tensors, "labels": train.labels, "indices": train.indices})
-        return paths.runs_dir(self.profile) / "hq" / f"{self.name}_{digits[:8]}"
-
-
-def _digits(net: nn.Module, in_shape: tuple[int, ...]) -> list[str]:
-    """Two digits of some logits on noise; none of a network that cannot take it, which is refused in words later."""
-    noise = torch.randn(2, *in_shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad():
-            logits = copy.deepcopy(net).cpu().eval()(noise)
-    except Exception:  # a network of the user's own may raise anything
-        return []
-    return [f"{value:.2g}" for value in logits.flatten()[:20].tolist()] if isinstance(logits, Tensor) else []
 
 
 KEYS = tuple(each.name for each in fields(Configuration))
@@ -521,16 +246,3 @@ def _held(weights: str) -> str:
     named = weights.endswith(".safetensors") and Path(weights).is_file()
     found = models.read_checkpoint(weights)[1].get("model", OWN) if named else OWN
     return "resnet20" if found == OWN else found
-
-
-def own(name: str) -> Any:
-    """The class (or function) of "module:Class", imported from the current folder."""
-    module, colon, made = name.partition(":")
-    if not (module and colon and made):
-        raise ValueError(f"net is {name!r}: write module:Class, as mynet:MyNet for class MyNet of mynet.py")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), made)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"net {name!r} cannot be imported from {Path.cwd()}: {error}") from error

@@ -27,6 +27,7 @@ from hq_lib.integer import run as run_integers
 from hq_lib.ptq import selection
 from hq_lib.results import provenance
 from hq_lib.results.hints import check_known
+from hq_lib.studies import inputs, kept, methods
 from hq_lib.studies.configuration import EQUALIZE, FLOAT, HYBRID, NORMS, Configuration
 from hq_lib.studies.hybrid.cells import fit_early, fit_late
 from hq_lib.studies.integer_export.executors import BATCH
@@ -52,20 +53,20 @@ def trained(run: Configuration) -> tuple[Path, float]:
 def _trained_float(run: Configuration) -> tuple[Path, float]:
     run.refuse("hq train", *QUANTIZING, *CALIBRATING)
     _no_teacher(run)
-    target, (dataset, config, n) = run.network_file(), run.float_training()
-    net, source = run.network() if run.weights else (None, {})
+    target, (dataset, config, n) = run.network_file(), methods.float_training(run)
+    net, source = inputs.network(run) if run.weights else (None, {})
     source = {**source, "dataset": dataset}
-    train, val = run.images("train", source, n or 0), run.validation(source)
+    train, val = inputs.images(run, "train", source, n or 0), inputs.validation(run, source)
     if net is None:
         options = FLOAT_RECIPES[run.model].options if run.model in FLOAT_RECIPES else {}
-        net, built = run.built(**options, n_classes=train.spec.n_classes, in_channels=train.spec.in_shape[0])
+        net, built = inputs.built(run, **options, n_classes=train.spec.n_classes, in_channels=train.spec.in_shape[0])
         source |= built
-    done = fit(net.to(run.device), train, val, config, run.folder(net, source, train))
+    done = fit(net.to(run.device), train, val, config, kept.folder(run, net, source, train))
     machine.end_unless_first()
-    test = run.images("test", {**source, "images": dataclasses.asdict(train.spec)}, run.n_test)
+    test = inputs.images(run, "test", {**source, "images": dataclasses.asdict(train.spec)}, run.n_test)
     score = evaluate(net.eval(), test)
     facts = {"config": dataclasses.asdict(done.config), "n_train": len(train), "n_test": score.n}
-    record = run.record(source, test, acc_pct={"test": score.acc_pct}, **facts, **provenance.stamp(run.device))
+    record = kept.record(run, source, test, acc_pct={"test": score.acc_pct}, **facts, **provenance.stamp(run.device))
     models.write_checkpoint(target, net.state_dict(), record)
     return target, score.acc_pct
 
@@ -73,13 +74,13 @@ def _trained_float(run: Configuration) -> tuple[Path, float]:
 def _trained_quantized(run: Configuration) -> tuple[Path, float]:
     run.network_file()
     run.refuse("hq train", "corrections", *(() if run.method == HYBRID else CALIBRATING))
-    net, source = run.network()
-    recipe = run.qat(net)
-    train, val = run.images("train", source, recipe.n_train or 0), run.validation(source)
-    folder = run.folder(net, source, train)
+    net, source = inputs.network(run)
+    recipe = methods.qat(run, net)
+    train, val = inputs.images(run, "train", source, recipe.n_train or 0), inputs.validation(run, source)
+    folder = kept.folder(run, net, source, train)
     if run.method == HYBRID:
         _no_teacher(run)
-        few = run.calibration(source)
+        few = inputs.calibration(run, source)
         x = normalize(few.images, few.spec).to(run.device)
         qnet = graph.quantize(net.to(run.device), recipe.policy, x[:1], **run.tracing)
         done = fit_early(qnet, x, train, val, recipe.config, folder)
@@ -101,7 +102,7 @@ def _no_teacher(run: Configuration) -> None:
 def selected(run: Configuration) -> Path:
     """The manifest of the chosen calibration images."""
     target = run.manifest_file()
-    selection.write(run.selected(), target)
+    selection.write(inputs.selected(run), target)
     return target
 
 
@@ -112,10 +113,10 @@ def quantized(run: Configuration) -> tuple[Path, float]:
     """
     run.network_file()
     run.refuse("hq quantize", "hybrid")
-    net, source = run.network()
-    recipe, policy = run.ptq(net)
-    few = run.calibration(source)
-    folder = run.folder(net, source, few) / "reconstruction"
+    net, source = inputs.network(run)
+    recipe, policy = methods.ptq(run, net)
+    few = inputs.calibration(run, source)
+    folder = kept.folder(run, net, source, few) / "reconstruction"
     x = normalize(few.images, few.spec).to(run.device)
     net = net.to(run.device)
     if EQUALIZE in run.corrections:
@@ -134,14 +135,14 @@ def quantized(run: Configuration) -> tuple[Path, float]:
 def _saved(
     run: Configuration, qnet: nn.Module, source: dict[str, Any], *, form: Any, **more: Any
 ) -> tuple[Path, float]:
-    test = run.images("test", source, run.n_test)
+    test = inputs.images(run, "test", source, run.n_test)
     if form == "frozen":
         try:
             round_biases(qnet, images=test.spec)  # type: ignore[arg-type]
         except (LowerError, RecordError) as error:
             print(f"biases stay real numbers, as the network has no integer form: {error}", flush=True)
     score = evaluate(qnet, test)
-    record = run.record(source, test, acc_pct={"test": score.acc_pct}, n_test=score.n, **more)
+    record = kept.record(run, source, test, acc_pct={"test": score.acc_pct}, n_test=score.n, **more)
     return graph.save(qnet, run.target(), form=form, record=record), score.acc_pct
 
 
@@ -153,11 +154,11 @@ def tested(run: Configuration, file: Path, *, integer: bool) -> Iterator[str]:
     if file.suffix != ".safetensors":
         kinds = {f".{ending}": kind for kind, ending in FILES.items()}
         check_known(file.suffix, [".safetensors", *kinds], f"ending of {file.name}")
-        test = run.images("test", _image_record(_meta(file)), run.n_test)
+        test = inputs.images(run, "test", _image_record(_meta(file)), run.n_test)
         yield _line(kinds[file.suffix], _accuracy(executor(kinds[file.suffix], file), test), test)
         return
-    net, record = run.opened(file)
-    test = run.images("test", record, run.n_test)
+    net, record = inputs.opened(run, file)
+    test = inputs.images(run, "test", record, run.n_test)
     yield _line("fake_quant" if "policy" in record else "float", evaluate(net.to(run.device), test).acc_pct, test)
     if integer:
         imodel = _lowered(run, file, net.cpu(), record, test.spec)
@@ -173,12 +174,12 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
     """
     check_known(to, ENDINGS, "format of hq export")
     target = Path(run.output or file.stem + ENDINGS[to])
-    net, record = run.opened(file)
-    spec = run.normalization(record)
+    net, record = inputs.opened(run, file)
+    spec = inputs.normalization(run, record)
     if to == "fpga" and "policy" not in record:
         example = torch.zeros(1, *spec.in_shape)
         if any(isinstance(module, nn.ReLU) for module in net.modules()):  # whose ranges come from images
-            example = normalize(run.images("train", record, RANGE_IMAGES).images, spec)
+            example = normalize(inputs.images(run, "train", record, RANGE_IMAGES).images, spec)
         made = exporter.export(net, example, mean=spec.mean, std=spec.std)
         if wide := fpga.int32_overflows(made):
             print(f"{', '.join(wide)}: accumulator times multiplier may leave int32, which wraps in seed 002's C")
@@ -186,7 +187,7 @@ def exported(run: Configuration, file: Path, to: str) -> Path:
         return fpga.write_images(fpga.record_of(made, spec.in_shape), target).parent
     if to in ("board", "fpga") and run.requantizer == "float32":
         print(f"{to}: multipliers are float32 numbers; for integers alone export with --set requantizer=fixed")
-    image = run.images("test", record, 1).images[0].contiguous().numpy() if to == "board" else None
+    image = inputs.images(run, "test", record, 1).images[0].contiguous().numpy() if to == "board" else None
     return export(_lowered(run, file, net, record, spec), target, to, image=image)
 
 
@@ -211,9 +212,10 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
         imodel = load_integers(file)
         record = _image_record(imodel.meta)
     else:
-        net, record = run.opened(file)
-        imodel = _lowered(run, file, net, record, run.normalization(record))
-    test, train = run.images("test", record, plan.n_test), run.images("train", record, max(plan.n_calib, 1))
+        net, record = inputs.opened(run, file)
+        imodel = _lowered(run, file, net, record, inputs.normalization(run, record))
+    test = inputs.images(run, "test", record, plan.n_test)
+    train = inputs.images(run, "train", record, max(plan.n_calib, 1))
     outcome = bench.run(plan, imodel, test, train)
     warn_of_fewer_classes(test, outcome.logits.shape[1])
     found = outcome.summary
