@@ -644,7 +644,7 @@ def test_a_float_chain_with_relu_becomes_seed_002s_files_in_ranges_of_its_images
         ],
         *[
             (("train", "--method", method, "--set", said), f"{re.split('[.=]', said)[0]}: hq train takes none")
-            for said in ("manifest=x.json", "hybrid.boundry=4", "strategy=lowest", "metric=tv")
+            for said in ("manifest=x.json", "hybrid.boundry=4", "n_calib=9", "strategy=lowest", "metric=tv")
             for method in ("float", "lsq")
         ],
         (("quantize", "--set", "hybrid={boundary: 4}"), "hybrid: hq quantize takes none"),

@@ -40,7 +40,7 @@ from hq_lib.training.evaluation import evaluation_of, warn_of_fewer_classes
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 QUANTIZING = ("bits", "lists", "policy", "corrections", "leaf_modules", "on_refusal")
-CALIBRATING = ("hybrid", "manifest", "strategy", "metric")
+CALIBRATING = ("hybrid", "manifest", "n_calib", "strategy", "metric")
 """Keys of how a network is quantized, and of what is calibrated on which images."""
 
 

@@ -77,6 +77,12 @@ def test_an_unknown_method_or_profile_is_named():
         qat_recipe("pact", 4, 4, "quik")
 
 
+@pytest.mark.parametrize("field", [{"binary": ("dqs",)}, {"last": ("dqs",)}, {"spread": (("dqs", 4, 4),)}])
+def test_a_list_of_methods_that_sorts_or_narrows_takes_known_ones_alone(field):
+    with pytest.raises(ValueError, match="did you mean 'dsq'"):
+        qat.points(replace(qat.PLANS["full"], **field))
+
+
 @pytest.mark.parametrize("bits", [0, 17])
 def test_impossible_bits_name_the_key(bits):
     with pytest.raises(ValueError, match=r"policy\.weight.*" + str(bits)):

@@ -17,10 +17,11 @@ from torch import nn
 from hq_lib import data, models
 from hq_lib.data import ImageSet
 from hq_lib.results import atomic, paths, provenance
+from hq_lib.results.hints import check
 from hq_lib.studies.bench import Bench, net_switch, open_bench, shipped
 from hq_lib.studies.study import Found, Point, Row, Run, Study, check_choice, metric_rows
 from hq_lib.training import FitResult, evaluate, fit, recipe
-from hq_lib.training.recipes import find
+from hq_lib.training.recipes import RECIPES, find
 
 HISTORY = "float_history"
 MODELS = ("resnet20", "lenet", "toynet", "vgg11", "mobilenetv2_seed")
@@ -68,6 +69,7 @@ def points(plan: Plan) -> list[Point]:
 
     A bench is (data set, training images or None for all, split); of split "trainval" nothing is left to validate on.
     """
+    check("float_training", "network", plan.repeated, RECIPES)
     found = []
     for model, seed in ((m, s) for s in plan.seeds for m in plan.models):
         if seed != plan.seeds[0] and model not in (plan.repeated or plan.models):

@@ -18,12 +18,13 @@ from hq_lib.data.sets import SPLIT_SEED
 from hq_lib.graph import QUANTIZER_SUFFIX, act_quantizers, calibrate, quantize
 from hq_lib.quantizers.pact import PACT
 from hq_lib.results import paths, provenance
+from hq_lib.results.hints import check
 from hq_lib.studies.bench import Bench, net_switch, open_bench, quantized_as, record_of
 from hq_lib.studies.float_training import study as float_training
 from hq_lib.studies.qat import untrained
 from hq_lib.studies.study import Found, Point, Row, Run, Study
 from hq_lib.training import QatRecipe, evaluate, fit, qat_recipe
-from hq_lib.training.recipes import find_lists, list_recipe, widths
+from hq_lib.training.recipes import METHODS, find_lists, list_recipe, widths
 
 HISTORY, CLIPS = "qat_history", "qat_clips"
 FLOAT = "float"
@@ -109,6 +110,7 @@ def settings(plan: Plan, of: Row | Point, net: nn.Module | None = None) -> QatRe
 
 def points(plan: Plan) -> list[Point]:
     """Every network's float line, then seed by seed and width by width every method; ``ValueError`` for an unknown."""
+    check("qat", "method", (*plan.binary, *plan.last, *(method for method, _, _ in plan.spread)), METHODS)
     found = []
     for model in plan.models:
         wanted = [*(("", pair) for pair in plan.bits), *widths(model, plan.lists)]
