@@ -268,14 +268,15 @@ def test_training_through_quantizers_goes_on_from_float_and_its_file_tests_alike
     assert str(place) not in str(record)
 
 
-def test_the_float_network_that_training_starts_from_teaches_where_it_is_asked_to(place):
+def test_the_teacher_and_the_calibration_images_of_a_training_are_those_that_are_asked_for(place):
     """Another share of the loss is another loss, and the file says which."""
     words = ("train", "--config", "qat.yaml", "--method", "lsq", "--set", "protocol.epochs=1", "--set", "n_train=60")
     write(place / "qat.yaml", {**RUN, "weights": "net.safetensors", "bits": [4, 4]})
     made = [hq(*words, "--set", f"protocol.distill={share}", "--output", "kd.safetensors") for share in (0.0, 0.5, 1.0)]
     assert models.read_checkpoint(place / "kd.safetensors")[1]["config"]["distill"] == 1.0
+    made.append(hq(*words, "--set", "n_calib=3", "--set", "protocol.distill=0.0", "--output", "kd.safetensors"))
     losses = [re.findall(r"loss (\S+),", text)[0] for text in made]
-    assert len({*losses}) == 3
+    assert len({*losses}) == 4, "and what the grids are fitted to is another start"
 
 
 def test_the_hybrid_rule_trains_below_its_boundary_and_calibrates_from_it_up(place):
@@ -644,7 +645,7 @@ def test_a_float_chain_with_relu_becomes_seed_002s_files_in_ranges_of_its_images
         ],
         *[
             (("train", "--method", method, "--set", said), f"{re.split('[.=]', said)[0]}: hq train takes none")
-            for said in ("manifest=x.json", "hybrid.boundry=4", "n_calib=9", "strategy=lowest", "metric=tv")
+            for said in ("manifest=x.json", "hybrid.boundry=4", "strategy=lowest", "metric=tv")
             for method in ("float", "lsq")
         ],
         (("quantize", "--set", "hybrid={boundary: 4}"), "hybrid: hq quantize takes none"),

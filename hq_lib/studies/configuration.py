@@ -82,8 +82,8 @@ class Configuration:
     """``hybrid``: arguments of ``BitPolicy.hybrid``, and ``ranges``, the method of what is not trained"""
     manifest: str = ""
     """calibration images, a file of ``hq select``; "" = ``n_calib`` of the training images, balanced over classes"""
-    n_calib: int = 1024
-    """calibration images"""
+    n_calib: int = 0
+    """calibration images; 0 = 1,024, and 512 where they begin a training through quantizers"""
     n_train: int = 0
     """training images that are trained on or chosen from; 0 = as the recipe says, which is all in profile full"""
     n_val: int = 0

@@ -20,6 +20,9 @@ from hq_lib.studies.bench import shipped
 from hq_lib.studies.configuration import PICTURES, SIZES, TORCHVISION, Configuration
 from hq_lib.training.recipes import RECIPES
 
+N_CALIB = 1024
+"""Calibration images where a run says no number."""
+
 
 def built(run: Configuration, **defaults: Any) -> tuple[nn.Module, dict[str, Any]]:
     """(float network as its constructor leaves it, weights drawn from ``seed``; what its record says of that).
@@ -136,7 +139,7 @@ def calibration(run: Configuration, record: Mapping[str, Any]) -> ImageSet:
     if not run.manifest:
         if run.metric or run.strategy != "random":
             raise ValueError("strategy and metric are of hq select: leave them out, or give the manifest it writes")
-        return images(run, "train", record, run.n_train).drawn(run.n_calib, run.seed)
+        return images(run, "train", record, run.n_train).drawn(run.n_calib or N_CALIB, run.seed)
     listed = selection.read(Path(run.manifest))
     if listed.files and not run.root:
         raise ValueError(f"root: {run.manifest} names files; give the folder that they lie in")
@@ -160,14 +163,14 @@ def selected(run: Configuration) -> selection.Manifest:
     else:
         dataset = RECIPES[run.model].dataset if run.model in RECIPES and not run.net else ""
         record = {"dataset": dataset, "images": None if run.net else models.TAKEN.get(run.model)}
-    found = images(run, "train", record, run.n_train)
+    found, n = images(run, "train", record, run.n_train), run.n_calib or N_CALIB
     scores = selection.score(found.images, run.metric) if run.metric else None
     how: Any = {"strategy": run.strategy, "seed": run.seed}
-    balanced = found.balances(run.n_calib)
-    if not balanced and run.n_calib >= found.spec.n_classes:
-        print(f"not every class has {run.n_calib} / {found.spec.n_classes} images: chosen from all alike")
+    balanced = found.balances(n)
+    if not balanced and n >= found.spec.n_classes:
+        print(f"not every class has {n} / {found.spec.n_classes} images: chosen from all alike")
     labels = found.labels if balanced else None
-    chosen = selection.select(scores, run.n_calib, labels=labels, n_images=len(found), **how)
+    chosen = selection.select(scores, n, labels=labels, n_images=len(found), **how)
     return selection.from_images(found, chosen, metric=run.metric, balanced=balanced, **how)
 
 

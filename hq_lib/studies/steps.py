@@ -40,7 +40,7 @@ from hq_lib.training.evaluation import evaluation_of, warn_of_fewer_classes
 from hq_lib.training.recipes import RECIPES as FLOAT_RECIPES
 
 QUANTIZING = ("bits", "lists", "policy", "corrections", "leaf_modules", "on_refusal")
-CALIBRATING = ("hybrid", "manifest", "n_calib", "strategy", "metric")
+CALIBRATING = ("hybrid", "manifest", "strategy", "metric")
 """Keys of how a network is quantized, and of what is calibrated on which images."""
 
 
@@ -86,7 +86,7 @@ def _trained_quantized(run: Configuration) -> tuple[Path, float]:
         done = fit_early(qnet, x, train, val, recipe.config, folder)
         fit_late(qnet, x, run.hybrid.get("ranges", "mse"))
     else:
-        qnet = calibrated(net, recipe, train, seed=run.seed, **run.tracing).to(run.device)
+        qnet = calibrated(net, recipe, train, seed=run.seed, n_calib=run.n_calib, **run.tracing).to(run.device)
         teacher = net.to(run.device) if recipe.config.distill else None
         done = fit(qnet, train, val, recipe.config, folder, teacher=teacher)
     machine.end_unless_first()

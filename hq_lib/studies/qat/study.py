@@ -198,9 +198,12 @@ def measure(run: Run[Plan], bench: Bench, point: Point) -> Iterator[Found]:
     yield from float_training.split_rows(common, {**scores, "test": (score.acc_pct, score.n)})
 
 
-def quantized(net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int, **tracing: Any) -> fx.GraphModule:
-    """``net`` as a quantized graph whose grids are fitted: weights to themselves, activations to training images."""
-    images = data.normalize(train.drawn(N_CALIB, seed).images, train.spec)
+def quantized(
+    net: nn.Module, recipe: QatRecipe, train: ImageSet, *, seed: int, n_calib: int = 0, **tracing: Any
+) -> fx.GraphModule:
+    """``net`` as a quantized graph whose grids are fitted: weights to themselves, activations to ``n_calib`` (0: 512)
+    training images."""
+    images = data.normalize(train.drawn(n_calib or N_CALIB, seed).images, train.spec)
     qnet = quantize(net, recipe.policy, images[:1], **tracing)
     calibrate(qnet, images)
     return qnet
