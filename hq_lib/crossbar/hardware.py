@@ -210,17 +210,19 @@ class HardwareEngine(Engine):
         return sum(len(placed.blocks) for placed in self._placed.values()) <= self.limits.n_tiles
 
     def _tile(self, block: _Block) -> int:
-        """The tile that holds ``block``, written now if none does: the next one in order."""
+        """The tile that holds ``block``, written now if none does: one that holds nothing, else the next in order."""
         if block in self._held:
             return self._held.index(block)
-        tile, self._next = self._next, (self._next + 1) % self.limits.n_tiles
-        self._held[tile] = None  # until it is written
+        if None in self._held:
+            tile = self._held.index(None)
+        else:
+            tile, self._next = self._next, (self._next + 1) % self.limits.n_tiles
         self._fill(tile, block)
-        self._held[tile] = block
         return tile
 
     def _fill(self, tile: int, block: _Block) -> None:
         self._write(tile, block.levels)
+        self._held[tile] = block
         block.n_writes += 1
 
     @property
@@ -248,7 +250,7 @@ class HardwareEngine(Engine):
         return outputs - rows.sum(1, dtype=torch.int64)[:, None] * plan.offset / plan.gain
 
     def _write(self, tile: int, levels: np.ndarray) -> None:
-        started = time.perf_counter()
+        self._held[tile], started = None, time.perf_counter()  # whatever becomes of it, what was there is gone
         self.patience.insist(lambda: self.driver.write(tile, levels), f"writing tile {tile}")
         self._n_writes, self._write_s = self._n_writes + 1, self._write_s + time.perf_counter() - started
 

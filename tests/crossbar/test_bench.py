@@ -127,6 +127,19 @@ def test_gain_and_offset_of_a_bench_are_no_stuck_cells(gain, offset, rows_per_re
     np.testing.assert_array_equal(driver._levels[0], written)
 
 
+def test_a_fault_map_that_is_interrupted_leaves_no_pattern_behind():
+    """Weights that lay under the pattern are written again, into their own tile, before anything is read."""
+    driver = FakeDriver(replace(bench.REHEARSAL, n_tiles=2, counts_per_unit=1.0))
+    engine = HardwareEngine(driver, drive=Drive(), patience=QUICK)
+    first, second = engine.load(W, 1.0, "a"), engine.load(-W, 1.0, "b")
+    driver.timeouts = [False] + [True] * 3
+    with pytest.raises(BenchError):
+        engine.fault_map(first)
+    np.testing.assert_array_equal(engine.mvm(first, X), X @ W)
+    np.testing.assert_array_equal(engine.mvm(second, X), X @ -W)
+    assert engine.written_again() == ["a"]
+
+
 def test_a_tile_that_does_not_move_has_no_fault_map():
     engine = HardwareEngine(FakeDriver(bench.REHEARSAL, gain=0.0, noise=5.0), drive=Drive(), patience=QUICK)
     with pytest.raises(CrossbarError, match="a: half of the cells of tile 0 do not move"):
