@@ -136,8 +136,14 @@ class HardwareEngine(Engine):
         """Layers of which a tile was written more than once: for want of tiles, or for a fault map."""
         return [name for name, placed in self._placed.items() if any(block.n_writes > 1 for block in placed.blocks)]
 
+    def mapping_of(self, handle: Handle) -> Mapping:
+        """How the weights of ``handle`` lie on the bench's cells, for a simulation of it: sliced as here, and with
+        columns that fill as much of a cell's levels as here."""
+        return replace(self._placed[self._known(handle).name].plan.mapping, cell_levels=self.limits.level_max)
+
     def fault_map(self, handle: Handle) -> np.ndarray:
-        """uint8 (K, C, P): the cells under ``handle`` that stay low or high whatever is written, for `Faults`.
+        """uint8 (K, C, P): the cells under ``handle`` that stay low or high whatever is written, for `Faults` of a
+        simulation with `mapping_of` this layer.
 
         Each tile is written with nothing and with full cells and read row by row, less what it answers to no codes at
         all; its levels are written again. Low and high meet half way of the tile's median cell, so that gain and offset
@@ -196,7 +202,7 @@ class HardwareEngine(Engine):
                 f"{handle.name}: its weights take levels up to {float(plan.span.max()):.0f}, the bench's cells have "
                 f"{self.limits.level_max}; slice them: Mapping(cell_bits={bits}, subtract='digital', ...)"
             )
-        steps = (self.limits.level_max / plan.span).floor()  # levels per weight step: whole, so that weights stay exact
+        steps = (self.limits.level_max / plan.span + 1e-9).floor()  # levels per weight step: whole
         levels = (plan.levels * steps[:, None]).to(torch.int64).flatten(1).numpy()
         blocks = [_Block(*tile, levels[tile]) for tile in self.mapping.tiles(levels.shape)]
         self._placed[handle.name] = _Placed(plan, steps, blocks)

@@ -23,7 +23,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
-from hq_lib.crossbar.checks import FRACTION, Bound, CellBits, CrossbarError, Fraction, Settings
+from hq_lib.crossbar.checks import FRACTION, OPTION, Bound, CellBits, Count, CrossbarError, Fraction, Settings
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Mapping(Settings):
     """Rows R of one array, 1..4096 (64 to 512 in practice); longer columns are split and added digitally."""
     tile_cols: Annotated[int, Bound(">= 2", whole=True)] = 128
     """Columns of one array, >= 2; matters for wire resistance and cell counts only."""
+    cell_levels: Count | None = field(default=None, metadata=OPTION)
+    """Levels of a cell above its lowest, as a bench's ``level_max``: a weight step takes a whole number of them, which
+    rarely fill the window; a cell stuck high does. None: the largest weight fills it."""
 
     def tiles(self, shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
         """Rows and columns of each array that cells of ``shape`` fill, row of arrays by row of arrays."""
@@ -75,8 +78,17 @@ class Mapping(Settings):
         factors = torch.tensor([sign * 2.0 ** ((c or 0) * s) for s in range(n_slices) for sign in signs])
         levels = cells((w * gain).clamp_min(0), (-w * gain).clamp_min(0)) if pair else cells(w * gain + offset)
         if not pair and self.subtract == "analog":  # the reference column sits at mid conductance
+            if self.cell_levels:
+                raise CrossbarError("a reference column needs a full window: use subtract='digital' with cell_levels")
             levels = torch.cat([levels, cells(torch.full((len(w), 1), middle))], 1)
             span, offset = torch.cat([span, span[:1] if c else torch.tensor([2])]), 0 * offset
+        if self.cell_levels:
+            if int(span.max()) > self.cell_levels:
+                raise CrossbarError(
+                    f"weights take levels up to {span.max()}, cells have {self.cell_levels}: slice them, "
+                    f"cell_bits={(self.cell_levels + 1).bit_length() - 1}"
+                )
+            span = self.cell_levels / (self.cell_levels // span).to(torch.float64)
         return Plan(self, *(part.to(torch.float64) for part in (levels, span, gain, offset, factors)))
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from benches import LIMITS, QUICK, RNG, SLICED, W, X, engine_on, fake
 
 from hq_lib.crossbar import (
@@ -274,3 +275,29 @@ def test_the_fault_map_of_a_bench_predicts_what_it_answers():
     driver.noise = 0.0
     twin = SimEngine(Circuit(IDEAL, SLICED, faults=Faults(maps={"a": found})))
     np.testing.assert_array_equal(engine.mvm(handle, X), twin.mvm(twin.load(W, 1.0, "a"), X))
+
+
+@pytest.mark.parametrize(("level_max", "peak"), [(255, 127), (255, 90), (10, 127), (15, 7), (15, 8)])
+@pytest.mark.parametrize("scheme", ["pair", "offset"])
+def test_a_cell_stuck_high_holds_all_levels_where_the_weights_of_its_column_do_not(level_max, peak, scheme):
+    """255 levels over a peak of 90 are 2 a step, 180 in all: a cell stuck at 255 is then 127.5 steps of weight."""
+    w = RNG.integers(-peak, peak + 1, (20, 3))
+    w[0] = peak
+    limits = Limits(**(LIMITS | {"level_max": level_max, "code_max": 255, "counts_per_unit": 1.0}))
+    stuck = {tile: RNG.choice([0, 1, 2], (16, 8), p=[0.9, 0.05, 0.05]).astype(np.uint8) for tile in range(64)}
+    bits = None if level_max > 2 * peak else (level_max + 1).bit_length() - 1
+    mapping = Mapping(scheme, cell_bits=bits, subtract="digital", tile_rows=16, tile_cols=8)
+    engine = HardwareEngine(FakeDriver(limits, stuck=stuck), mapping=mapping, drive=Drive(), patience=QUICK)
+    handle = engine.load(w, 1.0, "a")
+    faults = Faults(maps={"a": engine.fault_map(handle)})
+    assert (faults.maps["a"] == 2).any()
+    twin = SimEngine(Circuit(IDEAL, engine.mapping_of(handle), faults=faults))
+    np.testing.assert_array_equal(engine.mvm(handle, X), twin.mvm(twin.load(w, 1.0, "a"), X))
+    assert engine.mapping_of(handle).cell_levels == level_max
+
+
+def test_weights_of_more_levels_than_a_simulated_cell_has_are_refused_with_the_slices_that_fit():
+    with pytest.raises(CrossbarError, match="levels up to 127, cells have 15: slice them, cell_bits=4"):
+        Mapping(cell_levels=15).encode(torch.tensor([[127]]), 8)
+    with pytest.raises(CrossbarError, match="subtract='digital' with cell_levels"):
+        Mapping("offset", cell_levels=255).encode(torch.tensor([[127]]), 8)
