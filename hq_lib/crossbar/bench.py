@@ -145,8 +145,9 @@ class Outcome:
     """float32 (n_test, n_classes)."""
     summary: dict[str, Any]
     """acc_pct, exact_acc_pct (all layers exact), logit_error, n_test, n_calib, n_rows on record, layers, engine;
-    of a bench tiles_needed, n_tiles, n_writes, n_saturated counts and write_s (seconds), and the layers written_again
-    within the run or since an earlier part of it."""
+    of a recorded run n_recorded, the rows answered from what the folder held before, and n_measured, those it adds;
+    of a bench tiles_needed, n_tiles, n_writes and write_s (seconds) of now; and of all that is on record, in a replay
+    too, the n_saturated counts, and the layers written_again between their rows."""
     layers: pd.DataFrame
     """One row per matrix: layer, kind, n_rows, rmse_before_lsb, rmse_after_lsb on the calibration rows; of a bench
     written_again."""
@@ -171,10 +172,12 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
                  for name, each in (("acc_pct", logits), ("exact_acc_pct", exact))}  # fmt: skip
         error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
         trace = engine.trace() if isinstance(engine, RecordEngine) else getattr(engine, "trace", Trace())
-        inner = getattr(engine, "inner", None)
         written: dict[str, Any] = {}
-        if isinstance(engine, RecordEngine) and isinstance(inner, HardwareEngine):
-            written = {**inner.programming(), "written_again": sorted(engine.resumed.union(inner.written_again()))}
+        if isinstance(engine, RecordEngine):
+            written |= {"n_recorded": engine.n_recorded, "n_measured": engine.n_measured}
+            written |= engine.inner.programming() if isinstance(engine.inner, HardwareEngine) else {}
+        if of_bench := trace.engine.get("engine") == "hardware":  # from the record: however often, a run says the same
+            written |= {"n_saturated": trace.n_saturated, "written_again": trace.written_again}
         summary = {
             **found, "logit_error": error, "n_test": len(logits), "n_calib": plan.n_calib, "n_rows": trace.n_rows,
             **written, "layers": list(network.layers), "engine": engine.describe(),
@@ -183,7 +186,7 @@ def run(plan: Plan, model: IntegerModel, test: ImageSet, train: ImageSet) -> Out
         lines = [(name, c.kind, c.n_rows, c.rmse_before, c.rmse_after) for name, c in fits.items()]
         columns = ["layer", "kind", "n_rows", "rmse_before_lsb", "rmse_after_lsb"]
         layers = pd.DataFrame(lines, columns=columns)
-        if written:
+        if of_bench:
             layers["written_again"] = layers["layer"].isin(written["written_again"])
         outcome = Outcome(logits, summary, layers)
     if plan.engine != "replay":
@@ -218,5 +221,6 @@ def _engine(plan: Plan, stack: ExitStack) -> Engine:
         driver = TcpDriver(*stack.enter_context(BenchServer(fake)).address, timeout_s=plan.timeout_s)
     else:
         driver = TcpDriver(plan.host, plan.port, timeout_s=plan.timeout_s)
+    stack.callback(driver.close)
     limits = Patience().insist(driver.limits, "asking the bench for its limits")
     return RecordEngine(HardwareEngine(driver, drive=drive_of(limits)), plan.folder)

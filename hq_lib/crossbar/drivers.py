@@ -17,12 +17,12 @@ import struct
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
 
-from hq_lib.crossbar.checks import POSITIVE, Count, CrossbarError, Positive, Settings
+from hq_lib.crossbar.checks import OPTION, POSITIVE, Count, CrossbarError, Positive, Settings
 
 MAX_BYTES = 64 << 20
 """Of a message's head, and of its array."""
@@ -50,6 +50,13 @@ class Limits(Settings):
     """Input vectors per read, >= 1."""
     counts_per_unit: Positive
     """Nominal counts per code times level, > 0."""
+    identity: str = field(default="", metadata=OPTION)
+    """Which array this is, a serial number: a record is gone on with by no other. "": the bench does not say."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.identity, str):
+            raise CrossbarError(f"Limits.identity = {self.identity!r:.60} must be a text, as a serial number")
 
     def refuse(self, tile: int, values: np.ndarray, what: str) -> None:
         """Nothing, or an error if ``tile`` or its ``values``, "levels" or "codes", are beyond the bench."""
@@ -106,7 +113,8 @@ class TcpDriver:
 
     def limits(self) -> Limits:
         found = self._call("limits")[0].get("limits")
-        if not isinstance(found, dict) or set(found) != {field.name for field in fields(Limits)}:
+        needed = {each.name for each in fields(Limits) if each.default is MISSING}
+        if not isinstance(found, dict) or not needed <= set(found) <= {each.name for each in fields(Limits)}:
             raise ConnectionError(f"the bench did not answer with its limits but with {found!r:.80}")
         return Limits(**found)
 

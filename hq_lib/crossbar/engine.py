@@ -202,6 +202,11 @@ class Engine(ABC):
         """Seconds since programming at which the engine answers; 0 where time has no meaning."""
         return 0.0
 
+    def tally(self, handle: Handle) -> tuple[int, int]:
+        """(writes of the tiles that hold ``handle``, counts of all layers at the end of the range) so far, of a bench;
+        0 where there is none."""
+        return 0, 0
+
     def effective_weight(self, handle: Handle) -> Tensor | None:
         """(K, N) weights if the engine is one linear map ``x @ w``, read noise apart, else None."""
         return None

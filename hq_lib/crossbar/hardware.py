@@ -132,6 +132,9 @@ class HardwareEngine(Engine):
         counts = {"tiles_needed": needed, "n_tiles": self.limits.n_tiles, "n_writes": self._n_writes}
         return {**counts, "n_saturated": self._n_saturated, "write_s": self._write_s}
 
+    def tally(self, handle: Handle) -> tuple[int, int]:
+        return sum(block.n_writes for block in self._placed[handle.name].blocks), self._n_saturated
+
     def written_again(self) -> list[str]:
         """Layers of which a tile was written more than once: for want of tiles, or for a fault map."""
         return [name for name, placed in self._placed.items() if any(block.n_writes > 1 for block in placed.blocks)]

@@ -10,8 +10,9 @@ A trace is one sealed `.safetensors` file. Schema 2:
     calls/<i>/x         (B, K) integer inputs             calls/<i>/y          (B, N) float64, measured
     calls/<i>/y_ideal   (B, N) int64, exact products      (accumulator units; y after the inner engine's correction)
 
-Its record lists layers, calls (layer, seconds after programming, degrees Celsius), engine and units, and with it stands
-the SHA-256 of all: a changed number anywhere is refused. That guards against damage, not against a forger.
+Its record lists layers, calls (layer, seconds after programming, degrees Celsius, writes and saturated counts of a
+bench), engine and units, and with it stands the SHA-256 of all: a changed number anywhere is refused. That guards
+against damage, not against a forger.
 """
 
 import json
@@ -39,6 +40,7 @@ SCHEMA = 2
 FLUSH_BYTES = 1 << 20
 """How much may wait in memory before it is written."""
 UNITS = {"x": "input steps", "y": "accumulator steps", "t_s": "seconds after programming"}
+_OF_A_CALL = ("layer", "t_s", "celsius", "n_writes", "n_saturated")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,10 @@ class Call:
     """Seconds after programming."""
     celsius: float = 25.0
     """Temperature of simulated cells; a bench's is in its description."""
+    n_writes: int = 0
+    """Writes so far of the bench's tiles that hold the layer, over all parts of a record: after others cells differ."""
+    n_saturated: int = 0
+    """Counts among it at the end of a bench's range."""
 
 
 @dataclass(eq=False)
@@ -75,6 +81,17 @@ class Trace:
     def n_rows(self) -> int:
         """Recorded rows."""
         return sum(len(call.x) for call in self.calls)
+
+    @property
+    def n_saturated(self) -> int:
+        """Counts at the end of a bench's range, which may stand for larger ones."""
+        return sum(call.n_saturated for call in self.calls)
+
+    @property
+    def written_again(self) -> list[str]:
+        """Layers of which some rows were measured before and others after their tiles were written again."""
+        written = {(call.layer, call.n_writes) for call in self.calls}
+        return sorted(name for name, n in Counter(name for name, _ in written).items() if n > 1)
 
     def take(self, layer: str, rows: Tensor, y: Tensor) -> dict[int, int]:
         """{row: times it was measured} of the ``rows`` (B, K) of ``layer`` that have no measurement (left).
@@ -118,7 +135,7 @@ class Trace:
                 {"name": h.name, "w_bits": h.w_bits, "x_bits": h.x_bits, "x_signed": h.x_signed, "weights": h.digest}
                 for h in self.layers.values()
             ],
-            "calls": [{"layer": call.layer, "t_s": call.t_s, "celsius": call.celsius} for call in self.calls],
+            "calls": [{part: getattr(call, part) for part in _OF_A_CALL} for call in self.calls],
         }
         write_checkpoint(path, state, record)
 
@@ -137,7 +154,8 @@ class Trace:
             calls = []
             for i, call in enumerate(record["calls"]):
                 x, y, y_ideal = (state[f"calls/{i}/{part}"].numpy() for part in ("x", "y", "y_ideal"))
-                calls.append(Call(call["layer"], x, y, y_ideal, call["t_s"], call.get("celsius", 25.0)))
+                told = {part: call[part] for part in _OF_A_CALL if part in call}  # older traces know less
+                calls.append(Call(x=x, y=y, y_ideal=y_ideal, **told))
             return cls(record["engine"], layers, calls)
         except CheckpointError as error:
             raise TraceError(str(error)) from None
@@ -166,9 +184,11 @@ class RecordEngine(Engine):
             raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
         if self._past.n_rows and (arrays := simulated(self)):
             arrays.go_on(self._past.n_rows)
-        self.resumed: set[str] = set()
-        """Layers of which some rows were on record and others were measured now: on a bench by cells that were written
-        in between."""
+        self.n_recorded = self.n_measured = 0
+        """Rows answered from what the folder held at the start, and by the inner engine."""
+        self._n_writes: dict[str, int] = {}  # of what the folder held at the start
+        for call in self._past.calls:
+            self._n_writes[call.layer] = max(call.n_writes, self._n_writes.get(call.layer, 0))
         self._past_at: dict[tuple[float, float], Trace] = {}
         self._waiting: list[Call] = []
 
@@ -217,17 +237,21 @@ class RecordEngine(Engine):
         celsius = arrays.celsius if arrays else 25.0
         past = self._past_of(arrays.time_s, celsius) if arrays else self._past
         missing = torch.tensor(list(past.take(handle.name, rows, y)), dtype=torch.int64)
-        if len(missing) and handle.name in self._past.layers:
-            self.resumed.add(handle.name)
-        for part in missing.split(max(1, self._rows_at_once(handle))):
+        self.n_recorded += len(rows) - len(missing)
+        for part in missing.split(max(1, self._rows_at_once(handle))) if len(missing) else ():
             asked = rows[part]
+            n_before = self.inner.tally(handle)[1]
             try:
                 t_s, answered = self.inner.time_s, self.inner.mvm(handle, asked)
             except BaseException:
                 self.flush()
                 raise
+            self.n_measured += len(part)
             y[part], ideal = answered, exact_mvm(handle, asked).to(torch.int64)
-            self._waiting.append(Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s, celsius))
+            n_writes, n_saturated = self.inner.tally(handle)
+            counts = (self._n_writes.get(handle.name, 0) + n_writes, n_saturated - n_before)
+            call = Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s, celsius, *counts)
+            self._waiting.append(call)
             if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= FLUSH_BYTES:
                 self.flush()
         return y

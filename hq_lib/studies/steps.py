@@ -221,11 +221,13 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     found = outcome.summary
     clipped = "{n_saturated:,} counts at the end of the bench's range: its converters clip, drive fewer rows or bits"
     again = "written again after their gains and offsets were fitted, which fit where writing is exact alone: "
+    rows = "{n_measured:,} rows measured now, {n_recorded:,} answered from the record"
     written = "{tiles_needed} tiles on a bench of {n_tiles}: {n_writes} writes in {write_s:.1f} s"
     fitted = plan.engine == "sim" and profiles.holds_cells(plan.device)
     return plan.folder, [
         *([profiles.fit_report(plan.device)[1].round(3).to_string(index=False)] if fitted else []),
         outcome.layers.to_string(index=False),
+        *([rows.format(**found)] if "n_measured" in found else []),
         *([written.format(**found)] if "n_writes" in found else []),
         *([clipped.format(**found)] if found.get("n_saturated") else []),
         *([again + ", ".join(found["written_again"])] if found.get("written_again") else []),

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from integer_nets import noise_set, quantized
 
-from hq_lib.crossbar import BenchError, CrossbarError, FakeDriver, Limits, TraceError, bench
+from hq_lib.crossbar import BenchError, CrossbarError, FakeDriver, HardwareEngine, Limits, TraceError, bench
 from hq_lib.crossbar.bench import Plan, drive_of
 from hq_lib.integer import lower
 
@@ -61,6 +63,33 @@ def test_a_bench_that_fails_is_resumed_by_the_same_plan(small, tmp_path, monkeyp
     assert not whole.layers["written_again"].any()
     assert resumed.summary["written_again"] == ["conv2"]  # of which the first reads were on record
     assert resumed.layers.set_index("layer")["written_again"].to_dict() == {"conv2": True, "fc": False}
+    parts = sorted((tmp_path / "cut").glob("part_*"))
+    repeated, replayed = (run(plan(tmp_path / "cut", engine), small) for engine in ("rehearsal", "replay"))
+    assert repeated.summary["written_again"] == replayed.summary["written_again"] == ["conv2"]
+    pd.testing.assert_frame_equal(repeated.layers, resumed.layers)
+    pd.testing.assert_frame_equal(replayed.layers, resumed.layers)
+    n_rows = whole.summary["n_rows"]
+    assert (whole.summary["n_recorded"], whole.summary["n_measured"]) == (0, n_rows)
+    assert 0 < resumed.summary["n_recorded"] == n_rows - resumed.summary["n_measured"] < n_rows
+    assert (repeated.summary["n_recorded"], repeated.summary["n_measured"]) == (n_rows, 0)
+    assert sorted((tmp_path / "cut").glob("part_*")) == parts, "nothing was measured, nothing is kept"
+
+
+def test_counts_at_the_end_of_the_range_are_told_whenever_a_run_is_told(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "REHEARSAL", dataclasses.replace(bench.REHEARSAL, count_max=200))
+    told = [run(plan(tmp_path, engine), small) for engine in ("rehearsal", "rehearsal", "replay")]
+    first, again, replayed = (done.summary["n_saturated"] for done in told)
+    assert first == again == replayed > 0
+
+
+def test_a_record_is_gone_on_with_by_the_array_that_made_it_alone(small, tmp_path, monkeypatch):
+    for identity, refused in (("chip 7", ""), ("chip 7", ""), ("chip 8", "identity was 'chip 7', here it is 'chip 8'")):
+        monkeypatch.setattr(bench, "REHEARSAL", dataclasses.replace(bench.REHEARSAL, identity=identity))
+        with pytest.raises(TraceError, match=f"{refused}; use an empty folder") if refused else nullcontext():
+            run(plan(tmp_path), small)
+    assert "identity" not in " ".join(HardwareEngine(FakeDriver(Limits(1, 1, 2, 1, 1, 1, 1, 1.0))).describe())
+    with pytest.raises(CrossbarError, match="identity"):
+        dataclasses.replace(bench.REHEARSAL, identity=7)
 
 
 def test_a_run_names_the_layers_that_share_tiles(small, tmp_path, monkeypatch):
