@@ -1,6 +1,7 @@
 """A small bench in memory and an engine on it, for the tests of drivers."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from hq_lib.crossbar import Drive, FakeDriver, HardwareEngine, Limits, Mapping, 
 
 RNG = np.random.default_rng(0)
 W, X = RNG.integers(-127, 128, (20, 3)), RNG.integers(0, 256, (10, 20))
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "n_tiles": 64,
     "rows": 16,
     "columns": 8,

@@ -88,7 +88,7 @@ class FakeDriver:
         exact = codes.astype(np.int64) @ self._levels[tile][: codes.shape[1]]
         counts = self._limits.counts_per_unit * self.gain * exact + self.offset
         counts = np.rint(counts + self.noise * self._random.standard_normal(counts.shape))
-        return counts.clip(-self._limits.count_max, self._limits.count_max)
+        return counts.clip(*self._limits.counts)
 
     def environment(self) -> dict[str, float]:
         return {"time_s": float(self.n_reads), "temperature_C": 25.0}

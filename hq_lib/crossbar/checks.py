@@ -5,6 +5,7 @@ Descriptions: nested settings as one flat dictionary of plain values, for result
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -105,6 +106,23 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {f"{prefix}.{key}": _plain(item) for key, item in value.items()}
     return {prefix: _plain(value)}
+
+
+def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """In words the first setting in which two engines' descriptions differ, or "" where they do not.
+
+    Time ("t_s"), temperature ("celsius"), which every call holds, and the conditions of a bench ("env.*") may pass.
+
+    Args:
+        stored: from JSON. ``present``: from ``describe()``.
+    """
+    now = json.loads(json.dumps(present))
+    for key in sorted(stored.keys() | now.keys()):
+        passing = key in ("t_s", "celsius") or key.startswith("env.")
+        if not passing and (key not in stored or key not in now or stored[key] != now[key]):
+            then, here = (f"{side[key]!r:.80}" if key in side else "not set" for side in (stored, now))
+            return f"{key} was {then}, here it is {here}"
+    return ""
 
 
 def _plain(value: Any) -> Any:

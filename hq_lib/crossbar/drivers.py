@@ -18,11 +18,11 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 
-from hq_lib.crossbar.checks import OPTION, POSITIVE, Count, CrossbarError, Positive, Settings
+from hq_lib.crossbar.checks import OPTION, POSITIVE, Bound, Count, CrossbarError, Positive, Settings
 
 MAX_BYTES = 64 << 20
 """Of a message's head, and of its array."""
@@ -45,11 +45,13 @@ class Limits(Settings):
     code_max: Count
     """Largest input code; codes are 0..code_max."""
     count_max: Count
-    """Largest count; counts are -count_max..count_max."""
+    """Largest count; counts are count_min..count_max."""
     rows_per_read: Count
     """Input vectors per read, >= 1."""
     counts_per_unit: Positive
     """Nominal counts per code times level, > 0."""
+    count_min: Annotated[int, Bound("<= 0", whole=True)] | None = field(default=None, metadata=OPTION)
+    """Smallest count, 0 of a converter that has no sign; None: -count_max."""
     identity: str = field(default="", metadata=OPTION)
     """Which array this is, a serial number: a record is gone on with by no other. "": the bench does not say."""
 
@@ -57,6 +59,11 @@ class Limits(Settings):
         super().__post_init__()
         if not isinstance(self.identity, str):
             raise CrossbarError(f"Limits.identity = {self.identity!r:.60} must be a text, as a serial number")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(smallest, largest) count."""
+        return -self.count_max if self.count_min is None else self.count_min, self.count_max
 
     def refuse(self, tile: int, values: np.ndarray, what: str) -> None:
         """Nothing, or an error if ``tile`` or its ``values``, "levels" or "codes", are beyond the bench."""

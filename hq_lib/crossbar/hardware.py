@@ -4,6 +4,7 @@ Weights become whole cell levels of the bench's tiles, inputs become codes, and 
 subtraction, shifts and offsets are digital. Nothing beyond the bench's limits is ever sent.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import BenchError, Count, CrossbarError, NotNegative, Settings, flatten
+from hq_lib.crossbar.checks import BenchError, Count, CrossbarError, NotNegative, Settings, difference, flatten
 from hq_lib.crossbar.circuit import Drive
 from hq_lib.crossbar.drivers import MAX_BYTES, Driver
 from hq_lib.crossbar.engine import Engine
@@ -106,6 +107,7 @@ class HardwareEngine(Engine):
                 f"a tile of {self.mapping.tile_rows} x {self.mapping.tile_cols} is larger than the bench's "
                 f"{self.limits.rows} x {self.limits.columns}; lower Mapping.tile_rows or tile_cols"
             )
+        self._t_s, self._in_doubt = -math.inf, False
         self._placed: dict[str, _Placed] = {}
         self._held: list[_Block | None] = [None] * self.limits.n_tiles
         self._next = self._n_writes = self._n_saturated = 0
@@ -113,10 +115,10 @@ class HardwareEngine(Engine):
 
     @property
     def time_s(self) -> float:
-        return float(self.patience.insist(self.driver.environment, "asking the bench for the time").get("time_s", 0.0))
+        return float(self._conditions().get("time_s", 0.0))
 
     def describe(self) -> dict[str, Any]:
-        environment = self.patience.insist(self.driver.environment, "asking the bench for its conditions")
+        environment = self._conditions()
         return (
             {"engine": "hardware", "driver": type(self.driver).__name__}
             | flatten("bench", self.limits)
@@ -124,6 +126,37 @@ class HardwareEngine(Engine):
             | flatten("drive", self.drive)
             | {f"env.{k}": v for k, v in environment.items()}
         )
+
+    def _conditions(self) -> dict[str, float]:
+        """The bench's conditions now."""
+        return self._unbroken(self._insist(self.driver.environment, "asking the bench for its conditions"))
+
+    def _unbroken(self, conditions: dict[str, float]) -> dict[str, float]:
+        """``conditions`` themselves. Errors: the time went back though nothing was written, so the bench began anew."""
+        before, self._t_s = self._t_s, conditions.get("time_s", -math.inf)
+        if self._t_s < before:
+            self._held = [None] * self.limits.n_tiles
+            raise BenchError(
+                f"the bench began anew, its cells are lost: its time went back from {before:g} s to {self._t_s:g} s; "
+                "the same command again (the same call) writes them again and goes on"
+            )
+        return conditions
+
+    def _insist(self, call: Callable[[], Answer], what: str) -> Answer:
+        """As `Patience.insist`; after a failure the bench is first asked whether it is still the one it was."""
+
+        def sure() -> Answer:
+            if self._in_doubt:
+                if (now := self.driver.limits()) != self.limits:
+                    other = difference(flatten("bench", self.limits), flatten("bench", now))
+                    raise BenchError(f"another bench answers: {other}; start again, in an empty folder")
+                self._unbroken(self.driver.environment())
+            self._in_doubt = True
+            answer = call()
+            self._in_doubt = False
+            return answer
+
+        return self.patience.insist(sure, what)
 
     def programming(self) -> dict[str, float]:
         """What loading has cost: tiles_needed by all layers, n_tiles of the bench, n_writes so far, write_s seconds;
@@ -176,11 +209,12 @@ class HardwareEngine(Engine):
 
     def _cell_by_cell(self, tile: int, shape: tuple[int, ...], level: int) -> np.ndarray:
         """float64 ``shape``: counts of each cell of a tile at ``level``, driven alone, less those of no cell driven."""
-        self._write(tile, np.full(shape, level, np.int64))
+        levels = np.full(shape, level, np.int64)
+        self._write(tile, levels)
         codes, counts = np.eye(shape[0], dtype=np.int64) * self.limits.code_max, []
         for rows in np.array_split(codes, -(-shape[0] // max(self._per_read - 1, 1))):
             parts = np.array_split(np.concatenate([0 * codes[:1], rows]), 1 if self._per_read > 1 else 2)
-            read = np.concatenate([self._read(tile, part, shape[1]) for part in parts])
+            read = np.concatenate([self._read(tile, part, levels) for part in parts])
             counts.append(read[1:] - read[0])
         return np.concatenate(counts)
 
@@ -249,23 +283,27 @@ class HardwareEngine(Engine):
         parts = list(rows.split(self._per_read)) if len(rows) else []
         total = torch.zeros(len(rows), shape[1] * shape[2], dtype=torch.float64)
         for block in placed.blocks:
-            tile, width = self._tile(block), block.levels.shape[1]
+            tile = self._tile(block)
             for part, out in zip(parts, total.split(self._per_read), strict=bool(parts)):
                 for step in self.drive.steps(handle.x_bits, handle.x_signed):
                     codes = step.digits(part).to(torch.int64).numpy()[:, block.rows]
-                    out[:, block.columns] += step.factor * torch.from_numpy(self._read(tile, codes, width))
+                    out[:, block.columns] += step.factor * torch.from_numpy(self._read(tile, codes, block.levels))
         units = total.view(-1, shape[1], shape[2]) / (self.limits.counts_per_unit * placed.steps[:, None])
         outputs = plan.combine(units)
         return outputs - rows.sum(1, dtype=torch.int64)[:, None] * plan.offset / plan.gain
 
     def _write(self, tile: int, levels: np.ndarray) -> None:
         self._held[tile], started = None, time.perf_counter()  # whatever becomes of it, what was there is gone
-        self.patience.insist(lambda: self.driver.write(tile, levels), f"writing tile {tile}")
+        self._insist(lambda: self.driver.write(tile, levels), f"writing tile {tile}")
+        self._t_s = -math.inf  # time may count from a write on
+        self._conditions()
         self._n_writes, self._write_s = self._n_writes + 1, self._write_s + time.perf_counter() - started
 
-    def _read(self, tile: int, codes: np.ndarray, width: int) -> np.ndarray:
-        """float64 (B, width) counts, checked; unusable answers are asked for again, saturated ones are counted."""
+    def _read(self, tile: int, codes: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """float64 (B, columns) counts of a tile with ``levels``, checked; bad answers are asked for again. Saturated
+        ones are counted, at the low end those that should lie above it: nothing may be 0 of an unsigned converter."""
         self.limits.refuse(tile, codes, "codes")
+        (low, high), shape = self.limits.counts, (len(codes), levels.shape[1])
 
         def once() -> np.ndarray:
             answer = self.driver.read(tile, codes)
@@ -273,16 +311,17 @@ class HardwareEngine(Engine):
                 counts = np.array(answer, np.float64)
             except (TypeError, ValueError) as error:
                 raise _BadAnswer(f"tile {tile} answered no array of numbers ({error})") from error
-            if counts.shape != (len(codes), width):
-                raise _BadAnswer(f"tile {tile} answered shape {counts.shape}, expected {(len(codes), width)}")
+            if counts.shape != shape:
+                raise _BadAnswer(f"tile {tile} answered shape {counts.shape}, expected {shape}")
             if not np.isfinite(counts).all():
                 raise _BadAnswer(f"tile {tile} answered NaN or infinity")
-            if np.abs(counts).max(initial=0) > self.limits.count_max:
-                raise _BadAnswer(f"tile {tile} answered a count beyond {self.limits.count_max}")
+            if counts.size and (counts.min() < low or counts.max() > high):
+                raise _BadAnswer(f"tile {tile} answered a count beyond {low}..{high}")
             return counts
 
-        counts = self.patience.insist(once, f"reading tile {tile}")
-        self._n_saturated += int((np.abs(counts) >= self.limits.count_max).sum())
+        counts = self._insist(once, f"reading tile {tile}")
+        above = self.limits.counts_per_unit * (codes @ levels) >= low + 1
+        self._n_saturated += int((counts >= high).sum() + (above & (counts <= low)).sum())
         return counts
 
 

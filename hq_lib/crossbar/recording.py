@@ -15,9 +15,7 @@ bench), engine and units, and with it stands the SHA-256 of all: a changed numbe
 against damage, not against a forger.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError
+from hq_lib.crossbar.checks import BenchError, CrossbarError, TraceError, difference
 from hq_lib.crossbar.engine import Engine
 from hq_lib.crossbar.operands import Handle, Operand, exact_mvm, make_handle
 from hq_lib.crossbar.simulator import SimEngine
@@ -311,23 +309,6 @@ def load_parts(folder: str | Path) -> Trace:
                 raise TraceError(f"layer {name!r} has different weights in two parts of one trace")
         whole.calls += part.calls
     return whole
-
-
-def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """In words the first setting in which two engines' descriptions differ, or "" where they do not.
-
-    Time ("t_s"), temperature ("celsius"), which every call holds, and the conditions of a bench ("env.*") may pass.
-
-    Args:
-        stored: from JSON. ``present``: from ``describe()``.
-    """
-    now = json.loads(json.dumps(present))
-    for key in sorted(stored.keys() | now.keys()):
-        passing = key in ("t_s", "celsius") or key.startswith("env.")
-        if not passing and (key not in stored or key not in now or stored[key] != now[key]):
-            then, here = (f"{side[key]!r:.80}" if key in side else "not set" for side in (stored, now))
-            return f"{key} was {then}, here it is {here}"
-    return ""
 
 
 def _keys(layer: str, rows: np.ndarray) -> list[tuple[str, bytes]]:

@@ -113,6 +113,15 @@ def test_counts_beyond_the_declared_range_are_refused():
     handle = engine.load(W, 1.0, "a")
     with pytest.raises(BenchError, match="count beyond"):
         engine.mvm(handle, X)
+    unsigned = replace(Limits(**LIMITS), count_min=-10)
+    low = FakeDriver(unsigned, offset=-1e5)
+    low.write(0, np.ones((2, 3), int))
+    np.testing.assert_array_equal(low.read(0, np.ones((1, 2), int)), np.full((1, 3), -10))
+    low.read = lambda tile, codes: np.full((len(codes), 8), -11)
+    engine = engine_on(low)
+    handle = engine.load(W, 1.0, "a")
+    with pytest.raises(BenchError, match=r"count beyond -10\.\.1000000"):
+        engine.mvm(handle, X)
 
 
 @pytest.mark.parametrize(("gain", "offset"), [(1.0, 330.0), (0.45, 0.0), (1.6, -400.0)])
@@ -149,12 +158,59 @@ def test_a_tile_that_does_not_move_has_no_fault_map():
 
 def test_counts_at_the_end_of_the_range_are_counted():
     """A clipping converter answers count_max itself; how often, the exact products say."""
-    limits = Limits(**(LIMITS | {"level_max": 255, "code_max": 255, "rows": 20, "count_max": 2 * 40_000}))
+    limits = replace(Limits(**LIMITS), level_max=255, code_max=255, rows=20, count_max=2 * 40_000)
     engine = HardwareEngine(FakeDriver(limits), drive=Drive(), patience=QUICK)
     engine.mvm(engine.load(W, 1.0, "a"), X)
     steps = 255 // np.abs(W).max(0)  # levels per weight step
     parts = np.concatenate([X @ W.clip(0) * steps, X @ (-W).clip(0) * steps])
     assert engine.programming()["n_saturated"] == (parts >= 40_000).sum() > 0
+
+
+def test_an_unsigned_converter_that_cuts_below_zero_is_told_and_its_plain_zeros_are_not():
+    limits = replace(Limits(**LIMITS), level_max=255, code_max=255, rows=20, count_min=0)
+    x = np.concatenate([X, 0 * X])
+    for offset in (0.0, -60_000.0):
+        engine = HardwareEngine(FakeDriver(limits, offset=offset), drive=Drive(), patience=QUICK)
+        engine.mvm(engine.load(W, 1.0, "a"), x)
+        steps = 255 // np.abs(W).max(0)
+        exact = np.concatenate([x @ W.clip(0) * steps, x @ (-W).clip(0) * steps])
+        assert engine.programming()["n_saturated"] == ((exact > 0) & (2 * exact + offset <= 0)).sum()
+
+
+class Restarting(FakeDriver):
+    """A bench that begins anew at its ``at``-th read, blank and with other limits if ``then`` has them."""
+
+    def __init__(self, limits, at, then=None):
+        super().__init__(limits)
+        self.at, self.then, self.uptime = at, then, 100.0
+
+    def environment(self):
+        self.uptime += 1.0
+        return {"time_s": self.uptime}
+
+    def read(self, tile, codes):
+        if self.n_reads + 1 == self.at:
+            self.at, self.uptime, self._limits = 0, 0.0, self.then or self._limits
+            self._levels = {tile: 0 * levels for tile, levels in self._levels.items()}
+            raise ConnectionError("the bench began anew")
+        return super().read(tile, codes)
+
+
+def test_a_bench_that_began_anew_is_noticed_and_written_again_on_the_next_call():
+    engine = engine_on(Restarting(Limits(**LIMITS), at=5))
+    handle = engine.load(W, 1.0, "a")
+    with pytest.raises(BenchError, match=r"began anew, its cells are lost: .* from 10\d s to 1 s"):
+        engine.mvm(handle, X)
+    np.testing.assert_array_equal(engine.mvm(handle, X), X @ W)
+    assert engine.written_again() == ["a"]
+
+
+def test_another_bench_that_answers_after_a_failure_is_refused_by_what_differs():
+    engine = engine_on(Restarting(Limits(**LIMITS), at=5, then=Limits(**LIMITS, identity="chip 8")))
+    handle = engine.load(W, 1.0, "a")
+    for _ in range(2):
+        with pytest.raises(BenchError, match=r"another bench answers: bench.identity was not set, here it is 'chip 8'"):
+            engine.mvm(handle, X)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +279,7 @@ def test_answers_that_are_no_numbers_are_bad_answers(answer):
         {"counts_per_unit": 0.0},
         {"rows_per_read": 0},
         {"rows": 16.5},
+        {"count_min": 1},
         {"columns": "8"},
         {"counts_per_unit": "2"},
     ],
@@ -263,7 +320,7 @@ def test_a_bench_whose_cells_hold_too_few_levels_slices_by_itself():
 def test_the_fault_map_of_a_bench_predicts_what_it_answers():
     """Stuck cells are found by writing and reading, and a simulation with that map gives the bench's very products."""
     stuck = {tile: RNG.choice([0, 1, 2], (16, 8), p=[0.9, 0.05, 0.05]).astype(np.uint8) for tile in range(64)}
-    driver = FakeDriver(Limits(**(LIMITS | {"level_max": 3})), stuck=stuck, noise=0.5)
+    driver = FakeDriver(replace(Limits(**LIMITS), level_max=3), stuck=stuck, noise=0.5)
     engine = HardwareEngine(driver, mapping=SLICED, drive=Drive("serial", 2), patience=QUICK)
     handle = engine.load(W, 1.0, "a")
     found = engine.fault_map(handle)
@@ -283,7 +340,7 @@ def test_a_cell_stuck_high_holds_all_levels_where_the_weights_of_its_column_do_n
     """255 levels over a peak of 90 are 2 a step, 180 in all: a cell stuck at 255 is then 127.5 steps of weight."""
     w = RNG.integers(-peak, peak + 1, (20, 3))
     w[0] = peak
-    limits = Limits(**(LIMITS | {"level_max": level_max, "code_max": 255, "counts_per_unit": 1.0}))
+    limits = replace(Limits(**LIMITS), level_max=level_max, code_max=255, counts_per_unit=1.0)
     stuck = {tile: RNG.choice([0, 1, 2], (16, 8), p=[0.9, 0.05, 0.05]).astype(np.uint8) for tile in range(64)}
     bits = None if level_max > 2 * peak else (level_max + 1).bit_length() - 1
     mapping = Mapping(scheme, cell_bits=bits, subtract="digital", tile_rows=16, tile_cols=8)

@@ -30,7 +30,8 @@ from hq_lib.crossbar import (
     TraceError,
     device,
 )
-from hq_lib.crossbar.recording import difference, load_parts, simulated
+from hq_lib.crossbar.checks import difference
+from hq_lib.crossbar.recording import load_parts, simulated
 from hq_lib.integer import lower
 
 RNG = np.random.default_rng(0)
