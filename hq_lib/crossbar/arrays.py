@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hq_lib.crossbar.cells import Cells
-from hq_lib.crossbar.checks import CrossbarError
+from hq_lib.crossbar.checks import CrossbarError, flatten
 from hq_lib.crossbar.circuit import Circuit, Step
 from hq_lib.crossbar.engine import Handle, exact_dtype
 from hq_lib.crossbar.native import Normals, library, stream
@@ -91,6 +91,14 @@ class ArrayLayer:
         base = fitted[fitted > 0].min() if bool((fitted > 0).any()) else fitted.new_ones(())
         fitted = base * torch.exp2(torch.ceil(torch.log2(fitted.clamp_min(base) / base) - 1e-9))
         self.adc_step, self._tiles = fitted[:, None] * self.span, []
+
+    @property
+    def fitted(self) -> str:
+        """Digest of the converters' steps where they were fitted, else ""."""
+        adc, step = self.circuit.adc, self.adc_step
+        if adc is None or adc.range != "calibrated" or step is None:
+            return ""
+        return str(flatten("steps", step.numpy())["steps"])
 
     def _currents(self, x: Tensor) -> list[Tensor]:
         """Per plane, all tile currents of sample rows ``x`` as float32, in full cells times input steps."""

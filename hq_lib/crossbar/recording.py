@@ -1,8 +1,9 @@
 """Recording and replaying: multiplications kept on disk as they happen, and answered again without a bench.
 
-The recorder writes after every few rows, so a bench that fails in mid-run loses nothing; started again on the same
-folder it answers what it already has and asks the bench only for the rest. Replay looks inputs up row by row; a row
-measured several times gives its measurements in the order in which they were made, so read noise is faithful too.
+The recorder writes every few seconds: a bench that fails in mid-run loses nothing, a process that is killed little.
+Started again on the same folder it answers what it already has and asks the bench only for the rest. Replay looks
+inputs up row by row; a row measured several times gives its measurements in the order in which they were made, so read
+noise is faithful too.
 
 A trace is one sealed `.safetensors` file. Schema 2:
 
@@ -11,10 +12,11 @@ A trace is one sealed `.safetensors` file. Schema 2:
     calls/<i>/y_ideal   (B, N) int64, exact products      (accumulator units; y after the inner engine's correction)
 
 Its record lists layers, calls (layer, seconds after programming, degrees Celsius, writes and saturated counts of a
-bench), engine and units, and with it stands the SHA-256 of all: a changed number anywhere is refused. That guards
-against damage, not against a forger.
+bench, a digest of fitted converters), engine and units, and with it stands the SHA-256 of all: a changed number
+anywhere is refused. That guards against damage, not against a forger.
 """
 
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,9 +38,10 @@ from hq_lib.results.hints import check_known
 
 SCHEMA = 2
 FLUSH_BYTES = 1 << 20
-"""How much may wait in memory before it is written."""
+FLUSH_S = 5.0
+"""How much may wait in memory, bytes, and for how long, before it is written with the next answer."""
 UNITS = {"x": "input steps", "y": "accumulator steps", "t_s": "seconds after programming"}
-_OF_A_CALL = ("layer", "t_s", "celsius", "n_writes", "n_saturated")
+_OF_A_CALL = ("layer", "t_s", "celsius", "n_writes", "n_saturated", "steps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,8 @@ class Call:
     """Writes so far of the bench's tiles that hold the layer, over all parts of a record: after others cells differ."""
     n_saturated: int = 0
     """Counts among it at the end of a bench's range."""
+    steps: str = ""
+    """Digest of the fitted steps of simulated converters; "" where none are fitted."""
 
 
 @dataclass(eq=False)
@@ -168,7 +173,11 @@ class RecordEngine(Engine):
         inner: does the work; its own corrections are part of what is recorded.
         folder: where the parts go. Parts already there are used first: that resumes an interrupted run. They must be
             of an engine with this description, its time and its bench's conditions apart. What simulated cells gave
-            at another time or temperature is not used; a bench's cells age by themselves, so all that it gave is.
+            at another time or temperature, or through converters of other fitted ranges, is not used; a bench's cells
+            age by themselves, so all that it gave is.
+
+    After a call that fails everything on record is answered from the start again, as if the recorder were opened anew:
+    what is repeated, from the first call or from this one, is not measured twice.
     """
 
     def __init__(self, inner: Engine, folder: str | Path) -> None:
@@ -176,10 +185,7 @@ class RecordEngine(Engine):
         self.inner, self.folder = inner, Path(folder)
         self._description = inner.describe()  # now, because a bench that has failed cannot be asked
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._past = load_parts(self.folder)
-        other = difference(self._past.engine, self._description) if self._past.engine else ""
-        if other:
-            raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
+        self._past = self._own(load_parts(self.folder))
         if self._past.n_rows and (arrays := simulated(self)):
             arrays.go_on(self._past.n_rows)
         self.n_recorded = self.n_measured = 0
@@ -187,15 +193,22 @@ class RecordEngine(Engine):
         self._n_writes: dict[str, int] = {}  # of what the folder held at the start
         for call in self._past.calls:
             self._n_writes[call.layer] = max(call.n_writes, self._n_writes.get(call.layer, 0))
-        self._past_at: dict[tuple[float, float], Trace] = {}
+        self._past_at: dict[tuple[float | str, ...], Trace] = {}
         self._waiting: list[Call] = []
+        self._flushed_s, self._alone = time.monotonic(), bool(self._past.engine)
+
+    def _own(self, trace: Trace) -> Trace:
+        """``trace`` itself, of this folder. Errors: it is of another engine."""
+        if trace.engine and (other := difference(trace.engine, self._description)):
+            raise TraceError(f"{self.folder} records another engine: {other}; use an empty folder")
+        return trace
 
     @property
     def time_s(self) -> float:
         return self.inner.time_s
 
     def describe(self) -> dict[str, Any]:
-        with suppress(BenchError):  # a bench that has failed is described as it was
+        with suppress(BenchError, CrossbarError):  # a bench that has failed is described as it was
             self._description = self.inner.describe()
         return dict(self._description)
 
@@ -205,10 +218,14 @@ class RecordEngine(Engine):
             used = {call.layer for call in self._waiting}
             layers = {name: handle for name, handle in self._handles.items() if name in used}
             with filelock.FileLock(self.folder / ".lock"):  # another process may record here
+                if not self._alone:  # the folder was empty when this recorder was opened: it need not be now
+                    self._own(load_parts(self.folder))
+                    self._alone = True
                 past = [int(part.stem.removeprefix("part_")) for part in self.folder.glob("part_*.safetensors")]
                 part = self.folder / f"part_{max(past, default=-1) + 1:06d}.safetensors"
                 Trace(self.describe(), layers, self._waiting).save(part)
             self._waiting = []
+        self._flushed_s = time.monotonic()
 
     def trace(self) -> Trace:
         """Everything recorded in the folder, now and before."""
@@ -216,8 +233,10 @@ class RecordEngine(Engine):
         return load_parts(self.folder)
 
     def close(self) -> None:
-        self.flush()
-        self.inner.close()
+        try:
+            self.flush()
+        finally:
+            self.inner.close()
 
     def _program(self, handle: Handle) -> None:
         past = self._past.layers.get(handle.name)
@@ -233,7 +252,8 @@ class RecordEngine(Engine):
         y = torch.empty(len(rows), handle.w_int.shape[1], dtype=torch.float64)
         arrays = simulated(self)
         celsius = arrays.celsius if arrays else 25.0
-        past = self._past_of(arrays.time_s, celsius) if arrays else self._past
+        steps = arrays.layer(handle).fitted if arrays else ""
+        past = self._past_of(arrays.time_s, celsius, steps) if arrays else self._past
         missing = torch.tensor(list(past.take(handle.name, rows, y)), dtype=torch.int64)
         self.n_recorded += len(rows) - len(missing)
         for part in missing.split(max(1, self._rows_at_once(handle))) if len(missing) else ():
@@ -243,23 +263,25 @@ class RecordEngine(Engine):
                 t_s, answered = self.inner.time_s, self.inner.mvm(handle, asked)
             except BaseException:
                 self.flush()
+                self._past, self._past_at = load_parts(self.folder), {}
                 raise
             self.n_measured += len(part)
             y[part], ideal = answered, exact_mvm(handle, asked).to(torch.int64)
             n_writes, n_saturated = self.inner.tally(handle)
             counts = (self._n_writes.get(handle.name, 0) + n_writes, n_saturated - n_before)
-            call = Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s, celsius, *counts)
+            call = Call(handle.name, asked.numpy(), answered.numpy(), ideal.numpy(), t_s, celsius, *counts, steps)
             self._waiting.append(call)
-            if sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting) >= FLUSH_BYTES:
+            n_bytes = sum(call.x.nbytes + 2 * call.y.nbytes for call in self._waiting)
+            if n_bytes >= FLUSH_BYTES or time.monotonic() - self._flushed_s >= FLUSH_S:
                 self.flush()
         return y
 
-    def _past_of(self, t_s: float, celsius: float) -> Trace:
-        """What the folder held of this time and temperature at the start."""
-        if (t_s, celsius) not in self._past_at:
-            calls = [call for call in self._past.calls if (call.t_s, call.celsius) == (t_s, celsius)]
-            self._past_at[t_s, celsius] = Trace(self._past.engine, self._past.layers, calls)
-        return self._past_at[t_s, celsius]
+    def _past_of(self, *now: float | str) -> Trace:
+        """What the folder held at the start of this time, temperature and range of converters."""
+        if now not in self._past_at:
+            calls = [call for call in self._past.calls if (call.t_s, call.celsius, call.steps) == now]
+            self._past_at[now] = Trace(self._past.engine, self._past.layers, calls)
+        return self._past_at[now]
 
 
 def simulated(engine: Engine) -> SimEngine | None:
@@ -298,12 +320,18 @@ class ReplayEngine(Engine):
 
 
 def load_parts(folder: str | Path) -> Trace:
-    """All parts of a recorder's folder as one trace, empty if there are none; layers that contradict are refused."""
+    """All parts of a recorder's folder as one trace, empty if there are none.
+
+    Errors: parts of different engines or of layers that contradict each other.
+    """
     if older := sorted(Path(folder).glob("part_*.npz")):
         raise TraceError(f"{older[0]}: a trace of schema 1, this version reads {SCHEMA}; use an empty folder")
     whole = Trace()
-    for part in map(Trace.load, sorted(Path(folder).glob("part_*.safetensors"))):
+    for path in sorted(Path(folder).glob("part_*.safetensors")):
+        part = Trace.load(path)
         whole.engine = whole.engine or part.engine
+        if other := difference(whole.engine, part.engine):
+            raise TraceError(f"{path} is of another engine than the parts before: {other}; move the parts of one away")
         for name, handle in part.layers.items():
             if whole.layers.setdefault(name, handle).digest != handle.digest:
                 raise TraceError(f"layer {name!r} has different weights in two parts of one trace")

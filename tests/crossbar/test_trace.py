@@ -29,6 +29,7 @@ from hq_lib.crossbar import (
     Trace,
     TraceError,
     device,
+    recording,
 )
 from hq_lib.crossbar.checks import difference
 from hq_lib.crossbar.recording import load_parts, simulated
@@ -184,6 +185,64 @@ def test_a_folder_of_another_engine_is_refused_but_not_of_another_time(tmp_path)
     for other in (SimEngine(Circuit(device("pcm_drift"), seed=1)), SimEngine(), IdealEngine()):
         with pytest.raises(TraceError, match=r"here it is .* use an empty folder"):
             RecordEngine(other, tmp_path)
+
+
+def test_two_recorders_opened_on_one_empty_folder_are_not_mixed(tmp_path):
+    one, other = (RecordEngine(engine, tmp_path) for engine in (SimEngine(NOISY), IdealEngine()))
+    for recorder in (one, other):
+        recorder.mvm(recorder.load(W, 1.0, "a"), X)
+    one.close()
+    with pytest.raises(TraceError, match=r"records another engine: .* use an empty folder"):
+        other.close()
+    assert one.trace().n_rows == len(X)
+    Trace({"engine": "ideal"}).save(tmp_path / "part_000001.safetensors")  # as an older version left it
+    with pytest.raises(TraceError, match=r"part_000001.* is of another engine than the parts before"):
+        load_parts(tmp_path)
+
+
+def test_what_converters_of_another_fitted_range_gave_is_not_answered(tmp_path):
+    answers = []
+    for rows in (X[:2] // 8, X, X):
+        with RecordEngine(SimEngine(Circuit(device("ideal"), adc=Adc(8))), tmp_path) as engine:
+            handle = engine.load(W, 1.0, "a")
+            engine.inner.calibrate_adc(handle, rows)
+            answers.append((engine.mvm(handle, X), engine.n_recorded))
+    bare = SimEngine(Circuit(device("ideal"), adc=Adc(8)))
+    handle = bare.load(W, 1.0, "a")
+    bare.calibrate_adc(handle, X)
+    want = bare.mvm(handle, X)
+    assert [n for _, n in answers] == [0, 0, len(X)]
+    assert not np.array_equal(answers[0][0], want)
+    np.testing.assert_array_equal(answers[1][0], want)
+    np.testing.assert_array_equal(answers[2][0], want)
+
+
+def test_what_waits_is_on_disk_with_the_next_answer_after_a_few_seconds(tmp_path, monkeypatch):
+    recorder = RecordEngine(IdealEngine(), tmp_path)
+    handle = recorder.load(W, 1.0, "a")
+    recorder.mvm(handle, X)
+    assert load_parts(tmp_path).n_rows == 0
+    now = recording.time.monotonic()
+    monkeypatch.setattr(recording.time, "monotonic", lambda: now + recording.FLUSH_S)
+    recorder.mvm(handle, X ^ 1)
+    assert load_parts(tmp_path).n_rows == 2 * len(X)  # whatever becomes of the process
+
+
+def test_a_call_that_is_repeated_after_a_failure_measures_nothing_twice_and_replays(tmp_path):
+    engine, driver = bench()
+    engine.drive = engine.drive.__class__("analog")
+    recorder = RecordEngine(engine, tmp_path)
+    handle = recorder.load(W, 1.0, "a")
+    first = recorder.mvm(handle, X[:8])
+    driver.timeouts = [False] * 9 + [True] * 2
+    with pytest.raises(BenchError):
+        recorder.mvm(handle, X[8:])
+    rest = recorder.mvm(handle, X[8:])
+    trace = recorder.trace()
+    assert trace.n_rows == len(X)
+    replay = ReplayEngine(trace)
+    same = replay.load(W, 1.0, "a")
+    np.testing.assert_array_equal(replay.mvm(same, X), np.concatenate([first, rest]))
 
 
 def test_killed_while_a_part_is_written_the_folder_still_opens(tmp_path, monkeypatch):
