@@ -2,9 +2,10 @@
 
     target_uS, mean_uS, sigma_uS [, time_s] [, read_sigma_uS]        one line per target (and time); # starts a comment
 
-A measured cell is G(t) = mean(G_T, t) + sigma(G_T, t) xi with one xi ~ N(0, 1) per cell for all times: the table gives
-the spread at each time, not how cells change places in it. Between targets everything is linear in G_T, between times
-in ln t; outside what was measured nothing is guessed.
+A measured cell is G(t) = max(mean(G_T, t) + sigma(G_T, t) xi, 0) with one xi ~ N(0, 1) per cell for all times: the
+table gives the spread at each time, not how cells change places in it. Near 0 that is not what was measured: draws
+below 0 become 0, so cells of mean 0 and spread sigma are drawn with mean 0.40 sigma and spread 0.58 sigma (`clipped`).
+Between targets everything is linear in G_T, between times in ln t; outside what was measured nothing is guessed.
 
 Two fits of one measurement (Wan 2022) differ mainly near G = 0, where most cells sit, and that alone costs 3 to 8
 points of accuracy: compare tools only at equal sigma(G), window and weight scale, and print all three.
@@ -97,12 +98,12 @@ def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tu
             and it would enter twice.
         held_out: share of the cells of every target and time, in (0, 1), that only the report sees; drawn by ``seed``.
 
-    Report, a row per target and time: n_fit and n_held_out cells; mean_uS and sigma_uS of the model, the same of the
-    held-out cells; mean_z, their difference in standard errors; sigma_ratio; p_normal, of a Kolmogorov-Smirnov test of
-    the held-out cells against the model's normal distribution.
+    Report, a row per target and time: n_fit and n_held_out cells; mean_uS and sigma_uS of what the model draws, clipped
+    at 0, the same of the held-out cells; mean_z, their difference in standard errors; sigma_ratio; p_normal, of a
+    Kolmogorov-Smirnov test of the held-out cells against the model's normal distribution before it is clipped.
     """
     Bound("> 0 and < 1").check(held_out, "held_out")
-    cells, random, found = _read(path, CELLS), np.random.default_rng(seed), []
+    cells, random, fits, found = _read(path, CELLS), np.random.default_rng(seed), [], []
     for (time_s, target_uS), group in cells.groupby(["time_s", "target_uS"]):  # type: ignore[misc]
         n_held_out = round(held_out * len(group))
         if n_held_out < 2 or len(group) - n_held_out < _LEAST_CELLS:
@@ -112,20 +113,35 @@ def fit_report(path: str | Path, *, held_out: float = 0.25, seed: int = 0) -> tu
             )
         order = random.permutation(len(group))
         seen, unseen = (group.iloc[part] for part in (order[n_held_out:], order[:n_held_out]))
-        mean, sigma, of_fit = seen["g_uS"].mean(), seen["g_uS"].std(), {"time_s": time_s, "target_uS": target_uS}
-        of_fit |= {"mean_uS": mean, "sigma_uS": sigma}
+        of_fit = {"time_s": time_s, "target_uS": target_uS}
+        of_fit |= {"mean_uS": seen["g_uS"].mean(), "sigma_uS": seen["g_uS"].std()}
         if "read_sigma_uS" in seen:
             of_fit["read_sigma_uS"] = float(np.sqrt(np.square(seen["read_sigma_uS"]).mean()))
+        fits.append(of_fit)
+        mean, sigma = clipped(of_fit["mean_uS"], of_fit["sigma_uS"])
         held_out_mean, held_out_sigma, least = unseen["g_uS"].mean(), unseen["g_uS"].std(), max(sigma, 1e-30)
+        normal = (of_fit["mean_uS"], max(of_fit["sigma_uS"], 1e-30))
         found.append({
-            **of_fit, "n_fit": len(seen), "n_held_out": len(unseen), "held_out_mean_uS": held_out_mean,
+            **of_fit, "mean_uS": mean, "sigma_uS": sigma,
+            "n_fit": len(seen), "n_held_out": len(unseen), "held_out_mean_uS": held_out_mean,
             "held_out_sigma_uS": held_out_sigma,
             "mean_z": (held_out_mean - mean) / (least * math.sqrt(1 / len(unseen) + 1 / len(seen))),
             "sigma_ratio": held_out_sigma / least,
-            "p_normal": float(stats.kstest(unseen["g_uS"], "norm", (mean, least)).pvalue),
+            "p_normal": float(stats.kstest(unseen["g_uS"], "norm", normal).pvalue),
         })  # fmt: skip
-    report = pd.DataFrame(found)
-    return _device(report.loc[:, [name for name in (*NEEDED, *OPTIONAL) if name in report]], path), report
+    return _device(pd.DataFrame(fits), path), pd.DataFrame(found)
+
+
+def clipped(mean_uS: float, sigma_uS: float) -> tuple[float, float]:
+    """(mean, standard deviation) in uS of max(g, 0), g ~ N(mean, sigma): what cells of a table hold when drawn.
+
+    m = mu Phi(mu / sigma) + sigma phi(mu / sigma),    s^2 = mu m + sigma^2 Phi(mu / sigma) - m^2
+    """
+    if not sigma_uS > 0:
+        return mean_uS, sigma_uS
+    above, density = stats.norm.cdf(mean_uS / sigma_uS), stats.norm.pdf(mean_uS / sigma_uS)
+    mean = mean_uS * above + sigma_uS * density
+    return float(mean), math.sqrt(max(mean_uS * mean + sigma_uS**2 * above - mean**2, 0.0))
 
 
 def _device(rows: pd.DataFrame, path: str | Path) -> Device:
@@ -217,7 +233,7 @@ DEVICES = {"ideal": IDEAL, "pcm": PCM_JOSHI, "pcm_drift": PCM_NANDAKUMAR} | _FIT
 
 def device(name: str | Path) -> Device:
     """The published device called ``name``, or that of a path that ends in .csv: of single cells (`fit_report`), or a
-    table's (see the module), its window from the lowest to the highest target.
+    table's (see the module, also on what is drawn near 0), its window from the lowest to the highest target.
 
     Errors: an unknown name, with the nearest ones; each naming the file: a column that is missing or unknown, an entry
     that is no number or below 0, a target that some time lacks, means that do not ascend with the target.

@@ -1,11 +1,14 @@
 """A device of one's own: tables read and followed, bad ones refused by name, a fit judged on cells it has not seen."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from hq_lib.crossbar import Circuit, CrossbarError, SimEngine, device, fit_report
+from hq_lib.crossbar.profiles import clipped
 from hq_lib.results import paths
 
 TABLE = """# chip 7, 25 C
@@ -90,6 +93,23 @@ def test_a_fit_is_judged_on_held_out_cells_and_a_wrong_model_is_seen(tmp_path):
     assert fit_report(tmp_path / "cells.csv")[1]["p_normal"].max() < 1e-4
     with pytest.raises(CrossbarError, match="held_out"):
         fit_report(tmp_path / "cells.csv", held_out=0.99)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3, 5.0])
+def test_the_report_tells_what_is_drawn_where_draws_are_clipped_at_zero(tmp_path, mean):
+    """Of mean 0 and spread s a clipped cell has mean s / sqrt(2 pi) and variance s^2 (1 / 2 - 1 / (2 pi))."""
+    random = np.random.default_rng(0)
+    rows = [(0.0, max(mean + 0.5 * z, 0.0)) for z in random.standard_normal(4000)]
+    rows += [(20.0, 20 + z) for z in random.standard_normal(4000)]
+    pd.DataFrame(rows, columns=["target_uS", "g_uS"]).to_csv(tmp_path / "cells.csv", index=False)
+    own, report = fit_report(tmp_path / "cells.csv")
+    xi = torch.from_numpy(random.standard_normal(400_000))
+    drawn = own.program(torch.zeros(len(xi), dtype=torch.float64), xi)
+    assert float(drawn.mean()) == pytest.approx(report["mean_uS"][0], abs=5 * 0.5 / len(xi) ** 0.5)
+    assert float(drawn.std()) == pytest.approx(report["sigma_uS"][0], rel=5 / len(xi) ** 0.5)
+    spread = 0.5 / math.sqrt(2 * math.pi), 0.5 * math.sqrt(0.5 - 0.5 / math.pi)
+    assert clipped(0.0, 0.5) == pytest.approx(spread)
+    assert clipped(3.0, 0.0) == (3.0, 0.0)
 
 
 def test_the_shipped_examples_are_read():
