@@ -88,6 +88,12 @@ class Correction:
         return torch.addcmul(self.offset.to(raw.dtype), raw, (self.gain * self.drift).to(raw.dtype))
 
 
+def need_rows(name: str, n_rows: int, kind: str | None) -> None:
+    """Nothing, or an error: ``n_rows`` of layer ``name`` are too few to fit a correction of this ``kind`` on."""
+    if kind == "column" and n_rows < 3:
+        raise CrossbarError(f"{name}: gain and offset need 3 calibration rows, not {n_rows}: more images")
+
+
 def _rmse(y: Tensor, wanted: Tensor) -> float:
     return float((y - wanted).square().mean().sqrt())
 
@@ -174,8 +180,7 @@ class Engine(ABC):
 
         Errors: fewer than three rows for "column": a line meets two exactly, noise and all.
         """
-        if kind == "column" and len(x) < 3:
-            raise CrossbarError(f"{handle.name}: gain and offset need 3 calibration rows, not {len(x)}: more images")
+        need_rows(handle.name, len(x), kind)
         wanted = exact_mvm(handle, as_tensor(x)) if y_ideal is None else as_tensor(y_ideal)
         runs = torch.stack([self.measure(handle, x).to(torch.float64) for _ in range(max(repeats, 1))])
         found = Correction.fit(runs, wanted.to(torch.float64), kind=kind)

@@ -92,8 +92,13 @@ class HardwareEngine(Engine):
         super().__init__()
         self.driver, self.patience = driver, patience or Patience()
         self.limits = self.patience.insist(driver.limits, "asking the bench for its limits")
+        if self.limits.columns < 2:
+            raise CrossbarError(
+                "a bench with tiles of one column is not served: let its program join neighbouring tiles to one of two "
+                "columns or more"
+            )
         self.mapping = mapping or Mapping(
-            subtract="digital", tile_rows=self.limits.rows, tile_cols=max(self.limits.columns, 2)
+            subtract="digital", tile_rows=min(self.limits.rows, 4096), tile_cols=self.limits.columns
         )
         self.drive, self._sliced = drive or Drive("serial"), mapping is None
         if self.mapping.subtract != "digital":
@@ -226,9 +231,10 @@ class HardwareEngine(Engine):
             raise CrossbarError(f"{handle.name}: the bench takes codes >= 0; drive signed inputs with Drive('serial')")
         peak = self.drive.peak(handle.x_bits, handle.x_signed)
         if peak > self.limits.code_max:
+            bits = min((self.limits.code_max + 1).bit_length() - 1, 8)
             raise CrossbarError(
-                f"{handle.name}: inputs need codes up to {peak}, the bench takes "
-                f"{self.limits.code_max}; use Drive('serial', step_bits=...)"
+                f"{handle.name}: inputs need codes up to {peak}, the bench takes {self.limits.code_max}; use "
+                f"Drive('serial', {bits}), or in hq crossbar a network with activations of at most {bits} bits"
             )
         plan = self.mapping.encode(handle.w_int, handle.w_bits)
         bits = (self.limits.level_max + 1).bit_length() - 1

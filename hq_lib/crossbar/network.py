@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hq_lib.crossbar.checks import CrossbarError, Numbers, as_tensor
 from hq_lib.crossbar.convolution import Convolution
-from hq_lib.crossbar.engine import Correction, Engine
+from hq_lib.crossbar.engine import Correction, Engine, need_rows
 from hq_lib.crossbar.native import stream
 from hq_lib.crossbar.operands import Handle, exact_mvm
 from hq_lib.crossbar.recording import simulated
@@ -128,6 +128,8 @@ class EngineNetwork:
         """
         check_known(loop, ("open", "closed"), "loop", error=CrossbarError)
         ideal = self.samples(images, n_rows=n_rows)
+        for name, rows in ideal.items():  # before anything is measured
+            need_rows(name, len(rows[0]), kind)
 
         def fit(op: Layer, x: np.ndarray, spec: TensorSpec) -> np.ndarray:
             if op.name in self.layers:

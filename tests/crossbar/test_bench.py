@@ -218,7 +218,12 @@ def test_another_bench_that_answers_after_a_failure_is_refused_by_what_differs()
     [
         ({"rows": 8}, {}, "16 x 8 is larger than the bench's 8 x 8"),
         ({"columns": 4}, {}, "larger than the bench"),
-        ({"code_max": 2}, {}, "inputs need codes up to 3, the bench takes 2"),
+        (
+            {"code_max": 2},
+            {},
+            r"codes up to 3, the bench takes 2; use Drive\('serial', 1\), or in hq crossbar .* 1 bits",
+        ),
+        ({"columns": 1}, {"mapping": None}, "one column is not served: let its program join neighbouring tiles"),
         ({}, {"mapping": Mapping(tile_rows=16, tile_cols=8)}, "subtract='digital'"),
         ({}, {"drive": Drive(managed=True)}, "driven as they are"),
     ],
@@ -309,6 +314,13 @@ def test_layers_larger_than_the_bench_are_written_tile_by_tile_in_order():
     roomy = engine_on(fake())
     roomy.mvm(roomy.load(W, 1.0, "a"), X)
     assert roomy.programming()["n_writes"] == roomy.programming()["tiles_needed"] == 6
+
+
+def test_a_bench_of_more_rows_than_a_tile_may_have_is_used_as_far_as_that():
+    engine = HardwareEngine(fake(rows=5000, level_max=255), drive=Drive("serial", 2), patience=QUICK)
+    w = RNG.integers(-3, 4, (4100, 2))
+    x = RNG.integers(0, 256, (3, 4100))
+    np.testing.assert_array_equal(engine.mvm(engine.load(w, 1.0, "a"), x), x @ w)
 
 
 def test_a_bench_whose_cells_hold_too_few_levels_slices_by_itself():

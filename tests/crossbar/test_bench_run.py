@@ -97,6 +97,13 @@ def test_a_run_names_the_layers_that_share_tiles(small, tmp_path, monkeypatch):
     assert run(plan(tmp_path), small).summary["written_again"] == ["conv2", "fc"]
 
 
+def test_too_few_images_to_calibrate_the_last_layer_are_refused_before_the_first_is_measured(small, tmp_path):
+    with pytest.raises(CrossbarError, match="fc: gain and offset need 3 calibration rows, not 2"):
+        run(plan(tmp_path, n_calib=2), small)
+    assert not list(tmp_path.glob("part_*"))
+    run(plan(tmp_path, n_calib=1, layers=("conv2",)), small)  # whose images have rows enough
+
+
 def test_what_was_not_recorded_cannot_be_replayed(small, tmp_path):
     with pytest.raises(CrossbarError, match="holds no recorded run"):
         run(plan(tmp_path, "replay"), small)
