@@ -11,7 +11,7 @@ import torch
 from hq_lib import data, models, ptq
 from hq_lib.ptq import selection
 from hq_lib.results import paths, store
-from hq_lib.studies.bench import Bench, open_imagenet
+from hq_lib.studies.bench import Bench, open_imagenet, pictures_switch
 from hq_lib.studies.ptq import recipes
 from hq_lib.studies.selection import sets, study, tables
 from hq_lib.studies.selection.figures import fig1_framework, fig_n_calib, fig_selected, fig_smoothness
@@ -189,6 +189,15 @@ def test_a_set_goes_through_its_manifest_and_an_altered_one_is_refused(pool, out
         study.calibration_set(RUN, pool, SET)
 
 
+def test_another_folder_of_pictures_has_manifests_of_its_own(pool, same_pool, out_dir, monkeypatch):
+    study.calibration_set(RUN, pool, SET)
+    mine = set_point("resnet20", {"images": "photos", "pictures": "0123abcd"}, "tv_lowest", 3, n_calib=32, n_pool=200,
+                     iterations=2)  # fmt: skip
+    monkeypatch.setattr(same_pool, "choose", lambda name, n: pool.choose("tv_highest", n))
+    chosen = study.calibration_set(RUN, same_pool, mine)
+    assert torch.equal(chosen.images, pool.images.subset(pool.choose("tv_highest", 32)).images)
+
+
 CHANGES = {
     "n_calib": 32,
     "n_pool": 200,
@@ -317,14 +326,42 @@ def test_the_number_of_images_and_replacement_by_hand(out_dir, monkeypatch):
         for n, acc in ((16, 70.0), (32, 71.9 + draw / 10)):
             rows += made("random_unbalanced", draw, acc, n_calib=n, n_pool=32)
         rows += made("random_repeated", draw, 69.0 - draw, n_calib=16, n_pool=32)
+    rows += made("random_unbalanced", 0, 10.0, n_calib=32, n_pool=32, iterations=7)
     store.append(STUDY.name, rows, profile="smoke")
     curve = tables.by_number(tables.sets(STUDY.rows("smoke")), STUDY.plan("smoke"))
+    assert 10.0 not in set(curve["acc_pct"])  # another budget is another curve
     assert tables.by_n(curve)["kept"].tolist() == [False, True]
     with monkeypatch.context() as patch:
         patch.setattr(tables, "NEAR_PP", 2.5)
         assert tables.by_n(curve)["kept"].tolist() == [True, True]
     (line,) = tables.replacement(curve).to_dict("records")
     assert (line["way"], line["n_calib"], line["mean"]) == ("images", 16, -1.5)
+
+
+def test_the_budget_is_compared_on_sets_of_one_size(known):
+    store.append(STUDY.name, made("random", 0, 50.0, n_calib=8, split="common"), profile="smoke")
+    found = tables.sets(STUDY.rows("smoke"))
+    assert tables.budget(found, STUDY.plan("smoke"))["acc_pct"].tolist() == [99.0]
+    assert tables.budget(found, STUDY.plan("smoke", n_calib=8))["acc_pct"].tolist() == [50.0]
+
+
+def test_sets_of_two_folders_of_pictures_are_not_averaged(known, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "one.png").touch()
+    pictures = pictures_switch(str(tmp_path))
+    rows = [
+        {"experiment": STUDY.name, **set_point("resnet18", known, "random", 0, n_calib=16, n_pool=40, iterations=1).key,
+         "dataset": "imagenet", "metric": "acc_pct", "value": value, "n_test": 100}
+        for known, value in (({}, 30.0), (pictures, 60.0))
+    ]  # fmt: skip
+    store.append(STUDY.name, rows, profile="smoke")
+    every = STUDY.rows("smoke")
+    for root, value in (("", 30.0), (str(tmp_path), 60.0)):
+        found = tables.sets(every, root)
+        assert found.loc[found["model"] == "resnet18", "acc_pct"].tolist() == [value]
+        table = tables.table_w2a2(tables.main(found, STUDY.plan("smoke"))).set_index("network")
+        assert table.loc["ResNet-18", "QDrop, random, ours"] == f"{value:.2f} (n=1)"
 
 
 def test_nothing_run_is_nothing_claimed(out_dir):
@@ -336,7 +373,8 @@ def test_nothing_run_is_nothing_claimed(out_dir):
     table = tables.table_w2a2(main)
     assert set(table["QDrop, random, ours"]) == {"n/r"}
     assert "n/r" in tables.claim(main, (4, 4))
-    assert all(f(main).empty for f in (tables.differences, tables.selectors, tables.comparison_table, tables.budget))
+    assert all(f(main).empty for f in (tables.differences, tables.selectors, tables.comparison_table))
+    assert tables.budget(found, plan).empty
     curve = tables.by_number(found, plan)
     assert tables.by_n(curve).empty
     assert tables.replacement(curve).empty

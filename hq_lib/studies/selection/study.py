@@ -211,14 +211,16 @@ def measure(run: Run[Plan], pool: Pool, point: Point) -> Iterator[Found]:
 def calibration_set(run: Run[Plan], pool: Pool, point: Point) -> ImageSet:
     """The images of a set, taken through its manifest: hashes verified, short or repeated sets refused.
 
-    Draws with replacement have no manifest; their rows say so.
+    Each network has manifests of its own, and of each folder of pictures: scores are of what it sees. Draws with
+    replacement have no manifest; their rows say so.
     """
     choice, n = point["choice"], point["n_calib"]
     chosen = pool.choose(choice, n)
     if choice == "random_repeated":
         return pool.images.subset(chosen)
     folder = pool.bench.run_folder(run.folder, "manifests")
-    file = folder / f"{pool.bench.dataset}_{choice}_n{n}_of{pool.n_pool}_s{pool.draw}.json"
+    seen = "_".join(filter(None, [pool.bench.model, pool.bench.dataset, point["pictures"]]))
+    file = folder / f"{seen}_{choice}_n{n}_of{pool.n_pool}_s{pool.draw}.json"
     if not file.exists():
         selection.write(pool.manifest(choice, chosen), file)
     return selection.take(selection.read(file), pool.bench.train)

@@ -8,6 +8,7 @@ import pandas as pd
 
 from hq_lib.ptq import selection
 from hq_lib.results import labels, published, tables
+from hq_lib.studies.bench import pictures_switch
 from hq_lib.studies.selection.sets import CHOICES, SMOOTH
 from hq_lib.studies.selection.study import FLOAT, LOWEST, PAIR, SHIPPED, Bits, Plan
 
@@ -33,9 +34,13 @@ METRIC_LABELS = {
 }  # fmt: skip
 
 
-def sets(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line a calibration set: its columns, its switches, and ``acc_pct loss_own loss_common n_test git_sha``."""
-    rows = rows.loc[rows["method"] != FLOAT]
+def sets(rows: pd.DataFrame, root: str = "") -> pd.DataFrame:
+    """One line a calibration set: its columns, its switches, and ``acc_pct loss_own loss_common n_test git_sha``.
+
+    Those on the pictures of the folder ``root``, "" = none was given: sets of several folders are never in one cell.
+    """
+    pictures = tables.with_switches(rows, "pictures")["pictures"].fillna("")
+    rows = rows.loc[(rows["method"] != FLOAT) & (pictures == pictures_switch(root).get("pictures", ""))]
     judged = rows.loc[rows["metric"] == "acc_pct", [*KEYS, "n_test", "git_sha"]]
     wide = tables.wide(rows, *KEYS).reindex(columns=[*KEYS, *TARGETS]).merge(judged, on=KEYS)
     return tables.with_switches(wide, "choice", "n_pool", *UNTOUCHED).fillna(UNTOUCHED)
@@ -65,10 +70,14 @@ def float_pct(rows: pd.DataFrame) -> float | None:
     return found[0] if found else None
 
 
-def budget(found: pd.DataFrame) -> pd.DataFrame:
-    """Validation accuracy by iterations a block, 0 = rounded to nearest: iterations, acc_pct, loss_common, n_test."""
+def budget(found: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """Validation accuracy by iterations a block, 0 = rounded to nearest: iterations, acc_pct, loss_common, n_test.
+
+    Of sets of the plan's size and pool.
+    """
     columns = ["iterations", "acc_pct", "loss_common", "n_test"]
-    return pd.DataFrame(where(found, split="common"), columns=columns).sort_values(by="iterations", ignore_index=True)
+    mine = where(found, split="common", n_calib=plan.n_calib, n_pool=plan.n_pool)
+    return pd.DataFrame(mine, columns=columns).sort_values(by="iterations", ignore_index=True)
 
 
 # ---------------------------------------------------------------- differences
@@ -251,8 +260,12 @@ def protocol(plan: Plan) -> str:
 
 
 def by_number(found: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """The sets of the number-of-images curve with their ``way``: without replacement, or images or batches replaced."""
-    curve = where(found, method="qdrop", split="test", n_pool=max(plan.ns, default=0), run_seed=-1)
+    """The sets of the number-of-images curve with their ``way``: without replacement, or images or batches replaced.
+
+    Of the plan's budget, as of its pool.
+    """
+    asked = {"n_pool": max(plan.ns, default=0), "iterations": plan.iterations}
+    curve = where(found, method="qdrop", split="test", run_seed=-1, **asked)
     curve = curve.loc[curve["choice"].isin(["random_unbalanced", "random_repeated"])]
     way = np.where(curve["choice"] == "random_repeated", "images",
                    np.where(curve["batch_sampling"] == "with_replacement", "batches", "without"))  # fmt: skip
