@@ -189,6 +189,25 @@ def test_a_quantized_networks_file_is_taken_as_it_is(out_dir, monkeypatch, tmp_p
     assert len(study.STUDY.todo("smoke", **chosen)) == 6  # another file under the name is another network
 
 
+def test_a_float_networks_file_is_measured_at_each_width_and_number_of_images(out_dir, tmp_path):
+    bench = toy_bench()
+    file = tmp_path / "mine.safetensors"
+    models.save_checkpoint(file, bench.net, bench.record)
+    for one in study.STUDIES:
+        n_points = len(one.points(one.plan("smoke", networks=[str(file)], bits=[[4, 4]])))
+        keys = {
+            json.dumps(p.key, sort_keys=True)
+            for changes in ({"bits": [[4, 4]]}, {"bits": [[6, 6]]}, {"bits": [[4, 4]], "n_calib": 8})
+            for p in one.points(one.plan("smoke", networks=[str(file)], **changes))
+            if p["method"] != "float"
+        }
+        assert len(keys) == 3 * (n_points - (one is study.STUDY))
+    chosen = {"networks": [str(file)], "n_layers": 1}
+    assert set(study.LAYERS.run("smoke", bits=[[4, 4]], **chosen)["w_bits"]) == {4}
+    assert study.LAYERS.todo("smoke", bits=[[4, 4]], **chosen) == []
+    assert set(study.LAYERS.run("smoke", bits=[[6, 6]], **chosen)["w_bits"]) == {4, 6}
+
+
 def test_cpu_time_is_per_image_and_a_first_batch_goes_untimed():
     seen = []
 

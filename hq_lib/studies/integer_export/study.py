@@ -106,15 +106,14 @@ class Network:
         return self.bits[0] if self.bits else BitPolicy.from_dict(policy).weight.bits if policy else 32
 
     def key(self, plan: Plan, *, quantized: bool = True) -> Row:
-        """What names the network and how it was quantized: columns for one of ours, switches for a file."""
+        """What names the network (a column for one of ours, switches for a file) and how it was quantized here."""
         known: Row = {"untrained": True} if self.name in MOBILE else {**net_switch(self.name)}
         named: Row = {} if "network" in known else {"model": self.name}
         if not quantized or self.bits is None:
             return {**named, "switches": known}
         (w_bits, a_bits), (ranges, stem_out_bits) = self.bits, recipe_of(self.bits)
         known |= {"weights": ranges, "acts": ranges, "stem_out_bits": stem_out_bits or a_bits, "first_last_bits": 8}
-        if named:
-            named |= {"w_bits": w_bits, "a_bits": a_bits, "placement": "deploy", "n_calib": plan.n_calib}
+        named |= {"w_bits": w_bits, "a_bits": a_bits, "placement": "deploy", "n_calib": plan.n_calib}
         return {**named, "switches": known}
 
     def point(self, name: str, key: Row) -> Point:
