@@ -206,6 +206,13 @@ def test_the_claim_on_errors_says_what_the_rows_say(out_dir):
     said = tables.error_claim(found, "public ResNet-20")
     assert "38 % at W4A4" in said["claim"]  # 0.3 of 0.8
     assert said["note"] == "seeds of each method: QDrop 2 at W4A4; else 1"
+    other = [{**rows[2], "switches": {**rows[2]["switches"], "recipe": "qdrop_official"}}]
+    store.append("ptq_errors", other, profile="full")
+    found = tables.errors(
+        profile_rows("ptq_errors", "full"), net="public ResNet-20", recipes=["mse", "qdrop", "qdrop_official"]
+    )
+    assert set(found["name"]) == {"MSE ranges", "qdrop", "qdrop_official"}  # two of a method go by the recipes' names
+    assert "qdrop 2 at W4A4" in tables.error_claim(found, "public ResNet-20")["note"]
 
 
 def test_nothing_run_is_nothing_claimed(out_dir):
@@ -262,12 +269,22 @@ def test_figures_draw_what_they_are_given():
     ]
     figure = fig_aciq_mse(pd.DataFrame(clip))
     assert next(ax.get_title(loc="left") for ax in figure.axes) == "activations: noise model (paper)"
+    each = pd.concat([pd.DataFrame(clip[:1]).assign(bits=bits) for bits in range(1, 9)])
+    drawn = [(dots.get_facecolor().tobytes(), dots.get_paths()[0]) for dots in fig_aciq_mse(each).axes[0].collections]
+    assert len({(color, path.vertices.tobytes()) for color, path in drawn}) == 8, "no two widths look alike"
+    with pytest.raises(ValueError, match="too many to tell apart"):
+        fig_aciq_mse(pd.concat([each, each.assign(bits=9)]))
     errors = pd.DataFrame([
-        {"w_bits": 2.0, "a_bits": 2.0, "method": method, "position": p, "block": f"b{p}", "value": 0.1 * (p + 1)}
-        for method in ("mse", "qdrop") for p in range(3)
+        {"w_bits": 2.0, "a_bits": 2.0, "recipe": recipe, "method": recipe[:5], "name": recipe, "position": p,
+         "block": f"b{p}", "value": 0.1 * k * (p + 1)}
+        for k, recipe in enumerate(("brecq", "qdrop", "qdrop_official"), start=1) for p in range(3)
     ])  # fmt: skip
     ax = fig_error_accumulation(errors).axes[0]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["b0", "b1", "b2"]
+    assert [line.get_ydata()[0] for line in ax.lines] == pytest.approx([0.1, 0.2, 0.3])  # a line for each recipe
+    brecq, qdrop, official = ax.lines
+    assert qdrop.get_color() == official.get_color() != brecq.get_color()
+    assert qdrop.get_linestyle() != official.get_linestyle()
     with pytest.raises(ValueError, match="no rows to draw"):
         fig_error_accumulation(errors.iloc[:0])
 

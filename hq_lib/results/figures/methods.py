@@ -63,14 +63,15 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
         raise ValueError(f"{len(names)} lines are too many to tell apart: draw at most {len(SPARE)} unnamed") from None
 
 
-def look(name: str) -> Look:
+def look(name: str, k: int = 0) -> Look:
     """The look of a method, model, executor ...; ``ValueError`` names the nearest known one.
 
-    Methods that only occur as published numbers have no look of their own: draw them with ``look("float")``.
+    ``k`` of 1 and above: of further lines of the same method, in its colour with other marks. Methods that only
+    occur as published numbers have no look of their own: draw them with ``look("float")``.
     """
     for group in GROUPS.values():
         if name in group:
-            place = list(group).index(name)
+            place = (list(group).index(name) + k) % len(_MARKERS)
             return Look(group[name], _MARKERS[place], _LINES[place])
     hint = nearest(name, METHOD_COLORS) or f"; known are {', '.join(METHOD_COLORS)}"
     raise ValueError(f"no colour for {name!r}: give it a place in figures.methods.GROUPS{hint}")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from hq_lib.quantizers import aciq
 from hq_lib.results import labels
-from hq_lib.results.figures import band_lines, label_ends, look, new_figure, styled
+from hq_lib.results.figures import band_lines, label_ends, look, looks, new_figure, styled
 
 PREDICTIONS = {"mse_model": "noise model (paper)", "mse_exact": "exact, on the real grid"}
 TENSORS = {"activation": "activations", "weight": "weights"}
@@ -59,16 +59,20 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
     Args:
         found: columns ``tensor`` ("activation" or "weight"), ``bits``, ``mse_measured``, ``mse_model``, ``mse_exact``
             (pure numbers, > 0).
+
+    Raises:
+        ValueError: there are more widths than looks (8).
     """
     figure, axes = new_figure(2, 2, width=6.4, height=5.6, sharex=True, sharey=True)
     widths = sorted({int(bits) for bits in found["bits"]})
+    many = looks([f"{bits} bit" for bits in widths]) if len(widths) > len(BIT_LOOKS) else {}
+    styles = [*many.values()] or [look(name) for name in BIT_LOOKS]
     low, high = (f(found[["mse_measured", *PREDICTIONS]].to_numpy(dtype=float)) for f in (np.min, np.max))
     panels = product(PREDICTIONS.items(), TENSORS.items())
     for ax, ((column, title), (tensor, name)) in zip(axes.flat, panels, strict=True):
         ax.plot([low, high], [low, high], color="0.5", linewidth=0.8, linestyle="--", zorder=0)
-        for bits in widths:
+        for bits, style in zip(widths, styles, strict=False):
             points = found.loc[(found["tensor"] == tensor) & (found["bits"] == bits)]
-            style = look(BIT_LOOKS[widths.index(bits) % len(BIT_LOOKS)])
             ax.scatter(points[column], points["mse_measured"], s=14, color=style.color, marker=style.marker, alpha=0.8,
                        linewidths=0, label=f"{bits} bit")  # fmt: skip
         ax.set(xscale="log", yscale="log", xlim=(low / 1.5, high * 1.5), ylim=(low / 1.5, high * 1.5))
@@ -80,23 +84,27 @@ def fig_aciq_mse(found: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled("w_bits", "a_bits", "method", "position", "block", "value")
+@styled("w_bits", "a_bits", "recipe", "method", "name", "position", "block", "value")
 def fig_error_accumulation(errors: pd.DataFrame) -> Figure:
-    """How far the quantized network's tensors are from the float network's behind each block, method by method.
+    """How far the quantized network's tensors are from the float network's behind each block, recipe by recipe.
 
     A panel for each pair of bit widths; mean over the seeds, with a band of one standard deviation where there are
     several. The labels stand at the last block, the logits.
 
     Args:
-        errors: columns ``w_bits``, ``a_bits``, ``method`` (key of ``labels.METHOD_LABELS``), ``position`` (0 ...),
-            ``block`` (name), ``value`` (relative squared error, pure number, > 0).
+        errors: columns ``w_bits``, ``a_bits``, ``recipe`` (of a line), its ``method`` (whose colour it has) and
+            ``name`` in print, ``position`` (0 ...), ``block`` (name), ``value`` (relative squared error, pure number,
+            > 0).
     """
     panels: Any = list(errors.groupby(["w_bits", "a_bits"], sort=True))[::-1]
     names = errors.drop_duplicates("position").sort_values("position")["block"].tolist()
+    recipes = errors.drop_duplicates("recipe")
+    places = zip(recipes["recipe"], recipes["method"], recipes.groupby("method").cumcount(), strict=True)
+    styles = {recipe: look(method, place) for recipe, method, place in places}
     figure, axes = new_figure(1, len(panels), width=0.6 + 4.1 * len(panels), height=4.2, sharey=False)
     for ax, (bits, panel) in zip(axes[0], panels, strict=True):
-        methods = {method: labels.printed("method", method) for method in panel["method"]}
-        band_lines(ax, panel, x="position", y="value", by="method", names=methods)
+        drawn = dict(zip(panel["recipe"], panel["name"], strict=True))
+        band_lines(ax, panel, x="position", y="value", by="recipe", names=drawn, looks=styles)
         ax.set_yscale("log")
         ax.set_xticks(range(len(names)), names, rotation=90)
         ax.set(title=labels.bits_label(*bits), xlim=(-0.3, len(names) + 1.8))

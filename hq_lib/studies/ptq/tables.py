@@ -173,9 +173,15 @@ def first_net(rows: pd.DataFrame) -> str:
 
 
 def errors(rows: pd.DataFrame, *, net: str, recipes: Sequence[str]) -> pd.DataFrame:
-    """The errors behind each block, from rows of ``ptq_errors``, of one network and some recipes."""
+    """The errors behind each block, from rows of ``ptq_errors``, of one network and some recipes.
+
+    With ``name``: the method's, or the recipe's where its method has several.
+    """
     found = named(rows)
-    return found.loc[(found["net"] == net) & found["recipe"].isin(list(recipes))]
+    found = found.loc[(found["net"] == net) & found["recipe"].isin(list(recipes))]
+    printed = pd.Series([labels.printed("method", method) for method in found["method"]], found.index, dtype="str")
+    alone = found.groupby("method")["recipe"].transform("nunique") == 1
+    return found.assign(name=printed.where(alone, found["recipe"]))
 
 
 def at_the_logits(found: pd.DataFrame) -> pd.DataFrame:
@@ -193,8 +199,9 @@ def error_claim(found: pd.DataFrame, net: str) -> dict[str, str]:
     logits = pd.DataFrame(ends["logits"].unstack("recipe"), columns=["mse", "qdrop"])
     left = logits.dropna().reset_index().to_dict("records")
     shown = ", ".join(f"{100 * line['qdrop'] / line['mse']:.0f} % at {line['bits']}" for line in left)
+    names = dict(zip(found["recipe"], found["name"], strict=True))
     several = ", ".join(
-        f"{labels.printed('method', RECIPES[line['recipe']].method)} {line['seeds']} at {line['bits']}"
+        f"{names[line['recipe']]} {line['seeds']} at {line['bits']}"
         for line in ends.reset_index().to_dict("records")
         if line["seeds"] > 1
     )
@@ -219,8 +226,8 @@ def _schedule_name(switches: dict) -> str:
 
 
 def aciq_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``aciq_mse`` side by side: dataset, net, tensor, layer, prior, bits, and a column for each error."""
-    index = ["dataset", "net", "tensor", "layer", "prior", "bits"]
+    """Rows of ``aciq_mse`` side by side: dataset, net, tensor, layer, prior, bits, n_calib, a column for each error."""
+    index = ["dataset", "net", "tensor", "layer", "prior", "bits", "n_calib"]
     rows = tables.with_switches(rows, *index[1:5])
     rows["bits"] = rows["a_bits"].where(rows["tensor"] == "activation", rows["w_bits"]).astype(int)
     return tables.wide(rows, *index).reindex(columns=[*index, *sorted(MSE)])
