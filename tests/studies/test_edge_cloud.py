@@ -162,5 +162,22 @@ def test_tables_and_figure_come_from_the_rows(rows):
     assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["edge: W8A8, digital", "edge: crossbar, 1 s"]
     with pytest.raises(ValueError, match="needs the columns"):
         fig_edge_cloud(drawn.drop(columns="KiB"), whole)
+    (raw,) = {tuple(line.get_xdata()) for line in figure.axes[0].lines if list(line.get_ydata()) == [0, 1]}
+    assert raw == (3.0, 3.0)
     two = fig_wire(np.eye(4), np.zeros((4, 4)), title="1 bit")
     assert np.array_equal(two.axes[0].images[0].get_array(), np.eye(4))
+
+
+def test_words_and_the_raw_image_are_those_of_the_rows_network_and_data(rows):
+    """A network of two bits is not called W8A8, nor an image of 28 x 28 x 1 bytes one of 32 x 32 x 3."""
+    assert tables.halves(rows) == {"edge": "W8A8, MSE ranges", "cloud": "float"}
+    theirs = rows.assign(method="dsq", w_bits=2, a_bits=3, dataset="mnist")
+    assert tables.halves(theirs) == {"edge": "W2A3, DSQ", "cloud": "W2A3, DSQ"}
+    frame = tables.measured(theirs)
+    assert list(tables.table(frame))[5] == "W2A3, digital, 20 images"
+    figure = fig_edge_cloud(tables.lines(frame), tables.whole_on_edge(frame))
+    assert figure.axes[0].get_title(loc="left") == "edge: W2A3, digital"
+    assert figure.axes[0].texts[0].xy[0] == 28 * 28 / 1024
+    near = tables.near(frame).dropna(subset="packed_KiB")
+    assert (near["packed_KiB"] < 28 * 28 / 1024).all()
+    assert near["n_near"].max() < tables.near(tables.measured(rows))["n_near"].max()

@@ -12,18 +12,16 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from hq_lib.results.figures import Look, band, looks, need, new_figure, styled
 
 EDGE_TITLES = {
-    "integer": "edge: W8A8, digital",
+    "integer": "edge: {bits}, digital",
     "crossbar": "edge: crossbar, 1 s",
     "crossbar_1day": "edge: crossbar, 1 day",
 }
-"""Edge -> title of its column."""
+"""Edge -> title of its column, with its bits."""
 CUT_WORDS = {
     "conv1": "cut after the stem", "layer1.2": "cut after stage 1", "layer2.2": "cut after stage 2",
     "layer3.2": "cut after stage 3",
 }  # fmt: skip
 """ResNet-20's cuts with a colour, from the input on -> words for them."""
-RAW_KiB = 3.0
-"""A CIFAR-10 image as it is: 32 x 32 x 3 bytes."""
 CODINGS = {"packed": "packed bits", "deflate": "compressed"}
 TICKS_KiB = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
 SPAN_PCT, HEADROOM_PCT = 34.0, 2.5
@@ -61,12 +59,13 @@ def fig_edge_cloud(points: pd.DataFrame, references: pd.DataFrame) -> Figure:
                     ``edge``, ``line``, ``coding`` ("packed" or "deflate"), ``KiB`` (mean of a packet, 1024 bytes),
                     ``acc_pct``, ``step`` (bits or quality: what tells the points of a line apart).
         references: one row per edge (of ``EDGE_TITLES``, those that are drawn) and draw: ``edge``, ``acc_pct`` of the
-                    whole network on that edge.
+                    whole network on that edge, its ``bits`` ("W8A8"), ``raw_KiB`` of an image as it is.
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
-    need(references, ("edge", "acc_pct"), "fig_edge_cloud")
+    need(references, ("edge", "acc_pct", "bits", "raw_KiB"), "fig_edge_cloud")
+    bits, raw_KiB = references["bits"].iloc[0], float(references["raw_KiB"].iloc[0])
     whole = {str(edge): float(np.mean(rows["acc_pct"])) for edge, rows in references.groupby("edge")}
     edges = [edge for edge in EDGE_TITLES if edge in whole]
     width = 1.4 + 2.1 * len(edges)
@@ -75,14 +74,14 @@ def fig_edge_cloud(points: pd.DataFrame, references: pd.DataFrame) -> Figure:
     for column, edge in zip(axes.T, edges, strict=True):
         for ax, coding in zip(column, CODINGS, strict=True):
             _draw_lines(ax, points.loc[points["edge"].isin([edge, ""]) & (points["coding"] == coding)], styles)
-            _draw_references(ax, whole[edge])
-        column[0].set_title(EDGE_TITLES[edge])
+            _draw_references(ax, whole[edge], raw_KiB)
+        column[0].set_title(EDGE_TITLES[edge].format(bits=bits))
         column[1].set_xlabel("KiB per image")
     for ax, words in zip(axes[:, 0], CODINGS.values(), strict=True):
         ax.set_ylabel(f"{words}\naccuracy, %")
     top = points["acc_pct"].to_numpy(dtype=float).max() + HEADROOM_PCT
     axes[0, 0].set_ylim(top - SPAN_PCT, top)
-    _label(figure, whole[edges[0]])
+    _label(figure, whole[edges[0]], raw_KiB)
     return figure
 
 
@@ -107,9 +106,9 @@ def _look(line: str, styles: Mapping[str, Look]) -> dict[str, Any]:
     return {"color": "0.72", "marker": "", "linestyle": "-", "linewidth": 0.8, "elinewidth": 0.5, "zorder": 1}
 
 
-def _draw_references(ax: Axes, whole_pct: float) -> None:
+def _draw_references(ax: Axes, whole_pct: float, raw_KiB: float) -> None:
     ax.axhline(whole_pct, color="0.35", linewidth=0.9, zorder=0)
-    ax.axvline(RAW_KiB, color="0.35", linewidth=0.9, zorder=0)
+    ax.axvline(raw_KiB, color="0.35", linewidth=0.9, zorder=0)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(TICKS_KiB))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -118,14 +117,14 @@ def _draw_references(ax: Axes, whole_pct: float) -> None:
     ax.tick_params(axis="x", labelrotation=45)
 
 
-def _label(figure: Figure, whole_pct: float) -> None:
+def _label(figure: Figure, whole_pct: float, raw_KiB: float) -> None:
     """One legend below, and words at the reference lines of the first axes."""
     first, found = figure.axes[0], {}
     for ax in figure.axes:
         found |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     words = [w for w in [*CUT_WORDS.values(), *PICTURES.values()] if w in found]
     figure.legend([found[w] for w in words], words, loc="outside lower center", ncols=3)
-    first.annotate("raw image", (RAW_KiB, 0.02), xycoords=("data", "axes fraction"), xytext=(2, 0), rotation=90,
+    first.annotate("raw image", (raw_KiB, 0.02), xycoords=("data", "axes fraction"), xytext=(2, 0), rotation=90,
                    textcoords="offset points", size=7, color="0.35")  # fmt: skip
     first.annotate("all on the edge", (0.16, whole_pct), xytext=(0, 2), textcoords="offset points", size=7,
                    color="0.35")  # fmt: skip

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from hq_lib.data import SPECS
 from hq_lib.results import labels, tables
-from hq_lib.studies.edge_cloud.figures import EDGE_TITLES, RAW_KiB
+from hq_lib.studies.edge_cloud.figures import EDGE_TITLES
 from hq_lib.studies.edge_cloud.study import ALL, CIRCUITS, EXACT, IMAGE, NONE
 
 SWITCHES = ("edge", "cut", "grid", "wire_bits", "jpeg_quality")
@@ -26,11 +28,23 @@ def names_of(rows: pd.DataFrame) -> pd.Series:
     return pd.Series(tables.with_switches(rows, "network")["network"].fillna(rows["model"]))
 
 
+def halves(rows: pd.DataFrame) -> dict[str, str]:
+    """What the halves of one network compute in, for captions: ``edge`` ("W8A8, MSE ranges"), ``cloud`` ("float")."""
+    is_cloud = tables.with_switches(tables.with_bits(rows), "edge")["edge"] == NONE
+    told = {}
+    for half, mine in (("edge", rows.loc[~is_cloud]), ("cloud", rows.loc[is_cloud])):
+        pairs = dict.fromkeys(zip(tables.with_bits(mine)["bits"], mine["method"], strict=True))
+        words = (bits if bits == "float" else f"{bits}, {labels.printed('method', name)}" for bits, name in pairs)
+        told[half] = " and ".join(words) or tables.NOT_RUN
+    return told
+
+
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
     """One line an accuracy of one network; what all below but ``by_network`` take.
 
     Columns edge, cut, grid, wire_bits, jpeg_quality, seed, n_test, acc_pct, mean KiB by coding, and ``edge_mac_pct``:
-    what of the network runs before the cut. ``wire_bits`` and ``jpeg_quality`` are 0, and ``grid`` is "", where they do
+    what of the network runs before the cut; in all lines ``bits`` of the edge and ``raw_KiB`` of an image, a byte for
+    each pixel and channel. ``wire_bits`` and ``jpeg_quality`` are 0, and ``grid`` is "", where they do
     not apply. The accuracies of the exact edge on the crossbars' images carry the sizes of all its images.
     """
     found = tables.with_switches(rows, *SWITCHES).fillna({"grid": "", "wire_bits": 0, "jpeg_quality": 0})
@@ -39,6 +53,8 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     wide[sizes] = wide.groupby([*SWITCHES, "seed"])[sizes].transform("max")
     ends: Any = wide.dropna(subset="edge_mac_pct").set_index("cut")["edge_mac_pct"].to_dict()
     wide["edge_mac_pct"] = wide["cut"].map(ends | {IMAGE: 0.0, ALL: 100.0})
+    wide["bits"] = halves(rows)["edge"].partition(",")[0]
+    wide["raw_KiB"] = max((float(np.prod(SPECS[name].in_shape)) for name in rows["dataset"]), default=0.0) / 1024
     return wide.loc[wide["acc_pct"].notna()].reset_index(drop=True)
 
 
@@ -64,8 +80,8 @@ def lines(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def whole_on_edge(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of the network that runs on each edge as a whole, one row a draw."""
-    return largest(frame).loc[lambda f: f["cut"] == ALL, ["edge", "seed", "n_test", "acc_pct"]]
+    """Accuracy of the network that runs on each edge as a whole, one row a draw; and ``bits``, ``raw_KiB``."""
+    return largest(frame).loc[lambda f: f["cut"] == ALL, ["edge", "seed", "n_test", "acc_pct", "bits", "raw_KiB"]]
 
 
 def table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +93,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.query("grid == 'channel' or cut == @IMAGE and wire_bits > 0")
     analog = frame.loc[~frame["edge"].isin([EXACT, NONE]), "n_test"]
     n_all, n_same = frame["n_test"].max(), analog.max() if len(analog) else 0
-    columns = {f"W8A8, digital, {n_all:,} images": (EXACT, n_all)}
+    columns = {f"{frame['bits'].max()}, digital, {n_all:,} images": (EXACT, n_all)}
     if 0 < n_same < n_all:
         columns[f"digital, {n_same:,} images"] = (EXACT, n_same)
     if n_same:
@@ -119,7 +135,7 @@ def near(frame: pd.DataFrame) -> pd.DataFrame:
     for edge, mine in largest(frame.loc[frame["grid"] == "channel"]).groupby("edge"):
         wires = mine.pivot_table(index=["cut", "wire_bits"], values=NEAR).reset_index()
         enough = wires["acc_pct"] >= sent_whole[mine["n_test"].max()] - TOLERANCE_PP
-        good = wires.loc[enough & (wires["packed_KiB"] < RAW_KiB)]
+        good = wires.loc[enough & (wires["packed_KiB"] < mine["raw_KiB"].max())]
         about = {"edge": edge, "n_wires": len(wires), "n_near": len(good)}
         for which, by in (("smallest", ["packed_KiB"]), ("earliest", ["edge_mac_pct", "packed_KiB"])):
             first: list[Mapping[Any, Any]] = good.sort_values(by=by).head(1).to_dict("records")
