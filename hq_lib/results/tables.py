@@ -50,6 +50,12 @@ def mean_sd(values: pd.Series, decimals: int = 2) -> str:
     return f"{values.mean():.{decimals}f}{spread}" if len(values) else NOT_RUN
 
 
+def telling(frame: pd.DataFrame, index: Sequence[str], *more: str) -> list[str]:
+    """``index``, and those columns of ``more`` of which one of its cells has several values: what tells lines apart."""
+    groups = frame.groupby(list(index), dropna=False)
+    return [*index, *(c for c in more if groups[c].nunique(dropna=False).to_numpy().max(initial=0) > 1)]
+
+
 def longest(frame: pd.DataFrame, *cell: str) -> pd.DataFrame:
     """Of each cell the rows of most epochs."""
     return frame.loc[frame["epochs"] == frame.groupby(list(cell), dropna=False)["epochs"].transform("max")]

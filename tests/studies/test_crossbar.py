@@ -247,6 +247,23 @@ def test_shipped_trained_networks_on_perfect_cells_are_their_integers(name, cifa
         np.testing.assert_array_equal(logits, run_integers(model, x))
 
 
+def test_two_networks_of_one_method_and_width_have_lines_of_their_own(monkeypatch):
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    rows = study.STUDY.rows("full")
+    mine = rows.loc[(rows["method"] == "pact") & (rows["w_bits"] == 4) & rows["switches"].str.contains("_s0")]
+    named = mine["switches"].str.replace("resnet20_pact_w4a4_s0", "mine")
+    both = pd.concat([rows, mine.assign(value=mine["value"] / 2, switches=named)], ignore_index=True)
+    for table in (tables.trained_table, tables.slices_table):
+        before, after = table(rows), table(both)
+        assert "network" not in before
+        assert len(after) > len(before)
+        kept = after.loc[after["network"] != "mine"].drop(columns="network")
+        pd.testing.assert_frame_equal(kept.reset_index(drop=True), before)
+    halved = after.query("network == 'mine'").set_index("bits of a cell")["acc, none"]
+    whole = after.query("network == 'resnet20_pact_w4a4_s0'").set_index("bits of a cell")["acc, none"]
+    assert halved.to_numpy() == pytest.approx(whole.to_numpy() / 2, abs=0.11)  # both are rounded to a tenth
+
+
 def test_what_was_not_run_is_no_table(out_dir):
     rows = profile_rows("crossbar", "smoke")
     for table in (tables.trained_table(rows), tables.slices_table(rows), tables.gain_of_noise(rows)):

@@ -53,6 +53,19 @@ def test_a_shipped_checkpoint_agrees_with_its_integers_once_biases_are_those_of_
     assert not qat.INTEGERS.todo("smoke")
 
 
+def test_networks_that_differ_in_single_layers_alone_are_judged_apart():
+    rows = profile_rows("qat_integers", "full")
+    mine = rows.loc[rows["method"] == "mpact"]
+    named = mine["switches"].str.replace("resnet20_mpact_w8a8_s0", "resnet20_mpact_w8a8_s0_cfg-1")
+    other = mine.assign(value=mine["value"] - 10, switches=named)
+    table = qat_tables.integers_table(pd.concat([rows, other], ignore_index=True)).query("method == 'mPACT'")
+    before = qat_tables.integers_table(rows)
+    assert "network" not in before
+    plain, listed = (table.loc[table["network"].str.endswith(end)].squeeze() for end in ("_s0", "_cfg-1"))
+    assert plain.drop("network").tolist() == before.query("method == 'mPACT'").squeeze().tolist()
+    assert float(listed["integers"]) == pytest.approx(float(plain["integers"]) - 10)
+
+
 def test_what_is_left_in_float_has_no_quantizer_and_the_rest_has(out_dir, cifar10_train, monkeypatch):
     left, run = {}, Run("qat_untrained", "smoke", qat.untrained.STUDY.plan("smoke"))
     monkeypatch.setattr(

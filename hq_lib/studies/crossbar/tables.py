@@ -32,7 +32,7 @@ def unpacked(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 def accuracies(rows: pd.DataFrame, *studies: str, bits: int | None = 8) -> pd.DataFrame:
     """Accuracy rows of some studies with columns study, effect, x, correction, network, rule and acc_pct (percent)."""
-    found = unpacked(rows, "study", "effect", "x", "correction")
+    found = unpacked(rows, "study", "effect", "x", "correction", "network")
     found = found.loc[(found["metric"] == "acc_pct") & found["study"].isin(studies)]
     found = found.loc[(found["w_bits"] == bits) | (bits is None)]
     return found.assign(acc_pct=found["value"]).reset_index(drop=True)
@@ -138,7 +138,10 @@ def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """tab_trained_arrays: accuracy of trained networks, exact and on RRAM after a second and a day, by correction."""
+    """tab_trained_arrays: accuracy of trained networks, exact and on RRAM after a second and a day, by correction.
+
+    Networks of one method and width go by their files' names.
+    """
     found = accuracies(rows, "trained", bits=None)
     if found.empty:
         return pd.DataFrame()
@@ -146,22 +149,28 @@ def trained_table(rows: pd.DataFrame) -> pd.DataFrame:
     corrected = found["correction"].replace({"none": "", "column": ", column"})
     found = tables.with_bits(found).assign(place=found["effect"].map(names) + corrected)
     order = {"place": ["exact", "RRAM 1 s", "RRAM 1 s, column", "RRAM 1 day", "RRAM 1 day, column"]}
-    return tables.build(found, index=["method", "bits"], columns=["place"], order=order, decimals=1)
+    index = tables.telling(found, ["method", "bits"], "network")
+    return tables.build(found, index=index, columns=["place"], order=order, decimals=1)
 
 
 def slices_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """tab_slices: bits of a cell, cells and conversions of one image read bit by bit, accuracy on RRAM after 1 s."""
-    found = unpacked(rows, "study", "x", "correction").query("study == 'slices'")
+    """tab_slices: bits of a cell, cells and conversions of one image read bit by bit, accuracy on RRAM after 1 s.
+
+    Networks of one method and width go by their files' names.
+    """
+    found = unpacked(rows, "study", "x", "correction", "network").query("study == 'slices'")
     found = tables.with_bits(found)
     if found.empty:
         return pd.DataFrame()
-    index = ["method", "bits", "x"]
+    found = found.assign(network=found["network"].fillna(found["model"]))
+    index = [*tables.telling(found, ["bits", "method"], "network"), "x"]
     scores = found.loc[found["metric"] == "acc_pct"]
     accuracy = scores.pivot_table(index=index, columns="correction", values="value")[["none", "column"]].round(1)
     counts = found.pivot_table(index=index, columns="metric", values="value")
     texts = _counted(counts, {"n_cells": "cells", "n_conversions": "conversions per image"})
     table = pd.DataFrame(texts, counts.index).join(accuracy.add_prefix("acc, ")).reset_index()
-    return table.sort_values(["bits", "method", "x"], ignore_index=True).rename(columns={"x": "bits of a cell"})
+    table.insert(0, "method", table.pop("method"))
+    return table.rename(columns={"x": "bits of a cell"})
 
 
 def noise_aware_points(rows: pd.DataFrame) -> pd.DataFrame:

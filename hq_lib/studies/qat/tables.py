@@ -122,13 +122,16 @@ def _table(rows: pd.DataFrame, model: str, theirs: pd.DataFrame, bits: Sequence[
 
 
 def integers_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """tab_qat_integers: each trained network as it was trained, with its accumulators' biases, and in integers, %."""
-    shown = tables.with_bits(tables.with_switches(rows, "executor")).fillna({"executor": "same class"})
+    """tab_qat_integers: each trained network as it was trained, with its accumulators' biases, and in integers, %.
+
+    Networks that are one but for the bits of some layers go by their files' names.
+    """
+    shown = tables.with_bits(tables.with_switches(rows, "executor", "network")).fillna({"executor": "same class"})
     for column in ("model", "method"):
         shown[column] = [labels.printed(column, name) for name in shown[column]]
     return _pivoted(
         shown.sort_values(["w_bits", "method"]),
-        ["model", "bits", "method", "seed"],
+        tables.telling(shown, ["model", "bits", "method", "seed"], "network"),
         "executor",
         [*EXECUTORS, "same class"],
     )
