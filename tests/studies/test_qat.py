@@ -16,7 +16,7 @@ from hq_lib.studies.bench import Bench, open_bench
 from hq_lib.studies.float_training import study as float_training
 from hq_lib.studies.qat import study as qat
 from hq_lib.studies.qat import tables as qat_tables
-from hq_lib.studies.qat.figures import fig_pact_alpha
+from hq_lib.studies.qat.figures import fig_pact_alpha, fig_qat_bits
 from hq_lib.studies.study import Run, profile_rows
 from hq_lib.training import qat_recipe
 from hq_lib.training.recipes import BY_BITS, METHODS, act_of
@@ -108,7 +108,7 @@ def test_a_run_leaves_rows_and_is_not_run_twice(out_dir, cifar10_train, monkeypa
     splits = {json.loads(s).get("split", "test"): v for s, v in zip(mine["switches"], mine["value"], strict=True)}
     assert set(splits) == {"test", "val", "start"}
     assert min(splits.values()) > 60  # from a float network of 91 %, four bits cannot be near chance
-    clips = qat_tables.clip_curves(profile_rows(qat.CLIPS, "smoke"))
+    clips = qat_tables.clip_curves(profile_rows(qat.CLIPS, "smoke"), qat.STUDY.plan("smoke"))
     assert sorted(set(clips["epoch"])) == [0, 1]
     assert clips["layer"].nunique() * 2 == len(clips)
     monkeypatch.setattr(qat, "fit", lambda *_, **__: pytest.fail("run again, though its rows and its folder are there"))
@@ -135,6 +135,27 @@ def test_another_rate_or_length_is_another_run_and_only_the_plans_own_is_shown(o
     store.append("qat", rows, profile="quick")
     every = qat.STUDY.rows("quick")
     assert [qat_tables.of_plan(every, each)["value"].tolist() for each in (plan, asked)] == [[80.0], [81.0]]
+
+
+def test_runs_of_another_rate_network_or_width_of_activations_are_not_averaged(monkeypatch):
+    monkeypatch.delenv("HQ_OUT", raising=False)
+    plan, clips = qat.STUDY.plan("full"), profile_rows(qat.CLIPS, "full")
+    rated = [json.dumps({**json.loads(text), "lr": 0.5}) for text in clips["switches"]]
+    both = pd.concat([clips, clips.assign(value=clips["value"] * 3, switches=rated)], ignore_index=True)
+    before, after = (qat_tables.clip_curves(rows, plan)["alpha"].tolist() for rows in (clips, both))
+    assert before == after
+    faster = qat_tables.clip_curves(both, replace(plan, lr=0.5))["alpha"]
+    assert faster.tolist() == pytest.approx([3 * alpha for alpha in before])
+
+    rows = qat_tables.of_plan(profile_rows("qat", "full"), plan)
+    theirs = rows.assign(model="toynet", value=rows["value"] - 20)
+    found = qat_tables.calibrated_and_trained(pd.concat([rows, theirs], ignore_index=True))
+    pd.testing.assert_frame_equal(found.loc["resnet20"], qat_tables.calibrated_and_trained(rows).loc["resnet20"])
+
+    made = [("float", 32, 32, 92.0), ("lsq", 2, 2, 80.0), ("lsq", 4, 4, 90.0), ("lsq", 2, 4, 86.0)]
+    ax = fig_qat_bits(pd.DataFrame(made, columns=["method", "w_bits", "a_bits", "value"])).axes[0]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["W4A4", "W2A4", "W2A2"]
+    assert [line.get_ydata().tolist() for line in ax.lines if line.get_label() == "LSQ"] == [[90.0, 86.0, 80.0]]
 
 
 def test_a_run_from_another_checkpoint_does_not_go_on_from_the_first_ones_state(out_dir, cifar10_train, monkeypatch):

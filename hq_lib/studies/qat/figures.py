@@ -73,27 +73,29 @@ def fig_pact_alpha(clips: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled("method", "w_bits", "value")
+@styled("method", "w_bits", "a_bits", "value")
 def fig_qat_bits(scores: pd.DataFrame) -> Figure:
-    """Accuracy against bits, one line per method that has a colour, the float network as a dashed line.
+    """Accuracy by bits, one line per method that has a colour, the float network as a dashed line.
 
     Args:
-        scores: one row per run: ``method`` ("float" is the line), ``w_bits`` (= a_bits), ``value`` (percent).
+        scores: one row per run: ``method`` ("float" is the line), ``w_bits``, ``a_bits``, ``value`` (percent).
 
     Raises:
         ValueError: a column is missing or has missing values, or there are no rows.
     """
     figure, axes = new_figure(height=3.4)
     ax = axes[0, 0]
-    drawn = set(scores["method"]) & set(METHOD_COLORS) - {"float"}
+    trained = scores.loc[scores["method"] != "float"]
+    widths = sorted({*zip(trained["w_bits"], trained["a_bits"], strict=True)}, reverse=True)
+    drawn = set(trained["method"]) & set(METHOD_COLORS)
     for method in (name for name in labels.METHOD_LABELS if name in drawn):
-        mean = scores.loc[scores["method"] == method].groupby("w_bits")["value"].mean()[::-1]
-        ax.plot(mean.index, mean, **vars(look(method)), label=labels.printed("method", method))
-    widths = np.unique(scores.loc[scores["method"] != "float", "w_bits"])[::-1]
+        mean = trained.loc[trained["method"] == method].groupby(["w_bits", "a_bits"])["value"].mean()[::-1]
+        at = [widths.index(pair) for pair in mean.index]
+        ax.plot(at, mean, **vars(look(method)), label=labels.printed("method", method))
     for value in scores.loc[scores["method"] == "float", "value"]:
-        ax.plot(widths, [value] * len(widths), color="0.3", linestyle=(0, (4, 2)), linewidth=1, label="float")
-    ax.set_xticks(widths)
-    ax.invert_xaxis()
+        ax.plot([*range(len(widths))], [value] * len(widths), color="0.3", linestyle=(0, (4, 2)), linewidth=1,
+                label="float")  # fmt: skip
+    ax.set_xticks(range(len(widths)), [labels.bits_label(*pair) for pair in widths])
     ax.set(xlabel="bits of weights and activations", ylabel="test accuracy, %")
     label_ends(ax)
     return figure

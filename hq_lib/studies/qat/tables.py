@@ -66,9 +66,9 @@ def scores(rows: pd.DataFrame, *, split: str | None = None, lists: bool = False)
 
 
 def calibrated_and_trained(rows: pd.DataFrame) -> pd.DataFrame:
-    """Validation accuracy, %, after calibration alone and after training, by bits and method."""
+    """Validation accuracy, %, after calibration alone and after training, by network, bits and method."""
     parts = {"calibrated": scores(rows, split="start"), "trained": scores(rows, split="val")}
-    index = ["bits", "method"]
+    index = ["model", "bits", "method"]
     return pd.DataFrame({k: tables.with_bits(v).groupby(index)["value"].mean() for k, v in parts.items()}).round(2)
 
 
@@ -158,18 +158,18 @@ def lengths(rows: pd.DataFrame) -> str:
     return f"{epochs} epochs of fine-tuning" + f" in {' or '.join(formats)}" * bool(formats)
 
 
-def clip_curves(rows: pd.DataFrame) -> pd.DataFrame:
-    """PACT's clips of ResNet-20 for fig_pact_alpha, from rows of ``qat_clips``, of each width the longest run.
+def clip_curves(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """PACT's clips of ResNet-20 for fig_pact_alpha, from rows of ``qat_clips``, of the plan's trainings.
 
     Columns w_bits, a_bits, epoch, layer, alpha, seed, git_sha; layers in order of execution.
     """
+    rows = of_plan(rows, plan)
     rows = tables.with_switches(rows, "epoch", "layer", "lists", "distill").assign(alpha=rows["value"])
     plain = rows["lists"].isna() & rows["distill"].isna()
     rows = rows.loc[plain & (rows["method"] == "pact") & (rows["model"] == "resnet20")]
     policy = BitPolicy("pact:4", "pact:4", placement="academic")
     qnet = quantize(models.build("resnet20"), policy, torch.zeros(1, 3, 32, 32))
     order = {name.removesuffix(QUANTIZER_SUFFIX): i for i, name in enumerate(act_quantizers(qnet))}
-    rows = tables.longest(rows, "w_bits", "a_bits")
     reached = rows.groupby(["w_bits", "a_bits"])["epoch"].transform("max")
     rows = rows.loc[reached == rows["epochs"]]  # a training that is not done yet waits
     rows = rows.assign(place=[order.get(n, len(order)) for n in rows["layer"]])
