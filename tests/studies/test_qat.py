@@ -236,6 +236,31 @@ def test_the_reference_spends_its_further_seeds_where_an_interval_is_asked():
     ]  # fmt: skip
 
 
+def test_seeds_that_are_given_are_the_seeds():
+    chosen = {"methods": ["pact"], "bits": [[4, 4]]}
+    for seeds in ([0], [3, 1]):
+        found = qat.STUDY.points(qat.STUDY.plan("full", seeds=seeds, **chosen))
+        assert [p.key["seed"] for p in found if p["method"] != "float"] == seeds
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
+def test_no_run_is_of_both_studies_which_would_write_one_checkpoint(profile):
+    ours, theirs = ({p.name for p in one.points(one.plan(profile))} for one in (qat.STUDY, qat.GROUP_STUDY))
+    assert not ours & theirs
+    if profile == "full":  # what the group's table of ResNet-20 shows is planned by one or the other
+        assert {f"resnet20_{m}_w{b}a{b}_s0" for m in ("pact", "mpact") for b in (8, 6, 4)} <= ours | theirs
+
+
+def test_a_run_that_both_studies_have_is_one_number_in_the_group_s_tables():
+    rows = profile_rows("qat", "full")
+    shared = rows.loc[(rows["w_bits"] == 8) | (rows["method"] == "float")].assign(experiment="qat_group")
+    none = rows.iloc[:0]
+    alone, both = (qat_tables.together(rows, group, none) for group in (none, shared))
+    pd.testing.assert_frame_equal(alone, both)
+    table = qat_tables.group_table(qat_tables.together(none, shared, none), "resnet20")
+    assert table.loc[(table["bits"] == "W8A8") & (table["method"] == "PACT"), "ours"].tolist() == ["92.50 (n=1)"]
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.45])
 def test_dsq_curve_has_the_published_slopes(alpha):
     curve = qat_tables.dsq_curves(alphas=[alpha], n=4001)
@@ -273,7 +298,8 @@ def test_an_unknown_start_is_named():
 
 
 def test_the_group_s_tables_have_the_measured_float_network_and_integer_runs_apart():
-    rows = qat_tables.with_float(profile_rows("qat", "full"), profile_rows("float_reference", "full"))
+    theirs = [profile_rows(name, "full") for name in ("qat", "qat_group", "float_reference")]
+    rows = qat_tables.together(*theirs)
     for model, known in (("toynet", "82.46 (n=1)"), ("mobilenetv2_seed", "79.46 (n=1)"), ("resnet20", "92.23 (n=1)")):
         table = qat_tables.group_table(rows, model)
         assert table.loc[table["bits"] == "float", "ours"].tolist() == [known]

@@ -45,14 +45,15 @@ class Plan:
     """(weights, activations) between first and last layer."""
     models: tuple[str, ...] = ("resnet20",)
     """Networks with a float checkpoint."""
-    seeds: tuple[int, ...] = (0,)
-    """Of batch order, augmentation and calibration images."""
+    seeds: tuple[int, ...] = ()
+    """Of batch order, augmentation and calibration images; () = 0, and those of ``spread``."""
     lists: tuple[str, ...] = ()
     """Seed 001's configurations, keys of ``recipes.BIT_LISTS``, run besides ``bits`` where a network has them."""
     binary: tuple[str, ...] = ()
     """Methods that are run at one bit; () = all of them."""
     spread: tuple[tuple[str, int, int], ...] = ()
-    """(method, weights, activations) of those above that seeds 1 and 2 run as well: the intervals of the tables."""
+    """(method, weights, activations) of those above that seeds 1 and 2 run as well, where no seeds are given: the
+    intervals of the tables."""
     last: tuple[str, ...] = ()
     """Methods whose runs come after all others; a batch engine starts points in this order."""
     distill: float = 0.0
@@ -116,14 +117,14 @@ def points(plan: Plan) -> list[Point]:
         wanted = [*(("", pair) for pair in plan.bits), *widths(model, plan.lists)]
         trained = [
             (method, int(w_bits), int(a_bits), seed, lists)
-            for seed in plan.seeds
+            for seed in plan.seeds or (0,)
             for lists, (w_bits, a_bits) in wanted
             for method in plan.methods
             if w_bits > 1 or method in (plan.binary or plan.methods)
         ]
         trained += [
             (method, w_bits, a_bits, seed, "")
-            for seed in sorted({1, 2} - {*plan.seeds})
+            for seed in (() if plan.seeds else (1, 2))
             for method, w_bits, a_bits in plan.spread
             if method in plan.methods and (w_bits, a_bits) in plan.bits
         ]
@@ -134,6 +135,12 @@ def points(plan: Plan) -> list[Point]:
         found += [Point(f"{model}_{FLOAT}_w32a32_s0", key, bench=model, after=(start,))]
         found += [_point(plan, model, *each) for each in trained]
     return found
+
+
+def group_points(plan: Plan) -> list[Point]:
+    """The points of a plan of the group's but those that ``PLANS`` has: no run is trained twice into one checkpoint."""
+    theirs = {point.name for point in points(PLANS[plan.profile])}
+    return [point for point in points(plan) if point.name not in theirs]
 
 
 def _point(plan: Plan, model: str, method: str, w_bits: int, a_bits: int, seed: int, lists: str) -> Point:
@@ -215,8 +222,8 @@ def open_net(run: Run[Plan], name: str) -> Bench | None:
 
 
 STUDY, GROUP_STUDY = (
-    Study(name, plans, points=points, open_bench=open_net, measure=measure, gpu=True, unkeyed=("n_test", "n_val"))
-    for name, plans in (("qat", PLANS), ("qat_group", GROUP_PLANS))
+    Study(name, plans, points=listed, open_bench=open_net, measure=measure, gpu=True, unkeyed=("n_test", "n_val"))
+    for name, plans, listed in (("qat", PLANS, points), ("qat_group", GROUP_PLANS, group_points))
 )
 
 

@@ -10,6 +10,7 @@ from hq_lib import models
 from hq_lib.graph import QUANTIZER_SUFFIX, BitPolicy, act_quantizers, quantize
 from hq_lib.quantizers.dsq import dsq_quantize, dsq_soft
 from hq_lib.results import labels, published, tables
+from hq_lib.results.rows import KEY
 from hq_lib.studies.qat.study import EXECUTORS, FLOAT, GROUP, PLANS, Plan, settings
 from hq_lib.studies.qat.untrained import IN_FLOAT
 from hq_lib.training.recipes import BIT_LISTS
@@ -89,10 +90,14 @@ def group_table(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     return _table(rows, model, theirs, GROUP_BITS)
 
 
-def with_float(rows: pd.DataFrame, floats: pd.DataFrame) -> pd.DataFrame:
-    """The rows, and of networks that have no float one among them that of ``float_reference``."""
-    there = rows.loc[rows["method"] == FLOAT, "model"]
-    return pd.concat([rows, floats.loc[~floats["model"].isin(there)]], ignore_index=True)
+def together(rows: pd.DataFrame, group: pd.DataFrame, floats: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``qat`` and of ``qat_group``, each run once, whichever of them has it.
+
+    Of networks that have no float row among them that of ``float_reference`` besides.
+    """
+    both = pd.concat([rows, group], ignore_index=True).drop_duplicates([c for c in KEY if c != "experiment"])
+    there = both.loc[both["method"] == FLOAT, "model"]
+    return pd.concat([both, floats.loc[~floats["model"].isin(there)]], ignore_index=True)
 
 
 def sizes() -> pd.DataFrame:
