@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -203,9 +204,17 @@ def test_a_folder_of_ones_own_is_asked_for_its_own_classes(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_no_folder_is_the_sample_or_the_digits_and_not_the_repository(tmp_path):
+    said, told = tmp_path / "said", "print('read:', folder.name, train.spec.name, train.spec.classes)"
+    assert run_until("11_your_network", "SPECS", said, told, root="", size=32) == 0, said.read_text()[-6000:]
+    assert re.search(r"read: imagenet_sample (imagenet \('animal', 'thing'\)|digits)", said.read_text())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 @pytest.mark.parametrize(
     ("name", "mark", "given", "named"),
     [
+        ("11_your_network", "SPECS", {"root": "~/petz"}, rf"image folder {re.escape(str(Path.home() / 'petz'))} does"),
         ("11_your_network", "SPECS", {"root": "petz"}, r"image folder \S*petz does not exist"),
         ("09_edge_cloud", "workbench", {"networks": []}, r"networks is \[\]"),
     ],
