@@ -100,6 +100,12 @@ def test_the_map_takes_calibration_where_nothing_is_trained():
     assert table.loc[(4, 4)].to_dict() == {"calibrated": 89.0, "hybrid": 89.0}
 
 
+def test_a_map_of_many_bits_claims_nothing_of_a_training():
+    low, high = map_rows(), map_rows().query("w_bits == 4 and a_bits == 4 and value == 89")
+    assert tables.map_claim(tables.map_table(low)).startswith("Training the tensors below four bits")
+    assert "trains nothing" in tables.map_claim(tables.map_table(high))
+
+
 def test_the_gains_of_a_map_end_with_what_was_trained_at_the_boundary():
     found = tables.map_gains(map_rows())
     assert found["gain"].tolist() == [-1.0, 45.0, 65.0, 0.5]  # W4A2, W2A4, W2A2; last W4A4, trained as briefly

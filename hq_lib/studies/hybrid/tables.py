@@ -38,6 +38,13 @@ def map_gains(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([below, last], ignore_index=True)
 
 
+def map_claim(found: pd.DataFrame) -> str:
+    """What the map shows, from ``map_table``: without a cell below the boundary nothing of the training."""
+    if (found[["w_bits", "a_bits"]].min(axis=1) < BOUNDARY).any():
+        return "Training the tensors below four bits is what keeps the low corner alive; above, calibration is enough"
+    return "No tensor has fewer than four bits: the rule trains nothing, every cell is calibration alone"
+
+
 def map_note(rows: pd.DataFrame) -> str:
     """The settings behind the map, for its caption."""
     trained, n_calib = max(rows["n_train"]), max(rows["n_calib"])
