@@ -318,6 +318,23 @@ def test_unknown_parameters_are_found_in_the_injected_cell():
         notebook.check_parameters([first, injected])
     notebook.check_parameters([first, "# Parameters\nseeds = [1]\n"])
     notebook.check_parameters([first, "import torch"])
+    notebook.check_parameters(["import os", first, "# Parameters\nseeds = [1]\n"])
+    notebook.check_parameters(["profile = 'quick'\nseeds = list(range(3))", "# Parameters\nseeds = [1]"])
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["profile = 'smoke'\nseeds = [0", "profile = 'smoke'\nseeds = [0]"],  # a slip, mended and run again
+        ["profile = 'smoke'\nseeds = list(range(3))"],
+        ["import os\nhere = os.getcwd()", "profile = 'smoke'"],
+        ["profile = 'smoke'\nseeds = [0]", "# Parameters\nseeds = [1", "# Parameters\nseeds = [1]"],
+        ["# Parameters\nprofile = 'smoke'"],  # an executed copy, from its second cell on
+    ],
+)
+def test_somebody_who_sits_at_the_notebook_may_run_its_cells_as_he_likes(cells, tmp_path, monkeypatch):
+    monkeypatch.setenv("HQ_OUT", str(tmp_path))
+    assert notebook.start(["", *cells, "session = notebook.start(In, profile)"], "smoke").run == {}
 
 
 @pytest.mark.parametrize(

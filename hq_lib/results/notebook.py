@@ -93,7 +93,7 @@ def start(cells: Sequence[str], profile: str, run: Collection[str] = ()) -> Sess
     """The session of this run, after checking the parameters; prints one line of facts.
 
     Args:
-        cells:   IPython's ``In``: the source of the cells run so far, the parameters cell being the first code cell.
+        cells:   IPython's ``In``: the source of the cells run so far, read only where papermill injected one of them.
         profile: the notebook's parameter of that name.
         run:     keys of a run's file, where the notebook carries one out (``Session.run``). What the file says of a
                  parameter that the notebook has too (``bits``) is the run's: the notebook's own keeps its default.
@@ -102,9 +102,8 @@ def start(cells: Sequence[str], profile: str, run: Collection[str] = ()) -> Sess
         ValueError: an unknown profile, or a parameter given to papermill that the notebook does not have; names it and
             the nearest valid one.
     """
-    cells = [cell for cell in cells if cell.strip()]
     given = check_parameters(cells, run)
-    shell, defaults = get_ipython(), _assigned(cells[0])
+    shell, (defaults, _) = get_ipython(), _parameters(cells)
     for name in given.keys() & defaults.keys() - {"profile"} if shell else ():
         shell.user_ns[name] = defaults[name]
     paths.check_profile(profile)
@@ -174,9 +173,7 @@ def check_parameters(cells: Sequence[str], run: Collection[str] = ()) -> dict[st
     Raises ``ValueError`` where it assigns another name that the parameters cell does not. Or a value of another kind:
     one value for a list, text for a number. Where a default is None, anything goes.
     """
-    if len(cells) < 2 or not cells[1].startswith(INJECTED):
-        return {}
-    defaults, injected = _assigned(cells[0]), _assigned(cells[1])
+    defaults, injected = _parameters(cells)
     of_run = {name: value for name, value in injected.items() if name in run}
     of_run = of_run if of_run.keys() - defaults else {}
     for name, value in injected.items():
@@ -193,12 +190,28 @@ def check_parameters(cells: Sequence[str], run: Collection[str] = ()) -> dict[st
     return of_run
 
 
+def _parameters(cells: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the parameters cell assigns, and what papermill's after it does; nothing where it injected none."""
+    ran = [cell for cell in cells if _tree(cell).body]
+    injected = [place for place, cell in enumerate(ran) if cell.startswith(INJECTED)]
+    return (_assigned(ran[injected[0] - 1]), _assigned(ran[injected[-1]])) if any(injected) else ({}, {})
+
+
+def _tree(source: str) -> ast.Module:
+    """The cell; an empty one where it does not parse, for then it never ran."""
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return ast.Module([], [])
+
+
 def _assigned(source: str) -> dict[str, Any]:
-    found = {}
-    for node in ast.parse(source).body:
+    shell, found = get_ipython(), {}
+    for node in _tree(source).body:
         if isinstance(node, ast.Assign):
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-            found |= dict.fromkeys(names, ast.literal_eval(node.value))
+            code = compile(ast.Expression(node.value), "<parameters>", "eval")
+            found |= dict.fromkeys(names, eval(code, {**(shell.user_ns if shell else {}), **found}))
     return found
 
 
