@@ -116,7 +116,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _load(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Rows of the file by key; an absent file holds none. ``ResultsError`` names the first bad line."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # as spreadsheets write it
     except FileNotFoundError:
         return {}
     except UnicodeDecodeError as error:
@@ -127,12 +127,14 @@ def _load(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     reader = csv.reader(text.split("\n")[:-1], strict=True)
     try:
         if tuple(next(reader)) != schema.COLUMNS:
-            raise RowError(f"the header is not {','.join(schema.COLUMNS)}")
+            raise RowError("the header is another one")
         return _by_key(map(schema.from_cells, reader))
     except (ValueError, csv.Error) as error:
         raise _damaged(path, reader.line_num, str(error)) from None
 
 
 def _damaged(path: Path, line: int, reason: str) -> ResultsError:
-    mend = f"delete that line (a run then redoes that row), or `git checkout -- {path.name}` in its folder"
+    row = "delete that line (a run then redoes that row)"
+    head = f"these columns alone, here and in every row: {','.join(schema.COLUMNS)}; delete the file if it has no row"
+    mend = f"{head if line == 1 else row}; or `git checkout -- {path.name}` in its folder"
     return ResultsError(f"{path}, line {line}: {reason}. Mend: {mend}")
