@@ -217,11 +217,21 @@ def test_no_folder_is_the_sample_or_the_digits_and_not_the_repository(tmp_path):
         ("11_your_network", "SPECS", {"root": "~/petz"}, rf"image folder {re.escape(str(Path.home() / 'petz'))} does"),
         ("11_your_network", "SPECS", {"root": "petz"}, r"image folder \S*petz does not exist"),
         ("09_edge_cloud", "workbench", {"networks": []}, r"networks is \[\]"),
+        ("09_edge_cloud", "workbench", {"edges": []}, r"edges \[\]"),
+        ("03_dsq_pact_qat", "init_from", {"methods": ["lqs"]}, r"unknown QAT method 'lqs'.*mean 'lsq'"),
+        ("08_crossbar", "check_known", {"layer": "layer2.1.conv3"}, r"unknown layer .*mean 'layer2.1.conv"),
     ],
 )
 def test_what_a_notebook_cannot_run_with_is_named(name, mark, given, named, tmp_path):
     assert run_until(name, mark, tmp_path / "said", **given) == 1
     assert re.search(named, (tmp_path / "said").read_text())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_images_of_one_channel_are_cut_bit_for_bit(tmp_path):
+    """A batch of them counts as contiguous in another order of bytes too, in which PyTorch sums otherwise."""
+    given = {"networks": ["lenet"], "edges": ["integer"], "cuts": []}
+    assert run_until("09_edge_cloud", "bit for bit", tmp_path / "said", **given) == 0, (tmp_path / "said").read_text()
 
 
 IN_A_KERNEL = "00_map"

@@ -184,7 +184,11 @@ def qat_recipe(method: str, w_bits: int, a_bits: int, profile: str, *, seed: int
 
 
 def act_of(method: str, bits: int, *, signed: bool) -> Quantizer | None:
-    """The activation quantizer that ``method`` (a key of ``METHODS``) stands for; None for 32 bits."""
+    """The activation quantizer that ``method`` (a key of ``METHODS``) stands for; None for 32 bits.
+
+    An unknown method raises ``ValueError`` naming the nearest.
+    """
+    check_known(method, METHODS, "QAT method")
     return make_quantizer(parse_spec(METHODS[method][1], method, base=Spec(bits=bits)), "act", method, signed=signed)
 
 

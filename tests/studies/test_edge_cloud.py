@@ -147,6 +147,16 @@ def test_edges_are_compared_on_the_same_images(rows):
     assert loss["mean"] == pytest.approx(crossbar - few.set_index("wire_bits")["acc_pct"][8])
 
 
+def test_a_crossbar_alone_is_tabled_by_its_own_packets(rows):
+    said = rows["switches"]
+    measured = said.str.contains('"edge":"integer"') & (rows["metric"] != "edge_mac_pct")
+    table, whole = (tables.table(tables.measured(r)) for r in (rows.loc[~measured], rows))
+    sizes = ["cut after", "bits", "packed, KiB"]
+    assert table[sizes].equals(whole[sizes])
+    assert set(table["W8A8, digital, 20 images"][4:]) == {"n/r"}
+    assert "n/r" not in set(table["crossbar, 1 s, 10 images"])
+
+
 def test_tables_and_figure_come_from_the_rows(rows):
     frame = tables.measured(rows)
     assert set(tables.near(frame)["edge"]) == {"integer", "crossbar"}

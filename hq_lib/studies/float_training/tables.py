@@ -5,10 +5,16 @@ import pandas as pd
 from hq_lib import models
 from hq_lib.results import labels, published, tables
 from hq_lib.studies.bench import shipped
+from hq_lib.studies.float_training.study import CURVES
 
 
 def main_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """tab_float_training, from rows of ``float_reference``: size, epochs, test accuracy beside the group's own."""
+    """tab_float_training, from rows of ``float_reference``: size, epochs, test accuracy beside the group's own.
+
+    Without rows it has no lines.
+    """
+    if rows.empty:
+        return rows
     compared = published.load().query("table == 'seed001' and method == 'float' and model in @rows.model.unique()")
     out = tables.build(rows, compared, index=["model", "dataset"])
     sizes = {labels.printed("model", name): _parameters(name) for name in set(rows["model"])}
@@ -26,9 +32,10 @@ def _parameters(name: str) -> str:
 def curves(rows: pd.DataFrame) -> pd.DataFrame:
     """The learning curves, from rows of ``float_history``: model, dataset, seed, epoch, train_loss, val_acc_pct, lr.
 
-    Of a network and seed one run (``results.tables.longest``).
+    Of a network and seed one run (``results.tables.longest``). A column stays empty where no run has such numbers.
     """
-    return tables.wide(rows, "model", "dataset", "seed", "epoch")
+    cell = ("model", "dataset", "seed", "epoch")
+    return tables.wide(rows, *cell).reindex(columns=[*cell, *sorted(CURVES)])
 
 
 def standard_errors(rows: pd.DataFrame) -> pd.DataFrame:

@@ -31,7 +31,7 @@ def fig_integer_agreement(layers: pd.DataFrame) -> Figure:
     if unknown := sorted(set(layers["inputs"]) - set(INPUTS)):
         raise ValueError(f"fig_integer_agreement: inputs {unknown[0]!r} is neither of {', '.join(map(repr, INPUTS))}")
     models, bits = list(dict.fromkeys(layers["model"])), sorted(set(layers["bits"]), reverse=True)
-    size = {"width": 3.2 * max(len(bits), 2), "height": 0.9 + 1.25 * len(models)}
+    size = {"width": 3.2 * max(len(bits), 2), "height": max(0.9 + 1.25 * len(models), 3.6)}
     figure, axes = new_figure(len(models), len(bits), sharey=True, sharex="row", **size)
     for row, model in zip(axes, models, strict=True):
         for ax, width in zip(row, bits, strict=True):
