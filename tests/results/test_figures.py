@@ -143,7 +143,7 @@ def test_the_training_curves_are_the_means_over_seeds():
         for line, model in zip(ax.get_lines(), ("resnet20", "toynet"), strict=True):
             assert np.allclose(line.get_ydata(), expected.loc[model, column])
             assert line.get_color() == methods.METHOD_COLORS[model]
-    assert [t.get_text() for t in accuracy.texts] == ["ResNet-20", "ToyNet"]
+    assert [t.get_text() for t in accuracy.figure.legends[0].get_texts()] == ["ResNet-20", "ToyNet"]
     assert "%" in accuracy.get_ylabel()
     assert "nat" in loss.get_ylabel()
     assert rate.get_xlabel() == "epoch"
@@ -200,6 +200,18 @@ def test_a_layer_of_zeros_does_not_stop_the_figure():
 def test_heat_map_prints_every_cell_and_what_was_not_run():
     texts = [t.get_text() for t in a_heat_map().axes[0].texts]
     assert texts == ["90.0", "80.0", "n/r", "10.0"]
+
+
+def test_a_heat_map_of_gains_and_losses_is_centred_at_zero():
+    """Equal gain and loss are equally far from the colour of none, and a loss that rounds to 0.0 has no sign."""
+    _, axes = figures.new_figure()
+    marks.heat_map(axes[0, 0], pd.DataFrame([[-20.0, -0.04], [20.0, 40.0]]), unit="points")
+    assert [t.get_text() for t in axes[0, 0].texts] == ["-20.0", "0.0", "20.0", "40.0"]
+    (image,) = axes[0, 0].images
+    low, none, high = (np.asarray(image.cmap(image.norm(v)))[:3] for v in (-40.0, 0.0, 40.0))
+    assert none.min() > 0.9
+    assert low[2] > low[0]
+    assert high[0] > high[2]
 
 
 def test_a_model_trained_on_all_images_has_no_validation_line():

@@ -248,6 +248,14 @@ def test_nets_below_the_window_stand_on_its_foot_with_their_accuracy():
     assert additivity.get_xscale() == "log"
 
 
+def test_accuracies_of_neighbours_on_the_foot_are_printed_apart():
+    nets = points().dropna(subset=["acc_pct"])
+    near = nets.loc[nets["acc_pct"] == 40].assign(search="ends_8", acc_pct=30.0, size_KiB=lambda f: f["size_KiB"] + 0.1)
+    size = fig_pareto(pd.concat([nets, near]), float_acc_pct=91.3).axes[0]
+    upper, lower = (next(t for t in size.texts if t.get_text() == text).get_window_extent() for text in ("30", "40"))
+    assert not upper.overlaps(lower)
+
+
 def test_an_assignment_is_drawn_weight_by_weight():
     ax = fig_assignment({"weight conv1": 8, "weight layer1.0.conv1": 3}).axes[0]
     assert [bar.get_height() for bar in ax.patches] == [8, 3]

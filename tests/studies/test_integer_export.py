@@ -254,6 +254,8 @@ def test_layers_are_compared_on_both_kinds_of_inputs(out_dir, only_toy):
     assert born["largest_LSB"].max() <= 1  # rounding alone
     assert layers["mismatch_pct"].between(0, 100).all()
     figure = fig_integer_agreement(layers)
+    named = fig_integer_agreement(layers.assign(model="mobilenetv2_seed", largest_LSB=100)).axes[0]
+    assert not named._left_title.get_window_extent().overlaps(named._right_title.get_window_extent())
     line = figure.axes[0].get_lines()[1]
     assert list(line.get_ydata()) == list(born["mismatch_pct"])
     with pytest.raises(ValueError, match="'mine' is neither"):

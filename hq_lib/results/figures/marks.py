@@ -89,20 +89,25 @@ def plain_log(ax: Axes) -> None:
 def heat_map(ax: Axes, table: pd.DataFrame, *, unit: str, decimals: int = 1) -> None:
     """Draws the table (index = rows, top down; columns = columns) in colour with its numbers; NaN is printed ``n/r``.
 
+    Where some are negative, the colours are those of a map centred at 0: blue below, red above.
+
     Args:
         unit: of the numbers, for the colour bar's label.
         decimals: digits after the point in the cells.
     """
     values = table.to_numpy(dtype=float)
-    image = ax.imshow(np.ma.masked_invalid(values), aspect="auto")
     known = values[~np.isnan(values)]
+    reach = np.abs(known).max(initial=0.0)
+    if is_signed := bool((known < 0).any()):
+        image = ax.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach)
+    else:
+        image = ax.imshow(np.ma.masked_invalid(values), aspect="auto")
     middle = (known.min() + known.max()) / 2 if known.size else 0.0
     for (row, column), value in np.ndenumerate(values):
         missing = np.isnan(value)
-        color = "black" if missing or value > middle else "white"  # cividis is dark where low
-        ax.text(
-            column, row, "n/r" if missing else f"{value:.{decimals}f}", ha="center", va="center", color=color, size=7
-        )
+        is_dark = abs(value) > 0.6 * reach if is_signed else value <= middle  # cividis is dark where low
+        ax.text(column, row, "n/r" if missing else f"{value:z.{decimals}f}", ha="center", va="center", size=7,
+                color="white" if is_dark and not missing else "black")  # fmt: skip
     ax.set_xticks(range(table.shape[1]), [str(c) for c in table.columns])
     ax.set_yticks(range(table.shape[0]), [str(c) for c in table.index])
     ax.grid(False)

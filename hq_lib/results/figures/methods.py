@@ -10,7 +10,7 @@ from typing import Any
 
 from hq_lib.results.hints import nearest
 
-# Groups of what is drawn together, dark to light.
+# Groups of what is drawn together, dark to light; what came later at the end, so that no other look changes.
 GROUPS: dict[str, dict[str, str]] = {
     "trained": {
         "dsq": "#002596", "pact": "#940019", "dorefa_hw": "#005f8e", "lsq": "#007f31", "mpact": "#e33aa4",
@@ -29,7 +29,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "allocation": {"optimal": "#003989", "uniform": "#c5112a", "ends_8": "#00a152", "at_random": "#ebaa18"},
     "model": {
         "resnet20": "#003e77", "toynet": "#ae002b", "mobilenetv2": "#007c3e", "mobilenetv2_seed": "#0089b5",
-        "vgg_small": "#b876f0", "vgg11": "#fa8b2e", "lenet": "#d8c32a",
+        "vgg_small": "#b876f0", "vgg11": "#fa8b2e", "lenet": "#d8c32a", "lenet_relu1": "#45003d",
     },
     "stage": {"before": "#9a9a9a", "after": "#003e77"},
     "reference": {"float": "#000000"},

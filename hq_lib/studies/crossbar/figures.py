@@ -148,7 +148,7 @@ def fig_drift(points: pd.DataFrame, *, exact_pct: float, no_error: Mapping[str, 
         ax.set(title=f"PCM, {RULES[rule]}", xlabel=f"time since programming ({told})")
     _finish(axes, exact_pct)
     for ax, (kind, value) in product(axes[0], no_error.items()):
-        ax.axhline(value, color=look(kind).color, linewidth=0.8, linestyle=":", zorder=0)
+        _level(ax, value, look(kind).color, ":")
     return figure
 
 
@@ -195,11 +195,16 @@ def fig_products(ideal: Tensor, measured: Tensor, *, title: str) -> Figure:
 def _finish(axes: np.ndarray, exact_pct: float) -> None:
     """Dashes at the exact integers' accuracy in all axes, of percent from 0 to 100, and labels at the ends of lines."""
     for ax in axes.flat:
-        ax.axhline(exact_pct, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        _level(ax, exact_pct, "black", "--")
         ax.set_ylim(0, 100)
         label_ends(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("test accuracy, %")
+
+
+def _level(ax: Axes, value: float, color: str, linestyle: str) -> None:
+    """A thin line at ``value`` over the data, no further: the labels of what is drawn stand beyond."""
+    ax.hlines(value, *ax.dataLim.intervalx, color=color, linestyle=linestyle, linewidth=0.8, zorder=0)
 
 
 def _converter_lines(ax: Axes, part: pd.DataFrame) -> None:

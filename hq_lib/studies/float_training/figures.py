@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hq_lib.results import labels
-from hq_lib.results.figures import band_lines, label_ends, looks, need, new_figure, plain_log, styled
+from hq_lib.results.figures import band_lines, looks, need, new_figure, plain_log, styled
 
 
 @styled("model", "seed", "epoch", "train_loss", "lr")
@@ -34,6 +34,6 @@ def fig_float_training(history: pd.DataFrame) -> Figure:
     loss.set_ylabel("training loss, nat")
     rate.set(ylabel="learning rate", xlabel="epoch")
     figure.align_ylabels()
-    for ax in (accuracy, loss):
-        label_ends(ax)
+    handles, words = loss.get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside upper center", ncols=3, handlelength=3.5)
     return figure

@@ -38,6 +38,13 @@ def curves(rows: pd.DataFrame) -> pd.DataFrame:
     return tables.wide(rows, *cell).reindex(columns=[*cell, *sorted(CURVES)])
 
 
+def unjudged(found: pd.DataFrame) -> str:
+    """What a caption says of the networks of ``curves`` without validation accuracies; nothing where all have them."""
+    judged = set(found.loc[found["val_acc_pct"].notna(), "model"])
+    names = [labels.printed("model", model) for model in dict.fromkeys(found["model"]) if model not in judged]
+    return f"; {' and '.join(names)}: trained on the validation images too, so none to judge by" if names else ""
+
+
 def standard_errors(rows: pd.DataFrame) -> pd.DataFrame:
     """Each accuracy with the standard error of its test images, 100 sqrt(p (1 - p) / n), percent."""
     share = rows["value"] / 100

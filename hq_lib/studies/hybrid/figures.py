@@ -1,6 +1,7 @@
 """Figures of notebook 06, bits per tensor."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from hq_lib.results.figures import band, band_line, heat_map, label_ends, look, need, new_figure, styled
+from hq_lib.results.figures import Look, band_line, heat_map, label_ends, look, need, new_figure, styled
 
 SEARCHES = {
     "optimal": "integer program", "uniform": "same bits", "ends_8": "same bits, first and last 8",
@@ -105,7 +106,8 @@ def fig_pareto(points: pd.DataFrame, *, float_acc_pct: float | None = None) -> F
     """Accuracy against cost of searched, uniform and random assignments (above), predicted against measured KL (below).
 
     Left the size of the weights counts (activations at fixed bits), right the bit operations. Lines join the means over
-    calibration draws; bands are ± sd. Nets that fall out of the window stand on its foot, with their accuracy.
+    calibration draws; bands are ± sd. Nets that fall out of the window stand on its foot, those of nearly one cost as
+    one, with their mean accuracy.
 
     Args:
         points:        one row per net: ``budget`` ("size", "bop"), ``search`` (a key of ``SEARCHES``), ``equivalent``,
@@ -132,7 +134,7 @@ def fig_pareto(points: pd.DataFrame, *, float_acc_pct: float | None = None) -> F
 def _accuracy(ax: Axes, mine: pd.DataFrame, float_acc_pct: float | None) -> None:
     values = mine["acc_pct"].to_numpy(dtype=float)
     top = max(float(values.max()), float_acc_pct or 0.0)
-    foot = max(float(values.min()) - 0.5, top - WINDOW_PP)
+    foot, near, below = max(float(values.min()) - 0.5, top - WINDOW_PP), 0.02 * np.ptp(mine["cost"]), []
     for search, label in SEARCHES.items():
         nets, style = mine.loc[mine["search"] == search], look(search)
         if search == "at_random":
@@ -140,18 +142,33 @@ def _accuracy(ax: Axes, mine: pd.DataFrame, float_acc_pct: float | None) -> None
             ax.plot(inside["cost"], inside["acc_pct"], **{**vars(style), "linestyle": ""}, label=label)
         elif len(nets):
             band_line(ax, nets, x="cost", y="acc_pct", as_=search, label=label)
-        below = band(nets.loc[nets["acc_pct"] < foot], x="cost", y="acc_pct")["mean"]
-        # those below stand on its foot, each cost once, hollow, with the mean accuracy of its nets
-        for cost, value in zip(below.index, below, strict=True):
-            ax.plot(cost, foot, linestyle="", marker=style.marker, color="white", markeredgecolor=style.color,
-                    clip_on=False, zorder=5)  # fmt: skip
-            ax.annotate(f"{value:.0f}", (cost, foot), xytext=(0, 5), textcoords="offset points", size=6, ha="center",
-                        color=style.color)  # fmt: skip
+        low = nets.loc[nets["acc_pct"] < foot, ["cost", "acc_pct"]]
+        means = low.groupby((low["cost"] / near).round()).mean()
+        below += [(cost, value, style) for cost, value in means.itertuples(index=False)]
+    _stand(ax, foot, below, 3 * near)
     if float_acc_pct:
         ax.axhline(float_acc_pct, color="black", linestyle="--", linewidth=0.8)
         ax.annotate("float", (1, float_acc_pct), xycoords=("axes fraction", "data"), xytext=(-2, 2), size=7,
                     textcoords="offset points", ha="right")  # fmt: skip
     ax.set_ylim(foot - 0.02 * WINDOW_PP, top + 0.06 * WINDOW_PP)
+
+
+def _stand(ax: Axes, foot: float, below: list[tuple[Any, Any, Look]], near: float) -> None:
+    """Nets below the window on its foot, hollow, with their accuracy; that of neighbours stands one over the other.
+
+    Args:
+        below: cost, mean accuracy and look of those of one search and nearly one cost.
+        near:  how far apart in cost two accuracies stand beside each other.
+    """
+    for cost, _, style in below:
+        ax.plot(cost, foot, linestyle="", marker=style.marker, color="white", markeredgecolor=style.color,
+                clip_on=False, zorder=5)  # fmt: skip
+    last, height = -np.inf, 0
+    for cost, value, style in sorted(below, key=lambda net: net[0]):
+        height = height + 1 if cost - last < near else 0
+        ax.annotate(f"{value:.0f}", (cost, foot), xytext=(0, 5 + 7 * height), textcoords="offset points", size=6,
+                    ha="center", color=style.color, bbox={"color": "white", "pad": 0.5})  # fmt: skip
+        last = cost
 
 
 def _additivity(ax: Axes, mine: pd.DataFrame) -> None:

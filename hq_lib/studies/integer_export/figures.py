@@ -36,7 +36,7 @@ def fig_integer_agreement(layers: pd.DataFrame) -> Figure:
     for row, model in zip(axes, models, strict=True):
         for ax, width in zip(row, bits, strict=True):
             _panel(ax, layers.loc[(layers["model"] == model) & (layers["bits"] == width)])
-        row[0].set_title(labels.printed("model", model), loc="left", size=9)
+        row[0].set_title(labels.printed("model", model), loc="left", size=8)
     for ax in axes[-1]:
         ax.set_xlabel("tensor, in order of execution")
     figure.supylabel("integers that differ from fake-quantized, %", size=9)
@@ -59,7 +59,7 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     worst = [rows.loc[rows["inputs"] == i, "largest_LSB"] for i in INPUTS]
     told = " / ".join(f"{steps.max():.0f}" for steps in worst if len(steps))
-    ax.set_title(f"{rows['bits'].iloc[0]}, at most {told} LSB", loc="right", size=8)
+    ax.set_title(f"{rows['bits'].iloc[0]}, at most {told} LSB", loc="right", size=7)
 
 
 def _name_lines(ax: Axes) -> None:

@@ -36,11 +36,12 @@ def fig_dsq_curve(curves: pd.DataFrame) -> Figure:
         stairs.plot(line["x"], line["soft"], color=style.color, linestyle=style.linestyle, label=text)
         slopes.plot(line["x"], line["slope"], color=style.color, linestyle=style.linestyle, label=text)
     inside = first.loc[first["slope"] > 0, "x"]
-    slopes.hlines(1.0, inside.min(), inside.max(), color="0.75", linewidth=2.5, label="straight-through", zorder=0)
+    slopes.hlines(1.0, inside.min(), inside.max(), color="0.75", linewidth=2.5, zorder=0)
+    slopes.annotate("straight-\nthrough", (inside.max(), 1.0), xytext=(5, 0), textcoords="offset points", va="center",
+                    size=8, color="0.45")  # fmt: skip
     stairs.set_ylabel("quantized value")
     slopes.set(ylabel="slope of the soft staircase", xlabel="x")
     stairs.legend(loc="upper left")
-    slopes.legend(loc="upper right", ncols=2)
     figure.align_ylabels()
     return figure
 

@@ -83,8 +83,8 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str]) -> Figure:
     """BRECQ and QDrop with random images (open) and with selected ones (filled), one column per network.
 
     Ours come first, every shared draw a small point and their mean a large one, the mean paired difference above it;
-    published pairs are large points alone. A network without a number of ours says ``ours n/r``, without a published
-    pair ``–``.
+    published pairs, on a grey ground, are large points alone. A network without a number of ours says ``ours n/r``,
+    without a published pair ``–``.
 
     Args:
         pairs:        ``model``, ``method`` ("brecq", "qdrop"), ``selected`` (bool), ``source`` ("ours", "published"),
@@ -104,6 +104,9 @@ def fig_selected(pairs: pd.DataFrame, *, networks: Sequence[str]) -> Figure:
             _pair(ax, here.loc[here["method"] == method], i + shift, method, size=7 if source == "ours" else 6.5)
     ax.set_xticks(range(len(columns)), [_network_label(m, s, pairs) for m, s in columns], size=7)
     ax.set(ylabel="top-1 accuracy, %", xlim=(-0.6, len(columns) - 0.4))
+    if len(ours) < len(columns):
+        ax.axvspan(len(ours) - 0.5, len(columns) - 0.4, color="0.94", zorder=-1)
+        ax.annotate("published", (len(ours) - 0.45, 0.98), xycoords=("data", "axes fraction"), size=7, va="top")
     ax.margins(y=0.14)
     ax.grid(False, axis="x")
     for method, chosen in product(("brecq", "qdrop"), (False, True)):
