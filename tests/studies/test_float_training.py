@@ -17,6 +17,8 @@ def test_a_network_trained_on_all_images_has_an_empty_validation_column():
     curves = tables.curves(frame(rows))
     assert list(curves) == ["model", "dataset", "seed", "epoch", "lr", "train_loss", "val_acc_pct"]
     assert np.isnan(curves["val_acc_pct"]).all()
+    assert tables.unjudged(curves).startswith("; ResNet-20: trained on the validation images too")
+    assert tables.unjudged(curves.assign(val_acc_pct=90.0)) == ""
     assert tables.progress(curves)["train_loss"].to_numpy().tolist() == [[0.5, 0.5]]
 
 
