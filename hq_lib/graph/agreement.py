@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hq_lib.graph.modes import changed_by, eval_mode, line_of
+from hq_lib.graph.layers import op_name
+from hq_lib.graph.modes import changed_by, eval_mode, line_of, module_path
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import Example, LeafModules, NodeWatcher, as_inputs, propagate, trace, unwrap
 
@@ -58,6 +59,22 @@ def traced(net: nn.Module, example: Example | None, *, leaf_modules: LeafModules
                 f"its input alone, out of place"
             ) from error
     return gm
+
+
+def refuse_draws(gm: fx.GraphModule, example: Example) -> None:
+    """Raise ``QuantizeError`` that names the first operation of ``gm`` that draws random numbers in eval mode."""
+    states: list[Tensor] = []
+
+    def look(node: fx.Node, value: Any) -> None:
+        states.append(torch.get_rng_state())
+        if not torch.equal(states[0], states[-1]):
+            raise QuantizeError(
+                f"{(module_path(node) or [('the network', '')])[-1][0]!r}, at {line_of(node)}, draws random numbers in "
+                f"eval mode ({op_name(node, gm)}), which no file or executor would repeat: give a dropout "
+                f"training=self.training, draw what else there is while self.training only"
+            )
+
+    _run(gm, example, look)
 
 
 def _left_out(net: nn.Module, example: Example | None) -> dict[str, Any]:

@@ -14,15 +14,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from hq_lib.graph.agreement import compare, traced
-from hq_lib.graph.layers import layer_kind, make_plain_
-from hq_lib.graph.modes import FollowsMode, eval_mode
+from hq_lib.graph.layers import layer_kind, make_plain_, op_name
+from hq_lib.graph.modes import eval_mode
 from hq_lib.graph.tracing import Example, LeafModules, trace, unwrap
 from hq_lib.results.hints import check_known
 
@@ -31,7 +29,6 @@ Layer = _ConvNd | nn.Linear
 OnRefusal = Literal["raise", "keep"]
 
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
 
 def find_norms(gm: fx.GraphModule) -> list[fx.Node]:
@@ -134,12 +131,8 @@ def _module(node: fx.Node) -> nn.Module | None:
 
 def _is_identity(node: fx.Node) -> bool:
     """Say whether ``node`` passes its input on in eval mode."""
-    if node.op == "call_function" and node.target in _DROPOUTS:
-        return node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is False
-    module = _module(node)
-    if isinstance(module, FollowsMode):
-        return module.function in _DROPOUTS
-    return isinstance(module, nn.Identity | _DropoutNd)
+    owner = node.graph.owning_module
+    return owner is not None and op_name(node, owner) == "identity"
 
 
 def _leads_to(node: fx.Node, norm: fx.Node) -> bool:

@@ -114,11 +114,12 @@ class QuantConvTranspose2d(QuantizedWeight, nn.ConvTranspose2d):
 QUANTIZER_SUFFIX = "_act_quantizer"
 LAYERS = {"conv2d": QuantConv2d, "linear": QuantLinear, "convtranspose2d": QuantConvTranspose2d}
 """Operation -> the quantized form of its layer."""
-SAME = {
-    "identity", "clone", "detach", "contiguous", "dropout", "dropout1d", "dropout2d", "featuredropout",
-    "dropout3d", "featurealphadropout", "stochasticdepth", "droppath", "alphadropout",
+_DROPOUTS = {
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "featuredropout", "alphadropout", "featurealphadropout",
+    "stochasticdepth",
 }  # fmt: skip
-"""Operations that give their input back in eval mode."""
+_SAME = {"identity", "clone", "detach", "contiguous", "droppath", *_DROPOUTS}
+"""Operations that give their input back in eval mode; a dropout that is called as a function by its flag alone."""
 _UNSUPPORTED = {"conv1d", "conv3d", "convtranspose1d", "convtranspose3d", "lstm", "gru", "rnn", "bilinear"}
 _NAMES = {
     "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm"},
@@ -134,8 +135,7 @@ _NAMES = {
     "concat": {"cat", "concat", "concatenate"},
     "avgpool": {"avgpool1d", "avgpool2d", "adaptiveavgpool1d", "adaptiveavgpool2d", "mean"},
     "pass": {
-        *SAME,
-        *("maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax"),
+        *("identity", "maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax"),
         *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze"),
         *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
         *("pad", "zeropad2d", "reflectionpad2d", "replicationpad2d", "circularpad2d"),
@@ -157,8 +157,17 @@ def _called(node: fx.Node, gm: fx.GraphModule) -> tuple[Any, nn.Module | None]:
 def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
     """Return the operation of ``node`` in one spelling: lower case without underscores, e.g. "maxpool2d".
 
-    To add the number 0 is an "identity".
+    Whatever gives its input back in eval mode is an "identity": dropout, a copy, to add the number 0.
     """
+    name = _spelled(node, gm)
+    if name in ("add", "iadd"):
+        same = node.kwargs.get("alpha", 1) == 1 and any(_is_zero(arg) for arg in operands(node))
+    else:
+        same = name in _SAME and node.op.startswith("call") and not _drops(node, name, gm)
+    return "identity" if same else name
+
+
+def _spelled(node: fx.Node, gm: fx.GraphModule) -> str:
     target, module = _called(node, gm)
     if module is not None:
         classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
@@ -166,9 +175,19 @@ def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
         name = type(module).__name__ if found is nn.Module else found.__name__
     else:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    name = name.lower().replace("_", "")
-    sums = name in ("add", "iadd") and node.kwargs.get("alpha", 1) == 1
-    return "identity" if sums and any(_is_zero(arg) for arg in operands(node)) else name
+    return name.lower().replace("_", "")
+
+
+def _drops(node: fx.Node, name: str, gm: fx.GraphModule) -> bool:
+    """Return whether ``node`` is a dropout called as a function that is at work in eval mode: ``F.dropout(x)``."""
+    if name not in _DROPOUTS or _called(node, gm)[1] is not None:
+        return False
+    given: dict[int | str, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    if node.op == "call_module":  # it follows the mode
+        in_training: Any = gm.get_submodule(str(node.target)).in_training
+        given |= {place: not value for place, value in in_training.items()}
+    places = (3 if name == "stochasticdepth" else 2, "training", "train")
+    return bool(next((given[place] for place in places if place in given), "alpha" not in name))
 
 
 def _is_zero(arg: Any) -> bool:

@@ -24,7 +24,7 @@ import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import fx, nn
 
-from hq_lib.graph.layers import QUANTIZER_SUFFIX, SAME, kinds, nonnegative, op_name
+from hq_lib.graph.layers import QUANTIZER_SUFFIX, kinds, nonnegative, op_name
 from hq_lib.graph.modes import module_path
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
 
@@ -72,7 +72,7 @@ def find_sites(gm: fx.GraphModule, *, placement: str = "deploy", in_float: Colle
     kind_of = kinds(gm)
     tails = _tails(kind_of)
     if placement == "academic":
-        told = {n: "same" if kind == "pass" and op_name(n, gm) in SAME else kind for n, kind in kind_of.items()}
+        told = {n: "same" if kind == "pass" and op_name(n, gm) == "identity" else kind for n, kind in kind_of.items()}
         only_added = [tail for tail in tails.values() if _readers(tail, told, {"same"}) - {"shape"} == {"add"}]
         tails = {s: tail for s, tail in tails.items() if kind_of[s] != "layer" or tail not in only_added}
     names, signs = _names(tails, kind_of), nonnegative(gm, kind_of)

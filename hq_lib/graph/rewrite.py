@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from hq_lib.graph.agreement import traced
+from hq_lib.graph.agreement import refuse_draws, traced
 from hq_lib.graph.folding import OnRefusal, fold_bn
 from hq_lib.graph.layers import LAYERS, QUANTIZER_SUFFIX, QuantizedWeight, kinds, make_plain_, op_name
 from hq_lib.graph.modes import eval_mode, module_path
@@ -149,7 +149,8 @@ def quantize(
 
     Raises:
         PolicyError:                  names the key of the policy that cannot be carried out.
-        QuantizeError:                the net is quantized already, or has a layer without a quantized form.
+        QuantizeError:                the net is quantized already, has a layer without a quantized form, or draws
+                                      random numbers in eval mode.
         folding.FoldError:            names each batch norm that cannot be folded, and why.
         agreement.DisagreementError:  the graph computes something else than ``net``; names the line.
         tracing.UntraceableError:     names the line that cannot be traced.
@@ -190,6 +191,7 @@ def unfitted(
         propagate(gm, example)
     else:
         gm = traced(net, example, leaf_modules=leaf_modules)
+    refuse_draws(gm, example)
     with eval_mode(gm):
         for module in gm.modules():
             make_plain_(module)

@@ -17,7 +17,6 @@ from torch import Tensor, fx
 
 from hq_lib.data import DataSpec, ImageSet, batches
 from hq_lib.graph import kinds, op_name
-from hq_lib.graph.layers import SAME
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.integer.execute import run
 from hq_lib.integer.lowering import lower, tensor_names
@@ -186,6 +185,6 @@ def _biases(qnet: fx.GraphModule) -> dict[str, _Bias]:
             gain, shift = norm_gain(module) if kind == "norm" else (1.0, np.atleast_1d(own))
             value = shift + gain * before.value if before else shift
             found[node] = _Bias(before.layer if before else name, value, module.bias, value - own)
-        elif source in found and op_name(node, qnet) in SAME:
+        elif source in found and op_name(node, qnet) == "identity":
             found[node] = found[source]
     return {bias.layer: bias for bias in found.values()}  # of a layer and its norms, the last

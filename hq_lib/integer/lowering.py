@@ -16,7 +16,7 @@ from torch import fx
 
 from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
-from hq_lib.graph.layers import SAME, is_difference, operands
+from hq_lib.graph.layers import is_difference, operands
 from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.integer import moves, nodes, terms
 from hq_lib.integer import record as r
@@ -120,7 +120,7 @@ class _Walk:
         if isinstance(term, Plain) and term.kind is r.Quantize and self.images is not None:
             self.values[node] = found = term.write(self.writer, pixel_grid(term.inputs[0].shape, self.images))
             return found
-        while self.kinds[node] == "quantizer" or op_name(node, self.gm) in SAME:  # one that is switched off
+        while self.kinds[node] == "quantizer" or op_name(node, self.gm) == "identity":  # one that is switched off
             node = node.all_input_nodes[0]
         site = next((site.name for site in self.gm.meta.get("sites", ()) if site.node == node.name), None)
         bits = f"give it 16 bits or fewer in the policy (overrides={{{site!r}: {{'act': 8}}}})"
@@ -238,7 +238,7 @@ class _Walk:
     def move(self, node: fx.Node) -> Value:
         """Handle what keeps the grid: max-pools, reshapes, transposes, slices, padding."""
         name, source = op_name(node, self.gm), node.all_input_nodes[0]
-        if name in SAME:
+        if name == "identity":
             return self.values[source]
         if name == "getitem" and isinstance(self.values[source], tuple):
             return self.values[source][node.args[1]]  # type: ignore[index]

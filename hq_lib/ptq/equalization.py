@@ -19,7 +19,7 @@ from hq_lib.graph.modes import eval_mode
 from hq_lib.graph.state import Choice, passes, set_quantization
 from hq_lib.graph.tracing import Example, device_of
 
-_THROUGH = {"relu", "maxpool2d", "dropout", "dropout2d", "identity"}  # f(s x) = s f(x) for s > 0, channel by channel
+_THROUGH = {"relu", "maxpool2d", "identity"}  # f(s x) = s f(x) for s > 0, channel by channel
 MAX_SWEEPS = 50
 SETTLED = 1e-4
 """A sweep whose factors all lie this close to 1 is the last one."""

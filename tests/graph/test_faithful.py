@@ -99,6 +99,35 @@ def test_a_dropout_that_is_always_on_stays_on():
     assert not torch.equal(gm(X), gm(X))
 
 
+DRAWS = {
+    "dropout": lambda n, x: n.h(F.dropout(n.a(x))),
+    "by place": lambda n, x: n.h(torch.dropout(n.a(x), 0.5, True)),
+    "the other way round": lambda n, x: n.h(F.dropout(n.a(x), 0.5, not n.training)),
+    "noise": lambda n, x: n.h(n.a(x) + torch.randn_like(x)[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("bn", ["keep", "fold"])
+def test_a_network_that_draws_numbers_in_eval_mode_is_refused_by_line_with_the_mend(name, bn):
+    with pytest.raises(QuantizeError, match=r"at .*test_faithful\.py:\d+.*eval mode.*training=self\.training"):
+        quantize(Net(DRAWS[name]).eval(), BitPolicy(bn=bn), X[:1])
+
+
+def test_no_batch_norm_folds_through_a_dropout_that_is_always_on():
+    class Always(Net):
+        def __init__(self, flag) -> None:
+            super().__init__(lambda n, x: n.h(n.norm(F.dropout(n.a(x), 0.5, flag(n)))))
+            self.norm = nn.BatchNorm2d(4)
+
+    with pytest.raises(FoldError, match="'dropout' before it is no plain convolution"):
+        fold_bn(Always(lambda n: True).eval(), X)
+    with pytest.raises(FoldError, match="'dropout' before it is no plain convolution"):
+        fold_bn(Always(lambda n: not n.training).eval(), X)
+    fold_bn(Always(lambda n: n.training).eval(), X)
+    fold_bn(Always(lambda n: False).eval(), X)
+
+
 class AuxiliaryHead(Net):
     def __init__(self) -> None:
         super().__init__(lambda n, x: (n.h(n.a(x)), n.h(n.b(n.a(x)))) if n.training else n.h(n.a(x)))

@@ -20,7 +20,6 @@ from hq_lib.deploy.fpga.formats import GAIN, bias_integers
 from hq_lib.deploy.fpga.fpgai import MAX_SHIFT, FpgaiError, FpgaiLayer, Stage, need, record_of
 from hq_lib.graph import op_name
 from hq_lib.graph.folding import fold_bn
-from hq_lib.graph.layers import SAME
 from hq_lib.graph.tracing import NodeWatcher
 
 MIN_IMAGES = 32
@@ -188,8 +187,9 @@ def _chain(gm: fx.GraphModule) -> list[Weighted]:
             else:
                 what = type(module).__name__ if module else op_name(node, gm)
                 known = "convolutions, linear layers, ReLU, Hardtanh(0, 1), average and max pools, Flatten, Dropout"
-                need(op_name(node, gm) in {*SAME, "flatten"}, f"{node.name!r} is {what}: FPGAI export knows {known}")
-                if op_name(node, gm) == "flatten":
+                name = op_name(node, gm)
+                need(name in ("identity", "flatten"), f"{node.name!r} is {what}: FPGAI export knows {known}")
+                if name == "flatten":
                     told = (*node.args[1:], *node.kwargs.values())
                     ends = (module.start_dim, module.end_dim) if isinstance(module, nn.Flatten) else told
                     need(ends in {(1,), (1, -1)}, f"{node.name!r}: FPGAI flattens everything but the batch")
