@@ -187,6 +187,11 @@ def _operations(qnet: QuantizedNet) -> list[str]:
     return lines
 
 
+def _comparable(line: str) -> str:
+    """An operation without what may differ: a correction may have given a bias, an older file has views as such."""
+    return re.sub(r", bias=(True|False)", "", line).replace(" call_method view ", " call_method reshape ")
+
+
 @torch.random.fork_rng(devices=[])  # what building draws is not the caller's concern
 def _skeleton(record: Mapping[str, Any], tensors: Mapping[str, Tensor], net: nn.Module | None) -> QuantizedNet:
     """The network of a record, quantized and unfitted: ``net``, or the one of the name in the record."""
@@ -198,10 +203,7 @@ def _skeleton(record: Mapping[str, Any], tensors: Mapping[str, Tensor], net: nn.
     traced = {key: record[key] for key in ("leaf_modules", "on_refusal")}
     net, policy = net.cpu().train(record["traced_training"]), BitPolicy.from_dict(record["policy"])
     qnet = unfitted(net, policy, example, **traced)
-    ours, theirs = (
-        [re.sub(r", bias=(True|False)", "", line) for line in lines]  # a correction may have given one
-        for lines in (_operations(qnet), record["graph"])
-    )
+    ours, theirs = ([_comparable(line) for line in lines] for lines in (_operations(qnet), record["graph"]))
     if ours != theirs:
         here, saved = next((a, b) for a, b in zip_longest(ours, theirs, fillvalue="nothing more") if a != b)
         raise CheckpointError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
@@ -72,6 +73,9 @@ def trace(
             raise UntraceableError(_explain(net, tracer.failed_in, error)) from error
 
     graph, flags, only_here = read_modes(net, traced)
+    for node in graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(size, torch.dtype) for size in node.args):
+            node.target = "reshape"  # the same values, and it takes tensors in channels-last order
     gm = fx.GraphModule(net, graph, class_name=type(net).__name__)
     copy_modes_(net, gm)
     follow_modes(gm, net, flags, only_here)
@@ -118,10 +122,29 @@ def channels_last_(net: nn.Module) -> None:
     net._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
 
+def runs_channels_last(net: nn.Module, x: Tensor) -> bool:
+    """Return False where ``net`` takes ``x`` (B, C, H, W) as it is laid out, and fails on both in channels-last order.
+
+    Which a ``view`` over rows and columns does. Tried in eval mode; ``net`` stays as it is.
+    """
+
+    def runs(layout: torch.memory_format) -> bool:
+        tensors = itertools.chain(net.named_parameters(), net.named_buffers())
+        laid = {name: t.to(memory_format=layout) for name, t in tensors if t.dim() == 4}
+        with eval_mode(net), torch.no_grad():
+            try:
+                functional_call(net, laid, (x.to(memory_format=layout) if x.dim() == 4 else x,))
+            except Exception:  # of whatever forward is
+                return False
+        return True
+
+    return runs(torch.channels_last) or not runs(torch.contiguous_format)
+
+
 def as_inputs(example: Example, net: nn.Module) -> tuple[Tensor, ...]:
-    """Return ``example`` as the tuple of arguments of ``net.forward``, on the network's device."""
+    """Return ``example`` as the tuple of arguments of ``net.forward``, on the network's device, in plain order."""
     inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-    return tree_map_only(Tensor, lambda x: x.to(device_of(net)), inputs)
+    return tree_map_only(Tensor, lambda x: x.to(device_of(net)).contiguous(), inputs)
 
 
 class NodeWatcher(fx.Interpreter):

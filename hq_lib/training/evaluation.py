@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +69,22 @@ def _outputs(net: nn.Module, images: ImageSet | Batches, batch_size: int | None)
     else:
         walk = images
     with eval_mode(net), torch.inference_mode():
-        pairs = [(logits_of(net(x.to(device))), y) for x, y in walk]
+        pairs = [(logits_of(given(net, x.to(device))), y) for x, y in walk]
     if not pairs:
         named = f"{images.spec.name} {images.split} is empty" if isinstance(images, ImageSet) else "no batch came"
         raise ValueError(f"nothing to evaluate: {named}")
     logits, labels = zip(*pairs, strict=True)
     return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def given(net: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """What ``net`` gives for ``x`` (B, C, H, W), in plain order where a ``view`` of it takes no channels-last order."""
+    try:
+        return net(x)
+    except RuntimeError:
+        if x.is_contiguous():
+            raise
+        return net(x.contiguous())
 
 
 def logits_of(output: object) -> Tensor:

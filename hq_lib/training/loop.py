@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
 from hq_lib.graph.modes import eval_mode, repeatable
-from hq_lib.graph.tracing import channels_last_, device_of
+from hq_lib.graph.tracing import channels_last_, device_of, runs_channels_last
 from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
-from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate, logits_of
+from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate, given, logits_of
 from hq_lib.training.weight_noise import weight_noise
 
 SAY_EVERY_S = 30.0  # seconds between signs of life within an epoch
@@ -121,14 +121,16 @@ class _Run:
                 "distillation needs both"
             )
         machine.keep_freed_memory_()
-        channels_last_(self.net)
-        self.device = device_of(self.net)
+        self.device, self.plain = device_of(self.net), False
         self.train = _on(self.train, self.device)
         self.val = None if self.val is None else _on(self.val, self.device)
         self.steps = _n_steps(self.train, self.config)
         self.part = slice(None)
         if isinstance(self.train, ImageSet):
             self.part = machine.share(min(len(self.train), self.config.batch_size))
+        self.plain = not runs_channels_last(self.net, self._first()[0][:1])
+        if not self.plain:
+            channels_last_(self.net)
         n_steps, stored = self.config.epochs * self.steps, run_state.settings(self.run_dir)
         settled = machine.settled(self.config, self.net, self._first, n_steps=n_steps, stored=stored, say=self.say)
         self.config = machine.agreed(settled)
@@ -160,8 +162,12 @@ class _Run:
         return (self.config.seed * 1_000_003 + epoch) % 2**63
 
     def _first(self) -> tuple[Tensor, Tensor]:
-        x, y = next(iter(self._walk(0)))
-        return x.to(self.device), y.to(self.device)
+        drawn = getattr(self.train, "generator", None)
+        state = drawn.get_state() if isinstance(drawn, torch.Generator) else None
+        batch = next(self._walk(0))
+        if isinstance(drawn, torch.Generator) and state is not None:  # a look is no epoch
+            drawn.set_state(state)
+        return batch
 
     def _epoch(self, epoch: int) -> float:
         """Mean training loss of one pass."""
@@ -169,7 +175,7 @@ class _Run:
         for i, (x, y) in enumerate(self._walk(epoch)):
             self.lr = self.config.lr * lr_factor(epoch * self.steps + i, self.steps, self.config)
             set_lr(self.optimizer, self.lr)
-            total += self._step(x.to(self.device), y.to(self.device))
+            total += self._step(x, y)
             if time.perf_counter() - spoken > SAY_EVERY_S:
                 spoken = time.perf_counter()
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
@@ -179,7 +185,12 @@ class _Run:
             raise FloatingPointError(f"loss is {mean} in {at}: lower config.lr")
         return mean
 
-    def _walk(self, epoch: int) -> Batches:
+    def _walk(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch, on the network's device and laid out as it takes them."""
+        for x, y in self._batches(epoch):
+            yield (x.contiguous() if self.plain else x).to(self.device), y.to(self.device)
+
+    def _batches(self, epoch: int) -> Batches:
         if not isinstance(self.train, ImageSet):
             return ((x[machine.share(len(x))], y[machine.share(len(y))]) for x, y in self.train)
         generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
@@ -204,7 +215,7 @@ class _Run:
             return entropy
         share = self.config.distill
         with torch.no_grad():
-            taught = self.taught(x).float()
+            taught = given(self.taught, x).float()
         return (1 - share) * entropy + share * distance(logits, taught)
 
     def _finish_epoch(self, epoch: int, train_loss: float, start: float) -> None:

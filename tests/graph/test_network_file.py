@@ -480,3 +480,18 @@ def test_four_bits_take_half_a_byte(tmp_path):
     n = sum(layer.weight.numel() for layer in weight_layers(qnet).values())
     size = graph.save(qnet, tmp_path / "net.safetensors", record={"model": "resnet20"}).stat().st_size
     assert size < n / 2 + 60_000
+
+
+def test_a_file_from_when_views_were_no_reshapes_still_opens(tmp_path):
+    class Viewed(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).view(x.size(0), -1))
+
+    net, x = Viewed(nn.Conv2d(3, 4, 3), nn.Linear(144, 2)), torch.randn(4, 3, 8, 8)
+    qnet = quantize(net, BitPolicy(), x[:1])
+    calibrate(qnet, x)
+    tensors, record = models.read_checkpoint(graph.save(qnet.eval(), tmp_path / "new.safetensors"))
+    views = [line.replace("call_method reshape", "call_method view") for line in record["graph"]]
+    assert views != record["graph"]
+    models.write_checkpoint(tmp_path / "old.safetensors", tensors, {**record, "graph": views})
+    assert torch.equal(graph.load(tmp_path / "old.safetensors", net=net)(x), qnet(x))

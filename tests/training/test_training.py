@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hq_lib import data, models
-from hq_lib.graph import BitPolicy, quantize
+from hq_lib.graph import BitPolicy, calibrate, quantize
 from hq_lib.quantizers import Tag, act_quantizer, parameter_tags, weight_quantizer
 from hq_lib.studies.float_training import study as float_training
 from hq_lib.training import TrainConfig, evaluate, fit, machine, predict, recipe, run_state
@@ -512,3 +512,46 @@ def test_nothing_to_train_on_and_labels_without_an_output_are_refused(digits):
     unlabelled = dataclasses.replace(some, labels=torch.full_like(some.labels, -1))
     with pytest.raises(ValueError, match="put pictures into class folders"):
         evaluate(models.build("resnet20"), unlabelled)
+
+
+class Viewed(nn.Module):
+    """As tutorials write it: a ``view`` over rows and columns, which no tensor in channels-last order takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(512, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv(x))
+        return self.fc(x.view(x.size(0), -1))
+
+
+class Flattened(Viewed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.relu(self.conv(x)).contiguous().flatten(1))
+
+
+def test_a_network_with_a_view_trains_and_is_tested_and_keeps_its_order(splits):
+    few, config = splits[0].balanced(100, 0), dataclasses.replace(CONFIG, epochs=1)
+    torch.manual_seed(0)
+    viewed, flattened = Viewed(), Flattened()
+    flattened.load_state_dict(viewed.state_dict())
+    losses = [fit(net, few, splits[1], config, say=None).history[0]["val_loss"] for net in (viewed, flattened)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert viewed.conv.weight.is_contiguous()
+    assert not flattened.conv.weight.is_contiguous()
+    assert viewed(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    qnet = quantize(viewed, BitPolicy(), data.normalize(few.images[:1], few.spec))
+    calibrate(qnet, few)
+    fit(qnet, few, None, config, say=None)
+    assert evaluate(qnet, splits[1]).loss == pytest.approx(evaluate(viewed, splits[1]).loss, rel=0.2)
+
+
+def test_a_look_at_the_first_batch_leaves_the_order_of_a_loader(splits):
+    few = splits[0].balanced(20, 0)
+    pairs = torch.utils.data.TensorDataset(data.normalize(few.images, few.spec), few.labels)
+    loader = torch.utils.data.DataLoader(pairs, 5, shuffle=True, generator=torch.Generator().manual_seed(1))
+    other = torch.utils.data.DataLoader(pairs, 5, shuffle=True, generator=torch.Generator().manual_seed(1))
+    fit(small_net(), loader, None, dataclasses.replace(CONFIG, epochs=1), say=None)
+    next(iter(other))
+    assert torch.equal(loader.generator.get_state(), other.generator.get_state())
