@@ -78,10 +78,15 @@ def refuse_draws(gm: fx.GraphModule, example: Example) -> None:
 
 
 def _left_out(net: nn.Module, example: Example | None) -> dict[str, Any]:
-    """Return the arguments of ``forward`` behind those that ``example`` gives which have a default, with it."""
+    """Return the arguments of ``forward`` behind those that ``example`` gives which have a default, with it.
+
+    Of ``*args`` and ``**kwargs`` that is nothing.
+    """
     arguments = [*inspect.signature(net.forward).parameters.values()]
     n_given = len(arguments) if example is None else len(example) if isinstance(example, tuple | list) else 1
-    return {arg.name: arg.default for arg in arguments[n_given:] if arg.default is not arg.empty}
+    nothing: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
+    defaults = {arg.name: nothing.get(arg.kind, arg.default) for arg in arguments[n_given:]}
+    return {name: default for name, default in defaults.items() if default is not inspect.Parameter.empty}
 
 
 def _refuse_weight_hooks(net: nn.Module) -> None:

@@ -104,7 +104,7 @@ def read_modes(net: nn.Module, traced: Traced) -> tuple[fx.Graph, list[Flags], s
 
     Args:
         net:    the network.
-        traced: makes a graph of ``net`` that keeps modules of the classes given as one call.
+        traced: makes a graph of ``net`` that keeps small modules of the classes given as one call.
     """
     leaves: list[type[nn.Module]] = []
     while True:
@@ -144,15 +144,25 @@ def follow_modes(gm: fx.GraphModule, net: nn.Module, flags: Sequence[Flags], onl
 
 @contextmanager
 def _other_mode(net: nn.Module) -> Iterator[None]:
-    modules, before = list(net.modules()), set(net.__dict__) | set(net._buffers)
+    modules = list(net.modules())
     try:
         for module in modules:
             module.training = not module.training
-        yield
+        with without_constants(net):
+            yield
     finally:
         for module in modules:
             module.training = not module.training
-        for name in (set(net.__dict__) | set(net._buffers)) - before:  # constants that only this tracing needed
+
+
+@contextmanager
+def without_constants(net: nn.Module) -> Iterator[None]:
+    """Take from ``net`` the constants that a tracer leaves on it inside the block."""
+    before = set(net.__dict__) | set(net._buffers)
+    try:
+        yield
+    finally:
+        for name in (set(net.__dict__) | set(net._buffers)) - before:
             delattr(net, name)
 
 
@@ -184,12 +194,17 @@ def _flags(node: fx.Node, args: Any, kwargs: Any) -> dict[Place, bool] | None:
     return apart if all(isinstance(v, bool) and isinstance(theirs[place], bool) for place, v in apart.items()) else None
 
 
+def is_small(module: nn.Module) -> bool:
+    """Return whether ``module`` holds neither weights nor modules."""
+    return not (module._parameters or module._buffers or module._modules)
+
+
 def _small_module(net: nn.Module, apart: Pair, leaves: Sequence[type[nn.Module]]) -> type[nn.Module] | None:
-    """Return the class of the innermost module behind two differing nodes that holds neither weights nor modules."""
+    """Return the class of the innermost small module behind two differing nodes."""
     for node in apart:
         stack = module_path(node) if node is not None else []
         for module in (net.get_submodule(path) for path, _ in reversed(stack)):
-            if type(module) not in leaves and not (module._parameters or module._buffers or module._modules):
+            if type(module) not in leaves and is_small(module):
                 return type(module)
     return None
 

@@ -1,6 +1,7 @@
 """``quantize``: one pass that turns any traced CNN into its quantized graph."""
 
 import importlib
+import itertools
 import json
 import sys
 import warnings
@@ -186,6 +187,10 @@ def unfitted(
                 f"the net is quantized already (module {name!r} is a {type(module).__name__}): "
                 f"quantize its float net, with one policy for all bits"
             )
+    taken = dir(QuantizedNet(nn.Module(), fx.Graph()))
+    for name, _ in itertools.chain(net.named_modules(), net.named_parameters(), net.named_buffers()):
+        if name.partition(".")[0] in taken or name.endswith(QUANTIZER_SUFFIX):
+            raise QuantizeError(f"the name {name!r} means something else in a quantized network: rename it in the net")
     if policy.bn == "fold":
         gm = fold_bn(net, example, on_refusal=on_refusal, leaf_modules=leaf_modules).train(net.training)
         propagate(gm, example)

@@ -20,7 +20,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from hq_lib.graph.layers import is_plain
-from hq_lib.graph.modes import changed_by, eval_mode, follow_modes, read_after_change, read_modes
+from hq_lib.graph.modes import (
+    changed_by,
+    eval_mode,
+    follow_modes,
+    is_small,
+    read_after_change,
+    read_modes,
+    without_constants,
+)
 from hq_lib.results.hints import nearest_few
 
 Example = Tensor | tuple[Tensor, ...]
@@ -72,11 +80,12 @@ def trace(
         except Exception as error:
             raise UntraceableError(_explain(net, tracer.failed_in, error)) from error
 
-    graph, flags, only_here = read_modes(net, traced)
-    for node in graph.find_nodes(op="call_method", target="view"):
+    with without_constants(net):
+        graph, flags, only_here = read_modes(net, traced)
+        gm = fx.GraphModule(net, graph, class_name=type(net).__name__)
+    for node in gm.graph.find_nodes(op="call_method", target="view"):
         if not any(isinstance(size, torch.dtype) for size in node.args):
             node.target = "reshape"  # the same values, and it takes tensors in channels-last order
-    gm = fx.GraphModule(net, graph, class_name=type(net).__name__)
     copy_modes_(net, gm)
     follow_modes(gm, net, flags, only_here)
     read_after_change(gm)
@@ -206,8 +215,8 @@ class _Tracer(fx.Tracer):
         """Return ``forward`` and its arguments: the fixed values, and an input node for each of the others."""
         forward, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, arg in enumerate(args):
-            if isinstance(arg, fx.Proxy) and arg.node.target in self.fixed:
-                args[i] = self.fixed[str(arg.node.target)]
+            if isinstance(arg, fx.Proxy) and (name := str(arg.node.target).lstrip("*")) in self.fixed:
+                args[i] = self.fixed[name]
                 self.graph.erase_node(arg.node)
         return forward, args
 
@@ -215,7 +224,7 @@ class _Tracer(fx.Tracer):
         """Say whether ``m`` stays one call: torch.nn's own, asked for, or a plain subclass of conv, linear or BN."""
         plain = isinstance(m, _ATOMS) and is_plain(m)
         theirs = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _ATOMS)
-        return plain or theirs or self._asked(m) or isinstance(m, self.more)
+        return plain or theirs or self._asked(m) or (isinstance(m, self.more) and is_small(m))
 
     def _asked(self, m: nn.Module) -> bool:
         return isinstance(m, self.leaf_types) or any(m is leaf for leaf in self.leaves)

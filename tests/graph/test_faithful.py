@@ -128,6 +128,27 @@ def test_no_batch_norm_folds_through_a_dropout_that_is_always_on():
     fold_bn(Always(lambda n: False).eval(), X)
 
 
+class Branch(nn.Module):
+    """One class for two things, as searched networks have it."""
+
+    def __init__(self, conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1) if conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            return self.conv(x)
+        return x + torch.randn_like(x) if self.training else x
+
+
+def test_a_class_with_and_without_weights_keeps_the_quantizers_of_its_layers():
+    net = Net(lambda n, x: n.h(n.q(n.p(F.relu(n.a(x))))))
+    net.p, net.q = Branch(True), Branch(False)
+    qnet = quantize(net.eval(), BitPolicy("minmax:4", "minmax:4"), X[:1])
+    assert weight_layers(qnet)["p.conv"].weight_quantizer.bits == 4
+    assert not qnet.policy.report(qnet).attrs["hidden"]
+
+
 class AuxiliaryHead(Net):
     def __init__(self) -> None:
         super().__init__(lambda n, x: (n.h(n.a(x)), n.h(n.b(n.a(x)))) if n.training else n.h(n.a(x)))
@@ -327,6 +348,37 @@ def test_arguments_left_at_their_defaults_are_no_inputs(tmp_path):
     assert (qnet(X) - net(X)).abs().max() < 0.05
     assert (torch.tensor(integer.run(integer.lower(again), X)) - again(X)).abs().max() < 0.01
     assert len(ptq.reconstruct(qnet, X, ptq.qdrop(iterations=1, n_images=len(X), batch_size=len(X)))) == 2
+
+
+@pytest.mark.parametrize("kind", ["args", "kwargs", "both"])
+def test_arguments_of_any_number_that_the_example_leaves_out_are_no_inputs(kind, tmp_path):
+    class Open(Net):
+        def __init__(self):
+            super().__init__(lambda n, x: n.h(F.relu(n.a(x))))
+
+        def forward(self, x, *more, flag=True, **named):  # type: ignore[override]
+            return super().forward(x + more[0] if more else x)
+
+    class Args(Open):
+        def forward(self, x, *more):  # type: ignore[override]
+            return Net.forward(self, x)
+
+    class Kwargs(Open):
+        def forward(self, x, **named):  # type: ignore[override]
+            return Net.forward(self, x)
+
+    made = {"args": Args, "kwargs": Kwargs, "both": Open}[kind]
+    qnet = eight(made().eval())
+    assert torch.equal(load(save(qnet, tmp_path / "open.safetensors"), net=made())(X), qnet(X))
+    assert (torch.tensor(integer.run(integer.lower(qnet), X)) - qnet(X)).abs().max() < 0.02 * qnet(X).abs().max()
+
+
+@pytest.mark.parametrize("name", ["policy", "record", "code", "graph", "meta", "x_act_quantizer"])
+def test_a_module_whose_name_a_quantized_network_takes_is_refused_by_name(name):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    net.add_module(name, nn.ReLU())
+    with pytest.raises(QuantizeError, match=rf"'{name}'.*rename"):
+        quantize(net, BitPolicy(), X)
 
 
 def test_a_layer_that_changes_how_its_weight_is_used_is_refused_by_name():

@@ -189,3 +189,18 @@ def test_eval_mode_restores_each_mode_after_an_error() -> None:
     with pytest.raises(KeyError):
         fail()
     assert [m.training for m in net.modules()] == modes
+
+
+def test_a_constant_of_forward_stays_in_the_graph_and_off_the_network():
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(x + torch.tensor([1.0, 2.0, 3.0]))
+
+    net, x = Shifted(), torch.randn(4, 3)
+    names = set(dir(net))
+    assert torch.equal(trace(net)(x), net(x))
+    assert set(dir(net)) == names
