@@ -196,6 +196,8 @@ def _check_layer(op: r.Layer, inputs: list[r.TensorSpec], out: r.TensorSpec) -> 
         _need(np.all(np.isfinite(scale)) and np.all(scale > 0), f"{op.name!r}: scales must be finite and > 0")
     product = np.float32(inputs[0].scale) * op.weight_scale
     _need(np.array_equal(op.acc_scale, product), f"{op.name!r}: acc_scale is not input scale times weight scale")
+    normal = product.min() >= np.finfo(np.float32).tiny
+    _need(normal, f"{op.name!r}: its input's scale times its weights' is below float32's numbers; scale one of them up")
     _need(1 <= op.weight_bits <= 16, f"{op.name!r}: {op.weight_bits} weight bits")
     prove_accumulator(op, inputs[0])
     _need(len(inputs) == 1 + (op.residual is not None), f"{op.name!r}: residual and inputs disagree")

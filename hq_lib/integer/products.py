@@ -20,8 +20,9 @@ from hq_lib.integer.record import TensorSpec
 
 BIAS_MAX = 2**30
 """Largest bias, and largest sum of products, that ``in_storage`` aims at: together they fit int32."""
-MIN_SCALE = 1e-25
-"""Smallest real weight step that a batch norm leaves: products with float32 input scales stay normal numbers."""
+MIN_SCALE, MIN_PRODUCT = 1e-25, 5e-34
+"""Smallest real weight step that a batch norm leaves, and smallest product of it with the input's scale, which so stays
+a normal float32 number."""
 NORM_STEPS = 2**14
 """The weight (int16) with which a batch norm becomes a depthwise layer: its bias has so many steps per input step."""
 
@@ -158,7 +159,8 @@ def with_norm(term: Product, norm: nn.Module) -> Product:
     g, h = norm_gain(norm)
     sign = np.sign(g).astype(np.int64).reshape(-1, *[1] * (term.w.ndim - 1))
     gain = np.where(g == 0, 1.0, np.abs(g))  # a dead channel has w = 0: its scale is free
-    w_scale = np.maximum(term.w_scale * gain, MIN_SCALE).astype(np.float32)
+    least = max(MIN_SCALE, MIN_PRODUCT / float(term.x.scale))
+    w_scale = np.maximum(term.w_scale * gain, least).astype(np.float32)
     return replace(term, w=term.w * sign, w_scale=w_scale, bias=g * term.bias + h)
 
 

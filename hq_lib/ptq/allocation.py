@@ -26,7 +26,7 @@ from hq_lib.graph.state import put, refuse_float
 from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.ptq.ranges import WIDE_BITS, fit_weights
 from hq_lib.quantizers import FixedGrid, FrozenWeight, Grid, Quantizer, dequantize
-from hq_lib.quantizers.affine import MIN_SCALE
+from hq_lib.quantizers.affine import usable
 from hq_lib.quantizers.ranges import minmax_range, per_channel, rows
 
 MAX_BITS = 8
@@ -186,7 +186,7 @@ def channel_grid(w: Tensor, bits: Tensor) -> Grid:
     """
     low, high = (end.double() for end in minmax_range(w, axis=0))
     n_steps = per_channel(2.0 ** bits.double() - 1, w, 0)
-    scale = ((high - low) / n_steps.clamp(min=1)).clamp(min=MIN_SCALE)
+    scale = usable((high - low) / n_steps.clamp(min=1))
     zero_point = torch.minimum(torch.round(-low / scale), n_steps)
     scale = torch.maximum(scale, high / (n_steps - zero_point + EDGE))
     scale = torch.maximum(scale, -low / (zero_point + EDGE))

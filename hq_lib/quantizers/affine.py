@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 MIN_SCALE = 1e-8
-"""Smallest scale in real units: an all-zero tensor gets this one, and stays all zero on every grid that has a zero."""
+"""Scale in real units of an all-zero tensor, which stays all zero on every grid that has a zero; see ``usable``."""
+FINEST_SCALE = 1e-18
+"""Smallest scale of any tensor: products of two such are normal float32 numbers still."""
 MIN_BITS, MAX_BITS = 1, 16
 
 
@@ -81,7 +83,7 @@ def affine_from_range(
         s = (max(high, 0) - min(low, 0)) / n_steps,   zero = clip(-round(min(low, 0) / s), 0, n_steps)
 
     (ALGORITHMS: asymmetric row; Jacob et al. 2018, eq. 1.) ``low``, ``high``: real units, any equal shape; results
-    have that shape. The range is widened to hold 0, and s >= MIN_SCALE; with ``power_of_two`` s is the next one up.
+    have that shape. The range is widened to hold 0, and s is ``usable``; with ``power_of_two`` the next one up.
     ``half_steps`` rounds zero to multiples of 1/2, so that real 0 may lie half-way between two levels. The range moves
     by at most half a step (a quarter with ``half_steps``).
     """
@@ -92,8 +94,13 @@ def affine_from_range(
 
 
 def usable(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
-    """Return max(``scale``, MIN_SCALE), with ``power_of_two`` the next one up."""
-    scale = scale.clamp(min=MIN_SCALE)
+    """Return ``scale`` (any shape), at least 2^-10 of the largest in it or MIN_SCALE, whichever is less.
+
+    All zero: MIN_SCALE. Never below FINEST_SCALE; with ``power_of_two`` the next power of two up.
+    """
+    largest = scale.detach().amax()
+    floor = torch.where(largest > 0, (largest / 2**10).clamp(FINEST_SCALE, MIN_SCALE), MIN_SCALE)
+    scale = scale.clamp(min=floor)
     return next_power_of_two(scale) if power_of_two else scale
 
 

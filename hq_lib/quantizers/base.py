@@ -5,13 +5,14 @@ The promise, tested for each method in float32: after ``x_hat = q(x)``, with ``g
 """
 
 import math
+import warnings
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from hq_lib.quantizers.affine import Grid, check_bits, check_finite, quantize_to_int
+from hq_lib.quantizers.affine import FINEST_SCALE, MIN_SCALE, Grid, check_bits, check_finite, quantize_to_int
 from hq_lib.quantizers.straight_through import Slope, staircase
 from hq_lib.results.hints import check_known
 
@@ -106,12 +107,20 @@ class Quantizer(nn.Module):
     def init_from(self, x: Tensor) -> None:
         """Fit the grid to ``x`` (*shape, real units), forgetting any earlier fit.
 
-        Raises ValueError if ``x`` is empty or holds NaN or Inf.
+        Raises ValueError if ``x`` is empty or holds NaN or Inf; warns where it is too small for its levels.
         """
         check_finite(x, str(self))
         with torch.no_grad():
             self._fit(x.detach().float())
         self.mark_fitted()
+        scale = self.grid().scale.max()
+        held = (scale == scale.new_tensor(MIN_SCALE)) | (scale <= FINEST_SCALE)
+        if bool(held & x.any()):
+            warnings.warn(
+                f"{self}: of a tensor up to {x.abs().max().item():.3g} a step of {scale.item():.3g} is the finest that "
+                f"it can have: few levels are left; scale the tensor up",
+                stacklevel=2,
+            )
 
     def mark_fitted(self) -> None:
         """Take the grid as it is for the fitted one: what follows setting it from outside."""

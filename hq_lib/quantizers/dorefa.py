@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hq_lib.quantizers.affine import MIN_SCALE, max_abs, mean_abs, round_ste
+from hq_lib.quantizers.affine import max_abs, mean_abs, round_ste, usable
 from hq_lib.quantizers.minmax import FollowingQuantizer
 from hq_lib.quantizers.pact import FixedClip
 
@@ -44,17 +44,17 @@ class DoReFaHardwareWeight(FollowingQuantizer):
 
     def _found(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.binary:
-            return mean_abs(w, axis=self.axis).clamp(min=MIN_SCALE), w.new_zeros(())
+            return usable(mean_abs(w, axis=self.axis)), w.new_zeros(())
         size = max_abs(w, axis=self.axis)
         size = size if self.keep_magnitude else torch.ones_like(size)
-        return (size / self.qmax).clamp(min=MIN_SCALE), w.new_zeros(())
+        return usable(size / self.qmax), w.new_zeros(())
 
     def _snap(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return scale * self._index(x)
 
     def _index(self, w: Tensor) -> Tensor:
         t = torch.tanh(w)
-        position = t / max_abs(t.detach(), axis=self.axis).clamp(min=MIN_SCALE) * (self.qmax / self.step)
+        position = t / usable(max_abs(t.detach(), axis=self.axis)) * (self.qmax / self.step)
         half = 0.0 if self.has_zero else 0.5
         return self.step * (round_ste(position - half) + half)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hq_lib.quantizers.affine import MIN_SCALE, Grid
+from hq_lib.quantizers.affine import Grid, usable
 from hq_lib.quantizers.ranges import Scheme, grid_ends, per_channel, rows
 
 
@@ -220,7 +220,7 @@ def _candidates(values: Tensor, bits: int, scheme: Scheme, p: float) -> _Candida
     n, symmetric = qmax - qmin, scheme != "affine"
     width = 2 * torch.maximum(-low, high) if symmetric else high - low
     fractions = torch.arange(1, N_STEPS + 1, dtype=torch.float64, device=values.device) / N_STEPS
-    steps = (fractions * width / n).clamp(min=MIN_SCALE)
+    steps = usable(fractions * width / n)
     if symmetric or not (has_negative and has_positive):
         k_min = torch.tensor([-n if has_negative and not symmetric else qmin], device=values.device)
     else:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.affine import MIN_SCALE, affine_from_range, integer_range, mean_abs
+from hq_lib.quantizers.affine import MIN_SCALE, affine_from_range, integer_range, mean_abs, usable
 from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
 from hq_lib.quantizers.ranges import IDLE_CLIP, LEAST_ERROR, best_shrink, three_sigma, widest_range
 from hq_lib.quantizers.straight_through import Slope
@@ -63,7 +63,7 @@ class LSQ(Quantizer):
         start = size * (1.0 if self.binary else 2.0 / math.sqrt(self.qmax))
         if self.init == LEAST_ERROR and not self.binary:
             low, high = widest_range(x, signed=self.signed, axis=self.axis)
-            widest = torch.maximum(high / self.qmax, low / min(self.qmin, -1)).clamp(min=MIN_SCALE)
+            widest = usable(torch.maximum(high / self.qmax, low / min(self.qmin, -1)))
             zero = widest.new_tensor(float(-self.qmin))
             n_steps = self.qmax - self.qmin
             _, start = best_shrink(x, widest, widest, lambda _, s: (s, zero), n_steps=n_steps, axis=self.axis)

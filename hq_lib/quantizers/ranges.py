@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hq_lib.quantizers.affine import (
-    MIN_SCALE,
     Grid,
     affine_from_range,
     channel_dims,
@@ -21,6 +20,7 @@ from hq_lib.quantizers.affine import (
     check_finite,
     max_abs,
     snap_to_levels,
+    usable,
 )
 from hq_lib.results.hints import check_known
 
@@ -130,7 +130,7 @@ def grid_from_range(value_range: Range, *, bits: int, scheme: Scheme = "affine")
     low, high = value_range
     if scheme == "affine":
         return Grid(*affine_from_range(low, high, n_steps=qmax), qmin, qmax)
-    scale = (torch.maximum(-low, high) / ((qmax - qmin) / 2)).clamp(min=MIN_SCALE)
+    scale = usable(torch.maximum(-low, high) / ((qmax - qmin) / 2))
     return Grid(scale, torch.zeros_like(scale), qmin, qmax)
 
 

@@ -1,5 +1,7 @@
 """Lowering: agreement with the fake-quantized graph, what is fused into what, proofs, errors that name the place."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hq_lib.graph.spec import of_kind
 from hq_lib.integer import LowerError, RecordError, agreement, lower, pixel_table, run
 from hq_lib.integer import record as r
 from hq_lib.integer.arithmetic import accumulator_bound
+from hq_lib.integer.check import check
 
 
 def small(net: nn.Module, policy: BitPolicy, size: int = 8, requantizer="float32"):
@@ -202,6 +205,32 @@ def test_a_multiplier_that_no_shift_holds_is_refused_with_its_operation(named):
     calibrate(qnet, x)
     with pytest.raises(RecordError, match=rf"'{named}': a multiplier of .* is too large.*calibrate"):
         lower(qnet)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-7])
+def test_a_network_of_small_numbers_lowers_with_all_its_levels(size):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2, bias=False)).eval()
+    with torch.no_grad():
+        net[0].weight.mul_(size)
+        net[0].bias.mul_(size**2)
+    x = images(8, 8) * size
+    qnet = quantize(net, BitPolicy(), x[:1])
+    calibrate(qnet, x)
+    want = net(x).detach().numpy()
+    assert np.abs(run(lower(qnet), x) - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_scales_whose_product_float32_does_not_hold_are_refused_by_layer():
+    _, model = small(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), BitPolicy())
+    layer = model.op("1")
+    scale = np.full(2, 1e-38, np.float32)
+    fine = dataclasses.replace(
+        layer, weight_scale=scale, acc_scale=np.float32(model.tensors[layer.inputs[0]].scale) * scale
+    )
+    ops = tuple(fine if op is layer else op for op in model.ops)
+    tensors = {**model.tensors, layer.output: dataclasses.replace(model.tensors[layer.output], scale=fine.acc_scale)}
+    with pytest.raises(RecordError, match=r"'1': its input's scale times its weights' is below float32's"):
+        check(dataclasses.replace(model, ops=ops, tensors=tensors))
 
 
 def _uneven(layer: nn.Module, axis: int) -> nn.Module:

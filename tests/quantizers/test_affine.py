@@ -6,12 +6,14 @@ import torch
 from hq_lib.quantizers import (
     Grid,
     Slope,
+    act_quantizer,
     dequantize,
     quantize_to_int,
     staircase,
     straight_through,
 )
 from hq_lib.quantizers.affine import (
+    FINEST_SCALE,
     MIN_SCALE,
     affine_from_range,
     check_finite,
@@ -20,6 +22,7 @@ from hq_lib.quantizers.affine import (
     mean_abs,
     min_max,
     round_ste,
+    usable,
 )
 from hq_lib.quantizers.straight_through import flat, unflat
 
@@ -130,6 +133,33 @@ def test_all_zero_and_constant_tensors():
     for constant in (torch.full((4,), 2.5), torch.full((4,), -2.5)):
         scale, z = affine_from_range(*min_max(constant), n_steps=255)
         torch.testing.assert_close(fake_quantize(constant, scale, z, qmin=0, qmax=255), constant)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-8, 1e-12])
+def test_a_tensor_of_small_values_keeps_its_levels(size):
+    x = torch.randn(1000) * size
+    for bits in (8, 16):
+        scale, zero = affine_from_range(*min_max(x), n_steps=2**bits - 1)
+        error = (fake_quantize(x, scale, zero, qmin=0, qmax=2**bits - 1) - x).abs().max().item()
+        assert error <= 0.51 * (x.max() - x.min()).item() / (2**bits - 1)
+
+
+def test_a_channel_beside_much_larger_ones_has_the_floor_that_it_always_had():
+    assert usable(torch.tensor([0.01, 1e-20, 0.0])).tolist() == torch.tensor([0.01, MIN_SCALE, MIN_SCALE]).tolist()
+    assert usable(torch.tensor([1e-9, 1e-20, 0.0])).tolist() == pytest.approx([1e-9, 1e-9 / 1024, 1e-9 / 1024])
+    assert usable(torch.zeros(3)).tolist() == torch.full((3,), MIN_SCALE).tolist()
+    assert usable(torch.tensor(1e-30)).item() == pytest.approx(FINEST_SCALE)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "minmax"])
+def test_a_step_that_is_held_at_its_floor_is_said_by_name(method, recwarn):
+    quantizer = act_quantizer(method, 8, signed=True)
+    quantizer.owner = "layer1.conv"
+    quantizer.init_from(torch.zeros(100))
+    quantizer.init_from(torch.randn(100))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"'layer1\.conv'.*scale the tensor up"):
+        quantizer.init_from(torch.randn(100) * 1e-19)
 
 
 def test_half_step_levels():
