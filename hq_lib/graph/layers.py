@@ -120,6 +120,12 @@ _DROPOUTS = {
 }  # fmt: skip
 _SAME = {"identity", "clone", "detach", "contiguous", "droppath", *_DROPOUTS}
 """Operations that give their input back in eval mode; a dropout that is called as a function by its flag alone."""
+_AS_IS = {"float", "to", "type", "typeas", "expand", "expandas"}
+"""Operations that give their input back where it has that type and shape already."""
+_SPELLINGS = {
+    "multiply": "mul", "divide": "div", "truedivide": "div", "negative": "neg", "absolute": "abs",
+    "swapaxes": "transpose", "swapdims": "transpose",
+}  # fmt: skip
 _UNSUPPORTED = {"conv1d", "conv3d", "convtranspose1d", "convtranspose3d", "lstm", "gru", "rnn", "bilinear"}
 _NAMES = {
     "norm": {"batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm"},
@@ -138,7 +144,7 @@ _NAMES = {
         *("identity", "maxpool1d", "maxpool2d", "adaptivemaxpool1d", "adaptivemaxpool2d", "amax"),
         *("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze"),
         *("unsqueeze", "getitem", "chunk", "split", "tensorsplit", "unbind", "narrow", "select", "expand", "repeat"),
-        *("pad", "zeropad2d", "reflectionpad2d", "replicationpad2d", "circularpad2d"),
+        *("pad", "zeropad2d", "constantpad2d", "reflectionpad2d", "replicationpad2d", "circularpad2d"),
         *("channelshuffle", "pixelshuffle", "pixelunshuffle", "upsamplingnearest2d"),
     },
     "shape": {"size", "dim", "numel", "ndimension"},
@@ -162,6 +168,9 @@ def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
     name = _spelled(node, gm)
     if name in ("add", "iadd"):
         same = node.kwargs.get("alpha", 1) == 1 and any(_is_zero(arg) for arg in operands(node))
+    elif name in _AS_IS and node.op != "call_module":
+        source: Any = node.args[0]
+        same = "shape" in node.meta and all(node.meta[key] == source.meta.get(key) for key in ("shape", "dtype"))
     else:
         same = name in _SAME and node.op.startswith("call") and not _drops(node, name, gm)
     return "identity" if same else name
@@ -175,7 +184,8 @@ def _spelled(node: fx.Node, gm: fx.GraphModule) -> str:
         name = type(module).__name__ if found is nn.Module else found.__name__
     else:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name.lower().replace("_", "")
+    name = name.lower().replace("_", "")
+    return _SPELLINGS.get(name, name)
 
 
 def _drops(node: fx.Node, name: str, gm: fx.GraphModule) -> bool:
@@ -230,7 +240,7 @@ def _kind(node: fx.Node, gm: fx.GraphModule, known: dict[fx.Node, str]) -> str:
         return "other"
     if name in ("interpolate", "upsample"):
         return "pass" if _option(node, gm, "mode", 3, "nearest").startswith("nearest") else "other"
-    return "other" if name == "pad" and _option(node, gm, "value", 3, 0) else kind
+    return "other" if name in ("pad", "constantpad2d") and _option(node, gm, "value", 3, 0) else kind
 
 
 def _refuse(node: fx.Node, name: str, gm: fx.GraphModule) -> None:

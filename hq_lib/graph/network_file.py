@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantizedWeight
-from hq_lib.graph.network_tensors import describe, frozen, restore, tensors_of
+from hq_lib.graph.network_tensors import describe, frozen, refuse_other_floats, restore, tensors_of
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.rewrite import QuantizedNet, fresh_quantizers, unfitted
 from hq_lib.graph.spec import QuantizeError
@@ -68,6 +68,7 @@ def save(
         raise QuantizeError("save takes what graph.quantize returned; models.save_checkpoint takes float networks")
     check_known(form, get_args(Form), "form", error=QuantizeError)
     qnet = copy.deepcopy(qnet).cpu().eval()
+    refuse_other_floats(qnet)
     stored = frozen(qnet) if form == "frozen" else qnet
     full = _facts(qnet.record if record is None else record) | _structure(stored, form)
     tensors = tensors_of(stored, full)

@@ -126,20 +126,20 @@ def _compact(grid: Grid) -> Grid:
     return grid._replace(zero_point=first) if bool((grid.zero_point == first).all()) else grid
 
 
-def tensors_of(qnet: QuantizedNet, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what goes into the file of ``qnet``, whose ``record`` has its "form" and its "quantizers".
+def refuse_other_floats(qnet: QuantizedNet) -> None:
+    """Raise ``QuantizeError`` that names a tensor of real numbers of ``qnet`` that are not float32."""
+    for key, value in _state(qnet).items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+            raise QuantizeError(f"{key!r} is {value.dtype}: a network file holds float32; call qnet.float() first")
 
-    Raises:
-        QuantizeError: names a tensor of real numbers that are not float32.
-    """
+
+def tensors_of(qnet: QuantizedNet, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what goes into the file of ``qnet``, whose ``record`` has its "form" and its "quantizers"."""
     state, implied = _state(qnet), _implied(qnet, record["form"])
     for name, quantizer in _integer_weights(qnet).items():
         entry = record["quantizers"][name]
         index = (quantizer.x_int.flatten().numpy() - entry["qmin"]) // entry["step"]
         state[f"{name}.weight_quantizer.x_int"] = torch.from_numpy(pack(index, n_bits(entry)))
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
-            raise QuantizeError(f"{key!r} is {value.dtype}: a network file holds float32; call qnet.float() first")
     return {key: value for key, value in state.items() if key not in implied}
 
 

@@ -54,6 +54,8 @@ def lower(
         raise LowerError(
             f"{type(qnet).__name__} is no quantized graph: make one with graph.quantize(net, policy, example)"
         )
+    if low := next((name for name, p in qnet.named_parameters() if p.dtype == torch.bfloat16), None):
+        raise LowerError(f"{low!r} is torch.bfloat16, and integers are made of float32: call qnet.float() first")
     with eval_mode(qnet):
         walk = _Walk(qnet, requantizer, tensor_names(qnet), images)
         image, output = walk.run()
@@ -171,12 +173,14 @@ class _Walk:
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
         if alpha not in (1, -1):
             raise LowerError(f"{node.name!r}: an addition with alpha={alpha}; multiply outside of it, or use 1 or -1")
-        added = []
+        added, shape = [], nodes.shape_of(node)
         for arg in operands(node):
             assert isinstance(arg, fx.Node)  # ``kinds`` calls it an add because two tensors meet
             value = self.values[arg]
+            if nodes.shape_of(arg) != shape:
+                value = moves.repeated(self.writer, node.name, self.known(arg, node), shape)
             is_layer = isinstance(value, Pending) and isinstance(value.term, Product)
-            added.append(value if is_layer else self.known(arg, node))
+            added.append(value if is_layer or isinstance(value, TensorSpec) else self.known(arg, node))
         if is_difference(node, self.gm):
             added[1] = terms.negated(self.writer, added[1], node.name)
         return Pending(Sum(node.name, (added[0], added[1])))

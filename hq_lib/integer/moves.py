@@ -88,24 +88,40 @@ def _max_pool(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) 
 
 
 def _pieces(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> tuple[TensorSpec, ...]:
-    """Chunk and split: a slice for each piece."""
-    options = nodes.arguments(node, gm)
+    """Chunk, split and unbind: a slice for each piece."""
+    options = {"split_size_or_sections": 1} | nodes.arguments(node, gm)
     axis = nodes.axis_of(options["dim"] or 0, len(x.shape), node)
     n = x.shape[axis]
     sizes: Any = -(-n // options["chunks"]) if "chunks" in options else options["split_size_or_sections"]
     bounds = [*(range(0, n, sizes) if isinstance(sizes, int) else accumulate([0, *sizes[:-1]])), n]
-    return tuple(_part(writer, node.name, x, axis, *ends) for ends in pairwise(bounds))
+    parts = (_part(writer, node.name, x, axis, *ends) for ends in pairwise(bounds))
+    if op_name(node, gm) != "unbind":
+        return tuple(parts)
+    return tuple(_reshape(writer, node, part, part.shape[:axis] + part.shape[axis + 1 :]) for part in parts)
+
+
+def _one_part(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
+    """Narrow, and select: one place of an axis, which disappears."""
+    options = nodes.arguments(node, gm)
+    axis = nodes.axis_of(options["dim"], len(x.shape), node)
+    start = (options["index"] if op_name(node, gm) == "select" else options["start"]) % x.shape[axis]
+    return reshape(writer, gm, node, _part(writer, node.name, x, axis, start, start + options.get("length", 1)))
 
 
 def _index(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -> TensorSpec:
-    """What an indexing such as ``x[:, :, ::2, ::2]`` takes."""
+    """What an indexing such as ``x[:, 1, ..., ::2]`` takes."""
     index: Any = nodes.known_sizes(node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
-    rank = len(x.shape)
+    index, rank = tuple(i for i in index if i is not None), len(x.shape)  # new axes are of the output's shape
+    if ... in index:
+        at = index.index(...)
+        index = (*index[:at], *[slice(None)] * (rank + 2 - len(index)), *index[at + 1 :])
+    index = tuple(slice(i, i + 1 or None) if type(i) is int else i for i in index)  # a place, which disappears
     simple = all(isinstance(i, slice) for i in index) and index[:1] == (slice(None),) and len(index) <= rank + 1
     if not simple or any(isinstance(end, fx.Node) for i in index for end in (i.start, i.stop, i.step)):
         raise LowerError(f"{node.name!r}: only slices such as x[:, :, ::2, ::2] have an integer form, not {index}")
     rest = [*index[1:], *[slice(None)] * (rank + 1 - len(index))]
-    return _cut(writer, node.name, x, [slice(*s.indices(n)) for s, n in zip(rest, x.shape, strict=True)])
+    cut = _cut(writer, node.name, x, [slice(*s.indices(n)) for s, n in zip(rest, x.shape, strict=True)])
+    return reshape(writer, gm, node, cut)
 
 
 def _cut(writer: Writer, name: str, x: TensorSpec, taken: list[slice]) -> TensorSpec:
@@ -180,14 +196,28 @@ def _shuffle(writer: Writer, gm: fx.GraphModule, node: fx.Node, x: TensorSpec) -
 
 _MOVES: dict[str, Callable[[Writer, fx.GraphModule, fx.Node, TensorSpec], Moved]] = {
     **dict.fromkeys(("maxpool2d", "adaptivemaxpool2d", "amax"), _max_pool),
-    **dict.fromkeys(("chunk", "split"), _pieces),
+    **dict.fromkeys(("chunk", "split", "unbind"), _pieces),
+    **dict.fromkeys(("narrow", "select"), _one_part),
     **dict.fromkeys(("transpose", "permute"), _transpose),
-    **dict.fromkeys(("pad", "zeropad2d"), _pad),
+    **dict.fromkeys(("pad", "zeropad2d", "constantpad2d"), _pad),
     **dict.fromkeys(("interpolate", "upsample", "upsamplingnearest2d"), _resize),
     **dict.fromkeys(("channelshuffle", "pixelshuffle", "pixelunshuffle"), _shuffle),
     **dict.fromkeys(RESHAPES, reshape),
     "getitem": _index,
 }
+
+
+def repeated(writer: Writer, name: str, x: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
+    """Write ``x``, (C, 1, 1) say, at all places of ``shape`` (C, H, W): its max-pool, whose padding never wins."""
+    fits = len(shape) == len(x.shape) == 3 and x.shape[0] == shape[0]
+    if not fits or any(n not in (1, m) for n, m in zip(x.shape, shape, strict=True)):
+        raise LowerError(f"{name!r} adds {x.shape} to {shape}: only rows and columns are repeated")
+    for kernel in ((shape[1] // x.shape[1], 1), (1, shape[2] // x.shape[2])):
+        if kernel != (1, 1):
+            padding = (kernel[0] - 1, kernel[1] - 1) * 2
+            out, fields = replace(x, name=f"{name}.repeated"), {"stride": (1, 1), "dilation": (1, 1)}
+            x = writer.write(r.MaxPool, out.name, [x], out, kernel=kernel, padding=padding, **fields)
+    return x
 
 
 def spread(writer: Writer, name: str, x: TensorSpec, stride: tuple[int, int]) -> TensorSpec:

@@ -28,9 +28,12 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "adaptivemaxpool2d": ("output_size", "return_indices"),
     **dict.fromkeys(("mean", "amax"), ("dim", "keepdim")),
     "pad": ("pad", "mode", "value"),
-    "zeropad2d": ("padding",),
+    **dict.fromkeys(("zeropad2d", "constantpad2d"), ("padding", "value")),
     "chunk": ("chunks", "dim"),
     "split": ("split_size_or_sections", "dim"),
+    "unbind": ("dim",),
+    "narrow": ("dim", "start", "length"),
+    "select": ("dim", "index"),
     **dict.fromkeys(("clamp", "clip"), ("min", "max")),
     "clampmin": ("min",),
     "clampmax": ("max",),
@@ -42,7 +45,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "pixelunshuffle": ("downscale_factor",),
     "channelshuffle": ("groups",),
 }
-_ALSO = {"axis": "dim", "keepdims": "keepdim", "split_size": "split_size_or_sections"}
+_ALSO = {"axis": "dim", "keepdims": "keepdim", "split_size": "split_size_or_sections", "axis0": "dim0", "axis1": "dim1"}
 """PyTorch's other name of an option -> the name in ``_PARAMETERS``"""
 _DEFAULTS = {"dilation": 1, "padding": 0, "ceil_mode": False, "count_include_pad": True, "dim": None, "keepdim": False}
 
@@ -109,8 +112,8 @@ class Pool:
     columns: list[Run]
     dilation: tuple[int, int] = (1, 1)
     """(rows, columns)"""
-    squeeze: bool = False
-    """whether rows and columns disappear: (C, 1, 1) becomes (C,)"""
+    shape: tuple[int, ...] | None = None
+    """of the output where axes disappear: (C, 1, 1) becomes (C,)"""
     divisor: int | None = None
     """what an average divides by instead of the runs' divisors"""
 
@@ -140,16 +143,20 @@ def pool(node: fx.Node, gm: fx.GraphModule, shape: tuple[int, ...]) -> Pool:
     axes than rows and columns.
     """
     name, options, n_out = op_name(node, gm), arguments(node, gm), node.meta["shape"][2:]
-    if len(shape) != 3:
+    if len(shape) != 3 and not (len(shape) == 2 and name in ("mean", "amax")):
         raise LowerError(f"{node.name!r}: {name} of a tensor of shape {shape}; only (C, H, W) is pooled")
     if options.get("return_indices"):
         raise LowerError(f"{node.name!r}: {name} with return_indices has no integer form")
     if name in ("mean", "amax"):
         dims = options["dim"] if isinstance(options["dim"], Sequence) else [options["dim"]]
-        if None in dims or {d % 4 for d in dims} != {2, 3}:
+        over = set() if None in dims else {d % (len(shape) + 1) for d in dims}
+        if not over or not over <= {len(shape) - 1, len(shape)}:
             raise LowerError(f"{node.name!r}: reduces over {options['dim']}; only rows and columns, (2, 3), can be")
-        rows, columns = ([Run(0, n, n, 1, n)] for n in shape[1:])
-        return Pool(rows, columns, squeeze=not options["keepdim"])
+        rows, columns = (
+            [Run(0, n, n, 1, n) if axis in over else Run(0, n, 1, 1, 1)]
+            for axis, n in enumerate(shape[-2:], len(shape) - 1)
+        )
+        return Pool(rows, columns, shape=None if len(n_out) == 2 and len(shape) == 3 else shape_of(node))
     if name.startswith("adaptive"):
         axes = [[(k * n // m, -(-(k + 1) * n // m)) for k in range(m)] for n, m in zip(shape[1:], n_out, strict=True)]
         rows, columns = (_runs(axis, axis, axis[0][1]) for axis in axes)

@@ -82,7 +82,7 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
     """Return the term of quantized ``layer`` (conv2d, linear, convtranspose2d on a spread input) on tensor ``x``.
 
     Raises:
-        LowerError: its weight is in float, or its quantizer is switched off.
+        LowerError: its weight is in float, or its quantizer is switched off; a linear layer of rows and columns.
     """
     if not isinstance(layer, QuantizedWeight):
         raise LowerError(f"layer {name!r}: {type(layer).__name__} is in float; name it a weight in the policy")
@@ -91,6 +91,11 @@ def product(name: str, layer: nn.Module, x: TensorSpec) -> Product:
         raise LowerError(
             f"layer {name!r}: its weight is in float; give it 16 bits or fewer in the policy "
             f"(overrides={{{name!r}: {{'weight': 8}}}}), or switch its quantizer on"
+        )
+    if isinstance(layer, nn.Linear) and len(x.shape) > 2:
+        raise LowerError(
+            f"layer {name!r} reads {x.shape}, and a linear layer takes (channels,) or (tokens, channels): flatten rows "
+            f"and columns before it (x.flatten(1, 2)), or make it a 1x1 convolution"
         )
     weight = layer.weight.detach()
     w_int, grid = quantizer.integers(weight)  # type: ignore[operator]

@@ -94,15 +94,17 @@ def with_zero(x: TensorSpec) -> TensorSpec:
 def pooled(
     writer: Writer, pool: Pool, kind: type[r.Op], name: str, x: TensorSpec, out: TensorSpec, **fields: object
 ) -> TensorSpec:
-    """Write a plain pool of the places it reads; where it takes rows and columns away, the reshape to (C,) too."""
+    """Write a plain pool of the places it reads, of (1, T, C) for (T, C); where it takes axes away, the reshape too."""
+    if len(x.shape) == 2:
+        x = writer.write(r.Reshape, f"{name}.map", [x], replace(x, name=f"{name}.map", shape=(1, *x.shape)))
     row, column, fields = pool.rows[0], pool.columns[0], {**pool.fields, **fields}
     start, stop = (0, row.start, column.start), (x.shape[0], row.stop, column.stop)
     if (start, stop) != ((0, 0, 0), x.shape):
         x = writer.write(r.Slice, f"{name}.part", [x], start=start, stop=stop, step=(1, 1, 1))
-    if not pool.squeeze:
+    if pool.shape is None:
         return writer.write(kind, name, [x], out, **fields)
     y = writer.write(kind, name, [x], replace(out, name=f"{out.name}.pooled"), **fields)
-    return writer.write(r.Reshape, f"{name}.squeeze", [y], replace(out, shape=x.shape[:1]))
+    return writer.write(r.Reshape, f"{name}.squeeze", [y], replace(out, shape=pool.shape))
 
 
 def _joined(writer: Writer, parts: list[TensorSpec], axis: int, name: str) -> TensorSpec:

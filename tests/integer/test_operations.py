@@ -18,7 +18,7 @@ from hq_lib.crossbar import EngineNetwork, IdealEngine
 from hq_lib.deploy import fpga, onnx
 from hq_lib.deploy.c import Runtime, compiler, to_bytes
 from hq_lib.deploy.c.runtime import CompilerError
-from hq_lib.graph import BitPolicy, calibrate, find_sites, quantize
+from hq_lib.graph import BitPolicy, QuantizeError, calibrate, find_sites, quantize, save
 from hq_lib.graph.tracing import trace
 from hq_lib.integer import LowerError, RecordError, agreement, check, load, lower, run
 from hq_lib.integer import record as r
@@ -109,6 +109,22 @@ CASES = {
     "joined by axis": Net(lambda s, a, b: torch.cat(tensors=[a, F.relu(b)], axis=1), 8),
     "split by name": Net(lambda s, a, b: torch.cat(a.split(split_size=2, dim=1)[::-1], dim=1)),
     "added by name": Net(lambda s, a, b: torch.sub(torch.mul(a, other=b), other=F.relu(torch.add(other=b, input=a)))),
+    "mean added": Net(lambda s, a, b: F.relu(b.mean((2, 3), keepdim=True) + a)),
+    "mean subtracted": Net(lambda s, a, b: F.relu(a - a.mean((2, 3), keepdim=True))),
+    "rows and columns added": Net(lambda s, a, b: b.amax(2, keepdim=True) + a.mean(-1, keepdim=True)),
+    "mean, axis by axis": Net(lambda s, a, b: a.mean(-1).mean(-1)[:, :, None, None]),
+    "mean of places": Net(lambda s, a, b: F.relu(a).flatten(2).mean(-1).view(-1, 4, 1, 1) * b),
+    "mean of tokens": Net(lambda s, a, b: s.parts[0](a.flatten(2).transpose(1, 2)).mean(1).view(-1, 4, 1, 1) + b,
+                          parts=[nn.Linear(4, 4)]),
+    "largest of places": Net(lambda s, a, b: a.flatten(2).amax(2, keepdim=True).unflatten(2, (1, 1)) + b),
+    "indices": Net(lambda s, a, b: a[..., ::2] * b[..., :1] + a[:, 1].unsqueeze(1)[..., ::2] * b[:, :, -12:, ::2]),
+    "from the end": Net(lambda s, a, b: a[:, -1:, :] * b + a[:, :, -1].unsqueeze(2)),
+    "pieces one by one": Net(lambda s, a, b: torch.cat([y.unsqueeze(2) for y in
+                                                             (a.select(2, -1), b.narrow(2, 3, 4).unbind(2)[1])], 2)),
+    "in other words": Net(lambda s, a, b: torch.multiply(
+        a.swapaxes(2, 3), torch.negative(b).absolute().divide(2)).true_divide(3)),
+    "as they are": Net(lambda s, a, b: a.float() + b.to(torch.float32).type_as(a).expand_as(a).expand(-1, -1, -1, -1)),
+    "padded by a number": Net(lambda s, a, b: s.parts[0](a), parts=[nn.ConstantPad2d((1, 2, 0, 1), 0.0)]),
     "split": Net(lambda s, a, b: (lambda t: torch.cat([F.relu(t[1]), F.silu(t[0])], 1))(a.split([1, 3], 1))),
 }  # fmt: skip
 POLICIES = {
@@ -133,6 +149,7 @@ def made(net: nn.Module, policy: BitPolicy, size: int = 12):
 SOME = (
     "SiLU", "gate", "product", "sub", "alpha -1", "x + x", "two readers of a clip", "padding left out", "uneven",
     "nearest, to a size", "bilinear", "transposed", "transposed and norm", "shuffles",
+    "mean added", "rows and columns added", "mean of tokens",
     "norms behind a ReLU and a clip", "pooled, then added", "padded and cut, then added", "upsampled, then added",
 )  # fmt: skip
 ALL = [(case, policy) for policy in POLICIES for case in (CASES if policy == "w8a8" else SOME)]
@@ -176,6 +193,40 @@ def test_all_executors_give_the_oracle_s_integers_and_the_graph_s_function(case,
             assert max(t.largest for t in found.tensors) <= 1
             if policy != "a12":
                 assert all(t.n_differ <= n_ties.get(t.name, 0.04 * t.n) for t in found.tensors), found
+
+
+REFUSED = {
+    "linear of rows and columns": (
+        Net(lambda s, a, b: s.parts[0](a.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), parts=[nn.Linear(4, 4)]),
+        r"layer 'parts.0' reads \(12, 12, 4\).*x\.flatten\(1, 2\).*1x1 convolution",
+    ),
+    "channels repeated": (Net(lambda s, a, b: a + b[:, :1]), r"'add' adds \(1, 12, 12\) to \(4, 12, 12\).*only rows"),
+    "padded by another number": (
+        Net(lambda s, a, b: s.parts[0](a), parts=[nn.ConstantPad2d(1, 2.0)]),
+        "no integer form",
+    ),
+    "expanded": (Net(lambda s, a, b: a.amax(2, keepdim=True).expand_as(b)), "no integer form"),
+    "mean of channels": (Net(lambda s, a, b: a.mean(1, keepdim=True) * b), "reduces over 1; only rows and columns"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_integer_form_is_refused_in_words(case):
+    net, message = REFUSED[case]
+    with pytest.raises(LowerError, match=message):
+        lower(made(net, BitPolicy()))
+
+
+def test_real_numbers_of_another_type_are_refused_with_the_way_out(tmp_path):
+    x = images(8, 12)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        qnet = quantize(Net(lambda s, a, b: a + b).to(dtype).eval(), BitPolicy(), x[:1].to(dtype))
+        calibrate(qnet, x.to(dtype))
+        with pytest.raises(QuantizeError, match=rf"is {dtype}.*qnet\.float\(\) first"):
+            save(qnet, tmp_path / "net.safetensors")
+    with pytest.raises(LowerError, match=r"'a.weight' is torch.bfloat16.*qnet\.float\(\) first"):
+        lower(qnet)
+    lower(qnet.float())
 
 
 @pytest.mark.parametrize("ends", [(-2.0, -0.2), (0.2, 2.0), (-0.3, 0.4)])
