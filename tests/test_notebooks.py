@@ -330,6 +330,8 @@ def test_unknown_parameters_are_found_in_the_injected_cell():
     notebook.check_parameters([first, "import torch"])
     notebook.check_parameters(["import os", first, "# Parameters\nseeds = [1]\n"])
     notebook.check_parameters(["profile = 'quick'\nseeds = list(range(3))", "# Parameters\nseeds = [1]"])
+    again = ["rows = 1 / 0", "# Parameters\nb = 2"]  # other cells are never read
+    notebook.check_parameters([first, "# Parameters\nseeds = [1]", first + "\nb = 1", "# Parameters\nb = 2", *again])
 
 
 @pytest.mark.parametrize(

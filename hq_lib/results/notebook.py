@@ -194,7 +194,14 @@ def _parameters(cells: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the parameters cell assigns, and what papermill's after it does; nothing where it injected none."""
     ran = [cell for cell in cells if _tree(cell).body]
     injected = [place for place, cell in enumerate(ran) if cell.startswith(INJECTED)]
-    return (_assigned(ran[injected[0] - 1]), _assigned(ran[injected[-1]])) if any(injected) else ({}, {})
+    first = [ran[place - 1] for place in injected if place and "profile" in _names(ran[place - 1])]
+    own = [cell for cell in first if not cell.startswith(INJECTED)]  # of which a mended one is run again
+    return (_assigned(own[-1]), _assigned(ran[injected[-1]])) if own else ({}, {})
+
+
+def _names(source: str) -> set[str]:
+    targets = (target for node in _tree(source).body if isinstance(node, ast.Assign) for target in node.targets)
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _tree(source: str) -> ast.Module:

@@ -164,7 +164,7 @@ def lengths(rows: pd.DataFrame) -> str:
 
 
 def clip_curves(rows: pd.DataFrame, plan: Plan) -> pd.DataFrame:
-    """PACT's clips of ResNet-20 for fig_pact_alpha, from rows of ``qat_clips``, of the plan's trainings.
+    """PACT's clips of ResNet-20 for fig_pact_alpha, from rows of ``qat_clips``, of the plan's epochs and rate.
 
     Columns w_bits, a_bits, epoch, layer, alpha, seed, git_sha; layers in order of execution.
     """
