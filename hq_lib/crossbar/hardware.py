@@ -283,7 +283,10 @@ class HardwareEngine(Engine):
         return self._per_read if self._fits() else super()._rows_at_once(handle)
 
     def _measure(self, handle: Handle, x: Operand) -> Tensor:
-        """float64 (B, N): tile by tile, all rows of a tile before the next is written."""
+        """float64 (B, N): tile by tile, all rows of a tile before the next is written.
+
+        Errors: the bench began anew meanwhile, so that some of it may be of blank cells.
+        """
         placed, rows = self._placed[handle.name], x.rows()
         plan, shape = placed.plan, placed.plan.levels.shape
         parts = list(rows.split(self._per_read)) if len(rows) else []
@@ -294,11 +297,13 @@ class HardwareEngine(Engine):
                 for step in self.drive.steps(handle.x_bits, handle.x_signed):
                     codes = step.digits(part).to(torch.int64).numpy()[:, block.rows]
                     out[:, block.columns] += step.factor * torch.from_numpy(self._read(tile, codes, block.levels))
+        self._conditions()
         units = total.view(-1, shape[1], shape[2]) / (self.limits.counts_per_unit * placed.steps[:, None])
         outputs = plan.combine(units)
         return outputs - rows.sum(1, dtype=torch.int64)[:, None] * plan.offset / plan.gain
 
     def _write(self, tile: int, levels: np.ndarray) -> None:
+        self._conditions()  # of what was read so far: after a write time may begin anew
         self._held[tile], started = None, time.perf_counter()  # whatever becomes of it, what was there is gone
         self._insist(lambda: self.driver.write(tile, levels), f"writing tile {tile}")
         self._t_s = -math.inf  # time may count from a write on
