@@ -189,7 +189,7 @@ class RecordEngine(Engine):
         if self._past.n_rows and (arrays := simulated(self)):
             arrays.go_on(self._past.n_rows)
         self.n_recorded = self.n_measured = 0
-        """Rows answered from what the folder held at the start, and by the inner engine."""
+        """Rows answered from the record, after a call that fails of this engine's own too, and by the inner engine."""
         self._n_writes: dict[str, int] = {}  # of what the folder held at the start
         for call in self._past.calls:
             self._n_writes[call.layer] = max(call.n_writes, self._n_writes.get(call.layer, 0))
@@ -277,7 +277,7 @@ class RecordEngine(Engine):
         return y
 
     def _past_of(self, *now: float | str) -> Trace:
-        """What the folder held at the start of this time, temperature and range of converters."""
+        """What is on record of this time, temperature and range of converters."""
         if now not in self._past_at:
             calls = [call for call in self._past.calls if (call.t_s, call.celsius, call.steps) == now]
             self._past_at[now] = Trace(self._past.engine, self._past.layers, calls)

@@ -239,7 +239,8 @@ def test_a_call_that_is_repeated_after_a_failure_measures_nothing_twice_and_repl
         recorder.mvm(handle, X[8:])
     rest = recorder.mvm(handle, X[8:])
     trace = recorder.trace()
-    assert trace.n_rows == len(X)
+    assert trace.n_rows == recorder.n_measured == len(X)
+    assert recorder.n_recorded == 16  # of the call that failed: four parts of four rows, before its tenth read
     replay = ReplayEngine(trace)
     same = replay.load(W, 1.0, "a")
     np.testing.assert_array_equal(replay.mvm(same, X), np.concatenate([first, rest]))
