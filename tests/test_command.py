@@ -450,7 +450,9 @@ def test_a_bench_that_clips_or_is_written_again_is_told_beside_the_accuracy(plac
     words = ("crossbar", "b8.safetensors", "--net", "mynet:Net", "--n-test", "20", "--engine", "rehearsal")
     said = hq(*words, "--folder", "told")
     assert "1,234 counts at the end of the bench's range" in said
-    assert re.search(r"written again after their gains and offsets were fitted.*: 6", said)
+    assert re.search(r"written again after their gains and offsets were fitted.*: 6$", said, re.MULTILINE)
+    found["written_again"] = [f"c{i}" for i in range(432)]
+    assert re.search(r"fitted.*: c0, c1, c2 and 429 more$", hq(*words, "--folder", "told"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("method", ["hybrid", "lsq"])

@@ -221,6 +221,8 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
     found = outcome.summary
     clipped = "{n_saturated:,} counts at the end of the bench's range: its converters clip, drive fewer rows or bits"
     again = "written again after their gains and offsets were fitted, which fit where writing is exact alone: "
+    layers_again = list(found.get("written_again", ()))
+    more = f" and {len(layers_again) - 3} more" if len(layers_again) > 3 else ""
     rows = "{n_measured:,} rows measured now, {n_recorded:,} answered from the record"
     written = "{tiles_needed} tiles on a bench of {n_tiles}: {n_writes} writes in {write_s:.1f} s"
     fitted = plan.engine == "sim" and profiles.holds_cells(plan.device)
@@ -230,7 +232,7 @@ def on_crossbar(run: Configuration, file: Path, **given: Any) -> tuple[Path, lis
         *([rows.format(**found)] if "n_measured" in found else []),
         *([written.format(**found)] if "n_writes" in found else []),
         *([clipped.format(**found)] if found.get("n_saturated") else []),
-        *([again + ", ".join(found["written_again"])] if found.get("written_again") else []),
+        *([again + ", ".join(layers_again[:3]) + more] if layers_again else []),
         _line("integers, exact", found["exact_acc_pct"], test),
         f"{_line('on the arrays', found['acc_pct'], test)}; logits off by {100 * found['logit_error']:.2f} %",
     ]
