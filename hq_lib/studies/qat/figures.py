@@ -66,7 +66,7 @@ def fig_pact_alpha(clips: pd.DataFrame) -> Figure:
             mean: Any = line.groupby("epoch")["alpha"].mean()
             ax.plot(mean.index, mean, color=scale.to_rgba(np.asarray(names.index(str(layer)))), linewidth=1.0)
         ax.set(title=labels.bits_label(*bits), xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     plain_log(axes[0, 0])
     axes[0, 0].set_ylabel("learned clip alpha, real units")
     bar = figure.colorbar(scale, ax=axes.ravel().tolist(), label="layer, in order of execution")
