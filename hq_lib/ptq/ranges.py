@@ -148,9 +148,10 @@ def fit_acts(
         quantizer.mark_fitted()
         if isinstance(quantizer, MinMaxAct):
             quantizer.low, quantizer.high = -scale * zero_point, scale * (found.qmax - zero_point)
-            return
-        quantizer.step_size.data = scale
+        else:
+            quantizer.step_size.data = scale
         if isinstance(quantizer, LSQPlusAct):
             quantizer.beta.data = -scale * zero_point
+        quantizer.warn_if_held(x)
 
     calibrate(qnet, batches, only=only, quantized_weights=quantized_weights, fit=fit)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from hq_lib.quantizers.affine import FINEST_SCALE, MIN_SCALE, Grid, check_bits, check_finite, quantize_to_int
+from hq_lib.quantizers.affine import (
+    FINEST_SCALE,
+    MIN_SCALE,
+    Grid,
+    check_bits,
+    check_finite,
+    next_power_of_two,
+    quantize_to_int,
+)
 from hq_lib.quantizers.straight_through import Slope, staircase
 from hq_lib.results.hints import check_known
 
@@ -113,13 +121,18 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             self._fit(x.detach().float())
         self.mark_fitted()
+        self.warn_if_held(x)
+
+    def warn_if_held(self, x: Tensor) -> None:
+        """Warn where ``x``, to which the grid was fitted, is too small for its levels."""
         scale = self.grid().scale.max()
-        held = (scale == scale.new_tensor(MIN_SCALE)) | (scale <= FINEST_SCALE)
-        if bool(held & x.any()):
+        finest = scale.new_tensor(FINEST_SCALE)
+        finest = next_power_of_two(finest) if getattr(self, "power_of_two", False) else finest
+        if bool(((scale == scale.new_tensor(MIN_SCALE)) | (scale <= finest)) & x.any()):
             warnings.warn(
                 f"{self}: of a tensor up to {x.abs().max().item():.3g} a step of {scale.item():.3g} is the finest that "
                 f"it can have: few levels are left; scale the tensor up",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def mark_fitted(self) -> None:

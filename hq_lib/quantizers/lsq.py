@@ -6,7 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hq_lib.quantizers.affine import MIN_SCALE, affine_from_range, integer_range, mean_abs, usable
+from hq_lib.quantizers.affine import (
+    FINEST_SCALE,
+    MIN_SCALE,
+    affine_from_range,
+    integer_range,
+    mean_abs,
+    usable,
+)
 from hq_lib.quantizers.base import Quantizer, Role, Tag, positive, scale_gradient
 from hq_lib.quantizers.ranges import IDLE_CLIP, LEAST_ERROR, best_shrink, three_sigma, widest_range
 from hq_lib.quantizers.straight_through import Slope
@@ -47,7 +54,7 @@ class LSQ(Quantizer):
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
 
     def _scale(self) -> Tensor:
-        return positive(self.step_size, floor=MIN_SCALE)
+        return positive(self.step_size, floor=FINEST_SCALE)
 
     def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         return self._scale(), self.zero

@@ -126,6 +126,18 @@ def test_every_range_method_reaches_every_activation_quantizer(method, act):
     assert torch.isfinite(qnet.eval()(x)).all()
 
 
+@pytest.mark.parametrize("act", ["lsq_plus:8", "lsq:8", "minmax:8"])
+def test_activations_of_any_size_keep_their_levels_or_it_is_said(act, recwarn):
+    x, net = images(6), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.ReLU())
+    qnet = quantize(net, BitPolicy("float", act, bn="fold"), x[:1]).eval()
+    for size in (1.0, 1e-9, 1e-12):
+        ptq.fit_acts(qnet, size * x)
+        assert (qnet(size * x) - net(size * x)).norm() < 0.03 * net(size * x).norm()
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="few levels are left"):
+        ptq.fit_acts(qnet, 1e-20 * x)
+
+
 def test_minmax_of_a_relu_output_is_its_maximum():
     x, net = images(6), trained_like(Tiny())
     qnet = quantize(net, BitPolicy("float", "lsq_plus:4", bn="fold"), x[:1])

@@ -151,9 +151,9 @@ def test_a_channel_beside_much_larger_ones_has_the_floor_that_it_always_had():
     assert usable(torch.tensor(1e-30)).item() == pytest.approx(FINEST_SCALE)
 
 
-@pytest.mark.parametrize("method", ["lsq", "pact", "minmax"])
-def test_a_step_that_is_held_at_its_floor_is_said_by_name(method, recwarn):
-    quantizer = act_quantizer(method, 8, signed=True)
+@pytest.mark.parametrize("options", [{"method": "lsq"}, {"method": "pact"}, {"method": "minmax", "power_of_two": True}])
+def test_a_step_that_is_held_at_its_floor_is_said_by_name(options, recwarn):
+    quantizer = act_quantizer(bits=8, signed=True, **options)
     quantizer.owner = "layer1.conv"
     quantizer.init_from(torch.zeros(100))
     quantizer.init_from(torch.randn(100))
