@@ -84,8 +84,9 @@ def trace(
         graph, flags, only_here = read_modes(net, traced)
         gm = fx.GraphModule(net, graph, class_name=type(net).__name__)
     for node in gm.graph.find_nodes(op="call_method", target="view"):
-        if not any(isinstance(size, torch.dtype) for size in node.args):
+        if not any(isinstance(size, torch.dtype) for size in (*node.args, *node.kwargs.values())):
             node.target = "reshape"  # the same values, and it takes tensors in channels-last order
+            node.kwargs = {"shape" if name == "size" else name: size for name, size in node.kwargs.items()}
     copy_modes_(net, gm)
     follow_modes(gm, net, flags, only_here)
     read_after_change(gm)

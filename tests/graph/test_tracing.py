@@ -43,6 +43,14 @@ def test_graph_computes_what_the_network_does_with_the_same_parameters() -> None
     assert gm.get_parameter("2.1.weight") is net[2][1].weight
 
 
+def test_views_by_name_keep_their_meaning() -> None:
+    class Viewed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(size=(2, 3, 64)).view(dtype=torch.int32)
+
+    assert torch.equal(trace(Viewed())(X), X.reshape(2, 3, 64).view(torch.int32))
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_every_module_keeps_its_mode(train: bool) -> None:
     net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Dropout()).train(train)
