@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from hq_lib.graph.modes import FollowsMode, line_of, module_path
+from hq_lib.graph.modes import FollowsMode, eval_mode, is_small, line_of, module_path, without_constants
 from hq_lib.graph.spec import QuantizeError
 
 
@@ -163,7 +163,8 @@ def _called(node: fx.Node, gm: fx.GraphModule) -> tuple[Any, nn.Module | None]:
 def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
     """Return the operation of ``node`` in one spelling: lower case without underscores, e.g. "maxpool2d".
 
-    Whatever gives its input back in eval mode is an "identity": dropout, a copy, to add the number 0.
+    Whatever gives its input back in eval mode is an "identity": dropout, a copy, to add the number 0, noise of a module
+    of the user's that it adds in training alone.
     """
     name = _spelled(node, gm)
     if name in ("add", "iadd"):
@@ -173,6 +174,7 @@ def op_name(node: fx.Node, gm: fx.GraphModule) -> str:
         same = "shape" in node.meta and all(node.meta[key] == source.meta.get(key) for key in ("shape", "dtype"))
     else:
         same = name in _SAME and node.op.startswith("call") and not _drops(node, name, gm)
+        same = same or _gives_back(node, gm)
     return "identity" if same else name
 
 
@@ -196,8 +198,24 @@ def _drops(node: fx.Node, name: str, gm: fx.GraphModule) -> bool:
     if node.op == "call_module":  # it follows the mode
         in_training: Any = gm.get_submodule(str(node.target)).in_training
         given |= {place: not value for place, value in in_training.items()}
+    if _is_zero(given.get(1, given.get("p"))):
+        return False
     places = (3 if name == "stochasticdepth" else 2, "training", "train")
     return bool(next((given[place] for place in places if place in given), "alpha" not in name))
+
+
+def _gives_back(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Return whether ``node`` is a small module of the user's whose ``forward`` in eval mode is ``return x``."""
+    module = _called(node, gm)[1]
+    theirs = module is None or type(module).__module__.startswith("torch.nn.modules")
+    if theirs or node.meta.get("opaque") or not is_small(module) or len(node.all_input_nodes) != 1:
+        return False
+    with eval_mode(module), without_constants(module):
+        try:
+            first, *_, last = fx.Tracer().trace(module).nodes
+        except Exception:  # of whatever forward is
+            return False
+    return first.op == "placeholder" and last.args[0] is first
 
 
 def _is_zero(arg: Any) -> bool:

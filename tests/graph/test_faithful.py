@@ -99,6 +99,23 @@ def test_a_dropout_that_is_always_on_stays_on():
     assert not torch.equal(gm(X), gm(X))
 
 
+def test_a_dropout_of_nothing_and_a_module_that_is_at_work_in_training_alone_lower():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x) if self.training else x
+
+    class Quiet(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda n, x: n.h(n.noise(F.dropout(F.relu(n.a(x)), 0.0))))
+            self.noise = Noise()
+
+    qnet = quantize(Quiet().eval(), BitPolicy("minmax:8", "minmax:8", bn="fold"), X[:1])
+    assert not any("dropout" in name or "noise" in name for name in act_quantizers(qnet))
+    calibrate(qnet, X)
+    assert integer.lower(qnet.eval())
+    assert not torch.equal(qnet.train()(X), qnet(X))
+
+
 DRAWS = {
     "dropout": lambda n, x: n.h(F.dropout(n.a(x))),
     "by place": lambda n, x: n.h(torch.dropout(n.a(x), 0.5, True)),
