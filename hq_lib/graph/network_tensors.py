@@ -60,7 +60,8 @@ def rebuild(qnet: QuantizedNet, entries: Mapping[str, Mapping[str, Any]]) -> Non
     """Put the quantizers that ``describe`` described into ``qnet``, unfitted, made by the same policy."""
     found = quantizers(qnet)
     if apart := found.keys() ^ entries.keys():
-        raise ValueError(f"{min(apart)!r} has a quantizer either in the file or in the network only")
+        raise ValueError(f"saved by an older version, which gave other tensors a grid ({min(apart)!r} in the file or in "
+                         "the network only): quantize the network again")  # fmt: skip
     for name, entry in entries.items():
         if entry["kind"] != POLICY:
             put(qnet, name, _built(entry, found[name].role, weight_layers(qnet).get(name)))

@@ -495,3 +495,16 @@ def test_a_file_from_when_views_were_no_reshapes_still_opens(tmp_path):
     assert views != record["graph"]
     models.write_checkpoint(tmp_path / "old.safetensors", tensors, {**record, "graph": views})
     assert torch.equal(graph.load(tmp_path / "old.safetensors", net=net)(x), qnet(x))
+
+
+def test_a_file_that_gave_other_tensors_a_grid_says_that_it_is_older(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    qnet = quantize(net, BitPolicy(), x := torch.randn(4, 3, 8, 8))
+    calibrate(qnet, x)
+    tensors, record = models.read_checkpoint(graph.save(qnet.eval(), tmp_path / "new.safetensors"))
+    more = {**record["quantizers"], "float_1_act_quantizer": next(iter(record["quantizers"].values()))}
+    models.write_checkpoint(tmp_path / "old.safetensors", tensors, {**record, "quantizers": more})
+    with pytest.raises(
+        models.CheckpointError, match=r"older version.*'float_1_act_quantizer'.*quantize the network ag"
+    ):
+        graph.load(tmp_path / "old.safetensors", net=net)
