@@ -4,6 +4,7 @@ A traced network is a ``torch.fx.GraphModule``: it computes what the network com
 the same names, but its order of execution is a list that folding and quantization can read and rewrite.
 """
 
+import copy
 import inspect
 import itertools
 import os
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
@@ -132,18 +132,21 @@ def channels_last_(net: nn.Module) -> None:
     net._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
 
-def runs_channels_last(net: nn.Module, x: Tensor) -> bool:
-    """Return False where ``net`` takes ``x`` (B, C, H, W) as it is laid out, and fails on both in channels-last order.
+def runs_channels_last(net: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], None]) -> bool:
+    """Return False where ``step`` takes ``net`` and ``x`` (B, C, H, W) as they lie, and fails on both in channels-last.
 
-    Which a ``view`` over rows and columns does. Tried in eval mode; ``net`` stays as it is.
+    Which a ``view`` over rows and columns does. ``step`` gets copies of ``net``, in its modes; ``net`` stays as it is,
+    and the random state too.
     """
 
     def runs(layout: torch.memory_format) -> bool:
-        tensors = itertools.chain(net.named_parameters(), net.named_buffers())
-        laid = {name: t.to(memory_format=layout) for name, t in tensors if t.dim() == 4}
-        with eval_mode(net), torch.no_grad():
+        cuda = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(devices=cuda):
             try:
-                functional_call(net, laid, (x.to(memory_format=layout) if x.dim() == 4 else x,))
+                trial = copy.deepcopy(net)
+                if layout is torch.channels_last:
+                    channels_last_(trial)
+                step(trial, x.contiguous(memory_format=layout) if x.dim() == 4 else x)
             except Exception:  # of whatever forward is
                 return False
         return True

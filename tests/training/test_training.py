@@ -547,6 +547,71 @@ def test_a_network_with_a_view_trains_and_is_tested_and_keeps_its_order(splits):
     assert evaluate(qnet, splits[1]).loss == pytest.approx(evaluate(viewed, splits[1]).loss, rel=0.2)
 
 
+class Together(Viewed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv(x))
+        return self.fc(x.view(x.size(0) // 2, 2, -1).flatten(0, 1))
+
+
+class InTraining(Viewed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv(x))
+        return self.fc((x.view(x.size(0), -1) if self.training else x).flatten(1))
+
+
+class Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.view(len(grad), -1).view(grad.shape)
+
+
+class Backwards(Viewed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc((Back.apply(self.conv(x)) * 2).relu().flatten(1))
+
+
+@pytest.mark.parametrize("kind", [Together, InTraining, Backwards])
+def test_views_of_a_batch_in_training_and_backwards_train(kind, splits):
+    net = kind()
+    fit(net, splits[0].balanced(20, 0), None, dataclasses.replace(CONFIG, epochs=1, batch_size=10), say=None)
+    assert net.conv.weight.is_contiguous()
+
+
+def test_the_trial_of_the_order_leaves_the_network_and_the_walk_alone():
+    class Counting(Viewed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("first", torch.tensor(-1.0))
+            self.register_buffer("n", torch.tensor(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.first.copy_(torch.where(self.n == 0, x[0, 0, 0, 0], self.first))
+                self.n += len(x)
+            return super().forward(x.contiguous())
+
+    class Shards:
+        shard = 0
+
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self):
+            self.shard += 1
+            yield torch.full((4, 3, 32, 32), float(self.shard)), torch.zeros(4, dtype=torch.long)
+
+    net, shards = Counting(), Shards()
+    fit(net, shards, None, dataclasses.replace(CONFIG, epochs=2), say=None)
+    assert (net.first, net.n, shards.shard) == (1, 8, 2)
+    Shards.__iter__ = lambda _: iter(())
+    with pytest.raises(ValueError, match="no batch came"):
+        fit(net, shards, None, dataclasses.replace(CONFIG, epochs=2), say=None)
+
+
 def test_a_look_at_the_first_batch_leaves_the_order_of_a_loader(splits):
     few = splits[0].balanced(20, 0)
     pairs = torch.utils.data.TensorDataset(data.normalize(few.images, few.spec), few.labels)
