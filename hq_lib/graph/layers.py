@@ -207,8 +207,13 @@ def _drops(node: fx.Node, name: str, gm: fx.GraphModule) -> bool:
 def _gives_back(node: fx.Node, gm: fx.GraphModule) -> bool:
     """Return whether ``node`` is a small module of the user's whose ``forward`` in eval mode is ``return x``."""
     module = _called(node, gm)[1]
-    theirs = module is None or type(module).__module__.startswith("torch.nn.modules")
-    if theirs or node.meta.get("opaque") or not is_small(module) or len(node.all_input_nodes) != 1:
+    if (
+        module is None
+        or type(module).__module__.startswith("torch.nn.modules")
+        or node.meta.get("opaque")
+        or not is_small(module)
+        or len(node.all_input_nodes) != 1
+    ):
         return False
     with eval_mode(module), without_constants(module):
         try:

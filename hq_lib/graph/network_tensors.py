@@ -60,8 +60,10 @@ def rebuild(qnet: QuantizedNet, entries: Mapping[str, Mapping[str, Any]]) -> Non
     """Put the quantizers that ``describe`` described into ``qnet``, unfitted, made by the same policy."""
     found = quantizers(qnet)
     if apart := found.keys() ^ entries.keys():
-        raise ValueError(f"saved by an older version, which gave other tensors a grid ({min(apart)!r} in the file or in "
-                         "the network only): quantize the network again")  # fmt: skip
+        raise ValueError(
+            f"saved by an older version, which gave other tensors a grid ({min(apart)!r} in one of the two only): "
+            "quantize the network again"
+        )
     for name, entry in entries.items():
         if entry["kind"] != POLICY:
             put(qnet, name, _built(entry, found[name].role, weight_layers(qnet).get(name)))
