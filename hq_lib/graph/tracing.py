@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -132,26 +133,15 @@ def channels_last_(net: nn.Module) -> None:
     net._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
 
 
-def runs_channels_last(net: nn.Module, x: Tensor, step: Callable[[nn.Module, Tensor], None]) -> bool:
-    """Return False where ``step`` takes ``net`` and ``x`` (B, C, H, W) as they lie, and fails on both in channels-last.
-
-    Which a ``view`` over rows and columns does. ``step`` gets copies of ``net``, in its modes; ``net`` stays as it is,
-    and the random state too.
+def has_views(net: nn.Module) -> bool:
+    """Return whether ``forward`` calls ``view``, which may fail on tensors in channels-last order; traced graphs have
+    reshapes in their place. Of a network that cannot be traced False.
     """
-
-    def runs(layout: torch.memory_format) -> bool:
-        cuda = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices=cuda):
-            try:
-                trial = copy.deepcopy(net)
-                if layout is torch.channels_last:
-                    channels_last_(trial)
-                step(trial, x.contiguous(memory_format=layout) if x.dim() == 4 else x)
-            except Exception:  # of whatever forward is
-                return False
-        return True
-
-    return runs(torch.channels_last) or not runs(torch.contiguous_format)
+    if isinstance(net, fx.GraphModule):
+        return False
+    with suppress(Exception):  # of whatever forward is; a copy, for what it may keep
+        return bool(fx.Tracer().trace(copy.deepcopy(unwrap(net))).find_nodes(op="call_method", target="view"))
+    return False
 
 
 def as_inputs(example: Example, net: nn.Module) -> tuple[Tensor, ...]:

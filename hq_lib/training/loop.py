@@ -5,7 +5,6 @@ state is saved after each epoch: a run killed at any moment and started again, o
 ends with bit-identical weights.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sized
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from hq_lib.data import ImageSet, batches
 from hq_lib.graph.modes import eval_mode, repeatable
-from hq_lib.graph.tracing import channels_last_, device_of, runs_channels_last
+from hq_lib.graph.tracing import channels_last_, device_of, has_views
 from hq_lib.training import machine, run_state
 from hq_lib.training.config import TrainConfig, lr_factor, set_lr, sgd
 from hq_lib.training.evaluation import Batches, cross_entropy, distance, evaluate, given, logits_of
@@ -122,19 +121,20 @@ class _Run:
                 "distillation needs both"
             )
         machine.keep_freed_memory_()
-        self.device, self.plain = device_of(self.net), True
+        self.device, self.plain = device_of(self.net), has_views(self.net)
+        if not self.plain:
+            channels_last_(self.net)
         self.train = _on(self.train, self.device)
         self.val = None if self.val is None else _on(self.val, self.device)
         self.steps = _n_steps(self.train, self.config)
         self.part = slice(None)
         if isinstance(self.train, ImageSet):
             self.part = machine.share(min(len(self.train), self.config.batch_size))
-        self.forward: Callable[[Tensor], Tensor] | None = None  # until the first batch says how it is laid out
-        self.looked: tuple[Iterator[tuple[Tensor, Tensor]], Tensor] | None = None
         n_steps, stored = self.config.epochs * self.steps, run_state.settings(self.run_dir)
         settled = machine.settled(self.config, self.net, self._first, n_steps=n_steps, stored=stored, say=self.say)
         self.config = machine.agreed(settled)
         self.optimizer = sgd(self.net, self.config)
+        self.forward = self._fast(machine.parallel(self.net))
         self.taught = None if self.teacher is None else self._fast(self.teacher)
         self.history: list[dict[str, float]] = []
         self.lr = 0.0  # of the last step
@@ -146,11 +146,9 @@ class _Run:
     def go(self) -> FitResult:
         """All epochs that are still to do."""
         self._resume()
-        if len(self.history) == self.config.epochs:
-            self._first()  # a finished run's network lies as it did
         for epoch in range(len(self.history), self.config.epochs):
             start = time.perf_counter()
-            self._seed(epoch)
+            torch.manual_seed(self._epoch_seed(epoch) + 1_000_000_007 * machine.rank())
             self.net.train()
             if self.before_epoch:
                 self.before_epoch(self.net, epoch)
@@ -159,35 +157,15 @@ class _Run:
         seconds = sum(row["seconds"] for row in self.history)
         return FitResult(self.history, self.history[-1].get("val_acc_pct", math.nan), seconds, self.config)
 
-    def _seed(self, epoch: int) -> None:
-        torch.manual_seed(self._epoch_seed(epoch) + 1_000_000_007 * machine.rank())
-
     def _epoch_seed(self, epoch: int) -> int:
         return (self.config.seed * 1_000_003 + epoch) % 2**63
 
     def _first(self) -> tuple[Tensor, Tensor]:
-        """The first batch of the first epoch, which goes on from there."""
-        with torch.random.fork_rng(devices=[]):
-            self._seed(0)
-            walk = self._batches(0)
-            first = self._laid_out(next(walk, None))
-            if not isinstance(self.train, ImageSet):  # which is walked anew for nothing
-                self.looked = itertools.chain((first,), walk), torch.get_rng_state()
-        return self._here(first)
+        return self._here(*next(iter(self._walk(0))))
 
-    def _laid_out(self, first: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """``first``, by which the network is laid out: channels-last where a step takes that."""
-        if first is None:
-            raise ValueError("nothing to train on: no batch came")
-        x, y = self._here(first)
-
-        def step(net: nn.Module, x: Tensor) -> None:
-            cross_entropy(logits_of(net(x)), y).backward()
-
-        self.plain = not machine.agreed(runs_channels_last(self.net, x, step))
-        if not self.plain:
-            channels_last_(self.net)
-        return first
+    def _here(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch on the network's device, in plain order where its views need that."""
+        return (x.contiguous() if self.plain else x).to(self.device), y.to(self.device)
 
     def _epoch(self, epoch: int) -> float:
         """Mean training loss of one pass."""
@@ -195,7 +173,7 @@ class _Run:
         for i, (x, y) in enumerate(self._walk(epoch)):
             self.lr = self.config.lr * lr_factor(epoch * self.steps + i, self.steps, self.config)
             set_lr(self.optimizer, self.lr)
-            total += self._step(x, y)
+            total += self._step(*self._here(x, y))
             if time.perf_counter() - spoken > SAY_EVERY_S:
                 spoken = time.perf_counter()
                 self.say(f"epoch {epoch + 1}/{self.config.epochs}: batch {i + 1}/{self.steps}")
@@ -205,25 +183,7 @@ class _Run:
             raise FloatingPointError(f"loss is {mean} in {at}: lower config.lr")
         return mean
 
-    def _walk(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch, on the network's device and laid out as it takes them."""
-        if self.looked is None:
-            walk = self._batches(epoch)
-            first = next(walk, None)
-            first = self._laid_out(first) if self.forward is None or first is None else first
-            walk = itertools.chain((first,), walk)
-        else:
-            (walk, state), self.looked = self.looked, None
-            torch.set_rng_state(state)
-        if self.forward is None:
-            self.forward = self._fast(machine.parallel(self.net))
-        yield from map(self._here, walk)
-
-    def _here(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, y = batch
-        return (x.contiguous() if self.plain else x).to(self.device), y.to(self.device)
-
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _walk(self, epoch: int) -> Batches:
         if not isinstance(self.train, ImageSet):
             return ((x[machine.share(len(x))], y[machine.share(len(y))]) for x, y in self.train)
         generator = torch.Generator().manual_seed(self._epoch_seed(epoch))
@@ -234,7 +194,6 @@ class _Run:
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         with machine.autocast(self.device, self.config.precision):
-            assert self.forward is not None
             loss = self._loss(logits_of(self.forward(x)), y, x)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
