@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 from hq_lib import data, deploy, graph, integer, models
 from hq_lib.__main__ import app
 from hq_lib.crossbar import IdealEngine, RecordEngine, recording
-from hq_lib.crossbar.recording import load_parts
+from hq_lib.crossbar.trace import load_parts
 from hq_lib.ptq import progress, selection
 from hq_lib.results import outputs, paths, store, tables
 from hq_lib.results.figures import style

@@ -33,5 +33,6 @@ from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.mapping import Faults, Mapping
 from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.profiles import device, fit_report, proportional, state_independent
-from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace
+from hq_lib.crossbar.recording import RecordEngine, ReplayEngine
 from hq_lib.crossbar.simulator import SimEngine, count
+from hq_lib.crossbar.trace import Trace

@@ -32,8 +32,9 @@ from hq_lib.crossbar.hardware import HardwareEngine, Patience
 from hq_lib.crossbar.mapping import STUCK_HIGH, STUCK_LOW
 from hq_lib.crossbar.network import EngineNetwork
 from hq_lib.crossbar.profiles import device
-from hq_lib.crossbar.recording import RecordEngine, ReplayEngine, Trace, load_parts
+from hq_lib.crossbar.recording import RecordEngine, ReplayEngine
 from hq_lib.crossbar.simulator import SimEngine
+from hq_lib.crossbar.trace import Trace, load_parts
 from hq_lib.data import ImageSet, normalize
 from hq_lib.integer import IntegerModel
 from hq_lib.integer import run as run_integers

@@ -173,10 +173,6 @@ class HardwareEngine(Engine):
     def tally(self, handle: Handle) -> tuple[int, int]:
         return sum(block.n_writes for block in self._placed[handle.name].blocks), self._n_saturated
 
-    def written_again(self) -> list[str]:
-        """Layers of which a tile was written more than once: for want of tiles, or for a fault map."""
-        return [name for name, placed in self._placed.items() if any(block.n_writes > 1 for block in placed.blocks)]
-
     def mapping_of(self, handle: Handle) -> Mapping:
         """How the weights of ``handle`` lie on the bench's cells, for a simulation of it: sliced as here, and with
         columns that fill as much of a cell's levels as here."""

@@ -8,8 +8,9 @@ save(qnet, "net.safetensors")                # and load: frozen integers, or tra
 """
 
 from hq_lib.graph.blocks import Block, blocks, extract_block
-from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantConv2d, QuantizedWeight, QuantLinear, kinds, op_name
+from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantConv2d, QuantizedWeight, QuantLinear
 from hq_lib.graph.network_file import load, save
+from hq_lib.graph.operations import kinds, op_name
 from hq_lib.graph.placement import Site, find_sites
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.rewrite import QuantizedNet, quantize

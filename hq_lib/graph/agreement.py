@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hq_lib.graph.layers import op_name
 from hq_lib.graph.modes import changed_by, eval_mode, line_of, module_path
+from hq_lib.graph.operations import op_name
 from hq_lib.graph.spec import QuantizeError
 from hq_lib.graph.tracing import Example, LeafModules, NodeWatcher, as_inputs, propagate, trace, unwrap
 

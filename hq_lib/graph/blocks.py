@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from hq_lib.graph.layers import kinds
 from hq_lib.graph.modes import module_path
+from hq_lib.graph.operations import kinds
 from hq_lib.graph.placement import find_sites
 from hq_lib.graph.spec import PolicyError, QuantizeError
 from hq_lib.graph.tracing import trace

@@ -19,8 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from hq_lib.graph.agreement import compare, traced
-from hq_lib.graph.layers import layer_kind, make_plain_, op_name
+from hq_lib.graph.layers import layer_kind, make_plain_
 from hq_lib.graph.modes import eval_mode
+from hq_lib.graph.operations import op_name
 from hq_lib.graph.tracing import Example, LeafModules, trace, unwrap
 from hq_lib.results.hints import check_known
 

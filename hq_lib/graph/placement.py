@@ -24,8 +24,9 @@ import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import fx, nn
 
-from hq_lib.graph.layers import QUANTIZER_SUFFIX, kinds, nonnegative, op_name
+from hq_lib.graph.layers import QUANTIZER_SUFFIX
 from hq_lib.graph.modes import module_path
+from hq_lib.graph.operations import kinds, nonnegative, op_name
 from hq_lib.graph.spec import PolicyError, QuantizeError, Spec
 
 _SOURCES = {"input", "layer", "norm", "clip", "act", "add", "mul", "avgpool", "other"}

@@ -14,8 +14,9 @@ from torch.fx.node import map_aggregate
 
 from hq_lib.graph.agreement import refuse_draws, traced
 from hq_lib.graph.folding import OnRefusal, fold_bn
-from hq_lib.graph.layers import LAYERS, QUANTIZER_SUFFIX, QuantizedWeight, kinds, make_plain_, op_name
+from hq_lib.graph.layers import LAYERS, QUANTIZER_SUFFIX, QuantizedWeight, make_plain_
 from hq_lib.graph.modes import eval_mode, module_path
+from hq_lib.graph.operations import kinds, op_name
 from hq_lib.graph.placement import Site, find_sites, layer_types, share_bits
 from hq_lib.graph.policy import BitPolicy
 from hq_lib.graph.spec import PolicyError, QuantizeError, make_quantizer, of_kind

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hq_lib.data import ImageSet, normalize
-from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantizedWeight, is_norm, kinds
+from hq_lib.graph.layers import QUANTIZER_SUFFIX, QuantizedWeight, is_norm
+from hq_lib.graph.operations import kinds
 from hq_lib.graph.spec import QuantizeError, Spec, of_kind
 from hq_lib.graph.tracing import NodeWatcher, device_of, eval_mode
 from hq_lib.quantizers import Quantizer

@@ -16,7 +16,7 @@ from torch import fx
 
 from hq_lib.data import SPECS, DataSpec
 from hq_lib.graph import QUANTIZER_SUFFIX, kinds, op_name
-from hq_lib.graph.layers import is_difference, operands
+from hq_lib.graph.operations import is_difference, operands
 from hq_lib.graph.tracing import device_of, eval_mode
 from hq_lib.integer import moves, nodes, terms
 from hq_lib.integer import record as r

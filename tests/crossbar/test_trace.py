@@ -32,7 +32,8 @@ from hq_lib.crossbar import (
     recording,
 )
 from hq_lib.crossbar.checks import difference
-from hq_lib.crossbar.recording import load_parts, simulated
+from hq_lib.crossbar.recording import simulated
+from hq_lib.crossbar.trace import load_parts
 from hq_lib.integer import lower
 
 RNG = np.random.default_rng(0)
