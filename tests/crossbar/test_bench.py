@@ -169,12 +169,14 @@ def test_counts_at_the_end_of_the_range_are_counted():
 def test_an_unsigned_converter_that_cuts_below_zero_is_told_and_its_plain_zeros_are_not():
     limits = replace(Limits(**LIMITS), level_max=255, code_max=255, rows=20, count_min=0)
     x = np.concatenate([X, 0 * X])
-    for offset in (0.0, -60_000.0):
+    for offset in (0.0, -300_000.0):
         engine = HardwareEngine(FakeDriver(limits, offset=offset), drive=Drive(), patience=QUICK)
         engine.mvm(engine.load(W, 1.0, "a"), x)
         steps = 255 // np.abs(W).max(0)
         exact = np.concatenate([x @ W.clip(0) * steps, x @ (-W).clip(0) * steps])
-        assert engine.programming()["n_saturated"] == ((exact > 0) & (2 * exact + offset <= 0)).sum()
+        cut = ((exact > 0) & (2 * exact + offset <= 0)).sum()
+        assert engine.programming()["n_saturated"] == cut
+        assert (cut > 0) == (offset < 0)
 
 
 class Restarting(FakeDriver):
